@@ -1,0 +1,83 @@
+"""Feature schemas: the columns a probe computes and a policy reads, by name and version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSchema:
+    """The ordered float32 columns of one kind of probe.
+
+    Attributes:
+        name: Which probe computes the columns.
+        version: Raised whenever a column's meaning changes.
+        columns: Column names, in order.
+    """
+
+    name: str
+    version: int
+    columns: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of columns F."""
+        return len(self.columns)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of name, version and columns: equal only if probe and policy agree."""
+        text = json.dumps([self.name, self.version, list(self.columns)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def index(self, column: str) -> int:
+        """Position of a column.
+
+        Raises:
+            ValueError: the schema has no such column.
+        """
+        return self.columns.index(column)
+
+
+CANDIDATES_V1 = FeatureSchema(
+    name="candidates",
+    version=1,
+    columns=(
+        "top1",  # softmax over the candidates: probability of the best, in [0, 1]
+        "margin",  # best minus second best probability, in [0, 1]
+        "entropy",  # of that softmax, divided by ln k, in [0, 1]
+        "top_logit",  # raw score of the best candidate / 10
+        "cosine",  # of this hidden state to the one at the last probe, in [-1, 1]
+        "norm_change",  # ln(|h| / |h at the last probe|)
+        "agrees",  # 1 if the best candidate is the one of the last probe, else 0
+        "run_length",  # probes in a row with the same best candidate / number of exits, in [0, 1]
+        "top1_change",  # top1 minus top1 at the last probe (0 at the first)
+        "depth",  # layer / number of layers, in (0, 1)
+        "position",  # token position / context length, in [0, 1]
+    ),
+)
+"""Logit-free and candidate features: never touch the whole LM head."""
+
+SOFTMAX_V1 = FeatureSchema(
+    name="softmax",
+    version=1,
+    columns=(
+        "top1",  # softmax over the whole vocabulary: probability of the best, in [0, 1]
+        "margin",  # best minus second best probability, in [0, 1]
+    ),
+)
+"""Full-vocabulary confidence (CALM, Schuster et al. 2022, section 3.3): one LM head per probe."""
+
+SCHEMAS: dict[str, FeatureSchema] = {
+    schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V1)
+}
+"""Every schema this version can compute, by digest."""

@@ -1,0 +1,86 @@
+"""The learned policy: a small multi-layer perceptron in preallocated numpy.
+
+Shape suffixes: N rows, F features, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from offramp.controller.errors import RequestError
+from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
+
+MAX_ROWS = 1024
+"""Rows one call can decide; more are decided in slices."""
+
+
+class MlpPolicy:
+    """Leave when a tanh MLP's single output exceeds a threshold.
+
+    Buffers are preallocated, so a decision allocates nothing; one instance serves one thread.
+
+    Args:
+        exits: Layers to ask after, ascending.
+        schema: The features read; F = schema.width.
+        weights: One (weight [in, out], bias [out]) pair per layer, float32; the last has out = 1.
+        threshold: In logits; the row leaves if output > threshold.
+        candidates_VK: Candidate table for the candidate probe, or None.
+
+    Raises:
+        RequestError: shapes that do not chain from F to 1.
+    """
+
+    def __init__(
+        self,
+        exits: tuple[int, ...],
+        schema: FeatureSchema,
+        weights: Sequence[tuple[FloatArray, FloatArray]],
+        threshold: float = 0.0,
+        candidates_VK: IntArray | None = None,
+    ) -> None:
+        _check_chain(schema.width, weights)
+        self.exits = exits
+        self.schema = schema
+        self.threshold = threshold
+        self.candidates_VK = candidates_VK
+        self.weights = [(np.ascontiguousarray(w), np.ascontiguousarray(b)) for w, b in weights]
+        self._buffers = [np.empty((MAX_ROWS, b.size), np.float32) for _, b in weights]
+        self._leave = np.empty(MAX_ROWS, np.bool_)
+
+    def logits(self, features_NF: FloatArray) -> FloatArray:
+        """The MLP's output per row, [N]; a view that the next call reuses (N ≤ MAX_ROWS)."""
+        rows = len(features_NF)
+        x = features_NF
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(self.weights):
+            out = self._buffers[i][:rows]
+            np.dot(x, weight, out=out)
+            out += bias
+            if i < last:
+                np.tanh(out, out=out)
+            x = out
+        return x[:, 0]
+
+    def leave(self, features_NF: FloatArray) -> BoolArray:
+        """Rows whose logit exceeds the threshold; a view that the next call reuses."""
+        rows = len(features_NF)
+        if rows > MAX_ROWS:
+            half = rows // 2
+            head = self.leave(features_NF[:half]).copy()
+            return np.concatenate([head, self.leave(features_NF[half:])])
+        return np.greater(self.logits(features_NF), self.threshold, out=self._leave[:rows])
+
+
+def _check_chain(width: int, weights: Sequence[tuple[FloatArray, FloatArray]]) -> None:
+    for i, (weight, bias) in enumerate(weights):
+        if weight.ndim != 2 or weight.shape[0] != width or bias.shape != (weight.shape[1],):
+            raise RequestError(
+                f"weights[{i}]",
+                f"weight {weight.shape} and bias {bias.shape} do not take {width} inputs",
+                "Give weight [in, out] and bias [out]",
+            )
+        width = weight.shape[1]
+    if not weights or width != 1:
+        raise RequestError("weights", f"the last layer has {width} outputs, not 1")
