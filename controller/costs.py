@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 

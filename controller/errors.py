@@ -49,7 +49,7 @@ class RegistryUnavailableError(FieldError):
     """The policy registry cannot be reached."""
 
 
-class Overloaded(OfframpError):  # noqa: N818 - a state the client retries, not a fault
+class OverloadedError(OfframpError):
     """Every slot is taken and the waiting line is full.
 
     Attributes:
@@ -60,7 +60,7 @@ class Overloaded(OfframpError):  # noqa: N818 - a state the client retries, not 
         self.retry_after_s = retry_after_s
         super().__init__(f"every slot is taken; retry after {retry_after_s} s")
 
-    def __reduce__(self) -> tuple[type[Overloaded], tuple[int]]:
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[int]]:
         return type(self), (self.retry_after_s,)
 
 

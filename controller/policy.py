@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
 
@@ -31,7 +30,7 @@ class ExitPolicy(Protocol):
     def schema(self) -> FeatureSchema | None: ...  # noqa: D102
 
     @property
-    def candidates_VK(self) -> IntArray | None: ...  # noqa: D102, N802
+    def candidates_VK(self) -> IntArray | None: ...  # noqa: D102
 
     def leave(self, features_NF: FloatArray) -> BoolArray:
         """Which of the N rows leave here. The result may be a view that the next call reuses."""
