@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
+
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 
@@ -60,7 +61,3 @@ class CostTable:
         ]
         seconds.append(self.full_s + len(exits) * decision_s)
         return np.asarray(seconds, np.float32) / np.float32(self.full_s)
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """Plain values for JSON."""
-        return asdict(self)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offramp.controller.errors import TraceError
 from offramp.controller.features import FloatArray, IntArray
 

@@ -1,1 +1,35 @@
-"""offramp.envs"""
+"""Recorded tokens and the environments that replay them.
+
+Importing this package registers ``offramp/TokenExit-v0`` with Gymnasium. The Stable-Baselines3
+adapter is ``offramp.envs.sb3_vec_env.TokenExitVecEnv``: apart, so that this import stays light.
+"""
+
+import gymnasium as gym
+
+from offramp.envs.core import Finals, StepBatch, TokenExitCore
+from offramp.envs.gym_env import TokenExitEnv
+from offramp.envs.store import TraceStore
+from offramp.envs.tokens import QUALITIES, Quality, TokenTraces
+from offramp.envs.vector_env import TokenExitVectorEnv
+
+__all__ = [
+    "ENV_ID",
+    "QUALITIES",
+    "Finals",
+    "Quality",
+    "StepBatch",
+    "TokenExitCore",
+    "TokenExitEnv",
+    "TokenExitVectorEnv",
+    "TokenTraces",
+    "TraceStore",
+]
+
+ENV_ID = "offramp/TokenExit-v0"
+"""Name under which ``gymnasium.make`` and ``gymnasium.make_vec`` find the environment."""
+
+gym.register(
+    id=ENV_ID,
+    entry_point="offramp.envs.gym_env:TokenExitEnv",
+    vector_entry_point="offramp.envs.vector_env:TokenExitVectorEnv",
+)

@@ -1,0 +1,81 @@
+"""p̂: a calibrated classifier of "this exit's token is the full-depth token".
+
+Shape suffixes: N tokens, E exits, F features, M = N·E rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from offramp.agents.export import Weights, linear_weights
+from offramp.agents.normaliser import Normaliser
+from offramp.envs.tokens import TokenTraces
+
+HIDDEN = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhatConfig:
+    """How the classifier is trained.
+
+    Attributes:
+        epochs: Passes over all rows.
+        batch: Rows per gradient step.
+        learning_rate: Of Adam, at the start; it falls linearly to 0.
+        seed: Of the initial weights and of the order of rows.
+    """
+
+    epochs: int = 12
+    batch: int = 4096
+    learning_rate: float = 5e-3
+    seed: int = 0
+
+
+def train_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
+    """Fit P(right | features) by binary cross-entropy over every exit of every token.
+
+    Returns:
+        Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of p̂.
+    """
+    torch.manual_seed(config.seed)
+    width = traces.features_NEF.shape[2]
+    rows_MF = traces.features_NEF.reshape(-1, width)
+    normaliser = Normaliser.fit(rows_MF)
+    x_MF = torch.from_numpy((rows_MF - normaliser.mean_F) / normaliser.std_F)
+    y_M = torch.from_numpy(traces.agree_NE.reshape(-1))
+    net = nn.Sequential(
+        nn.Linear(width, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
+        nn.Linear(HIDDEN, 1),
+    )  # fmt: skip
+    _fit(net, x_MF, y_M, config)
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    first, *rest = [linear_weights(layer) for layer in layers]
+    return [normaliser.fold(*first), *rest]
+
+
+def logit(probability: float) -> float:
+    """The logit whose logistic is this probability, in (0, 1).
+
+    >>> logit(0.5)
+    0.0
+    """
+    return float(np.log(probability / (1 - probability)))
+
+
+def _fit(net: nn.Module, x_MF: torch.Tensor, y_M: torch.Tensor, config: PhatConfig) -> None:
+    optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+    steps = config.epochs * -(-len(x_MF) // config.batch)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
+    for _ in range(config.epochs):
+        for batch in torch.randperm(len(x_MF)).split(config.batch):
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                net(x_MF[batch])[:, 0], y_M[batch]
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+            optimiser.step()
+            schedule.step()

@@ -1,0 +1,185 @@
+"""Record traces: Ray workers decode documents, the store takes their chunks.
+
+Shape suffixes: V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+
+from offramp.agents.corpus import Document, load_corpus, write_split
+from offramp.agents.study import save_candidates, save_measured
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.store import TraceStore
+from offramp.worker.actor import TraceRecorder, WorkerSpec
+from offramp.worker.candidates import successor_table
+from offramp.worker.loading import check_model, load_tokenizer
+
+RECORDED_SPLITS = ("train", "validation")
+"""Test documents are never recorded: they are only met on-policy, in evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig:
+    """What to record.
+
+    Attributes:
+        worker: What each recorder loads.
+        corpus: Folder of documents; None takes the interpreter's standard library.
+        documents: Documents to take from the corpus, over all splits; None takes all.
+        tokens_per_document: Tokens recorded of each, from a place its digest picks.
+        exits: Layers to probe; () places three at the quarters of the depth.
+        candidates: Candidate tokens per token.
+        recorders: Ray actors at work.
+    """
+
+    worker: WorkerSpec
+    corpus: Path | None = None
+    documents: int | None = 320
+    tokens_per_document: int = 256
+    exits: tuple[int, ...] = ()
+    candidates: int = 64
+    recorders: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_document", "recorders"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is below 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordReport:
+    """What was recorded.
+
+    Attributes:
+        folder: The trace store.
+        documents: Documents recorded, by split.
+        tokens: Tokens recorded.
+        seconds: Wall time of recording, model loading left out.
+        exits: Layers probed.
+    """
+
+    folder: Path
+    documents: dict[str, int]
+    tokens: int
+    seconds: float
+    exits: tuple[int, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput of all recorders together."""
+        return self.tokens / self.seconds
+
+
+def record_traces(
+    config: RecordConfig, folder: Path, on_chunk: Callable[[int, int], None] = lambda *_: None
+) -> RecordReport:
+    """Record the training and validation documents of a corpus into a new trace store.
+
+    Args:
+        config: What to record.
+        folder: Where the store is created, with candidates, costs and split beside it.
+        on_chunk: Told (tokens recorded so far, tokens in all) after each chunk.
+
+    Raises:
+        TraceError: the corpus is empty, or the folder already holds traces.
+        ModelError: a recorder cannot load the model.
+    """
+    check_model(config.worker.model)
+    documents = load_corpus(config.corpus, limit=config.documents)
+    tokenized = tokenize(config.worker.model, documents)
+    recorders = [TraceRecorder.remote(config.worker) for _ in range(config.recorders)]
+    try:
+        facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
+        exits = config.exits or quarters(facts.layers)
+        _require_exits(exits, facts.layers)
+        train = [tokens for doc, tokens in tokenized if doc.split == "train"]
+        candidates_VK = successor_table(train, facts.vocab, config.candidates)
+        header = TraceHeader(
+            model=facts.model, schema=CANDIDATES_V1.digest, exits=exits, layers=facts.layers
+        )
+        store = TraceStore.create(folder, header)
+        save_candidates(folder, candidates_VK)
+        write_split(documents, folder / "split.json")
+        ray.get([r.prepare.remote(exits, ray.put(candidates_VK)) for r in recorders])
+        windows = [
+            (doc, window(doc, tokens, config.tokens_per_document + 1))
+            for doc, tokens in tokenized
+            if doc.split in RECORDED_SPLITS
+        ]
+        seconds = _record_all(recorders, windows, store, on_chunk)
+        save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
+    finally:
+        for recorder in recorders:
+            ray.kill(recorder)
+    counts = {s: sum(doc.split == s for doc, _ in windows) for s in RECORDED_SPLITS}
+    tokens = sum(len(tokens) - 1 for _, tokens in windows)
+    return RecordReport(
+        folder=folder, documents=counts, tokens=tokens, seconds=seconds, exits=exits
+    )
+
+
+def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
+    """Token ids of each document.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    tokenizer = load_tokenizer(model)
+    encoded = tokenizer([doc.text for doc in documents], verbose=False)["input_ids"]
+    return list(zip(documents, encoded, strict=True))
+
+
+def window(document: Document, tokens: list[int], length: int) -> list[int]:
+    """At most ``length`` tokens, from a place that the document's digest picks."""
+    room = max(0, len(tokens) - length)
+    start = int(document.digest[:8], 16) % (room + 1)
+    return tokens[start : start + length]
+
+
+def quarters(layers: int) -> tuple[int, ...]:
+    """Exits after one, two and three quarters of the layers.
+
+    >>> quarters(12)
+    (3, 6, 9)
+    """
+    return tuple(sorted({max(1, layers * part // 4) for part in (1, 2, 3)}))
+
+
+def _require_exits(exits: tuple[int, ...], layers: int) -> None:
+    if list(exits) != sorted(set(exits)) or not all(1 <= e < layers for e in exits):
+        raise ConfigError(
+            "exits", f"{exits} do not ascend within [1, {layers - 1}]", "Use layers of the model"
+        )
+
+
+def _record_all(
+    recorders: list[Any],
+    windows: list[tuple[Document, list[int]]],
+    store: TraceStore,
+    on_chunk: Callable[[int, int], None],
+) -> float:
+    if not windows:
+        raise TraceError("corpus", "has no training document", "Use more documents")
+    split = {doc.digest: doc.split for doc, _ in windows}
+    total = sum(len(tokens) - 1 for _, tokens in windows)
+    done = 0
+    start = time.perf_counter()
+    pool = ActorPool(recorders)
+    # Ordered, so that the same corpus always gives the same store and the same training run.
+    chunks = pool.map(lambda actor, item: actor.record.remote(item[0].digest, item[1]), windows)
+    for chunk in chunks:
+        assert isinstance(chunk, TraceChunk)
+        store.append(chunk, split[chunk.document])
+        done += len(chunk)
+        on_chunk(done, total)
+    return time.perf_counter() - start

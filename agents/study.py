@@ -1,0 +1,97 @@
+"""A recorded folder, read back: traces by split, measured costs, candidate table.
+
+Shape suffixes: V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from offramp.controller.costs import CostTable
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import TraceError
+from offramp.controller.features import IntArray
+from offramp.envs.store import TraceStore
+from offramp.envs.tokens import TokenTraces
+from offramp.worker.actor import ModelFacts
+
+Record = TypeVar("Record", CostTable, ModelFacts)
+
+COSTS = "costs.json"
+FACTS = "model.json"
+CANDIDATES = "candidates.npy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What training works on.
+
+    Attributes:
+        train: Tokens to learn from.
+        validation: Tokens to choose by.
+        costs: Measured on the machine that recorded.
+        candidates_VK: The table whose probe was recorded.
+        facts: The model that was recorded.
+    """
+
+    train: TokenTraces
+    validation: TokenTraces
+    costs: CostTable
+    candidates_VK: IntArray
+    facts: ModelFacts
+
+
+def load_study(folder: Path) -> Study:
+    """Read a folder that ``record_traces`` wrote.
+
+    Raises:
+        TraceError: a part is missing or damaged.
+    """
+    store = TraceStore.open(folder)
+    return Study(
+        train=store.read("train"),
+        validation=store.read("validation"),
+        costs=_load_record(folder / COSTS, CostTable),
+        candidates_VK=_load_candidates(folder / CANDIDATES),
+        facts=_load_record(folder / FACTS, ModelFacts),
+    )
+
+
+def save_measured(folder: Path, costs: CostTable, facts: ModelFacts) -> None:
+    """Write the cost table and the model's facts beside the traces."""
+    write_durably(folder / COSTS, json.dumps(asdict(costs), indent=1).encode())
+    write_durably(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
+
+
+def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
+    """Write a candidate table beside the traces."""
+    buffer = io.BytesIO()
+    np.save(buffer, candidates_VK, allow_pickle=False)
+    write_durably(folder / CANDIDATES, buffer.getvalue())
+
+
+def _load_record(path: Path, kind: type[Record]) -> Record:
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TraceError(
+            str(path), f"is unreadable ({error})", "Record the traces again"
+        ) from error
+
+
+def _load_candidates(path: Path) -> IntArray:
+    try:
+        table: IntArray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise TraceError(
+            str(path), f"is no readable candidate table ({error})", "Record the traces again"
+        ) from error
+    if table.ndim != 2 or table.dtype != np.int32:
+        raise TraceError(str(path), f"holds {table.dtype} of shape {table.shape}, not int32 [V, K]")
+    return table

@@ -1,0 +1,145 @@
+"""Learn exit policies from recorded traces: the whole way, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from offramp.agents.contenders import Contender, assemble
+from offramp.agents.phat import PhatConfig, train_phat
+from offramp.agents.ppo import PPOConfig, train_ppo
+from offramp.agents.study import Study, load_study
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.policy import ExitPolicy
+from offramp.controller.weights import pack_policy
+
+INDEX = "contenders.json"
+CANNED_ROWS = 64
+"""Recorded inputs that travel with a policy, for workers to reproduce its decisions on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        phat: The classifier's settings.
+        ppo: The agent's settings.
+        targets: Offline agreements with full depth at which every family gets a point.
+        threads: Torch threads; part of what makes a run reproducible.
+    """
+
+    phat: PhatConfig = field(default_factory=PhatConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    targets: tuple[float, ...] = (0.92, 0.96, 0.985)
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(0 < target < 1 for target in self.targets):
+            raise ConfigError("targets", f"{self.targets} are not all in (0, 1)")
+
+
+def train(
+    config: TrainConfig,
+    traces: Path,
+    folder: Path,
+    on_steps: Callable[[int, int], None] = lambda *_: None,
+) -> list[Contender]:
+    """Train the classifier and the agent, place them and the baselines, save them all.
+
+    The same traces, config and machine give the same policies, byte for byte.
+
+    Args:
+        config: How to train.
+        traces: A folder that ``record_traces`` wrote.
+        folder: Where each contender's bundle is written, with an index.
+        on_steps: Told (PPO steps done, steps in all).
+
+    Raises:
+        TraceError: the traces are missing or damaged.
+    """
+    torch.set_num_threads(config.threads)
+    study = load_study(traces)
+    phat = train_phat(study.train, config.phat)
+    agent = train_ppo(study.train, study.costs, config.ppo, on_steps)
+    contenders = assemble(study, phat, agent, config.targets, config.ppo.lambda_range)
+    save_contenders(folder, contenders, study, config)
+    return contenders
+
+
+def save_contenders(
+    folder: Path, contenders: list[Contender], study: Study, config: TrainConfig
+) -> None:
+    """Write one unsigned bundle per contender, then the index that names them."""
+    training = {
+        "tokens": len(study.train),
+        "documents": len(study.train.documents),
+        "phat": asdict(config.phat),
+        "ppo": asdict(config.ppo),
+    }
+    index = []
+    for number, contender in enumerate(contenders):
+        name = f"{number:02d}"
+        bundle = PolicyBundle.draft(
+            pack_policy(contender.policy, _canned(contender.policy, study)),
+            model=study.facts.model,
+            tokenizer=study.facts.tokenizer,
+            training={**training, "family": contender.family, "setting": contender.setting},
+            metrics={"offline_agreement": contender.offline_agreement},
+            created_at=time.time(),
+        )
+        bundle.save(folder / name)
+        index.append(
+            {
+                "folder": name,
+                "family": contender.family,
+                "setting": contender.setting,
+                "offline_agreement": contender.offline_agreement,
+            }
+        )
+    write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
+
+
+def load_contenders(folder: Path) -> list[Contender]:
+    """Read back what ``train`` saved.
+
+    Raises:
+        ConfigError: the folder holds no index.
+        PolicyRefusedError: a bundle is damaged.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
+        ) from error
+    return [
+        Contender(
+            family=entry["family"],
+            setting=entry["setting"],
+            offline_agreement=entry["offline_agreement"],
+            policy=PolicyBundle.load(folder / entry["folder"]).policy(),
+        )
+        for entry in index
+    ]
+
+
+def _canned(policy: ExitPolicy, study: Study) -> FloatArray:
+    """Evenly spaced validation rows, of the columns that the policy reads."""
+    if policy.schema is None:
+        return np.empty((1, 0), np.float32)
+    if policy.schema == CANDIDATES_V1:
+        rows_MF = study.validation.features_NEF.reshape(-1, policy.schema.width)
+    else:
+        margin_M = study.validation.margin_NE.reshape(-1)
+        rows_MF = np.stack([np.zeros_like(margin_M), margin_M], axis=1)
+    return rows_MF[:: max(1, len(rows_MF) // CANNED_ROWS)][:CANNED_ROWS]

@@ -1,0 +1,192 @@
+"""The Ray Serve pool: each replica is one worker with its own engine and policy refresh."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.redis_registry import RedisRegistry
+from offramp.controller.signing import load_public_key, trusted_keys
+from offramp.controller.trust import ReleaseVerifier
+from offramp.deploy.http_app import create_app
+from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.loading import check_model
+from offramp.worker.refresh import PolicyRefresher
+from offramp.worker.service import EngineService
+
+APP = "offramp"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """A pool of workers behind one HTTP address.
+
+    Attributes:
+        worker: What each replica loads.
+        model_id: Name that clients ask for.
+        redis_url: The registry that the workers follow.
+        channel: Whose releases they follow.
+        trusted: File with the publisher's public key.
+        state_dir: Folder of the workers' own state (marks, last-known-good releases).
+        replicas: Number of workers.
+        host, port: Where HTTP listens.
+        api_key: What clients must present; None asks for none, on loopback only.
+        max_waiting: Requests that may wait per worker before new ones get 429.
+        poll_s: Seconds between polls of the registry when no event wakes a worker.
+        cpus: Cores that Ray sets aside per replica.
+    """
+
+    worker: WorkerSpec
+    model_id: str
+    redis_url: str
+    channel: str
+    trusted: Path
+    state_dir: Path
+    replicas: int = 2
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_waiting: int = 64
+    poll_s: float = 5.0
+    cpus: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError("replicas", f"{self.replicas} is below 1")
+        if not 0 < self.port < 65536:
+            raise ConfigError("port", f"{self.port} is not in [1, 65535]")
+        if self.host not in LOOPBACK and self.api_key is None:
+            raise ConfigError(
+                "host",
+                f"{self.host} is reachable from outside, but no key is set",
+                "Set OFFRAMP_API_KEY or listen on 127.0.0.1",
+            )
+
+
+@serve.deployment
+@serve.ingress()
+class ServedWorker:
+    """One replica: engine thread, policy refresher, HTTP app."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        rank = serve.get_replica_context().rank.rank
+        self.worker_id = f"worker-{rank}"
+        self.model_id = config.model_id
+        self.api_key = config.api_key
+        self.started_at = int(time.time())
+        engine = load_engine(config.worker)
+        verifier = ReleaseVerifier(
+            trusted_keys(load_public_key(config.trusted)),
+            config.channel,
+            engine.model_fingerprint,
+            engine.tokenizer_fingerprint,
+        )
+        self.refresher = PolicyRefresher(
+            RedisRegistry(config.redis_url, config.channel),
+            verifier,
+            config.state_dir / self.worker_id,
+            self.worker_id,
+            config.poll_s,
+        )
+        engine.current_policy = lambda: self.refresher.current
+        self.service = EngineService(engine, max_waiting=config.max_waiting)
+        self.refresher.start()
+        self.service.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray Serve after construction."""
+        return create_app(self)
+
+    def check_health(self) -> None:
+        """Called by Ray Serve: a stuck engine gets its replica replaced."""
+        if not self.service.is_healthy:
+            raise RuntimeError("the engine makes no progress")
+
+    def policy_report(self) -> dict[str, Any]:
+        """This worker's policy; other workers report through their acknowledgements."""
+        snapshot = self.refresher.current
+        report = self.refresher.report
+        return {
+            "worker": self.worker_id,
+            "generation": snapshot.generation,
+            "digest": snapshot.digest,
+            "exits": list(snapshot.policy.exits),
+            "state": report.state.value,
+            "reason": report.reason,
+        }
+
+
+@contextlib.contextmanager
+def running_pool(config: PoolConfig) -> Iterator[str]:
+    """Deploy a pool on the current Ray cluster; yields its base URL and shuts it down after.
+
+    Raises:
+        ConfigError: the port is taken.
+        ModelError: the model folder cannot be served.
+    """
+    check_model(config.worker.model)
+    _require_free(config.host, config.port)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.host, "port": config.port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    try:
+        deployment = ServedWorker.options(
+            num_replicas=config.replicas,
+            # The app sheds load itself, with OpenAI's error body; Serve's own is plain text.
+            max_ongoing_requests=10 * config.max_waiting,
+            ray_actor_options={"num_cpus": config.cpus},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(deployment.bind(config), name=APP, route_prefix="/")
+        yield f"http://{config.host}:{config.port}"
+    finally:
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, cpus: int) -> Iterator[None]:
+    """Join a Ray cluster, or start a local one; leave it, or stop it, after.
+
+    Raises:
+        ConfigError: nobody answers at the address.
+    """
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is None:
+        options |= {"num_cpus": cpus, "include_dashboard": False, "address": "local"}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "RAY_ADDRESS", f"no Ray cluster answers at {address!r}", "Start one or unset it"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                "port", f"{host}:{port} cannot be used ({error.strerror})", "Choose another"
+            ) from error

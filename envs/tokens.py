@@ -1,0 +1,149 @@
+"""Recorded tokens in memory: what an episode is replayed from.
+
+Shape suffixes: N tokens, E exits, F feature columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.features import FloatArray, IntArray
+from offramp.controller.traces import TraceChunk, TraceHeader
+
+Quality = Literal["agreement", "logprob_gap"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
+"""Ways to score an exit's token against the full-depth one."""
+
+GAP_FLOOR_NATS = 5.0
+"""Log-probability gaps beyond this count as worst: e⁻⁵ is 0.7 % of the best token's chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenTraces:
+    """Tokens decoded at full depth, with what each exit would have said.
+
+    Attributes:
+        header: Model, feature schema, exits and layers the tokens were recorded with.
+        features_NEF: Candidate features at each exit, float32.
+        margin_NE: Full-vocabulary top1 − top2 probability at each exit, float32.
+        agree_NE: 1 where the exit's token is the full-depth token, else 0, float32.
+        gap_NE: Full-depth log-probability of the exit's token minus that of the full-depth
+            token, nats ≤ 0, float32.
+        right_NE: 1 where the exit's token really follows in the document, else 0, float32.
+        full_right_N: 1 where the full-depth token really follows, else 0, float32.
+        document_N: Index into ``documents`` of each token's document, int32.
+        documents: SHA-256 of each document's text.
+
+    Raises:
+        TraceError: there is no token, or an array's shape is not the header's.
+    """
+
+    header: TraceHeader
+    features_NEF: FloatArray
+    margin_NE: FloatArray
+    agree_NE: FloatArray
+    gap_NE: FloatArray
+    right_NE: FloatArray
+    full_right_N: FloatArray
+    document_N: IntArray
+    documents: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.document_N), len(self.header.exits))
+        if 0 in shape:
+            raise TraceError("traces", f"hold {shape[0]} tokens with {shape[1]} exits")
+        for name in ("margin_NE", "agree_NE", "gap_NE", "right_NE"):
+            _check_shape(name, getattr(self, name).shape, shape)
+        _check_shape("features_NEF", self.features_NEF.shape[:2], shape)
+        _check_shape("full_right_N", self.full_right_N.shape, shape[:1])
+
+    def __len__(self) -> int:
+        return len(self.document_N)
+
+    @classmethod
+    def from_chunks(cls, header: TraceHeader, chunks: Iterable[TraceChunk]) -> TokenTraces:
+        """Join chunks in the order given; chunks of one document share its index.
+
+        Raises:
+            TraceError: there is no token, or a chunk has another number of exits or features.
+        """
+        parts = [chunk for chunk in chunks if len(chunk)]
+        if not parts:
+            raise TraceError("chunks", "hold no token", "Record some documents first")
+        if len({part.features_TEF.shape[1:] for part in parts}) > 1:
+            raise TraceError(
+                "chunks", "differ in exits or features", "Read one recording at a time"
+            )
+        index = {name: i for i, name in enumerate(dict.fromkeys(part.document for part in parts))}
+        exit_token_NE = np.concatenate([part.exit_token_TE for part in parts])
+        full_token_N = np.concatenate([part.full_token_T for part in parts])
+        next_token_N = np.concatenate([part.next_token_T for part in parts])
+        return cls(
+            header=header,
+            features_NEF=np.concatenate([part.features_TEF for part in parts]),
+            margin_NE=np.concatenate([part.margin_TE for part in parts]),
+            agree_NE=(exit_token_NE == full_token_N[:, None]).astype(np.float32),
+            gap_NE=np.concatenate([part.gap_TE for part in parts]),
+            right_NE=(exit_token_NE == next_token_N[:, None]).astype(np.float32),
+            full_right_N=(full_token_N == next_token_N).astype(np.float32),
+            document_N=np.repeat(
+                np.array([index[part.document] for part in parts], np.int32),
+                [len(part) for part in parts],
+            ),
+            documents=tuple(index),
+        )
+
+    def select(self, documents: Collection[str]) -> TokenTraces:
+        """The tokens of these documents only, in their old order.
+
+        Raises:
+            TraceError: a document is not in these traces, or none is named.
+        """
+        unknown = set(documents) - set(self.documents)
+        if unknown:
+            raise TraceError("documents", f"{min(unknown)[:12]!r} is not in these traces")
+        kept = [i for i, name in enumerate(self.documents) if name in set(documents)]
+        new_index = np.full(len(self.documents), -1, np.int32)
+        new_index[kept] = np.arange(len(kept), dtype=np.int32)
+        document_N = new_index[self.document_N]
+        rows = document_N >= 0
+        return TokenTraces(
+            header=self.header,
+            features_NEF=self.features_NEF[rows],
+            margin_NE=self.margin_NE[rows],
+            agree_NE=self.agree_NE[rows],
+            gap_NE=self.gap_NE[rows],
+            right_NE=self.right_NE[rows],
+            full_right_N=self.full_right_N[rows],
+            document_N=document_N[rows],
+            documents=tuple(self.documents[i] for i in kept),
+        )
+
+    def quality(self, kind: Quality) -> FloatArray:
+        """Quality in [0, 1] of leaving at each exit; the last column is full depth, 1. [N, E + 1].
+
+        ``agreement``: 1 if the exit's token is the full-depth token, else 0.
+        ``logprob_gap``: 1 + clip(gap, −c, 0) / c with c = 5 nats.
+
+        Raises:
+            ConfigError: there is no such kind.
+        """
+        if kind == "agreement":
+            exits_NE = self.agree_NE
+        elif kind == "logprob_gap":
+            floor = np.float32(GAP_FLOOR_NATS)
+            exits_NE = 1 + np.clip(self.gap_NE, -floor, 0) / floor
+        else:
+            raise ConfigError("quality", f"{kind!r} is unknown", f"Use {' or '.join(QUALITIES)}")
+        full_N1 = np.ones((len(self), 1), np.float32)
+        return np.concatenate([exits_NE, full_N1], axis=1, dtype=np.float32)
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise TraceError(name, f"has shape {found}, not {expected}")

@@ -1,0 +1,110 @@
+"""Ray actors that hold an engine and record traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+from transformers.utils import logging as transformers_logging
+
+from offramp.controller.costs import CostTable
+from offramp.controller.features import IntArray
+from offramp.controller.traces import TraceChunk
+from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.profile import measure_costs
+from offramp.worker.record import record_document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker process loads.
+
+    Attributes:
+        model: Folder in Hugging Face format, as the worker's machine sees it.
+        dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        threads: Torch threads of the process.
+        slots: Rows decoded together at most.
+    """
+
+    model: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    slots: int = 8
+
+
+def load_engine(spec: WorkerSpec) -> AdaptiveEngine:
+    """Set the process's threads and load the engine.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(spec.threads)
+    return AdaptiveEngine.from_pretrained(
+        spec.model, dtype=spec.dtype, device=spec.device, slots=spec.slots
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a loaded model says of itself.
+
+    Attributes:
+        model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the vocabulary.
+        layers: Number of layers L.
+        vocab: Number of tokens V.
+    """
+
+    model: str
+    tokenizer: str
+    layers: int
+    vocab: int
+
+
+def describe(engine: AdaptiveEngine) -> ModelFacts:
+    """The facts of an engine's model."""
+    return ModelFacts(
+        model=engine.model_fingerprint,
+        tokenizer=engine.tokenizer_fingerprint,
+        layers=engine.stack.layers,
+        vocab=engine.stack.vocab,
+    )
+
+
+@ray.remote
+class TraceRecorder:
+    """Decodes documents at full depth and returns their per-exit features.
+
+    Call ``prepare`` before ``record``.
+
+    Args:
+        spec: What to load.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.engine = load_engine(spec)
+        self.exits: tuple[int, ...] = ()
+        self.candidates_VK: IntArray = np.empty((0, 0), np.int32)
+
+    def describe(self) -> ModelFacts:
+        """The model's facts."""
+        return describe(self.engine)
+
+    def prepare(self, exits: Sequence[int], candidates_VK: IntArray) -> None:
+        """Set the layers to probe and the candidate table."""
+        self.exits = tuple(exits)
+        self.candidates_VK = candidates_VK
+
+    def record(self, document: str, tokens: Sequence[int]) -> TraceChunk:
+        """One document's chunk; see ``record_document``."""
+        return record_document(self.engine.stack, document, tokens, self.exits, self.candidates_VK)
+
+    def measure(self) -> CostTable:
+        """This process's costs; call it while no other actor works."""
+        return measure_costs(self.engine, self.candidates_VK)

@@ -1,0 +1,75 @@
+"""What a request must be before it may wait in line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from offramp.controller.errors import RequestError
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policy import ExitPolicy
+
+
+def encode_prompt(prompt: str | Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt.
+
+    Raises:
+        RequestError: it is empty, or a string without a tokenizer to encode it.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError("prompt", "is a string, but the engine has no tokenizer")
+        prompt = tokenizer.encode(prompt)
+    if len(prompt) == 0:
+        raise RequestError("prompt", "is empty", "Give at least one token")
+    return tuple(int(token) for token in prompt)
+
+
+def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
+    """Refuse token ids outside the vocabulary.
+
+    Raises:
+        RequestError: naming the first such token.
+    """
+    for index, token in enumerate(tokens):
+        if not 0 <= token < vocab:
+            raise RequestError(
+                field, f"token {token} at index {index} is not in [0, {vocab})", "Use other ids"
+            )
+
+
+def require_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
+    """Refuse what the model's context cannot hold.
+
+    Raises:
+        RequestError: naming the three numbers.
+    """
+    if prompt_tokens + max_tokens > context:
+        raise RequestError(
+            "max_tokens",
+            f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the context "
+            f"of {context}",
+            f"Ask for at most {max(context - prompt_tokens, 0)} or shorten the prompt",
+        )
+
+
+def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
+    """Refuse a policy made for another model.
+
+    Raises:
+        RequestError: exits out of order or range, or a candidate table that does not fit.
+    """
+    exits = policy.exits
+    if list(exits) != sorted(set(exits)) or any(not 1 <= e <= layers for e in exits):
+        raise RequestError(
+            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
+        )
+    if policy.schema != CANDIDATES_V1:
+        return
+    table = policy.candidates_VK
+    if table is None or table.shape[0] != vocab or table.min() < 0 or table.max() >= vocab:
+        raise RequestError(
+            "candidates",
+            f"the policy's candidate table does not fit a vocabulary of {vocab}",
+            "Train the policy on traces of this model",
+        )

@@ -1,0 +1,320 @@
+"""The engine: requests join and leave between steps; each runs under its pinned policy.
+
+Shape suffix: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.policy import ExitPolicy
+from offramp.worker.admission import encode_prompt, require_context, require_fit, require_tokens
+from offramp.worker.decode import Decoder
+from offramp.worker.detokenize import StreamDecoder
+from offramp.worker.kv import SlotKV
+from offramp.worker.loading import (
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    require_supported,
+    tokenizer_fingerprint,
+)
+from offramp.worker.sampling import SamplingParams, draw
+from offramp.worker.sequence import (
+    Completion,
+    CompletionStats,
+    Request,
+    Sequence,
+    TokenEvent,
+    mean_layer,
+)
+from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.stack import HFDecoderStack
+
+Prompt = str | Items[int]
+
+
+class AdaptiveEngine:
+    """Early-exit decoding of a Hugging Face causal LM.
+
+    One thread drives it. ``generate`` and ``stream`` are for scripts; a server calls ``submit``,
+    ``step`` and ``cancel``.
+
+    Args:
+        model: A supported ``*ForCausalLM`` in evaluation mode.
+        tokenizer: Its tokenizer; None if prompts and completions are token ids only.
+        slots: Rows decoded together at most; the rest wait in line.
+        current_policy: Asked at each admission for the policy to pin; full depth by default.
+
+    Raises:
+        ModelError: the architecture is unsupported.
+        ConfigError: fewer than one slot.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        slots: int = 8,
+        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
+    ) -> None:
+        require_supported(model)
+        if slots < 1:
+            raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
+        self.stack = HFDecoderStack(model)
+        self.tokenizer = tokenizer
+        self.kv = SlotKV(self.stack, slots)
+        self.decoder = Decoder(self.stack, self.kv)
+        self.current_policy = current_policy
+        self.model_fingerprint = model_fingerprint(model)
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
+        self._waiting: deque[Request] = deque()
+        self._running: list[Sequence] = []
+        self._texts: dict[str, StreamDecoder] = {}
+        self._ids = itertools.count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_model: str | Path | Any,
+        *,
+        tokenizer: Any = None,
+        dtype: str | torch.dtype = torch.float32,
+        device: str = "cpu",
+        slots: int = 8,
+        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
+    ) -> AdaptiveEngine:
+        """Load a model folder (or wrap a loaded model) with its tokenizer.
+
+        Args:
+            path_or_model: A folder in Hugging Face format, a hub id, or a model object.
+            tokenizer: Overrides the folder's; optional for a model object.
+            dtype: Of the weights, "float32" or "bfloat16"; ignored for a model object.
+            device: "cpu" or "cuda"; ignored for a model object.
+            slots: Rows decoded together at most.
+            current_policy: Asked at each admission for the policy to pin.
+
+        Raises:
+            ModelError: missing folder, not a causal LM, unsupported architecture.
+            ConfigError: an unknown dtype.
+        """
+        if not isinstance(path_or_model, str | Path):
+            return cls(path_or_model, tokenizer, slots=slots, current_policy=current_policy)
+        model = load_model(path_or_model, _dtype(dtype), device)
+        tokenizer = tokenizer or load_tokenizer(path_or_model)
+        return cls(model, tokenizer, slots=slots, current_policy=current_policy)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling: SamplingParams | None = None,
+        policy: ExitPolicy | PolicySnapshot | None = None,
+    ) -> list[Completion]:
+        """Complete some prompts together.
+
+        Args:
+            prompts: Strings or lists of token ids; one prompt alone is allowed.
+            sampling: For all of them; greedy, 64 tokens by default.
+            policy: For all of them; the engine's current one by default.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            RequestError: a prompt, sampling value or policy that cannot be served.
+        """
+        requests = [self.submit(p, sampling, policy) for p in _as_list(prompts)]
+        finished: dict[str, Sequence] = {}
+        pieces: dict[str, list[str]] = {request.id: [] for request in requests}
+        while len(finished) < len(requests):
+            for event in self.step(finished):
+                pieces[event.request_id].append(event.text)
+        return [
+            _completion(finished[request.id], "".join(pieces[request.id])) for request in requests
+        ]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        policy: ExitPolicy | PolicySnapshot | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Complete one prompt, yielding each token as it is emitted.
+
+        Closing the iterator early frees its slot. Raises RequestError as ``generate`` does.
+        """
+        request = self.submit(prompt, sampling, policy)
+        try:
+            while self.is_busy(request.id):
+                yield from (event for event in self.step() if event.request_id == request.id)
+        finally:
+            self.cancel(request.id)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        policy: ExitPolicy | PolicySnapshot | None = None,
+        *,
+        forced: Items[int] = (),
+    ) -> Request:
+        """Queue a request and pin its policy.
+
+        Args:
+            prompt: A string or token ids.
+            sampling: Greedy, 64 tokens by default.
+            policy: The engine's current one by default.
+            forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
+                tokens are emitted as are given.
+
+        Raises:
+            RequestError: a prompt, sampling value or policy that cannot be served.
+        """
+        tokens = encode_prompt(prompt, self.tokenizer)
+        sampling = sampling or SamplingParams()
+        if forced:
+            sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
+        require_tokens("prompt", tokens, self.stack.vocab)
+        require_tokens("forced", forced, self.stack.vocab)
+        require_context(len(tokens), sampling.max_tokens, self.stack.context)
+        snapshot = self._snapshot(policy)
+        request = Request(
+            id=f"r{next(self._ids)}",
+            prompt=tokens,
+            sampling=sampling,
+            snapshot=snapshot,
+            forced=tuple(forced),
+        )
+        self._waiting.append(request)
+        return request
+
+    def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
+        """Admit what fits, then advance every running row by one token.
+
+        Args:
+            finished: Takes the sequences that ended in this step, by request id.
+        """
+        admitted = self._admit()
+        running = [row for row in self._running if not row.is_finished]
+        rows = [row for row in running if row not in admitted]
+        if rows:
+            self._advance(rows)
+        events = [self._event(row) for row in self._running if row in admitted or row in rows]
+        self._release(finished if finished is not None else {})
+        return events
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, running or waiting; its slot is free at the next step."""
+        self._waiting = deque(r for r in self._waiting if r.id != request_id)
+        for row in [row for row in self._running if row.request.id == request_id]:
+            self._vacate(row)
+        self._texts.pop(request_id, None)
+
+    def is_busy(self, request_id: str) -> bool:
+        """Whether a request is running or waiting."""
+        running = any(row.request.id == request_id for row in self._running)
+        return running or any(request.id == request_id for request in self._waiting)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Rows running, requests waiting."""
+        return len(self._running), len(self._waiting)
+
+    def _snapshot(self, policy: ExitPolicy | PolicySnapshot | None) -> PolicySnapshot:
+        if policy is None:
+            return self.current_policy()
+        if isinstance(policy, PolicySnapshot):
+            return policy
+        require_fit(policy, self.stack.layers, self.stack.vocab)
+        return PolicySnapshot(0, "", policy)
+
+    def _admit(self) -> list[Sequence]:
+        admitted = []
+        while self._waiting and len(self._running) < self.kv.slots:
+            request = self._waiting.popleft()
+            row = Sequence(request, slot=len(self._running))
+            self.kv.reserve(len(request.prompt) + request.sampling.max_tokens)
+            logits_V = self.decoder.prefill(request.prompt, row.slot)
+            row.emit(self._draw(logits_V, row), self.stack.layers, self.stack.eos_tokens)
+            self._running.append(row)
+            admitted.append(row)
+            if self.tokenizer is not None:
+                self._texts[request.id] = StreamDecoder(self.tokenizer)
+        return admitted
+
+    def _advance(self, rows: list[Sequence]) -> None:
+        result = self.decoder.step(rows)
+        for index, row in enumerate(rows):
+            token = self._draw(result.logits_BV[index], row)
+            row.emit(token, result.exit_layers[index], self.stack.eos_tokens)
+
+    def _draw(self, logits_V: torch.Tensor, row: Sequence) -> int:
+        return draw(logits_V, row.request.sampling, row.generator)
+
+    def _event(self, row: Sequence) -> TokenEvent:
+        token = row.emitted[-1]
+        decoder = self._texts.get(row.request.id)
+        return TokenEvent(
+            request_id=row.request.id,
+            token=token,
+            text=decoder.push(token, last=row.is_finished) if decoder else "",
+            exit_layer=row.exit_layers[-1],
+            generation=row.generations[-1],
+            finish_reason=row.finish_reason,
+        )
+
+    def _release(self, finished: dict[str, Sequence]) -> None:
+        for row in [row for row in self._running if row.is_finished]:
+            finished[row.request.id] = row
+            self._vacate(row)
+            self._texts.pop(row.request.id, None)
+
+    def _vacate(self, row: Sequence) -> None:
+        # The last row moves into the hole, so that running rows stay the first slots.
+        last = self._running.pop()
+        if last is not row:
+            self._running[row.slot] = last
+            self.kv.move(last.slot, row.slot, last.position)
+            last.slot = row.slot
+
+
+def _completion(row: Sequence, text: str) -> Completion:
+    assert row.finish_reason is not None
+    return Completion(
+        text=text,
+        token_ids=row.emitted,
+        exit_layers=row.exit_layers,
+        finish_reason=row.finish_reason,
+        stats=CompletionStats(
+            prompt_tokens=len(row.request.prompt),
+            generation=row.request.snapshot.generation,
+            mean_exit_layer=mean_layer(row.exit_layers),
+        ),
+    )
+
+
+def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item]  # every item was seen to be an int
+    return items  # type: ignore[arg-type]  # not ints, so prompts
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ConfigError("dtype", f"{dtype!r} is unknown", f"Use {' or '.join(known)}")
+    return known[dtype]

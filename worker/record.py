@@ -1,0 +1,81 @@
+"""Record traces: what each exit saw and would have emitted, in one full-depth pass.
+
+Shape suffixes: T tokens, D width, V vocabulary, K candidates, E exits, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.controller.features import IntArray
+from offramp.controller.traces import TraceChunk
+from offramp.worker.candidates import NgramIndex
+from offramp.worker.probes import CandidateProbe, softmax_features
+from offramp.worker.stack import LayerStack
+
+
+@torch.inference_mode()
+def record_document(
+    stack: LayerStack,
+    document: str,
+    tokens: Sequence[int],
+    exits: Sequence[int],
+    candidates_VK: IntArray,
+) -> TraceChunk:
+    """Decode one document at full depth, teacher-forced, and probe every token at every exit.
+
+    All positions run in one pass; a probe computes row by row what it computes in live decoding
+    (tested), so the features are the ones a policy will meet.
+
+    Args:
+        stack: The model.
+        document: Digest of the document's text.
+        tokens: T + 1 token ids; the last is only ever a label.
+        exits: Layers to probe, ascending.
+        candidates_VK: The candidate table.
+    """
+    inputs = list(tokens[:-1])
+    x_TD = stack.embed(torch.tensor([inputs], device=stack.device))
+    positions_T = np.arange(len(inputs), dtype=np.int32)
+    rotary = stack.rotary(x_TD, torch.from_numpy(positions_T)[None].to(stack.device))
+    probe = CandidateProbe(
+        stack, _candidates(inputs, candidates_VK), x_TD[0], positions_T, len(exits)
+    )
+    features, exit_logits = [], []
+    for index in range(stack.layers):
+        x_TD = stack.run_layer(index, x_TD, rotary, None, None)
+        if index + 1 in exits:
+            features.append(probe.features(index + 1, x_TD[0]))
+            exit_logits.append(stack.logits(x_TD[0]))
+    full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
+    full_token_T = full_TV.argmax(-1)
+    exit_token_TE = torch.stack([logits_TV.argmax(-1) for logits_TV in exit_logits], dim=-1)
+    gap_TE = full_TV.gather(-1, exit_token_TE) - full_TV.gather(-1, full_token_T[:, None])
+    margins = [softmax_features(logits_TV)[:, 1] for logits_TV in exit_logits]
+    return TraceChunk(
+        document=document,
+        position_T=positions_T,
+        features_TEF=np.stack(features, axis=1),
+        margin_TE=np.stack(margins, axis=1),
+        exit_token_TE=_int32(exit_token_TE),
+        full_token_T=_int32(full_token_T),
+        next_token_T=np.asarray(tokens[1:], np.int32),
+        gap_TE=gap_TE.cpu().numpy(),
+    )
+
+
+def _candidates(inputs: Sequence[int], table_VK: IntArray) -> IntArray:
+    ngrams = NgramIndex(())
+    rows = np.empty((len(inputs), table_VK.shape[1]), np.int32)
+    for index, token in enumerate(inputs):
+        ngrams.push(token)
+        rows[index] = ngrams.candidates(table_VK)
+    return rows
+
+
+def _int32(tensor: Tensor) -> IntArray:
+    return tensor.to(torch.int32).cpu().numpy()

@@ -1,0 +1,145 @@
+"""One request's way through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from offramp.worker.candidates import NgramIndex
+from offramp.worker.sampling import SamplingParams, new_generator
+from offramp.worker.snapshot import PolicySnapshot
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a caller submits.
+
+    Attributes:
+        id: Unique within the engine.
+        prompt: Token ids, at least one.
+        sampling: How to draw tokens, and how many.
+        snapshot: The policy, pinned until the request ends.
+        forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    snapshot: PolicySnapshot
+    forced: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One emitted token.
+
+    Attributes:
+        request_id: Whose token.
+        token: Its id.
+        text: The text that became readable with it ("" inside a multi-byte character).
+        exit_layer: Layers executed for it.
+        generation: Generation of the policy that decided it (0: built-in full depth).
+        finish_reason: Set on the last token only.
+    """
+
+    request_id: str
+    token: int
+    text: str
+    exit_layer: int
+    generation: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A running request: its row in the cache and what it has emitted."""
+
+    request: Request
+    slot: int
+    emitted: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    generator: torch.Generator | None = None
+    ngrams: NgramIndex | None = None
+
+    def __post_init__(self) -> None:
+        self.generator = new_generator(self.request.sampling)
+        if self.request.snapshot.policy.candidates_VK is not None:
+            self.ngrams = NgramIndex(self.request.prompt)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token to feed: entries in the cache so far."""
+        return len(self.request.prompt) + len(self.emitted) - 1
+
+    @property
+    def next_input(self) -> int:
+        """The token to feed next."""
+        last = len(self.emitted) - 1
+        return self.request.forced[last] if self.request.forced else self.emitted[last]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last token was emitted."""
+        return self.finish_reason is not None
+
+    def emit(self, token: int, exit_layer: int, eos_tokens: frozenset[int]) -> None:
+        """Record an emitted token and see whether it is the last."""
+        self.emitted.append(token)
+        self.exit_layers.append(exit_layer)
+        self.generations.append(self.request.snapshot.generation)
+        self.finish_reason = self._reason(token, eos_tokens)
+        if self.ngrams is not None and not self.is_finished:
+            self.ngrams.push(self.next_input)
+
+    def _reason(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
+        sampling = self.request.sampling
+        if token in eos_tokens and not (sampling.ignore_eos or self.request.forced):
+            return "stop"
+        return "length" if len(self.emitted) >= sampling.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionStats:
+    """What one completion cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        generation: Policy generation it ran under (0: built-in full depth).
+        mean_exit_layer: Mean layers executed per emitted token (the first comes from the
+            prompt's full-depth pass).
+    """
+
+    prompt_tokens: int
+    generation: int
+    mean_exit_layer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What ``generate`` returns per prompt.
+
+    Attributes:
+        text: Decoded tokens, special ones left out.
+        token_ids: Emitted tokens, the end-of-sequence token included.
+        exit_layers: Layers executed for each of them.
+        finish_reason: "stop" at an end-of-sequence token, "length" at max_tokens.
+        stats: What it cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    exit_layers: list[int]
+    finish_reason: FinishReason
+    stats: CompletionStats
+
+
+def mean_layer(exit_layers: Items[int]) -> float:
+    """Mean of the layers executed; 0 for no tokens."""
+    return sum(exit_layers) / len(exit_layers) if exit_layers else 0.0
