@@ -71,7 +71,7 @@ def _fit(net: nn.Module, x_MF: torch.Tensor, y_M: torch.Tensor, config: PhatConf
     steps = config.epochs * -(-len(x_MF) // config.batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
     for _ in range(config.epochs):
-        for batch in torch.randperm(len(x_MF)).split(config.batch):
+        for batch in torch.split(torch.randperm(len(x_MF)), config.batch):
             loss = nn.functional.binary_cross_entropy_with_logits(
                 net(x_MF[batch])[:, 0], y_M[batch]
             )

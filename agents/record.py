@@ -20,7 +20,7 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.store import TraceStore
-from offramp.worker.actor import TraceRecorder, WorkerSpec
+from offramp.worker.actor import TraceRecorderActor, WorkerSpec
 from offramp.worker.candidates import successor_table
 from offramp.worker.loading import check_model, load_tokenizer
 
@@ -97,7 +97,7 @@ def record_traces(
     check_model(config.worker.model)
     documents = load_corpus(config.corpus, limit=config.documents)
     tokenized = tokenize(config.worker.model, documents)
-    recorders = [TraceRecorder.remote(config.worker) for _ in range(config.recorders)]
+    recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
     try:
         facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
         exits = config.exits or quarters(facts.layers)

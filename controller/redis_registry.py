@@ -230,7 +230,8 @@ class RedisRegistry:
 def _connect(url: str, connect_s: float, socket_s: float) -> redis.Redis:
     options: dict[str, Any] = {
         "socket_timeout": socket_s,
-        # redis-py's own retries would repeat a promotion blindly and stretch every timeout.
+        # A retry inside redis-py would repeat a promotion blindly; its default (0 to 10) varies by
+        # version and by constructor.
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }

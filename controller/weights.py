@@ -283,10 +283,10 @@ def _layers(tensors: Tensors) -> list[tuple[FloatArray, FloatArray]]:
 
 def _check_canned(policy: ExitPolicy, tensors: Tensors) -> None:
     try:
-        found = policy.leave(tensors["canned.features"])
-        same = np.array_equal(found, tensors["canned.leave"].astype(np.bool_))
+        found_N = policy.leave(tensors["canned.features"])
+        differs_N = np.not_equal(found_N, tensors["canned.leave"].astype(np.bool_))
     except (KeyError, ValueError, IndexError) as error:
         raise PolicyRefusedError(Refusal.BAD_SHAPE, f"canned inputs: {error}") from error
-    if not same:
-        detail = f"{int((found != tensors['canned.leave']).sum())} of {len(found)} decisions differ"
+    if differs_N.any():
+        detail = f"{differs_N.sum()} of {len(found_N)} decisions differ from those recorded"
         raise PolicyRefusedError(Refusal.CANNED_INPUTS, detail)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.controller.errors import RequestError
+from offramp.worker.completion import mean_layer
 from offramp.worker.sampling import SamplingParams
-from offramp.worker.sequence import TokenEvent, mean_layer
+from offramp.worker.sequence import TokenEvent
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),

@@ -102,9 +102,7 @@ class _Reply:
                     yield self._chunk(event)
                 if self.with_usage:
                     yield _line(
-                        usage_chunk(
-                            self.id, self.created, self.model, self.prompt_tokens, tokens
-                        )
+                        usage_chunk(self.id, self.created, self.model, self.prompt_tokens, tokens)
                     )
             except OfframpError as error:
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))

@@ -86,7 +86,7 @@ class EmbeddedRedis:
             self._socket_dir = Path(tempfile.mkdtemp(prefix="offramp-"))
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(binary), "--dir", str(data_dir), "--save", "60 1", *self._listening()],
+                [str(binary), "--dir", str(data_dir), "--save", "60", "1", *self._listening()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -74,8 +74,6 @@ class PoolConfig:
             )
 
 
-@serve.deployment
-@serve.ingress()
 class ServedWorker:
     """One replica: engine thread, policy refresher, HTTP app."""
 
@@ -127,6 +125,10 @@ class ServedWorker:
         }
 
 
+ServedWorkerDeployment: Any = serve.deployment(serve.ingress()(ServedWorker))
+"""The same as a Ray Serve deployment."""
+
+
 @contextlib.contextmanager
 def running_pool(config: PoolConfig) -> Iterator[str]:
     """Deploy a pool on the current Ray cluster; yields its base URL and shuts it down after.
@@ -143,7 +145,7 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     try:
-        deployment = ServedWorker.options(
+        deployment = ServedWorkerDeployment.options(
             num_replicas=config.replicas,
             # The app sheds load itself, with OpenAI's error body; Serve's own is plain text.
             max_ongoing_requests=10 * config.max_waiting,

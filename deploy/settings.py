@@ -50,7 +50,7 @@ class Settings(BaseModel):
             if environment.get(name):
                 values[name.lower()] = environment[name]
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             raise _unusable(error) from error
 

@@ -39,36 +39,8 @@ TEST_FOLDERS = frozenset({"test", "tests", "testing", "idle_test"})
 WARM_UP_SHARE = 0.03  # of the time budget
 FINAL_RATE_SHARE = 0.02  # of the peak learning rate
 LOG_EVERY = 25  # steps
+Stream = NDArray[np.int32]
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
-
-CARD = """# A small LM of Python source, trained to exit
-
-Llama architecture, {config.num_hidden_layers} layers, width {config.hidden_size}, byte-level BPE
-of {config.vocab_size} tokens, context {config.max_position_embeddings} (trained at
-{recipe.length}), bf16.
-
-## Data
-
-Python files of the CPython {python} standard library and of the packages installed beside it
-(tests left out, deduplicated, lines ≤ 400 characters): {files} files, {tokens} tokens.
-{held_out_files} more files, chosen by the hash of their content, are held out.
-
-## Training
-
-{steps} steps of {recipe.batch} windows in {recipe.minutes} minutes on {threads} CPU threads:
-{seen} tokens seen, {epochs:.2f} of an epoch. {optimizer} for the hidden matrices, AdamW for the
-rest, peak rate {recipe.rate}, cosine over the time; torch {torch.__version__}, bf16 autocast,
-seed {recipe.seed}. Losses on the way: `training.log`.
-
-## Losses per exit
-
-Trained with a loss at layers {exits}, weighted {weights}. Held-out nats per token: {losses_E}.
-
-## Limits
-
-Small and briefly trained: it writes text that looks like Python, not correct Python. Only the
-exits above were trained. It exists to make exits, traces, policies and serving real.
-"""
 
 
 class Recipe(NamedTuple):
@@ -100,8 +72,8 @@ def gather(max_files: int | None) -> list[Document]:
 
 
 def is_held_out(document: Document) -> bool:
-    # The last digits: the first ones order the files, and --max-files cuts that order.
-    return int(document.digest[-8:], 16) / 16**8 < HELD_OUT_SHARE
+    # The end of the range that offramp's test split is taken from: these files stay unseen there.
+    return int(document.digest[-8:], 16) / 16**8 >= 1 - HELD_OUT_SHARE
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
@@ -118,7 +90,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> NDArray[np.int32]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Stream:
     """One stream of tokens, each text followed by the end token."""
     parts = []
     for text in track(texts, "tokenizing"):
@@ -167,7 +139,7 @@ def rate_share(spent: float) -> float:
     return min(1.0, spent / WARM_UP_SHARE) * (FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * cosine)
 
 
-def cut(stream_T: NDArray[np.int32], starts_B: NDArray[np.int64], length: int) -> Tensor:
+def cut(stream_T: Stream, starts_B: NDArray[np.int64], length: int) -> Tensor:
     windows = [stream_T[start : start + length + 1] for start in starts_B]
     return torch.from_numpy(np.stack(windows)).long()
 
@@ -185,9 +157,7 @@ def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float)
     model.zero_grad()
 
 
-def train(
-    model: LlamaForCausalLM, stream_T: NDArray[np.int32], recipe: Recipe
-) -> tuple[int, list[str]]:
+def train(model: LlamaForCausalLM, stream_T: Stream, recipe: Recipe) -> tuple[int, list[str]]:
     """Take steps until the time is spent; return their number, and the log."""
     losses_of = torch.compile(ExitLosses(model, recipe), disable=not recipe.compiled)
     weights_E = torch.tensor(list(recipe.exits.values()))
@@ -219,7 +189,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, stream_T: NDArray[np.int32], recipe: Recipe) -> list[float]:
+def evaluate(model: LlamaForCausalLM, stream_T: Stream, recipe: Recipe) -> list[float]:
     """Held-out nats per token of each exit, over windows spread evenly."""
     last = len(stream_T) - recipe.length - 1
     starts = np.linspace(0, last, HELD_OUT_BATCHES * recipe.batch).astype(np.int64)
@@ -243,23 +213,54 @@ def run(out: Path, config: LlamaConfig, recipe: Recipe, max_files: int | None) -
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.log").write_text("\n".join([*log, f"val {losses_E}\n"]), encoding="utf-8")
-    seen = steps * recipe.batch * recipe.length
-    card = CARD.format(
-        **{"config": config, "recipe": recipe, "torch": torch, "losses_E": losses_E},
-        **{"files": len(texts), "held_out_files": len(held_out), "tokens": len(stream_T)},
-        **{"steps": steps, "seen": seen, "epochs": seen / len(stream_T)},
-        **{"exits": list(recipe.exits), "weights": list(recipe.exits.values())},
-        **{"threads": torch.get_num_threads(), "python": platform.python_version()},
-        optimizer="Muon" if recipe.muon else "AdamW",
-    )
-    (out / "README.md").write_text(card, encoding="utf-8")
-    print(f"{steps} steps, held-out losses {losses_E} at {list(recipe.exits)}, saved in {out}")
+    data = f"{len(texts)} files, {len(stream_T)} tokens; {len(held_out)} other files are held out"
+    seen = f"{steps} steps, {steps * recipe.batch * recipe.length / len(stream_T):.2f} of an epoch"
+    (out / "README.md").write_text(card(config, recipe, data, seen, losses_E), encoding="utf-8")
+    print(f"{seen}, held-out losses {losses_E} at {list(recipe.exits)}, saved in {out}")
+
+
+def card(config: LlamaConfig, recipe: Recipe, data: str, seen: str, losses_E: list[float]) -> str:
+    """The model card."""
+    rows = zip(recipe.exits.items(), losses_E, strict=True)
+    optimizer = "Muon" if recipe.muon else "AdamW"
+    table = "\n".join(f"| {layer} | {weight} | {loss} |" for (layer, weight), loss in rows)
+    return f"""# A small LM of Python source, trained to exit
+
+Llama architecture, {config.num_hidden_layers} layers, width {config.hidden_size}, byte-level BPE
+of {config.vocab_size} tokens, context {config.max_position_embeddings}, bf16.
+
+## Data
+
+Python files of the CPython {platform.python_version()} standard library and of the packages beside
+it (tests left out, deduplicated, lines ≤ 400 characters):
+{data}, chosen by the hash of their content.
+
+## Training
+
+{recipe.minutes} minutes on {torch.get_num_threads()} CPU threads (torch {torch.__version__}, bf16
+autocast): {seen}, {recipe.batch} windows of {recipe.length} tokens a step. {optimizer} for the
+hidden matrices, AdamW for the rest, peak rate {recipe.rate}, cosine over the time, seed
+{recipe.seed}. Losses on the way: `training.log`.
+
+## Losses per exit
+
+| after layer | weight in training | held-out nats per token |
+|---|---|---|
+{table}
+
+## Limits
+
+It writes text that looks like Python, not correct Python. Only the exits above were trained.
+"""
 
 
 def parse_exits(text: str) -> dict[int, float]:
     """`3:.15,12:1` as {3: 0.15, 12: 1.0}."""
     pairs = (pair.split(":") for pair in text.split(","))
-    return {int(layer): float(weight) for layer, weight in pairs}
+    try:
+        return {int(layer): float(weight) for layer, weight in pairs}
+    except ValueError as error:
+        raise typer.BadParameter("write layer:weight,layer:weight", param_hint="--exits") from error
 
 
 def check(recipe: Recipe, config: LlamaConfig) -> None:
@@ -274,7 +275,7 @@ def check(recipe: Recipe, config: LlamaConfig) -> None:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the model; made if missing.")],
-    config: Annotated[Path, Option(help="Folder with a Llama config.json: the shape.")] = REFERENCE,
+    config: Annotated[Path, Option(exists=True, help="Folder of a Llama config.json.")] = REFERENCE,
     minutes: Annotated[float, Option(min=0.1, help="Time of training, minutes.")] = 90.0,
     threads: Annotated[int, Option(min=1, help="CPU threads.")] = os.cpu_count() or 1,
     max_files: Annotated[int | None, Option(min=200, help="Files; all by default.")] = None,
@@ -284,15 +285,12 @@ def main(
     muon: Annotated[bool, Option("--muon/--adamw", help="For the hidden matrices.")] = True,
     rate: Annotated[float, Option(min=0.0, help="Peak learning rate.")] = 4e-3,
     seed: Annotated[int, Option(help="Of the weights and of the windows.")] = 0,
-    compiled: Annotated[
-        bool, Option("--compile/--no-compile", help="Needs a C++ compiler.")
-    ] = True,
+    compiled: Annotated[bool, Option("--compile/--no-compile", help="Needs a compiler.")] = True,
 ) -> None:
     """Train a tokenizer and a Llama with exits on this machine's Python files."""
     torch.set_num_threads(threads)
     shape = LlamaConfig.from_pretrained(config)
-    losses = parse_exits(exits)
-    recipe = Recipe(minutes, batch, length, losses, muon, rate, seed, compiled)
+    recipe = Recipe(minutes, batch, length, parse_exits(exits), muon, rate, seed, compiled)
     check(recipe, shape)
     run(out, shape, recipe, max_files)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -77,7 +78,6 @@ def describe(engine: AdaptiveEngine) -> ModelFacts:
     )
 
 
-@ray.remote
 class TraceRecorder:
     """Decodes documents at full depth and returns their per-exit features.
 
@@ -108,3 +108,7 @@ class TraceRecorder:
     def measure(self) -> CostTable:
         """This process's costs; call it while no other actor works."""
         return measure_costs(self.engine, self.candidates_VK)
+
+
+TraceRecorderActor: Any = ray.remote(TraceRecorder)
+"""The same as a Ray actor; each call is ``.remote(…)``."""

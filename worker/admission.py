@@ -9,8 +9,22 @@ from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy
 
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
 
-def encode_prompt(prompt: str | Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one alone or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    tokens = [item for item in items if isinstance(item, int)]
+    if items and len(tokens) == len(items):
+        return [tokens]
+    return [item for item in items if not isinstance(item, int)]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a prompt.
 
     Raises:

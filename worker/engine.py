@@ -16,7 +16,15 @@ import torch
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.policy import ExitPolicy
-from offramp.worker.admission import encode_prompt, require_context, require_fit, require_tokens
+from offramp.worker.admission import (
+    Prompt,
+    as_prompts,
+    encode_prompt,
+    require_context,
+    require_fit,
+    require_tokens,
+)
+from offramp.worker.completion import Completion, completion_of
 from offramp.worker.decode import Decoder
 from offramp.worker.detokenize import StreamDecoder
 from offramp.worker.kv import SlotKV
@@ -24,22 +32,14 @@ from offramp.worker.loading import (
     load_model,
     load_tokenizer,
     model_fingerprint,
+    parse_dtype,
     require_supported,
     tokenizer_fingerprint,
 )
 from offramp.worker.sampling import SamplingParams, draw
-from offramp.worker.sequence import (
-    Completion,
-    CompletionStats,
-    Request,
-    Sequence,
-    TokenEvent,
-    mean_layer,
-)
+from offramp.worker.sequence import Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
 from offramp.worker.stack import HFDecoderStack
-
-Prompt = str | Items[int]
 
 
 class AdaptiveEngine:
@@ -109,7 +109,7 @@ class AdaptiveEngine:
         """
         if not isinstance(path_or_model, str | Path):
             return cls(path_or_model, tokenizer, slots=slots, current_policy=current_policy)
-        model = load_model(path_or_model, _dtype(dtype), device)
+        model = load_model(path_or_model, parse_dtype(dtype), device)
         tokenizer = tokenizer or load_tokenizer(path_or_model)
         return cls(model, tokenizer, slots=slots, current_policy=current_policy)
 
@@ -132,14 +132,14 @@ class AdaptiveEngine:
         Raises:
             RequestError: a prompt, sampling value or policy that cannot be served.
         """
-        requests = [self.submit(p, sampling, policy) for p in _as_list(prompts)]
+        requests = self._submit_all(as_prompts(prompts), sampling, policy)
         finished: dict[str, Sequence] = {}
         pieces: dict[str, list[str]] = {request.id: [] for request in requests}
         while len(finished) < len(requests):
             for event in self.step(finished):
                 pieces[event.request_id].append(event.text)
         return [
-            _completion(finished[request.id], "".join(pieces[request.id])) for request in requests
+            completion_of(finished[request.id], "".join(pieces[request.id])) for request in requests
         ]
 
     def stream(
@@ -229,6 +229,23 @@ class AdaptiveEngine:
         """Rows running, requests waiting."""
         return len(self._running), len(self._waiting)
 
+    def _submit_all(
+        self,
+        prompts: list[Prompt],
+        sampling: SamplingParams | None,
+        policy: ExitPolicy | PolicySnapshot | None,
+    ) -> list[Request]:
+        """All of the prompts, or, if one is refused, none."""
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                requests.append(self.submit(prompt, sampling, policy))  # noqa: PERF401 - see except
+        except BaseException:
+            for request in requests:
+                self.cancel(request.id)
+            raise
+        return requests
+
     def _snapshot(self, policy: ExitPolicy | PolicySnapshot | None) -> PolicySnapshot:
         if policy is None:
             return self.current_policy()
@@ -285,36 +302,3 @@ class AdaptiveEngine:
             self._running[row.slot] = last
             self.kv.move(last.slot, row.slot, last.position)
             last.slot = row.slot
-
-
-def _completion(row: Sequence, text: str) -> Completion:
-    assert row.finish_reason is not None
-    return Completion(
-        text=text,
-        token_ids=row.emitted,
-        exit_layers=row.exit_layers,
-        finish_reason=row.finish_reason,
-        stats=CompletionStats(
-            prompt_tokens=len(row.request.prompt),
-            generation=row.request.snapshot.generation,
-            mean_exit_layer=mean_layer(row.exit_layers),
-        ),
-    )
-
-
-def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]  # every item was seen to be an int
-    return items  # type: ignore[arg-type]  # not ints, so prompts
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in known:
-        raise ConfigError("dtype", f"{dtype!r} is unknown", f"Use {' or '.join(known)}")
-    return known[dtype]

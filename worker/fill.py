@@ -6,6 +6,8 @@ R = L·2·G·H stacked output rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,17 +61,17 @@ def _folded(weights: KVWeights) -> Tensor:
 
 
 def _stacked_bias(weights: list[KVWeights], dtype: torch.dtype) -> Tensor | None:
-    if weights[0].key.bias is None:
+    # nn.Linear declares its bias a Tensor, though Linear(bias=False) has none.
+    if getattr(weights[0].key, "bias", None) is None:
         return None
     return torch.cat([torch.cat([w.key.bias, w.value.bias]) for w in weights]).to(dtype)
 
 
 def _stacked_key_norm(weights: list[KVWeights]) -> tuple[Tensor | None, float]:
-    norms = [w.key_norm for w in weights if w.key_norm is not None]
+    norms: list[Any] = [w.key_norm for w in weights if w.key_norm is not None]
     if not norms:
         return None, 0.0
-    stacked = torch.stack([norm.weight for norm in norms])  # type: ignore[arg-type]  # untyped nn.Module attribute
-    return stacked, float(norms[0].variance_epsilon)  # type: ignore[arg-type]  # as above
+    return torch.stack([norm.weight for norm in norms]), float(norms[0].variance_epsilon)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -6,6 +6,7 @@ H head_dim, T tokens, N rows filled.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def _grown(old: Tensor, capacity: int) -> Tensor:
 
 def _as_rows(slots: Sequence[int], device: torch.device) -> Rows:
     step = slots[1] - slots[0] if len(slots) > 1 else 1
-    even = step > 0 and all(b - a == step for a, b in zip(slots, slots[1:], strict=False))
+    even = step > 0 and all(b - a == step for a, b in itertools.pairwise(slots))
     if even:
         return slice(slots[0], slots[-1] + 1, step)
     return torch.tensor(slots, device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from offramp.controller.errors import ModelError
+from offramp.controller.errors import ConfigError, ModelError
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -85,6 +85,20 @@ def require_supported(model: Any) -> None:
         raise ModelError(
             "model", f"is a {name}, which is not supported", f"Supported are {', '.join(SUPPORTED)}"
         )
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype from its name.
+
+    Raises:
+        ConfigError: another name than float32 or bfloat16.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ConfigError("dtype", f"{dtype!r} is unknown", f"Use {' or '.join(known)}")
+    return known[dtype]
 
 
 def model_fingerprint(model: Any) -> str:

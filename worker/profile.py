@@ -5,6 +5,7 @@ Shape suffixes: N rows, D width.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -129,6 +130,6 @@ def _policy(candidates_VK: IntArray) -> MlpPolicy:
     widths = (CANDIDATES_V1.width, *HIDDEN, 1)
     weights = [
         (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in itertools.pairwise(widths)
     ]
     return MlpPolicy((1,), CANDIDATES_V1, weights, candidates_VK=candidates_VK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,43 +102,3 @@ class Sequence:
         if token in eos_tokens and not (sampling.ignore_eos or self.request.forced):
             return "stop"
         return "length" if len(self.emitted) >= sampling.max_tokens else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionStats:
-    """What one completion cost.
-
-    Attributes:
-        prompt_tokens: Tokens of the prompt.
-        generation: Policy generation it ran under (0: built-in full depth).
-        mean_exit_layer: Mean layers executed per emitted token (the first comes from the
-            prompt's full-depth pass).
-    """
-
-    prompt_tokens: int
-    generation: int
-    mean_exit_layer: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What ``generate`` returns per prompt.
-
-    Attributes:
-        text: Decoded tokens, special ones left out.
-        token_ids: Emitted tokens, the end-of-sequence token included.
-        exit_layers: Layers executed for each of them.
-        finish_reason: "stop" at an end-of-sequence token, "length" at max_tokens.
-        stats: What it cost.
-    """
-
-    text: str
-    token_ids: list[int]
-    exit_layers: list[int]
-    finish_reason: FinishReason
-    stats: CompletionStats
-
-
-def mean_layer(exit_layers: Items[int]) -> float:
-    """Mean of the layers executed; 0 for no tokens."""
-    return sum(exit_layers) / len(exit_layers) if exit_layers else 0.0

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from offramp.controller.errors import OfframpError, OverloadedError
-from offramp.worker.engine import AdaptiveEngine, Prompt
+from offramp.worker.admission import Prompt
+from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Request, TokenEvent
 

@@ -21,7 +21,7 @@ class KVUpdate(Protocol):
     """The one method that Hugging Face attention asks of a cache."""
 
     def update(
-        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+        self, keys: Tensor, values: Tensor, layer: int, /, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values; return all that the rows may attend to."""
         ...

@@ -61,9 +61,7 @@ def test_the_median_function_is_small(functions: list[Function]) -> None:
 
 
 def test_the_measure_leaves_the_docstring_out() -> None:
-    source = (
-        'def spam(\n    egg: int,\n) -> int:\n    """Doc.\n\n    More.\n    """\n    return egg\n'
-    )
+    source = 'def spam(\n    egg: int,\n) -> int:\n    """Doc.\n\n    More."""\n    return egg\n'
     (node,) = ast.parse(source).body
     assert isinstance(node, ast.FunctionDef)
     assert measure(node, "here.py") == Function("here.py:1 spam", lines=7, body_lines=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socketserver
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis
@@ -33,9 +35,8 @@ def ready(redis_registry: RedisRegistry) -> tuple[RedisRegistry, Head]:
     return redis_registry, Head(1, 1, b"envelope", digest)
 
 
+@pytest.mark.parametrize("registry", ["redis"], indirect=True)
 def test_the_keys_are_those_of_the_schema(site: Any, redis_url: str, make_mlp: Any) -> None:
-    if not isinstance(site.registry, RedisRegistry):
-        pytest.skip("the schema is Redis's")
     release = site.serve(make_mlp(0))
     site.refresher("w0").poll_once()
     client = redis.Redis.from_url(redis_url)
@@ -86,6 +87,36 @@ def test_a_promotion_that_never_ran_is_not_repeated(ready: tuple[RedisRegistry, 
         registry.promote(head, 0)
     assert registry.head() is None
     assert calls == [1]
+
+
+class HangingUp(socketserver.StreamRequestHandler):
+    """Agrees to everything but a script, at which it hangs up."""
+
+    scripts: ClassVar[list[int]] = []
+
+    def handle(self) -> None:
+        while line := self.rfile.readline():
+            arguments = []
+            for _ in range(int(line[1:])):
+                length = int(self.rfile.readline()[1:])
+                arguments.append(self.rfile.read(length + 2)[:-2])
+            if arguments[0] == b"EVAL":
+                self.scripts.append(1)
+                return
+            self.wfile.write(b"+OK\r\n" if arguments[0] == b"CLIENT" else b":0\r\n")
+
+
+def test_the_client_library_does_not_repeat_a_promotion_either() -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangingUp) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        registry = RedisRegistry(f"redis://127.0.0.1:{server.server_address[1]}/0", "c", 0.2)
+        registry.head = lambda: None  # type: ignore[method-assign]
+        with pytest.raises(RegistryUnavailableError):
+            registry.promote(HEAD, 0)
+        server.shutdown()
+        registry.close()
+    assert HangingUp.scripts == [1]
 
 
 def test_a_read_is_repeated_once(ready: tuple[RedisRegistry, Head]) -> None:

@@ -115,7 +115,7 @@ BLOBS: dict[str, tuple[dict[str, Any], Refusal]] = {
     ),
     "too few canned decisions": (
         {"canned__leave": np.zeros(3, np.uint8)},
-        Refusal.CANNED_INPUTS,
+        Refusal.BAD_SHAPE,
     ),
 }
 

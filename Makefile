@@ -1,0 +1,63 @@
+# Two commands: `make demo` sets everything up and runs the closed loop; `make test` sets up and
+# passes the tests. `make check` is what CI runs.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+FOLDERS := controller worker envs agents deploy
+PACKAGES := $(addprefix offramp.,$(FOLDERS))
+
+# The build suffix of torch's pin names the index that has it; see constraints.txt.
+TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
+
+# Strict editable installs link single files, so a new or renamed file needs a new (quick) install.
+LINKED := $(VENV)/.linked-$(shell (cat pyproject.toml; find $(FOLDERS) -name '*.py' | sort) | cksum | cut -d' ' -f1)
+
+.PHONY: demo test check setup format format-check lint types layers docs clean
+
+demo: setup
+	$(BIN)/offramp demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: format-check lint types layers docs test
+
+setup: $(LINKED)
+
+$(VENV)/.packages: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--config-settings editable_mode=strict --editable ".[dev]"
+	touch $@
+
+$(LINKED): $(VENV)/.packages
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+		--config-settings editable_mode=strict --editable .
+	rm -f $(VENV)/.linked-*
+	touch $@
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+
+layers: setup
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

@@ -1,0 +1,174 @@
+"""``offramp record``, ``train`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.agents.assess import AssessConfig, Assessment, assess
+from offramp.agents.contenders import Contender
+from offramp.agents.phat import PhatConfig
+from offramp.agents.plots import draw_exit_depths, draw_frontier
+from offramp.agents.ppo import PPOConfig
+from offramp.agents.record import RecordConfig, record_traces
+from offramp.agents.study import load_study
+from offramp.agents.train import TrainConfig, load_contenders, train
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.durable import write_durably
+from offramp.deploy.commands.options import (
+    DEFAULT_MODEL,
+    Corpus,
+    Device,
+    Documents,
+    Dtype,
+    Model,
+    Seed,
+    Threads,
+    parse_layers,
+    parse_shares,
+)
+from offramp.deploy.console import console, evaluation_table, progress
+from offramp.deploy.serve_app import ray_session
+from offramp.deploy.settings import Settings
+from offramp.worker.actor import WorkerSpec, load_engine
+
+CHOSEN = "chosen"
+"""Folder, beside the contenders, of the bundle that an evaluation picked."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("record")(record)
+    app.command("train")(train_policies)
+    app.command("evaluate")(evaluate_policies)
+
+
+def record(
+    out: Annotated[Path, typer.Option(help="New folder for the traces.")],
+    model: Model = DEFAULT_MODEL,
+    corpus: Corpus = None,
+    documents: Documents = 320,
+    tokens_per_document: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
+    exits: Annotated[
+        str, typer.Option(help="Layers to probe, like 3,6,9 [default: quarters of the depth].")
+    ] = "",
+    candidates: Annotated[int, typer.Option(min=2, help="Candidate tokens per token.")] = 64,
+    recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+) -> None:
+    """Decode documents at full depth on Ray workers and store per-exit features."""
+    settings = Settings.from_environment()
+    config = RecordConfig(
+        worker=WorkerSpec(
+            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+        ),
+        corpus=corpus,
+        documents=documents,
+        tokens_per_document=tokens_per_document,
+        exits=parse_layers("exits", exits),
+        candidates=candidates,
+        recorders=recorders,
+    )
+    cpus = max(recorders, os.cpu_count() or 1)
+    with ray_session(settings.ray_address, cpus), progress("record", "tokens") as advance:
+        report = record_traces(config, out, advance)
+    console.print(
+        f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
+        f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"
+    )
+
+
+def train_policies(
+    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained policies.")],
+    steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
+    targets: Annotated[
+        str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
+    ] = ".92,.96,.985",
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """Train p̂ and PPO on recorded traces, and place them and the baselines."""
+    config = TrainConfig(
+        phat=PhatConfig(seed=seed),
+        ppo=PPOConfig(steps=steps, seed=seed),
+        targets=parse_shares("targets", targets),
+        threads=threads,
+    )
+    with progress("PPO", "steps") as advance:
+        contenders = train(config, traces, out, advance)
+    console.print(f"{len(contenders)} policies → {out}")
+
+
+def evaluate_policies(
+    policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
+    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
+    model: Model = DEFAULT_MODEL,
+    corpus: Corpus = None,
+    documents: Documents = 320,
+    test_documents: Annotated[int, typer.Option(min=1, help="Documents reported on.")] = 24,
+    timed_documents: Annotated[int, typer.Option(min=1, help="Of those, timed.")] = 4,
+    target_agreement: Annotated[
+        float, typer.Option(help="Least on-policy agreement of what is chosen.")
+    ] = 0.93,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """Choose a policy on validation documents and report every policy on test documents."""
+    config = AssessConfig(
+        model=model,
+        corpus=corpus,
+        corpus_limit=documents,
+        test_documents=test_documents,
+        timed_documents=timed_documents,
+        target_agreement=target_agreement,
+        threads=threads,
+        seed=seed,
+    )
+    spec = WorkerSpec(model=model, dtype=dtype, device=device, threads=threads)
+    contenders = load_contenders(policies)
+    costs = load_study(traces).costs
+    engine = load_engine(spec)
+    with progress("evaluate", "runs") as advance:
+        found = assess(config, engine, contenders, costs, lambda _, *count: advance(*count))
+    save_assessment(policies, contenders, found, costs.layers)
+    console.print(evaluation_table(found.test, contenders[found.chosen].name))
+    console.print(f"{found.reason} → {policies / CHOSEN}")
+
+
+def save_assessment(
+    policies: Path, contenders: list[Contender], found: Assessment, layers: int
+) -> None:
+    """Write the rows, the pictures and the chosen policy's bundle with its measured metrics."""
+    chosen = contenders[found.chosen].name
+    rows = {"validation": found.validation, "test": found.test}
+    plain = {split: [asdict(row) for row in each] for split, each in rows.items()}
+    content = json.dumps({**plain, "chosen": chosen, "reason": found.reason}, indent=1)
+    write_durably(policies / "evaluation.json", content.encode())
+    draw_frontier(found.test, chosen, policies / "frontier.png")
+    depths = {row.policy: row.depths for row in found.test if row.family != "fixed exit"}
+    draw_exit_depths(depths, layers, policies / "exit_depths.png")
+    bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
+    row = found.test[found.chosen]
+    metrics = {
+        "agreement": row.agreement,
+        "accuracy": row.accuracy,
+        "mean_layers": row.mean_layers,
+        "wall_ratio": row.wall_ratio,
+        "tokens": row.tokens,
+        "reason": found.reason,
+    }
+    manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, **metrics})
+    PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)

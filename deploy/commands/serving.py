@@ -1,0 +1,119 @@
+"""``offramp serve``, ``demo`` and ``doctor``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.deploy.commands.options import DEFAULT_MODEL, Device, Dtype, Model, Seed, Threads
+from offramp.deploy.console import console
+from offramp.deploy.demo.config import DemoConfig
+from offramp.deploy.demo.run import run_demo
+from offramp.deploy.doctor import examine
+from offramp.deploy.publishing import open_registry, public_key_path
+from offramp.deploy.redis_server import EmbeddedRedis
+from offramp.deploy.serve_app import PoolConfig, ray_session, running_pool
+from offramp.deploy.settings import Settings
+from offramp.worker.actor import WorkerSpec
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(serve)
+    app.command()(demo)
+    app.command()(doctor)
+
+
+def serve(
+    model: Model = DEFAULT_MODEL,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name clients ask for [default: the folder's name].")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    redis_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
+    ] = 6390,
+    slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
+    trust: Annotated[
+        Path | None,
+        typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME]."),
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+) -> None:
+    """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
+    settings = Settings.from_environment()
+    with contextlib.ExitStack() as stack:
+        if settings.redis_url is None:
+            redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))
+            settings = settings.model_copy(update={"redis_url": redis.url})
+            console.print(f"embedded Redis: export REDIS_URL={redis.url}")
+        open_registry(settings).close()
+        config = PoolConfig(
+            worker=WorkerSpec(
+                model=str(Path(model).resolve()) if Path(model).exists() else model,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                slots=slots,
+            ),
+            model_id=served_model_name or Path(model).resolve().name,
+            redis_url=settings.redis_url or "",
+            channel=settings.channel,
+            trusted=(trust or public_key_path(settings)).resolve(),
+            state_dir=(settings.home / "workers").resolve(),
+            replicas=replicas,
+            host=host,
+            port=port,
+            api_key=settings.api_key,
+            max_waiting=max_waiting,
+        )
+        stack.enter_context(ray_session(settings.ray_address, max(replicas, os.cpu_count() or 1)))
+        url = stack.enter_context(running_pool(config))
+        console.print(f"{config.model_id} on {url}/v1 with {replicas} workers; Ctrl-C stops it")
+        _wait_for_a_signal()
+
+
+def demo(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
+    seed: Seed = 0,
+) -> None:
+    """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
+    settings = Settings.from_environment()
+    config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    run_demo(config.shortened() if quick else config, settings)
+
+
+def doctor(model: Model = DEFAULT_MODEL) -> None:
+    """Check what offramp needs on this machine, and say what is missing."""
+    problems = 0
+    for check in examine(model, Settings.from_environment()):
+        mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
+        console.print(f"{mark} {check.name}: {check.detail}", soft_wrap=True)
+        problems += not check.passed
+    if problems:
+        raise typer.Exit(1)
+
+
+def _wait_for_a_signal() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()

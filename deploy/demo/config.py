@@ -1,0 +1,87 @@
+"""What the demo does, and how much of it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from offramp.controller.errors import ConfigError
+
+MARKER = ".offramp-demo"
+"""A folder that holds this file was made by the demo and may be emptied by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Sizes of the demo.
+
+    Attributes:
+        model: Folder of the model.
+        out: Folder of everything the demo writes; emptied first.
+        port: HTTP port of the pool; 0 takes a free one.
+        seed: Of training and bootstrap.
+        documents: Documents taken from the standard library.
+        tokens_per_document: Tokens recorded of each.
+        ppo_steps: PPO environment steps.
+        validation_documents, test_documents, timed_documents: See ``AssessConfig``.
+        target_agreement: Least on-policy agreement of what is published.
+        replicas: Workers in the pool.
+        in_flight: Streaming requests under way while the policy is swapped.
+        prompts: Requests that are timed one after the other, under each policy.
+        new_tokens: Tokens of each.
+    """
+
+    model: str = "models/reference"
+    out: Path = Path("runs/demo")
+    port: int = 0
+    seed: int = 0
+    documents: int = 320
+    tokens_per_document: int = 256
+    ppo_steps: int = 1_500_000
+    validation_documents: int = 16
+    test_documents: int = 24
+    timed_documents: int = 4
+    target_agreement: float = 0.93
+    replicas: int = 2
+    in_flight: int = 6
+    prompts: int = 6
+    new_tokens: int = 64
+
+    def shortened(self) -> DemoConfig:
+        """The same loop on less data: for tests, and for a first look."""
+        return replace(
+            self,
+            documents=48,
+            tokens_per_document=96,
+            ppo_steps=100_000,
+            validation_documents=2,
+            test_documents=3,
+            timed_documents=1,
+            in_flight=4,
+            prompts=2,
+            new_tokens=32,
+        )
+
+
+def prepare_folder(folder: Path) -> None:
+    """Empty the demo's own folder, or make it.
+
+    Raises:
+        ConfigError: the folder holds something that no demo wrote.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise ConfigError("out", f"{folder} is not empty", "Name a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

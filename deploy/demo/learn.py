@@ -1,0 +1,108 @@
+"""The demo's first half: record, train, evaluate, choose."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from offramp.agents.assess import AssessConfig, Assessment, assess
+from offramp.agents.contenders import Contender
+from offramp.agents.corpus import load_corpus
+from offramp.agents.phat import PhatConfig
+from offramp.agents.ppo import PPOConfig
+from offramp.agents.record import RecordConfig, RecordReport, record_traces
+from offramp.agents.study import Study, load_study
+from offramp.agents.train import TrainConfig, train
+from offramp.deploy.commands.learning import save_assessment
+from offramp.deploy.console import console, evaluation_table, progress
+from offramp.deploy.demo.config import DemoConfig
+from offramp.worker.actor import WorkerSpec, load_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What the first half found."""
+
+    recorded: RecordReport
+    study: Study
+    contenders: list[Contender]
+    assessment: Assessment
+
+    @property
+    def chosen(self) -> Contender:
+        """What is to be published."""
+        return self.contenders[self.assessment.chosen]
+
+
+def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
+    """Record traces on Ray workers, train, evaluate on-policy, choose."""
+    console.rule("[bold]1  Record[/]: Ray workers decode documents at full depth", align="left")
+    with progress("record", "tokens") as advance:
+        recorded = record_traces(
+            RecordConfig(
+                worker=spec,
+                documents=config.documents,
+                tokens_per_document=config.tokens_per_document,
+            ),
+            config.out / "traces",
+            advance,
+        )
+    console.print(
+        f"  {recorded.tokens:,} tokens, exits {recorded.exits}, "
+        f"{recorded.tokens_per_s:,.0f} tokens/s"
+    )
+    console.rule("[bold]2  Learn[/]: p̂ and PPO on the replayed traces", align="left")
+    training = TrainConfig(
+        phat=PhatConfig(seed=config.seed),
+        ppo=PPOConfig(steps=config.ppo_steps, seed=config.seed),
+    )
+    with progress("PPO", "steps") as advance:
+        contenders = train(training, config.out / "traces", config.out / "policies", advance)
+    console.rule("[bold]3  Evaluate[/]: held-out documents, exits really taken", align="left")
+    study = load_study(config.out / "traces")
+    engine = load_engine(spec)
+    with progress("evaluate", "runs") as advance:
+        found = assess(
+            AssessConfig(
+                model=spec.model,
+                corpus_limit=config.documents,
+                validation_documents=config.validation_documents,
+                test_documents=config.test_documents,
+                timed_documents=config.timed_documents,
+                target_agreement=config.target_agreement,
+                seed=config.seed,
+            ),
+            engine,
+            contenders,
+            study.costs,
+            lambda _, *count: advance(*count),
+        )
+    save_assessment(config.out / "policies", contenders, found, study.costs.layers)
+    learned = Learned(recorded, study, contenders, found)
+    console.print(evaluation_table(found.test, learned.chosen.name))
+    console.print(f"  {found.reason}", soft_wrap=True)
+    return learned
+
+
+def prompts(config: DemoConfig, count: int) -> list[str]:
+    """Beginnings of held-out documents."""
+    documents = load_corpus(None, limit=config.documents)
+    texts = [document.text for document in documents if document.split == "test"]
+    return [_beginning(texts[index % len(texts)]) for index in range(count)]
+
+
+def _beginning(text: str) -> str:
+    middle = len(text) // 2
+    start = text.index("\n", middle) + 1 if "\n" in text[middle:] else middle
+    return text[start : start + 240]
+
+
+def traces_report(learned: Learned) -> dict[str, object]:
+    """What the report says of the traces."""
+    return {
+        "documents": learned.recorded.documents,
+        "tokens": learned.recorded.tokens,
+        "seconds": learned.recorded.seconds,
+        "tokens_per_s": learned.recorded.tokens_per_s,
+        "exits": list(learned.recorded.exits),
+        "costs": asdict(learned.study.costs),
+    }

@@ -1,0 +1,64 @@
+"""What the demo prints of requests and swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.text import Text
+
+from offramp.deploy.console import console
+from offramp.deploy.demo.traffic import StreamRecord, tokens_per_s
+
+DEPTH_STYLES = ("green", "cyan", "yellow", "magenta", "red")
+"""From the earliest exit to full depth."""
+
+
+def show_completion(record: StreamRecord) -> None:
+    """A prompt (dim) and its completion, each token coloured by the layers it took."""
+    seen = sorted(set(record.exit_layers))
+    line = Text(record.prompt[-120:], style="dim")
+    for text, layer in zip(record.texts, record.exit_layers, strict=True):
+        line.append(text, style=_style(layer, seen))
+    console.print(line, soft_wrap=True)
+    legend = Text("  layers: ")
+    for layer in seen:
+        count = record.exit_layers.count(layer)
+        legend.append(f"{layer} ({count} tokens)  ", style=_style(layer, seen))
+    console.print(legend)
+
+
+def show_swap(swap: dict[str, Any]) -> None:
+    """Acknowledgement times, and which generation each stream ran under."""
+    for worker, ms in swap["ack_ms"].items():
+        console.print(f"  {worker} acknowledged generation {swap['generation']} after {ms:.0f} ms")
+    console.print(f"  streams in flight during the swap: {_each(swap['in_flight_generations'])}")
+    console.print(f"  streams begun after it: {_each(swap['after_generations'])}")
+    console.print(
+        f"  {swap['requests']} requests, {swap['failed']} failed, {swap['torn']} torn", style="bold"
+    )
+
+
+def show_speed(
+    before: Sequence[StreamRecord], after: Sequence[StreamRecord], restored: Sequence[StreamRecord]
+) -> None:
+    """Tokens per second that one client saw, under each policy."""
+    for label, records in (
+        ("full depth", before),
+        ("learned policy", after),
+        ("rolled back", restored),
+    ):
+        layers = [layer for record in records for layer in record.exit_layers]
+        mean = sum(layers) / len(layers) if layers else 0.0
+        console.print(
+            f"  {label:15} {tokens_per_s(records):6.1f} tokens/s   mean layers {mean:.2f}"
+        )
+
+
+def _style(layer: int, seen: Sequence[int]) -> str:
+    place = seen.index(layer) / max(1, len(seen) - 1)
+    return DEPTH_STYLES[round(place * (len(DEPTH_STYLES) - 1))]
+
+
+def _each(generations: Sequence[Sequence[int]]) -> str:
+    return " ".join("generation " + "+".join(map(str, each)) for each in generations)

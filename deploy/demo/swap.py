@@ -1,0 +1,142 @@
+"""The demo's second half: publish, swap under load, query, roll back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.errors import RegistryUnavailableError
+from offramp.controller.policy import NeverExit
+from offramp.controller.publisher import Publisher
+from offramp.controller.registry import AckState, PolicyRegistry
+from offramp.controller.weights import pack_policy
+from offramp.deploy.commands.control import release_bundle
+from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
+from offramp.worker.actor import ModelFacts
+
+ACK_DEADLINE_S = 60.0
+ACK_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swapped:
+    """One move of the head, as the workers acknowledged it.
+
+    Attributes:
+        generation: The new generation.
+        ack_ms: Milliseconds from the promotion to each worker's acknowledgement.
+    """
+
+    generation: int
+    ack_ms: dict[str, float]
+
+
+class ControlPanel:
+    """Publishes to a pool and waits for its workers.
+
+    Args:
+        publisher: The channel's writer.
+        registry: Where acknowledgements arrive.
+        workers: How many workers must acknowledge.
+        facts: The model that the pool serves.
+    """
+
+    def __init__(
+        self, publisher: Publisher, registry: PolicyRegistry, workers: int, facts: ModelFacts
+    ) -> None:
+        self.publisher = publisher
+        self.registry = registry
+        self.workers = workers
+        self.facts = facts
+
+    def publish_full_depth(self) -> int:
+        """Release and promote a policy that never exits; what a rollback returns to."""
+        release = self.publisher.release(
+            pack_policy(NeverExit(), np.empty((1, 0), np.float32)),
+            model=self.facts.model,
+            tokenizer=self.facts.tokenizer,
+            training={"family": "full depth"},
+            metrics={},
+        )
+        self.publisher.promote(release.generation)
+        return release.generation
+
+    def publish(self, folder: Path) -> Swapped:
+        """Sign a trained bundle, promote it, wait for every worker."""
+        release = release_bundle(self.publisher, PolicyBundle.load(folder))
+        return self._moved(lambda: self.publisher.promote(release.generation), release.generation)
+
+    def roll_back(self) -> Swapped:
+        """Return to the last good policy, wait for every worker."""
+        head = self.registry.head()
+        generation = 1 + (head.generation if head else 0)
+        return self._moved(self.publisher.rollback, generation)
+
+    def await_workers(self, generation: int) -> dict[str, float]:
+        """When each worker acknowledged a generation, unix seconds.
+
+        Raises:
+            RegistryUnavailableError: they did not all do so in time.
+        """
+        deadline = time.monotonic() + ACK_DEADLINE_S
+        while time.monotonic() < deadline:
+            acks = [ack for ack in self.registry.acks() if ack.generation == generation]
+            ready = {ack.worker: ack.at for ack in acks if ack.state is AckState.ACK}
+            if len(ready) >= self.workers:
+                return ready
+            time.sleep(ACK_POLL_S)
+        states = [f"{ack.worker} {ack.state.value} {ack.reason}" for ack in self.registry.acks()]
+        raise RegistryUnavailableError(
+            "workers", f"did not all acknowledge generation {generation}: {'; '.join(states)}"
+        )
+
+    def _moved(self, move: Callable[[], Any], generation: int) -> Swapped:
+        started = time.time()
+        move()
+        acknowledged = self.await_workers(generation)
+        ack_ms = {name: 1e3 * (at - started) for name, at in sorted(acknowledged.items())}
+        return Swapped(generation=generation, ack_ms=ack_ms)
+
+
+def swap_under_load(
+    panel: ControlPanel, traffic: Traffic, folder: Path, prompts: list[str]
+) -> dict[str, Any]:
+    """Publish a policy while streams are under way; the report's ``swap``."""
+    moved: list[Swapped] = []
+    # Long streams, so that they outlive the swap by far.
+    early, late = traffic.across_a_swap(
+        prompts, lambda: moved.append(panel.publish(folder)), tokens=4 * traffic.new_tokens
+    )
+    records = early + late
+    return {
+        **asdict(moved[0]),
+        "requests": len(records),
+        "failed": sum(record.failed for record in records),
+        "torn": sum(record.torn for record in records),
+        "errors": [record.error for record in records if record.failed],
+        "in_flight_generations": [sorted(set(record.generations)) for record in early],
+        "after_generations": [sorted(set(record.generations)) for record in late],
+        "in_flight_tokens": [len(record.texts) for record in early],
+    }
+
+
+def request_report(records: list[StreamRecord]) -> list[dict[str, Any]]:
+    """What the report says of timed requests."""
+    return [
+        {
+            "prompt": record.prompt,
+            "text": "".join(record.texts),
+            "exit_layers": record.exit_layers,
+            "generation": record.generations[-1] if record.generations else None,
+            "finish_reason": record.finish_reason,
+            "tokens_per_s": tokens_per_s([record]),
+            "error": record.error,
+        }
+        for record in records
+    ]

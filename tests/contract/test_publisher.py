@@ -1,0 +1,227 @@
+"""Releasing, promoting, rolling back: on both registries, seen by a worker."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.controller.errors import (
+    ConfigError,
+    PolicyRefusedError,
+    PromoteConflictError,
+    Refusal,
+)
+from offramp.controller.ledger import Ledger
+from offramp.controller.manifest import Manifest, Rollout
+from offramp.controller.publisher import Publisher
+from offramp.controller.registry import AckState
+from offramp.controller.signing import STAMP_MAGIC, open_envelope, trusted_keys
+from offramp.controller.trust import Stamp
+from offramp.controller.weights import pack_policy
+
+Site = Any
+
+
+def manifest_of(site: Site, generation: int) -> Manifest:
+    raw = Ledger(site.folder / "ledger").get(generation)
+    return Manifest.from_bytes(open_envelope(raw, trusted_keys(site.key.public_bytes)))
+
+
+def stamp_of(site: Site) -> Stamp:
+    trusted = trusted_keys(site.key.public_bytes)
+    return Stamp.from_bytes(open_envelope(site.registry.fresh(), trusted, STAMP_MAGIC))
+
+
+def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp: Any) -> None:
+    release = site.release(
+        make_mlp(1),
+        certificate={"risk": 0.02},
+        expires_in_s=60.0,
+        rollout=Rollout(percent=5, salt="x"),
+        guardrails={"max_exit_rate": 0.9},
+    )
+    assert release.generation == 1
+    assert site.registry.head() is None
+    assert site.registry.get_blob(release.digest, 10**6) is not None
+    manifest = manifest_of(site, 1)
+    assert (manifest.channel, manifest.epoch, manifest.digest) == ("demo", 1, release.digest)
+    assert manifest.certificate == {"risk": 0.02}
+    assert manifest.expires_at == site.clock() + 60.0
+    assert manifest.rollout == Rollout(percent=5, salt="x")
+    assert manifest.guardrails == {"max_exit_rate": 0.9}
+    assert manifest.rollback_of is None
+
+
+def test_a_promotion_serves_it_with_a_timestamp(site: Site, make_mlp: Any) -> None:
+    release = site.release(make_mlp(1))
+    site.publisher.promote(1)
+    head = site.registry.head()
+    assert (head.generation, head.epoch, head.digest) == (1, 1, release.digest)
+    assert head.envelope == release.envelope
+    stamp = stamp_of(site)
+    assert (stamp.channel, stamp.generation, stamp.issued_at) == ("demo", 1, site.clock())
+
+
+def test_generations_count_on_past_releases_never_served(site: Site, make_mlp: Any) -> None:
+    assert [site.release(make_mlp(seed)).generation for seed in range(3)] == [1, 2, 3]
+    site.publisher.promote(3)
+    assert site.release(make_mlp(3)).generation == 4
+
+
+def test_a_heartbeat_renews_the_timestamp(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    before = stamp_of(site)
+    site.now[0] += 100.0
+    site.publisher.heartbeat()
+    assert stamp_of(site).expires_at == before.expires_at + 100.0
+
+
+def test_a_rollback_is_a_higher_generation_of_the_old_policy(site: Site, make_mlp: Any) -> None:
+    worker = site.refresher()
+    old = site.serve(make_mlp(1), rollout=Rollout(percent=50, salt="s"), expires_in_s=10.0)
+    new = site.serve(make_mlp(2))
+    assert worker.poll_once().digest == new.digest
+    site.now[0] += 1000.0  # the old release itself has expired; its policy is signed anew
+    back = site.publisher.rollback()
+    assert (back.generation, back.digest) == (3, old.digest)
+    manifest = manifest_of(site, 3)
+    assert manifest.rollback_of == 2
+    assert manifest.rollout == Rollout(percent=100, salt="s")
+    assert manifest.expires_at == site.clock() + 10.0
+    ack = worker.poll_once()
+    assert (ack.state, ack.generation, ack.digest) == (AckState.ACK, 3, old.digest)
+
+
+def test_rollbacks_go_further_back_and_never_to_what_failed(site: Site, make_mlp: Any) -> None:
+    digests = [site.serve(make_mlp(seed)).digest for seed in (1, 2, 3)]
+    site.release(make_mlp(4))  # never served, so nothing to go back to
+    assert site.publisher.rollback().digest == digests[1]
+    assert site.publisher.rollback().digest == digests[0]
+    with pytest.raises(ConfigError, match="no good release"):
+        site.publisher.rollback()
+    assert site.publisher.rollback(to=3).digest == digests[2]  # unless told so
+
+
+def test_a_rollback_needs_something_older(site: Site, make_mlp: Any) -> None:
+    with pytest.raises(ConfigError, match="nothing was promoted"):
+        site.publisher.rollback()
+    site.serve(make_mlp(1))
+    with pytest.raises(ConfigError, match="not older"):
+        site.publisher.rollback(to=1)
+    with pytest.raises(ConfigError, match="not recorded"):
+        site.publisher.rollback(to=7)
+
+
+def test_an_older_release_cannot_be_promoted(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    site.serve(make_mlp(2))
+    with pytest.raises(ConfigError, match="Roll back instead"):
+        site.publisher.promote(1)
+    with pytest.raises(PromoteConflictError):
+        site.publisher.promote(2)
+    with pytest.raises(ConfigError, match="not recorded"):
+        site.publisher.promote(9)
+    assert site.registry.head().generation == 2
+
+
+def test_a_flushed_registry_is_filled_again_from_the_ledger(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    worker = site.refresher()
+    worker.poll_once()
+    site.wipe()
+    lost = worker.poll_once()
+    assert (lost.state, lost.generation) == (AckState.STALE, 1)
+    assert "lost its head" in lost.reason
+    site.publisher.promote(1)
+    assert worker.poll_once().state is AckState.ACK
+    assert site.refresher("new").poll_once().generation == 1
+
+
+def test_a_registry_restored_from_an_old_dump_is_noticed(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    old = site.registry.head()
+    blob = site.registry.get_blob(old.digest, 10**6)
+    site.serve(make_mlp(2))
+    site.wipe()
+    site.registry.put_blob(blob)
+    site.registry.promote(old, 0)
+    site.publisher.heartbeat()  # signs what the ledger knows, not what the registry holds
+    ack = site.refresher("new").poll_once()
+    assert ack.state is AckState.STALE
+    assert "promoted 2, the head is 1" in ack.reason
+
+
+def test_concurrent_publishers_move_the_head_once_each(site: Site, make_mlp: Any) -> None:
+    for seed in range(4):
+        site.release(make_mlp(seed))
+
+    def promote(generation: int) -> bool:
+        try:
+            site.publisher.promote(generation)
+        except (PromoteConflictError, ConfigError):
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(promote, range(1, 5)))
+    promoted = [generation for generation, moved in enumerate(won, start=1) if moved]
+    assert promoted
+    served = [event.generation for event in site.registry.events(10)]
+    assert served == sorted(promoted, reverse=True)
+    assert site.registry.head().generation == promoted[-1]
+
+
+def test_a_publisher_of_another_epoch_is_fenced_off(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    ledger = Ledger(site.folder / "ledger")
+    late = Publisher(site.registry, ledger, site.key, "demo", site.clock, epoch=2)
+    release = late.release(
+        pack_policy(make_mlp(2), _canned()), model="aa11", tokenizer="bb22", training={}, metrics={}
+    )
+    with pytest.raises(PromoteConflictError, match="another epoch"):
+        late.promote(release.generation)
+
+
+def test_what_no_worker_would_take_is_not_signed(site: Site, make_mlp: Any) -> None:
+    with pytest.raises(PolicyRefusedError) as caught:
+        site.release(make_mlp(1), model="NOT HEX")
+    assert caught.value.reason is Refusal.BAD_FORMAT
+    with pytest.raises(ConfigError, match="manifest"):
+        site.release(make_mlp(1), metrics={"speedup": float("nan")})
+    with pytest.raises(ConfigError, match="envelope"):
+        site.release(make_mlp(1), training={"log": "x" * 300_000})
+    assert Ledger(site.folder / "ledger").last() == 0
+
+
+def test_a_ledger_behind_the_registry_is_refused(site: Site, make_mlp: Any) -> None:
+    site.release(make_mlp(1))
+    site.offer(*site.draft(make_mlp(5), generation=5))
+    with pytest.raises(ConfigError, match="gap"):
+        site.release(make_mlp(2))
+
+
+def test_a_lost_ledger_goes_on_above_the_head(site: Site, make_mlp: Any) -> None:
+    site.offer(*site.draft(make_mlp(5), generation=5))
+    assert site.serve(make_mlp(2)).generation == 6
+
+
+def _canned() -> Any:
+    return np.random.default_rng(0).normal(size=(8, 11)).astype(np.float32)
+
+
+def test_a_worker_woken_by_the_first_promotion_finds_a_timestamp(
+    site: Site, make_mlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, promote = site.refresher(), site.registry.promote
+    seen: list[AckState] = []
+
+    def promote_and_look(*arguments: Any) -> None:
+        promote(*arguments)
+        seen.append(worker.poll_once().state)
+
+    monkeypatch.setattr(site.registry, "promote", promote_and_look)
+    site.serve(make_mlp(1))
+    assert seen == [AckState.ACK]

@@ -1,0 +1,58 @@
+"""Small random models of each family, and where the reference model lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+REFERENCE = Path(__file__).parents[2] / "models" / "reference"
+LAYERS = 5
+VOCAB = 97
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Degenerate random models hide cache bugs: with small weights every position looks alike.
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": VOCAB - 1,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**SHAPE, **extra}))
+    # Biases and norms start at 0 and 1; random ones make a forgotten fold visible.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.to(dtype).eval().requires_grad_(False)

@@ -1,0 +1,221 @@
+"""The spine: what the engine emits is what the model says at that depth, token for token.
+
+Shape suffixes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.policy import FixedExit, NeverExit
+from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decode import Decoder
+from support.models import LAYERS, VOCAB, make_model
+
+PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
+GREEDY = SamplingParams(max_tokens=24)
+
+
+@dataclass
+class RandomExit:
+    """Leaves at random, so that every mixture of depths in a batch occurs."""
+
+    exits: tuple[int, ...]
+    seed: int = 0
+    schema: None = None
+    candidates_VK: None = None
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+
+    def leave(self, features_NF: FloatArray) -> BoolArray:
+        return self.rng.random(len(features_NF)) < 0.4
+
+
+def hf_greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Hugging Face's own generate, left-padded, cut at the end-of-sequence token."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
+    rows = out[:, longest:].tolist()
+    eos = model.config.eos_token_id
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def truncated(model: Any, layers: int) -> Any:
+    """The same weights, with only the first layers."""
+    values = {**model.config.to_dict(), "num_hidden_layers": layers}
+    values.pop("layer_types", None)
+    short = type(model)(type(model.config)(**values))
+    short.load_state_dict(model.state_dict(), strict=False)
+    return short.to(model.dtype).eval()
+
+
+@contextmanager
+def counted_rows(model: Any) -> Iterator[Counter[int]]:
+    """Counts, outside the engine, how many decode rows each layer was called with."""
+    counts: Counter[int] = Counter()
+
+    def hook(index: int) -> Any:
+        def count(_: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if output.shape[1] == 1:
+                counts[index] += output.shape[0]
+
+        return count
+
+    handles = [
+        layer.register_forward_hook(hook(index)) for index, layer in enumerate(model.model.layers)
+    ]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exits_off_equals_generate_alone(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    engine = AdaptiveEngine.from_pretrained(model)
+    for prompt in PROMPTS:
+        [expected] = hf_greedy(model, [prompt], GREEDY.max_tokens)
+        assert engine.generate(prompt, GREEDY)[0].token_ids == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exits_off_equals_generate_in_a_ragged_batch(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    engine = AdaptiveEngine.from_pretrained(model)
+    completions = engine.generate(PROMPTS, GREEDY, NeverExit())
+    assert [c.token_ids for c in completions] == hf_greedy(model, PROMPTS, GREEDY.max_tokens)
+
+
+def test_the_model_is_no_degenerate_one(family: str) -> None:
+    rows = hf_greedy(make_model(family), PROMPTS, GREEDY.max_tokens)
+    assert len({token for row in rows for token in row}) > 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_a_static_exit_equals_the_truncated_model(
+    family: str, layer: int, dtype: torch.dtype
+) -> None:
+    model = make_model(family, dtype)
+    short = truncated(model, layer)
+    engine = AdaptiveEngine.from_pretrained(model)
+    # The first token comes from the prompt's full-depth pass; after it, every token comes from
+    # the first layers, whose cached entries the truncated model shares.
+    for prompt in PROMPTS:
+        first = engine.generate(prompt, SamplingParams(max_tokens=1))[0].token_ids
+        [expected] = hf_greedy(short, [prompt + first], GREEDY.max_tokens - 1)
+        emitted = engine.generate(prompt, GREEDY, FixedExit(layer))[0]
+        assert emitted.token_ids[1:] == expected
+        assert emitted.exit_layers[1:] == [layer] * (len(emitted.token_ids) - 1)
+
+
+def test_static_exits_in_a_ragged_batch_equal_the_rows_alone(family: str) -> None:
+    engine = AdaptiveEngine.from_pretrained(make_model(family))
+    together = engine.generate(PROMPTS, GREEDY, FixedExit(2))
+    alone = [engine.generate(prompt, GREEDY, FixedExit(2))[0] for prompt in PROMPTS]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+
+def test_mixed_policies_in_a_batch_equal_the_rows_alone(family: str) -> None:
+    engine = AdaptiveEngine.from_pretrained(make_model(family))
+    policies = [FixedExit(1), NeverExit(), FixedExit(3), FixedExit(1)]
+    requests = [
+        engine.submit(prompt, GREEDY, policy)
+        for prompt, policy in zip(PROMPTS, policies, strict=True)
+    ]
+    finished: dict[str, Any] = {}
+    while len(finished) < len(requests):
+        engine.step(finished)
+    for request, prompt, policy in zip(requests, PROMPTS, policies, strict=True):
+        row = finished[request.id]
+        assert row.emitted == engine.generate(prompt, GREEDY, policy)[0].token_ids
+
+
+def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
+    model = make_model(family)
+    engine = AdaptiveEngine.from_pretrained(model)
+    with counted_rows(model) as counts:
+        completions = engine.generate(
+            [[*prompt, 1] for prompt in PROMPTS], GREEDY, RandomExit((1, 2, 4))
+        )
+    # The first token of each row comes from the prompt's pass, which is no decode row.
+    depths = [layer for c in completions for layer in c.exit_layers[1:]]
+    assert sum(counts.values()) == sum(depths)
+    for index in range(LAYERS):
+        assert counts[index] == sum(depth > index for depth in depths)
+    assert len(set(depths)) == 4  # all of 1, 2, 4 and full depth happened
+
+
+def test_after_exits_every_layer_has_an_entry_at_every_position(family: str) -> None:
+    engine = AdaptiveEngine.from_pretrained(make_model(family), slots=1)
+    [completion] = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 3)))
+    length = len(PROMPTS[0]) + len(completion.token_ids) - 1
+    written = engine.kv.keys_LSGCH[:, 0, :, :length].abs().sum(-1)
+    assert (written > 0).all()
+
+
+def test_without_the_fill_a_static_exit_goes_wrong_later(family: str) -> None:
+    """Negative control: a row that exits, then goes deep, needs the entries it skipped."""
+    model = make_model(family)
+    engine = AdaptiveEngine.from_pretrained(model)
+    policy = RandomExit((1, 2))
+    with_fill = engine.generate(PROMPTS[0], GREEDY, policy)[0].token_ids
+    engine = AdaptiveEngine.from_pretrained(model)
+    engine.decoder = Decoder(engine.stack, engine.kv, fills=False)
+    without_fill = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 2)))[0].token_ids
+    assert with_fill != without_fill
+
+
+def test_projected_entries_are_those_of_an_unchanged_state(family: str) -> None:
+    """Fused fill ≈ running each skipped layer's own projections on the exit state."""
+    model = make_model(family)
+    engine = AdaptiveEngine.from_pretrained(model)
+    x_ND = torch.randn(3, engine.stack.width)
+    positions = torch.tensor([[4], [0], [9]])
+    rotary = engine.stack.rotary(x_ND[:, None], positions)
+    assert engine.decoder.projector is not None
+    keys, values = engine.decoder.projector.project(x_ND, 2, rotary)
+
+    class Spy:
+        def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_: Any) -> Any:
+            spied[layer] = (k, v)
+            return k, v
+
+    spied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index in range(2, LAYERS):
+        engine.stack.run_layer(index, x_ND[:, None], rotary, None, Spy())
+        torch.testing.assert_close(keys[:, index - 2], spied[index][0][:, :, 0])
+        torch.testing.assert_close(values[:, index - 2], spied[index][1][:, :, 0])
+
+
+def test_rows_that_join_and_leave_midway_do_not_disturb_the_others() -> None:
+    engine = AdaptiveEngine.from_pretrained(make_model("llama"), slots=3)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, VOCAB - 1, size=rng.integers(1, 9)).tolist() for _ in range(9)]
+    lengths = [SamplingParams(max_tokens=int(n)) for n in rng.integers(1, 30, size=9)]
+    requests = [
+        engine.submit(prompt, sampling, FixedExit(2))
+        for prompt, sampling in zip(prompts, lengths, strict=True)
+    ]
+    finished: dict[str, Any] = {}
+    engine.step(finished)
+    engine.cancel(requests[1].id)
+    engine.cancel(requests[8].id)
+    while len(finished) < 7:
+        engine.step(finished)
+    assert engine.load == (0, 0)
+    for index in (0, 2, 3, 4, 5, 6, 7):
+        alone = engine.generate(prompts[index], lengths[index], FixedExit(2))[0].token_ids
+        assert finished[requests[index].id].emitted == alone

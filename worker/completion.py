@@ -1,0 +1,64 @@
+"""What ``generate`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from offramp.worker.sequence import FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionStats:
+    """What one completion cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        generation: Policy generation it ran under (0: built-in full depth).
+        mean_exit_layer: Mean layers executed per emitted token (the first comes from the
+            prompt's full-depth pass).
+    """
+
+    prompt_tokens: int
+    generation: int
+    mean_exit_layer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What ``generate`` returns per prompt.
+
+    Attributes:
+        text: Decoded tokens, special ones left out.
+        token_ids: Emitted tokens, the end-of-sequence token included.
+        exit_layers: Layers executed for each of them.
+        finish_reason: "stop" at an end-of-sequence token, "length" at max_tokens.
+        stats: What it cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    exit_layers: list[int]
+    finish_reason: FinishReason
+    stats: CompletionStats
+
+
+def mean_layer(exit_layers: Items[int]) -> float:
+    """Mean of the layers executed; 0 for no tokens."""
+    return sum(exit_layers) / len(exit_layers) if exit_layers else 0.0
+
+
+def completion_of(row: Sequence, text: str) -> Completion:
+    """The completion of a finished sequence."""
+    assert row.finish_reason is not None
+    return Completion(
+        text=text,
+        token_ids=row.emitted,
+        exit_layers=row.exit_layers,
+        finish_reason=row.finish_reason,
+        stats=CompletionStats(
+            prompt_tokens=len(row.request.prompt),
+            generation=row.request.snapshot.generation,
+            mean_exit_layer=mean_layer(row.exit_layers),
+        ),
+    )
