@@ -1,1 +1,1 @@
-"""offramp.agents"""
+"""Learn exit policies: record, train, evaluate, choose, export. Import from its modules."""

@@ -40,7 +40,7 @@ class AssessConfig:
     corpus_limit: int | None = 320
     validation_documents: int = 16
     test_documents: int = 24
-    timed_documents: int = 4
+    timed_documents: int = 5
     prompt_tokens: int = 64
     new_tokens: int = 96
     target_agreement: float = 0.93
@@ -138,8 +138,7 @@ def choose(
 
 def expected_cost(row: EvaluationRow, costs: CostTable) -> float:
     """Mean cost of the exits really taken, in units of a full-depth token's time."""
-    exits = tuple(layer for layer in sorted(row.depths) if layer < costs.layers)
-    price = dict(zip((*exits, costs.layers), costs.leaving(exits), strict=True))
+    price = dict(zip((*row.exits, costs.layers), costs.leaving(row.exits), strict=True))
     return float(sum(price[layer] * count for layer, count in row.depths.items()) / row.tokens)
 
 

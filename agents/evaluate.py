@@ -39,6 +39,7 @@ class EvaluationRow:
         us_per_token: Microseconds per token at batch 1.
         offline_agreement: What replaying the traces had promised.
         tokens: Tokens that quality was measured on.
+        exits: Layers at which the policy is asked.
         depths: How many tokens left after each layer, by layer.
     """
 
@@ -56,6 +57,7 @@ class EvaluationRow:
     us_per_token: float | None
     offline_agreement: float | None
     tokens: int
+    exits: tuple[int, ...]
     depths: dict[int, int]
 
 
@@ -139,6 +141,7 @@ def _row(
         us_per_token=1e6 * float(seconds_D.sum() / timed_tokens) if len(seconds_D) else None,
         offline_agreement=contender.offline_agreement,
         tokens=int(tokens_D.sum()),
+        exits=tuple(contender.policy.exits),
         depths={layer: layers.count(layer) for layer in sorted(set(layers))},
     )
 

@@ -54,7 +54,7 @@ def draw_frontier(rows: Sequence[EvaluationRow], chosen: str, path: Path) -> Non
 def draw_exit_depths(depths_by_policy: dict[str, dict[int, int]], layers: int, path: Path) -> None:
     """Share of tokens by layers executed, one bar of shares per policy."""
     height = 1.2 + 0.42 * len(depths_by_policy)
-    figure, axes = plt.subplots(figsize=(8, height), dpi=130)
+    figure, axes = plt.subplots(figsize=(8, height), dpi=130, layout="constrained")
     colours = plt.get_cmap("viridis_r")
     names = list(depths_by_policy)
     seen = sorted({layer for depths in depths_by_policy.values() for layer in depths})
@@ -70,7 +70,7 @@ def draw_exit_depths(depths_by_policy: dict[str, dict[int, int]], layers: int, p
     axes.set_xlabel("share of tokens")
     axes.set_title("Layers executed per token", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(seen), loc="upper center", bbox_to_anchor=(0.5, -0.28))
+    figure.legend(frameon=False, ncols=len(seen), loc="outside lower center")
     _save(figure, path)
 
 

@@ -40,7 +40,7 @@ class TrainConfig:
 
     phat: PhatConfig = field(default_factory=PhatConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    targets: tuple[float, ...] = (0.92, 0.96, 0.985)
+    targets: tuple[float, ...] = (0.92, 0.95, 0.97, 0.985)
     threads: int = 1
 
     def __post_init__(self) -> None:

@@ -1,1 +1,29 @@
-"""The domain."""
+"""The domain: policies, features, bundles, signatures, registry. Never loads torch or ray."""
+
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.errors import OfframpError
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, FeatureSchema
+from offramp.controller.manifest import Manifest
+from offramp.controller.mlp import MlpPolicy
+from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.publisher import Publisher
+from offramp.controller.redis_registry import RedisRegistry
+from offramp.controller.registry import InMemoryRegistry, PolicyRegistry
+
+__all__ = [
+    "CANDIDATES_V1",
+    "SOFTMAX_V1",
+    "ExitPolicy",
+    "FeatureSchema",
+    "FixedExit",
+    "InMemoryRegistry",
+    "Manifest",
+    "MlpPolicy",
+    "NeverExit",
+    "OfframpError",
+    "PolicyBundle",
+    "PolicyRegistry",
+    "Publisher",
+    "RedisRegistry",
+    "ThresholdPolicy",
+]

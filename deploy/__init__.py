@@ -1,1 +1,1 @@
-"""offramp.deploy"""
+"""Command line, HTTP contract, Ray Serve pool and demo. Import from its modules."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from offramp.controller.errors import RequestError
 from offramp.worker.completion import mean_layer
@@ -53,6 +53,14 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     offramp: OfframpOptions = OfframpOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        # OpenAI's fields are nullable, and its client sends null for None.
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
 
     def require_supported(self) -> None:
         """Refuse what would silently be dropped.

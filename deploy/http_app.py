@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -126,7 +127,7 @@ def _add_status_routes(app: FastAPI, worker: Worker) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(worker)]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         _require_model(name, worker)
         return _model(worker)
@@ -184,7 +185,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+        # Of a body that is no JSON, the location is a number of bytes.
+        field = next((part for part in first["loc"][1:2] if isinstance(part, str)), None)
         message = f"{field or 'body'}: {first['msg']}."
         body = error_body(message, "invalid_request_error", field, "invalid_value")
         return JSONResponse(body, status_code=400)
@@ -202,5 +204,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
-        body = error_body(str(error.detail), "invalid_request_error", None, "not_found")
-        return JSONResponse(body, status_code=error.status_code)
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        body = error_body(str(error.detail), "invalid_request_error", None, code)
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        body = error_body("the worker failed", "server_error", None, "internal_error")
+        return JSONResponse(body, status_code=500)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -138,7 +140,8 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         ModelError: the model folder cannot be served.
     """
     check_model(config.worker.model)
-    _require_free(config.host, config.port)
+    require_free(config.host, config.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.host, "port": config.port},
@@ -155,7 +158,8 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         serve.run(deployment.bind(config), name=APP, route_prefix="/")
         yield f"http://{config.host}:{config.port}"
     finally:
-        serve.shutdown()
+        with _muted():
+            serve.shutdown()
 
 
 @contextlib.contextmanager
@@ -179,10 +183,21 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _muted():
+            ray.shutdown()
 
 
-def _require_free(host: str, port: int) -> None:
+def _muted() -> contextlib.AbstractContextManager[object]:
+    # Ray prints the ordered end of Serve's controller as a failed task, from another thread.
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def require_free(host: str, port: int, field: str = "port") -> None:
+    """Refuse an address that cannot be listened on.
+
+    Raises:
+        ConfigError: naming the field and the reason.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -190,5 +205,5 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                "port", f"{host}:{port} cannot be used ({error.strerror})", "Choose another"
+                field, f"{host}:{port} cannot be used ({error.strerror})", "Choose another"
             ) from error

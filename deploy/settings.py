@@ -6,12 +6,16 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from offramp.controller.errors import ConfigError
 
 PREFIX = "OFFRAMP_"
+
+SHARED = ("redis_url", "ray_address")
+"""Settings whose variables other programs know too: they have no prefix."""
 
 
 class Settings(BaseModel):
@@ -30,8 +34,15 @@ class Settings(BaseModel):
     redis_url: str | None = None
     ray_address: str | None = None
     home: Path = Path("runs/home")
-    channel: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    channel: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     api_key: str | None = Field(default=None, min_length=8)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("it begins with none of redis://, rediss:// and unix://")
+        return url
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -41,26 +52,36 @@ class Settings(BaseModel):
             ConfigError: a variable is unknown or has an unusable value, naming it.
         """
         environment = os.environ if environment is None else environment
-        values = {
-            name.removeprefix(PREFIX).lower(): value
-            for name, value in environment.items()
-            if name.startswith(PREFIX)
-        }
-        for name in ("REDIS_URL", "RAY_ADDRESS"):
-            if environment.get(name):
-                values[name.lower()] = environment[name]
+        fields = {_variable(field): field for field in cls.model_fields}
+        for name, value in environment.items():
+            if name.startswith(PREFIX) and name not in fields:
+                raise _unknown(name)
+            if name.startswith(PREFIX) and not value:
+                raise ConfigError(name, "is empty", "Give it a value or unset it")
+        values = {field: environment[name] for name, field in fields.items() if name in environment}
+        for field in SHARED:
+            # Other programs read these too, and take an empty one for an absent one.
+            if not values.get(field):
+                values.pop(field, None)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise _unusable(error) from error
 
 
+def _variable(field: str) -> str:
+    return field.upper() if field in SHARED else PREFIX + field.upper()
+
+
 def _unusable(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
-    name = str(first["loc"][0])
-    known = [field for field in Settings.model_fields if field not in ("redis_url", "ray_address")]
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"Did you mean {PREFIX}{close[0].upper()}" if close else "Remove it"
-        return ConfigError(f"{PREFIX}{name.upper()}", "is no known setting", hint)
-    return ConfigError(f"{PREFIX}{name.upper()}", first["msg"], "Correct the variable")
+    name = _variable(str(first["loc"][0]))
+    return ConfigError(name, first["msg"], "Correct the variable")
+
+
+def _unknown(name: str) -> ConfigError:
+    close = difflib.get_close_matches(
+        name.removeprefix(PREFIX).lower(), list(Settings.model_fields), 1
+    )
+    hint = f"Did you mean {_variable(close[0])}" if close else "Remove it"
+    return ConfigError(name, "is no known setting", hint)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from operator import index
 from typing import Any
 
 from offramp.controller.errors import RequestError
@@ -14,13 +16,19 @@ Prompt = str | Sequence[int]
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, from one alone or several."""
+    """A list of prompts, from one alone or several.
+
+    Raises:
+        RequestError: token ids and whole prompts side by side.
+    """
     if isinstance(prompts, str):
         return [prompts]
     items = list(prompts)
-    tokens = [item for item in items if isinstance(item, int)]
-    if items and len(tokens) == len(items):
+    tokens = [int(item) for item in items if isinstance(item, Integral)]
+    if tokens and len(tokens) == len(items):
         return [tokens]
+    if tokens:
+        raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
     return [item for item in items if not isinstance(item, int)]
 
 
@@ -28,15 +36,30 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a prompt.
 
     Raises:
-        RequestError: it is empty, or a string without a tokenizer to encode it.
+        RequestError: it is empty, or a string that cannot be encoded, or holds no token ids.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("prompt", "is a string, but the engine has no tokenizer")
-        prompt = tokenizer.encode(prompt)
-    if len(prompt) == 0:
+        prompt = _encode(prompt, tokenizer)
+    try:
+        tokens = tuple(index(token) for token in prompt)
+    except TypeError as error:
+        problem = f"{prompt!r} is neither text nor a list of token ids"
+        raise RequestError("prompt", problem, "Use a string or integers") from error
+    if not tokens:
         raise RequestError("prompt", "is empty", "Give at least one token")
-    return tuple(int(token) for token in prompt)
+    return tokens
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "prompt", f"holds half of a surrogate pair at index {error.start}", "Send valid Unicode"
+        ) from error
+    return list(tokenizer.encode(text))
 
 
 def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
@@ -45,10 +68,10 @@ def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
     Raises:
         RequestError: naming the first such token.
     """
-    for index, token in enumerate(tokens):
+    for place, token in enumerate(tokens):
         if not 0 <= token < vocab:
             raise RequestError(
-                field, f"token {token} at index {index} is not in [0, {vocab})", "Use other ids"
+                field, f"token {token} at index {place} is not in [0, {vocab})", "Use other ids"
             )
 
 

@@ -35,4 +35,11 @@ class StreamDecoder:
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self.tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
+        # Cleaning up would take back spaces that have been shown already.
+        return str(
+            self.tokenizer.decode(
+                self._tokens[start:end],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )

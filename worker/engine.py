@@ -45,7 +45,7 @@ from offramp.worker.stack import HFDecoderStack
 class AdaptiveEngine:
     """Early-exit decoding of a Hugging Face causal LM.
 
-    One thread drives it. ``generate`` and ``stream`` are for scripts; a server calls ``submit``,
+    One thread drives it: scripts by ``generate`` and ``stream``, a server by ``submit``,
     ``step`` and ``cancel``.
 
     Args:
@@ -98,10 +98,9 @@ class AdaptiveEngine:
         Args:
             path_or_model: A folder in Hugging Face format, a hub id, or a model object.
             tokenizer: Overrides the folder's; optional for a model object.
-            dtype: Of the weights, "float32" or "bfloat16"; ignored for a model object.
-            device: "cpu" or "cuda"; ignored for a model object.
-            slots: Rows decoded together at most.
-            current_policy: Asked at each admission for the policy to pin.
+            dtype: "float32" or "bfloat16"; ignored, like device, for a model object.
+            device: "cpu" or "cuda".
+            slots, current_policy: As for the class.
 
         Raises:
             ModelError: missing folder, not a causal LM, unsupported architecture.
@@ -119,15 +118,12 @@ class AdaptiveEngine:
         sampling: SamplingParams | None = None,
         policy: ExitPolicy | PolicySnapshot | None = None,
     ) -> list[Completion]:
-        """Complete some prompts together.
+        """Complete some prompts together: one completion per prompt, in order.
 
         Args:
             prompts: Strings or lists of token ids; one prompt alone is allowed.
             sampling: For all of them; greedy, 64 tokens by default.
             policy: For all of them; the engine's current one by default.
-
-        Returns:
-            One completion per prompt, in order.
 
         Raises:
             RequestError: a prompt, sampling value or policy that cannot be served.
@@ -150,7 +146,7 @@ class AdaptiveEngine:
     ) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding each token as it is emitted.
 
-        Closing the iterator early frees its slot. Raises RequestError as ``generate`` does.
+        Closing the iterator early frees its slot. Raises as ``generate`` does.
         """
         request = self.submit(prompt, sampling, policy)
         try:
@@ -171,8 +167,7 @@ class AdaptiveEngine:
 
         Args:
             prompt: A string or token ids.
-            sampling: Greedy, 64 tokens by default.
-            policy: The engine's current one by default.
+            sampling, policy: As for ``generate``.
             forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
                 tokens are emitted as are given.
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from offramp.controller.errors import ConfigError, ModelError
+from offramp.worker.stack import require_servable
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -28,15 +32,30 @@ def check_model(path: str | Path) -> None:
     """Refuse a model folder that cannot be served, without loading its weights.
 
     Raises:
-        ModelError: folder missing, not a causal LM, or an unsupported architecture.
+        ModelError: folder missing, not a causal LM, an unsupported architecture, or weights
+            that are cut short.
     """
-    architecture = _architecture(path, _load_config(path))
+    config = _load_config(path)
+    architecture = _architecture(path, config)
     if architecture not in SUPPORTED:
         raise ModelError(
             "model",
             f"{str(path)!r} is a {architecture}, which is not supported",
             f"Supported are {', '.join(SUPPORTED)}",
         )
+    require_servable(config)
+    for file in sorted(Path(path).glob("*.safetensors")):
+        _require_whole(file)
+
+
+def layers_and_vocab(path: str | Path) -> tuple[int, int]:
+    """Number of layers and of tokens, read off a model's config.json.
+
+    Raises:
+        ModelError: folder missing, or its config.json is unusable.
+    """
+    config = _load_config(path)
+    return int(config.num_hidden_layers), int(config.vocab_size)
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
@@ -48,15 +67,33 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ModelError: folder missing, not a causal LM, or an unsupported architecture.
+        ModelError: folder missing, not a causal LM, an unsupported architecture, or weights
+            that are damaged or incomplete.
+        ConfigError: there is no such device.
     """
+    require_device(device)
     check_model(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            "model", f"{str(path)!r} cannot be loaded: {_first_line(error)}"
+            "model", f"{str(path)!r} cannot be loaded: {_in_one_line(error)}"
         ) from error
+    # Hugging Face fills these with random numbers and only warns.
+    misfits = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if misfits:
+        raise ModelError(
+            "model",
+            f"{str(path)!r} lacks {len(misfits)} of the weights of its config.json, or has them "
+            f"in another shape, such as {misfits[0]}",
+            "Download or save the model again",
+        )
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -68,9 +105,9 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more exact
         raise ModelError(
-            "model", f"{str(path)!r} has no readable tokenizer: {_first_line(error)}"
+            "model", f"{str(path)!r} has no readable tokenizer: {_in_one_line(error)}"
         ) from error
 
 
@@ -99,6 +136,20 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in known:
         raise ConfigError("dtype", f"{dtype!r} is unknown", f"Use {' or '.join(known)}")
     return known[dtype]
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError("device", f"{device!r} is unknown", "Use cpu or cuda")
+    _, _, index = device.partition(":")
+    if device != "cpu" and int(index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError("device", f"{device!r} is not there ({found} GPUs found)", "Use cpu")
 
 
 def model_fingerprint(model: Any) -> str:
@@ -132,10 +183,14 @@ def _load_config(path: str | Path) -> Any:
         raise ModelError("model", f"there is no folder {str(path)!r}", "Check the path")
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the classes validate config.json each in their own way
+        if folder.is_dir():
+            raise ModelError(
+                "model", f"{str(path)!r} has an unusable config.json: {_in_one_line(error)}"
+            ) from error
         raise ModelError(
             "model",
-            f"{str(path)!r} is no readable model folder and no model the hub client can find",
+            f"{str(path)!r} is no folder and no model that the hub client can find",
             "Check the path",
         ) from error
 
@@ -148,6 +203,7 @@ def _looks_like_hub_id(path: str) -> bool:
 
 def _architecture(path: str | Path, config: Any) -> str:
     names = getattr(config, "architectures", None) or []
+    names = [names] if isinstance(names, str) else names
     causal = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if not causal:
         raise ModelError(
@@ -158,5 +214,16 @@ def _architecture(path: str | Path, config: Any) -> str:
     return str(causal[0])
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _require_whole(file: Path) -> None:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            "model", f"{file.name} in {str(file.parent)!r} is damaged: {_in_one_line(error)}"
+        ) from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from offramp.controller.errors import RequestError
 
+COLDEST = 1e-37
+"""Lower temperatures count as this one: float32 would round them to 0."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -36,21 +39,27 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RequestError("max_tokens", f"{self.max_tokens} is below 1", "Ask for 1 or more")
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise RequestError(
+                "max_tokens", f"{self.max_tokens!r} is not an integer ≥ 1", "Ask for 1 or more"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RequestError(
                 "temperature", f"{self.temperature} is not a number ≥ 0", "Use 0 for greedy"
             )
         if not 0 < self.top_p <= 1:
             raise RequestError("top_p", f"{self.top_p} is not in (0, 1]", "Use 1 for all tokens")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError("seed", f"{self.seed} is not in [0, 2^63)")
+        if self.seed is not None and not _is_seed(self.seed):
+            raise RequestError("seed", f"{self.seed!r} is not an integer in [0, 2^63)")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature == 0
+
+
+def _is_seed(seed: object) -> bool:
+    return isinstance(seed, int) and 0 <= seed < 2**63
 
 
 def new_generator(sampling: SamplingParams) -> torch.Generator | None:
@@ -69,7 +78,10 @@ def draw(logits_V: Tensor, sampling: SamplingParams, generator: torch.Generator 
     """One token: argmax, or a draw at a temperature from the nucleus (Holtzman et al. 2020)."""
     if generator is None:
         return int(logits_V.argmax())
-    probabilities_V = (logits_V.float().cpu() / sampling.temperature).softmax(-1)
+    logits_V = logits_V.float().cpu()
+    # Below the best logit all are negative, so that no division overflows to infinity.
+    below_V = (logits_V - logits_V.max()) / max(sampling.temperature, COLDEST)
+    probabilities_V = below_V.softmax(-1)
     if sampling.top_p < 1:
         probabilities_V = _nucleus(probabilities_V, sampling.top_p)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
@@ -79,5 +91,7 @@ def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:
     ordered, order = probabilities_V.sort(descending=True)
     # A token stays if the mass before it is below top_p, so at least the best one does.
     before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
+    keep = before < top_p
+    keep[0] = True  # a top_p that float32 rounds to 0
+    kept = torch.where(keep, ordered, 0.0)
     return torch.zeros_like(probabilities_V).scatter_(0, order, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -26,6 +27,10 @@ RETRY_AFTER_S = 1
 """What an overloaded service tells its clients to wait."""
 
 
+STOPPED = "the worker is shutting down"
+"""What open streams and late requests are told once the service stops."""
+
+
 class DecodeFailedError(OfframpError):
     """The engine raised in the middle of a step; the cause is chained."""
 
@@ -36,8 +41,8 @@ class _Listener:
     events: asyncio.Queue[TokenEvent | Exception]
 
     def tell(self, event: TokenEvent | Exception) -> None:
-        # A client whose loop is gone can no longer be told anything.
-        if not self.loop.is_closed():
+        # A client whose loop is closed, perhaps this moment, can no longer be told anything.
+        with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
@@ -69,6 +74,7 @@ class EngineService:
         self._commands: queue.Queue[_Submit | _Cancel | None] = queue.Queue()
         self._listeners: dict[str, _Listener] = {}
         self._last_step_s = time.monotonic()
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
 
     def start(self) -> None:
@@ -97,11 +103,19 @@ class EngineService:
         Raises:
             RequestError: the request cannot be served.
             OverloadedError: every slot is taken and the line is full.
+            DecodeFailedError: the service has stopped.
         """
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[Request] = Future()
         self._commands.put(_Submit(prompt, sampling, listener, accepted))
-        request = await asyncio.wrap_future(accepted)
+        if self._has_ended:
+            self._refuse_queued()
+        try:
+            request = await asyncio.wrap_future(accepted)
+        except asyncio.CancelledError:
+            # The thread may have accepted it meanwhile, and nobody will read its tokens.
+            accepted.add_done_callback(self._abandon)
+            raise
         return request, self._listen(request.id, listener)
 
     async def _listen(self, request_id: str, listener: _Listener) -> AsyncIterator[TokenEvent]:
@@ -116,11 +130,17 @@ class EngineService:
         finally:
             self._commands.put(_Cancel(request_id))
 
+    def _abandon(self, accepted: Future[Request]) -> None:
+        if not accepted.cancelled() and accepted.exception() is None:
+            self._commands.put(_Cancel(accepted.result().id))
+
     def _run(self) -> None:
         while True:
             idle = self.engine.load == (0, 0)
             if not self._obey(block=idle):
-                self._fail_all(DecodeFailedError("the worker is shutting down"))
+                self._fail_all(DecodeFailedError(STOPPED))
+                self._has_ended = True
+                self._refuse_queued()
                 return
             try:
                 self._deliver(self.engine.step())
@@ -150,7 +170,8 @@ class EngineService:
     def _accept(self, command: _Submit) -> None:
         if not command.accepted.set_running_or_notify_cancel():
             return
-        if self.engine.load[1] >= self.max_waiting:
+        # Counted with the free slots: requests of one burst all wait until the next step.
+        if sum(self.engine.load) >= self.engine.kv.slots + self.max_waiting:
             command.accepted.set_exception(OverloadedError(RETRY_AFTER_S))
             return
         try:
@@ -161,6 +182,16 @@ class EngineService:
         self._last_step_s = time.monotonic()
         self._listeners[request.id] = command.listener
         command.accepted.set_result(request)
+
+    def _refuse_queued(self) -> None:
+        """Answer what came too late for the thread; called by it and by late callers."""
+        while True:
+            try:
+                command = self._commands.get(block=False)
+            except queue.Empty:
+                return
+            if isinstance(command, _Submit) and command.accepted.set_running_or_notify_cancel():
+                command.accepted.set_exception(DecodeFailedError(STOPPED))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         self.tokens_emitted += len(events)

@@ -103,8 +103,7 @@ class HFDecoderStack:
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        _refuse_sliding_window(config)
-        _refuse_dynamic_rope(config)
+        require_servable(config)
         self.model = model
         self.layers = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
@@ -168,6 +167,19 @@ def _eos_tokens(model: Any) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def require_servable(config: Any) -> None:
+    """Refuse what one mask and one set of angles for all rows cannot serve.
+
+    Args:
+        config: The model's configuration.
+
+    Raises:
+        ModelError: sliding-window attention, or rotary embeddings that depend on the length.
+    """
+    _refuse_sliding_window(config)
+    _refuse_dynamic_rope(config)
 
 
 def _refuse_sliding_window(config: Any) -> None:

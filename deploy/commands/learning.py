@@ -12,6 +12,7 @@ import typer
 
 from offramp.agents.assess import AssessConfig, Assessment, assess
 from offramp.agents.contenders import Contender
+from offramp.agents.corpus import load_corpus
 from offramp.agents.phat import PhatConfig
 from offramp.agents.plots import draw_exit_depths, draw_frontier
 from offramp.agents.ppo import PPOConfig
@@ -20,6 +21,7 @@ from offramp.agents.study import load_study
 from offramp.agents.train import TrainConfig, load_contenders, train
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
     Corpus,
@@ -31,11 +33,15 @@ from offramp.deploy.commands.options import (
     Threads,
     parse_layers,
     parse_shares,
+    require_folder,
+    require_loadable,
+    require_new_folder,
 )
 from offramp.deploy.console import console, evaluation_table, progress
 from offramp.deploy.serve_app import ray_session
 from offramp.deploy.settings import Settings
 from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.loading import layers_and_vocab
 
 CHOSEN = "chosen"
 """Folder, beside the contenders, of the bundle that an evaluation picked."""
@@ -79,6 +85,7 @@ def record(
         candidates=candidates,
         recorders=recorders,
     )
+    _require_recordable(config, out, settings)
     cpus = max(recorders, os.cpu_count() or 1)
     with ray_session(settings.ray_address, cpus), progress("record", "tokens") as advance:
         report = record_traces(config, out, advance)
@@ -94,11 +101,12 @@ def train_policies(
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
-    ] = ".92,.96,.985",
+    ] = ".92,.95,.97,.985",
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
     """Train p̂ and PPO on recorded traces, and place them and the baselines."""
+    require_folder("out", out)
     config = TrainConfig(
         phat=PhatConfig(seed=seed),
         ppo=PPOConfig(steps=steps, seed=seed),
@@ -137,15 +145,36 @@ def evaluate_policies(
         threads=threads,
         seed=seed,
     )
-    spec = WorkerSpec(model=model, dtype=dtype, device=device, threads=threads)
+    spec = WorkerSpec(
+        model=model, dtype=dtype, device=device, threads=threads, slots=test_documents
+    )
     contenders = load_contenders(policies)
-    costs = load_study(traces).costs
+    study = load_study(traces)
+    costs = study.costs
     engine = load_engine(spec)
+    if engine.model_fingerprint != study.facts.model:
+        raise ConfigError(
+            "model", f"{model!r} is not the model of {traces}", "Name the one that was recorded"
+        )
     with progress("evaluate", "runs") as advance:
         found = assess(config, engine, contenders, costs, lambda _, *count: advance(*count))
     save_assessment(policies, contenders, found, costs.layers)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
     console.print(f"{found.reason} → {policies / CHOSEN}")
+
+
+def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> None:
+    """Every check that needs no worker, before Ray is started."""
+    require_new_folder("out", out)
+    require_loadable(config.worker, settings)
+    layers, vocab = layers_and_vocab(config.worker.model)
+    if config.exits and config.exits[-1] >= layers:
+        raise ConfigError(
+            "exits", f"{config.exits} are not below the model's {layers} layers", "Leave out others"
+        )
+    if config.candidates > vocab:
+        raise ConfigError("candidates", f"{config.candidates} exceed the vocabulary of {vocab}")
+    load_corpus(config.corpus, limit=config.documents)
 
 
 def save_assessment(

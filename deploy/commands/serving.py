@@ -6,19 +6,31 @@ import contextlib
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from offramp.deploy.commands.options import DEFAULT_MODEL, Device, Dtype, Model, Seed, Threads
+from offramp.controller.signing import load_public_key
+from offramp.deploy.commands.options import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Threads,
+    require_folder,
+    require_loadable,
+)
 from offramp.deploy.console import console
 from offramp.deploy.demo.config import DemoConfig
 from offramp.deploy.demo.run import run_demo
 from offramp.deploy.doctor import examine
-from offramp.deploy.publishing import open_registry, public_key_path
+from offramp.deploy.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.redis_server import EmbeddedRedis
-from offramp.deploy.serve_app import PoolConfig, ray_session, running_pool
+from offramp.deploy.serve_app import LOOPBACK, PoolConfig, ray_session, require_free, running_pool
 from offramp.deploy.settings import Settings
 from offramp.worker.actor import WorkerSpec
 
@@ -53,35 +65,51 @@ def serve(
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
+    config = PoolConfig(
+        worker=WorkerSpec(
+            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            slots=slots,
+        ),
+        model_id=served_model_name or Path(model).resolve().name,
+        redis_url=settings.redis_url or "",
+        channel=settings.channel,
+        trusted=(trust or settings.home / PUBLIC_KEY).resolve(),
+        state_dir=(settings.home / "workers").resolve(),
+        replicas=replicas,
+        host=host,
+        port=port,
+        api_key=settings.api_key,
+        max_waiting=max_waiting,
+    )
+    _require_servable(config, settings, trust, redis_port)
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))
-            settings = settings.model_copy(update={"redis_url": redis.url})
+            config = replace(config, redis_url=redis.url)
             console.print(f"embedded Redis: export REDIS_URL={redis.url}")
-        open_registry(settings).close()
-        config = PoolConfig(
-            worker=WorkerSpec(
-                model=str(Path(model).resolve()) if Path(model).exists() else model,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                slots=slots,
-            ),
-            model_id=served_model_name or Path(model).resolve().name,
-            redis_url=settings.redis_url or "",
-            channel=settings.channel,
-            trusted=(trust or public_key_path(settings)).resolve(),
-            state_dir=(settings.home / "workers").resolve(),
-            replicas=replicas,
-            host=host,
-            port=port,
-            api_key=settings.api_key,
-            max_waiting=max_waiting,
-        )
+        if trust is None:
+            public_key_path(settings)
         stack.enter_context(ray_session(settings.ray_address, max(replicas, os.cpu_count() or 1)))
         url = stack.enter_context(running_pool(config))
         console.print(f"{config.model_id} on {url}/v1 with {replicas} workers; Ctrl-C stops it")
         _wait_for_a_signal()
+
+
+def _require_servable(
+    config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
+) -> None:
+    """Every check that needs no worker, before anything is written or started."""
+    require_loadable(config.worker, settings)
+    require_free(config.host, config.port)
+    if trust is not None:
+        load_public_key(trust)
+    if settings.redis_url is None:
+        require_free("127.0.0.1", redis_port, "redis_port")
+    else:
+        open_registry(settings).close()
 
 
 def demo(
@@ -98,6 +126,12 @@ def demo(
     """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
     settings = Settings.from_environment()
     config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    require_loadable(WorkerSpec(model=model), settings)
+    require_folder("out", out)
+    if port:
+        require_free(LOOPBACK[0], port)
+    if settings.redis_url is not None:
+        open_registry(settings).close()
     run_demo(config.shortened() if quick else config, settings)
 
 
@@ -106,7 +140,7 @@ def doctor(model: Model = DEFAULT_MODEL) -> None:
     problems = 0
     for check in examine(model, Settings.from_environment()):
         mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
-        console.print(f"{mark} {check.name}: {check.detail}", soft_wrap=True)
+        console.print(f"{mark} {check.name}: {escape(check.detail)}", soft_wrap=True)
         problems += not check.passed
     if problems:
         raise typer.Exit(1)

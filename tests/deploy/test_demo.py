@@ -1,0 +1,114 @@
+"""The closed loop for real: Ray, Redis, Ray Serve, HTTP, the official client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def offramp(*arguments: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
+    command = [str(Path(sys.executable).parent / "offramp"), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def processes_naming(text: str) -> list[str]:
+    """Command lines of live processes that mention a text."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    process = offramp("demo", "--quick", "--out", str(out))
+    output, _ = process.communicate(timeout=390)
+    assert process.returncode == 0, output
+    return out, json.loads((out / "report.json").read_text()), output
+
+
+def test_the_report_has_every_part(demo: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, _ = demo
+    for key in ("machine", "model", "traces", "policies", "swap", "requests", "rollback"):
+        assert report[key], key
+    for row in report["policies"]:
+        assert {"policy", "agreement", "accuracy", "mean_layers", "wall_ratio"} <= row.keys()
+    families = {row["family"] for row in report["policies"]}
+    assert {"full depth", "CALM", "p̂", "PPO"} <= families
+    for name in ("frontier.png", "exit_depths.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], str]) -> None:
+    swap = demo[1]["swap"]
+    assert swap["failed"] == swap["torn"] == 0
+    assert swap["in_flight_generations"] == [[1]] * 4
+    assert swap["after_generations"] == [[2]] * 4
+    assert set(swap["ack_ms"]) == {"worker-0", "worker-1"}
+
+
+def test_the_policy_took_effect_and_the_rollback_undid_it(
+    demo: tuple[Path, dict[str, Any], str],
+) -> None:
+    report = demo[1]
+    before, after = report["requests"]["before"], report["requests"]["after"]
+    assert {request["generation"] for request in before} == {1}
+    assert {request["generation"] for request in after} == {2}
+    assert {layer for request in before for layer in request["exit_layers"]} == {12}
+    assert min(layer for request in after for layer in request["exit_layers"]) < 12
+    assert report["rollback"]["generation"] == 3
+    assert report["rollback"]["text_as_before"]
+
+
+def test_nothing_is_left_running(demo: tuple[Path, dict[str, Any], str]) -> None:
+    assert processes_naming(str(demo[0])) == []
+
+
+def test_a_second_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep")
+    process = offramp("demo", "--quick", "--out", str(tmp_path))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "out:" in output
+    assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_an_interrupt_stops_everything_that_was_started(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = offramp("demo", "--quick", "--out", str(out))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Record" in line:
+            break
+    assert processes_naming(str(out))  # the embedded Redis runs now
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "Traceback" not in output
+    assert processes_naming(str(out)) == []
+    assert not (out / "report.json").exists()
