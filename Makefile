@@ -58,6 +58,7 @@ layers: setup
 
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

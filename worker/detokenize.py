@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 UNFINISHED = "\ufffd"
 """What a tokenizer prints for bytes that do not make a character yet."""
 
 CONTEXT_TOKENS = 6
-"""Tokens decoded again with each new one, so that joins between tokens come out right."""
+"""At least so many are decoded again with each new one, so that joins come out right."""
 
 
 class StreamDecoder:
@@ -17,8 +18,9 @@ class StreamDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._start = 0
-        self._shown = 0
+        # Where shown text ended: only there may decoding begin, since a decoder with byte fallback
+        # spoils every byte that follows half a character.
+        self._ends = deque([0])
 
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that became readable with this token; "" inside a multi-byte character.
@@ -26,12 +28,14 @@ class StreamDecoder:
         With ``last``, bytes that never became a character come out as the replacement mark.
         """
         self._tokens.append(token)
-        before = self._decode(self._start, self._shown)
-        now = self._decode(self._start, len(self._tokens))
+        start, shown, count = self._ends[0], self._ends[-1], len(self._tokens)
+        before = self._decode(start, shown)
+        now = self._decode(start, count)
         if now.endswith(UNFINISHED) and not last:
             return ""
-        self._shown = len(self._tokens)
-        self._start = max(self._start, self._shown - CONTEXT_TOKENS)
+        self._ends.append(count)
+        while self._ends[1] <= count - CONTEXT_TOKENS:
+            self._ends.popleft()
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:

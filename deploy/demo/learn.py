@@ -63,15 +63,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     engine = load_engine(replace(spec, slots=config.test_documents))
     with progress("evaluate", "runs") as advance:
         found = assess(
-            AssessConfig(
-                model=spec.model,
-                corpus_limit=config.documents,
-                validation_documents=config.validation_documents,
-                test_documents=config.test_documents,
-                timed_documents=config.timed_documents,
-                target_agreement=config.target_agreement,
-                seed=config.seed,
-            ),
+            assess_config(config, spec.model),
             engine,
             contenders,
             study.costs,
@@ -81,11 +73,24 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     learned = Learned(recorded, study, contenders, found)
     console.print(evaluation_table(found.test, learned.chosen.name))
     console.print(
-        "  agreement with full depth; promised by replay; next-token accuracy; mean layers executed;\n"
+        "  agreement with full depth; promised by replay; next-token accuracy; mean layers;\n"
         "  wall time per token over KV-cached full depth, interleaved at batch 1; 95 % intervals"
     )
     console.print(f"  {found.reason}", soft_wrap=True)
     return learned
+
+
+def assess_config(config: DemoConfig, model: str) -> AssessConfig:
+    """How the demo evaluates."""
+    return AssessConfig(
+        model=model,
+        corpus_limit=config.documents,
+        validation_documents=config.validation_documents,
+        test_documents=config.test_documents,
+        timed_documents=config.timed_documents,
+        target_agreement=config.target_agreement,
+        seed=config.seed,
+    )
 
 
 def prompts(config: DemoConfig, count: int) -> list[str]:

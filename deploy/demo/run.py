@@ -19,7 +19,7 @@ import torch
 from offramp.controller.durable import write_durably
 from offramp.deploy.console import console
 from offramp.deploy.demo.config import DemoConfig, free_port, prepare_folder
-from offramp.deploy.demo.learn import Learned, learn, prompts, traces_report
+from offramp.deploy.demo.learn import Learned, assess_config, learn, prompts, traces_report
 from offramp.deploy.demo.show import show_completion, show_speed, show_swap
 from offramp.deploy.demo.swap import ControlPanel, request_report, swap_under_load
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
@@ -155,12 +155,20 @@ def _machine(learned: Learned) -> dict[str, Any]:
 
 
 def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
+    assessed = assess_config(config, config.model)
     return {
         "path": config.model,
         **asdict(learned.study.facts),
         "dtype": "float32",
-        "seed": config.seed,
-        "batch": 1,
+        "shapes": {
+            "timing": {"batch": 1, "prompt_tokens": assessed.prompt_tokens},
+            "quality": {"batch": config.test_documents, "prompt_tokens": assessed.prompt_tokens},
+            "new_tokens_per_document": assessed.new_tokens,
+            "test_documents": config.test_documents,
+            "timed_documents": config.timed_documents,
+            "request_tokens": config.new_tokens,
+        },
+        "seeds": {"phat": config.seed, "ppo": config.seed, "bootstrap": config.seed},
     }
 
 
