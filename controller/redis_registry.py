@@ -190,6 +190,16 @@ class RedisRegistry:
             for place, entry in entries
         ]
 
+    def forget(self) -> None:
+        """Delete every key of the channel; for channels that were only ever meant to be short.
+
+        Raises:
+            RegistryUnavailableError: nobody answers.
+        """
+        keys = self._read(lambda: list(self._client.scan_iter(match=f"{self._prefix}*")))
+        if keys:
+            self._guard(lambda: self._client.delete(*keys))
+
     def close(self) -> None:
         """See PolicyRegistry."""
         self._client.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,7 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from offramp.agents.evaluate import EvaluationRow
+if TYPE_CHECKING:
+    from offramp.agents.evaluate import EvaluationRow
 
 NARROWEST = 100
 """Columns that tables need; a pipe reports 80."""

@@ -178,7 +178,10 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            "RAY_ADDRESS", f"no Ray cluster answers at {address!r}", "Start one or unset it"
+            "RAY_ADDRESS",
+            f"no Ray cluster lets us in at {address!r}",
+            # Ray sends its token to an explicit address only if told to.
+            "Start one or unset it; if it asks for a token, set RAY_AUTH_MODE=token",
         ) from error
     try:
         yield

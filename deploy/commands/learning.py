@@ -149,6 +149,8 @@ def evaluate_policies(
         model=model, dtype=dtype, device=device, threads=threads, slots=test_documents
     )
     contenders = load_contenders(policies)
+    if not contenders:
+        raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
     study = load_study(traces)
     costs = study.costs
     engine = load_engine(spec)
@@ -170,7 +172,9 @@ def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> 
     layers, vocab = layers_and_vocab(config.worker.model)
     if config.exits and config.exits[-1] >= layers:
         raise ConfigError(
-            "exits", f"{config.exits} are not below the model's {layers} layers", "Leave out others"
+            "exits",
+            f"{config.exits[-1]} is not below the model's {layers} layers",
+            f"Name layers from 1 to {layers - 1}",
         )
     if config.candidates > vocab:
         raise ConfigError("candidates", f"{config.candidates} exceed the vocabulary of {vocab}")

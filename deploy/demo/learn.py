@@ -93,14 +93,22 @@ def assess_config(config: DemoConfig, model: str) -> AssessConfig:
     )
 
 
+SHOWN = (
+    "def read_config(path):\n    ",
+    "import argparse\n\ndef main():\n    parser = argparse.",
+)
+"""Prompts whose completions are printed."""
+
+
 def prompts(config: DemoConfig, count: int) -> list[str]:
-    """Beginnings of held-out documents."""
+    """The prompts that are shown, then passages of held-out documents."""
     documents = load_corpus(None, limit=config.documents)
     texts = [document.text for document in documents if document.split == "test"]
-    return [_beginning(texts[index % len(texts)]) for index in range(count)]
+    passages = [_passage(texts[index % len(texts)]) for index in range(count)]
+    return [*SHOWN, *passages][:count]
 
 
-def _beginning(text: str) -> str:
+def _passage(text: str) -> str:
     middle = len(text) // 2
     start = text.index("\n", middle) + 1 if "\n" in text[middle:] else middle
     return text[start : start + 240]

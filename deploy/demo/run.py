@@ -19,7 +19,7 @@ import torch
 from offramp.controller.durable import write_durably
 from offramp.deploy.console import console
 from offramp.deploy.demo.config import DemoConfig, free_port, prepare_folder
-from offramp.deploy.demo.learn import Learned, assess_config, learn, prompts, traces_report
+from offramp.deploy.demo.learn import SHOWN, Learned, assess_config, learn, prompts, traces_report
 from offramp.deploy.demo.show import show_completion, show_speed, show_swap
 from offramp.deploy.demo.swap import ControlPanel, request_report, swap_under_load
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
@@ -94,7 +94,7 @@ def _exercise(config: DemoConfig, panel: ControlPanel, traffic: Traffic) -> dict
     show_swap(swap)
     console.rule("[bold]6  Query[/]: the same prompts under the learned policy", align="left")
     after = traffic.one_by_one(timed)
-    for record in after[:2]:
+    for record in after[: len(SHOWN)]:
         show_completion(record)
     console.rule("[bold]7  Roll back[/]: a new generation with the old policy", align="left")
     rollback = asdict(panel.roll_back())
@@ -119,11 +119,15 @@ def _own_settings(config: DemoConfig, settings: Settings, stack: contextlib.Exit
     url = settings.redis_url
     if url is None:
         url = stack.enter_context(EmbeddedRedis(config.out / "redis")).url
-    # A channel of its own: on a shared Redis the demo must not meet anybody's releases.
+    # A channel of its own: on a shared Redis the demo must neither meet anybody's releases nor
+    # leave its own behind.
     channel = f"demo-{uuid.uuid4().hex[:8]}"
-    return settings.model_copy(
+    own = settings.model_copy(
         update={"redis_url": url, "channel": channel, "home": config.out / "home"}
     )
+    registry = stack.enter_context(contextlib.closing(open_registry(own)))
+    stack.callback(registry.forget)
+    return own
 
 
 def _pool(config: DemoConfig, settings: Settings, spec: WorkerSpec) -> PoolConfig:

@@ -221,3 +221,19 @@ def test_records_that_are_no_acknowledgement_are_passed_over(
     redis_registry._client.hset(redis_registry._key("ack:x"), mapping={"state": "?"})
     redis_registry._client.hset(redis_registry._key("ack:y"), mapping={b"\xff": "?"})
     assert redis_registry.acks() == []
+
+
+def test_forgetting_a_channel_leaves_the_others(redis_url: str) -> None:
+    mine, other = (RedisRegistry(redis_url, name) for name in ("forget-me", "forget-me-not"))
+    digests = [registry.put_blob(b"blob") for registry in (mine, other)]
+    for registry, digest in zip((mine, other), digests, strict=True):
+        registry.promote(Head(1, 1, b"envelope", digest), 0)
+    mine.forget()
+    assert mine.head() is None
+    assert mine.get_blob(digests[0], 10) is None
+    head = other.head()
+    assert head is not None
+    assert head.generation == 1
+    other.forget()
+    mine.close()
+    other.close()

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "ray", "transformers", "stable_baselines3")
+
+
+def loaded_by(command: str) -> set[str]:
+    """Heavy packages that a fresh process has loaded once the command's options are known."""
+    program = (
+        "import sys\n"
+        "from offramp.deploy.cli import build_app\n"
+        f"build_app([{command!r}])\n"
+        f"print(*[name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["publish", "promote", "rollback", "status"])
+def test_operators_commands_start_without_the_heavy_packages(command: str) -> None:
+    assert loaded_by(command) == set()
+
+
+def test_the_check_can_fail() -> None:
+    assert "torch" in loaded_by("record")
