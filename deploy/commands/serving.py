@@ -126,7 +126,6 @@ def demo(
     """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
     settings = Settings.from_environment()
     config = DemoConfig(model=model, out=out, port=port, seed=seed)
-    require_loadable(WorkerSpec(model=model), settings)
     require_folder("out", out)
     if port:
         require_free(LOOPBACK[0], port)

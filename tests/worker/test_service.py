@@ -260,8 +260,8 @@ def test_a_failing_step_ends_the_open_streams_and_not_the_service(
                 with pytest.raises(DecodeFailedError) as failed:
                     [event async for event in events]
                 assert isinstance(failed.value.__cause__, MemoryError)
-        await settle(service)
-        assert engine.load == (0, 0)
+                await settle(service)
+                assert engine.load == (0, 0)  # those that nobody has read yet are gone too
         assert service.is_healthy
         again = await collect(service, PROMPTS[1], tokens(6))
         assert [e.token for e in again] == reference.generate(PROMPTS[1], tokens(6))[0].token_ids
