@@ -88,7 +88,7 @@ def _load_record(path: Path, kind: type[Record]) -> Record:
 def _load_candidates(path: Path) -> IntArray:
     try:
         table: IntArray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise TraceError(
             str(path), f"is no readable candidate table ({error})", "Record the traces again"
         ) from error

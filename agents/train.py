@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,19 +119,20 @@ def load_contenders(folder: Path) -> list[Contender]:
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return [_load_contender(folder, entry) for entry in index]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
         ) from error
-    return [
-        Contender(
-            family=entry["family"],
-            setting=entry["setting"],
-            offline_agreement=entry["offline_agreement"],
-            policy=PolicyBundle.load(folder / entry["folder"]).policy(),
-        )
-        for entry in index
-    ]
+
+
+def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
+    return Contender(
+        family=entry["family"],
+        setting=entry["setting"],
+        offline_agreement=entry["offline_agreement"],
+        policy=PolicyBundle.load(folder / entry["folder"]).policy(),
+    )
 
 
 def _canned(policy: ExitPolicy, study: Study) -> FloatArray:

@@ -16,7 +16,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, OfframpError
 from offramp.controller.redis_registry import RedisRegistry
 from offramp.controller.signing import load_public_key, trusted_keys
 from offramp.controller.trust import ReleaseVerifier
@@ -185,6 +185,12 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         ) from error
     try:
         yield
+    except ray.exceptions.RayError as error:
+        # An offramp error raised in a worker is both, and says itself what to do.
+        if isinstance(error, OfframpError):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError("ray", f"a worker process failed: {reason}") from error
     finally:
         with _muted():
             ray.shutdown()

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     ray_address: str | None = None
     home: Path = Path("runs/home")
     channel: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    api_key: str | None = Field(default=None, min_length=8)
+    api_key: str | None = Field(default=None, min_length=8, pattern=r"^[!-~]+$")
 
     @field_validator("redis_url")
     @classmethod

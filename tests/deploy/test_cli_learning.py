@@ -34,13 +34,6 @@ COSTS = CostTable(
     machine="invented",
 )
 
-EMPTY_CANDIDATES = pytest.mark.xfail(
-    strict=True, reason="agents/study.py: np.load raises EOFError for an empty file"
-)
-SHAPELESS_INDEX = pytest.mark.xfail(
-    strict=True, reason="agents/train.py: load_contenders lets TypeError and KeyError through"
-)
-
 Untouched = Callable[[], None]
 
 
@@ -121,10 +114,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        pytest.param(name, marks=EMPTY_CANDIDATES) if name == "candidates emptied" else name
-        for name in DAMAGES
-    ],
+    [pytest.param(name) if name == "candidates emptied" else name for name in DAMAGES],
 )
 def test_damaged_traces_are_named(
     cli: Any, tmp_path: Path, traces: Path, policies: Path, untouched: Untouched, damage: str
@@ -166,9 +156,9 @@ def test_train_names_bad_targets(
         "",
         "{",
         "[]",
-        pytest.param("3", marks=SHAPELESS_INDEX),
-        pytest.param("[3]", marks=SHAPELESS_INDEX),
-        pytest.param('[{"folder": "00"}]', marks=SHAPELESS_INDEX),
+        pytest.param("3"),
+        pytest.param("[3]"),
+        pytest.param('[{"folder": "00"}]'),
     ],
 )
 def test_evaluate_names_policies_without_a_readable_index(
