@@ -28,6 +28,7 @@ class AssessConfig:
         validation_documents: Documents the choice is made on.
         test_documents: Documents the report is made on.
         timed_documents: Of those, how many are timed.
+        timed_tokens: Tokens timed in each.
         prompt_tokens: Tokens of each document read at full depth first.
         new_tokens: Tokens decoded after them.
         target_agreement: Least on-policy agreement with full depth of what is published.
@@ -40,7 +41,8 @@ class AssessConfig:
     corpus_limit: int | None = 320
     validation_documents: int = 16
     test_documents: int = 24
-    timed_documents: int = 5
+    timed_documents: int = 12
+    timed_tokens: int = 32
     prompt_tokens: int = 64
     new_tokens: int = 96
     target_agreement: float = 0.93
@@ -48,7 +50,7 @@ class AssessConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("validation_documents", "test_documents", "timed_documents", "new_tokens"):
+        for name in ("validation_documents", "test_documents", "timed_documents", "timed_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
         if not 0 < self.target_agreement <= 1:
@@ -100,6 +102,7 @@ def assess(
         _tokens(config, documents, "validation", config.validation_documents),
         prompt_tokens=config.prompt_tokens,
         timed_documents=0,
+        timed_tokens=0,
         seed=config.seed,
         on_run=lambda done, total: on_run("validation", done, total),
     )
@@ -110,6 +113,7 @@ def assess(
         _tokens(config, documents, "test", config.test_documents),
         prompt_tokens=config.prompt_tokens,
         timed_documents=config.timed_documents,
+        timed_tokens=config.timed_tokens,
         seed=config.seed,
         on_run=lambda done, total: on_run("test", done, total),
     )

@@ -68,6 +68,7 @@ def evaluate(
     *,
     prompt_tokens: int,
     timed_documents: int,
+    timed_tokens: int,
     seed: int = 0,
     on_run: Callable[[int, int], None] = lambda *_: None,
 ) -> list[EvaluationRow]:
@@ -75,7 +76,8 @@ def evaluate(
 
     Quality is measured on all documents, as many at a time as the engine has slots. Time is
     measured at batch 1 on the first ``timed_documents``, document by document, the contenders in
-    a rotating order, so that each ratio compares neighbours in time.
+    a rotating order, so that each ratio compares neighbours in time. Many short runs, because a
+    disturbance of the machine should hit few of them.
 
     Args:
         engine: Idle.
@@ -83,6 +85,7 @@ def evaluate(
         documents: Token ids, longer than ``prompt_tokens`` + 1.
         prompt_tokens: Tokens of each document read at full depth first.
         timed_documents: Documents timed; 0 skips timing.
+        timed_tokens: Tokens timed after each one's prompt, at most.
         seed: Of the bootstrap.
         on_run: Told (runs done, runs in all).
     """
@@ -99,12 +102,13 @@ def evaluate(
         for turn in range(len(contenders)):
             c = (turn + index) % len(contenders)
             policy = contenders[c].policy
-            _, seconds_CD[c, index] = follow(engine, [documents[index]], prompt_tokens, policy)
+            document = documents[index][: prompt_tokens + 1 + timed_tokens]
+            _, seconds_CD[c, index] = follow(engine, [document], prompt_tokens, policy)
             done += 1
             on_run(done, total)
     rng = np.random.default_rng(seed)
     return [
-        _row(contender, followed[c], followed[0], seconds_CD[c], seconds_CD[0], rng)
+        _row(contender, followed[c], followed[0], seconds_CD[c], seconds_CD[0], timed_tokens, rng)
         for c, contender in enumerate(contenders)
     ]
 
@@ -115,6 +119,7 @@ def _row(
     full: list[Followed],
     seconds_D: NDArray[np.float64],
     full_seconds_D: NDArray[np.float64],
+    timed_tokens: int,
     rng: np.random.Generator,
 ) -> EvaluationRow:
     tokens_D = np.asarray([len(run.emitted) for run in mine], np.float64)
@@ -125,7 +130,7 @@ def _row(
     wall: tuple[float | None, ...] = (None, None, None)
     if len(seconds_D):
         wall = bootstrap_ratio(seconds_D, full_seconds_D, rng)
-    timed_tokens = tokens_D[: len(seconds_D)].sum()
+    timed = np.minimum(tokens_D[: len(seconds_D)], timed_tokens).sum()
     return EvaluationRow(
         policy=contender.name,
         family=contender.family,
@@ -138,7 +143,7 @@ def _row(
         wall_ratio=wall[0],
         wall_ratio_low=wall[1],
         wall_ratio_high=wall[2],
-        us_per_token=1e6 * float(seconds_D.sum() / timed_tokens) if len(seconds_D) else None,
+        us_per_token=1e6 * float(seconds_D.sum() / timed) if len(seconds_D) else None,
         offline_agreement=contender.offline_agreement,
         tokens=int(tokens_D.sum()),
         exits=tuple(contender.policy.exits),

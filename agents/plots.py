@@ -34,7 +34,7 @@ def draw_frontier(rows: Sequence[EvaluationRow], chosen: str, path: Path) -> Non
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
     for family in dict.fromkeys(row.family for row in rows):
         points = sorted(
-            (row for row in rows if row.family == family), key=lambda row: row.wall_ratio or 0
+            (row for row in rows if row.family == family), key=lambda row: row.agreement
         )
         _draw_family(axes, family, points)
     for row in rows:

@@ -20,7 +20,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
 
-NARROWEST = 100
+NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
 
 console = Console(highlight=False)

@@ -125,7 +125,7 @@ def evaluate_policies(
     corpus: Corpus = None,
     documents: Documents = 320,
     test_documents: Annotated[int, typer.Option(min=1, help="Documents reported on.")] = 24,
-    timed_documents: Annotated[int, typer.Option(min=1, help="Of those, timed.")] = 5,
+    timed_documents: Annotated[int, typer.Option(min=1, help="Of those, timed.")] = 12,
     target_agreement: Annotated[
         float, typer.Option(help="Least on-policy agreement of what is chosen.")
     ] = 0.93,

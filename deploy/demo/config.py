@@ -42,7 +42,7 @@ class DemoConfig:
     ppo_steps: int = 1_500_000
     validation_documents: int = 16
     test_documents: int = 24
-    timed_documents: int = 5
+    timed_documents: int = 12
     target_agreement: float = 0.93
     replicas: int = 2
     in_flight: int = 6

@@ -165,7 +165,11 @@ def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
         **asdict(learned.study.facts),
         "dtype": "float32",
         "shapes": {
-            "timing": {"batch": 1, "prompt_tokens": assessed.prompt_tokens},
+            "timing": {
+                "batch": 1,
+                "prompt_tokens": assessed.prompt_tokens,
+                "new_tokens": assessed.timed_tokens,
+            },
             "quality": {"batch": config.test_documents, "prompt_tokens": assessed.prompt_tokens},
             "new_tokens_per_document": assessed.new_tokens,
             "test_documents": config.test_documents,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,4 +62,5 @@ def _style(layer: int, seen: Sequence[int]) -> str:
 
 
 def _each(generations: Sequence[Sequence[int]]) -> str:
-    return " ".join("generation " + "+".join(map(str, each)) for each in generations)
+    counts = Counter("+".join(map(str, each)) or "none" for each in generations)
+    return ", ".join(f"{count} under generation {name}" for name, count in counts.items())

@@ -40,7 +40,9 @@ def documents() -> list[list[int]]:
 def rows(documents: list[list[int]]) -> list[EvaluationRow]:
     torch.set_num_threads(1)
     engine = AdaptiveEngine.from_pretrained(REFERENCE)
-    return evaluate(engine, CONTENDERS, documents, prompt_tokens=24, timed_documents=2)
+    return evaluate(
+        engine, CONTENDERS, documents, prompt_tokens=24, timed_documents=2, timed_tokens=16
+    )
 
 
 def test_full_depth_is_its_own_reference(rows: list[EvaluationRow]) -> None:
