@@ -44,9 +44,15 @@ FAMILIES = {
 }
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+# In bfloat16 two tokens can tie, and which one wins then depends on the shape of a product. Of 40
+# seeds, these leave the widest gap between the two best tokens in the tests' own decoding: 1.1 to
+# 2.4 % of the logits' deviation, where seed 0 has exact ties.
+CLEAR_SEEDS = {"llama": 25, "llama-mha": 6, "mistral": 25, "qwen2": 30, "qwen3": 27}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     config_class, model_class, extra = FAMILIES[family]
-    torch.manual_seed(seed)
+    torch.manual_seed(CLEAR_SEEDS[family] if dtype is torch.bfloat16 else 0)
     model = model_class(config_class(**{**SHAPE, **extra}))
     # Biases and norms start at 0 and 1; random ones make a forgotten fold visible.
     with torch.no_grad():
