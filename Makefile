@@ -52,6 +52,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases tests examples benchmarks
 
 layers: setup
 	$(BIN)/lint-imports
@@ -60,5 +61,6 @@ docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
 	$(BIN)/python -m pytest --doctest-glob='*.md' README.md
 
+# runs/home holds the publisher's key and ledger, which nothing can rebuild: it stays.
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) build runs/demo *.egg-info

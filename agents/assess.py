@@ -107,12 +107,13 @@ def assess(
         on_run=lambda done, total: on_run("validation", done, total),
     )
     best, reason = choose(validation[1:], costs, config.target_agreement)
+    tested = _tokens(config, documents, "test", config.test_documents)
     test = evaluate(
         engine,
         contenders,
-        _tokens(config, documents, "test", config.test_documents),
+        tested,
         prompt_tokens=config.prompt_tokens,
-        timed_documents=config.timed_documents,
+        timed_documents=min(config.timed_documents, len(tested)),
         timed_tokens=config.timed_tokens,
         seed=config.seed,
         on_run=lambda done, total: on_run("test", done, total),

@@ -5,6 +5,7 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.store import TraceStore
-from offramp.worker.actor import TraceRecorderActor, WorkerSpec
+from offramp.worker.actor import ModelFacts, TraceRecorderActor, WorkerSpec
 from offramp.worker.candidates import successor_table
 from offramp.worker.loading import check_model, load_tokenizer
+
+SPLIT = "split.json"
+"""Which document of the corpus is in which split, by digest."""
 
 RECORDED_SPLITS = ("train", "validation")
 """Test documents are never recorded: they are only met on-policy, in evaluation."""
@@ -87,7 +91,8 @@ def record_traces(
 
     Args:
         config: What to record.
-        folder: Where the store is created, with candidates, costs and split beside it.
+        folder: Where the store is created, with candidates, costs and split beside it. A
+            recording that fails removes it again.
         on_chunk: Told (tokens recorded so far, tokens in all) after each chunk.
 
     Raises:
@@ -97,27 +102,20 @@ def record_traces(
     check_model(config.worker.model)
     documents = load_corpus(config.corpus, limit=config.documents)
     tokenized = tokenize(config.worker.model, documents)
+    folder.mkdir(parents=True, exist_ok=True)
     recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
     try:
         facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
+        _require_context(config, facts)
         exits = config.exits or quarters(facts.layers)
         _require_exits(exits, facts.layers)
-        train = [tokens for doc, tokens in tokenized if doc.split == "train"]
-        candidates_VK = successor_table(train, facts.vocab, config.candidates)
-        header = TraceHeader(
-            model=facts.model, schema=CANDIDATES_V1.digest, exits=exits, layers=facts.layers
-        )
-        store = TraceStore.create(folder, header)
-        save_candidates(folder, candidates_VK)
-        write_split(documents, folder / "split.json")
-        ray.get([r.prepare.remote(exits, ray.put(candidates_VK)) for r in recorders])
-        windows = [
-            (doc, window(doc, tokens, config.tokens_per_document + 1))
-            for doc, tokens in tokenized
-            if doc.split in RECORDED_SPLITS
-        ]
-        seconds = _record_all(recorders, windows, store, on_chunk)
+        windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_chunk)
+        write_split(documents, folder / SPLIT)
         save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
+    except BaseException:
+        # Half a recording would only be in the way of the next one.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         for recorder in recorders:
             ray.kill(recorder)
@@ -126,6 +124,32 @@ def record_traces(
     return RecordReport(
         folder=folder, documents=counts, tokens=tokens, seconds=seconds, exits=exits
     )
+
+
+def _record(
+    config: RecordConfig,
+    folder: Path,
+    recorders: list[Any],
+    facts: ModelFacts,
+    exits: tuple[int, ...],
+    tokenized: list[tuple[Document, list[int]]],
+    on_chunk: Callable[[int, int], None],
+) -> tuple[list[tuple[Document, list[int]]], float]:
+    """Create the store and fill it; the windows recorded, and the seconds it took."""
+    train = [tokens for doc, tokens in tokenized if doc.split == "train"]
+    candidates_VK = successor_table(train, facts.vocab, config.candidates)
+    header = TraceHeader(
+        model=facts.model, schema=CANDIDATES_V1.digest, exits=exits, layers=facts.layers
+    )
+    store = TraceStore.create(folder, header)
+    save_candidates(folder, candidates_VK)
+    ray.get([r.prepare.remote(exits, ray.put(candidates_VK)) for r in recorders])
+    windows = [
+        (doc, window(doc, tokens, config.tokens_per_document + 1))
+        for doc, tokens in tokenized
+        if doc.split in RECORDED_SPLITS
+    ]
+    return windows, _record_all(recorders, windows, store, on_chunk)
 
 
 def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
@@ -153,6 +177,14 @@ def quarters(layers: int) -> tuple[int, ...]:
     (3, 6, 9)
     """
     return tuple(sorted({max(1, layers * part // 4) for part in (1, 2, 3)}))
+
+
+def _require_context(config: RecordConfig, facts: ModelFacts) -> None:
+    if config.tokens_per_document > facts.context:
+        raise ConfigError(
+            "tokens_per_document",
+            f"{config.tokens_per_document} exceed the model's context of {facts.context}",
+        )
 
 
 def _require_exits(exits: tuple[int, ...], layers: int) -> None:

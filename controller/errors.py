@@ -103,6 +103,8 @@ class Refusal(StrEnum):
     DIGEST_MISMATCH = "digest_mismatch"
     NOT_SAFETENSORS = "not_safetensors"
     BAD_SHAPE = "bad_shape"
+    WRONG_DEPTH = "wrong_depth"
+    UNSUPPORTED = "unsupported"
     NOT_FINITE = "not_finite"
     CANNED_INPUTS = "canned_inputs"
 

@@ -56,8 +56,8 @@ class Manifest:
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
         certificate: The calibration's guarantee, or None if there is none.
-        rollout: Which requests it may serve.
-        guardrails: Bounds at which a worker trips to full depth.
+        rollout: Which requests it may serve. Workers refuse anything below 100 % for now.
+        guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
         created_at: When it was signed, unix seconds.
         expires_at: From when on it is refused, unix seconds; None: never.
         rollback_of: The generation this one replaces because it failed; None otherwise.

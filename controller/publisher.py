@@ -122,12 +122,18 @@ class Publisher:
     def promote(self, generation: int) -> None:
         """Make a recorded release the head, uploading its blob again if the registry lost it.
 
+        Promoting what is served already only renews its timestamp.
+
         Raises:
             ConfigError: the generation is not in the ledger, or older than one promoted before.
             PromoteConflictError: the head moved meanwhile, or is not below this generation.
             RegistryUnavailableError: the registry cannot be reached.
         """
         release = self._recorded(generation)
+        self._catch_up()
+        if generation == self._ledger.promoted() == self._served():
+            self.heartbeat()
+            return
         if generation < self._ledger.promoted():
             problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
             raise ConfigError("generation", problem, "Roll back instead: workers never go back")
@@ -151,6 +157,7 @@ class Publisher:
             PromoteConflictError: the head moved meanwhile.
             RegistryUnavailableError: the registry cannot be reached.
         """
+        self._catch_up()
         failed = self._ledger.promoted()
         if not failed:
             raise ConfigError("rollback", "nothing was promoted yet")
@@ -196,6 +203,15 @@ class Publisher:
         self._ledger.append(generation, envelope, blob)
         self._registry.put_blob(blob)
         return Release(generation, manifest.digest, envelope)
+
+    def _catch_up(self) -> None:
+        """Record a promotion that reached the registry, though its answer never came back."""
+        head = self._registry.head()
+        if head is None or head.generation <= self._ledger.promoted():
+            return
+        mine = head.generation in self._ledger.generations()
+        if mine and self._ledger.get(head.generation) == head.envelope:
+            self._ledger.record_promotion(head.generation)
 
     def _served(self) -> int:
         head = self._registry.head()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
+from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.manifest import (
     COUNT,
     DIGEST,
@@ -96,6 +97,8 @@ class ReleaseVerifier:
         model: Fingerprint of the model loaded, hex.
         tokenizer: Fingerprint of its tokenizer, hex.
         clock: Unix seconds.
+        layers: Number of layers of the model; None leaves exits unchecked.
+        vocab: Number of its tokens; None leaves candidate tables unchecked.
     """
 
     def __init__(
@@ -105,7 +108,12 @@ class ReleaseVerifier:
         model: str,
         tokenizer: str,
         clock: Callable[[], float] = time.time,
+        *,
+        layers: int | None = None,
+        vocab: int | None = None,
     ) -> None:
+        self._layers = layers
+        self._vocab = vocab
         self._trusted = dict(trusted)
         self._channel = channel
         self._model = model
@@ -141,9 +149,20 @@ class ReleaseVerifier:
         """Rebuild the policy of a verified manifest from its blob.
 
         Raises:
-            PolicyRefusedError: see ``unpack_policy``.
+            PolicyRefusedError: see ``unpack_policy``; or the policy does not fit the model.
         """
-        return unpack_policy(manifest, blob)
+        policy = unpack_policy(manifest, blob)
+        if self._layers is not None and any(layer > self._layers for layer in policy.exits):
+            detail = f"exits {policy.exits} of a model with {self._layers} layers"
+            raise PolicyRefusedError(Refusal.WRONG_DEPTH, detail)
+        table_VK = policy.candidates_VK
+        if policy.schema == CANDIDATES_V1 and (
+            table_VK is None or self._vocab not in (None, len(table_VK))
+        ):
+            rows = "no" if table_VK is None else len(table_VK)
+            detail = f"{rows} candidate rows, the model has {self._vocab} tokens"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+        return policy
 
     def staleness(self, raw: bytes | None, generation: int) -> str:
         """Why the signed timestamp does not vouch for the head; "" if it does.
@@ -178,6 +197,10 @@ class ReleaseVerifier:
         if manifest.expires_at is not None and manifest.expires_at <= self._clock():
             detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
             raise PolicyRefusedError(Refusal.EXPIRED, detail)
+        if manifest.rollout.percent < 100 or manifest.guardrails:
+            # Serving everybody unguarded would break what the publisher signed.
+            detail = "partial rollouts and guardrails are not supported by this worker yet"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
         if mark is not None:
             _check_mark(manifest, mark)
         if manifest.model != self._model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -44,6 +45,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command; expected failures end in one sentence and exit status 1."""
+    # Told to end, clean up just as on Ctrl-C: what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         build_app(sys.argv[1:])()
     except (OfframpError, OSError) as error:

@@ -32,7 +32,7 @@ class Check:
 
 
 def examine(model: str, settings: Settings) -> Iterator[Check]:
-    """Look at Python, packages, Redis, Ray's address and the model, one after the other."""
+    """Look at Python, packages, Redis and the model, one after the other."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0])
     for package in PACKAGES:
         yield _try(package, lambda name=package: importlib.metadata.version(name))  # type: ignore[misc]  # a default argument

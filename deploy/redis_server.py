@@ -88,6 +88,8 @@ class EmbeddedRedis:
             self._process = subprocess.Popen(
                 [str(binary), "--dir", str(data_dir), "--save", "60", "1", *self._listening()],
                 stdin=subprocess.DEVNULL,
+                # Ctrl-C in a terminal reaches the whole group; the server must outlive its users.
+                start_new_session=True,
                 stdout=log,
                 stderr=log,
             )

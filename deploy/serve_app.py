@@ -91,6 +91,8 @@ class ServedWorker:
             config.channel,
             engine.model_fingerprint,
             engine.tokenizer_fingerprint,
+            layers=engine.stack.layers,
+            vocab=engine.stack.vocab,
         )
         self.refresher = PolicyRefresher(
             RedisRegistry(config.redis_url, config.channel),

@@ -167,8 +167,8 @@ def train(model: LlamaForCausalLM, stream_T: Stream, recipe: Recipe) -> tuple[in
     def backward() -> Tensor:
         starts = generator.integers(0, len(stream_T) - recipe.length, recipe.batch)
         with BF16:
-            losses_E = losses_of(cut(stream_T, starts, recipe.length))
-        (losses_E @ weights_E).backward()
+            losses_E: Tensor = losses_of(cut(stream_T, starts, recipe.length))
+        (losses_E @ weights_E).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         return losses_E.detach()
 
     backward()  # compiles, before the clock starts

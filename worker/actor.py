@@ -60,12 +60,14 @@ class ModelFacts:
         tokenizer: Fingerprint of the vocabulary.
         layers: Number of layers L.
         vocab: Number of tokens V.
+        context: Most tokens of a sequence.
     """
 
     model: str
     tokenizer: str
     layers: int
     vocab: int
+    context: int
 
 
 def describe(engine: AdaptiveEngine) -> ModelFacts:
@@ -75,6 +77,7 @@ def describe(engine: AdaptiveEngine) -> ModelFacts:
         tokenizer=engine.tokenizer_fingerprint,
         layers=engine.stack.layers,
         vocab=engine.stack.vocab,
+        context=engine.stack.context,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from offramp.worker.sequence import FinishReason, Sequence
+from offramp.worker.sequence import FinishReason, Request, TokenEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +48,19 @@ def mean_layer(exit_layers: Items[int]) -> float:
     return sum(exit_layers) / len(exit_layers) if exit_layers else 0.0
 
 
-def completion_of(row: Sequence, text: str) -> Completion:
-    """The completion of a finished sequence."""
-    assert row.finish_reason is not None
+def completion_of(request: Request, events: Items[TokenEvent]) -> Completion:
+    """The completion of a request whose events have all come."""
+    layers = [event.exit_layer for event in events]
+    finish_reason = events[-1].finish_reason
+    assert finish_reason is not None
     return Completion(
-        text=text,
-        token_ids=row.emitted,
-        exit_layers=row.exit_layers,
-        finish_reason=row.finish_reason,
+        text="".join(event.text for event in events),
+        token_ids=[event.token for event in events],
+        exit_layers=layers,
+        finish_reason=finish_reason,
         stats=CompletionStats(
-            prompt_tokens=len(row.request.prompt),
-            generation=row.request.snapshot.generation,
-            mean_exit_layer=mean_layer(row.exit_layers),
+            prompt_tokens=len(request.prompt),
+            generation=request.snapshot.generation,
+            mean_exit_layer=mean_layer(layers),
         ),
     )

@@ -84,6 +84,7 @@ class _Batch:
         self.mask = _mask(self.positions, stack.device)
         self.groups = _groups(stack, rows, self.x_N1D[:, 0], self.positions)
         self.states_BD = torch.empty_like(self.x_N1D[:, 0])
+        self.known_logits: dict[int, Tensor] = {}
         self.exit_layers = [stack.layers] * len(rows)
         decoder.kv.open_window(self.slots, self.positions)
 
@@ -105,7 +106,18 @@ class _Batch:
     def finish(self) -> StepResult:
         if self.is_active:
             self.states_BD[torch.from_numpy(self.active)] = self.x_N1D[:, 0]
-        return StepResult(self.decoder.stack.logits(self.states_BD), self.exit_layers)
+        return StepResult(self._logits(), self.exit_layers)
+
+    def _logits(self) -> Tensor:
+        """One head per row: a row whose last probe ran the whole head has had it."""
+        known = self.known_logits
+        if not known:
+            return self.decoder.stack.logits(self.states_BD)
+        missing = [row for row in range(len(self.rows)) if row not in known]
+        if missing:
+            rest = self.decoder.stack.logits(self.states_BD[missing])
+            known.update(zip(missing, rest, strict=True))
+        return torch.stack([known[row] for row in range(len(self.rows))])
 
     def _ask(self, executed: int) -> BoolArray | None:
         leaving_N: BoolArray | None = None
@@ -118,7 +130,7 @@ class _Batch:
             x_ND = self.x_N1D[:, 0]
             if len(where_N) < len(self.active):
                 x_ND = x_ND[torch.from_numpy(where_N)]
-            leaving_N[where_N] = group.ask(executed, x_ND)
+            leaving_N[where_N] = group.ask(executed, x_ND, self.known_logits)
         return leaving_N
 
     def _let_go(self, executed: int, leaving_N: BoolArray) -> None:
@@ -161,10 +173,17 @@ class _Group:
         self.rows = rows
         self.probe = probe
 
-    def ask(self, executed: int, x_ND: Tensor) -> BoolArray:
-        """Which of the group's rows leave; they are then forgotten."""
+    def ask(self, executed: int, x_ND: Tensor, known_logits: dict[int, Tensor]) -> BoolArray:
+        """Which of the group's rows leave; they are then forgotten.
+
+        Logits that the probe computed for them anyway are left in ``known_logits``, by row.
+        """
         leave_N = self.policy.leave(self.probe.features(executed, x_ND)).copy()
         if leave_N.any():
+            logits_NV = self.probe.logits()
+            if logits_NV is not None:
+                left = np.flatnonzero(leave_N)
+                known_logits.update((int(self.rows[i]), logits_NV[i]) for i in left)
             self.probe.keep(~leave_N)
             self.rows = self.rows[~leave_N]
         return leave_N

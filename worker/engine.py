@@ -26,7 +26,6 @@ from offramp.worker.admission import (
 )
 from offramp.worker.completion import Completion, completion_of
 from offramp.worker.decode import Decoder
-from offramp.worker.detokenize import StreamDecoder
 from offramp.worker.kv import SlotKV
 from offramp.worker.loading import (
     load_model,
@@ -36,6 +35,7 @@ from offramp.worker.loading import (
     require_supported,
     tokenizer_fingerprint,
 )
+from offramp.worker.outbox import Outbox
 from offramp.worker.sampling import SamplingParams, draw
 from offramp.worker.sequence import Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
@@ -79,7 +79,8 @@ class AdaptiveEngine:
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
         self._waiting: deque[Request] = deque()
         self._running: list[Sequence] = []
-        self._texts: dict[str, StreamDecoder] = {}
+        self._outbox = Outbox(tokenizer)
+        self._inboxes: dict[str, deque[TokenEvent]] = {}
         self._ids = itertools.count()
 
     @classmethod
@@ -129,14 +130,11 @@ class AdaptiveEngine:
             RequestError: a prompt, sampling value or policy that cannot be served.
         """
         requests = self._submit_all(as_prompts(prompts), sampling, policy)
-        finished: dict[str, Sequence] = {}
-        pieces: dict[str, list[str]] = {request.id: [] for request in requests}
-        while len(finished) < len(requests):
-            for event in self.step(finished):
-                pieces[event.request_id].append(event.text)
-        return [
-            completion_of(finished[request.id], "".join(pieces[request.id])) for request in requests
-        ]
+        try:
+            return [completion_of(request, list(self._await(request))) for request in requests]
+        finally:
+            for request in requests:
+                self.cancel(request.id)
 
     def stream(
         self,
@@ -148,10 +146,9 @@ class AdaptiveEngine:
 
         Closing the iterator early frees its slot. Raises as ``generate`` does.
         """
-        request = self.submit(prompt, sampling, policy)
+        [request] = self._submit_all([prompt], sampling, policy)
         try:
-            while self.is_busy(request.id):
-                yield from (event for event in self.step() if event.request_id == request.id)
+            yield from self._await(request)
         finally:
             self.cancel(request.id)
 
@@ -198,12 +195,11 @@ class AdaptiveEngine:
         Args:
             finished: Takes the sequences that ended in this step, by request id.
         """
+        rows = list(self._running)
         admitted = self._admit()
-        running = [row for row in self._running if not row.is_finished]
-        rows = [row for row in running if row not in admitted]
         if rows:
             self._advance(rows)
-        events = [self._event(row) for row in self._running if row in admitted or row in rows]
+        events = [self._outbox.event(row) for row in (*rows, *admitted)]
         self._release(finished if finished is not None else {})
         return events
 
@@ -212,7 +208,8 @@ class AdaptiveEngine:
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         for row in [row for row in self._running if row.request.id == request_id]:
             self._vacate(row)
-        self._texts.pop(request_id, None)
+        self._outbox.forget(request_id)
+        self._inboxes.pop(request_id, None)
 
     def is_busy(self, request_id: str) -> bool:
         """Whether a request is running or waiting."""
@@ -234,12 +231,27 @@ class AdaptiveEngine:
         requests: list[Request] = []
         try:
             for prompt in prompts:
-                requests.append(self.submit(prompt, sampling, policy))  # noqa: PERF401 - see except
+                request = self.submit(prompt, sampling, policy)
+                requests.append(request)
+                self._inboxes[request.id] = deque()
         except BaseException:
             for request in requests:
                 self.cancel(request.id)
             raise
         return requests
+
+    def _await(self, request: Request) -> Iterator[TokenEvent]:
+        """One request's events; those of other requests wait in their own inboxes."""
+        inbox = self._inboxes[request.id]
+        while True:
+            while inbox:
+                event = inbox.popleft()
+                yield event
+                if event.finish_reason is not None:
+                    return
+            for event in self.step():
+                if event.request_id in self._inboxes:
+                    self._inboxes[event.request_id].append(event)
 
     def _snapshot(self, policy: ExitPolicy | PolicySnapshot | None) -> PolicySnapshot:
         if policy is None:
@@ -254,16 +266,15 @@ class AdaptiveEngine:
         while self._waiting and len(self._running) < self.kv.slots:
             request = self._waiting.popleft()
             row = Sequence(request, slot=len(self._running))
-            self.kv.reserve(len(request.prompt) + request.sampling.max_tokens)
+            self.kv.reserve(len(request.prompt))
             logits_V = self.decoder.prefill(request.prompt, row.slot)
             row.emit(self._draw(logits_V, row), self.stack.layers, self.stack.eos_tokens)
             self._running.append(row)
             admitted.append(row)
-            if self.tokenizer is not None:
-                self._texts[request.id] = StreamDecoder(self.tokenizer)
         return admitted
 
     def _advance(self, rows: list[Sequence]) -> None:
+        self.kv.reserve(1 + max(row.position for row in rows))
         result = self.decoder.step(rows)
         for index, row in enumerate(rows):
             token = self._draw(result.logits_BV[index], row)
@@ -272,23 +283,11 @@ class AdaptiveEngine:
     def _draw(self, logits_V: torch.Tensor, row: Sequence) -> int:
         return draw(logits_V, row.request.sampling, row.generator)
 
-    def _event(self, row: Sequence) -> TokenEvent:
-        token = row.emitted[-1]
-        decoder = self._texts.get(row.request.id)
-        return TokenEvent(
-            request_id=row.request.id,
-            token=token,
-            text=decoder.push(token, last=row.is_finished) if decoder else "",
-            exit_layer=row.exit_layers[-1],
-            generation=row.generations[-1],
-            finish_reason=row.finish_reason,
-        )
-
     def _release(self, finished: dict[str, Sequence]) -> None:
         for row in [row for row in self._running if row.is_finished]:
             finished[row.request.id] = row
             self._vacate(row)
-            self._texts.pop(row.request.id, None)
+            self._outbox.forget(row.request.id)
 
     def _vacate(self, row: Sequence) -> None:
         # The last row moves into the hole, so that running rows stay the first slots.

@@ -112,16 +112,24 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def require_supported(model: Any) -> None:
-    """Refuse a ready model object whose architecture no adapter drives.
+    """Refuse a ready model object that the engine would not decode exactly.
 
     Raises:
-        ModelError: naming the class found and those supported.
+        ModelError: an unsupported class, attention other than sdpa, or training mode.
     """
     name = type(model).__name__
     if name not in SUPPORTED:
         raise ModelError(
             "model", f"is a {name}, which is not supported", f"Supported are {', '.join(SUPPORTED)}"
         )
+    attention = model.config._attn_implementation
+    if attention != "sdpa":
+        # Without a mask only sdpa is causal by itself.
+        raise ModelError(
+            "model", f"uses {attention} attention", 'Load it with attn_implementation="sdpa"'
+        )
+    if model.training:
+        raise ModelError("model", "is in training mode, with dropout", "Call model.eval() first")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -168,7 +176,10 @@ def model_fingerprint(model: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over the vocabulary (tokens and ids, added ones included)."""
+    """SHA-256 over all that turns text into ids; for a slow tokenizer, over its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
 

@@ -35,6 +35,10 @@ class Probe(Protocol):
         """Forget the rows that left."""
         ...
 
+    def logits(self) -> Tensor | None:
+        """Whole logits [N, V] that the last ``features`` computed anyway; None if it did not."""
+        ...
+
 
 class BlankProbe:
     """For policies that read nothing: features of zero width."""
@@ -46,19 +50,32 @@ class BlankProbe:
     def keep(self, stay_N: BoolArray) -> None:
         """Nothing is remembered."""
 
+    def logits(self) -> Tensor | None:
+        """None were computed."""
+        return None
+
 
 class SoftmaxProbe:
-    """SOFTMAX_V1: full-vocabulary confidence, at the price of one LM head per probe."""
+    """SOFTMAX_V1: full-vocabulary confidence, at the price of one LM head per probe.
+
+    The head of the probe at which a row leaves is the one its token is drawn from.
+    """
 
     def __init__(self, stack: LayerStack) -> None:
         self.stack = stack
+        self._logits_NV: Tensor | None = None
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """Probability of the best token, and its margin over the second, [N, 2]."""
-        return softmax_features(self.stack.logits(x_ND))
+        self._logits_NV = self.stack.logits(x_ND)
+        return softmax_features(self._logits_NV)
 
     def keep(self, stay_N: BoolArray) -> None:
         """Nothing is remembered."""
+
+    def logits(self) -> Tensor | None:
+        """Those of the last probe."""
+        return self._logits_NV
 
 
 def softmax_features(logits_NV: Tensor) -> FloatArray:
@@ -119,6 +136,10 @@ class CandidateProbe:
         self._previous_ND = self._previous_ND[stay]
         for name in ("_previous_norm_N", "_position_N", "_best_N", "_top1_N", "_run_N"):
             setattr(self, name, getattr(self, name)[stay_N])
+
+    def logits(self) -> Tensor | None:
+        """None were computed: that is the point of candidates."""
+        return None
 
     def _columns(
         self, layer: int, scores_NK: FloatArray, dots_N: FloatArray, norm_N: FloatArray

@@ -54,7 +54,7 @@ class TokenEvent:
     finish_reason: FinishReason | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A running request: its row in the cache and what it has emitted."""
 

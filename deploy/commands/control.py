@@ -15,7 +15,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.publisher import Publisher, Release
 from offramp.controller.redis_registry import RedisRegistry
 from offramp.deploy.console import console
-from offramp.deploy.publishing import open_publisher, open_registry
+from offramp.deploy.publishing import KEY, open_publisher, open_registry
 from offramp.deploy.settings import Settings
 
 
@@ -98,6 +98,8 @@ def release_bundle(publisher: Publisher, bundle: PolicyBundle) -> Release:
 def _publisher() -> Iterator[tuple[Publisher, RedisRegistry]]:
     settings = Settings.from_environment()
     registry = open_registry(settings)
+    if not (settings.home / KEY).exists():
+        console.print(f"new signing key in {settings.home}; workers must trust it (serve --trust)")
     try:
         yield open_publisher(settings, registry), registry
     finally:

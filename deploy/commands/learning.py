@@ -16,7 +16,7 @@ from offramp.agents.corpus import load_corpus
 from offramp.agents.phat import PhatConfig
 from offramp.agents.plots import draw_exit_depths, draw_frontier
 from offramp.agents.ppo import PPOConfig
-from offramp.agents.record import RecordConfig, record_traces
+from offramp.agents.record import SPLIT, RecordConfig, record_traces
 from offramp.agents.study import load_study
 from offramp.agents.train import TrainConfig, load_contenders, train
 from offramp.controller.bundle import PolicyBundle
@@ -33,7 +33,6 @@ from offramp.deploy.commands.options import (
     Threads,
     parse_layers,
     parse_shares,
-    require_folder,
     require_loadable,
     require_new_folder,
 )
@@ -106,7 +105,7 @@ def train_policies(
     seed: Seed = 0,
 ) -> None:
     """Train p̂ and PPO on recorded traces, and place them and the baselines."""
-    require_folder("out", out)
+    require_new_folder("out", out)
     config = TrainConfig(
         phat=PhatConfig(seed=seed),
         ppo=PPOConfig(steps=steps, seed=seed),
@@ -158,6 +157,7 @@ def evaluate_policies(
         raise ConfigError(
             "model", f"{model!r} is not the model of {traces}", "Name the one that was recorded"
         )
+    require_recorded(corpus, documents, traces)
     with progress("evaluate", "runs") as advance:
         found = assess(config, engine, contenders, costs, lambda _, *count: advance(*count))
     save_assessment(policies, contenders, found, costs.layers)
@@ -179,6 +179,25 @@ def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> 
     if config.candidates > vocab:
         raise ConfigError("candidates", f"{config.candidates} exceed the vocabulary of {vocab}")
     load_corpus(config.corpus, limit=config.documents)
+
+
+def require_recorded(corpus: Path | None, documents: int, traces: Path) -> None:
+    """Refuse to evaluate on another corpus: its test documents may be among those trained on.
+
+    Raises:
+        ConfigError: the documents are not those whose split was recorded.
+        TraceError: the corpus cannot be read.
+    """
+    try:
+        recorded = json.loads((traces / SPLIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
+    if {document.digest for document in load_corpus(corpus, limit=documents)} != set(recorded):
+        raise ConfigError(
+            "corpus",
+            f"is not the one whose split {traces / SPLIT} holds",
+            "Give the --corpus and --documents of offramp record",
+        )
 
 
 def save_assessment(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from offramp.controller.durable import write_durably
+from offramp.controller.errors import RegistryUnavailableError
+from offramp.controller.redis_registry import RedisRegistry
 from offramp.deploy.console import console
 from offramp.deploy.demo.config import DemoConfig, free_port, prepare_folder
 from offramp.deploy.demo.learn import SHOWN, Learned, assess_config, learn, prompts, traces_report
@@ -126,8 +128,14 @@ def _own_settings(config: DemoConfig, settings: Settings, stack: contextlib.Exit
         update={"redis_url": url, "channel": channel, "home": config.out / "home"}
     )
     registry = stack.enter_context(contextlib.closing(open_registry(own)))
-    stack.callback(registry.forget)
+    stack.callback(_forget, registry)
     return own
+
+
+def _forget(registry: RedisRegistry) -> None:
+    # At the end of an interrupted demo, a Redis that is gone has nothing left to clean.
+    with contextlib.suppress(RegistryUnavailableError):
+        registry.forget()
 
 
 def _pool(config: DemoConfig, settings: Settings, spec: WorkerSpec) -> PoolConfig:

@@ -34,6 +34,8 @@ def show_swap(swap: dict[str, Any]) -> None:
     for worker, ms in swap["ack_ms"].items():
         console.print(f"  {worker} acknowledged generation {swap['generation']} after {ms:.0f} ms")
     console.print(f"  streams in flight during the swap: {_each(swap['in_flight_generations'])}")
+    going_on = sum(after > 0 for _, after in swap["in_flight_tokens"])
+    console.print(f"  of those, {going_on} went on after both workers had acknowledged")
     console.print(f"  streams begun after it: {_each(swap['after_generations'])}")
     console.print(
         f"  {swap['requests']} requests, {swap['failed']} failed, {swap['torn']} torn", style="bold"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ class Swapped:
 
     Attributes:
         generation: The new generation.
-        ack_ms: Milliseconds from the promotion to each worker's acknowledgement.
+        ack_ms: Milliseconds from the start of publishing (signing, ledger, upload, promotion) to
+            each worker's acknowledgement.
     """
 
     generation: int
@@ -69,14 +69,16 @@ class ControlPanel:
 
     def publish(self, folder: Path) -> Swapped:
         """Sign a trained bundle, promote it, wait for every worker."""
-        release = release_bundle(self.publisher, PolicyBundle.load(folder))
-        return self._moved(lambda: self.publisher.promote(release.generation), release.generation)
+        bundle = PolicyBundle.load(folder)
+        started = time.time()
+        release = release_bundle(self.publisher, bundle)
+        self.publisher.promote(release.generation)
+        return self._moved(started, release.generation)
 
     def roll_back(self) -> Swapped:
         """Return to the last good policy, wait for every worker."""
-        head = self.registry.head()
-        generation = 1 + (head.generation if head else 0)
-        return self._moved(self.publisher.rollback, generation)
+        started = time.time()
+        return self._moved(started, self.publisher.rollback().generation)
 
     def await_workers(self, generation: int) -> dict[str, float]:
         """When each worker acknowledged a generation, unix seconds.
@@ -85,9 +87,12 @@ class ControlPanel:
             RegistryUnavailableError: they did not all do so in time.
         """
         deadline = time.monotonic() + ACK_DEADLINE_S
+        ready: dict[str, float] = {}
         while time.monotonic() < deadline:
-            acks = [ack for ack in self.registry.acks() if ack.generation == generation]
-            ready = {ack.worker: ack.at for ack in acks if ack.state is AckState.ACK}
+            for ack in self.registry.acks():
+                if ack.generation == generation and ack.state is AckState.ACK:
+                    # Later polls acknowledge again; the first one counts.
+                    ready.setdefault(ack.worker, ack.at)
             if len(ready) >= self.workers:
                 return ready
             time.sleep(ACK_POLL_S)
@@ -96,9 +101,7 @@ class ControlPanel:
             "workers", f"did not all acknowledge generation {generation}: {'; '.join(states)}"
         )
 
-    def _moved(self, move: Callable[[], Any], generation: int) -> Swapped:
-        started = time.time()
-        move()
+    def _moved(self, started: float, generation: int) -> Swapped:
         acknowledged = self.await_workers(generation)
         ack_ms = {name: 1e3 * (at - started) for name, at in sorted(acknowledged.items())}
         return Swapped(generation=generation, ack_ms=ack_ms)
@@ -110,9 +113,13 @@ def swap_under_load(
     """Publish a policy while streams are under way; the report's ``swap``."""
     moved: list[Swapped] = []
     # Long streams, so that they outlive the swap by far.
-    early, late = traffic.across_a_swap(
-        prompts, lambda: moved.append(panel.publish(folder)), tokens=4 * traffic.new_tokens
-    )
+    acknowledged_s: list[float] = []
+
+    def swap() -> None:
+        moved.append(panel.publish(folder))
+        acknowledged_s.append(time.monotonic())
+
+    early, late = traffic.across_a_swap(prompts, swap, tokens=4 * traffic.new_tokens)
     records = early + late
     return {
         **asdict(moved[0]),
@@ -122,7 +129,8 @@ def swap_under_load(
         "errors": [record.error for record in records if record.failed],
         "in_flight_generations": [sorted(set(record.generations)) for record in early],
         "after_generations": [sorted(set(record.generations)) for record in late],
-        "in_flight_tokens": [len(record.texts) for record in early],
+        # Tokens of each stream that came before all workers had acknowledged, and after.
+        "in_flight_tokens": [record.tokens_around(acknowledged_s[0]) for record in early],
     }
 
 

@@ -50,6 +50,11 @@ class StreamRecord:
         whole = self.finish_reason is not None and self.reported_tokens == len(self.texts)
         return not self.failed and (len(set(self.generations)) != 1 or not whole)
 
+    def tokens_around(self, moment_s: float) -> tuple[int, int]:
+        """How many tokens arrived before a moment of the monotonic clock, and how many after."""
+        before = sum(arrival < moment_s for arrival in self.arrivals_s)
+        return before, len(self.arrivals_s) - before
+
     @property
     def decode_s(self) -> float:
         """Seconds from the first token to the last."""

@@ -54,5 +54,5 @@ def study() -> Study:
             machine="invented",
         ),
         candidates_VK=np.tile(np.arange(4, dtype=np.int32), (20, 1)),
-        facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20),
+        facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20, context=64),
     )

@@ -120,11 +120,40 @@ def test_an_older_release_cannot_be_promoted(site: Site, make_mlp: Any) -> None:
     site.serve(make_mlp(2))
     with pytest.raises(ConfigError, match="Roll back instead"):
         site.publisher.promote(1)
-    with pytest.raises(PromoteConflictError):
-        site.publisher.promote(2)
     with pytest.raises(ConfigError, match="not recorded"):
         site.publisher.promote(9)
     assert site.registry.head().generation == 2
+
+
+def test_promoting_what_is_served_renews_its_timestamp(site: Site, make_mlp: Any) -> None:
+    site.serve(make_mlp(1))
+    issued_at = stamp_of(site).issued_at
+    site.now[0] += 60
+    site.publisher.promote(1)
+    assert stamp_of(site).issued_at == issued_at + 60
+    assert site.registry.head().generation == 1
+
+
+def test_a_promotion_whose_answer_was_lost_can_be_repeated_and_rolled_back(
+    site: Site, make_mlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.serve(make_mlp(1))
+    second = site.release(make_mlp(2))
+    for attempt in ("promote", "rollback"):
+        with monkeypatch.context() as patch:
+            # The process ends between the registry's change and the ledger's record of it.
+            patch.setattr(Ledger, "record_promotion", _lose)
+            with pytest.raises(OSError, match="lost"):
+                site.publisher.promote(second.generation)
+        assert site.registry.head().generation == second.generation
+        if attempt == "promote":
+            site.publisher.promote(second.generation)
+            second = site.release(make_mlp(3))
+    assert site.publisher.rollback().generation == second.generation + 1
+
+
+def _lose(*_: Any) -> None:
+    raise OSError("lost")
 
 
 def test_a_flushed_registry_is_filled_again_from_the_ledger(site: Site, make_mlp: Any) -> None:

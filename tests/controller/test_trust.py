@@ -2,14 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import PolicyRefusedError, Refusal
-from offramp.controller.manifest import Manifest
+from offramp.controller.features import CANDIDATES_V1, FloatArray, IntArray
+from offramp.controller.manifest import Manifest, Rollout
+from offramp.controller.policy import ExitPolicy, FixedExit, ThresholdPolicy
 from offramp.controller.registry import Head
 from offramp.controller.signing import STAMP_MAGIC, SigningKey, trusted_keys
 from offramp.controller.trust import Mark, ReleaseVerifier, Stamp
+from offramp.controller.weights import pack_policy
 
 NOW = 1_800_000_100.0
 
@@ -128,3 +132,48 @@ def test_a_mark_survives_its_bytes() -> None:
     assert Mark.from_bytes(mark.to_bytes()) == mark
     with pytest.raises(PolicyRefusedError, match="digest"):
         Mark.from_bytes(b'{"generation":3,"digest":"x"}')
+
+
+def test_promises_that_this_worker_cannot_keep_are_refused(
+    verifier: ReleaseVerifier, manifest: Manifest, key: SigningKey
+) -> None:
+    for asked in (
+        replace(manifest, rollout=Rollout(percent=5, salt="s")),
+        replace(manifest, guardrails={"max_exit_rate": 0.9}),
+    ):
+        with pytest.raises(PolicyRefusedError) as refused:
+            verifier.verify(head_of(asked, key), None)
+        assert refused.value.reason is Refusal.UNSUPPORTED
+
+
+def test_a_policy_that_does_not_fit_the_model_is_refused(key: SigningKey) -> None:
+    trusted = trusted_keys(key.public_bytes)
+    small = ReleaseVerifier(trusted, "demo", "aa", "bb", lambda: NOW, layers=12, vocab=20)
+    table_VK = np.zeros((20, 2), np.int32)
+    rows = np.zeros((1, CANDIDATES_V1.width), np.float32)
+
+    def opened(policy: ExitPolicy, canned: FloatArray) -> ExitPolicy:
+        draft = PolicyBundle.draft(
+            pack_policy(policy, canned),
+            model="aa",
+            tokenizer="bb",
+            training={},
+            metrics={},
+            created_at=NOW,
+        )
+        return small.open(draft.manifest, draft.blob)
+
+    def reason(policy: ExitPolicy, canned: FloatArray) -> Refusal:
+        with pytest.raises(PolicyRefusedError) as refused:
+            opened(policy, canned)
+        return refused.value.reason
+
+    def threshold(table: IntArray | None) -> ExitPolicy:
+        return ThresholdPolicy((3,), CANDIDATES_V1, "margin", 0.5, table)
+
+    blank = np.empty((1, 0), np.float32)
+    assert opened(FixedExit(12), blank).exits == (12,)
+    assert opened(threshold(table_VK), rows).exits == (3,)
+    assert reason(FixedExit(40), blank) is Refusal.WRONG_DEPTH
+    assert reason(threshold(None), rows) is Refusal.BAD_SHAPE
+    assert reason(threshold(table_VK[:10]), rows) is Refusal.BAD_SHAPE

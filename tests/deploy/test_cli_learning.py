@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.agents.corpus import load_corpus, write_split
+from offramp.agents.record import SPLIT
 from offramp.agents.study import load_study, save_candidates, save_measured
 from offramp.agents.train import load_contenders
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.costs import CostTable
+from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.controller.weights import pack_policy
+from offramp.deploy.commands.learning import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
 
-FACTS = ModelFacts(model="another model", tokenizer="its tokenizer", layers=12, vocab=7)
+FACTS = ModelFacts(model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9)
 COSTS = CostTable(
     layer_s=1.0,
     head_s=2.0,
@@ -261,3 +265,15 @@ def test_the_recording_above_is_whole(traces: Path) -> None:
     study = load_study(traces)
     assert asdict(study.costs) == asdict(COSTS)
     assert len(study.train) == len(study.validation) == 20
+
+
+def test_another_corpus_than_the_recorded_one_is_refused(traces: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(40):
+        (corpus / f"{number}.py").write_text(f"# {number}\n" * 600)
+    write_split(load_corpus(corpus), traces / SPLIT)
+    require_recorded(corpus, 320, traces)
+    (corpus / "one more.py").write_text("# more\n" * 600)
+    with pytest.raises(ConfigError, match=r"corpus: is not the one .* Give the --corpus"):
+        require_recorded(corpus, 320, traces)

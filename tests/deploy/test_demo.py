@@ -69,6 +69,8 @@ def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], s
     assert swap["failed"] == swap["torn"] == 0
     assert swap["in_flight_generations"] == [[1]] * 4
     assert swap["after_generations"] == [[2]] * 4
+    # They were in flight indeed: each had tokens before the swap and tokens after it.
+    assert all(before > 0 and after > 0 for before, after in swap["in_flight_tokens"])
     assert set(swap["ack_ms"]) == {"worker-0", "worker-1"}
 
 
@@ -106,9 +108,10 @@ def test_an_interrupt_stops_everything_that_was_started(tmp_path: Path) -> None:
         if "Record" in line:
             break
     assert processes_naming(str(out))  # the embedded Redis runs now
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     assert "Traceback" not in output
+    assert "error" not in output
     assert processes_naming(str(out)) == []
     assert not (out / "report.json").exists()

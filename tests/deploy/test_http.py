@@ -30,7 +30,10 @@ def post(app: FastAPI, ask: Any) -> Post:
             options |= {"content": body, "headers": {"content-type": "application/json"}}
         else:
             options["json"] = body
-        return ask(app, lambda client: client.post("/v1/completions", **options))
+        response: httpx.Response = ask(
+            app, lambda client: client.post("/v1/completions", **options)
+        )
+        return response
 
     return post
 
@@ -38,7 +41,8 @@ def post(app: FastAPI, ask: Any) -> Post:
 @pytest.fixture
 def get(app: FastAPI, ask: Any) -> Get:
     def get(path: str, app: FastAPI = app, **options: Any) -> httpx.Response:
-        return ask(app, lambda client: client.get(path, **options))
+        response: httpx.Response = ask(app, lambda client: client.get(path, **options))
+        return response
 
     return get
 
@@ -137,7 +141,13 @@ def test_token_ids_and_a_list_of_one_are_prompts_too(post: Post, engine: Any) ->
 
 def test_unknown_fields_and_nulls_are_accepted(post: Post, expected: Any) -> None:
     extra = {"user": "me", "top_k": 3, "metadata": {"a": [1]}, "min_p": None}
-    neutral = {"n": 1, "echo": False, "logprobs": None, "stop": [], "logit_bias": {}}
+    neutral: dict[str, Any] = {
+        "n": 1,
+        "echo": False,
+        "logprobs": None,
+        "stop": [],
+        "logit_bias": {},
+    }
     nulls = dict.fromkeys(("top_p", "seed", "stream", "stream_options", "offramp", "best_of"))
     response = post({**BODY, **extra, **neutral, **nulls})
     assert response.status_code == 200, response.text

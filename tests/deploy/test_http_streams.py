@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,7 +155,7 @@ def test_a_client_that_goes_away_frees_its_slot(app: FastAPI, service: EngineSer
         requests.put_nowait({"type": "http.request", "body": content, "more_body": False})
         chunks = []
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.body" and message.get("body"):
                 chunks.append(message["body"])
             if len(chunks) == 2:
@@ -175,7 +175,10 @@ def with_openai(
     async def within() -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
             client = openai.AsyncOpenAI(
-                base_url="http://offramp/v1", api_key=key, http_client=http, max_retries=0
+                base_url="http://offramp/v1",
+                api_key=key,
+                http_client=http,  # type: ignore[arg-type]  # httpx's serves, typed as httpx2's
+                max_retries=0,
             )
             return await asyncio.wait_for(use(client), 60)
 
@@ -200,6 +203,7 @@ def test_openais_client_completes(app: FastAPI, greedy: Callable[[int], str]) ->
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 9
+        assert answer.model_extra is not None
         assert answer.model_extra["offramp"]["generation"] == 7
 
     with_openai(app, use)
@@ -219,6 +223,7 @@ def test_openais_client_streams(app: FastAPI, greedy: Callable[[int], str]) -> N
         assert "".join(chunk.choices[0].text for chunk in chunks) == greedy(9)
         assert [c.choices[0].finish_reason for c in chunks] == [None] * 8 + ["length"]
         assert usage.choices == []
+        assert usage.usage is not None
         assert usage.usage.completion_tokens == 9
 
     with_openai(app, use)

@@ -118,4 +118,4 @@ def test_an_impossible_port_is_redis_urls_fault() -> None:
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Settings().channel = "other"  # type: ignore[misc]
+        Settings().channel = "other"

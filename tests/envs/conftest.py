@@ -36,7 +36,9 @@ def costs() -> CostTable:
 
 @pytest.fixture(scope="session")
 def make_chunk() -> MakeChunk:
-    def make(document: str = "a" * 64, tokens: int = 20, exits: int = 3, seed: int = 0):
+    def make(
+        document: str = "a" * 64, tokens: int = 20, exits: int = 3, seed: int = 0
+    ) -> TraceChunk:
         rng = np.random.default_rng(seed)
         shape = (tokens, exits)
         exit_token_TE = rng.integers(4, size=shape, dtype=np.int32)

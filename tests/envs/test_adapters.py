@@ -1,10 +1,15 @@
 """The three adapters agree with each other, and both checkers with the environment."""
 
+from __future__ import annotations
+
 import doctest
 import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, SupportsInt
 
 import gymnasium as gym
 import numpy as np
@@ -15,56 +20,62 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import offramp.envs
 import offramp.envs.gym_env
+from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1
-from offramp.envs import ENV_ID, TokenExitEnv, TokenExitVectorEnv, TraceStore
+from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs import ENV_ID, TokenExitEnv, TokenExitVectorEnv, TokenTraces, TraceStore
 from offramp.envs.sb3_vec_env import TokenExitVecEnv
 
 
 @pytest.fixture
-def env(traces, costs):
+def env(traces: TokenTraces, costs: CostTable) -> gym.Env[Any, Any]:
     return gym.make(ENV_ID, traces=traces, costs=costs)
 
 
-def check_strictly(check, env):
+def check_strictly(check: Callable[[Any], None], env: gym.Env[Any, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(env)
 
 
 @pytest.mark.parametrize("check", [gymnasium_check_env, sb3_check_env])
-def test_the_checkers_find_nothing_not_even_a_warning(env, check):
+def test_the_checkers_find_nothing_not_even_a_warning(
+    env: gym.Env[Any, Any], check: Callable[[Any], None]
+) -> None:
     check_strictly(check, env.unwrapped)
 
 
 class LyingEnv(TokenExitEnv):
-    def step(self, action):
+    def step(self, action: SupportsInt) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
         obs, reward, terminated, truncated, info = super().step(action)
         return obs + 1000, reward, terminated, truncated, info
 
 
 @pytest.mark.parametrize("check", [gymnasium_check_env, sb3_check_env])
-def test_the_checkers_can_fail(traces, costs, check):
+def test_the_checkers_can_fail(
+    traces: TokenTraces, costs: CostTable, check: Callable[[Any], None]
+) -> None:
     with pytest.raises((AssertionError, UserWarning), match=r"observation space|bounds"):
         check_strictly(check, LyingEnv(traces=traces, costs=costs))
 
 
-def test_every_registered_id_of_ours_is_checked_here():
+def test_every_registered_id_of_ours_is_checked_here() -> None:
     assert [name for name in gym.registry if name.startswith("offramp/")] == [ENV_ID]
 
 
-def test_the_docstring_example_runs():
+def test_the_docstring_example_runs() -> None:
     results = doctest.testmod(offramp.envs.gym_env)
     assert results.attempted > 10
     assert not results.failed
 
 
-def test_the_documented_columns_are_the_schema_and_the_preference():
-    rows = re.findall(r"^ +\| (\w+) \|", TokenExitEnv.__doc__, re.MULTILINE)
+def test_the_documented_columns_are_the_schema_and_the_preference() -> None:
+    rows = re.findall(r"^ +\| (\w+) \|", TokenExitEnv.__doc__ or "", re.MULTILINE)
     assert tuple(rows) == ("column", *CANDIDATES_V1.columns, "log_lambda")
 
 
-def test_the_public_names_are_pinned_and_import_no_learner():
+def test_the_public_names_are_pinned_and_import_no_learner() -> None:
     assert offramp.envs.__all__ == sorted(offramp.envs.__all__, key=lambda n: (not n.isupper(), n))
     assert all(hasattr(offramp.envs, name) for name in offramp.envs.__all__)
     code = "import offramp.envs, sys; print({'torch', 'stable_baselines3'} & set(sys.modules))"
@@ -72,7 +83,9 @@ def test_the_public_names_are_pinned_and_import_no_learner():
     assert found.stdout.strip() == "set()"
 
 
-def test_one_env_plays_the_episodes_of_a_vector_of_one(traces, costs):
+def test_one_env_plays_the_episodes_of_a_vector_of_one(
+    traces: TokenTraces, costs: CostTable
+) -> None:
     env = TokenExitEnv(traces=traces, costs=costs)
     vector = TokenExitVectorEnv(num_envs=1, traces=traces, costs=costs)
     obs, _ = env.reset(seed=5)
@@ -90,11 +103,14 @@ def test_one_env_plays_the_episodes_of_a_vector_of_one(traces, costs):
             obs, _ = env.reset()
 
 
-def test_the_vector_env_is_gymnasiums_own_same_step_vector_of_single_envs(traces, costs):
+def test_the_vector_env_is_gymnasiums_own_same_step_vector_of_single_envs(
+    traces: TokenTraces, costs: CostTable
+) -> None:
     """Same infos, masks and dtypes as SyncVectorEnv, whose sub-environments replay its tokens."""
     single = [TokenExitEnv(traces=traces, costs=costs) for _ in range(6)]
     theirs = gym.vector.SyncVectorEnv(
-        [lambda env=env: env for env in single], autoreset_mode="SameStep"
+        [lambda env=env: env for env in single],  # type: ignore[misc]  # mypy cannot infer it
+        autoreset_mode="SameStep",
     )
     ours = gym.make_vec(ENV_ID, num_envs=6, traces=traces, costs=costs)
     assert isinstance(ours, TokenExitVectorEnv)
@@ -117,7 +133,7 @@ def test_the_vector_env_is_gymnasiums_own_same_step_vector_of_single_envs(traces
     assert mine[2].all()
 
 
-def assert_same_infos(mine, theirs):
+def assert_same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         if isinstance(value, dict):
@@ -129,7 +145,9 @@ def assert_same_infos(mine, theirs):
             assert mine[name].dtype == value.dtype
 
 
-def test_final_infos_are_masked_where_no_episode_ended(traces, costs):
+def test_final_infos_are_masked_where_no_episode_ended(
+    traces: TokenTraces, costs: CostTable
+) -> None:
     vector = TokenExitVectorEnv(num_envs=3, traces=traces, costs=costs)
     vector.reset(seed=0)
     *_, infos = vector.step(np.array([0, 1, 0]))
@@ -140,7 +158,9 @@ def test_final_infos_are_masked_where_no_episode_ended(traces, costs):
     assert vector.step(np.zeros(3, np.int64))[4] == {}
 
 
-def test_the_sb3_vec_env_gives_what_the_vector_env_gives(traces, costs):
+def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
+    traces: TokenTraces, costs: CostTable
+) -> None:
     vector = TokenExitVectorEnv(num_envs=8, traces=traces, costs=costs, quality="agreement")
     vec_env = TokenExitVecEnv(traces, costs, num_envs=8, quality="agreement")
     vec_env.seed(11)
@@ -167,7 +187,9 @@ def test_the_sb3_vec_env_gives_what_the_vector_env_gives(traces, costs):
     assert ended > 50
 
 
-def test_a_store_serves_as_well_as_its_traces(tmp_path, header, make_chunk, costs):
+def test_a_store_serves_as_well_as_its_traces(
+    tmp_path: Path, header: TraceHeader, make_chunk: Callable[..., TraceChunk], costs: CostTable
+) -> None:
     store = TraceStore.create(tmp_path, header)
     store.append(make_chunk("a"), "train")
     env = gym.make(ENV_ID, store=tmp_path, split="train", costs=costs)
@@ -176,14 +198,14 @@ def test_a_store_serves_as_well_as_its_traces(tmp_path, header, make_chunk, cost
 
 
 @pytest.mark.parametrize("action", [2, -1, 0.5, None, "leave"])
-def test_an_invalid_action_is_refused(traces, costs, action):
+def test_an_invalid_action_is_refused(traces: TokenTraces, costs: CostTable, action: Any) -> None:
     env = TokenExitEnv(traces=traces, costs=costs)
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="Use 0 to go on and 1 to leave"):
         env.step(action)
 
 
-def test_a_step_outside_an_episode_is_refused(traces, costs):
+def test_a_step_outside_an_episode_is_refused(traces: TokenTraces, costs: CostTable) -> None:
     env = TokenExitEnv(traces=traces, costs=costs)
     with pytest.raises(ResetNeeded):
         env.step(0)
@@ -193,7 +215,7 @@ def test_a_step_outside_an_episode_is_refused(traces, costs):
         env.step(0)
 
 
-def test_an_unknown_option_is_refused(traces, costs):
+def test_an_unknown_option_is_refused(traces: TokenTraces, costs: CostTable) -> None:
     env = TokenExitEnv(traces=traces, costs=costs)
     with pytest.raises(ConfigError, match="'tokens' is unknown"):
         env.reset(options={"tokens": 3})

@@ -1,22 +1,31 @@
 """Stable-Baselines3 on the VecEnv: returns against a plain loop, training, its contract."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
+from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
+from offramp.controller.features import FloatArray
+from offramp.envs import TokenTraces
 from offramp.envs.sb3_vec_env import TokenExitVecEnv
 
 ENVS, STEPS = 6, 16
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,22 +33,24 @@ def _one_thread():
 
 
 @pytest.fixture
-def vec_env(traces, costs):
+def vec_env(traces: TokenTraces, costs: CostTable) -> TokenExitVecEnv:
     return TokenExitVecEnv(traces, costs, num_envs=ENVS, lambda_range=(0.05, 1.0))
 
 
-class Infos(BaseCallback):
+class Infos(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
     """Keeps the infos of every step."""
 
-    def _on_training_start(self):
-        self.seen = []
+    def _on_training_start(self) -> None:
+        self.seen: list[list[dict[str, Any]]] = []
 
-    def _on_step(self):
+    def _on_step(self) -> bool:
         self.seen.append(self.locals["infos"])
         return True
 
 
-def collect(vec_env, gamma=1.0):
+def collect(
+    vec_env: TokenExitVecEnv, gamma: float = 1.0
+) -> tuple[Any, NDArray[np.bool_], FloatArray, Infos]:
     model = PPO(
         "MlpPolicy",
         vec_env,
@@ -57,7 +68,9 @@ def collect(vec_env, gamma=1.0):
     return model.rollout_buffer, model._last_episode_starts, last_B, callback
 
 
-def plain_returns(buffer, last_done_B, last_value_B):
+def plain_returns(
+    buffer: Any, last_done_B: NDArray[np.bool_], last_value_B: FloatArray
+) -> NDArray[np.float64]:
     """Undiscounted reward to go: to the episode's end, or to the rollout's and then the value."""
     returns = np.zeros((STEPS, ENVS))
     for env in range(ENVS):
@@ -74,20 +87,20 @@ def plain_returns(buffer, last_done_B, last_value_B):
     return returns
 
 
-def test_sb3_returns_and_advantages_match_a_plain_loop(vec_env):
+def test_sb3_returns_and_advantages_match_a_plain_loop(vec_env: TokenExitVecEnv) -> None:
     buffer, last_done_B, last_value_B, _ = collect(vec_env)
     expected = plain_returns(buffer, last_done_B, last_value_B)
     np.testing.assert_allclose(buffer.returns, expected, atol=1e-5)
     np.testing.assert_allclose(buffer.advantages, expected - buffer.values, atol=1e-5)
 
 
-def test_the_plain_loop_disagrees_with_discounted_returns(vec_env):
+def test_the_plain_loop_disagrees_with_discounted_returns(vec_env: TokenExitVecEnv) -> None:
     buffer, last_done_B, last_value_B, _ = collect(vec_env, gamma=0.9)
     expected = plain_returns(buffer, last_done_B, last_value_B)
     assert np.abs(buffer.returns - expected).max() > 1e-2
 
 
-def test_returns_at_an_episodes_start_are_the_closed_form(vec_env):
+def test_returns_at_an_episodes_start_are_the_closed_form(vec_env: TokenExitVecEnv) -> None:
     buffer, _, _, callback = collect(vec_env)
     infos = callback.seen
     checked = 0
@@ -102,7 +115,7 @@ def test_returns_at_an_episodes_start_are_the_closed_form(vec_env):
     assert checked > 20
 
 
-def test_ppo_trains_directly_and_under_a_monitor(vec_env):
+def test_ppo_trains_directly_and_under_a_monitor(vec_env: TokenExitVecEnv) -> None:
     model = PPO("MlpPolicy", vec_env, n_steps=8, batch_size=48, n_epochs=1, device="cpu")
     before = [p.clone() for p in model.policy.parameters()]
     model.learn(ENVS * 8 * 2)
@@ -115,7 +128,9 @@ def test_ppo_trains_directly_and_under_a_monitor(vec_env):
 
 
 @pytest.mark.parametrize(("preference", "leaves"), [(50.0, True), (1e-6, False)])
-def test_ppo_learns_to_leave_only_when_time_is_dear(traces, costs, preference, leaves):
+def test_ppo_learns_to_leave_only_when_time_is_dear(
+    traces: TokenTraces, costs: CostTable, preference: float, leaves: bool
+) -> None:
     """Both start from the same weights, so at least one of the two must have been learned."""
     vec_env = TokenExitVecEnv(traces, costs, num_envs=64, lambda_range=(preference, preference))
     model = PPO(
@@ -135,7 +150,7 @@ def test_ppo_learns_to_leave_only_when_time_is_dear(traces, costs, preference, l
     assert np.mean(actions == leaves) > 0.9
 
 
-def test_every_info_is_a_dict_of_its_own(vec_env):
+def test_every_info_is_a_dict_of_its_own(vec_env: TokenExitVecEnv) -> None:
     vec_env.reset()
     for _ in range(3):
         *_, infos = vec_env.step(np.zeros(ENVS, np.int64))
@@ -146,7 +161,7 @@ def test_every_info_is_a_dict_of_its_own(vec_env):
     assert not any("mine" in info for info in infos)
 
 
-def test_seeds_count_from_the_next_reset_and_only_once(vec_env):
+def test_seeds_count_from_the_next_reset_and_only_once(vec_env: TokenExitVecEnv) -> None:
     vec_env.seed(4)
     first = vec_env.reset()
     second = vec_env.reset()
@@ -155,7 +170,7 @@ def test_seeds_count_from_the_next_reset_and_only_once(vec_env):
     assert not np.array_equal(first, second)
 
 
-def test_options_set_the_first_episodes_only(vec_env, traces):
+def test_options_set_the_first_episodes_only(vec_env: TokenExitVecEnv, traces: TokenTraces) -> None:
     vec_env.set_options([{"token": token, "lambda": 0.5} for token in range(ENVS)])
     np.testing.assert_array_equal(vec_env.reset()[:, :-1], traces.features_NEF[:ENVS, 0])
     assert not np.array_equal(vec_env.reset()[:, :-1], traces.features_NEF[:ENVS, 0])
@@ -164,7 +179,7 @@ def test_options_set_the_first_episodes_only(vec_env, traces):
         vec_env.reset()
 
 
-def test_attributes_are_shared_and_cannot_be_set(vec_env):
+def test_attributes_are_shared_and_cannot_be_set(vec_env: TokenExitVecEnv) -> None:
     assert vec_env.get_attr("render_mode", [0, 3]) == [None, None]
     assert vec_env.get_attr("num_envs", 2) == [ENVS]
     assert not vec_env.has_attr("no_such_thing")

@@ -1,9 +1,14 @@
 """The trace store: what goes in comes out, and damage is named."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs import TokenTraces, TraceStore
 from offramp.envs.store import open_traces
 
 
 @pytest.fixture
-def store(tmp_path, header, make_chunk):
+def store(tmp_path: Path, header: TraceHeader, make_chunk: Callable[..., TraceChunk]) -> TraceStore:
     store = TraceStore.create(tmp_path / "traces", header)
     store.append(make_chunk("a", seed=1), "train")
     store.append(make_chunk("b", seed=2, tokens=7), "test")
@@ -35,14 +41,16 @@ def assert_same(left: TokenTraces, right: TokenTraces) -> None:
         assert a.dtype == b.dtype
 
 
-def edit_manifest(store, change):
+def edit_manifest(store: TraceStore, change: Callable[[dict[str, Any]], Any]) -> None:
     path = store.folder / "manifest.json"
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
 
 
-def test_round_trip_of_every_split(store, header, make_chunk):
+def test_round_trip_of_every_split(
+    store: TraceStore, header: TraceHeader, make_chunk: Callable[..., TraceChunk]
+) -> None:
     a, b, c = make_chunk("a", seed=1), make_chunk("b", seed=2, tokens=7), make_chunk("c", seed=3)
     opened = TraceStore.open(store.folder)
     assert opened.header == header
@@ -52,7 +60,7 @@ def test_round_trip_of_every_split(store, header, make_chunk):
     opened.verify()
 
 
-def test_manifest_says_what_lies_in_the_folder(store):
+def test_manifest_says_what_lies_in_the_folder(store: TraceStore) -> None:
     raw = json.loads((store.folder / "manifest.json").read_text())
     assert raw["version"] == 1
     assert raw["header"]["exits"] == [2, 4, 7]
@@ -66,30 +74,32 @@ def test_manifest_says_what_lies_in_the_folder(store):
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
 
 
-def test_chunks_are_zstd_with_fixed_size_lists(store):
+def test_chunks_are_zstd_with_fixed_size_lists(store: TraceStore) -> None:
     file = pq.ParquetFile(store.folder / store.chunks[0].name)
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     assert pa.types.is_fixed_size_list(file.schema_arrow.field("features_TEF").type)
     assert file.schema_arrow.field("gap_TE").type.list_size == 3
 
 
-def test_appending_goes_on_after_opening(store, make_chunk):
+def test_appending_goes_on_after_opening(
+    store: TraceStore, make_chunk: Callable[..., TraceChunk]
+) -> None:
     again = TraceStore.open(store.folder)
     again.append(make_chunk("d", seed=4), "train")
     assert len(TraceStore.open(store.folder).read("train")) == 60
 
 
-def flip_a_byte(path):
+def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def truncate(path):
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def remove(path):
+def remove(path: Path) -> None:
     path.unlink()
 
 
@@ -97,7 +107,9 @@ def remove(path):
     ("damage", "words"),
     [(flip_a_byte, "checksum"), (truncate, "checksum"), (remove, "cannot be read")],
 )
-def test_a_damaged_chunk_is_named_with_a_remedy(store, damage, words):
+def test_a_damaged_chunk_is_named_with_a_remedy(
+    store: TraceStore, damage: Callable[[Path], None], words: str
+) -> None:
     name = store.chunks[2].name
     damage(store.folder / name)
     for act in (store.read, store.verify, lambda: store.read("train")):
@@ -108,20 +120,20 @@ def test_a_damaged_chunk_is_named_with_a_remedy(store, damage, words):
     assert len(store.read("test")) == 7, "a split without the damage stays readable"
 
 
-def replace_chunk(store, content):
+def replace_chunk(store: TraceStore, content: bytes) -> None:
     path = store.folder / store.chunks[0].name
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     edit_manifest(store, lambda raw: raw["chunks"][0].update(sha256=digest))
 
 
-def test_a_chunk_that_is_no_parquet_file_is_named(store):
+def test_a_chunk_that_is_no_parquet_file_is_named(store: TraceStore) -> None:
     replace_chunk(store, b"not parquet")
     with pytest.raises(TraceError, match="no Parquet file"):
         TraceStore.open(store.folder).verify()
 
 
-def test_a_chunk_with_other_columns_is_named(store):
+def test_a_chunk_with_other_columns_is_named(store: TraceStore) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"position_T": [1, 2]}), sink)
     replace_chunk(store, bytes(sink.getvalue()))
@@ -129,13 +141,13 @@ def test_a_chunk_with_other_columns_is_named(store):
         TraceStore.open(store.folder).verify()
 
 
-def test_a_chunk_with_other_rows_is_named(store):
+def test_a_chunk_with_other_rows_is_named(store: TraceStore) -> None:
     edit_manifest(store, lambda raw: raw["chunks"][0].update(rows=19))
     with pytest.raises(TraceError, match="20 rows, not 19"):
         TraceStore.open(store.folder).verify()
 
 
-def test_missing_folder(tmp_path):
+def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"nowhere.*does not exist"):
         TraceStore.open(tmp_path / "nowhere")
 
@@ -150,7 +162,9 @@ def test_missing_folder(tmp_path):
         (lambda raw: raw["chunks"][0].update(name="../secret"), r"chunks\.0\.name"),
     ],
 )
-def test_an_unfit_manifest_is_named(store, change, words):
+def test_an_unfit_manifest_is_named(
+    store: TraceStore, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
     edit_manifest(store, change)
     with pytest.raises(TraceError, match=words) as caught:
         TraceStore.open(store.folder)
@@ -158,13 +172,15 @@ def test_an_unfit_manifest_is_named(store, change, words):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
-def test_a_garbled_manifest_is_named(store, content):
+def test_a_garbled_manifest_is_named(store: TraceStore, content: bytes) -> None:
     (store.folder / "manifest.json").write_bytes(content)
     with pytest.raises(TraceError, match=r"manifest\.json"):
         TraceStore.open(store.folder)
 
 
-def test_empty_store_and_empty_split(tmp_path, header, store):
+def test_empty_store_and_empty_split(
+    tmp_path: Path, header: TraceHeader, store: TraceStore
+) -> None:
     empty = TraceStore.create(tmp_path / "empty", header)
     empty.verify()
     with pytest.raises(TraceError, match="holds no chunk"):
@@ -173,7 +189,9 @@ def test_empty_store_and_empty_split(tmp_path, header, store):
         store.read("validation")
 
 
-def test_create_refuses_an_existing_store_and_an_unknown_schema(tmp_path, store, header):
+def test_create_refuses_an_existing_store_and_an_unknown_schema(
+    tmp_path: Path, store: TraceStore, header: TraceHeader
+) -> None:
     with pytest.raises(TraceError, match="already holds"):
         TraceStore.create(store.folder, header)
     with pytest.raises(TraceError, match="unknown feature schema"):
@@ -181,7 +199,9 @@ def test_create_refuses_an_existing_store_and_an_unknown_schema(tmp_path, store,
     assert not (tmp_path / "x").exists()
 
 
-def test_append_refuses_what_does_not_fit(store, make_chunk):
+def test_append_refuses_what_does_not_fit(
+    store: TraceStore, make_chunk: Callable[..., TraceChunk]
+) -> None:
     with pytest.raises(TraceError, match="no token"):
         store.append(make_chunk("e", tokens=0), "train")
     with pytest.raises(TraceError, match=r"\(2, 11\), not \(3, 11\)"):
@@ -189,19 +209,26 @@ def test_append_refuses_what_does_not_fit(store, make_chunk):
     assert len(store.chunks) == 3
 
 
-def test_a_document_never_lies_on_both_sides_of_a_split(store, make_chunk):
+def test_a_document_never_lies_on_both_sides_of_a_split(
+    store: TraceStore, make_chunk: Callable[..., TraceChunk]
+) -> None:
     with pytest.raises(TraceError, match="already lies in 'train'"):
         store.append(make_chunk("a"), "test")
     store.append(make_chunk("a", seed=9), "train")
 
 
 @pytest.mark.parametrize("failing_rename", [1, 2], ids=["chunk", "manifest"])
-def test_a_failed_write_leaves_the_store_as_it_was(store, make_chunk, monkeypatch, failing_rename):
+def test_a_failed_write_leaves_the_store_as_it_was(
+    store: TraceStore,
+    make_chunk: Callable[..., TraceChunk],
+    monkeypatch: pytest.MonkeyPatch,
+    failing_rename: int,
+) -> None:
     before = (store.folder / "manifest.json").read_bytes()
     renames = 0
     real_replace = os.replace
 
-    def replace(source, target):
+    def replace(source: str | Path, target: str | Path) -> None:
         nonlocal renames
         renames += 1
         if renames == failing_rename:
@@ -220,7 +247,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(store, make_chunk, monkeypatc
     assert len(TraceStore.open(store.folder).read()) == 67
 
 
-def test_exactly_one_source_of_traces(store, traces):
+def test_exactly_one_source_of_traces(store: TraceStore, traces: TokenTraces) -> None:
     assert open_traces(traces, None, None) is traces
     assert len(open_traces(None, store.folder, "test")) == 7
     for arguments in [(None, None, None), (traces, store.folder, None), (traces, None, "test")]:

@@ -35,7 +35,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": VOCAB - 1,
     "pad_token_id": 0,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),

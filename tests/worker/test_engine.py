@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError, ModelError, RequestError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, BoolArray, FloatArray
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, PolicySnapshot, SamplingParams
 from offramp.worker.follow import follow
@@ -160,3 +160,46 @@ def test_no_slots_and_strange_models_are_refused() -> None:
         AdaptiveEngine.from_pretrained(make_model("llama"), slots=0)
     with pytest.raises(ModelError, match="not supported"):
         AdaptiveEngine.from_pretrained(object())
+
+
+def test_streams_share_an_engine_without_losing_tokens(engine: AdaptiveEngine) -> None:
+    sampling = SamplingParams(max_tokens=6)
+    alone = [engine.generate(p, sampling)[0].token_ids for p in ([3, 4], [5, 6], [7])]
+    first, second = engine.stream([3, 4], sampling), engine.stream([5, 6], sampling)
+    together = list(zip(first, second, strict=True))
+    assert [a.token for a, _ in together] == alone[0]
+    assert [b.token for _, b in together] == alone[1]
+    half_read = engine.stream([3, 4], sampling)
+    tokens = [next(half_read).token]
+    assert engine.generate([7], sampling)[0].token_ids == alone[2]
+    assert tokens + [event.token for event in half_read] == alone[0]
+
+
+def test_an_interrupted_generate_leaves_nothing_behind() -> None:
+    class Interrupting(FixedExit):
+        def leave(self, features_NF: FloatArray) -> BoolArray:
+            raise KeyboardInterrupt
+
+    engine = AdaptiveEngine.from_pretrained(make_model("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2], [3, 4]], policy=Interrupting(2))
+    assert engine.load == (0, 0)
+    assert len(engine.generate([1, 2], SamplingParams(max_tokens=5))[0].token_ids) == 5
+
+
+def test_models_that_would_not_decode_exactly_are_refused() -> None:
+    eager = make_model("llama")
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match="eager attention"):
+        AdaptiveEngine.from_pretrained(eager)
+    with pytest.raises(ModelError, match="training mode"):
+        AdaptiveEngine.from_pretrained(make_model("llama").train())
+
+
+def test_a_long_request_takes_no_room_before_it_needs_it() -> None:
+    engine = AdaptiveEngine.from_pretrained(make_model("llama"))
+    stream = engine.stream([5, 6], SamplingParams(max_tokens=BLOCK_TOKENS + 60, ignore_eos=True))
+    next(stream)
+    assert engine.kv.capacity == BLOCK_TOKENS
+    list(stream)
+    assert engine.kv.capacity == 2 * BLOCK_TOKENS

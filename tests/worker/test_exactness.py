@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.features import BoolArray, FloatArray
-from offramp.controller.policy import FixedExit, NeverExit
+from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
+from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decode import Decoder
 from support.models import LAYERS, VOCAB, make_model
@@ -219,3 +219,18 @@ def test_rows_that_join_and_leave_midway_do_not_disturb_the_others() -> None:
     for index in (0, 2, 3, 4, 5, 6, 7):
         alone = engine.generate(prompts[index], lengths[index], FixedExit(2))[0].token_ids
         assert finished[requests[index].id].emitted == alone
+
+
+def test_the_softmax_probe_runs_one_head_per_emitted_token_less() -> None:
+    """A row that leaves on whole-vocabulary confidence has had its head already."""
+    model = make_model("llama")
+    engine = AdaptiveEngine.from_pretrained(model)
+    rows = Counter[str]()
+    model.lm_head.register_forward_hook(
+        lambda _, args, output: rows.update(head=output.reshape(-1, output.shape[-1]).shape[0])
+    )
+    always = ThresholdPolicy((2,), SOFTMAX_V1, "margin", 0.0)
+    leaving = engine.generate(PROMPTS, GREEDY, always)
+    assert rows["head"] == sum(len(c.token_ids) for c in leaving)
+    fixed = engine.generate(PROMPTS, GREEDY, FixedExit(2))
+    assert [c.token_ids for c in leaving] == [c.token_ids for c in fixed]

@@ -132,7 +132,7 @@ def test_a_sliding_window_is_refused_as_folder_and_as_object(tmp_path: Path) -> 
     config.save_pretrained(tmp_path)
     message = refusal(lambda: check_model(tmp_path))
     assert "sliding-window attention over 16 tokens" in message
-    assert message == refusal(lambda: AdaptiveEngine(MistralForCausalLM(config)))
+    assert message == refusal(lambda: AdaptiveEngine(MistralForCausalLM(config).eval()))
 
 
 @pytest.mark.parametrize("window", [None, 64])

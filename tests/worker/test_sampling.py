@@ -84,9 +84,14 @@ def test_top_p_keeps_exactly_the_nucleus(
     expected_V = np.where(np.isin(np.arange(12), list(kept)), probabilities_V, 0.0)
 
     given_V: list[torch.Tensor] = []
+
+    def multinomial(p: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        given_V.append(p)
+        return torch.zeros(1)
+
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda p, *_, **__: given_V.append(p) or torch.zeros(1))
+        patch.setattr(torch, "multinomial", multinomial)
         draw(torch.tensor(logits_V, dtype=torch.float32), sampling, new_generator(sampling))
     assert set(np.flatnonzero(given_V[0].numpy())) == kept
     np.testing.assert_allclose(given_V[0].numpy(), expected_V, rtol=1e-4)
