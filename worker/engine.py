@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class AdaptiveEngine:
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         policy: ExitPolicy | PolicySnapshot | None = None,
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """Complete one prompt, yielding each token as it is emitted.
 
         Closing the iterator early frees its slot. Raises as ``generate`` does.

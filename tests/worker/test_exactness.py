@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
-from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decode import Decoder
 from support.models import LAYERS, VOCAB, make_model
@@ -130,7 +130,7 @@ def test_static_exits_in_a_ragged_batch_equal_the_rows_alone(family: str) -> Non
 
 def test_mixed_policies_in_a_batch_equal_the_rows_alone(family: str) -> None:
     engine = AdaptiveEngine.from_pretrained(make_model(family))
-    policies = [FixedExit(1), NeverExit(), FixedExit(3), FixedExit(1)]
+    policies: list[ExitPolicy] = [FixedExit(1), NeverExit(), FixedExit(3), FixedExit(1)]
     requests = [
         engine.submit(prompt, GREEDY, policy)
         for prompt, policy in zip(PROMPTS, policies, strict=True)
