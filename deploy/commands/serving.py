@@ -146,7 +146,10 @@ def doctor(model: Model = DEFAULT_MODEL) -> None:
 
 
 def _wait_for_a_signal() -> None:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    # SIGTERM raises KeyboardInterrupt too (see cli.main). No lock is taken in a handler: a second
+    # signal inside Event.set would wait for the first forever.
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 
-def offramp(*arguments: str) -> subprocess.Popen[str]:
+def offramp(*arguments: str, **settings: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
+    environment |= settings
     command = [str(Path(sys.executable).parent / "offramp"), *arguments]
     return subprocess.Popen(
         command,
@@ -115,3 +117,22 @@ def test_an_interrupt_stops_everything_that_was_started(tmp_path: Path) -> None:
     assert "error" not in output
     assert processes_naming(str(out)) == []
     assert not (out / "report.json").exists()
+
+
+def test_serve_stops_cleanly_on_two_signals_at_once(tmp_path: Path) -> None:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        ports = [str(each.getsockname()[1]) for each in (first, second)]
+    home = tmp_path / "home"
+    process = offramp("serve", "--port", ports[0], "--redis-port", ports[1], OFFRAMP_HOME=str(home))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C" in line:
+            break
+    assert processes_naming(f"127.0.0.1:{ports[1]}")  # the embedded Redis runs now
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert "Traceback" not in output, output
+    assert processes_naming(f"127.0.0.1:{ports[1]}") == []
