@@ -128,6 +128,9 @@ def swap_under_load(
         "torn": sum(record.torn for record in records),
         "errors": [record.error for record in records if record.failed],
         "in_flight_generations": [sorted(set(record.generations)) for record in early],
+        # What each stream really executed: a swap that reached it would show as earlier exits,
+        # whatever generation it reports.
+        "in_flight_layers": [sorted(set(record.exit_layers)) for record in early],
         "after_generations": [sorted(set(record.generations)) for record in late],
         # Tokens of each stream that came before all workers had acknowledged, and after.
         "in_flight_tokens": [record.tokens_around(acknowledged_s[0]) for record in early],

@@ -71,6 +71,8 @@ def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], s
     assert swap["failed"] == swap["torn"] == 0
     assert swap["in_flight_generations"] == [[1]] * 4
     assert swap["after_generations"] == [[2]] * 4
+    # Full depth to the end: the new policy, which exits early, never decided for them.
+    assert swap["in_flight_layers"] == [[12]] * 4
     # They were in flight indeed: each had tokens before the swap and tokens after it.
     assert all(before > 0 and after > 0 for before, after in swap["in_flight_tokens"])
     assert set(swap["ack_ms"]) == {"worker-0", "worker-1"}
