@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -176,6 +177,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         options |= {"num_cpus": cpus, "include_dashboard": False, "address": "local"}
     else:
         options["address"] = address
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -185,6 +187,8 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
             # Ray sends its token to an explicit address only if told to.
             "Start one or unset it; if it asks for a token, set RAY_AUTH_MODE=token",
         ) from error
+    # Ray puts its own in place, in C, which aborts the process before anything is cleaned up.
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     except ray.exceptions.RayError as error:

@@ -136,5 +136,6 @@ def test_serve_stops_cleanly_on_two_signals_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
     assert "Traceback" not in output, output
     assert processes_naming(f"127.0.0.1:{ports[1]}") == []
