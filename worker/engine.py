@@ -43,7 +43,7 @@ from offramp.worker.loading import (
 from offramp.worker.outbox import Outbox
 from offramp.worker.roster import Roster
 from offramp.worker.sampling import SamplingParams
-from offramp.worker.schedule import Launch, Scheduler
+from offramp.worker.schedule import Launch, Schedule, Scheduler
 from offramp.worker.sequence import KVMode, Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
 from offramp.worker.stack import HFDecoderStack
@@ -240,6 +240,16 @@ class AdaptiveEngine:
         self._roster.remove(request_id)
         self._outbox.forget(request_id)
         self._inboxes.pop(request_id, None)
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Change how rows share launches.
+
+        Raises:
+            ConfigError: rows are running, or a hold is not below the last layer.
+        """
+        if self._roster.rows:
+            raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
+        self._scheduler = Scheduler(schedule, self.stack.layers)
 
     @property
     def load(self) -> tuple[int, int]:

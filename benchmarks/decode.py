@@ -1,0 +1,447 @@
+"""How much of the physical bound does the engine turn into time?
+
+Full depth, Hugging Face's ``generate`` (KV cache, sdpa), its ``assistant_early_exit``, and exits at
+several mean depths in each cache mode, lock-step and in cohorts, interleaved in one process on the
+same prompts. Weights are random (those of the reference model are trained) and exit depths come
+from a seeded script, so speed does not depend on luck. After the exit layer, the random models'
+layers write little into the residual stream, so that drafts are mostly right, as in a model
+trained to exit; ``accepted`` says how often.
+
+    python benchmarks/decode.py --json decode.json
+    python benchmarks/decode.py --quick
+
+``bound`` is the time of full depth over that of the layer and head calls that were really made
+(counted by hooks), each at its measured price for its rows; everything else (probes, policy, fill,
+sampling, bookkeeping) is what keeps ``share_of_bound`` below 1. ``bound_packed`` is what perfectly
+filled launches would allow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.policy import ExitPolicy, NeverExit
+from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.attention import decode_window, ragged_window
+from offramp.worker.config import EngineConfig
+from offramp.worker.loading import load_model
+from offramp.worker.profile import describe_machine
+from offramp.worker.schedule import LOCKSTEP, Schedule
+from offramp.worker.sequence import Sequence
+
+PROMPT_TOKENS = 64
+EXIT_AT = 1 / 6
+"""Depth of the scripted exit, as a share of the layers."""
+
+LLAMA = {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+SHAPES: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "smollm2-135m": (LlamaConfig, LlamaForCausalLM, {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}),
+    "qwen2.5-0.5b": (Qwen2Config, Qwen2ForCausalLM, {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936}),
+    "llama-3.2-1b": (LlamaConfig, LlamaForCausalLM, {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
+}  # fmt: skip
+NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
+
+
+@dataclass
+class ScriptedExit:
+    """Leaves after one layer with a set probability, whatever the features."""
+
+    exits: tuple[int, ...]
+    share: float
+    schema: None = None
+    candidates_VK: None = None
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def leave(self, features_NF: FloatArray) -> BoolArray:
+        return np.asarray(self.rng.random(len(features_NF)) < self.share)
+
+
+@dataclass
+class Row:
+    shape: str
+    dtype: str
+    batch: int
+    engine: str
+    kv_mode: str | None
+    schedule: str | None
+    exit_share: float | None
+    mean_layers: float | None
+    tokens_per_s: float
+    tokens_per_s_low: float
+    tokens_per_s_high: float
+    ratio_hf: float
+    ratio_full: float
+    bound: float | None
+    bound_packed: float | None
+    share_of_bound: float | None
+    decision_share: float | None
+    fill_share: float | None
+    accepted: float | None
+    peak_mb: float | None
+
+
+@dataclass
+class Contender:
+    """One engine setting."""
+
+    name: str
+    kv_mode: str | None = None
+    schedule: str | None = None
+    policy: Callable[[], ExitPolicy] = NeverExit
+    exit_share: float | None = None
+
+
+@dataclass
+class Report:
+    """What one run of a contender gave."""
+
+    seconds: float
+    tokens: int
+    rows: list[Sequence] = field(default_factory=list)
+    deciding_s: float = 0.0
+    filling_s: float = 0.0
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="Comma-separated; 'reference' too.")] = ",".join(
+        ["reference", *SHAPES]
+    ),
+    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8,16",
+    depths: Annotated[str, typer.Option(help="Mean depths, as shares.")] = "0.75,0.5,0.25",
+    repeats: Annotated[int, typer.Option(help="Interleaved; medians count.")] = 5,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
+    policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
+    quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+) -> None:
+    if quick:
+        shapes, dtypes, batches, depths = "smollm2-135m", "float32", "1,8", "0.25"
+    torch.set_num_threads(threads)
+    rows: list[Row] = []
+    machine = ""
+    for shape in shapes.split(","):
+        for dtype in dtypes.split(","):
+            model = build(shape, getattr(torch, dtype))
+            machine = machine or describe_machine(model.dtype)
+            for batch in map(int, batches.split(",")):
+                new = measure(model, shape, batch, [float(d) for d in depths.split(",")],
+                              repeats, policy)  # fmt: skip
+                show(new)
+                rows += new
+                if json_file is not None:
+                    found = {"machine": machine, "rows": [asdict(row) for row in rows]}
+                    json_file.write_text(json.dumps(found, indent=1))
+            del model
+            gc.collect()
+
+
+def build(shape: str, dtype: torch.dtype) -> Any:
+    if shape == "reference":
+        return load_model("models/reference", dtype, "cpu")
+    config_class, model_class, values = SHAPES[shape]
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    model = model_class(config_class(**values, **LLAMA)).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    model.set_attn_implementation("sdpa")
+    for block in model.model.layers[exit_layer(len(model.model.layers)) :]:
+        block.self_attn.o_proj.weight.mul_(0.01)
+        block.mlp.down_proj.weight.mul_(0.01)
+    return model
+
+
+def exit_layer(layers: int) -> int:
+    return max(1, round(layers * EXIT_AT))
+
+
+def contenders(batch: int, layers: int, depths: list[float], learned: Any) -> list[Contender]:
+    found = [Contender("HF generate"), Contender("full depth", "project", "lock-step")]
+    if batch == 1:
+        found.insert(1, Contender("HF assistant_early_exit"))
+    at = exit_layer(layers)
+    for depth in depths:
+        share = (1 - depth) / (1 - at / layers)
+        for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
+            for mode in ("project", "defer", "verify"):
+                scripted = lambda share=share: ScriptedExit((at,), share)  # noqa: E731
+                found.append(Contender(f"exits {depth:.0%}", mode, schedule, scripted, share))
+    if learned is not None:
+        found += [Contender("learned", mode, "lock-step", lambda: learned)
+                  for mode in ("project", "defer", "verify")]  # fmt: skip
+    return found
+
+
+def measure(
+    model: Any, shape: str, batch: int, depths: list[float], repeats: int, policy: Path | None
+) -> list[Row]:
+    layers = model.config.num_hidden_layers
+    hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
+    engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(prefill_tokens=2**20))
+    learned = None
+    if shape == "reference" and policy is not None:
+        learned = PolicyBundle.load(policy).policy()
+    rng = np.random.default_rng(batch)
+    prompts = rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()
+    todo = contenders(batch, layers, depths, learned)
+    new = NEW_TOKENS[shape]
+
+    def run(each: Contender) -> Report:
+        if each.name.startswith("HF"):
+            return hugging_face(model, prompts, new, each.name)
+        engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
+        return ours(engine, prompts, new, each)
+
+    peaks = [peak_mb(lambda each=each: run(each)) for each in todo]  # also warms everything up
+    reports: list[list[Report]] = [[] for _ in todo]
+    for _ in range(repeats):
+        for each, into in zip(todo, reports, strict=True):
+            into.append(run(each))
+    prices = Prices(engine, batch)
+    rows = []
+    for each, runs, peak in zip(todo, reports, peaks, strict=True):
+        calls = None
+        if not each.name.startswith("HF"):
+            with counted(engine) as calls:
+                run(each)
+        rows.append(row_of(each, runs, [reports[0], reports[1 + (batch == 1)]], prices, calls,
+                           (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
+    return rows
+
+
+def ours(engine: AdaptiveEngine, prompts: list[list[int]], new: int, each: Contender) -> Report:
+    """The prompts are read, and the first tokens emitted, before the clock starts."""
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
+    policy = each.policy()
+    for prompt in prompts:
+        engine.submit(prompt, sampling, policy, kv_mode=each.kv_mode)  # type: ignore[arg-type]
+    finished: dict[str, Sequence] = {}
+    engine.step(finished)
+    spent = engine.decoder.spent
+    before = (spent.deciding_s, spent.filling_s)
+    start = time.perf_counter()
+    while engine.load != (0, 0):
+        engine.step(finished)
+    seconds = time.perf_counter() - start
+    return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
+                  spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
+
+
+class Clock(StoppingCriteria):
+    """Starts when the first tokens are there."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.length = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        if not self.start:
+            self.start, self.length = time.perf_counter(), input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
+    ids = torch.tensor(prompts)
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    if name == "HF assistant_early_exit":
+        options["assistant_early_exit"] = exit_layer(model.config.num_hidden_layers)
+    clock = Clock()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
+                         stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
+    seconds = time.perf_counter() - clock.start
+    return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
+
+
+class Prices:
+    """Measured seconds of one layer call and one head call, by tokens in it."""
+
+    def __init__(self, engine: AdaptiveEngine, batch: int) -> None:
+        self.engine = engine
+        self.layers = engine.stack.layers
+        self.counts = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if n <= 8 * batch]
+        timed = [self._time(n) for n in self.counts]
+        self.layer = [layer for layer, _ in timed]
+        self.head = [head for _, head in timed]
+
+    def of(self, calls: Counter[tuple[str, int]]) -> float:
+        """Seconds of all counted calls."""
+        table = {"layer": self.layer, "head": self.head}
+        return sum(
+            times * float(np.interp(tokens, self.counts, table[part]))
+            for (part, tokens), times in calls.items()
+        )
+
+    def full(self, batch: int, tokens: int) -> float:
+        """Seconds of ``tokens`` tokens at full depth in full batches."""
+        step = Counter({("layer", batch): self.layers, ("head", batch): 1})
+        return self.of(step) * tokens / batch
+
+    @torch.inference_mode()
+    def _time(self, tokens: int) -> tuple[float, float]:
+        stack, kv = self.engine.stack, self.engine.kv
+        rows = min(tokens, kv.slots)
+        columns = -(-tokens // rows)
+        at = PROMPT_TOKENS + 8
+        x = torch.randn(rows, columns, stack.width).to(stack.dtype)
+        rotary = stack.rotary(x, torch.full((rows, columns), at))
+        window = (
+            decode_window(range(rows), [at] * rows, stack.heads_per_key, x)
+            if columns == 1
+            else ragged_window(range(rows), [at] * rows, [columns] * rows, stack.heads_per_key, x)
+        )
+        kv.open(window)
+        layers, heads = [], []
+        for _ in range(7):
+            start = time.perf_counter()
+            y = x
+            for index in range(stack.layers):
+                y = stack.run_layer(index, y, rotary, window, kv)
+            middle = time.perf_counter()
+            stack.logits(y[:, 0] if columns == 1 else y.flatten(0, 1))
+            layers.append((middle - start) / stack.layers)
+            heads.append(time.perf_counter() - middle)
+        return median(layers), median(heads)
+
+
+@contextlib.contextmanager
+def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
+    """Counts decode calls (not the prompt's) by the tokens in them."""
+    calls: Counter[tuple[str, int]] = Counter()
+
+    def count(part: str) -> Any:
+        def hook(_: Any, args: Any, output: Any) -> None:
+            tokens = output.numel() // output.shape[-1]
+            if output.dim() == 2 or output.shape[1] < PROMPT_TOKENS:
+                calls[part, tokens] += 1
+
+        return hook
+
+    blocks = [block.register_forward_hook(count("layer")) for block in engine.stack.blocks]
+    handles = [*blocks, engine.stack.head.register_forward_hook(count("head"))]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def peak_mb(action: Callable[[], object]) -> float | None:
+    """Highest resident memory of this process during an action, in MiB; None if unknown."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        action()
+        return None
+    action()
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) / 1024
+
+
+def row_of(
+    each: Contender,
+    runs: list[Report],
+    baselines: list[list[Report]],
+    prices: Prices,
+    calls: Counter[tuple[str, int]] | None,
+    where: tuple[str, str, int, float | None],
+) -> Row:
+    shape, dtype, batch, peak = where
+    seconds = np.asarray([run.seconds for run in runs])
+    tokens = runs[0].tokens
+    # Neighbours in time are compared, so a drifting machine drifts for both.
+    ratio_hf, ratio_full = (
+        float(np.median([run.seconds / run.tokens * tokens for run in baseline] / seconds))
+        for baseline in baselines
+    )
+    rate = tokens / float(np.median(seconds))
+    row = Row(shape, dtype, batch, each.name, each.kv_mode, each.schedule, each.exit_share, None,
+              rate, tokens / seconds.max(), tokens / seconds.min(),
+              ratio_hf, ratio_full, None, None, None, None, None, None, peak)  # fmt: skip
+    done = [each for run in runs for each in run.rows]
+    if not done or calls is None:
+        return row
+    full = prices.full(batch, tokens)
+    row.mean_layers = float(np.mean([layer for c in done for layer in c.exit_layers[1:]]))
+    row.decision_share = sum(run.deciding_s for run in runs) / float(seconds.sum())
+    row.fill_share = sum(run.filling_s for run in runs) / float(seconds.sum())
+    row.accepted = _accepted(done)
+    if each.name == "full depth":
+        return row
+    row.bound = full / prices.of(calls)
+    depth = sum(times * tokens for (part, tokens), times in calls.items() if part == "layer")
+    head = prices.of(Counter({("head", batch): 1}))
+    layer = prices.of(Counter({("layer", batch): 1}))
+    per_token = depth / tokens
+    row.bound_packed = (prices.layers * layer + head) / (per_token * layer + head)
+    row.share_of_bound = row.ratio_full / row.bound
+    return row
+
+
+def _accepted(rows: list[Sequence]) -> float | None:
+    made = sum(row.drafts_made for row in rows)
+    return sum(row.drafts_accepted for row in rows) / made if made else None
+
+
+def show(rows: list[Row]) -> None:
+    first = rows[0]
+    table = Table(
+        "engine", "mode", "schedule", "layers", "tokens/s", "spread", "÷ HF", "÷ full", "bound",
+        "share", "packed", "decide", "fill", "accepted", "MiB",
+        title=f"{first.shape}, {first.dtype}, batch {first.batch}",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.engine,
+            row.kv_mode or "",
+            row.schedule or "",
+            _number(row.mean_layers, ".1f"),
+            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s_low:.1f}-{row.tokens_per_s_high:.1f}",
+            f"{row.ratio_hf:.2f}",
+            f"{row.ratio_full:.2f}",
+            _number(row.bound, ".2f"),
+            _number(row.share_of_bound, ".0%"),
+            _number(row.bound_packed, ".2f"),
+            _number(row.decision_share, ".1%"),
+            _number(row.fill_share, ".1%"),
+            _number(row.accepted, ".0%"),
+            _number(row.peak_mb, ".0f"),
+        )
+    Console(width=150).print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    typer.run(main)
