@@ -18,7 +18,7 @@ from offramp.worker.fill import KVProjector
 from offramp.worker.kv import SlotKV
 from offramp.worker.probes import BlankProbe, CandidateProbe, Probe, SoftmaxProbe
 from offramp.worker.sequence import Sequence
-from offramp.worker.stack import LayerStack, Rotary
+from offramp.worker.stack import LayerStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Decoder:
         """Run one prompt at full depth into a slot; logits [V] of its last position."""
         tokens_BT = torch.tensor([prompt], device=self.stack.device)
         positions_BT = torch.arange(len(prompt), device=self.stack.device)[None]
-        x = self.stack.embed(tokens_BT)
+        x = self.stack.embed(tokens_BT, positions_BT)
         rotary = self.stack.rotary(x, positions_BT)
         self.kv.open_window([slot], [0], tokens=len(prompt))
         for index in range(self.stack.layers):
@@ -79,7 +79,7 @@ class _Batch:
         self.active = np.arange(len(rows))
         tokens_BT = torch.tensor([[row.next_input] for row in rows], device=stack.device)
         positions_BT = torch.tensor(self.positions, device=stack.device)[:, None]
-        self.x_N1D = stack.embed(tokens_BT)
+        self.x_N1D = stack.embed(tokens_BT, positions_BT)
         self.rotary = stack.rotary(self.x_N1D, positions_BT)
         self.mask = _mask(self.positions, stack.device)
         self.groups = _groups(stack, rows, self.x_N1D[:, 0], self.positions)
@@ -147,7 +147,7 @@ class _Batch:
         projector = self.decoder.projector
         if projector is None:
             return
-        rotary: Rotary = (self.rotary[0][leaving], self.rotary[1][leaving])
+        rotary = tuple(part[leaving] for part in self.rotary)
         keys, values = projector.project(exit_ND, executed, rotary)
         slots = [self.slots[row] for row in left]
         positions = [self.positions[row] for row in left]
@@ -159,7 +159,7 @@ class _Batch:
             return
         stay = torch.from_numpy(stay_N)
         self.x_N1D = self.x_N1D[stay]
-        self.rotary = (self.rotary[0][stay], self.rotary[1][stay])
+        self.rotary = tuple(part[stay] for part in self.rotary)
         positions = [self.positions[row] for row in self.active]
         self.mask = _mask(positions, self.decoder.stack.device)
         self.decoder.kv.open_window([self.slots[row] for row in self.active], positions)

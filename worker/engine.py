@@ -26,6 +26,7 @@ from offramp.worker.admission import (
 )
 from offramp.worker.completion import Completion, completion_of
 from offramp.worker.decode import Decoder
+from offramp.worker.families import stack_for
 from offramp.worker.kv import SlotKV
 from offramp.worker.loading import (
     load_model,
@@ -39,7 +40,6 @@ from offramp.worker.outbox import Outbox
 from offramp.worker.sampling import SamplingParams, draw
 from offramp.worker.sequence import Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
-from offramp.worker.stack import HFDecoderStack
 
 
 class AdaptiveEngine:
@@ -70,7 +70,7 @@ class AdaptiveEngine:
         require_supported(model)
         if slots < 1:
             raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
-        self.stack = HFDecoderStack(model)
+        self.stack = stack_for(model)
         self.tokenizer = tokenizer
         self.kv = SlotKV(self.stack, slots)
         self.decoder = Decoder(self.stack, self.kv)

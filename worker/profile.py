@@ -48,8 +48,9 @@ def measure_costs(
     row = Sequence(request, slot=0)
     row.emit(prompt[0], stack.layers, frozenset())
 
-    x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device))
-    rotary = stack.rotary(x_11D, torch.tensor([[context]], device=stack.device))
+    position_11 = torch.tensor([[context]], device=stack.device)
+    x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device), position_11)
+    rotary = stack.rotary(x_11D, position_11)
     engine.kv.open_window([0], [context])
     projector = KVProjector(stack)
     state_ND = x_11D[:, 0]

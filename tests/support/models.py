@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
@@ -35,12 +47,32 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": VOCAB - 1,
     "pad_token_id": 0,
 }
+HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# A random model whose head is its embedding mostly repeats its input.
+UNTIED = {"tie_word_embeddings": False}
+# Without a gated MLP, small weights leave the same few tokens.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    # Layers 2 and 4 of 5 without rotation, so that both kinds are skipped and filled.
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2, **UNTIED}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"rope_parameters": HALF_ROTARY}),
+    "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 16, **UNTIED}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"initializer_range": 0.4}),
+    "opt": (OPTConfig, OPTForCausalLM, {"ffn_dim": 96, "init_std": 0.4}),
+    "gpt-neox": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        {"initializer_range": 0.4, "rope_parameters": HALF_ROTARY},
+    ),
+    "gpt-neox-serial": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        {"initializer_range": 0.4, "use_parallel_residual": False, "attention_bias": False},
+    ),
 }
 
 
@@ -59,6 +91,8 @@ def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+            elif "norm" in name or ".ln_" in name:
+                # Gemma's norms multiply by 1 + weight.
+                low = -0.5 if family == "gemma" else 0.5
+                parameter.uniform_(low, low + 1.0)
     return model.to(dtype).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
@@ -54,15 +56,17 @@ def hf_greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[in
 
 def truncated(model: Any, layers: int) -> Any:
     """The same weights, with only the first layers."""
-    values = {**model.config.to_dict(), "num_hidden_layers": layers}
-    values.pop("layer_types", None)
-    short = type(model)(type(model.config)(**values))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    short = type(model)(config)
     short.load_state_dict(model.state_dict(), strict=False)
     return short.to(model.dtype).eval()
 
 
 @contextmanager
-def counted_rows(model: Any) -> Iterator[Counter[int]]:
+def counted_rows(blocks: list[nn.Module]) -> Iterator[Counter[int]]:
     """Counts, outside the engine, how many decode rows each layer was called with."""
     counts: Counter[int] = Counter()
 
@@ -73,9 +77,7 @@ def counted_rows(model: Any) -> Iterator[Counter[int]]:
 
         return count
 
-    handles = [
-        layer.register_forward_hook(hook(index)) for index, layer in enumerate(model.model.layers)
-    ]
+    handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(blocks)]
     yield counts
     for handle in handles:
         handle.remove()
@@ -144,9 +146,8 @@ def test_mixed_policies_in_a_batch_equal_the_rows_alone(family: str) -> None:
 
 
 def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
-    model = make_model(family)
-    engine = AdaptiveEngine.from_pretrained(model)
-    with counted_rows(model) as counts:
+    engine = AdaptiveEngine.from_pretrained(make_model(family))
+    with counted_rows(engine.stack.blocks) as counts:
         completions = engine.generate(
             [[*prompt, 1] for prompt in PROMPTS], GREEDY, RandomExit((1, 2, 4))
         )
