@@ -77,13 +77,15 @@ class KVProjector:
 
 def _require_one_norm(weights: list[KVWeights]) -> None:
     kinds = {(w.norm, w.eps) for w in weights}
-    key_kinds = {(w.key_norm_H is None, w.key_norm_eps) for w in weights}
-    if len(kinds) > 1 or len(key_kinds) > 1:
-        raise ModelError(
-            "model",
-            f"has input norms that differ between layers: {sorted(kinds)}, keys {sorted(key_kinds)}",
-            "Use a model whose layers share one kind of norm and one epsilon",
-        )
+    key_kinds = {("no norm" if w.key_norm_H is None else "rms", w.key_norm_eps) for w in weights}
+    for what, found in (("input", kinds), ("key", key_kinds)):
+        if len(found) > 1:
+            names = " and ".join(f"{name} ({eps:g})" for name, eps in sorted(found))
+            raise ModelError(
+                "model",
+                f"has {what} norms whose kind or epsilon differs between layers: {names}",
+                "Use a model whose layers share one kind of norm and one epsilon",
+            )
 
 
 def _folded(weights: KVWeights) -> Tensor:

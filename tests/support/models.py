@@ -82,10 +82,11 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 CLEAR_SEEDS = {"llama": 25, "llama-mha": 6, "mistral": 25, "qwen2": 30, "qwen3": 27}
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A small random model of a family, its configuration changed where asked."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(CLEAR_SEEDS[family] if dtype is torch.bfloat16 else 0)
-    model = model_class(config_class(**{**SHAPE, **extra}))
+    model = model_class(config_class(**{**SHAPE, **extra, **changes}))
     # Biases and norms start at 0 and 1; random ones make a forgotten fold visible.
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -40,16 +40,13 @@ MISSING: MappingProxyType[str, str] = MappingProxyType(
         "CohereForCausalLM": "scaled logits",
         "GraniteForCausalLM": "scaled embeddings, residuals and logits",
         "BloomForCausalLM": "ALiBi position biases",
-        "FalconForCausalLM": "ALiBi position biases and two norms per layer",
+        "FalconForCausalLM": "ALiBi position biases and parallel norms, which some variants have",
         "GPTJForCausalLM": "interleaved rotary embeddings and a head with biases",
         "PhiForCausalLM": "a head with biases",
-        "MixtralForCausalLM": "mixtures of experts",
-        "Qwen2MoeForCausalLM": "mixtures of experts",
-        "Qwen3MoeForCausalLM": "mixtures of experts",
         "MambaForCausalLM": "layers without keys and values",
     }
 )
-"""What an adapter of some well-known architectures that are not served would need."""
+"""What some well-known architectures that are not served have and no adapter here handles."""
 
 
 def adapter_of(architecture: str, model: str = "") -> type[HFStack]:
@@ -65,10 +62,10 @@ def adapter_of(architecture: str, model: str = "") -> type[HFStack]:
     adapter = FAMILIES.get(architecture)
     if adapter is None:
         missing = MISSING.get(architecture)
-        reason = f": it needs {missing}" if missing else ""
+        reason = f"it has {missing}" if missing else "no adapter drives its layers"
         raise ModelError(
             "model",
-            f"{model} is a {architecture}, which is not supported{reason}".lstrip(),
+            f"{model} is a {architecture}, which is not supported: {reason}".lstrip(),
             f"Supported are {', '.join(FAMILIES)}",
         )
     return adapter

@@ -34,7 +34,8 @@ class HFStack:
     rotary_path: ClassVar[str] = "model.rotary_emb"
     """Empty for a family without rotary embeddings."""
     shares_kv_heads: ClassVar[bool] = True
-    """Whether query heads may share key/value heads; if not, each has its own."""
+    """Whether the configuration gives key/value heads and head_dim of their own. The older
+    families have as many as query heads, and ignore a stray entry."""
     window_everywhere: ClassVar[bool] = False
     """Whether a sliding window holds in every layer, whatever ``layer_types`` says."""
 
@@ -47,8 +48,10 @@ class HFStack:
         self.width = int(config.hidden_size)
         self.vocab = int(config.vocab_size)
         self.context = int(config.max_position_embeddings)
-        self.kv_heads = int(config.num_key_value_heads) if self.shares_kv_heads else heads
-        self.head_dim = int(getattr(config, "head_dim", None) or self.width // heads)
+        self.kv_heads, self.head_dim = heads, self.width // heads
+        if self.shares_kv_heads:
+            self.kv_heads = int(config.num_key_value_heads)
+            self.head_dim = int(getattr(config, "head_dim", None) or self.head_dim)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_tokens = _eos_tokens(model)

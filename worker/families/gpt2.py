@@ -30,9 +30,9 @@ class GPT2Stack(HFStack):
     def require_servable(cls, config: Any) -> None:
         """Refuse, beside what no family serves, cross-attention and upcast attention."""
         super().require_servable(config)
-        if config.add_cross_attention:
+        if getattr(config, "add_cross_attention", False):
             raise refuse("attends to an encoder (add_cross_attention)", "Use a decoder-only GPT-2")
-        if config.reorder_and_upcast_attn:
+        if getattr(config, "reorder_and_upcast_attn", False):
             # Hugging Face upcasts only in eager attention, and drops the option silently in sdpa.
             raise refuse(
                 "asks for upcast attention (reorder_and_upcast_attn), which sdpa does not do",

@@ -31,19 +31,21 @@ class OPTStack(HFStack):
     def require_servable(cls, config: Any) -> None:
         """Refuse, beside what no family serves, what only opt-350m and old fine-tunes have."""
         super().require_servable(config)
-        if not config.do_layer_norm_before:
+        # Defaults: a config.json may name this architecture and another model_type.
+        if not getattr(config, "do_layer_norm_before", True):
             raise refuse(
                 "normalises after attention (do_layer_norm_before is false, as in opt-350m), so an "
                 "exit has no final norm to go through",
                 "Use another size of OPT",
             )
-        if config.word_embed_proj_dim != config.hidden_size:
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+        if width != config.hidden_size:
             raise refuse(
-                f"projects embeddings of {config.word_embed_proj_dim} to {config.hidden_size} "
+                f"projects embeddings of {width} to {config.hidden_size} "
                 "(word_embed_proj_dim)",
                 "Use another size of OPT",
             )
-        if config._remove_final_layer_norm:
+        if getattr(config, "_remove_final_layer_norm", False):
             raise refuse(
                 "has no final norm (_remove_final_layer_norm)",
                 "Use a checkpoint converted by transformers 4.20.1 or later",
