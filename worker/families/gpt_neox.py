@@ -46,5 +46,5 @@ class GPTNeoXStack(HFStack):
 
     def _unfused(self, fused: Tensor) -> Tensor:
         """Rows that lie as (query, key, value) within each head, as all keys, then all values."""
-        by_head = fused.unflatten(0, (self.kv_heads, 3, self.head_dim))
+        by_head = fused.reshape(self.kv_heads, 3, self.head_dim, *fused.shape[1:])
         return by_head[:, 1:].transpose(0, 1).flatten(0, 2)

@@ -41,8 +41,7 @@ class OPTStack(HFStack):
         width = getattr(config, "word_embed_proj_dim", config.hidden_size)
         if width != config.hidden_size:
             raise refuse(
-                f"projects embeddings of {width} to {config.hidden_size} "
-                "(word_embed_proj_dim)",
+                f"projects embeddings of {width} to {config.hidden_size} (word_embed_proj_dim)",
                 "Use another size of OPT",
             )
         if getattr(config, "_remove_final_layer_norm", False):
