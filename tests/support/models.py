@@ -85,14 +85,15 @@ CLEAR_SEEDS = {
     "mistral": 25,
     "qwen2": 30,
     "qwen3": 27,
-    # Of these, those without a tie at a static exit went first, where there was one.
+    # Of 60 seeds: the gap here is the narrower of those in bfloat16 and in float32 along the same
+    # tokens, 0.6 to 2.1 %.
     "smollm3": 40,
-    "phi3": 28,
+    "phi3": 0,
     "gemma": 35,
     "gpt2": 36,
-    "opt": 26,
+    "opt": 49,
     "gpt-neox": 49,
-    "gpt-neox-serial": 15,
+    "gpt-neox-serial": 2,
 }
 
 
