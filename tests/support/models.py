@@ -77,8 +77,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 # In bfloat16 two tokens can tie, and which one wins then depends on the shape of a product. Of 40
-# seeds, these leave the widest gap between the two best tokens in the tests' own full-depth decoding:
-# 1.1 to 2.4 % of the logits' deviation, where seed 0 has exact ties.
+# seeds, these leave the widest gap between the two best tokens in the tests' own full-depth
+# decoding: 1.1 to 2.4 % of the logits' deviation, where seed 0 has exact ties.
 CLEAR_SEEDS = {
     "llama": 25,
     "llama-mha": 6,
