@@ -30,6 +30,7 @@ from offramp.worker.completion import Completion, completion_of
 from offramp.worker.config import EngineConfig
 from offramp.worker.decode import Decoder
 from offramp.worker.emit import Emitter
+from offramp.worker.families import stack_for
 from offramp.worker.fast import prepare
 from offramp.worker.kv import SlotKV
 from offramp.worker.loading import (
@@ -46,7 +47,6 @@ from offramp.worker.sampling import SamplingParams
 from offramp.worker.schedule import Launch, Schedule, Scheduler
 from offramp.worker.sequence import KVMode, Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
-from offramp.worker.stack import HFDecoderStack
 
 
 class AdaptiveEngine:
@@ -80,7 +80,7 @@ class AdaptiveEngine:
         if slots < 1:
             raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
         self.config = config or EngineConfig()
-        self.stack = prepare(HFDecoderStack(model))
+        self.stack = prepare(stack_for(model))
         self.tokenizer = tokenizer
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)

@@ -14,15 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from offramp.controller.errors import ConfigError, ModelError
-from offramp.worker.stack import require_servable
-
-SUPPORTED = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-"""Architectures whose layers the stack adapter drives."""
+from offramp.worker.families import adapter_of
 
 SAMPLED_VALUES = 4096
 """Values per tensor that enter a model's fingerprint."""
@@ -36,14 +28,7 @@ def check_model(path: str | Path) -> None:
             that are cut short.
     """
     config = _load_config(path)
-    architecture = _architecture(path, config)
-    if architecture not in SUPPORTED:
-        raise ModelError(
-            "model",
-            f"{str(path)!r} is a {architecture}, which is not supported",
-            f"Supported are {', '.join(SUPPORTED)}",
-        )
-    require_servable(config)
+    adapter_of(_architecture(path, config), repr(str(path))).require_servable(config)
     for file in sorted(Path(path).glob("*.safetensors")):
         _require_whole(file)
 
@@ -117,11 +102,7 @@ def require_supported(model: Any) -> None:
     Raises:
         ModelError: an unsupported class, attention other than sdpa, or training mode.
     """
-    name = type(model).__name__
-    if name not in SUPPORTED:
-        raise ModelError(
-            "model", f"is a {name}, which is not supported", f"Supported are {', '.join(SUPPORTED)}"
-        )
+    adapter_of(type(model).__name__)
     attention = model.config._attn_implementation
     if attention != "sdpa":
         # Without a mask only sdpa is causal by itself.

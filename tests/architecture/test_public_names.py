@@ -11,7 +11,10 @@ import pytest
 TABLE: dict[str, list[str]] = json.loads(
     Path(__file__).with_name("exported_names.json").read_text(encoding="utf-8")
 )
-PACKAGES = [f"offramp.{name}" for name in ("agents", "controller", "deploy", "envs", "worker")]
+PACKAGES = [
+    f"offramp.{name}"
+    for name in ("agents", "controller", "deploy", "envs", "worker", "worker.families")
+]
 
 
 def test_the_table_names_every_package() -> None:

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decode import Decoder
+from support.exactness import check_fill, hf_greedy
 from support.models import LAYERS, VOCAB, make_model
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
@@ -41,28 +44,19 @@ class RandomExit:
         return self.rng.random(len(features_NF)) < 0.4
 
 
-def hf_greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Hugging Face's own generate, left-padded, cut at the end-of-sequence token."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
-    rows = out[:, longest:].tolist()
-    eos = model.config.eos_token_id
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-
-
 def truncated(model: Any, layers: int) -> Any:
     """The same weights, with only the first layers."""
-    values = {**model.config.to_dict(), "num_hidden_layers": layers}
-    values.pop("layer_types", None)
-    short = type(model)(type(model.config)(**values))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    short = type(model)(config)
     short.load_state_dict(model.state_dict(), strict=False)
     return short.to(model.dtype).eval()
 
 
 @contextmanager
-def counted_rows(model: Any) -> Iterator[Counter[int]]:
+def counted_rows(blocks: list[nn.Module]) -> Iterator[Counter[int]]:
     """Counts, outside the engine, how many decode rows each layer was called with."""
     counts: Counter[int] = Counter()
 
@@ -73,9 +67,7 @@ def counted_rows(model: Any) -> Iterator[Counter[int]]:
 
         return count
 
-    handles = [
-        layer.register_forward_hook(hook(index)) for index, layer in enumerate(model.model.layers)
-    ]
+    handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(blocks)]
     yield counts
     for handle in handles:
         handle.remove()
@@ -144,9 +136,8 @@ def test_mixed_policies_in_a_batch_equal_the_rows_alone(family: str) -> None:
 
 
 def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
-    model = make_model(family)
-    engine = AdaptiveEngine.from_pretrained(model)
-    with counted_rows(model) as counts:
+    engine = AdaptiveEngine.from_pretrained(make_model(family))
+    with counted_rows(engine.stack.blocks) as counts:
         completions = engine.generate(
             [[*prompt, 1] for prompt in PROMPTS], GREEDY, RandomExit((1, 2, 4))
         )
@@ -179,25 +170,7 @@ def test_without_the_fill_a_static_exit_goes_wrong_later(family: str) -> None:
 
 
 def test_projected_entries_are_those_of_an_unchanged_state(family: str) -> None:
-    """Fused fill ≈ running each skipped layer's own projections on the exit state."""
-    model = make_model(family)
-    engine = AdaptiveEngine.from_pretrained(model)
-    x_ND = torch.randn(3, engine.stack.width)
-    positions = torch.tensor([[4], [0], [9]])
-    rotary = engine.stack.rotary(x_ND[:, None], positions)
-    assert engine.decoder.projector is not None
-    keys, values = engine.decoder.projector.project(x_ND, 2, rotary)
-
-    class Spy:
-        def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_: Any) -> Any:
-            spied[layer] = (k, v)
-            return k, v
-
-    spied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for index in range(2, LAYERS):
-        engine.stack.run_layer(index, x_ND[:, None], rotary, None, Spy())
-        torch.testing.assert_close(keys[:, index - 2], spied[index][0][:, :, 0])
-        torch.testing.assert_close(values[:, index - 2], spied[index][1][:, :, 0])
+    check_fill(AdaptiveEngine.from_pretrained(make_model(family)), first_layer=2)
 
 
 def test_rows_that_join_and_leave_midway_do_not_disturb_the_others() -> None:

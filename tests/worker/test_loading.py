@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from offramp.controller.errors import ConfigError, ModelError
 from offramp.worker import AdaptiveEngine
@@ -101,16 +101,16 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_architecture_is_named_with_those_supported(tmp_path: Path) -> None:
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(lambda: check_model(tmp_path))
-    assert "is a GPT2LMHeadModel, which is not supported" in message
+    assert "is a BloomForCausalLM, which is not supported" in message
     assert "LlamaForCausalLM" in message
 
 
 def test_an_unsupported_model_object_is_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    assert "GPT2LMHeadModel" in refusal(lambda: AdaptiveEngine(model))
+    model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
+    assert "BloomForCausalLM" in refusal(lambda: AdaptiveEngine(model))
 
 
 def mistral(window: int | None) -> MistralConfig:
