@@ -20,9 +20,9 @@ from offramp.worker.admission import (
     Prompt,
     as_prompts,
     encode_prompt,
-    require_context,
-    require_fit,
-    require_tokens,
+    pinned,
+    prompt_text,
+    require_request,
 )
 from offramp.worker.completion import Completion, completion_of
 from offramp.worker.decode import Decoder
@@ -36,7 +36,8 @@ from offramp.worker.loading import (
     tokenizer_fingerprint,
 )
 from offramp.worker.outbox import Outbox
-from offramp.worker.sampling import SamplingParams, draw
+from offramp.worker.sampler import Sampler
+from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
 from offramp.worker.stack import HFDecoderStack
@@ -118,20 +119,30 @@ class AdaptiveEngine:
         prompts: Prompt | Items[Prompt],
         sampling: SamplingParams | None = None,
         policy: ExitPolicy | PolicySnapshot | None = None,
+        *,
+        echo: bool = False,
     ) -> list[Completion]:
-        """Complete some prompts together: one completion per prompt, in order.
+        """Complete some prompts together: ``sampling.n`` completions per prompt, in order.
 
         Args:
             prompts: Strings or lists of token ids; one prompt alone is allowed.
             sampling: For all of them; greedy, 64 tokens by default.
             policy: For all of them; the engine's current one by default.
+            echo: Put the prompt's text before the completion's.
 
         Raises:
             RequestError: a prompt, sampling value or policy that cannot be served.
         """
-        requests = self._submit_all(as_prompts(prompts), sampling, policy)
+        samples = (sampling or SamplingParams()).each()
+        prompts = as_prompts(prompts)
+        prefixes = [prompt_text(prompt, self.tokenizer) if echo else "" for prompt in prompts]
+        requests = self._submit_all(prompts, samples, policy)
+        places = itertools.product(prefixes, range(len(samples)))
         try:
-            return [completion_of(request, list(self._await(request))) for request in requests]
+            return [
+                completion_of(request, list(self._await(request)), index=index, prefix=prefix)
+                for request, (prefix, index) in zip(requests, places, strict=True)
+            ]
         finally:
             for request in requests:
                 self.cancel(request.id)
@@ -146,7 +157,7 @@ class AdaptiveEngine:
 
         Closing the iterator early frees its slot. Raises as ``generate`` does.
         """
-        [request] = self._submit_all([prompt], sampling, policy)
+        [request] = self._submit_all([prompt], [sampling or SamplingParams()], policy)
         try:
             yield from self._await(request)
         finally:
@@ -175,10 +186,8 @@ class AdaptiveEngine:
         sampling = sampling or SamplingParams()
         if forced:
             sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
-        require_tokens("prompt", tokens, self.stack.vocab)
-        require_tokens("forced", forced, self.stack.vocab)
-        require_context(len(tokens), sampling.max_tokens, self.stack.context)
-        snapshot = self._snapshot(policy)
+        require_request(tokens, forced, sampling, self.stack, self.tokenizer)
+        snapshot = pinned(policy, self.current_policy, self.stack)
         request = Request(
             id=f"r{next(self._ids)}",
             prompt=tokens,
@@ -224,13 +233,14 @@ class AdaptiveEngine:
     def _submit_all(
         self,
         prompts: list[Prompt],
-        sampling: SamplingParams | None,
+        samples: Items[SamplingParams],
         policy: ExitPolicy | PolicySnapshot | None,
     ) -> list[Request]:
-        """All of the prompts, or, if one is refused, none."""
+        """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []
+        policy = pinned(policy, self.current_policy, self.stack)
         try:
-            for prompt in prompts:
+            for prompt, sampling in itertools.product(prompts, samples):
                 request = self.submit(prompt, sampling, policy)
                 requests.append(request)
                 self._inboxes[request.id] = deque()
@@ -253,22 +263,16 @@ class AdaptiveEngine:
                 if event.request_id in self._inboxes:
                     self._inboxes[event.request_id].append(event)
 
-    def _snapshot(self, policy: ExitPolicy | PolicySnapshot | None) -> PolicySnapshot:
-        if policy is None:
-            return self.current_policy()
-        if isinstance(policy, PolicySnapshot):
-            return policy
-        require_fit(policy, self.stack.layers, self.stack.vocab)
-        return PolicySnapshot(0, "", policy)
-
     def _admit(self) -> list[Sequence]:
         admitted = []
         while self._waiting and len(self._running) < self.kv.slots:
             request = self._waiting.popleft()
-            row = Sequence(request, slot=len(self._running))
+            stack = self.stack
+            sampler = Sampler(request.sampling, request.prompt, stack.eos_tokens, stack.vocab)
+            row = Sequence(request, len(self._running), sampler)
             self.kv.reserve(len(request.prompt))
             logits_V = self.decoder.prefill(request.prompt, row.slot)
-            row.emit(self._draw(logits_V, row), self.stack.layers, self.stack.eos_tokens)
+            row.advance(logits_V, stack.layers, stack.eos_tokens)
             self._running.append(row)
             admitted.append(row)
         return admitted
@@ -277,11 +281,8 @@ class AdaptiveEngine:
         self.kv.reserve(1 + max(row.position for row in rows))
         result = self.decoder.step(rows)
         for index, row in enumerate(rows):
-            token = self._draw(result.logits_BV[index], row)
-            row.emit(token, result.exit_layers[index], self.stack.eos_tokens)
-
-    def _draw(self, logits_V: torch.Tensor, row: Sequence) -> int:
-        return draw(logits_V, row.request.sampling, row.generator)
+            layer = result.exit_layers[index]
+            row.advance(result.logits_BV[index], layer, self.stack.eos_tokens)
 
     def _release(self, finished: dict[str, Sequence]) -> None:
         for row in [row for row in self._running if row.is_finished]:

@@ -20,6 +20,7 @@ from offramp.controller.mlp import MlpPolicy
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
+from offramp.worker.sampler import Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
 
@@ -45,7 +46,7 @@ def measure_costs(
     engine.decoder.prefill(prompt, 0)
     request = engine.submit(prompt, SamplingParams(max_tokens=2))
     engine.cancel(request.id)
-    row = Sequence(request, slot=0)
+    row = Sequence(request, 0, Sampler(request.sampling, prompt, frozenset(), stack.vocab))
     row.emit(prompt[0], stack.layers, frozenset())
 
     x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from offramp.worker.candidates import NgramIndex
-from offramp.worker.sampling import SamplingParams, new_generator
+from offramp.worker.sampler import Sampler
+from offramp.worker.sampling import SamplingParams
 from offramp.worker.snapshot import PolicySnapshot
 
 FinishReason = Literal["stop", "length"]
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +44,15 @@ class TokenEvent:
     Attributes:
         request_id: Whose token.
         token: Its id.
-        text: The text that became readable with it ("" inside a multi-byte character).
+        text: The text that became readable with it ("" inside a multi-byte character, or while
+            it could begin a stop string).
         exit_layer: Layers executed for it.
         generation: Generation of the policy that decided it (0: built-in full depth).
         finish_reason: Set on the last token only.
+        logprob: Its log-probability (natural) at the layer it left from, under the logits as the
+            model gave them; None if not asked for.
+        top_logprobs: The most likely tokens there and their log-probabilities, best first.
+        text_offset: Characters of the completion's text before the token's own.
     """
 
     request_id: str
@@ -52,23 +61,30 @@ class TokenEvent:
     exit_layer: int
     generation: int
     finish_reason: FinishReason | None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs = ()
+    text_offset: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A running request: its row in the cache and what it has emitted."""
+    """A running request: its row in the cache and what it has emitted.
+
+    ``finish_reason`` is also set from outside, once the text is seen to hold a stop string.
+    """
 
     request: Request
     slot: int
+    sampler: Sampler
     emitted: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     generations: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    generator: torch.Generator | None = None
     ngrams: NgramIndex | None = None
 
     def __post_init__(self) -> None:
-        self.generator = new_generator(self.request.sampling)
         if self.request.snapshot.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
 
@@ -88,9 +104,24 @@ class Sequence:
         """Whether the last token was emitted."""
         return self.finish_reason is not None
 
-    def emit(self, token: int, exit_layer: int, eos_tokens: frozenset[int]) -> None:
+    def advance(self, logits_V: Tensor, exit_layer: int, eos_tokens: frozenset[int]) -> None:
+        """Draw the next token from logits [V] and record it."""
+        drawn = self.sampler.draw(logits_V, self.emitted)
+        self.emit(drawn.token, exit_layer, eos_tokens, logprob=drawn.logprob, top=drawn.top)
+
+    def emit(
+        self,
+        token: int,
+        exit_layer: int,
+        eos_tokens: frozenset[int],
+        *,
+        logprob: float | None = None,
+        top: TopLogprobs = (),
+    ) -> None:
         """Record an emitted token and see whether it is the last."""
         self.emitted.append(token)
+        self.logprobs.append(logprob)
+        self.top_logprobs.append(top)
         self.exit_layers.append(exit_layer)
         self.generations.append(self.request.snapshot.generation)
         self.finish_reason = self._reason(token, eos_tokens)
@@ -100,5 +131,7 @@ class Sequence:
     def _reason(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
         sampling = self.request.sampling
         if token in eos_tokens and not (sampling.ignore_eos or self.request.forced):
+            return "stop"
+        if token in sampling.stop_token_ids:
             return "stop"
         return "length" if len(self.emitted) >= sampling.max_tokens else None
