@@ -135,10 +135,10 @@ class AdaptiveEngine:
         """
         samples = (sampling or SamplingParams()).each()
         prompts = as_prompts(prompts)
-        prefixes = [prompt_text(prompt, self.tokenizer) if echo else "" for prompt in prompts]
         requests = self._submit_all(prompts, samples, policy)
-        places = itertools.product(prefixes, range(len(samples)))
         try:
+            prefixes = [prompt_text(prompt, self.tokenizer) if echo else "" for prompt in prompts]
+            places = itertools.product(prefixes, range(len(samples)))
             return [
                 completion_of(request, list(self._await(request)), index=index, prefix=prefix)
                 for request, (prefix, index) in zip(requests, places, strict=True)

@@ -12,11 +12,13 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from offramp.controller.errors import RequestError
+from offramp.controller.errors import OverloadedError, RequestError
+from offramp.deploy.replies import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine, Completion, SamplingParams
+from offramp.worker.sequence import TokenEvent
 from offramp.worker.service import EngineService
 
-PROMPT = "def main():\n"
+PROMPT = "import os\n\ndef "
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 
 Post = Callable[..., httpx.Response]
@@ -103,7 +105,8 @@ def test_stop_strings_end_the_text(post: Post, generate: Generate, stream: bool)
 
 def test_neutral_values_of_stop_change_nothing(post: Post, generate: Generate) -> None:
     expected = generate()[0].text
-    for stop in ("", [], None):
+    neutral: tuple[Any, ...] = ("", [], None)
+    for stop in neutral:
         assert choices_of(post(stop=stop))[0]["text"] == expected
 
 
@@ -190,6 +193,27 @@ def test_the_drawn_token_is_always_among_the_top(post: Post) -> None:
             assert len(top) <= count + 1
 
 
+def test_half_characters_keep_their_names_apart(engine: AdaptiveEngine) -> None:
+    tokenizer = engine.tokenizer
+    name = token_namer(tokenizer)
+    halves = [token for token in range(512) if "\ufffd" in tokenizer.decode([token])]
+    assert len(halves) > 10
+    assert len({name(token) for token in halves}) == len(halves)
+    assert name(tokenizer.encode("import")[0]) == "import"
+
+
+def test_an_impossible_token_has_a_logprob_that_json_can_hold() -> None:
+    top = ((1, 0.0), (2, float("-inf")))
+    event = TokenEvent("r", 2, "b", 3, 0, None, float("-inf"), top, 5)
+    block = legacy_logprobs([event], str)
+    assert block == {
+        "tokens": ["2"],
+        "token_logprobs": [-9999.0],
+        "top_logprobs": [{"1": 0.0, "2": -9999.0}],
+        "text_offset": [5],
+    }
+
+
 BAD: list[tuple[str, Any]] = [
     ("n", 0),
     ("n", -1),
@@ -268,7 +292,7 @@ def test_choices_are_taken_all_or_none(
         _, running = await service.submit("import os", SamplingParams(max_tokens=1000))
         await anext(running)
         _, other = await service.submit_all("import os", SamplingParams(max_tokens=1000, n=2))
-        with pytest.raises(Exception, match="every slot is taken"):
+        with pytest.raises(OverloadedError):
             await service.submit_all("import os", SamplingParams(n=2))
         await running.aclose()  # type: ignore[attr-defined]  # async generators have aclose
         await anext(other)

@@ -14,7 +14,7 @@ from offramp.worker import AdaptiveEngine, Completion, PolicySnapshot, SamplingP
 from support.models import VOCAB, make_model
 
 PROMPT = [5, 17, 33]
-TEXT = "def main():\n"
+TEXT = "import os\n\ndef "
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def hf_logprobs(model: Any, tokens: list[int], first: int, layers: int | None = 
             logits_TV = out.logits[0]
         else:
             logits_TV = model.lm_head(model.model.norm(out.hidden_states[layers][0]))
-    return logits_TV[first - 1 : -1].float().log_softmax(-1)
+    logprobs_TV: Tensor = logits_TV[first - 1 : -1].float().log_softmax(-1)
+    return logprobs_TV
 
 
 def test_several_completions_come_in_order_with_seeds_of_their_own(engine: AdaptiveEngine) -> None:
@@ -211,6 +212,12 @@ def test_a_stop_token_is_not_in_the_text(reference: AdaptiveEngine) -> None:
     assert stopped.token_ids == plain.token_ids[: first + 1]
     assert stopped.text == reference.tokenizer.decode(plain.token_ids[:first])
     assert stopped.finish_reason == "stop"
+
+
+def test_a_bad_prompt_is_refused_before_it_is_echoed(reference: AdaptiveEngine) -> None:
+    with pytest.raises(RequestError) as refused:
+        reference.generate([[-1]], echo=True)
+    assert refused.value.field == "prompt"
 
 
 def test_an_echo_is_the_prompts_text(reference: AdaptiveEngine) -> None:
