@@ -16,6 +16,9 @@ from offramp.worker.sampling import SamplingParams
 COLDEST = 1e-37
 """Lower temperatures count as this one: float32 would round them to 0."""
 
+HOTTEST = 1e37
+"""Higher ones count as this one: float32 would round them to infinity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -87,7 +90,8 @@ class Sampler:
         if self.sampling.greedy:
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
         # Below the best logit all are negative, so that no division overflows to infinity.
-        below_V = (logits_V - logits_V.max()) / max(float(self.sampling.temperature), COLDEST)
+        temperature = min(max(float(self.sampling.temperature), COLDEST), HOTTEST)
+        below_V = (logits_V - logits_V.max()) / temperature
         return self._truncated(below_V.softmax(-1))
 
     def pick(self, probabilities_V: Tensor) -> int:

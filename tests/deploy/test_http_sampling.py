@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from offramp.controller.errors import OverloadedError, RequestError
 from offramp.deploy.replies import legacy_logprobs, token_namer
-from offramp.worker import AdaptiveEngine, Completion, SamplingParams
+from offramp.worker import AdaptiveEngine, Completion, PolicySnapshot, SamplingParams
 from offramp.worker.sequence import TokenEvent
 from offramp.worker.service import EngineService
 
@@ -303,6 +303,18 @@ def test_choices_are_taken_all_or_none(
 
     asyncio.run(scenario())
     assert choices_of(post())
+
+
+def test_choices_share_a_policy(
+    post: Post, engine: AdaptiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter(range(1, 100))
+    policy = engine.current_policy().policy
+    monkeypatch.setattr(
+        engine, "current_policy", lambda: PolicySnapshot(next(numbers), "a", policy)
+    )
+    choices = choices_of(post(n=3, offramp={"stats": True}))
+    assert [choice["offramp"]["generation"] for choice in choices] == [1, 1, 1]
 
 
 def test_openais_client_reads_all_of_it(app: FastAPI, generate: Generate) -> None:

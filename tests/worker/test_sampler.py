@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as hf
@@ -203,6 +203,7 @@ def test_top_p_keeps_exactly_the_nucleus(
     np.testing.assert_allclose(given_V, expected_V / expected_V.sum(), rtol=1e-4)
 
 
+@example(seed=0, emitted=[], options={"temperature": 1e300, "min_tokens": 1})
 @settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 1000),
