@@ -340,7 +340,7 @@ def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
     calls: Counter[tuple[str, int]] = Counter()
 
     def count(part: str) -> Any:
-        def hook(_: Any, args: Any, output: Any) -> None:
+        def hook(_: Any, _inputs: Any, output: Any) -> None:
             tokens = output.numel() // output.shape[-1]
             if output.dim() == 2 or output.shape[1] < PROMPT_TOKENS:
                 calls[part, tokens] += 1

@@ -1,28 +1,32 @@
-"""The HTTP contract: what is accepted, what is refused, what comes back (OpenAI's shapes)."""
+"""The HTTP contract's requests: what is accepted and what is refused (OpenAI's fields)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.controller.errors import RequestError
-from offramp.worker.completion import mean_layer
 from offramp.worker.sampling import SamplingParams
-from offramp.worker.sequence import TokenEvent
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None,),
-    "stop": (None, "", []),
-    "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 """OpenAI fields without support yet, and the values of them that change nothing."""
+
+MOST_STOPS = 4
+"""Most stop strings, as OpenAI's API has it."""
+
+MOST_LOGPROBS = 5
+"""Most alternatives reported per token, as OpenAI's API has it for completions."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not a boolean")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class StreamOptions(BaseModel):
@@ -40,16 +44,33 @@ class OfframpOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """Body of POST /v1/completions. Unknown fields are accepted and ignored."""
+    """Body of POST /v1/completions. Unknown fields are accepted and ignored.
+
+    From ``top_k`` to ``ignore_eos`` the fields are vLLM's extensions of OpenAI's.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     model: str
     prompt: str | list[int] | list[str]
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
+    max_tokens: Integer = 16
+    temperature: Number = 1.0
+    top_p: Number = 1.0
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    logit_bias: dict[str, Number] = {}
+    seed: Integer | None = None
+    n: Integer = 1
+    best_of: Integer | None = None
+    stop: str | list[str] = []
+    logprobs: Integer | None = None
+    echo: bool = False
+    top_k: Integer = 0
+    min_p: Number = 0.0
+    repetition_penalty: Number = 1.0
+    min_tokens: Integer = 0
+    stop_token_ids: list[Integer] = []
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     offramp: OfframpOptions = OfframpOptions()
@@ -72,6 +93,16 @@ class CompletionRequest(BaseModel):
             value = (self.model_extra or {}).get(field)
             if value not in neutral:
                 raise RequestError(field, f"{value!r} is not supported", "Leave it out")
+        if self.best_of not in (None, self.n):
+            raise RequestError(
+                "best_of", f"{self.best_of} other than n is not supported", "Leave it out"
+            )
+        if self.echo and self.logprobs is not None:
+            raise RequestError(
+                "echo",
+                "with logprobs is not supported: a prompt's tokens have none",
+                "Leave one of the two out",
+            )
 
     @property
     def one_prompt(self) -> str | list[int]:
@@ -98,85 +129,43 @@ class CompletionRequest(BaseModel):
         Raises:
             RequestError: a value outside its range.
         """
+        if self.logprobs is not None and self.logprobs > MOST_LOGPROBS:
+            raise RequestError(
+                "logprobs", f"{self.logprobs} exceeds {MOST_LOGPROBS}", "Ask for fewer"
+            )
         return SamplingParams(
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
+            top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self._bias(),
             seed=self.seed,
+            n=self.n,
+            stop=self._stops(),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
         )
 
+    def _stops(self) -> tuple[str, ...]:
+        if isinstance(self.stop, str):
+            return (self.stop,) if self.stop else ()
+        if len(self.stop) > MOST_STOPS:
+            raise RequestError(
+                "stop", f"holds {len(self.stop)} strings, more than {MOST_STOPS}", "Send fewer"
+            )
+        return tuple(self.stop)
 
-def chunk(
-    request_id: str, created: int, model: str, event: TokenEvent, *, stats: bool
-) -> dict[str, Any]:
-    """One streamed token."""
-    body = _body(request_id, created, model, event.text, event.finish_reason)
-    if stats:
-        body["offramp"] = {
-            "generation": event.generation,
-            "exit_layer": event.exit_layer,
-            "token": event.token,
-        }
-    return body
-
-
-def usage_chunk(
-    request_id: str, created: int, model: str, prompt_tokens: int, tokens: int
-) -> dict[str, Any]:
-    """The last chunk, when usage was asked for."""
-    body = _body(request_id, created, model, "", None)
-    return {**body, "choices": [], "usage": usage(prompt_tokens, tokens)}
-
-
-def completion(
-    request_id: str,
-    created: int,
-    model: str,
-    prompt_tokens: int,
-    events: list[TokenEvent],
-    *,
-    stats: bool,
-) -> dict[str, Any]:
-    """The whole answer of a request that does not stream."""
-    text = "".join(event.text for event in events)
-    body = _body(request_id, created, model, text, events[-1].finish_reason)
-    body["usage"] = usage(prompt_tokens, len(events))
-    if stats:
-        layers = [event.exit_layer for event in events]
-        body["offramp"] = {
-            "generation": events[-1].generation,
-            "exit_layers": layers,
-            "mean_exit_layer": mean_layer(layers),
-        }
-    return body
-
-
-def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    """OpenAI's usage block."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
-    }
-
-
-def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _body(
-    request_id: str,
-    created: int,
-    model: str,
-    text: str,
-    finish_reason: Literal["stop", "length"] | None,
-) -> dict[str, Any]:
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-    return {
-        "id": request_id,
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [choice],
-    }
+    def _bias(self) -> dict[int, float]:
+        for token in self.logit_bias:
+            # 18 digits are more than any vocabulary needs, and fewer than int() refuses.
+            if not (token.isascii() and token.isdecimal() and len(token) <= 18):
+                raise RequestError(
+                    "logit_bias", f"{token!r:.40} is no token id", 'Write {"50": -100}'
+                )
+        return {int(token): bias for token, bias in self.logit_bias.items()}

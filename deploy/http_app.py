@@ -17,13 +17,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from offramp.controller.errors import OfframpError, OverloadedError, RequestError
-from offramp.deploy.contract import (
-    CompletionRequest,
+from offramp.deploy.contract import CompletionRequest
+from offramp.deploy.replies import (
+    ReplyStyle,
     chunk,
     completion,
     error_body,
+    token_namer,
     usage_chunk,
 )
+from offramp.worker import sequence
+from offramp.worker.admission import prompt_text
 from offramp.worker.sequence import TokenEvent
 from offramp.worker.service import EngineService
 
@@ -55,37 +59,47 @@ def create_app(worker: Worker) -> FastAPI:
     async def complete(body: CompletionRequest) -> Response:
         _require_model(body.model, worker)
         body.require_supported()
-        request, events = await worker.service.submit(body.one_prompt, body.sampling)
-        reply = _Reply(worker.model_id, len(request.prompt), body, events)
+        requests, events = await worker.service.submit_all(body.one_prompt, body.sampling)
+        reply = _Reply(_style(worker, body), body, requests, events)
         return await (reply.stream() if body.stream else reply.whole())
 
     return app
 
 
+def _style(worker: Worker, body: CompletionRequest) -> ReplyStyle:
+    tokenizer = worker.service.engine.tokenizer
+    return ReplyStyle(
+        id=f"cmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=worker.model_id,
+        prefix=prompt_text(body.one_prompt, tokenizer) if body.echo else "",
+        stats=body.offramp.stats,
+        name_token=None if body.logprobs is None else token_namer(tokenizer),
+    )
+
+
 class _Reply:
     def __init__(
         self,
-        model: str,
-        prompt_tokens: int,
+        style: ReplyStyle,
         body: CompletionRequest,
+        requests: list[sequence.Request],
         events: AsyncIterator[TokenEvent],
     ) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.model = model
-        self.prompt_tokens = prompt_tokens
-        self.stats = body.offramp.stats
+        self.style = style
+        self.prompt_tokens = len(requests[0].prompt)
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.events = events
+        # Each choice's events so far, in the order of the choices.
+        self.choices: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+        self.index = {request.id: index for index, request in enumerate(requests)}
 
     async def whole(self) -> Response:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
-            events = [event async for event in self.events]
-        return JSONResponse(
-            completion(
-                self.id, self.created, self.model, self.prompt_tokens, events, stats=self.stats
-            )
-        )
+            async for event in self.events:
+                self.choices[event.request_id].append(event)
+        choices = list(self.choices.values())
+        return JSONResponse(completion(self.style, self.prompt_tokens, choices))
 
     async def stream(self) -> Response:
         # Waiting for the first token keeps the status code honest: what fails before it is still
@@ -94,23 +108,23 @@ class _Reply:
         return StreamingResponse(self._lines(first), media_type="text/event-stream")
 
     async def _lines(self, first: TokenEvent) -> AsyncIterator[str]:
-        tokens = 1
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
             try:
                 yield self._chunk(first)
                 async for event in self.events:
-                    tokens += 1
                     yield self._chunk(event)
                 if self.with_usage:
-                    yield _line(
-                        usage_chunk(self.id, self.created, self.model, self.prompt_tokens, tokens)
-                    )
+                    tokens = sum(map(len, self.choices.values()))
+                    yield _line(usage_chunk(self.style, self.prompt_tokens, tokens))
             except OfframpError as error:
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))
         yield "data: [DONE]\n\n"
 
     def _chunk(self, event: TokenEvent) -> str:
-        return _line(chunk(self.id, self.created, self.model, event, stats=self.stats))
+        events = self.choices[event.request_id]
+        events.append(event)
+        index = self.index[event.request_id]
+        return _line(chunk(self.style, index, event, first=len(events) == 1))
 
 
 def _line(body: dict[str, Any]) -> str:

@@ -1,17 +1,23 @@
 """Early-exit decoding of Hugging Face causal LMs."""
 
-from offramp.worker.completion import Completion, CompletionStats
+from offramp.worker.completion import Completion
+from offramp.worker.config import EngineConfig
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampling import SamplingParams
-from offramp.worker.sequence import TokenEvent
+from offramp.worker.schedule import LOCKSTEP, Schedule
+from offramp.worker.sequence import CompletionStats, KVMode, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
 
 __all__ = [
     "FULL_DEPTH",
+    "LOCKSTEP",
     "AdaptiveEngine",
     "Completion",
     "CompletionStats",
+    "EngineConfig",
+    "KVMode",
     "PolicySnapshot",
     "SamplingParams",
+    "Schedule",
     "TokenEvent",
 ]

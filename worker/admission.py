@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from operator import index
 from typing import Any, get_args
@@ -10,7 +10,10 @@ from typing import Any, get_args
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy
+from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
+from offramp.worker.snapshot import PolicySnapshot
+from offramp.worker.stack import LayerStack
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -61,6 +64,82 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
             "prompt", f"holds half of a surrogate pair at index {error.start}", "Send valid Unicode"
         ) from error
     return list(tokenizer.encode(text))
+
+
+def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+    """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
+
+    Raises:
+        RequestError: it is token ids, and there is no tokenizer.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
+    return str(
+        tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def pinned(
+    policy: ExitPolicy | PolicySnapshot | None,
+    current: Callable[[], PolicySnapshot],
+    stack: LayerStack,
+) -> PolicySnapshot:
+    """The snapshot that a request runs under: of its own policy, or the current one.
+
+    Raises:
+        RequestError: the policy was made for another model.
+    """
+    if policy is None:
+        return current()
+    if isinstance(policy, PolicySnapshot):
+        return policy
+    require_fit(policy, stack.layers, stack.vocab)
+    return PolicySnapshot(0, "", policy)
+
+
+def require_request(
+    prompt: Sequence[int],
+    forced: Sequence[int],
+    sampling: SamplingParams,
+    stack: LayerStack,
+    tokenizer: Any,
+) -> None:
+    """Refuse what the model, or an engine without a tokenizer, cannot serve.
+
+    Raises:
+        RequestError: naming what.
+    """
+    require_tokens("prompt", prompt, stack.vocab)
+    require_tokens("forced", forced, stack.vocab)
+    require_context(len(prompt), sampling.max_tokens, stack.context)
+    require_sampling(sampling, stack.vocab, stack.eos_tokens, tokenizer)
+
+
+def require_sampling(
+    sampling: SamplingParams, vocab: int, eos_tokens: frozenset[int], tokenizer: Any
+) -> None:
+    """Refuse what cannot be drawn or cannot be stopped at.
+
+    Raises:
+        RequestError: several completions, token ids outside the vocabulary, stop strings without
+            a tokenizer, or ``min_tokens`` where every token is one that it holds off.
+    """
+    if sampling.n != 1:
+        raise RequestError(
+            "n", f"{sampling.n} completions of one request", "Submit each of sampling.each()"
+        )
+    if sampling.stop and tokenizer is None:
+        raise RequestError(
+            "stop", "needs a tokenizer, and the engine has none", "Use stop_token_ids"
+        )
+    require_tokens("stop_token_ids", sampling.stop_token_ids, vocab)
+    require_tokens("logit_bias", list(sampling.logit_bias), vocab)
+    if sampling.min_tokens and len({*eos_tokens, *sampling.stop_token_ids}) >= vocab:
+        raise RequestError(
+            "stop_token_ids", "are all tokens there are, and min_tokens forbids them", "Name fewer"
+        )
 
 
 def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:

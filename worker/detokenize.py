@@ -28,6 +28,13 @@ class StreamDecoder:
         With ``last``, bytes that never became a character come out as the replacement mark.
         """
         self._tokens.append(token)
+        return self._readable(last=last)
+
+    def flush(self) -> str:
+        """What is left when no token follows: the replacement mark for half a character."""
+        return self._readable(last=True)
+
+    def _readable(self, *, last: bool) -> str:
         start, shown, count = self._ends[0], self._ends[-1], len(self._tokens)
         before = self._decode(start, shown)
         now = self._decode(start, count)

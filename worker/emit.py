@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from offramp.worker.decode import Outcome
-from offramp.worker.sampling import distribution, pick
+from offramp.worker.sampler import Draw
 from offramp.worker.sequence import Draft, Sequence
 from offramp.worker.stack import LayerStack
 from offramp.worker.verify import accepted_greedily, is_accepted, residual
@@ -23,40 +23,42 @@ class Emitter:
     def __init__(self, stack: LayerStack) -> None:
         self.stack = stack
 
-    def emit(self, row: Sequence, token: int, exit_layer: int) -> None:
-        """Add a token to a row's output."""
-        row.emit(token, exit_layer, self.stack.eos_tokens)
-
     def conclude(self, outcomes: Iterable[Outcome]) -> None:
         """Emit, draft or confirm, row by row."""
         for outcome in outcomes:
-            if outcome.row.request.kv_mode == "verify":
-                self._verify(outcome)
+            if outcome.row.request.kv_mode != "verify":
+                logits_V, best = outcome.logits_MV[-1], outcome.best_M[-1]
+                self.emit(outcome.row, logits_V, best, outcome.exit_layer)
+            elif outcome.exit_layer < self.stack.layers:
+                self._draft(outcome)
+            elif outcome.row.sampler.is_plain_greedy:
+                self._confirm_greedily(outcome)
             else:
-                token = self.choose(outcome.row, outcome.logits_MV[-1], outcome.best_M[-1])
-                self.emit(outcome.row, token, outcome.exit_layer)
+                self._confirm(outcome)
 
-    def choose(self, row: Sequence, logits_V: Tensor, best: int) -> int:
-        """The token after a row's last one, drawn as its request asks."""
-        if row.generator is None:
-            return best
-        return pick(distribution(logits_V, row.request.sampling), row.generator)
+    def emit(self, row: Sequence, logits_V: Tensor, best: int, exit_layer: int) -> None:
+        """Add the token after a row's last one.
 
-    def _verify(self, outcome: Outcome) -> None:
-        if outcome.exit_layer < self.stack.layers:
-            self._draft(outcome)
-        elif outcome.row.generator is None:
-            self._confirm_greedily(outcome)
+        Args:
+            row: The row.
+            logits_V: What the token is drawn from.
+            best: Their argmax.
+            exit_layer: Layers executed for it.
+        """
+        if row.sampler.is_plain_greedy:
+            drawn = Draw(best)
         else:
-            self._confirm_sampled(outcome)
+            drawn = row.sampler.draw(logits_V, row.emitted)
+        row.emit(drawn, exit_layer, self.stack.eos_tokens)
 
     def _draft(self, outcome: Outcome) -> None:
-        row = outcome.row
-        if row.generator is None:
+        row, sampler = outcome.row, outcome.row.sampler
+        if sampler.is_plain_greedy:
             draft = Draft(outcome.best_M[-1], outcome.exit_layer, None)
         else:
-            chances_V = distribution(outcome.logits_MV[-1], row.request.sampling)
-            draft = Draft(pick(chances_V, row.generator), outcome.exit_layer, chances_V)
+            history = [*row.emitted, *(draft.token for draft in row.drafts)]
+            chances_V = sampler.distribution(outcome.logits_MV[-1], history)
+            draft = Draft(sampler.pick(chances_V), outcome.exit_layer, chances_V)
         row.drafts.append(draft)
         row.drafts_made += 1
 
@@ -64,29 +66,29 @@ class Emitter:
         row, best_M = outcome.row, outcome.best_M
         drafts, row.drafts = row.drafts, []
         accepted = accepted_greedily(drafts, best_M)
+        row.drafts_accepted += accepted
         for draft in drafts[:accepted]:
-            self._confirm(row, draft)
+            self._add(row, Draw(draft.token), draft.exit_layer)
         if accepted < len(drafts) or outcome.decides:
-            self._add(row, best_M[accepted])
+            self._add(row, Draw(best_M[accepted]), self.stack.layers)
 
-    def _confirm_sampled(self, outcome: Outcome) -> None:
-        row, sampling, generator = outcome.row, outcome.row.request.sampling, outcome.row.generator
-        assert generator is not None
+    def _confirm(self, outcome: Outcome) -> None:
+        """Speculative sampling; of greedy decoding all chances are on one token."""
+        row, sampler = outcome.row, outcome.row.sampler
         drafts, row.drafts = row.drafts, []
         for draft, logits_V in zip(drafts, outcome.logits_MV, strict=False):
-            chances_V = distribution(logits_V, sampling)
-            if not is_accepted(draft, chances_V, generator):
-                self._add(row, pick(residual(draft, chances_V), generator))
+            chances_V = sampler.distribution(logits_V, row.emitted)
+            if not is_accepted(draft, chances_V, sampler.chance()):
+                token = sampler.pick(residual(draft, chances_V))
+                self._add(row, sampler.report(token, logits_V), self.stack.layers)
                 return
-            self._confirm(row, draft)
-        if outcome.decides:
-            self._add(row, pick(distribution(outcome.logits_MV[-1], sampling), generator))
+            row.drafts_accepted += 1
+            self._add(row, sampler.report(draft.token, logits_V), draft.exit_layer)
+        if outcome.decides and not row.is_finished:
+            last = len(outcome.best_M) - 1
+            self.emit(row, outcome.logits_MV[last], outcome.best_M[last], self.stack.layers)
 
-    def _confirm(self, row: Sequence, draft: Draft) -> None:
-        row.drafts_accepted += 1
+    def _add(self, row: Sequence, drawn: Draw, exit_layer: int) -> None:
+        # Drafts beyond the end of the request are of no use.
         if not row.is_finished:
-            self.emit(row, draft.token, draft.exit_layer)
-
-    def _add(self, row: Sequence, token: int) -> None:
-        if not row.is_finished:
-            self.emit(row, token, self.stack.layers)
+            row.emit(drawn, exit_layer, self.stack.eos_tokens)

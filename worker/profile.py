@@ -21,6 +21,7 @@ from offramp.worker.attention import decode_window
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
+from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
 from offramp.worker.snapshot import FULL_DEPTH
@@ -90,10 +91,10 @@ def _prefilled_row(engine: AdaptiveEngine, prompt: tuple[int, ...]) -> Sequence:
     """A row at full depth that has read its prompt and always feeds the same next token."""
     request = engine.submit(prompt, SamplingParams(max_tokens=2), FULL_DEPTH)
     engine.cancel(request.id)
-    row = Sequence(request, slot=0)
+    row = Sequence(request, 0, Sampler(request.sampling, prompt, frozenset(), engine.stack.vocab))
     engine.kv.reserve(len(prompt) + 1)
     engine.decoder.prefill(row, len(prompt))
-    row.emit(prompt[0], engine.stack.layers, frozenset())
+    row.emit(Draw(prompt[0]), engine.stack.layers, frozenset())
     return row
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from offramp.worker.kv import SlotKV
+from offramp.worker.sampler import Sampler
 from offramp.worker.sequence import Request, Sequence
+from offramp.worker.stack import LayerStack
 
 
 class Roster:
@@ -13,17 +15,21 @@ class Roster:
 
     Args:
         kv: The cache whose slots are given out.
+        stack: The model.
     """
 
-    def __init__(self, kv: SlotKV) -> None:
+    def __init__(self, kv: SlotKV, stack: LayerStack) -> None:
         self.kv = kv
+        self.stack = stack
         self.waiting: deque[Request] = deque()
         self.rows: list[Sequence] = []
 
     def admit(self) -> None:
         """Seat waiting requests while there are slots, first come, first served."""
         while self.waiting and len(self.rows) < self.kv.slots:
-            self.rows.append(Sequence(self.waiting.popleft(), slot=len(self.rows)))
+            request, stack = self.waiting.popleft(), self.stack
+            sampler = Sampler(request.sampling, request.prompt, stack.eos_tokens, stack.vocab)
+            self.rows.append(Sequence(request, len(self.rows), sampler))
 
     def standing(self) -> dict[int, list[Sequence]]:
         """Rows that can go on, by the depth at which they stand."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from offramp.worker.candidates import NgramIndex
-from offramp.worker.sampling import SamplingParams, new_generator
+from offramp.worker.sampler import Draw, Sampler
+from offramp.worker.sampling import SamplingParams
 from offramp.worker.snapshot import PolicySnapshot
 
 if TYPE_CHECKING:
     from offramp.worker.groups import Group
 
 FinishReason = Literal["stop", "length"]
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, best first."""
 
 KVMode = Literal["project", "defer", "verify"]
 """What becomes of the layers that an exited token skipped.
@@ -54,10 +57,16 @@ class TokenEvent:
     Attributes:
         request_id: Whose token.
         token: Its id.
-        text: The text that became readable with it ("" inside a multi-byte character).
+        text: The text that became readable with it ("" inside a multi-byte character, or while
+            it could begin a stop string).
         exit_layer: Layers executed before it was emitted (or drafted).
         generation: Generation of the policy that decided it (0: built-in full depth).
         finish_reason: Set on the last token only.
+        logprob: Its log-probability (natural) at the layer it left from (``verify``: at full
+            depth), under the logits as the model gave them; None if not asked for.
+        top_logprobs: The most likely tokens there and their log-probabilities, best first.
+        text_offset: Characters of the completion's text before the token's own.
+        stats: What the completion cost; set on the last token only.
     """
 
     request_id: str
@@ -66,6 +75,35 @@ class TokenEvent:
     exit_layer: int
     generation: int
     finish_reason: FinishReason | None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs = ()
+    text_offset: int = 0
+    stats: CompletionStats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionStats:
+    """What one completion cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        generation: Policy generation it ran under (0: built-in full depth).
+        mean_exit_layer: Mean layers executed before each token was emitted or drafted (the first
+            comes from the prompt's full-depth pass).
+        layer_calls: Layers executed after the prompt, summed over tokens, deferred ones and those
+            of rejected drafts included.
+        exact_share: Share of its cache positions whose every layer was executed.
+        drafts, drafts_accepted: Tokens that left early and waited for full depth's word, and those
+            that it confirmed.
+    """
+
+    prompt_tokens: int
+    generation: int
+    mean_exit_layer: float
+    layer_calls: int = 0
+    exact_share: float = 1.0
+    drafts: int = 0
+    drafts_accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -102,6 +140,8 @@ class Draft:
 class Sequence:
     """A running request: its row in the cache, what it has emitted, and what is still open.
 
+    ``finish_reason`` is also set from outside, once the text is seen to hold a stop string.
+
     Attributes:
         prefilled: Prompt tokens in the cache.
         drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
@@ -117,11 +157,13 @@ class Sequence:
 
     request: Request
     slot: int
+    sampler: Sampler
     emitted: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     generations: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    generator: torch.Generator | None = None
     ngrams: NgramIndex | None = None
     prefilled: int = 0
     drafts: list[Draft] = field(default_factory=list)
@@ -134,7 +176,6 @@ class Sequence:
     policy_failed: bool = False
 
     def __post_init__(self) -> None:
-        self.generator = new_generator(self.request.sampling)
         if self.request.snapshot.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
 
@@ -170,15 +211,29 @@ class Sequence:
         """Positions of the cache that hold something of this row."""
         return max(self.prefilled, self.position + 1)
 
-    def emit(self, token: int, exit_layer: int, eos_tokens: frozenset[int]) -> None:
+    def emit(self, drawn: Draw, exit_layer: int, eos_tokens: frozenset[int]) -> None:
         """Record an emitted token and see whether it is the last."""
+        token = drawn.token
         self.emitted.append(token)
+        self.logprobs.append(drawn.logprob)
+        self.top_logprobs.append(drawn.top)
         self.exit_layers.append(exit_layer)
         self.generations.append(self.request.snapshot.generation)
         self.finish_reason = self._reason(token, eos_tokens)
         if self.ngrams is not None and not self.is_finished:
             fed = self.request.forced[len(self.emitted) - 1] if self.request.forced else token
             self.ngrams.push(fed)
+
+    def cut(self, tokens: int) -> None:
+        """Forget what was emitted after the first tokens."""
+        for items in (
+            self.emitted,
+            self.exit_layers,
+            self.generations,
+            self.logprobs,
+            self.top_logprobs,
+        ):
+            del items[tokens:]
 
     def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
         """Whether its next token may not leave early: nothing can be put off any longer."""
@@ -198,4 +253,7 @@ class Sequence:
         return "length" if len(self.emitted) >= self.request.sampling.max_tokens else None
 
     def _ends(self, token: int, eos_tokens: frozenset[int]) -> bool:
-        return token in eos_tokens and not (self.request.sampling.ignore_eos or self.request.forced)
+        sampling = self.request.sampling
+        if token in sampling.stop_token_ids:
+            return True
+        return token in eos_tokens and not (sampling.ignore_eos or self.request.forced)

@@ -8,11 +8,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from offramp.controller.errors import OfframpError, OverloadedError
+from offramp.controller.errors import OfframpError, OverloadedError, RequestError
 from offramp.worker.admission import Prompt
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampling import SamplingParams
@@ -51,12 +51,12 @@ class _Submit:
     prompt: Prompt
     sampling: SamplingParams
     listener: _Listener
-    accepted: Future[Request]
+    accepted: Future[list[Request]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    request_id: str
+    request_ids: tuple[str, ...]
 
 
 class EngineService:
@@ -105,34 +105,47 @@ class EngineService:
             OverloadedError: every slot is taken and the line is full.
             DecodeFailedError: the service has stopped.
         """
+        requests, events = await self.submit_all(prompt, sampling)
+        return requests[0], events
+
+    async def submit_all(
+        self, prompt: Prompt, sampling: SamplingParams
+    ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
+        """Queue the ``sampling.n`` requests of one prompt; all of them run under one policy.
+
+        Their events come from one iterator, as they are emitted. Raises and is closed as
+        ``submit`` is.
+        """
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
-        accepted: Future[Request] = Future()
+        accepted: Future[list[Request]] = Future()
         self._commands.put(_Submit(prompt, sampling, listener, accepted))
         if self._has_ended:
             self._refuse_queued()
         try:
-            request = await asyncio.wrap_future(accepted)
+            requests = await asyncio.wrap_future(accepted)
         except asyncio.CancelledError:
             # The thread may have accepted it meanwhile, and nobody will read its tokens.
             accepted.add_done_callback(self._abandon)
             raise
-        return request, self._listen(request.id, listener)
+        return requests, self._listen(_ids(requests), listener)
 
-    async def _listen(self, request_id: str, listener: _Listener) -> AsyncIterator[TokenEvent]:
+    async def _listen(
+        self, request_ids: tuple[str, ...], listener: _Listener
+    ) -> AsyncIterator[TokenEvent]:
+        unfinished = len(request_ids)
         try:
-            while True:
+            while unfinished:
                 event = await listener.events.get()
                 if isinstance(event, Exception):
                     raise event
+                unfinished -= event.finish_reason is not None
                 yield event
-                if event.finish_reason is not None:
-                    return
         finally:
-            self._commands.put(_Cancel(request_id))
+            self._commands.put(_Cancel(request_ids))
 
-    def _abandon(self, accepted: Future[Request]) -> None:
+    def _abandon(self, accepted: Future[list[Request]]) -> None:
         if not accepted.cancelled() and accepted.exception() is None:
-            self._commands.put(_Cancel(accepted.result().id))
+            self._commands.put(_Cancel(_ids(accepted.result())))
 
     def _run(self) -> None:
         while True:
@@ -162,26 +175,41 @@ class EngineService:
             if command is None:
                 return False
             if isinstance(command, _Cancel):
-                self.engine.cancel(command.request_id)
-                self._listeners.pop(command.request_id, None)
+                for request_id in command.request_ids:
+                    self.engine.cancel(request_id)
+                    self._listeners.pop(request_id, None)
             else:
                 self._accept(command)
 
     def _accept(self, command: _Submit) -> None:
         if not command.accepted.set_running_or_notify_cancel():
             return
-        # Counted with the free slots: requests of one burst all wait until the next step.
-        if sum(self.engine.load) >= self.engine.kv.slots + self.max_waiting:
-            command.accepted.set_exception(OverloadedError(RETRY_AFTER_S))
-            return
         try:
-            request = self.engine.submit(command.prompt, command.sampling)
+            self._require_room(command.sampling.n)
+            requests = self._submit_each(command.prompt, command.sampling)
         except Exception as error:
             command.accepted.set_exception(error)
             return
         self._last_step_s = time.monotonic()
-        self._listeners[request.id] = command.listener
-        command.accepted.set_result(request)
+        self._listeners.update(dict.fromkeys(_ids(requests), command.listener))
+        command.accepted.set_result(requests)
+
+    def _submit_each(self, prompt: Prompt, sampling: SamplingParams) -> list[Request]:
+        first, *others = sampling.each()
+        # They differ in their seeds only: if the first can be served, all can.
+        request = self.engine.submit(prompt, first)
+        more = (self.engine.submit(prompt, other, request.snapshot) for other in others)
+        return [request, *more]
+
+    def _require_room(self, count: int) -> None:
+        # Counted with the free slots: requests of one burst all wait until the next step.
+        room = self.engine.kv.slots + self.max_waiting
+        if count > room:
+            raise RequestError(
+                "n", f"{count} completions exceed the room for {room}", "Ask for fewer"
+            )
+        if sum(self.engine.load) + count > room:
+            raise OverloadedError(RETRY_AFTER_S)
 
     def _refuse_queued(self) -> None:
         """Answer what came too late for the thread; called by it and by late callers."""
@@ -208,3 +236,7 @@ class EngineService:
             self.engine.cancel(request_id)
             self._tell(request_id, error)
             del self._listeners[request_id]
+
+
+def _ids(requests: Sequence[Request]) -> tuple[str, ...]:
+    return tuple(request.id for request in requests)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from offramp.worker.sequence import Draft
@@ -21,18 +20,18 @@ def accepted_greedily(drafts: Sequence[Draft], full_tokens: Sequence[int]) -> in
     return len(drafts)
 
 
-def is_accepted(draft: Draft, chances_V: Tensor, generator: torch.Generator) -> bool:
+def is_accepted(draft: Draft, chances_V: Tensor, chance: float) -> bool:
     """Keep a sampled draft with probability min(1, p/q) (Leviathan et al. 2023, section 2.3).
 
     Args:
         draft: Drawn from q.
         chances_V: p, the distribution at full depth.
-        generator: The request's own.
+        chance: Drawn evenly from [0, 1).
     """
     assert draft.chances_V is not None  # sampled drafts carry their distribution
     p = float(chances_V[draft.token])
     q = float(draft.chances_V[draft.token])
-    return float(torch.rand(1, generator=generator)) * q < p
+    return chance * q < p
 
 
 def residual(draft: Draft, chances_V: Tensor) -> Tensor:

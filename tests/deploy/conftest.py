@@ -138,7 +138,7 @@ def bad_model(tmp_path: Path) -> Callable[[str], Path]:
     """Model folders that cannot be served, each for its own reason."""
     configs = {
         "no causal LM": {"model_type": "bert", "architectures": ["BertModel"]},
-        "unsupported": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        "unsupported": {"model_type": "bloom", "architectures": ["BloomForCausalLM"]},
     }
 
     def make(kind: str) -> Path:

@@ -17,7 +17,7 @@ BAD_MODELS = {
     "missing": "there is no folder",
     "empty": "holds no config.json",
     "no causal LM": "is not a causal LM",
-    "unsupported": "is a GPT2LMHeadModel, which is not supported",
+    "unsupported": "is a BloomForCausalLM, which is not supported",
     "damaged": "is damaged",
 }
 

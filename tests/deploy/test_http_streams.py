@@ -118,7 +118,7 @@ def test_a_bug_is_told_in_json_and_without_its_details(
         raise ZeroDivisionError("private")
 
     with monkeypatch.context() as patch:
-        patch.setattr(service, "submit", bug)
+        patch.setattr(service, "submit_all", bug)
         response = ask(app, lambda client: client.post("/v1/completions", json=BODY))
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
@@ -233,8 +233,8 @@ def test_openais_client_raises_its_own_errors(service: EngineService, stand_in: 
     async def use(client: openai.AsyncOpenAI) -> None:
         create = client.completions.create
         with pytest.raises(openai.BadRequestError) as bad:
-            await create(model="reference", prompt=PROMPT, n=2)
-        assert bad.value.param == "n"
+            await create(model="reference", prompt=PROMPT, n=2, best_of=3)
+        assert bad.value.param == "best_of"
         with pytest.raises(openai.NotFoundError):
             await create(model="other", prompt=PROMPT)
         with pytest.raises(openai.AuthenticationError):
