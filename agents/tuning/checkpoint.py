@@ -7,7 +7,7 @@ the seed and the pass (see ``stream``), so the stream's position stands for the 
 from __future__ import annotations
 
 import io
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,26 +53,32 @@ class Checkpoint:
         write_durably(folder / CHECKPOINT, buffer.getvalue())
 
     @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any]) -> Checkpoint:
-        """Read the folder's checkpoint, and refuse to go on with other settings.
+    def load(cls, folder: Path) -> Checkpoint:
+        """Read the folder's checkpoint.
 
         Raises:
-            ConfigError: there is none or it is damaged (field ``resume``), or it was made with
-                another value of a setting, which is then the field.
+            ConfigError: there is none, or it is damaged (field ``resume``).
         """
         path = folder / CHECKPOINT
         try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("no zip archive, which torch.save writes")
             # weights_only: a checkpoint from elsewhere must not run code.
-            values = torch.load(path, map_location="cpu", weights_only=True)
-            found = cls(**values)
-        except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
             raise ConfigError(
                 "resume",
                 f"{path} is missing or is no checkpoint of `offramp tune`",
                 "Leave --resume out to start anew in an empty folder",
             ) from error
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            ConfigError: the first setting that differs is the field.
+        """
         for name, value in settings.items():
-            if found.settings.get(name) != value:
-                old = found.settings.get(name)
+            old = self.settings.get(name)
+            if old != value:
                 raise ConfigError(name, f"is {value}, and {old} in the checkpoint", FRESH)
-        return found

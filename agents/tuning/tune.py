@@ -73,10 +73,12 @@ def tune(
     """
     exits = require_exits(config)
     require_device(config.device)
+    checkpoint = Checkpoint.load(folder) if resume else None
     torch.set_num_threads(config.threads)
     train, held_out = _documents(config)
     run = _Run(config, exits, train, held_out)
-    checkpoint = Checkpoint.load(folder, run.settings) if resume else None
+    if checkpoint is not None:
+        checkpoint.require(run.settings)
     modules, curve = run.fit(folder, checkpoint, on_tokens)
     translators = freeze(modules)
     report = run.report(translators, curve)

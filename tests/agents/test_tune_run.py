@@ -19,15 +19,15 @@ from offramp.agents.tuning.tune import PLOT, TuneReport, tune
 from offramp.controller.errors import ConfigError, FieldError, TraceError
 from offramp.worker.loading import load_model, model_fingerprint
 from offramp.worker.translators import DESCRIPTION, WEIGHTS, ExitTranslators
+from support.documents import make_corpus
 from support.models import REFERENCE
 
-STEPS = 6
 CONFIG = TuneConfig(
     model=str(REFERENCE),
-    documents=24,
+    documents=None,
     exits=(3, 6),
     rank=4,
-    steps=STEPS,
+    steps=6,
     batch_tokens=128,
     length=32,
     held_out=3,
@@ -49,9 +49,14 @@ def stop_after(steps: int) -> object:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TuneReport]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> TuneConfig:
+    return replace(CONFIG, corpus=make_corpus(tmp_path_factory.mktemp("corpus") / "documents"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: TuneConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TuneReport]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, tune(CONFIG, folder)
+    return folder, tune(config, folder)
 
 
 def test_a_run_leaves_what_decoding_needs(whole: tuple[Path, TuneReport]) -> None:
@@ -67,46 +72,48 @@ def test_a_run_leaves_what_decoding_needs(whole: tuple[Path, TuneReport]) -> Non
     assert described["dtype"] == "float32"
     assert len(described["data"]) == 64
     assert [row["layer"] for row in described["report"]["before"]] == [3, 6, 12]
-    assert (report.documents, report.tokens) == (3, 96)
+    assert report.tokens == 32 * report.documents > 0
     assert report.before[-1] == report.after[-1], "full depth changed"
     assert report.before[0] != report.after[0]
 
 
 def test_a_resumed_run_writes_the_same_bytes(
-    whole: tuple[Path, TuneReport], tmp_path: Path
+    config: TuneConfig, whole: tuple[Path, TuneReport], tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        tune(CONFIG, tmp_path, on_tokens=stop_after(3))  # type: ignore[arg-type]  # between two checkpoints
+        tune(config, tmp_path, on_tokens=stop_after(3))  # type: ignore[arg-type]  # between two checkpoints
     assert not (tmp_path / WEIGHTS).exists()
-    tune(CONFIG, tmp_path, resume=True)
+    tune(config, tmp_path, resume=True)
     for name in (WEIGHTS, DESCRIPTION, "candidates.npy"):
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
     ("field", "changes"),
-    [("rank", {"rank": 8}), ("lr", {"learning_rate": 1e-2}), ("data", {"documents": 40})],
+    [("rank", {"rank": 8}), ("lr", {"learning_rate": 1e-2}), ("data", {"documents": 20})],
 )
 def test_other_settings_do_not_resume(
-    whole: tuple[Path, TuneReport], field: str, changes: dict[str, object]
+    config: TuneConfig, whole: tuple[Path, TuneReport], field: str, changes: dict[str, object]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        tune(replace(CONFIG, **changes), whole[0], resume=True)  # type: ignore[arg-type]
+        tune(replace(config, **changes), whole[0], resume=True)  # type: ignore[arg-type]
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"\x80\x04."])
-def test_a_foreign_folder_does_not_resume(tmp_path: Path, content: bytes | None) -> None:
+def test_a_foreign_folder_does_not_resume(
+    config: TuneConfig, tmp_path: Path, content: bytes | None
+) -> None:
     if content is not None:
         (tmp_path / CHECKPOINT).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        tune(CONFIG, tmp_path, resume=True)
+        tune(config, tmp_path, resume=True)
     assert caught.value.field == "resume"
 
 
-def test_divergence_is_named(tmp_path: Path) -> None:
+def test_divergence_is_named(config: TuneConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        tune(replace(CONFIG, learning_rate=1e30), tmp_path)
+        tune(replace(config, learning_rate=3e38), tmp_path)
     assert caught.value.field == "lr"
 
 
@@ -129,9 +136,11 @@ def test_divergence_is_named(tmp_path: Path) -> None:
         ("limit", {"documents": 2}),
     ],
 )
-def test_unusable_options_are_named(tmp_path: Path, field: str, changes: dict[str, object]) -> None:
+def test_unusable_options_are_named(
+    config: TuneConfig, tmp_path: Path, field: str, changes: dict[str, object]
+) -> None:
     with pytest.raises(FieldError) as caught:
-        tune(replace(CONFIG, **changes), tmp_path / "out")  # type: ignore[arg-type]
+        tune(replace(config, **changes), tmp_path / "out")  # type: ignore[arg-type]
     assert caught.value.field == field
     assert not (tmp_path / "out").exists()
 

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
-SMALL = ("--steps", 2, "--documents", 20, "--batch-tokens", 64, "--length", 32, "--held-out", 2)
+from support.documents import make_corpus
+
+SMALL = ("--steps", 2, "--batch-tokens", 64, "--length", 32, "--held-out", 2)
 
 
 def test_tune_prints_each_exit_before_and_after(cli: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    status, output = cli("tune", "--out", out, "--exits", "3,9", "--rank", 2, *SMALL)
+    out, corpus = tmp_path / "out", make_corpus(tmp_path / "corpus")
+    status, output = cli(
+        "tune", "--out", out, "--corpus", corpus, "--exits", "3,9", "--rank", 2, *SMALL
+    )
     assert status == 0, output
     lines = [line.split() for line in output.splitlines()]
     assert [line[0] for line in lines if "→" in line][:3] == ["3", "9", "full"]
