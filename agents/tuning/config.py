@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +55,8 @@ class TuneConfig:
         for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError("lr", f"{self.learning_rate} is not above 0", "Try 1e-3")
+        if not 0 < self.learning_rate <= 1:
+            raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1]", "Try 1e-3")
         if self.length < 2 or self.batch_tokens < 1 or self.batch_tokens % self.length:
             raise ConfigError(
                 "batch_tokens",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from offramp.agents.corpus import Document
+from offramp.agents.tuning import tune as tune_module
 from offramp.agents.tuning.checkpoint import CHECKPOINT
 from offramp.agents.tuning.config import TuneConfig
 from offramp.agents.tuning.stream import WindowStream, data_digest
@@ -111,10 +112,14 @@ def test_a_foreign_folder_does_not_resume(
     assert caught.value.field == "resume"
 
 
-def test_divergence_is_named(config: TuneConfig, tmp_path: Path) -> None:
+def test_divergence_is_named(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_module, "backward", lambda *_: {3: 0.5, 6: float("nan")})
     with pytest.raises(ConfigError) as caught:
-        tune(replace(config, learning_rate=3e38), tmp_path)
+        tune(config, tmp_path)
     assert caught.value.field == "lr"
+    assert "exit 6" in caught.value.problem
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,7 @@ def test_divergence_is_named(config: TuneConfig, tmp_path: Path) -> None:
         ("steps", {"steps": 0}),
         ("lr", {"learning_rate": 0.0}),
         ("lr", {"learning_rate": float("nan")}),
+        ("lr", {"learning_rate": 1e300}),
         ("batch_tokens", {"batch_tokens": 100}),
         ("batch_tokens", {"length": 1}),
         ("length", {"length": 2048, "batch_tokens": 2048}),
