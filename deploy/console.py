@@ -19,7 +19,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
-    from offramp.agents.tuning.tune import TuneReport
+    from offramp.agents.tuning.quality import TuneReport
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""

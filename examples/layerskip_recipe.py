@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,9 +79,9 @@ def loss_weights(
 class SkippingModel(torch.nn.Module):
     """A Hugging Face decoder whose layers may be left out, each for its own rows of the batch."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def states(self, tokens_BT: Tensor, rates_L: list[float] | None) -> list[Tensor]:
         """States [B, T, D] after each layer; x + M·f(x), with M = 0 for the rows that skip."""

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from offramp.agents.tuning.tune import TuneConfig, require_exits, tune
+from offramp.agents.tuning.config import TuneConfig, require_exits
+from offramp.agents.tuning.tune import tune
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
     Corpus,

@@ -15,8 +15,9 @@ from offramp.agents.corpus import Document
 from offramp.agents.tuning import tune as tune_module
 from offramp.agents.tuning.checkpoint import CHECKPOINT
 from offramp.agents.tuning.config import TuneConfig
+from offramp.agents.tuning.quality import TuneReport
 from offramp.agents.tuning.stream import WindowStream, data_digest
-from offramp.agents.tuning.tune import PLOT, TuneReport, tune
+from offramp.agents.tuning.tune import PLOT, tune
 from offramp.controller.errors import ConfigError, FieldError, TraceError
 from offramp.worker.loading import load_model, model_fingerprint
 from offramp.worker.translators import DESCRIPTION, WEIGHTS, ExitTranslators
