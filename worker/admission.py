@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 from operator import index
-from typing import Any
+from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy
+from offramp.worker.sequence import KVMode
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -87,6 +88,38 @@ def require_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
             f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the context "
             f"of {context}",
             f"Ask for at most {max(context - prompt_tokens, 0)} or shorten the prompt",
+        )
+
+
+def require_memory(prompt_tokens: int, max_tokens: int, row_tokens: int) -> None:
+    """Refuse what the cache's memory budget cannot hold.
+
+    Raises:
+        RequestError: naming the numbers.
+    """
+    if prompt_tokens + max_tokens > row_tokens:
+        raise RequestError(
+            "max_tokens",
+            f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the {row_tokens} "
+            "that the cache's memory budget leaves to a request",
+            "Ask for fewer, or start the engine with a larger kv_budget_mb or fewer slots",
+        )
+
+
+def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
+    """Refuse an unknown cache mode, or one that cannot be combined with teacher forcing.
+
+    Raises:
+        RequestError: naming the mode.
+    """
+    if kv_mode not in get_args(KVMode):
+        known = ", ".join(get_args(KVMode))
+        raise RequestError("kv_mode", f"{kv_mode!r} is unknown", f"Use one of {known}")
+    if kv_mode == "verify" and forced:
+        raise RequestError(
+            "kv_mode",
+            "verify confirms drafts against their successors, and forced tokens are no drafts",
+            "Use project or defer with forced tokens",
         )
 
 

@@ -65,13 +65,19 @@ class NgramIndex:
         self._before_last = self._last
         self._last = token
 
-    def candidates(self, table_VK: IntArray) -> list[int]:
-        """K distinct candidates for the token after the row's last one."""
+    def candidates(self, table_VK: IntArray, drafted: Sequence[int] = ()) -> list[int]:
+        """K distinct candidates for the token after the row's last one.
+
+        Args:
+            table_VK: The successor table.
+            drafted: Tokens after those pushed, which may yet be taken back.
+        """
+        before_last, last = (self._before_last, self._last, *drafted)[-2:]
         followers = (
-            *self._after_two.get((self._before_last, self._last), ()),
-            *self._after_one.get(self._last, ()),
+            *self._after_two.get((before_last, last), ()),
+            *self._after_one.get(last, ()),
         )
-        merged = dict.fromkeys((*followers, *table_VK[self._last].tolist()))
+        merged = dict.fromkeys((*followers, *table_VK[last].tolist()))
         return list(merged)[: table_VK.shape[1]]
 
 

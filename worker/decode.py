@@ -1,32 +1,62 @@
-"""One decode step: every row one token, each leaving the stack where its policy says.
+"""Prompts and waves over the slot cache, and one LM head for all that comes out.
 
-Shape suffixes: B rows of the step, N rows still active, D width, V vocabulary.
+Shape suffixes: M tokens of one row, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import CANDIDATES_V1, BoolArray
-from offramp.controller.policy import ExitPolicy
+from offramp.worker.attention import prefill_window
 from offramp.worker.fill import KVProjector
-from offramp.worker.kv import SlotKV
-from offramp.worker.probes import BlankProbe, CandidateProbe, Probe, SoftmaxProbe
+from offramp.worker.groups import Group
+from offramp.worker.kv import EXACT, SlotKV
 from offramp.worker.sequence import Sequence
-from offramp.worker.stack import LayerStack, Rotary
+from offramp.worker.stack import LayerStack
+from offramp.worker.wave import Arrival, Wave
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 8
+"""Tokens a row may put off before its next one runs all layers."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds spent beside the model, since the start.
+
+    Attributes:
+        deciding_s: Probes and policies.
+        filling_s: Projecting keys and values of skipped layers.
+    """
+
+    deciding_s: float = 0.0
+    filling_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """Logits [B, V] at each row's exit, and the layers executed for each row."""
+class Outcome:
+    """What came of a row in a wave.
 
-    logits_BV: Tensor
-    exit_layers: list[int]
+    Attributes:
+        row: The row.
+        exit_layer: Layers executed.
+        logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
+            the row verifies and came to the end.
+        best_M: The most likely token after each.
+        decides: Whether the last of them is to be followed by a new token.
+    """
+
+    row: Sequence
+    exit_layer: int
+    logits_MV: Tensor
+    best_M: list[int]
+    decides: bool
 
 
 class Decoder:
@@ -35,201 +65,117 @@ class Decoder:
     Args:
         stack: The model.
         kv: Its cache.
+        max_pending: Tokens a row may put off (``defer``, ``verify``).
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
+
+    Attributes:
+        spent: Seconds spent beside the model.
+        failures: Requests whose policy failed and that went on at full depth.
     """
 
-    def __init__(self, stack: LayerStack, kv: SlotKV, *, fills: bool = True) -> None:
+    def __init__(
+        self, stack: LayerStack, kv: SlotKV, *, max_pending: int = MAX_PENDING, fills: bool = True
+    ) -> None:
         self.stack = stack
         self.kv = kv
+        self.max_pending = max_pending
         self.projector = KVProjector(stack) if fills else None
+        self.spent = Spent()
+        self.failures = 0
+
+    def must_go_deep(self, row: Sequence) -> bool:
+        """Whether a row's new token may not leave early."""
+        return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Rows[int], slot: int) -> Tensor:
-        """Run one prompt at full depth into a slot; logits [V] of its last position."""
-        tokens_BT = torch.tensor([prompt], device=self.stack.device)
-        positions_BT = torch.arange(len(prompt), device=self.stack.device)[None]
-        x = self.stack.embed(tokens_BT)
-        rotary = self.stack.rotary(x, positions_BT)
-        self.kv.open_window([slot], [0], tokens=len(prompt))
-        for index in range(self.stack.layers):
-            x = self.stack.run_layer(index, x, rotary, None, self.kv)
-        return self.stack.logits(x[:, -1])[0]
+    def prefill(self, row: Sequence, tokens: int) -> Tensor | None:
+        """Run the next tokens of a row's prompt at full depth.
 
-    @torch.inference_mode()
-    def step(self, rows: Rows[Sequence]) -> StepResult:
-        """Feed each row its next token; leave, per row, where its policy says."""
-        batch = _Batch(self, rows)
-        for index in range(self.stack.layers):
-            batch.run_layer(index)
-            if not batch.is_active:
-                break
-        return batch.finish()
-
-
-class _Batch:
-    """The rows of one step: those still active, and the exit states of those that left."""
-
-    def __init__(self, decoder: Decoder, rows: Rows[Sequence]) -> None:
-        stack = decoder.stack
-        self.decoder = decoder
-        self.rows = rows
-        self.slots = [row.slot for row in rows]
-        self.positions = [row.position for row in rows]
-        self.active = np.arange(len(rows))
-        tokens_BT = torch.tensor([[row.next_input] for row in rows], device=stack.device)
-        positions_BT = torch.tensor(self.positions, device=stack.device)[:, None]
-        self.x_N1D = stack.embed(tokens_BT)
-        self.rotary = stack.rotary(self.x_N1D, positions_BT)
-        self.mask = _mask(self.positions, stack.device)
-        self.groups = _groups(stack, rows, self.x_N1D[:, 0], self.positions)
-        self.states_BD = torch.empty_like(self.x_N1D[:, 0])
-        self.known_logits: dict[int, Tensor] = {}
-        self.exit_layers = [stack.layers] * len(rows)
-        decoder.kv.open_window(self.slots, self.positions)
-
-    @property
-    def is_active(self) -> bool:
-        return len(self.active) > 0
-
-    def run_layer(self, index: int) -> None:
-        self.x_N1D = self.decoder.stack.run_layer(
-            index, self.x_N1D, self.rotary, self.mask, self.decoder.kv
-        )
-        executed = index + 1
-        if executed == self.decoder.stack.layers:
-            return
-        leaving_N = self._ask(executed)
-        if leaving_N is not None and leaving_N.any():
-            self._let_go(executed, leaving_N)
-
-    def finish(self) -> StepResult:
-        if self.is_active:
-            self.states_BD[torch.from_numpy(self.active)] = self.x_N1D[:, 0]
-        return StepResult(self._logits(), self.exit_layers)
-
-    def _logits(self) -> Tensor:
-        """One head per row: a row whose last probe ran the whole head has had it."""
-        known = self.known_logits
-        if not known:
-            return self.decoder.stack.logits(self.states_BD)
-        missing = [row for row in range(len(self.rows)) if row not in known]
-        if missing:
-            rest = self.decoder.stack.logits(self.states_BD[missing])
-            known.update(zip(missing, rest, strict=True))
-        return torch.stack([known[row] for row in range(len(self.rows))])
-
-    def _ask(self, executed: int) -> BoolArray | None:
-        leaving_N: BoolArray | None = None
-        for group in self.groups:
-            if executed not in group.policy.exits or not len(group.rows):
-                continue
-            if leaving_N is None:
-                leaving_N = np.zeros(len(self.active), np.bool_)
-            where_N = np.searchsorted(self.active, group.rows)
-            x_ND = self.x_N1D[:, 0]
-            if len(where_N) < len(self.active):
-                x_ND = x_ND[torch.from_numpy(where_N)]
-            leaving_N[where_N] = group.ask(executed, x_ND, self.known_logits)
-        return leaving_N
-
-    def _let_go(self, executed: int, leaving_N: BoolArray) -> None:
-        left = self.active[leaving_N]
-        leaving = torch.from_numpy(leaving_N)
-        exit_ND = self.x_N1D[leaving, 0]
-        self.states_BD[torch.from_numpy(left)] = exit_ND
-        for row in left:
-            self.exit_layers[row] = executed
-        self._fill(executed, left, exit_ND, leaving)
-        self._keep(~leaving_N)
-
-    def _fill(self, executed: int, left: np.ndarray, exit_ND: Tensor, leaving: Tensor) -> None:
-        projector = self.decoder.projector
-        if projector is None:
-            return
-        rotary: Rotary = (self.rotary[0][leaving], self.rotary[1][leaving])
-        keys, values = projector.project(exit_ND, executed, rotary)
-        slots = [self.slots[row] for row in left]
-        positions = [self.positions[row] for row in left]
-        self.decoder.kv.fill(executed, slots, positions, keys, values)
-
-    def _keep(self, stay_N: BoolArray) -> None:
-        self.active = self.active[stay_N]
-        if not self.is_active:
-            return
-        stay = torch.from_numpy(stay_N)
-        self.x_N1D = self.x_N1D[stay]
-        self.rotary = (self.rotary[0][stay], self.rotary[1][stay])
-        positions = [self.positions[row] for row in self.active]
-        self.mask = _mask(positions, self.decoder.stack.device)
-        self.decoder.kv.open_window([self.slots[row] for row in self.active], positions)
-
-
-class _Group:
-    """The step's rows that run under one policy."""
-
-    def __init__(self, policy: ExitPolicy, rows: np.ndarray, probe: Probe) -> None:
-        self.policy = policy
-        self.rows = rows
-        self.probe = probe
-
-    def ask(self, executed: int, x_ND: Tensor, known_logits: dict[int, Tensor]) -> BoolArray:
-        """Which of the group's rows leave; they are then forgotten.
-
-        Logits that the probe computed for them anyway are left in ``known_logits``, by row.
+        Returns:
+            Logits [V] after the whole prompt; None while some of it is left.
         """
-        leave_N = self.policy.leave(self.probe.features(executed, x_ND)).copy()
-        if leave_N.any():
-            logits_NV = self.probe.logits()
-            if logits_NV is not None:
-                left = np.flatnonzero(leave_N)
-                known_logits.update((int(self.rows[i]), logits_NV[i]) for i in left)
-            self.probe.keep(~leave_N)
-            self.rows = self.rows[~leave_N]
-        return leave_N
+        first = row.prefilled
+        chunk = row.request.prompt[first : first + tokens]
+        device = self.stack.device
+        tokens_BT = torch.tensor([chunk], device=device)
+        positions_BT = torch.arange(first, first + len(chunk), device=device)[None]
+        x_BTD = self.stack.embed(tokens_BT, positions_BT)
+        rotary = self.stack.rotary(x_BTD, positions_BT)
+        window = prefill_window(row.slot, first, len(chunk), self.stack.heads_per_key, x_BTD)
+        self.kv.open(window)
+        for index in range(self.stack.layers):
+            x_BTD = self.stack.run_layer(index, x_BTD, rotary, window, self.kv)
+        self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
+        row.prefilled += len(chunk)
+        return self.stack.logits(x_BTD[:, -1])[0] if row.is_prefilled else None
+
+    @torch.inference_mode()
+    def launch(
+        self, rows: Rows[Sequence], first: int, last: int, riders: Rows[Sequence] = ()
+    ) -> list[Outcome]:
+        """Run rows from one depth to another; each leaves where its policy says.
+
+        Args:
+            rows: Rows whose newest token stands at ``first`` (0: feed the next token).
+            first, last: Depths.
+            riders: Rows whose put-off tokens come along.
+        """
+        arrivals = Wave(self, rows, first, riders).run(last)
+        return self._outcomes(arrivals)
+
+    def ask(
+        self, group: Group, executed: int, x_ND: Tensor
+    ) -> tuple[list[Sequence], Tensor | None]:
+        """Which rows of a group leave; a policy that fails is not asked again."""
+        try:
+            return group.ask(executed, x_ND)
+        except Exception:
+            log.exception("a policy failed; its rows go on at full depth")
+            self.failures += len(group.rows)
+            for row in group.rows:
+                row.policy_failed = True
+            group.rows.clear()
+            return [], None
+
+    def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:
+        """One head for all tokens whose logits are asked for and not known."""
+        # Riders that have no drafts ask for nothing: their cache entries were what was missing.
+        arrivals = [each for each in arrivals if each.decides or each.row.drafts]
+        if not arrivals:
+            return []
+        logits = self._logits(arrivals)
+        best = logits.argmax(-1).tolist()
+        outcomes, start = [], 0
+        for arrival in arrivals:
+            end = start + _opinions(arrival)
+            outcomes.append(
+                Outcome(
+                    arrival.row,
+                    arrival.exit_layer,
+                    logits[start:end],
+                    best[start:end],
+                    arrival.decides,
+                )
+            )
+            start = end
+        return outcomes
+
+    def _logits(self, arrivals: list[Arrival]) -> Tensor:
+        """Logits of all opinions, in order, [Σ M, V]."""
+        unknown = [each for each in arrivals if each.logits_V is None]
+        if not unknown:
+            return torch.stack([each.logits_V for each in arrivals if each.logits_V is not None])
+        states = [each.states_MD[-_opinions(each) :] for each in unknown]
+        logits = self.stack.logits(torch.cat(states))
+        if len(unknown) == len(arrivals):
+            return logits
+        computed = iter(torch.split(logits, [len(part) for part in states]))
+        return torch.cat(
+            [next(computed) if a.logits_V is None else a.logits_V[None] for a in arrivals]
+        )
 
 
-def _groups(
-    stack: LayerStack, rows: Rows[Sequence], x_BD: Tensor, positions: list[int]
-) -> list[_Group]:
-    by_policy: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.request.snapshot.policy.exits:
-            by_policy.setdefault(id(row.request.snapshot.policy), []).append(index)
-    groups = []
-    for indices in by_policy.values():
-        policy = rows[indices[0]].request.snapshot.policy
-        members = [rows[index] for index in indices]
-        where = np.asarray(indices)
-        x_ND = x_BD if len(indices) == len(rows) else x_BD[torch.from_numpy(where)]
-        probe = _probe(stack, policy, members, x_ND, np.asarray(positions, np.int32)[where])
-        groups.append(_Group(policy, where, probe))
-    return groups
-
-
-def _probe(
-    stack: LayerStack,
-    policy: ExitPolicy,
-    rows: Rows[Sequence],
-    x_ND: Tensor,
-    positions_N: np.ndarray,
-) -> Probe:
-    if policy.schema is None:
-        return BlankProbe()
-    if policy.schema != CANDIDATES_V1:
-        return SoftmaxProbe(stack)
-    table_VK = policy.candidates_VK
-    assert table_VK is not None  # the engine admits no candidate policy without a table
-    candidates = [row.ngrams.candidates(table_VK) for row in rows if row.ngrams is not None]
-    return CandidateProbe(
-        stack, np.asarray(candidates, np.int32), x_ND, positions_N, len(policy.exits)
-    )
-
-
-def _mask(positions: list[int], device: torch.device) -> Tensor | None:
-    """Which entries each row may attend to, [N, 1, 1, span]; None if all rows are as long."""
-    longest = max(positions)
-    if all(position == longest for position in positions):
-        return None
-    span = torch.arange(longest + 1, device=device)
-    return span <= torch.tensor(positions, device=device)[:, None, None, None]
+def _opinions(arrival: Arrival) -> int:
+    """Tokens whose successors are of interest: all, if there are drafts to confirm."""
+    return len(arrival.states_MD) if arrival.row.drafts else 1

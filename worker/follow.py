@@ -51,7 +51,7 @@ def follow(
     finished: dict[str, Sequence] = {}
     seconds = 0.0
     while len(finished) < len(requests):
-        admits = engine.load[1] > 0
+        admits = engine.is_prefilling
         start = time.perf_counter()
         engine.step(finished)
         if not admits:

@@ -6,26 +6,28 @@ H head_dim, T tokens, N rows filled.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.worker.attention import Window
 from offramp.worker.stack import LayerStack
 
 BLOCK_TOKENS = 128
 """Capacity grows by this many tokens at a time."""
 
-Rows = slice | Tensor
+EXACT, PROJECTED, PENDING = 0, 1, 2
+"""Provenance of a position: every layer executed; some projected; some still to be executed."""
 
 
 class SlotKV:
     """Keys and values of every layer, slot and position.
 
-    Invariant: every layer has an entry at every position below a row's length, executed or
-    projected, so one mask serves all layers and no layer ever disagrees on a length.
+    Invariant: when a layer runs a token, that layer has an entry at every earlier position of the
+    row, executed or projected, so one window serves all layers of a step.
 
     Args:
         stack: The model whose cache this is.
@@ -38,9 +40,13 @@ class SlotKV:
         shape = (stack.layers, slots, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
         self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
-        self._rows: Rows = slice(0, 1)
-        self._write: tuple[Any, ...] = ()
-        self._span = 0
+        self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
+        self._window = Window((), ())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position in all slots."""
+        return 2 * self.keys_LSGCH.nbytes // self.capacity
 
     def reserve(self, tokens: int) -> None:
         """Grow in whole blocks until every slot can hold this many tokens."""
@@ -49,41 +55,23 @@ class SlotKV:
         capacity = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         self.keys_LSGCH = _grown(self.keys_LSGCH, capacity)
         self.values_LSGCH = _grown(self.values_LSGCH, capacity)
+        self.provenance_SC = np.pad(self.provenance_SC, ((0, 0), (0, capacity - self.capacity)))
         self.capacity = capacity
 
-    def open_window(self, slots: Sequence[int], positions: Sequence[int], tokens: int = 1) -> None:
-        """Say which rows the next layers write and read: ``tokens`` entries from each position.
-
-        Rows whose slots are evenly spaced are read as a view; only others are gathered.
-        """
-        self._rows = _as_rows(slots, self.keys_LSGCH.device)
-        self._span = max(positions) + tokens
-        first = positions[0]
-        if isinstance(self._rows, slice) and all(position == first for position in positions):
-            self._write = (self._rows, slice(None), slice(first, first + tokens))
-        else:
-            # Rows of different lengths only ever advance together by one token.
-            assert tokens == 1
-            device = self.keys_LSGCH.device
-            self._write = (
-                torch.tensor(slots, device=device),
-                slice(None),
-                torch.tensor(positions, device=device),
-            )
+    def open(self, window: Window) -> None:
+        """Say where the next layers write."""
+        self._window = window
 
     def update(
         self, keys_BGTH: Tensor, values_BGTH: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the window's new entries; return keys and values [B, G, span, H] to attend to."""
+        """Write the window's new entries; return the layer's whole keys and values [S, G, C, H]."""
         keys_SGCH = self.keys_LSGCH[layer]
         values_SGCH = self.values_LSGCH[layer]
-        if isinstance(self._write[2], slice):
-            keys_SGCH[self._write] = keys_BGTH
-            values_SGCH[self._write] = values_BGTH
-        else:
-            keys_SGCH[self._write] = keys_BGTH[:, :, 0]
-            values_SGCH[self._write] = values_BGTH[:, :, 0]
-        return keys_SGCH[self._rows, :, : self._span], values_SGCH[self._rows, :, : self._span]
+        write = self._window.write
+        keys_SGCH[write] = self._entries(keys_BGTH)
+        values_SGCH[write] = self._entries(values_BGTH)
+        return keys_SGCH, values_SGCH
 
     def fill(
         self,
@@ -97,11 +85,28 @@ class SlotKV:
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
             self.keys_LSGCH[first_layer:, slot, :, position] = keys_NLGH[row]
             self.values_LSGCH[first_layer:, slot, :, position] = values_NLGH[row]
+            self.provenance_SC[slot, position] = PROJECTED
+
+    def mark(self, slot: int, positions: slice, provenance: int) -> None:
+        """Note where a row's entries come from."""
+        self.provenance_SC[slot, positions] = provenance
+
+    def exact_share(self, slot: int, tokens: int) -> float:
+        """Share of a row's first positions whose every layer was executed."""
+        return float((self.provenance_SC[slot, :tokens] == EXACT).mean()) if tokens else 1.0
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy one row's entries to another slot (done once per finished request)."""
         self.keys_LSGCH[:, target, :, :tokens] = self.keys_LSGCH[:, source, :, :tokens]
         self.values_LSGCH[:, target, :, :tokens] = self.values_LSGCH[:, source, :, :tokens]
+        self.provenance_SC[target] = self.provenance_SC[source]
+
+    def _entries(self, new_BGTH: Tensor) -> Tensor:
+        """New entries in the order of the write index."""
+        chosen = self._window.chosen
+        if chosen is not None:
+            return new_BGTH.transpose(1, 2)[chosen]
+        return new_BGTH[0] if isinstance(self._window.write[0], int) else new_BGTH[:, :, 0]
 
 
 def _grown(old: Tensor, capacity: int) -> Tensor:
@@ -109,11 +114,3 @@ def _grown(old: Tensor, capacity: int) -> Tensor:
     new = old.new_zeros((layers, slots, heads, capacity, width))
     new[:, :, :, :used] = old
     return new
-
-
-def _as_rows(slots: Sequence[int], device: torch.device) -> Rows:
-    step = slots[1] - slots[0] if len(slots) > 1 else 1
-    even = step > 0 and all(b - a == step for a, b in itertools.pairwise(slots))
-    if even:
-        return slice(slots[0], slots[-1] + 1, step)
-    return torch.tensor(slots, device=device)

@@ -17,11 +17,13 @@ import torch
 from offramp.controller.costs import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.controller.mlp import MlpPolicy
+from offramp.worker.attention import decode_window
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
+from offramp.worker.snapshot import FULL_DEPTH
 
 HIDDEN = (32, 32)
 """Hidden units of the policy that is timed: those the agents train."""
@@ -40,24 +42,20 @@ def measure_costs(
         repeats: Timings per part; the median counts.
     """
     stack = engine.stack
-    prompt = [index % stack.vocab for index in range(context)]
-    engine.kv.reserve(context + 1)
-    engine.decoder.prefill(prompt, 0)
-    request = engine.submit(prompt, SamplingParams(max_tokens=2))
-    engine.cancel(request.id)
-    row = Sequence(request, slot=0)
-    row.emit(prompt[0], stack.layers, frozenset())
-
-    x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device))
-    rotary = stack.rotary(x_11D, torch.tensor([[context]], device=stack.device))
-    engine.kv.open_window([0], [context])
+    prompt = tuple(index % stack.vocab for index in range(context))
+    row = _prefilled_row(engine, prompt)
+    position = torch.tensor([[context]], device=stack.device)
+    x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device), position)
+    rotary = stack.rotary(x_11D, position)
+    window = decode_window([0], [context], stack.heads_per_key, x_11D)
+    engine.kv.open(window)
     projector = KVProjector(stack)
     state_ND = x_11D[:, 0]
 
     def run_layers() -> None:
         x = x_11D
         for index in range(stack.layers):
-            x = stack.run_layer(index, x, rotary, None, engine.kv)
+            x = stack.run_layer(index, x, rotary, window, engine.kv)
 
     def fill() -> None:
         engine.kv.fill(0, [0], [context], *projector.project(state_ND, 0, rotary))
@@ -69,7 +67,7 @@ def measure_costs(
         {
             "layers": run_layers,
             "head": lambda: stack.logits(state_ND).argmax().item(),
-            "whole": lambda: engine.decoder.step([row]).logits_BV[0].argmax().item(),
+            "whole": lambda: engine.decoder.launch([row], 0, stack.layers),
             "probe": lambda: probe.features(1, state_ND),
             "policy": lambda: policy.leave(features_NF),
             "fill": fill,
@@ -86,6 +84,17 @@ def measure_costs(
         layers=stack.layers,
         machine=describe_machine(stack.dtype),
     )
+
+
+def _prefilled_row(engine: AdaptiveEngine, prompt: tuple[int, ...]) -> Sequence:
+    """A row at full depth that has read its prompt and always feeds the same next token."""
+    request = engine.submit(prompt, SamplingParams(max_tokens=2), FULL_DEPTH)
+    engine.cancel(request.id)
+    row = Sequence(request, slot=0)
+    engine.kv.reserve(len(prompt) + 1)
+    engine.decoder.prefill(row, len(prompt))
+    row.emit(prompt[0], engine.stack.layers, frozenset())
+    return row
 
 
 def describe_machine(dtype: torch.dtype) -> str:

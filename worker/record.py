@@ -39,9 +39,10 @@ def record_document(
         candidates_VK: The candidate table.
     """
     inputs = list(tokens[:-1])
-    x_TD = stack.embed(torch.tensor([inputs], device=stack.device))
     positions_T = np.arange(len(inputs), dtype=np.int32)
-    rotary = stack.rotary(x_TD, torch.from_numpy(positions_T)[None].to(stack.device))
+    positions_1T = torch.from_numpy(positions_T)[None].to(stack.device)
+    x_TD = stack.embed(torch.tensor([inputs], device=stack.device), positions_1T)
+    rotary = stack.rotary(x_TD, positions_1T)
     probe = CandidateProbe(
         stack, _candidates(inputs, candidates_VK), x_TD[0], positions_T, len(exits)
     )

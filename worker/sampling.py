@@ -74,17 +74,21 @@ def new_generator(sampling: SamplingParams) -> torch.Generator | None:
     return generator
 
 
-def draw(logits_V: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:
-    """One token: argmax, or a draw at a temperature from the nucleus (Holtzman et al. 2020)."""
-    if generator is None:
-        return int(logits_V.argmax())
+def distribution(logits_V: Tensor, sampling: SamplingParams) -> Tensor:
+    """Probabilities [V] at a temperature, of the nucleus only (Holtzman et al. 2020)."""
     logits_V = logits_V.float().cpu()
     # Below the best logit all are negative, so that no division overflows to infinity.
     below_V = (logits_V - logits_V.max()) / max(sampling.temperature, COLDEST)
     probabilities_V = below_V.softmax(-1)
     if sampling.top_p < 1:
         probabilities_V = _nucleus(probabilities_V, sampling.top_p)
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+        probabilities_V /= probabilities_V.sum()
+    return probabilities_V
+
+
+def pick(chances_V: Tensor, generator: torch.Generator) -> int:
+    """One token, drawn."""
+    return int(torch.multinomial(chances_V, 1, generator=generator))
 
 
 def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from offramp.worker.candidates import NgramIndex
 from offramp.worker.sampling import SamplingParams, new_generator
 from offramp.worker.snapshot import PolicySnapshot
 
+if TYPE_CHECKING:
+    from offramp.worker.groups import Group
+
 FinishReason = Literal["stop", "length"]
+
+KVMode = Literal["project", "defer", "verify"]
+"""What becomes of the layers that an exited token skipped.
+
+project: their keys and values are projected from the exit state, at once and for good.
+defer: they run later, together with the row's next deep token; no projected entry is ever read.
+verify: as defer, and what full depth says of the tokens is the law: the output is full depth's.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +35,7 @@ class Request:
         prompt: Token ids, at least one.
         sampling: How to draw tokens, and how many.
         snapshot: The policy, pinned until the request ends.
+        kv_mode: What becomes of skipped layers.
         forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
     """
 
@@ -30,6 +43,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     snapshot: PolicySnapshot
+    kv_mode: KVMode = "project"
     forced: tuple[int, ...] = ()
 
 
@@ -41,7 +55,7 @@ class TokenEvent:
         request_id: Whose token.
         token: Its id.
         text: The text that became readable with it ("" inside a multi-byte character).
-        exit_layer: Layers executed for it.
+        exit_layer: Layers executed before it was emitted (or drafted).
         generation: Generation of the policy that decided it (0: built-in full depth).
         finish_reason: Set on the last token only.
     """
@@ -54,9 +68,52 @@ class TokenEvent:
     finish_reason: FinishReason | None
 
 
+@dataclass(slots=True)
+class OpenToken:
+    """A token some of whose layers have not run.
+
+    Attributes:
+        position: Where it stands in its row.
+        depth: Layers executed.
+        state_D: Its hidden state there; None before the embedding.
+    """
+
+    position: int
+    depth: int
+    state_D: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token that full depth has yet to confirm.
+
+    Attributes:
+        token: Its id.
+        exit_layer: Layers executed before it was drafted.
+        chances_V: The distribution it was drawn from; None if decoding is greedy.
+    """
+
+    token: int
+    exit_layer: int
+    chances_V: Tensor | None
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A running request: its row in the cache and what it has emitted."""
+    """A running request: its row in the cache, what it has emitted, and what is still open.
+
+    Attributes:
+        prefilled: Prompt tokens in the cache.
+        drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
+        open: Tokens whose deeper layers have not run, the oldest first; their depths never
+            increase, since a token runs a layer only after all earlier ones of its row.
+        undecided: Whether the last open token is still on its way, waiting at its depth.
+        group: The rows it is probed with while it is on its way.
+        layer_calls: Layers executed for its tokens, deferred ones included.
+        drafts_accepted: Drafts that full depth confirmed.
+        drafts_made: Drafts in all.
+        policy_failed: Whether its policy raised or made no sense; it is not asked again.
+    """
 
     request: Request
     slot: int
@@ -66,6 +123,15 @@ class Sequence:
     finish_reason: FinishReason | None = None
     generator: torch.Generator | None = None
     ngrams: NgramIndex | None = None
+    prefilled: int = 0
+    drafts: list[Draft] = field(default_factory=list)
+    open: list[OpenToken] = field(default_factory=list)
+    undecided: bool = False
+    group: Group | None = None
+    layer_calls: int = 0
+    drafts_accepted: int = 0
+    drafts_made: int = 0
+    policy_failed: bool = False
 
     def __post_init__(self) -> None:
         self.generator = new_generator(self.request.sampling)
@@ -73,20 +139,36 @@ class Sequence:
             self.ngrams = NgramIndex(self.request.prompt)
 
     @property
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.prefilled == len(self.request.prompt)
+
+    @property
     def position(self) -> int:
-        """Position of the next token to feed: entries in the cache so far."""
-        return len(self.request.prompt) + len(self.emitted) - 1
+        """Position of the next token to feed."""
+        return len(self.request.prompt) + len(self.emitted) + len(self.drafts) - 1
 
     @property
     def next_input(self) -> int:
         """The token to feed next."""
-        last = len(self.emitted) - 1
-        return self.request.forced[last] if self.request.forced else self.emitted[last]
+        if self.request.forced:
+            return self.request.forced[len(self.emitted) - 1]
+        return self.drafts[-1].token if self.drafts else self.emitted[-1]
+
+    @property
+    def depth(self) -> int:
+        """Where its newest token stands: 0, or the depth it waits at."""
+        return self.open[-1].depth if self.undecided else 0
 
     @property
     def is_finished(self) -> bool:
         """Whether the last token was emitted."""
         return self.finish_reason is not None
+
+    @property
+    def entries(self) -> int:
+        """Positions of the cache that hold something of this row."""
+        return max(self.prefilled, self.position + 1)
 
     def emit(self, token: int, exit_layer: int, eos_tokens: frozenset[int]) -> None:
         """Record an emitted token and see whether it is the last."""
@@ -95,10 +177,25 @@ class Sequence:
         self.generations.append(self.request.snapshot.generation)
         self.finish_reason = self._reason(token, eos_tokens)
         if self.ngrams is not None and not self.is_finished:
-            self.ngrams.push(self.next_input)
+            fed = self.request.forced[len(self.emitted) - 1] if self.request.forced else token
+            self.ngrams.push(fed)
+
+    def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
+        """Whether its next token may not leave early: nothing can be put off any longer."""
+        if self.request.kv_mode == "project":
+            return False
+        if len(self.open) >= max_pending:
+            return True
+        if self.request.kv_mode == "defer":
+            return False
+        drafted = len(self.emitted) + len(self.drafts)
+        last = drafted + 1 >= self.request.sampling.max_tokens
+        return last or bool(self.drafts and self._ends(self.drafts[-1].token, eos_tokens))
 
     def _reason(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
-        sampling = self.request.sampling
-        if token in eos_tokens and not (sampling.ignore_eos or self.request.forced):
+        if self._ends(token, eos_tokens):
             return "stop"
-        return "length" if len(self.emitted) >= sampling.max_tokens else None
+        return "length" if len(self.emitted) >= self.request.sampling.max_tokens else None
+
+    def _ends(self, token: int, eos_tokens: frozenset[int]) -> bool:
+        return token in eos_tokens and not (self.request.sampling.ignore_eos or self.request.forced)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
 
-Rotary = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, ...]
 """Cosines and sines, each [B, T, H]."""
 
 
@@ -39,8 +39,9 @@ class LayerStack(Protocol):
     dtype: torch.dtype
     device: torch.device
     eos_tokens: frozenset[int]
+    heads_per_key: int
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Embeddings, [B, T, D]."""
         ...
 
@@ -49,7 +50,7 @@ class LayerStack(Protocol):
         ...
 
     def run_layer(
-        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Tensor | None, kv: KVUpdate | None
+        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
     ) -> Tensor:
         """One decoder layer, [B, T, D]."""
         ...
@@ -110,17 +111,19 @@ class HFDecoderStack:
         self.vocab = int(config.vocab_size)
         self.context = int(config.max_position_embeddings)
         self.kv_heads = int(config.num_key_value_heads)
+        self.heads_per_key = int(config.num_attention_heads) // self.kv_heads
         self.head_dim = int(model.model.layers[0].self_attn.head_dim)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.eos_tokens = _eos_tokens(model)
-        self._blocks = list(model.model.layers)
+        self.blocks = list(model.model.layers)
         self._embed = model.model.embed_tokens
         self._norm = model.model.norm
         self._rotary = model.model.rotary_emb
-        self._head = model.lm_head
+        self.head = model.lm_head
+        self.head_weight_VD: Tensor = model.lm_head.weight
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Embeddings, [B, T, D]."""
         return self._embed(tokens_BT)  # type: ignore[no-any-return]
 
@@ -129,10 +132,10 @@ class HFDecoderStack:
         return self._rotary(x_BTD, positions_BT)  # type: ignore[no-any-return]
 
     def run_layer(
-        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Tensor | None, kv: KVUpdate | None
+        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
     ) -> Tensor:
         """One decoder layer, [B, T, D]."""
-        return self._blocks[index](  # type: ignore[no-any-return]
+        return self.blocks[index](  # type: ignore[no-any-return]
             x_BTD, attention_mask=mask, past_key_values=kv, position_embeddings=rotary
         )
 
@@ -142,15 +145,15 @@ class HFDecoderStack:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Final norm and whole LM head, [N, V]."""
-        return self._head(self._norm(x_ND))  # type: ignore[no-any-return]
+        return self.head(self._norm(x_ND))  # type: ignore[no-any-return]
 
     def head_rows(self, tokens_NK: Tensor) -> Tensor:
         """Rows of the LM head, [N, K, D]."""
-        return nn.functional.embedding(tokens_NK, self._head.weight)
+        return nn.functional.embedding(tokens_NK, self.head_weight_VD)
 
     def kv_weights(self, index: int) -> KVWeights:
         """One layer's input norm and key/value projections."""
-        block = self._blocks[index]
+        block = self.blocks[index]
         attention = block.self_attn
         return KVWeights(
             block.input_layernorm,

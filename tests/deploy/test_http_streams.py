@@ -92,17 +92,17 @@ def test_a_failure_before_the_first_token_is_an_error_response(
 def test_a_failure_in_mid_stream_is_an_event_and_then_the_end(
     app: FastAPI, ask: Any, engine: AdaptiveEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, seen = engine.decoder.step, []
+    launch, seen = engine.decoder.launch, []
 
-    def explode_later(rows: Any) -> Any:
+    def explode_later(rows: Any, *stage: Any) -> Any:
         seen.append(rows)
         if len(seen) == 3:
             raise MemoryError("no room")
-        return step(rows)
+        return launch(rows, *stage)
 
     body = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     with monkeypatch.context() as patch:
-        patch.setattr(engine.decoder, "step", explode_later)
+        patch.setattr(engine.decoder, "launch", explode_later)
         response = ask(app, lambda client: client.post("/v1/completions", json=body))
     *tokens, error, done, end = response.text.split("\n\n")
     assert len(tokens) == 3
@@ -257,5 +257,5 @@ def test_openais_client_is_told_of_a_failure_in_mid_stream(
             [chunk async for chunk in stream]
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.decoder, "step", explode)
+        patch.setattr(engine.decoder, "launch", explode)
         with_openai(app, use)

@@ -58,8 +58,8 @@ def table_VK(tokens: list[int]) -> IntArray:
 
 
 def _decode(engine: AdaptiveEngine, tokens: list[int], watcher: Watcher) -> None:
-    request = engine.submit(tokens[:1], policy=watcher, forced=tokens[1:])
-    while engine.is_busy(request.id):
+    engine.submit(tokens[:1], policy=watcher, forced=tokens[1:])
+    while engine.load != (0, 0):
         engine.step()
 
 

@@ -235,7 +235,7 @@ def test_a_bad_request_is_refused_and_disturbs_nobody(
     assert [event.token for event in seen] == expected
 
 
-@pytest.mark.parametrize("part", ["prefill", "step"])
+@pytest.mark.parametrize("part", ["prefill", "launch"])
 def test_a_failing_step_ends_the_open_streams_and_not_the_service(
     make_engine: Callable[..., AdaptiveEngine],
     reference: AdaptiveEngine,

@@ -1,0 +1,48 @@
+"""Who runs and who waits: rows occupy the first slots of the cache, without holes."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from offramp.worker.kv import SlotKV
+from offramp.worker.sequence import Request, Sequence
+
+
+class Roster:
+    """Requests in line, and rows in slots.
+
+    Args:
+        kv: The cache whose slots are given out.
+    """
+
+    def __init__(self, kv: SlotKV) -> None:
+        self.kv = kv
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Sequence] = []
+
+    def admit(self) -> None:
+        """Seat waiting requests while there are slots, first come, first served."""
+        while self.waiting and len(self.rows) < self.kv.slots:
+            self.rows.append(Sequence(self.waiting.popleft(), slot=len(self.rows)))
+
+    def standing(self) -> dict[int, list[Sequence]]:
+        """Rows that can go on, by the depth at which they stand."""
+        standing: dict[int, list[Sequence]] = {}
+        for row in self.rows:
+            if row.is_prefilled:
+                standing.setdefault(row.depth, []).append(row)
+        return standing
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request, running or waiting."""
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        for row in [row for row in self.rows if row.request.id == request_id]:
+            self.vacate(row)
+
+    def vacate(self, row: Sequence) -> None:
+        """Free a row's slot; the last row moves into the hole."""
+        last = self.rows.pop()
+        if last is not row:
+            self.rows[row.slot] = last
+            self.kv.move(last.slot, row.slot, last.entries)
+            last.slot = row.slot

@@ -1,0 +1,238 @@
+"""A wave: rows that move through layers together, one or several tokens each.
+
+Shape suffixes: N rows still in the wave, T columns (tokens per row, right-aligned), D width,
+M tokens that came to an end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offramp.worker.attention import decode_window, ragged_window
+from offramp.worker.groups import Group, groups_of
+from offramp.worker.kv import EXACT, PENDING
+from offramp.worker.sequence import OpenToken, Sequence
+from offramp.worker.stack import Rotary
+
+if TYPE_CHECKING:
+    from offramp.worker.decode import Decoder
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Tokens of a row that came out of the wave, by an exit or at the end.
+
+    Attributes:
+        row: Whose.
+        exit_layer: Layers executed.
+        states_MD: Their hidden states, the oldest first: one at an exit, at the end also those
+            of the tokens that were put off before.
+        decides: Whether the last of them is a token on its way, which now gets its successor.
+        logits_V: Of that last one, if a probe computed them anyway.
+    """
+
+    row: Sequence
+    exit_layer: int
+    states_MD: Tensor
+    decides: bool
+    logits_V: Tensor | None = None
+
+
+class Wave:
+    """Runs some rows from one depth to another.
+
+    Tokens that were put off join at their own depth, to the left of their row's newest token, so
+    that every token runs every layer exactly once and in order.
+
+    Args:
+        decoder: Stack, cache and settings.
+        rows: Rows whose newest token stands at ``first``; at 0 they begin a token.
+        first: Index of the first layer to run.
+        riders: Rows without a token on its way, whose put-off tokens come along to the end.
+    """
+
+    def __init__(
+        self, decoder: Decoder, rows: Rows[Sequence], first: int, riders: Rows[Sequence] = ()
+    ) -> None:
+        self.decoder = decoder
+        self.stack = decoder.stack
+        self.rows = sorted((*rows, *riders), key=lambda row: row.slot)
+        self.arrivals: list[Arrival] = []
+        self._at = first
+        self._joined = [0] * len(self.rows)
+        self._x_NTD: Tensor | None = None
+        self._rotary: Rotary = ()
+        self.groups: list[Group] = []
+        if first == 0:
+            self._begin_tokens()
+        else:
+            self._resume_groups()
+        self._join_depths = {token.depth for row in self.rows for token in row.open} | {first}
+
+    def run(self, last: int) -> list[Arrival]:
+        """Advance to depth ``last``, where the rows that stay are left standing."""
+        for index in range(self._at, last):
+            if index in self._join_depths:
+                self._join(index)
+            self._x_NTD = self.stack.run_layer(
+                index, self._x, self._rotary, self._window, self.decoder.kv
+            )
+            for row, joined in zip(self.rows, self._joined, strict=True):
+                row.layer_calls += joined
+            if index + 1 < self.stack.layers:
+                self._let_leave(index + 1)
+                if not self.rows:
+                    return self.arrivals
+        if last == self.stack.layers:
+            self._finish()
+        else:
+            self._hold(last)
+        return self.arrivals
+
+    @property
+    def _x(self) -> Tensor:
+        assert self._x_NTD is not None
+        return self._x_NTD
+
+    def _begin_tokens(self) -> None:
+        device = self.stack.device
+        for row in self.rows:
+            row.open.append(OpenToken(row.position, 0, None))
+            row.undecided = True
+        tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
+        positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
+        self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
+        free = [n for n, row in enumerate(self.rows) if not self.decoder.must_go_deep(row)]
+        x_ND = self._x_NTD[:, 0]
+        states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
+        start = time.perf_counter()
+        self.groups = groups_of(self.stack, [self.rows[n] for n in free], states_ND)
+        self.decoder.spent.deciding_s += time.perf_counter() - start
+
+    def _resume_groups(self) -> None:
+        self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
+        for group in self.groups:
+            group.forget_all_but(self.rows)
+
+    def _join(self, index: int) -> None:
+        """Take in the tokens that stand at this depth."""
+        counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
+        columns = max(counts)
+        if self._x_NTD is None or columns > self._x_NTD.shape[1] or counts != self._joined:
+            self._widen(counts, columns)
+        self._joined = counts
+        self._place()
+        positions_N = torch.tensor([row.open[-1].position for row in self.rows])
+        back_T = torch.arange(columns - 1, -1, -1)
+        positions_NT = (positions_N[:, None] - back_T).clamp(min=0).to(self.stack.device)
+        self._rotary = self.stack.rotary(self._x, positions_NT)
+
+    def _widen(self, counts: list[int], columns: int) -> None:
+        old = self._x_NTD
+        if old is not None and counts == [1] * len(counts):
+            return  # tokens that have just begun
+        shape = (len(self.rows), columns, self.stack.width)
+        new_NTD = torch.zeros(shape, dtype=self.stack.dtype, device=self.stack.device)
+        if old is not None:
+            new_NTD[:, columns - old.shape[1] :] = old
+        for n, row in enumerate(self.rows):
+            fresh = row.open[len(row.open) - counts[n] : len(row.open) - self._joined[n]]
+            for offset, token in enumerate(fresh):
+                if token.state_D is not None:
+                    new_NTD[n, columns - counts[n] + offset] = token.state_D
+        self._x_NTD = new_NTD
+
+    def _place(self) -> None:
+        """Where the rows' tokens are written and what they see."""
+        slots = [row.slot for row in self.rows]
+        positions = [row.open[-1].position for row in self.rows]
+        heads = self.stack.heads_per_key
+        if self._x.shape[1] == 1:
+            self._window = decode_window(slots, positions, heads, self._x)
+        else:
+            self._window = ragged_window(slots, positions, self._joined, heads, self._x)
+        self.decoder.kv.open(self._window)
+
+    def _let_leave(self, executed: int) -> None:
+        leaving: dict[int, Tensor | None] = {}
+        for group in self.groups:
+            if group.rows and executed in group.policy.exits:
+                start = time.perf_counter()
+                places = [self.rows.index(row) for row in group.rows]
+                x_ND = self._x[:, -1]
+                asked_ND = x_ND if len(places) == len(self.rows) else x_ND[places]
+                rows, known_NV = self.decoder.ask(group, executed, asked_ND)
+                for n, row in enumerate(rows):
+                    leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
+                self.decoder.spent.deciding_s += time.perf_counter() - start
+        if leaving:
+            self._part_with(executed, leaving)
+
+    def _part_with(self, executed: int, leaving: dict[int, Tensor | None]) -> None:
+        places = sorted(leaving)
+        for n in places:
+            row = self._settle(n, executed)
+            state_1D = self._x[n, -1:]
+            self.arrivals.append(Arrival(row, executed, state_1D, True, leaving[n]))
+        self._fill([n for n in places if self.rows[n].request.kv_mode == "project"], executed)
+        stay = [n for n in range(len(self.rows)) if n not in leaving]
+        self.rows = [self.rows[n] for n in stay]
+        self._joined = [self._joined[n] for n in stay]
+        if not stay:
+            return
+        columns = max(self._joined)
+        self._x_NTD = self._x[stay][:, -columns:]
+        self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
+        self._place()
+
+    def _settle(self, n: int, executed: int) -> Sequence:
+        """Note how far a row's tokens have come; its newest one is now decided."""
+        row = self.rows[n]
+        self._note_depth(n, executed)
+        row.undecided = False
+        row.group = None
+        position = row.open[-1].position
+        self.decoder.kv.mark(row.slot, slice(position, position + 1), PENDING)
+        return row
+
+    def _note_depth(self, n: int, executed: int) -> None:
+        row, joined = self.rows[n], self._joined[n]
+        for offset, token in enumerate(row.open[-joined:]):
+            token.depth = executed
+            token.state_D = self._x[n, offset - joined]
+
+    def _fill(self, places: list[int], executed: int) -> None:
+        """Project the skipped layers' keys and values."""
+        projector = self.decoder.projector
+        if places and projector is not None:
+            start = time.perf_counter()
+            rotary: Rotary = tuple(part[places][:, -1:] for part in self._rotary)
+            keys, values = projector.project(self._x[places, -1], executed, rotary)
+            slots = [self.rows[n].slot for n in places]
+            positions = [self.rows[n].open[-1].position for n in places]
+            self.decoder.kv.fill(executed, slots, positions, keys, values)
+            self.decoder.spent.filling_s += time.perf_counter() - start
+        for n in places:
+            self.rows[n].open.clear()
+
+    def _hold(self, depth: int) -> None:
+        for n in range(len(self.rows)):
+            self._note_depth(n, depth)
+
+    def _finish(self) -> None:
+        for n, row in enumerate(self.rows):
+            joined = self._joined[n]
+            last = row.open[-1].position
+            self.decoder.kv.mark(row.slot, slice(last - joined + 1, last + 1), EXACT)
+            self.arrivals.append(
+                Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided)
+            )
+            row.open.clear()
+            row.undecided = False
+            row.group = None
