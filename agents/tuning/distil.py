@@ -79,8 +79,8 @@ def states_at(
         tokens_BT: Rows of one length.
         exits: Layers below the last.
     """
-    x_BTD = stack.embed(tokens_BT)
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+    x_BTD = stack.embed(tokens_BT, positions_BT)
     rotary = stack.rotary(x_BTD, positions_BT)
     states: dict[int, Tensor] = {}
     for index in range(stack.layers):
