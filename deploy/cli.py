@@ -17,6 +17,7 @@ TOPICS = {
     "record": "learning",
     "train": "learning",
     "evaluate": "learning",
+    "tune": "tuning",
     "publish": "control",
     "promote": "control",
     "rollback": "control",
@@ -37,6 +38,8 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    # Typer makes an app of a single command that command; with a callback it stays a group.
+    app.callback()(lambda: None)
     asked = TOPICS.get(arguments[0]) if arguments else None
     for topic in dict.fromkeys(TOPICS.values()) if asked is None else (asked,):
         importlib.import_module(f"offramp.deploy.commands.{topic}").add_to(app)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
+    from offramp.agents.tuning.quality import TuneReport
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
@@ -78,6 +79,28 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
             f"{row.mean_layers:.2f}",
             _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
             style="bold" if row.policy == chosen else None,
+        )
+    return table
+
+
+def tuning_table(report: TuneReport) -> Table:
+    """The table of a tuning run: each exit's quality before → after, and full depth's.
+
+    Columns: token agreement with full depth, its gain with a 95 % interval, KL to full depth and
+    NLL of the document's tokens (nats per token), next-token accuracy.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("exit", "agreement", "gain", "KL", "accuracy", "NLL"):
+        table.add_column(name, justify="right")
+    for index, (old, new) in enumerate(zip(report.before, report.after, strict=True)):
+        is_exit = index < len(report.gains)
+        table.add_row(
+            str(new.layer) if is_exit else "full",
+            f"{old.agreement:.3f} → {new.agreement:.3f}",
+            _interval(*report.gains[index]) if is_exit else "",
+            f"{old.kl:.3f} → {new.kl:.3f}",
+            f"{old.accuracy:.3f} → {new.accuracy:.3f}",
+            f"{old.nll:.3f} → {new.nll:.3f}",
         )
     return table
 

@@ -1,0 +1,1 @@
+"""Exit translators for models that were not trained to exit: fit, measure, save."""

@@ -1,0 +1,153 @@
+"""Self-distillation of exit translators: KL(final ‖ exit) through the model's own norm and head.
+
+The backbone is frozen and runs without gradients; each exit's loss depends on its own translator
+alone, so exits are done one after the other and only one block of logits exists at a time.
+
+Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
+section 3 (affine translators per layer, the KL to the final distribution, identity at the start);
+here the matrix is I + BA of low rank.
+
+Shape suffixes: B rows, T tokens, N rows of any origin, D width, V vocabulary, E exits, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from offramp.worker.stack import LayerStack
+from offramp.worker.translators import ExitTranslators, Translator
+
+BLOCK_VALUES = 2**23
+"""Logits held at a time (32 MiB in float32); longer batches go through the head in blocks."""
+
+SMALLEST_SCALE = 1e-6
+"""Of a state: below this, its unit would blow rounding up."""
+
+
+class TrainableTranslator(nn.Module):
+    """x + B (A x) + s·b, with float32 parameters and B = b = 0 at the start: the identity.
+
+    The shift is trained in units of s, the state's typical size, so that one learning rate suits
+    early layers (small states) and late ones (large). B A needs no unit: it is a ratio.
+
+    Args:
+        width: D.
+        rank: r.
+        scale: s, root mean square of the states that the translator will meet.
+        generator: Draws A.
+    """
+
+    scale: Tensor
+
+    def __init__(self, width: int, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        drawn_rD = torch.randn(rank, width, generator=generator) / math.sqrt(width)
+        self.A = nn.Parameter(drawn_rD)
+        self.B = nn.Parameter(torch.zeros(width, rank))
+        self.b = nn.Parameter(torch.zeros(width))
+        self.register_buffer("scale", torch.tensor(max(scale, SMALLEST_SCALE)))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """The translated state, [N, D], in the dtype of the parameters."""
+        x_ND = x_ND.to(self.A.dtype)
+        return x_ND + linear(linear(x_ND, self.A), self.B, self.scale * self.b)
+
+    def frozen(self) -> Translator:
+        """What decoding uses: no gradient, the unit folded in."""
+        with torch.no_grad():
+            return Translator(self.A.clone(), self.B.clone(), self.scale * self.b)
+
+
+def freeze(modules: Mapping[int, TrainableTranslator]) -> ExitTranslators:
+    """The inference form of all of them."""
+    return ExitTranslators({layer: each.frozen() for layer, each in modules.items()})
+
+
+@torch.no_grad()
+def states_at(
+    stack: LayerStack, tokens_BT: Tensor, exits: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """States [B·T, D] after each exit and after the last layer, full depth, causal.
+
+    Args:
+        stack: The model.
+        tokens_BT: Rows of one length.
+        exits: Layers below the last.
+    """
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+    x_BTD = stack.embed(tokens_BT, positions_BT)
+    rotary = stack.rotary(x_BTD, positions_BT)
+    states: dict[int, Tensor] = {}
+    for index in range(stack.layers):
+        x_BTD = stack.run_layer(index, x_BTD, rotary, None, None)
+        if index + 1 in exits:
+            states[index + 1] = x_BTD.flatten(0, 1)
+    return states, x_BTD.flatten(0, 1)
+
+
+def kl_of_logits(final_NV: Tensor, exit_NV: Tensor) -> Tensor:
+    """KL(softmax(final) ‖ softmax(exit)) of each row, [N], nats."""
+    final_NV, exit_NV = final_NV.log_softmax(-1), exit_NV.log_softmax(-1)
+    return (final_NV.exp() * (final_NV - exit_NV)).sum(-1)
+
+
+def exit_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, final_NV: Tensor) -> Tensor:
+    """Sum over rows of KL(final ‖ translated exit), nats; float32, or float64 for a check of it."""
+    logits_NV = stack.logits(module(x_ND).to(stack.dtype))
+    return kl_of_logits(final_NV, logits_NV.to(final_NV.dtype)).sum()
+
+
+def blocks(rows: int, vocab: int) -> Iterator[slice]:
+    """Slices of rows whose logits are at most ``BLOCK_VALUES``.
+
+    >>> [(part.start, part.stop) for part in blocks(5, BLOCK_VALUES // 2)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    size = max(1, BLOCK_VALUES // vocab)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def backward(
+    stack: LayerStack, modules: Mapping[int, TrainableTranslator], tokens_BT: Tensor
+) -> dict[int, float]:
+    """Add one batch's gradients to the translators; mean KL per exit before the step, nats.
+
+    Args:
+        stack: The frozen model.
+        modules: By layer.
+        tokens_BT: The batch.
+    """
+    states, last_ND = states_at(stack, tokens_BT, tuple(modules))
+    rows = len(last_ND)
+    totals = dict.fromkeys(modules, 0.0)
+    for part in blocks(rows, stack.vocab):
+        with torch.no_grad():
+            final_NV = stack.logits(last_ND[part]).float()
+        for layer, module in modules.items():
+            loss = exit_loss(stack, module, states[layer][part], final_NV) / rows
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            totals[layer] += loss.item()
+    return totals
+
+
+def fresh_translators(
+    stack: LayerStack, exits: Sequence[int], rank: int, tokens_BT: Tensor, seed: int
+) -> dict[int, TrainableTranslator]:
+    """Translators at the identity, each with the unit of its states on one batch.
+
+    The same seed, model and batch give the same values on any device: A is drawn on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    states, _ = states_at(stack, tokens_BT, exits)
+    return {
+        layer: TrainableTranslator(
+            stack.width, rank, states[layer].float().square().mean().sqrt().item(), generator
+        ).to(stack.device)
+        for layer in exits
+    }

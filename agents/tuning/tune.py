@@ -1,0 +1,218 @@
+"""Fit exit translators to a model that was not trained to exit: the whole way, top to bottom.
+
+Shape suffixes: B rows, T tokens, W documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.agents.corpus import Document, load_corpus
+from offramp.agents.record import window
+from offramp.agents.study import save_candidates
+from offramp.agents.tuning.checkpoint import Checkpoint
+from offramp.agents.tuning.config import TuneConfig, require_exits, require_fit
+from offramp.agents.tuning.distil import (
+    TrainableTranslator,
+    backward,
+    freeze,
+    fresh_translators,
+)
+from offramp.agents.tuning.plot import draw_tuning
+from offramp.agents.tuning.quality import TuneReport, compare, measure
+from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.worker.candidates import successor_table
+from offramp.worker.loading import (
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    parse_dtype,
+    require_device,
+)
+from offramp.worker.stack import HFDecoderStack, LayerStack
+from offramp.worker.translators import ExitTranslators
+
+PLOT = "tune.png"
+WARM_UP_SHARE = 0.05
+"""Of the steps, in which the learning rate rises to its peak; a cosine to 0 follows."""
+CURVE_POINTS = 200
+"""Training losses kept for the report."""
+LARGEST_GRADIENT = 1.0
+"""Norm per translator; longer gradients are shortened to it."""
+
+
+def tune(
+    config: TuneConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_tokens: Callable[[int, int], None] = lambda *_: None,
+) -> TuneReport:
+    """Fit translators, measure them, save them with a report, a plot and a successor table.
+
+    The same config, documents, machine and threads give the same files on a CPU, byte for byte,
+    however often the run was stopped and resumed.
+
+    Args:
+        config: How to fit.
+        folder: Where everything is written.
+        resume: Go on from the folder's checkpoint.
+        on_tokens: Told (tokens trained on so far, in all) after each step.
+
+    Raises:
+        ConfigError: an option is unusable, the checkpoint is another run's, or training diverged.
+        ModelError: the model cannot be loaded.
+        TraceError: there are no documents.
+    """
+    exits = require_exits(config)
+    require_device(config.device)
+    checkpoint = Checkpoint.load(folder) if resume else None
+    torch.set_num_threads(config.threads)
+    train, held_out = _documents(config)
+    run = _Run(config, exits, train, held_out)
+    if checkpoint is not None:
+        checkpoint.require(run.settings)
+    modules, curve = run.fit(folder, checkpoint, on_tokens)
+    translators = freeze(modules)
+    report = run.report(translators, curve)
+    run.save(folder, translators, report)
+    return report
+
+
+def rate_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate in this step, counted from 0: warm-up, then cosine to 0."""
+    warm_up = max(1, math.ceil(WARM_UP_SHARE * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+
+def _documents(config: TuneConfig) -> tuple[list[Document], list[Document]]:
+    documents = load_corpus(config.corpus, limit=config.documents)
+    train = [each for each in documents if each.split == "train"]
+    return train, [each for each in documents if each.split == "validation"][: config.held_out]
+
+
+class _Run:
+    """What one run works on: the model, its tokenizer and the documents."""
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        exits: tuple[int, ...],
+        train: list[Document],
+        held_out: list[Document],
+    ) -> None:
+        model = load_model(config.model, parse_dtype(config.dtype), config.device)
+        tokenizer = load_tokenizer(config.model)
+        self.config, self.exits, self.train = config, exits, train
+        self.stack: LayerStack = HFDecoderStack(model)
+        self.encode: Encode = lambda text: list(tokenizer(text, verbose=False)["input_ids"])
+        self.separator: int | None = tokenizer.eos_token_id
+        self.windows = _windows(held_out, self.encode, config.length)
+        require_fit(config, self.stack)
+        self.settings: dict[str, Any] = {
+            "model": model_fingerprint(model),
+            "data": data_digest(train, held_out),
+            "exits": list(exits),
+            "rank": config.rank,
+            "steps": config.steps,
+            "batch_tokens": config.batch_tokens,
+            "length": config.length,
+            "lr": config.learning_rate,
+            "dtype": config.dtype,
+            "seed": config.seed,
+        }
+
+    def stream(self) -> WindowStream:
+        return WindowStream(
+            self.train,
+            self.encode,
+            self.separator,
+            rows=self.config.batch_tokens // self.config.length,
+            length=self.config.length,
+            seed=self.config.seed,
+        )
+
+    def fit(
+        self, folder: Path, checkpoint: Checkpoint | None, on_tokens: Callable[[int, int], None]
+    ) -> tuple[dict[int, TrainableTranslator], list[list[float]]]:
+        config, stream = self.config, self.stream()
+        first_BT = self.stream().next().to(self.stack.device)
+        modules = fresh_translators(self.stack, self.exits, config.rank, first_BT, config.seed)
+        groups = [{"params": list(each.parameters())} for each in modules.values()]
+        optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
+        curve: list[list[float]] = []
+        done = 0
+        if checkpoint is not None:
+            for layer, module in modules.items():
+                module.load_state_dict(checkpoint.modules[layer])
+            optimizer.load_state_dict(checkpoint.optimizer)
+            stream.seek(checkpoint.position)
+            curve, done = checkpoint.curve, checkpoint.step
+        for step in range(done, config.steps):
+            tokens_BT = stream.next().to(self.stack.device)
+            losses = backward(self.stack, modules, tokens_BT)
+            _require_finite(losses, step)
+            _step(optimizer, config.learning_rate * rate_share(step, config.steps))
+            if step % max(1, config.steps // CURVE_POINTS) == 0:
+                curve.append([step, *losses.values()])
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                states = {layer: each.state_dict() for layer, each in modules.items()}
+                Checkpoint(
+                    settings=self.settings, step=done, modules=states,
+                    optimizer=optimizer.state_dict(), position=stream.position, curve=curve,
+                ).save(folder)  # fmt: skip
+            on_tokens(done * config.batch_tokens, config.steps * config.batch_tokens)
+        return modules, curve
+
+    def report(self, translators: ExitTranslators, curve: list[list[float]]) -> TuneReport:
+        served = translators.to(self.stack.dtype, self.stack.device)
+        before = measure(self.stack, ExitTranslators(), self.windows, self.exits)
+        after = measure(self.stack, served, self.windows, self.exits)
+        return compare(self.windows, before, after, self.config.seed, curve)
+
+    def save(self, folder: Path, translators: ExitTranslators, report: TuneReport) -> None:
+        description = {
+            **self.settings,
+            "layers": self.stack.layers,
+            "width": self.stack.width,
+            "report": asdict(report),
+        }
+        encoded = (self.encode(document.text) for document in self.train)
+        save_candidates(folder, successor_table(encoded, self.stack.vocab, self.config.candidates))
+        draw_tuning(report.before, report.after, report.curve, folder / PLOT)
+        # Last: its presence says that the rest is there.
+        translators.save(folder, description)
+
+
+def _windows(documents: list[Document], encode: Encode, length: int) -> list[list[int]]:
+    windows = [window(each, encode(each.text), length + 1) for each in documents]
+    windows = [tokens for tokens in windows if len(tokens) > 1]
+    if not windows:
+        raise TraceError("corpus", "has no validation document with tokens", "Use more documents")
+    return windows
+
+
+def _require_finite(losses: dict[int, float], step: int) -> None:
+    for layer, loss in losses.items():
+        if not math.isfinite(loss):
+            raise ConfigError(
+                "lr", f"the loss of exit {layer} is {loss} in step {step}", "Use a smaller one"
+            )
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], LARGEST_GRADIENT)
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,222 @@
+"""Train a model's own layers to exit: the LayerSkip recipe, for those who may touch the backbone.
+
+    python examples/layerskip_recipe.py models/reference runs/layerskip --minutes 10
+
+Where `offramp tune` leaves the model alone, this changes it: layers are dropped more often the
+deeper they lie, and every exit gets a share of the loss through the shared norm and head.
+
+Source: Elhoushi et al. 2024, "LayerSkip: Enabling Early Exit Inference and Self-Speculative
+Decoding", section 4.1. Layers are counted from 0 there and in the functions below. Shape suffixes:
+B batch, T tokens, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+from typer import Option
+
+from offramp.agents.corpus import load_corpus
+from offramp.worker.loading import load_model, load_tokenizer
+
+Curriculum = Literal["rotational", "gradual"]
+EVALUATED = 32  # held-out windows
+
+
+class Recipe(NamedTuple):
+    """How to train; times are shares of the run, 0 to 1."""
+
+    minutes: float
+    batch: int
+    length: int
+    rate: float
+    p_max: float
+    e_scale: float
+    curriculum: Curriculum
+    rotation: int
+    from_scratch: bool
+    seed: int
+
+
+def dropout_rates(layers: int, p_max: float, spent: float, from_scratch: bool) -> list[float]:
+    """p(l, t) = S(t) · D(l) · p_max with D(l) = e^(l·ln2/(L−1)) − 1: 0 at the first layer, p_max
+    at the last. S(t) = e^(t·ln2/(T−1)) − 1 when pretraining from scratch, 1 otherwise.
+    """
+    ramp = 2.0**spent - 1.0 if from_scratch else 1.0
+    return [ramp * (2.0 ** (layer / max(1, layers - 1)) - 1.0) * p_max for layer in range(layers)]
+
+
+def loss_weights(
+    layers: int, e_scale: float, curriculum: Curriculum, rotation: int, step: int, spent: float
+) -> dict[int, float]:
+    """Weights of the exits in use, summing to 1: ẽ(t, l) = C(t, l) · e(l) / Σ C(t, i) · e(i).
+
+    e(l) = e_scale · Σ_{i≤l} i, and L − 1 more in place of its scale for the last layer. C is 1
+    for the last layer; "rotational" turns on every R-th layer, one further each step; "gradual"
+    turns exits on from the deepest to the first, the last of them half-way through the run.
+    """
+    if curriculum == "rotational":
+        early = [layer for layer in range(layers - 1) if layer % rotation == step % rotation]
+    else:
+        enabled = min(layers - 1, int(2 * layers * spent))
+        early = list(range(layers - 1 - enabled, layers - 1))
+    raw = {layer: e_scale * layer * (layer + 1) / 2 for layer in early}
+    raw[layers - 1] = layers - 1 + e_scale * (layers - 2) * (layers - 1) / 2
+    total = sum(raw.values())
+    return {layer: weight / total for layer, weight in raw.items() if weight > 0}
+
+
+class SkippingModel(torch.nn.Module):
+    """A Hugging Face decoder whose layers may be left out, each for its own rows of the batch."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def states(self, tokens_BT: Tensor, rates_L: list[float] | None) -> list[Tensor]:
+        """States [B, T, D] after each layer; x + M·f(x), with M = 0 for the rows that skip."""
+        body = self.model.model
+        x_BTD = body.embed_tokens(tokens_BT)
+        cos_BTH, sin_BTH = body.rotary_emb(x_BTD, torch.arange(tokens_BT.shape[1])[None])
+        states = []
+        for index, layer in enumerate(body.layers):
+            # Without a mask, HF's SDPA attention is causal.
+            rotary = (cos_BTH, sin_BTH)
+            rate = rates_L[index] if rates_L else 0.0
+            keep = torch.nonzero(torch.rand(len(tokens_BT)) >= rate)[:, 0]
+            if len(keep) == len(tokens_BT):
+                x_BTD = layer(x_BTD, attention_mask=None, position_embeddings=rotary)
+            elif len(keep):
+                kept = layer(x_BTD[keep], attention_mask=None, position_embeddings=rotary)
+                x_BTD = x_BTD.index_copy(0, keep, kept.to(x_BTD.dtype))
+            states.append(x_BTD)
+        return states
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Next-token loss through the shared norm and head, nats per token."""
+        logits = self.model.lm_head(self.model.model.norm(x_BTD)).float()
+        return cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+
+
+def training_loss(
+    skipping: SkippingModel, batch: Tensor, recipe: Recipe, step: int, spent: float
+) -> Tensor:
+    """One batch [B, T + 1] under the dropout and the weights of this moment."""
+    layers = len(skipping.model.model.layers)
+    rates = dropout_rates(layers, recipe.p_max, spent, recipe.from_scratch)
+    weights = loss_weights(layers, recipe.e_scale, recipe.curriculum, recipe.rotation, step, spent)
+    states = skipping.states(batch[:, :-1], rates)
+    parts = [
+        weight * skipping.loss(states[layer], batch[:, 1:]) for layer, weight in weights.items()
+    ]
+    return torch.stack(parts).sum()
+
+
+@torch.no_grad()
+def evaluate(skipping: SkippingModel, windows: Tensor) -> list[tuple[float, float]]:
+    """Held-out loss, and agreement with full depth, after every layer."""
+    rows = []
+    states = skipping.states(windows[:, :-1], None)
+    head, norm = skipping.model.lm_head, skipping.model.model.norm
+    full_BT = head(norm(states[-1])).argmax(-1)
+    for x_BTD in states:
+        agreement = (head(norm(x_BTD)).argmax(-1) == full_BT).float().mean()
+        rows.append((skipping.loss(x_BTD, windows[:, 1:]).item(), agreement.item()))
+    return rows
+
+
+def train(skipping: SkippingModel, stream_T: Tensor, recipe: Recipe) -> int:
+    """Take steps until the time is spent; their number."""
+    optimizer = torch.optim.AdamW(skipping.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
+    steps, spent, started = 0, 0.0, time.monotonic()
+    with Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")) as bar:
+        task = bar.add_task("training", total=1.0)
+        while spent < 1.0:
+            batch = draw(stream_T, recipe.batch, recipe.length)
+            loss = training_loss(skipping, batch, recipe, steps, spent)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            torch.nn.utils.clip_grad_norm_(skipping.parameters(), 1.0, error_if_nonfinite=True)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate * (0.5 + 0.5 * math.cos(math.pi * spent))
+            optimizer.step()
+            optimizer.zero_grad()
+            steps, spent = steps + 1, (time.monotonic() - started) / (60 * recipe.minutes)
+            bar.update(task, completed=spent, description=f"step {steps} loss {loss.item():.3f}")
+    return steps
+
+
+def draw(stream_T: Tensor, batch: int, length: int) -> Tensor:
+    """Windows [B, T + 1] from random places."""
+    starts = torch.randint(len(stream_T) - length, (batch,)).tolist()
+    return torch.stack([stream_T[start : start + length + 1] for start in starts])
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """One stream of tokens."""
+    return torch.tensor(
+        [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
+    )
+
+
+def spread(stream_T: Tensor, length: int) -> Tensor:
+    """Held-out windows [B, T + 1], spread evenly."""
+    starts = np.linspace(0, len(stream_T) - length - 1, EVALUATED).astype(int).tolist()
+    return torch.stack([stream_T[start : start + length + 1] for start in starts])
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of the model to start from.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the trained model.")],
+    minutes: Annotated[float, Option(min=0.01, help="Time of training, minutes.")] = 10.0,
+    corpus: Annotated[
+        Path | None, Option(help="Documents; the standard library by default.")
+    ] = None,
+    documents: Annotated[int, Option(min=3, help="Documents, over all splits.")] = 320,
+    batch: Annotated[int, Option(min=1, help="Windows per step.")] = 8,
+    length: Annotated[int, Option(min=8, help="Tokens per window.")] = 256,
+    rate: Annotated[float, Option(min=0.0, help="Peak learning rate.")] = 3e-4,
+    p_max: Annotated[float, Option(min=0.0, max=1.0, help="Dropout of the last layer.")] = 0.1,
+    e_scale: Annotated[float, Option(min=0.0, max=1.0, help="Scale of the exits' losses.")] = 0.2,
+    curriculum: Annotated[str, Option(help="rotational or gradual.")] = "rotational",
+    rotation: Annotated[int, Option(min=1, help="R of the rotation, in layers.")] = 4,
+    from_scratch: Annotated[bool, Option(help="Raise the dropout over the run.")] = False,
+    threads: Annotated[int, Option(min=1, help="CPU threads.")] = 1,
+    seed: Annotated[int, Option(help="Of the windows and the dropout.")] = 0,
+) -> None:
+    """Continue training a model so that its early layers can be left at, and save it."""
+    if curriculum not in ("rotational", "gradual"):
+        raise typer.BadParameter("write rotational or gradual", param_hint="--curriculum")
+    kind: Curriculum = "gradual" if curriculum == "gradual" else "rotational"
+    recipe = Recipe(
+        minutes, batch, length, rate, p_max, e_scale, kind, rotation, from_scratch, seed
+    )
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    loaded, tokenizer = load_model(model, torch.float32, "cpu"), load_tokenizer(model)
+    skipping = SkippingModel(loaded.requires_grad_(True))
+    found = load_corpus(corpus, limit=documents)
+    train_T = encode(tokenizer, [each.text for each in found if each.split == "train"])
+    held_out = encode(tokenizer, [each.text for each in found if each.split == "validation"])
+    windows = spread(held_out, length)
+    before = evaluate(skipping, windows)
+    steps = train(skipping, train_T, recipe)
+    print("layer  held-out loss (nats)  agreement with full depth")
+    for layer, (old, new) in enumerate(zip(before, evaluate(skipping, windows), strict=True), 1):
+        print(f"{layer:5}  {old[0]:6.3f} → {new[0]:6.3f}       {old[1]:.3f} → {new[1]:.3f}")
+    loaded.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{steps} steps, saved in {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

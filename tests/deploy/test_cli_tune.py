@@ -1,0 +1,78 @@
+"""``offramp tune`` as it is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.documents import make_corpus
+
+SMALL = ("--steps", 2, "--batch-tokens", 64, "--length", 32, "--held-out", 2)
+
+
+def test_tune_prints_each_exit_before_and_after(cli: Any, tmp_path: Path) -> None:
+    out, corpus = tmp_path / "out", make_corpus(tmp_path / "corpus")
+    status, output = cli(
+        "tune", "--out", out, "--corpus", corpus, "--exits", "3,9", "--rank", 2, *SMALL
+    )
+    assert status == 0, output
+    lines = [line.split() for line in output.splitlines()]
+    assert [line[0] for line in lines if "→" in line][:3] == ["3", "9", "full"]
+    assert {path.name for path in out.iterdir()} == {
+        "candidates.npy",
+        "checkpoint.pt",
+        "translators.safetensors",
+        "tune.json",
+        "tune.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field", "said"),
+    [
+        ("--exits", "3,12", "exits", "The model has 12 layers"),
+        ("--exits", "x", "exits", "Write it like 3,6,9"),
+        ("--rank", "0", "rank", "below 1"),
+        ("--steps", "0", "steps", "below 1"),
+        ("--lr", "-1", "lr", "not in (0, 1]"),
+        ("--batch-tokens", "100", "batch_tokens", "no multiple"),
+        ("--model", "nowhere", "model", "there is no folder"),
+        ("--corpus", "nowhere", "corpus", "is no folder"),
+        ("--dtype", "int8", "dtype", "unknown"),
+        ("--device", "tpu", "device", "unknown"),
+    ],
+)
+def test_an_unusable_option_is_named_and_nothing_written(
+    cli: Any,
+    tmp_path: Path,
+    untouched: Callable[[], None],
+    option: str,
+    value: str,
+    field: str,
+    said: str,
+) -> None:
+    untouched()
+    message = cli.refused("tune", "--out", tmp_path / "out", option, value)
+    assert message.startswith(f"{field}: ")
+    assert said in message
+
+
+def test_a_folder_in_use_is_refused(
+    cli: Any, tmp_path: Path, untouched: Callable[[], None]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    untouched()
+    assert cli.refused("tune", "--out", tmp_path).startswith("out: ")
+
+
+def test_a_folder_that_is_not_ours_is_not_resumed(
+    cli: Any, tmp_path: Path, untouched: Callable[[], None]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    untouched()
+    message = cli.refused("tune", "--out", tmp_path, "--resume", *SMALL)
+    assert message.startswith("resume: ")
+    assert "no checkpoint of `offramp tune`" in message

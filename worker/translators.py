@@ -1,0 +1,219 @@
+"""Exit translators: small frozen corrections of the hidden state at an exit.
+
+A model that was never trained to exit keeps its early states in a basis that its own norm and head
+read badly. A translator maps the state after a layer to one they read well:
+``t(x) = x + B (A x) + b``, a low-rank form of the tuned lens (Belrose et al. 2023, section 3).
+``offramp tune`` fits them. What they return is for probes and the head only: the cache and the
+deeper layers take the state as it was, so full depth never sees a translator.
+
+A folder holds ``translators.safetensors`` (float32 tensors ``layer.A`` [r, D], ``layer.B`` [D, r]
+and ``layer.b`` [D] per exit) and ``tune.json`` (what they were fitted to, and how well).
+
+Shape suffixes: N rows (any number of leading dimensions), D width, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn.functional import linear
+
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+
+WEIGHTS = "translators.safetensors"
+DESCRIPTION = "tune.json"
+FORMAT = 1
+"""Version of both files; a reader refuses any other."""
+
+PARTS = ("A", "B", "b")
+AGAIN = "Run `offramp tune` for this model again"
+
+
+@dataclass(frozen=True, slots=True)
+class Translator:
+    """One exit's correction.
+
+    Attributes:
+        A_rD: Down projection.
+        B_Dr: Up projection.
+        b_D: Shift.
+    """
+
+    A_rD: Tensor
+    B_Dr: Tensor
+    b_D: Tensor
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """x + B (A x) + b, [N, D], in the dtype of x."""
+        return x_ND + linear(linear(x_ND, self.A_rD), self.B_Dr, self.b_D)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> Translator:
+        """The same in another dtype, on another device."""
+        return Translator(*(part.to(device, dtype) for part in (self.A_rD, self.B_Dr, self.b_D)))
+
+
+class ExitTranslators:
+    """The translators of a model, by the layer they follow; none of a layer is the identity.
+
+    Args:
+        by_layer: Layers are counted from 1, as exits are.
+    """
+
+    def __init__(self, by_layer: Mapping[int, Translator] | None = None) -> None:
+        self._by_layer = dict(sorted((by_layer or {}).items()))
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers that have a translator, ascending."""
+        return tuple(self._by_layer)
+
+    def apply(self, layer: int, x_ND: Tensor) -> Tensor:
+        """The state [N, D] that norm, head and probes should read after ``layer`` layers.
+
+        Where the layer has no translator this is ``x_ND`` itself, not a copy.
+        """
+        translator = self._by_layer.get(layer)
+        return x_ND if translator is None else translator(x_ND)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> ExitTranslators:
+        """The same in another dtype, on another device."""
+        moved = {layer: each.to(dtype, device) for layer, each in self._by_layer.items()}
+        return ExitTranslators(moved)
+
+    def save(self, folder: Path, description: Mapping[str, Any]) -> None:
+        """Write both files; the description gets the format, the exits and the weights' digest.
+
+        Args:
+            folder: Made if missing.
+            description: At least ``model`` (fingerprint), ``layers`` and ``width``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        blob = save(self._tensors())
+        facts = {
+            "format": FORMAT,
+            **description,
+            "exits": list(self.exits),
+            "digest": hashlib.sha256(blob).hexdigest(),
+        }
+        write_durably(folder / WEIGHTS, blob)
+        write_durably(folder / DESCRIPTION, (json.dumps(facts, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        fingerprint: str,
+        layers: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> ExitTranslators:
+        """Read a folder that ``offramp tune`` wrote, for the model that it was fitted to.
+
+        Args:
+            folder: With both files.
+            fingerprint: Of the model in use (``worker.loading.model_fingerprint``).
+            layers: Of the model; exits lie below.
+            width: D of the model.
+            dtype: Of the translators in use; the model's.
+            device: Where they are used.
+
+        Raises:
+            ConfigError: field ``translators``; a file is missing or damaged, they belong to
+                another model, or a tensor is missing, misshapen or not finite.
+        """
+        facts = _description(folder)
+        exits = _exits(folder, facts, fingerprint, layers)
+        tensors = _weights(folder, facts)
+        _check(folder, tensors, exits, width)
+        parts = {
+            layer: Translator(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in exits
+        }
+        return cls(parts).to(dtype, device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{layer}.{part}": tensor.detach().to("cpu", torch.float32).contiguous()
+            for layer, each in self._by_layer.items()
+            for part, tensor in zip(PARTS, (each.A_rD, each.B_Dr, each.b_D), strict=True)
+        }
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "translators",
+            f"{folder} holds no readable {DESCRIPTION}",
+            "Name a folder that a finished `offramp tune` wrote",
+        ) from error
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if found != FORMAT:
+        raise ConfigError(
+            "translators", f"{folder / DESCRIPTION} has format {found}, not {FORMAT}", AGAIN
+        )
+    assert isinstance(facts, dict)
+    return facts
+
+
+def _exits(
+    folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
+) -> tuple[int, ...]:
+    if facts.get("model") != fingerprint:
+        raise ConfigError(
+            "translators",
+            f"{folder} was fitted to the model {str(facts.get('model'))[:12]}…, "
+            f"not to {fingerprint[:12]}…",
+            AGAIN,
+        )
+    exits: Any = facts.get("exits")
+    listed = isinstance(exits, list) and all(type(layer) is int for layer in exits)
+    if not listed or exits != sorted(set(exits)) or not all(1 <= e < layers for e in exits):
+        raise ConfigError(
+            "translators", f"exits {exits} do not ascend within [1, {layers - 1}]", AGAIN
+        )
+    return tuple(exits)
+
+
+def _weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        blob = (folder / WEIGHTS).read_bytes()
+        tensors: dict[str, Tensor] = load(blob)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            "translators", f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
+        ) from error
+    if hashlib.sha256(blob).hexdigest() != facts.get("digest"):
+        raise ConfigError("translators", f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
+    return tensors
+
+
+def _check(folder: Path, tensors: dict[str, Tensor], exits: tuple[int, ...], width: int) -> None:
+    expected = {f"{layer}.{part}" for layer in exits for part in PARTS}
+    if odd := sorted(expected ^ tensors.keys()):
+        raise ConfigError("translators", f"{folder} lacks, or should not have, {odd}", AGAIN)
+    for layer in exits:
+        down, up, shift = (tensors[f"{layer}.{part}"] for part in PARTS)
+        rank = down.shape[0] if down.ndim else 0
+        shapes = [tuple(each.shape) for each in (down, up, shift)]
+        if rank < 1 or shapes != [(rank, width), (width, rank), (width,)]:
+            raise ConfigError(
+                "translators",
+                f"exit {layer} has shapes {shapes}, not [(r, {width}), ({width}, r), ({width},)]",
+                AGAIN,
+            )
+        if not all(each.isfinite().all() for each in (down, up, shift)):
+            raise ConfigError("translators", f"exit {layer} holds NaN or infinite values", AGAIN)
