@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import CANDIDATES_V1, BoolArray
+from offramp.controller.features import BoolArray
 from offramp.controller.policy import ExitPolicy
 from offramp.worker.fill import KVProjector
 from offramp.worker.kv import SlotKV
-from offramp.worker.probes import BlankProbe, CandidateProbe, Probe, SoftmaxProbe
+from offramp.worker.probes import Probe, ProbeBench
 from offramp.worker.sequence import Sequence
 from offramp.worker.stack import LayerStack, Rotary
 
@@ -42,6 +42,7 @@ class Decoder:
     def __init__(self, stack: LayerStack, kv: SlotKV, *, fills: bool = True) -> None:
         self.stack = stack
         self.kv = kv
+        self.bench = ProbeBench(stack)
         self.projector = KVProjector(stack) if fills else None
 
     @torch.inference_mode()
@@ -82,7 +83,7 @@ class _Batch:
         self.x_N1D = stack.embed(tokens_BT)
         self.rotary = stack.rotary(self.x_N1D, positions_BT)
         self.mask = _mask(self.positions, stack.device)
-        self.groups = _groups(stack, rows, self.x_N1D[:, 0], self.positions)
+        self.groups = _groups(decoder.bench, rows, self.x_N1D[:, 0], self.positions)
         self.states_BD = torch.empty_like(self.x_N1D[:, 0])
         self.known_logits: dict[int, Tensor] = {}
         self.exit_layers = [stack.layers] * len(rows)
@@ -190,7 +191,7 @@ class _Group:
 
 
 def _groups(
-    stack: LayerStack, rows: Rows[Sequence], x_BD: Tensor, positions: list[int]
+    bench: ProbeBench, rows: Rows[Sequence], x_BD: Tensor, positions: list[int]
 ) -> list[_Group]:
     by_policy: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -199,31 +200,12 @@ def _groups(
     groups = []
     for indices in by_policy.values():
         policy = rows[indices[0]].request.snapshot.policy
-        members = [rows[index] for index in indices]
+        ngrams = [rows[index].ngrams for index in indices]
         where = np.asarray(indices)
         x_ND = x_BD if len(indices) == len(rows) else x_BD[torch.from_numpy(where)]
-        probe = _probe(stack, policy, members, x_ND, np.asarray(positions, np.int32)[where])
+        probe = bench.probe(policy, ngrams, x_ND, np.asarray(positions, np.int32)[where])
         groups.append(_Group(policy, where, probe))
     return groups
-
-
-def _probe(
-    stack: LayerStack,
-    policy: ExitPolicy,
-    rows: Rows[Sequence],
-    x_ND: Tensor,
-    positions_N: np.ndarray,
-) -> Probe:
-    if policy.schema is None:
-        return BlankProbe()
-    if policy.schema != CANDIDATES_V1:
-        return SoftmaxProbe(stack)
-    table_VK = policy.candidates_VK
-    assert table_VK is not None  # the engine admits no candidate policy without a table
-    candidates = [row.ngrams.candidates(table_VK) for row in rows if row.ngrams is not None]
-    return CandidateProbe(
-        stack, np.asarray(candidates, np.int32), x_ND, positions_N, len(policy.exits)
-    )
 
 
 def _mask(positions: list[int], device: torch.device) -> Tensor | None:

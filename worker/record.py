@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import IntArray
+from offramp.controller.features import CANDIDATES_V1, FeatureSchema, IntArray
 from offramp.controller.traces import TraceChunk
 from offramp.worker.candidates import NgramIndex
-from offramp.worker.probes import CandidateProbe, softmax_features
+from offramp.worker.probes import ProbeInputs, Readout, make_probe, softmax_features
 from offramp.worker.stack import LayerStack
 
 
@@ -25,6 +25,7 @@ def record_document(
     tokens: Sequence[int],
     exits: Sequence[int],
     candidates_VK: IntArray,
+    schema: FeatureSchema = CANDIDATES_V1,
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
@@ -37,14 +38,17 @@ def record_document(
         tokens: T + 1 token ids; the last is only ever a label.
         exits: Layers to probe, ascending.
         candidates_VK: The candidate table.
+        schema: The features to record.
     """
     inputs = list(tokens[:-1])
     x_TD = stack.embed(torch.tensor([inputs], device=stack.device))
     positions_T = np.arange(len(inputs), dtype=np.int32)
     rotary = stack.rotary(x_TD, torch.from_numpy(positions_T)[None].to(stack.device))
-    probe = CandidateProbe(
-        stack, _candidates(inputs, candidates_VK), x_TD[0], positions_T, len(exits)
+    candidates_TK = _candidates(inputs, candidates_VK)
+    offer = ProbeInputs(
+        Readout(stack), x_TD[0], positions_T, len(exits), candidates_TK, candidates_VK
     )
+    probe = make_probe(schema, offer)
     features, exit_logits = [], []
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
