@@ -45,7 +45,8 @@ class CandidateProbe:
         self._scorer = make_scorer(readout or Readout(stack), candidates_NK, x_ND)
         self._confidence = Confidence(rows, scored, exits)
         self._motion = Motion(self._scorer.first_squares_N)
-        self._position_N = positions_N / stack.context
+        self._context = stack.context
+        self._positions_N = positions_N
 
     @classmethod
     def of(cls, inputs: ProbeInputs) -> CandidateProbe:
@@ -69,7 +70,7 @@ class CandidateProbe:
         out[:, :4], out[:, 6:9] = self._confidence.rows(scores_NK)
         out[:, 4:6] = self._motion.rows(dots_N, squares_N)
         out[:, 9] = layer / self._layers
-        out[:, 10] = self._position_N
+        out[:, 10] = self._positions_N / self._context
         return out
 
     def keep(self, stay_N: BoolArray) -> None:
@@ -77,7 +78,7 @@ class CandidateProbe:
         self._scorer.keep(stay_N)
         self._confidence.keep(stay_N)
         self._motion.keep(stay_N)
-        self._position_N = self._position_N[stay_N]
+        self._positions_N = self._positions_N[stay_N]
 
     def logits(self) -> Tensor | None:
         """None were computed: that is the point of candidates."""
@@ -87,5 +88,5 @@ class CandidateProbe:
         """The only row, in scalars: a third of the time that columns take for it."""
         sure, since = self._confidence.one(scores_K)
         moved = self._motion.one(dot, square)
-        place = (layer / self._layers, self._position_N[0])
+        place = (layer / self._layers, int(self._positions_N[0]) / self._context)
         return np.array([(*sure, *moved, *since, *place)], np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import compress
 
 import numpy as np
 
@@ -37,15 +38,16 @@ class Confidence:
     def __init__(self, rows: int, scored: int, exits: int) -> None:
         self._log_scored = math.log(scored)
         self._exits = exits
-        self._best_N = np.full(rows, -1, np.int64)
-        self._top1_N = np.zeros(rows, np.float32)
-        self._run_N = np.zeros(rows, np.float32)
+        # Lists: to make, read and write one entry of an array costs more.
+        self._best_N, self._top1_N, self._run_N = [-1] * rows, [0.0] * rows, [0.0] * rows
         self._ones_K = _ones(scored)
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._best_N, self._top1_N = self._best_N[stay_N], self._top1_N[stay_N]
-        self._run_N = self._run_N[stay_N]
+        stay = stay_N.tolist()
+        self._best_N = list(compress(self._best_N, stay))
+        self._top1_N = list(compress(self._top1_N, stay))
+        self._run_N = list(compress(self._run_N, stay))
 
     def one(self, scores_K: FloatArray) -> tuple[Sure, Since]:
         """The columns of the only row; its scores are overwritten."""
@@ -79,18 +81,20 @@ class Confidence:
         return sure_N4, self._since_rows(best_N, top1_N)
 
     def _since(self, best: int, top1: float) -> Since:
-        last = int(self._best_N[0])
-        change = 0.0 if last < 0 else top1 - float(self._top1_N[0])
-        run = float(self._run_N[0]) + 1.0 if best == last else 0.0
+        last = self._best_N[0]
+        change = 0.0 if last < 0 else top1 - self._top1_N[0]
+        run = self._run_N[0] + 1.0 if best == last else 0.0
         self._best_N[0], self._top1_N[0], self._run_N[0] = best, top1, run
         return float(best == last), run / self._exits, change
 
     def _since_rows(self, best_N: np.ndarray, top1_N: FloatArray) -> FloatArray:
-        agrees_N = best_N == self._best_N
-        change_N = np.where(self._best_N < 0, 0.0, top1_N - self._top1_N)
-        self._run_N = np.where(agrees_N, self._run_N + 1, 0).astype(np.float32)
-        self._best_N, self._top1_N = best_N, top1_N
-        return np.stack((agrees_N, self._run_N / self._exits, change_N), axis=-1)
+        last_N = np.asarray(self._best_N)
+        agrees_N = best_N == last_N
+        change_N = np.where(last_N < 0, 0.0, top1_N - np.asarray(self._top1_N))
+        run_N = np.where(agrees_N, np.asarray(self._run_N) + 1.0, 0.0)
+        self._best_N, self._top1_N = best_N.tolist(), top1_N.tolist()
+        self._run_N = run_N.tolist()
+        return np.stack((agrees_N, run_N / self._exits, change_N), axis=-1)
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,8 @@ Shape suffixes: N rows, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import compress
 
 import numpy as np
 
@@ -19,15 +21,15 @@ class Motion:
     """Cosine to the last state, and ln of the lengths' ratio, from products computed elsewhere.
 
     Args:
-        squares_N: Squared lengths of the first last states.
+        squares_N: Squared lengths of the states before the first.
     """
 
-    def __init__(self, squares_N: FloatArray) -> None:
-        self._length_N = _lengths(squares_N)
+    def __init__(self, squares_N: Iterable[float]) -> None:
+        self._length_N = [max(math.sqrt(square), SHORTEST) for square in squares_N]
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._length_N = self._length_N[stay_N]
+        self._length_N = list(compress(self._length_N, stay_N.tolist()))
 
     def one(self, dot: float, square: float) -> tuple[float, float]:
         """The columns of the only row.
@@ -36,18 +38,13 @@ class Motion:
             dot: Product of its state and the last one.
             square: Its squared length.
         """
-        last, length = float(self._length_N[0]), max(math.sqrt(square), SHORTEST)
+        last, length = self._length_N[0], max(math.sqrt(square), SHORTEST)
         self._length_N[0] = length
         return dot / (length * last), math.log(length / last)
 
     def rows(self, dots_N: FloatArray, squares_N: FloatArray) -> FloatArray:
         """The same of N rows, [N, 2]."""
-        length_N = _lengths(squares_N)
-        ratio_N = length_N / self._length_N
-        cosine_N = dots_N / (length_N * self._length_N)
-        self._length_N = length_N
-        return np.stack((cosine_N, np.log(ratio_N)), axis=-1)
-
-
-def _lengths(squares_N: FloatArray) -> FloatArray:
-    return np.maximum(np.sqrt(squares_N), np.float32(SHORTEST))
+        last_N = np.asarray(self._length_N)
+        length_N = np.maximum(np.sqrt(squares_N), SHORTEST)
+        self._length_N = length_N.tolist()
+        return np.stack((dots_N / (length_N * last_N), np.log(length_N / last_N)), axis=-1)

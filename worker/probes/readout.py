@@ -26,6 +26,12 @@ T = TypeVar("T")
 DERIVED = 8
 """Results kept by ``Readout.derived``."""
 
+FOLDED = 16 * 1024 * 1024
+"""Entries (64 MiB) up to which the head is kept a second time, folded."""
+
+SHELVED, SHELVED_BYTES = 8, 4 * 1024 * 1024
+"""Arrays kept by a shelf, and the largest that it keeps."""
+
 SMALL = 2.0**-8
 """Scale of the input that reveals a norm's epsilon: its square is near the usual epsilons."""
 
@@ -120,6 +126,26 @@ class FinalNorm:
         return error <= TOLERANCE.get(stack.dtype, 1e-2) * float(np.abs(expected_ND).max())
 
 
+class Shelf:
+    """Arrays for reuse: fresh memory of this size costs a page fault per 4 KiB."""
+
+    def __init__(self) -> None:
+        self._arrays: list[FloatArray] = []
+
+    def take(self, shape: tuple[int, ...]) -> FloatArray:
+        """An array of that shape, of undefined content."""
+        if self._arrays and self._arrays[-1].shape == shape:
+            return self._arrays.pop()
+        return np.empty(shape, np.float32)
+
+    def put(self, array: FloatArray) -> None:
+        """Give an array back that nobody uses any more; only a few are kept."""
+        if len(self._arrays) >= SHELVED:
+            self._arrays.clear()
+        if array.nbytes <= SHELVED_BYTES:
+            self._arrays.append(array)
+
+
 class Readout:
     """Final norm and head of one model; one per engine, shared by its probes.
 
@@ -131,7 +157,9 @@ class Readout:
         self.stack = stack
         self.norm = FinalNorm.of(stack)
         self.is_host = stack.device.type == "cpu"
+        self.shelf = Shelf()
         self._head_VD = _head_view(stack) if self.is_host else None
+        self._folded_VD = self._folded_head()
         self._derived: dict[tuple[object, int], tuple[IntArray, Any]] = {}
 
     def host(self, x_ND: Tensor) -> FloatArray:
@@ -150,6 +178,29 @@ class Readout:
             return self._head_VD.take(tokens_NK, 0)
         tokens = torch.tensor(tokens_NK, device=self.stack.device)
         return _host(self.stack.head_rows(tokens))
+
+    def fold_rows(self, tokens_NK: IntArray, out_NKD: FloatArray) -> FloatArray | None:
+        """Rows of the head, folded as ``FinalNorm.fold`` does; the offsets [N, K] or None.
+
+        Args:
+            tokens_NK: Within the vocabulary.
+            out_NKD: Where the rows go.
+        """
+        if self._folded_VD is not None:
+            self._folded_VD.take(tokens_NK, 0, out_NKD, "clip")
+            return None
+        assert self.norm is not None  # scorers ask a norm of another form itself
+        return self.norm.fold(self.head_rows(tokens_NK), out_NKD)
+
+    def _folded_head(self) -> FloatArray | None:
+        """The whole head, folded beforehand where that is small: it saves a pass per token."""
+        norm, size = self.norm, self.stack.vocab * self.stack.width
+        if not self.is_host or norm is None or norm.bias_D is not None or size > FOLDED:
+            return None
+        rows_VD = self.head_rows(np.arange(self.stack.vocab, dtype=np.int32)[None])[0]
+        folded_VD = np.empty_like(rows_VD)
+        norm.fold(rows_VD, folded_VD)
+        return folded_VD
 
     def derived(self, make: Callable[[Readout, IntArray], T], table_VK: IntArray) -> T:
         """``make(self, table_VK)``, computed once per table and kept for the latest few."""

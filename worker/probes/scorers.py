@@ -25,7 +25,7 @@ class Scorer(Protocol):
         first_squares_N: Squared lengths of the states before the first.
     """
 
-    first_squares_N: FloatArray
+    first_squares_N: list[float]
 
     def score(self, x_ND: Tensor) -> Scores:
         """All of N rows, in float32 on the host; ``x_ND`` is then the last state."""
@@ -57,12 +57,15 @@ class FoldedScorer:
         self._host = readout.host
         self._norm = norm
         self._scored, self._last, self._here = scored, scored, scored + 1
-        self._matrix_NMD = np.empty((rows, scored + 2, readout.stack.width), np.float32)
-        folded_NKD = self._matrix_NMD[:, :scored]
-        self._offset_NK = norm.fold(readout.head_rows(tokens_NK), folded_NKD)
+        self._shelf = readout.shelf
+        self._matrix_NMD = self._shelf.take((rows, scored + 2, readout.stack.width))
+        self._offset_NK = readout.fold_rows(tokens_NK, self._matrix_NMD[:, :scored])
         state_ND = readout.host(x_ND)
         self._matrix_NMD[:, self._last] = state_ND
-        self.first_squares_N = np.vecdot(state_ND, state_ND)
+        self.first_squares_N = [float(x_D.dot(x_D)) for x_D in state_ND]
+
+    def __del__(self) -> None:
+        self._shelf.put(self._matrix_NMD)
 
     def score(self, x_ND: Tensor) -> Scores:
         """All of N rows."""
@@ -99,7 +102,7 @@ class StackScorer:
         self._rows_NKD = self.stack.head_rows(tokens)
         self._last_ND = x_ND.float()
         squares_N = torch.linalg.vecdot(self._last_ND, self._last_ND)
-        self.first_squares_N: FloatArray = squares_N.cpu().numpy()
+        self.first_squares_N: list[float] = squares_N.tolist()
 
     def score(self, x_ND: Tensor) -> Scores:
         """All of N rows."""
