@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,21 +22,24 @@ class FeatureSchema:
         name: Which probe computes the columns.
         version: Raised whenever a column's meaning changes.
         columns: Column names, in order.
+        digest: SHA-256 of name, version and columns: equal only if probe and policy agree.
     """
 
     name: str
     version: int
     columns: tuple[str, ...]
+    # A field, because the decode loop looks probes up by it.
+    digest: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps([self.name, self.version, list(self.columns)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        object.__setattr__(self, "digest", digest)  # how a frozen dataclass sets a derived field
 
     @property
     def width(self) -> int:
         """Number of columns F."""
         return len(self.columns)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of name, version and columns: equal only if probe and policy agree."""
-        return _digest(self.name, self.version, self.columns)
 
     def index(self, column: str) -> int:
         """Position of a column.
@@ -46,13 +48,6 @@ class FeatureSchema:
             ValueError: the schema has no such column.
         """
         return self.columns.index(column)
-
-
-@lru_cache(maxsize=64)
-def _digest(name: str, version: int, columns: tuple[str, ...]) -> str:
-    # Remembered, because the decode loop looks probes up by it.
-    text = json.dumps([name, version, list(columns)])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 CANDIDATES_V1 = FeatureSchema(

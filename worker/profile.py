@@ -5,7 +5,6 @@ Shape suffixes: N rows, D width.
 
 from __future__ import annotations
 
-import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -16,15 +15,12 @@ import torch
 
 from offramp.controller.costs import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.controller.mlp import MlpPolicy
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
+from offramp.worker.profile_probes import random_policy
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
-
-HIDDEN = (32, 32)
-"""Hidden units of the policy that is timed: those the agents train."""
 
 
 @torch.inference_mode()
@@ -63,7 +59,7 @@ def measure_costs(
         engine.kv.fill(0, [0], [context], *projector.project(state_ND, 0, rotary))
 
     probe = _probe(engine, candidates_VK, state_ND, context)
-    policy = _policy(candidates_VK)
+    policy = random_policy(CANDIDATES_V1, (1,), candidates_VK)
     features_NF = probe.features(1, state_ND)
     seconds = _interleaved(
         {
@@ -123,13 +119,3 @@ def _probe(
 ) -> CandidateProbe:
     position_N = np.asarray([context], np.int32)
     return CandidateProbe(engine.stack, candidates_VK[:1], state_ND, position_N, exits=3)
-
-
-def _policy(candidates_VK: IntArray) -> MlpPolicy:
-    rng = np.random.default_rng(0)
-    widths = (CANDIDATES_V1.width, *HIDDEN, 1)
-    weights = [
-        (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in itertools.pairwise(widths)
-    ]
-    return MlpPolicy((1,), CANDIDATES_V1, weights, candidates_VK=candidates_VK)

@@ -5,8 +5,7 @@ Shape suffixes: N rows, K candidates, D width, V vocabulary, F features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -34,8 +33,7 @@ class Probe(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeInputs:
+class ProbeInputs(NamedTuple):
     """What some rows offer at the start of a step.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
 from offramp.worker.probes.base import ProbeInputs
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.motion import Motion
+from offramp.worker.probes.motion import motion_one, motion_rows
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.scorers import make_scorer
 from offramp.worker.stack import LayerStack
@@ -44,7 +44,6 @@ class CandidateProbe:
         self._layers = stack.layers
         self._scorer = make_scorer(readout or Readout(stack), candidates_NK, x_ND)
         self._confidence = Confidence(rows, scored, exits)
-        self._motion = Motion(self._scorer.first_squares_N)
         self._context = stack.context
         self._positions_N = positions_N
 
@@ -63,12 +62,12 @@ class CandidateProbe:
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
-        scores_NK, dots_N, squares_N = self._scorer.score(x_ND)
+        scores_NK, *products = self._scorer.score(x_ND)
         if len(scores_NK) == 1:
-            return self._one(layer, scores_NK[0], float(dots_N[0]), float(squares_N[0]))
+            return self._one(layer, scores_NK[0], *(float(each_N[0]) for each_N in products))
         out = np.empty((len(scores_NK), CANDIDATES_V1.width), np.float32)
         out[:, :4], out[:, 6:9] = self._confidence.rows(scores_NK)
-        out[:, 4:6] = self._motion.rows(dots_N, squares_N)
+        out[:, 4:6] = motion_rows(*products)
         out[:, 9] = layer / self._layers
         out[:, 10] = self._positions_N / self._context
         return out
@@ -77,16 +76,15 @@ class CandidateProbe:
         """Forget the rows that left."""
         self._scorer.keep(stay_N)
         self._confidence.keep(stay_N)
-        self._motion.keep(stay_N)
         self._positions_N = self._positions_N[stay_N]
 
     def logits(self) -> Tensor | None:
         """None were computed: that is the point of candidates."""
         return None
 
-    def _one(self, layer: int, scores_K: FloatArray, dot: float, square: float) -> FloatArray:
+    def _one(self, layer: int, scores_K: FloatArray, *products: float) -> FloatArray:
         """The only row, in scalars: a third of the time that columns take for it."""
         sure, since = self._confidence.one(scores_K)
-        moved = self._motion.one(dot, square)
+        moved = motion_one(*products)
         place = (layer / self._layers, int(self._positions_N[0]) / self._context)
         return np.array([(*sure, *moved, *since, *place)], np.float32)

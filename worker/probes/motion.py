@@ -1,50 +1,36 @@
-"""How a hidden state moved since the last probe.
+"""How a hidden state moved since the last probe: cosine, and ln of the lengths' ratio.
 
-Shape suffixes: N rows, D width.
+Shape suffix: N rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import compress
 
 import numpy as np
 
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.features import FloatArray
 
-SHORTEST = 1e-18
-"""A shorter state counts as this long: the embedding of a padding token may be all zeros."""
+SMALLEST = 1e-36
+"""A smaller squared length counts as this: the embedding of a padding token may be all zeros."""
 
 
-class Motion:
-    """Cosine to the last state, and ln of the lengths' ratio, from products computed elsewhere.
+def motion_one(dot: float, square: float, last_square: float) -> tuple[float, float]:
+    """Both columns of one row.
 
     Args:
-        squares_N: Squared lengths of the states before the first.
+        dot: Product of this state and the last one.
+        square, last_square: Their squared lengths.
     """
+    square, last_square = max(square, SMALLEST), max(last_square, SMALLEST)
+    return dot / math.sqrt(square) / math.sqrt(last_square), 0.5 * math.log(square / last_square)
 
-    def __init__(self, squares_N: Iterable[float]) -> None:
-        self._length_N = [max(math.sqrt(square), SHORTEST) for square in squares_N]
 
-    def keep(self, stay_N: BoolArray) -> None:
-        """Forget the rows that left."""
-        self._length_N = list(compress(self._length_N, stay_N.tolist()))
-
-    def one(self, dot: float, square: float) -> tuple[float, float]:
-        """The columns of the only row.
-
-        Args:
-            dot: Product of its state and the last one.
-            square: Its squared length.
-        """
-        last, length = self._length_N[0], max(math.sqrt(square), SHORTEST)
-        self._length_N[0] = length
-        return dot / (length * last), math.log(length / last)
-
-    def rows(self, dots_N: FloatArray, squares_N: FloatArray) -> FloatArray:
-        """The same of N rows, [N, 2]."""
-        last_N = np.asarray(self._length_N)
-        length_N = np.maximum(np.sqrt(squares_N), SHORTEST)
-        self._length_N = length_N.tolist()
-        return np.stack((dots_N / (length_N * last_N), np.log(length_N / last_N)), axis=-1)
+def motion_rows(
+    dots_N: FloatArray, squares_N: FloatArray, last_squares_N: FloatArray
+) -> FloatArray:
+    """The same of N rows, [N, 2]."""
+    squares_N = np.maximum(squares_N, np.float32(SMALLEST))
+    last_squares_N = np.maximum(last_squares_N, np.float32(SMALLEST))
+    cosine_N = dots_N / np.sqrt(squares_N) / np.sqrt(last_squares_N)
+    return np.stack((cosine_N, 0.5 * np.log(squares_N / last_squares_N)), axis=-1)

@@ -14,18 +14,12 @@ from torch import Tensor
 from offramp.controller.features import BoolArray, FloatArray, IntArray
 from offramp.worker.probes.readout import FinalNorm, Readout
 
-Scores = tuple[FloatArray, FloatArray, FloatArray]
-"""Scores [N, K], products with the last state [N], squared lengths [N]."""
+Scores = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+"""Scores [N, K]; product with the last state, squared length, the last state's, each [N]."""
 
 
 class Scorer(Protocol):
-    """Scores the same tokens, state after state.
-
-    Attributes:
-        first_squares_N: Squared lengths of the states before the first.
-    """
-
-    first_squares_N: list[float]
+    """Scores the same tokens, state after state."""
 
     def score(self, x_ND: Tensor) -> Scores:
         """All of N rows, in float32 on the host; ``x_ND`` is then the last state."""
@@ -60,9 +54,8 @@ class FoldedScorer:
         self._shelf = readout.shelf
         self._matrix_NMD = self._shelf.take((rows, scored + 2, readout.stack.width))
         self._offset_NK = readout.fold_rows(tokens_NK, self._matrix_NMD[:, :scored])
-        state_ND = readout.host(x_ND)
-        self._matrix_NMD[:, self._last] = state_ND
-        self.first_squares_N = [float(x_D.dot(x_D)) for x_D in state_ND]
+        self._matrix_NMD[:, self._last] = readout.host(x_ND)
+        self._last_squares_N: FloatArray | None = None
 
     def __del__(self) -> None:
         self._shelf.put(self._matrix_NMD)
@@ -83,11 +76,18 @@ class FoldedScorer:
         np.divide(scores_NK, rms, scores_NK)
         if self._offset_NK is not None:
             scores_NK += self._offset_NK
-        return scores_NK, product_NM[:, last], product_NM[:, here]
+        squares_N, last_squares_N = product_NM[:, here], self._last_squares_N
+        if last_squares_N is None:
+            first_ND = self._matrix_NMD[:, last]
+            last_squares_N = np.einsum("nd,nd->n", first_ND, first_ND)
+        self._last_squares_N = squares_N
+        return scores_NK, product_NM[:, last], squares_N, last_squares_N
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
         self._matrix_NMD = self._matrix_NMD[stay_N]
+        if self._last_squares_N is not None:
+            self._last_squares_N = self._last_squares_N[stay_N]
         if self._offset_NK is not None:
             self._offset_NK = self._offset_NK[stay_N]
 
@@ -101,19 +101,24 @@ class StackScorer:
         tokens = torch.tensor(tokens_NK, device=self.stack.device)
         self._rows_NKD = self.stack.head_rows(tokens)
         self._last_ND = x_ND.float()
-        squares_N = torch.linalg.vecdot(self._last_ND, self._last_ND)
-        self.first_squares_N: list[float] = squares_N.tolist()
 
     def score(self, x_ND: Tensor) -> Scores:
         """All of N rows."""
         scores_NK = torch.bmm(self._rows_NKD, self.stack.norm(x_ND).unsqueeze(-1)).squeeze(-1)
         state_ND = x_ND.float()
-        dots_N1 = torch.linalg.vecdot(state_ND, self._last_ND)[:, None]
-        squares_N1 = torch.linalg.vecdot(state_ND, state_ND)[:, None]
+        last_ND = self._last_ND
+        products_N3 = torch.stack(
+            [
+                torch.linalg.vecdot(state_ND, last_ND),
+                torch.linalg.vecdot(state_ND, state_ND),
+                torch.linalg.vecdot(last_ND, last_ND),
+            ],
+            dim=-1,
+        )
         # A copy where float() made none: the caller may overwrite its states.
         self._last_ND = state_ND.clone() if state_ND is x_ND else state_ND
-        packed = torch.cat((scores_NK.float(), dots_N1, squares_N1), dim=-1).cpu().numpy()
-        return packed[:, : self._scored], packed[:, -2], packed[:, -1]
+        packed = torch.cat((scores_NK.float(), products_N3), dim=-1).cpu().numpy()
+        return packed[:, : self._scored], packed[:, -3], packed[:, -2], packed[:, -1]
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
