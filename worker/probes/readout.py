@@ -71,6 +71,8 @@ class FinalNorm:
         if not unit > 0:
             return None
         scale = np.abs(small_D - zero_D).sum() / unit
+        if not scale > 2 * SMALL:
+            return None  # the output grows with the input: it is not divided by its rms
         eps = max(0.0, SMALL**2 * (1 - scale**2) / (scale**2 - SMALL**2))
         weight_D = (unit_D - zero_D) * _host(sign_D) * math.sqrt(1 + eps)
         bias_D = zero_D.astype(np.float32) if np.any(zero_D) else None
