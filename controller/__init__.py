@@ -2,7 +2,13 @@
 
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import OfframpError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, FeatureSchema
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SKETCH_V1,
+    SOFTMAX_V1,
+    STATE_V1,
+    FeatureSchema,
+)
 from offramp.controller.manifest import Manifest
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
@@ -12,7 +18,9 @@ from offramp.controller.registry import InMemoryRegistry, PolicyRegistry
 
 __all__ = [
     "CANDIDATES_V1",
+    "SKETCH_V1",
     "SOFTMAX_V1",
+    "STATE_V1",
     "ExitPolicy",
     "FeatureSchema",
     "FixedExit",

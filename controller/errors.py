@@ -45,6 +45,21 @@ class TraceError(FieldError):
     """A trace store or corpus is empty, corrupt or of another schema."""
 
 
+class PolicyFaultError(OfframpError):
+    """A policy's decision cannot be used; whoever asked goes on at full depth.
+
+    Attributes:
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"the policy's decision is unusable: {problem}")
+
+    def __reduce__(self) -> tuple[type[PolicyFaultError], tuple[str]]:
+        return type(self), (self.problem,)
+
+
 class RegistryUnavailableError(FieldError):
     """The policy registry cannot be reached."""
 

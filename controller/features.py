@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,22 +22,24 @@ class FeatureSchema:
         name: Which probe computes the columns.
         version: Raised whenever a column's meaning changes.
         columns: Column names, in order.
+        digest: SHA-256 of name, version and columns: equal only if probe and policy agree.
     """
 
     name: str
     version: int
     columns: tuple[str, ...]
+    # A field, because the decode loop looks probes up by it.
+    digest: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps([self.name, self.version, list(self.columns)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        object.__setattr__(self, "digest", digest)  # how a frozen dataclass sets a derived field
 
     @property
     def width(self) -> int:
         """Number of columns F."""
         return len(self.columns)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of name, version and columns: equal only if probe and policy agree."""
-        text = json.dumps([self.name, self.version, list(self.columns)])
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def index(self, column: str) -> int:
         """Position of a column.
@@ -77,7 +79,44 @@ SOFTMAX_V1 = FeatureSchema(
 )
 """Full-vocabulary confidence (CALM, Schuster et al. 2022, section 3.3): one LM head per probe."""
 
+SKETCH_V1 = FeatureSchema(
+    name="sketch",
+    version=1,
+    columns=(
+        "top1",  # softmax over the sketched tokens: probability of the best, in [0, 1]
+        "margin",  # best minus second best probability, in [0, 1]
+        "entropy",  # of that softmax, divided by ln m, in [0, 1]
+        "top_logit",  # approximate score of the best sketched token / 10
+        "agrees",  # 1 if the best token is the one of the last probe, else 0
+        "run_length",  # probes in a row with the same best token / number of exits, in [0, 1]
+        "top1_change",  # top1 minus top1 at the last probe (0 at the first)
+        "depth",  # layer / number of layers, in (0, 1)
+        "position",  # token position / context length, in [0, 1]
+    ),
+)
+"""Scores of the m most frequent tokens through a factorisation of low rank of their head rows."""
+
+STATE_V1 = FeatureSchema(
+    name="state",
+    version=1,
+    columns=(
+        "cosine",  # of this hidden state to the one at the last probe, in [-1, 1]
+        "norm_change",  # ln(|h| / |h at the last probe|)
+        "update",  # |h - h at the last probe| / |h|
+        "update_cosine",  # of this update to the one before, in [-1, 1] (0 at the first)
+        "mean",  # mean of h / root mean square of h, in [-1, 1]
+        "log_rms",  # ln(root mean square of h)
+        "peak",  # ln(largest |h_i| / root mean square of h), at least 0
+        "depth",  # layer / number of layers, in (0, 1)
+        "position",  # token position / context length, in [0, 1]
+    ),
+)
+"""Statistics of the hidden state alone: no logit, no matrix."""
+
 SCHEMAS: dict[str, FeatureSchema] = {
-    schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V1)
+    schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V1, SKETCH_V1, STATE_V1)
 }
 """Every schema this version can compute, by digest."""
+
+TABLE_SCHEMAS = frozenset({CANDIDATES_V1.digest, SKETCH_V1.digest})
+"""Digests of the schemas whose probes need the policy's candidate table."""

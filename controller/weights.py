@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from offramp.controller.errors import (
     ConfigError,
+    PolicyFaultError,
     PolicyRefusedError,
     Refusal,
     RequestError,
@@ -287,6 +288,8 @@ def _check_canned(policy: ExitPolicy, tensors: Tensors) -> None:
         differs_N = np.not_equal(found_N, tensors["canned.leave"].astype(np.bool_))
     except (KeyError, ValueError, IndexError) as error:
         raise PolicyRefusedError(Refusal.BAD_SHAPE, f"canned inputs: {error}") from error
+    except PolicyFaultError as error:
+        raise PolicyRefusedError(Refusal.NOT_FINITE, f"canned inputs: {error}") from error
     if differs_N.any():
         detail = f"{differs_N.sum()} of {len(found_N)} decisions differ from those recorded"
         raise PolicyRefusedError(Refusal.CANNED_INPUTS, detail)

@@ -106,7 +106,14 @@ class TraceRecorder:
 
     def record(self, document: str, tokens: Sequence[int]) -> TraceChunk:
         """One document's chunk; see ``record_document``."""
-        return record_document(self.engine.stack, document, tokens, self.exits, self.candidates_VK)
+        return record_document(
+            self.engine.stack,
+            document,
+            tokens,
+            self.exits,
+            self.candidates_VK,
+            translators=self.engine.decoder.translators,
+        )
 
     def measure(self) -> CostTable:
         """This process's costs; call it while no other actor works."""

@@ -8,7 +8,7 @@ from operator import index
 from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.features import TABLE_SCHEMAS
 from offramp.controller.policy import ExitPolicy
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
@@ -213,7 +213,7 @@ def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
         raise RequestError(
             "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
         )
-    if policy.schema != CANDIDATES_V1:
+    if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
         return
     table = policy.candidates_VK
     if table is None or table.shape[0] != vocab or table.min() < 0 or table.max() >= vocab:

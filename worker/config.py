@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from offramp.controller.errors import ConfigError
@@ -23,6 +24,8 @@ class EngineConfig:
         prefill_tokens: Prompt tokens read between two launches at most: a running row never
             waits longer for other rows' prompts.
         max_pending: Tokens a row may put off before its next one runs all layers.
+        translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
+            they are.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks.
 
     Raises:
@@ -33,6 +36,7 @@ class EngineConfig:
     schedule: Schedule = LOCKSTEP
     prefill_tokens: int = 256
     max_pending: int = 8
+    translators: Path | None = None
     kv_budget_mb: float | None = None
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from offramp.worker.sampling import SamplingParams
 from offramp.worker.schedule import Launch, Schedule, Scheduler
 from offramp.worker.sequence import KVMode, Request, Sequence, TokenEvent
 from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.translators import UNTRANSLATED, ExitTranslators
 
 
 class EngineCore:
@@ -49,7 +50,7 @@ class EngineCore:
 
     Raises:
         ModelError: the architecture is unsupported.
-        ConfigError: fewer than one slot, or a setting that does not fit the model.
+        ConfigError: fewer than one slot, or a setting or translators that do not fit the model.
     """
 
     def __init__(
@@ -69,9 +70,14 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
-        self.decoder = Decoder(self.stack, self.kv, max_pending=self.config.max_pending)
-        self.current_policy = current_policy
         self.model_fingerprint = model_fingerprint(model)
+        self.decoder = Decoder(
+            self.stack,
+            self.kv,
+            max_pending=self.config.max_pending,
+            translators=self._translators(),
+        )
+        self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
         self._roster = Roster(self.kv, self.stack)
         self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
@@ -165,6 +171,14 @@ class EngineCore:
     def is_prefilling(self) -> bool:
         """Whether some prompt is still to be read."""
         return bool(self._roster.waiting) or any(not r.is_prefilled for r in self._roster.rows)
+
+    def _translators(self) -> ExitTranslators:
+        folder, stack = self.config.translators, self.stack
+        if folder is None:
+            return UNTRANSLATED
+        return ExitTranslators.load(
+            folder, self.model_fingerprint, stack.layers, stack.width, stack.dtype, stack.device
+        )
 
     def _prefill(self) -> None:
         budget = self.config.prefill_tokens

@@ -5,7 +5,6 @@ Shape suffixes: M tokens of one row, D width, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from offramp.worker.attention import prefill_window
 from offramp.worker.fill import KVProjector
-from offramp.worker.groups import Group
+from offramp.worker.guard import PolicyGuard
 from offramp.worker.kv import EXACT, SlotKV
+from offramp.worker.probes import ProbeBench
 from offramp.worker.sequence import Sequence
 from offramp.worker.stack import LayerStack
+from offramp.worker.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.wave import Arrival, Wave
-
-log = logging.getLogger(__name__)
 
 MAX_PENDING = 8
 """Tokens a row may put off before its next one runs all layers."""
@@ -66,23 +65,33 @@ class Decoder:
         stack: The model.
         kv: Its cache.
         max_pending: Tokens a row may put off (``defer``, ``verify``).
+        translators: What exits are read through.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
 
     Attributes:
         spent: Seconds spent beside the model.
-        failures: Requests whose policy failed and that went on at full depth.
+        bench: Builds probes.
+        guard: Asks policies, and counts those that fail; their requests go on at full depth.
     """
 
     def __init__(
-        self, stack: LayerStack, kv: SlotKV, *, max_pending: int = MAX_PENDING, fills: bool = True
+        self,
+        stack: LayerStack,
+        kv: SlotKV,
+        *,
+        max_pending: int = MAX_PENDING,
+        translators: ExitTranslators = UNTRANSLATED,
+        fills: bool = True,
     ) -> None:
         self.stack = stack
         self.kv = kv
         self.max_pending = max_pending
         self.projector = KVProjector(stack) if fills else None
+        self.translators = translators
         self.spent = Spent()
-        self.failures = 0
+        self.bench = ProbeBench(stack)
+        self.guard = PolicyGuard()
 
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""
@@ -123,20 +132,6 @@ class Decoder:
         """
         arrivals = Wave(self, rows, first, riders).run(last)
         return self._outcomes(arrivals)
-
-    def ask(
-        self, group: Group, executed: int, x_ND: Tensor
-    ) -> tuple[list[Sequence], Tensor | None]:
-        """Which rows of a group leave; a policy that fails is not asked again."""
-        try:
-            return group.ask(executed, x_ND)
-        except Exception:
-            log.exception("a policy failed; its rows go on at full depth")
-            self.failures += len(group.rows)
-            for row in group.rows:
-                row.policy_failed = True
-            group.rows.clear()
-            return [], None
 
     def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:
         """One head for all tokens whose logits are asked for and not known."""

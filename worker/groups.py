@@ -10,11 +10,10 @@ from collections.abc import Sequence as Rows
 import numpy as np
 from torch import Tensor
 
-from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy
-from offramp.worker.probes import BlankProbe, CandidateProbe, Probe, SoftmaxProbe
+from offramp.worker.guard import PolicyGuard
+from offramp.worker.probes import Probe, ProbeBench
 from offramp.worker.sequence import Sequence
-from offramp.worker.stack import LayerStack
 
 
 class Group:
@@ -31,19 +30,30 @@ class Group:
         self.rows = rows
         self.probe = probe
 
-    def ask(self, executed: int, x_ND: Tensor) -> tuple[list[Sequence], Tensor | None]:
+    def ask(
+        self, guard: PolicyGuard, executed: int, x_ND: Tensor
+    ) -> tuple[list[Sequence], Tensor | None]:
         """Which rows leave; they are then forgotten.
 
+        If the policy fails none leaves, and none is asked again until its request ends.
+
         Args:
+            guard: Survives the policy's failures.
             executed: Layers executed.
             x_ND: The rows' hidden states.
 
         Returns:
             The leaving rows, and their whole logits [N, V] if the probe computed them anyway.
         """
-        leave_N = self.policy.leave(self.probe.features(executed, x_ND)).copy()
+        leave_N = guard.decide(self.policy, self.probe.features(executed, x_ND))
+        if leave_N is None:
+            for row in self.rows:
+                row.policy_failed = True
+            self.rows = []
+            return [], None
         if not leave_N.any():
             return [], None
+        leave_N = leave_N.copy()
         logits_NV = self.probe.logits()
         known_NV = None if logits_NV is None else logits_NV[np.flatnonzero(leave_N)]
         leaving = [row for row, leaves in zip(self.rows, leave_N, strict=True) if leaves]
@@ -61,11 +71,11 @@ class Group:
         self.rows = [row for row, stays in zip(self.rows, stay_N, strict=True) if stays]
 
 
-def groups_of(stack: LayerStack, rows: Rows[Sequence], x_ND: Tensor) -> list[Group]:
+def groups_of(bench: ProbeBench, rows: Rows[Sequence], x_ND: Tensor) -> list[Group]:
     """One group per policy that asks at all.
 
     Args:
-        stack: The model.
+        bench: Builds the probes.
         rows: Rows that begin a token and may leave early.
         x_ND: Their embeddings.
     """
@@ -76,28 +86,17 @@ def groups_of(stack: LayerStack, rows: Rows[Sequence], x_ND: Tensor) -> list[Gro
     groups = []
     for indices in by_policy.values():
         members = [rows[index] for index in indices]
-        policy = members[0].request.snapshot.policy
         states_ND = x_ND if len(indices) == len(rows) else x_ND[indices]
-        group = Group(policy, members, _probe(stack, policy, members, states_ND))
+        group = _group(bench, members, states_ND)
         for row in members:
             row.group = group
         groups.append(group)
     return groups
 
 
-def _probe(stack: LayerStack, policy: ExitPolicy, rows: list[Sequence], x_ND: Tensor) -> Probe:
-    if policy.schema is None:
-        return BlankProbe()
-    if policy.schema != CANDIDATES_V1:
-        return SoftmaxProbe(stack)
-    table_VK = policy.candidates_VK
-    assert table_VK is not None  # the engine admits no candidate policy without a table
-    candidates = [
-        row.ngrams.candidates(table_VK, [draft.token for draft in row.drafts])
-        for row in rows
-        if row.ngrams is not None
-    ]
-    positions_N = np.asarray([row.position for row in rows], np.int32)
-    return CandidateProbe(
-        stack, np.asarray(candidates, np.int32), x_ND, positions_N, len(policy.exits)
-    )
+def _group(bench: ProbeBench, rows: list[Sequence], x_ND: Tensor) -> Group:
+    policy = rows[0].request.snapshot.policy
+    positions_N = np.array([row.position for row in rows], np.int32)
+    drafted = [[draft.token for draft in row.drafts] for row in rows]
+    ngrams = [row.ngrams for row in rows]
+    return Group(policy, rows, bench.probe(policy, ngrams, x_ND, positions_N, drafted))

@@ -5,7 +5,6 @@ Shape suffixes: N rows, D width.
 
 from __future__ import annotations
 
-import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -16,18 +15,11 @@ import torch
 
 from offramp.controller.costs import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.controller.mlp import MlpPolicy
 from offramp.worker.attention import decode_window
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
-from offramp.worker.sampler import Draw, Sampler
-from offramp.worker.sampling import SamplingParams
-from offramp.worker.sequence import Sequence
-from offramp.worker.snapshot import FULL_DEPTH
-
-HIDDEN = (32, 32)
-"""Hidden units of the policy that is timed: those the agents train."""
+from offramp.worker.profile_probes import prefilled_row, random_policy
 
 
 @torch.inference_mode()
@@ -44,7 +36,7 @@ def measure_costs(
     """
     stack = engine.stack
     prompt = tuple(index % stack.vocab for index in range(context))
-    row = _prefilled_row(engine, prompt)
+    row = prefilled_row(engine, prompt)
     position = torch.tensor([[context]], device=stack.device)
     x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device), position)
     rotary = stack.rotary(x_11D, position)
@@ -62,7 +54,7 @@ def measure_costs(
         engine.kv.fill(0, [0], [context], *projector.project(state_ND, 0, rotary))
 
     probe = _probe(engine, candidates_VK, state_ND, context)
-    policy = _policy(candidates_VK)
+    policy = random_policy(CANDIDATES_V1, (1,), candidates_VK)
     features_NF = probe.features(1, state_ND)
     seconds = _interleaved(
         {
@@ -85,17 +77,6 @@ def measure_costs(
         layers=stack.layers,
         machine=describe_machine(stack.dtype),
     )
-
-
-def _prefilled_row(engine: AdaptiveEngine, prompt: tuple[int, ...]) -> Sequence:
-    """A row at full depth that has read its prompt and always feeds the same next token."""
-    request = engine.submit(prompt, SamplingParams(max_tokens=2), FULL_DEPTH)
-    engine.cancel(request.id)
-    row = Sequence(request, 0, Sampler(request.sampling, prompt, frozenset(), engine.stack.vocab))
-    engine.kv.reserve(len(prompt) + 1)
-    engine.decoder.prefill(row, len(prompt))
-    row.emit(Draw(prompt[0]), engine.stack.layers, frozenset())
-    return row
 
 
 def describe_machine(dtype: torch.dtype) -> str:
@@ -133,13 +114,3 @@ def _probe(
 ) -> CandidateProbe:
     position_N = np.asarray([context], np.int32)
     return CandidateProbe(engine.stack, candidates_VK[:1], state_ND, position_N, exits=3)
-
-
-def _policy(candidates_VK: IntArray) -> MlpPolicy:
-    rng = np.random.default_rng(0)
-    widths = (CANDIDATES_V1.width, *HIDDEN, 1)
-    weights = [
-        (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in itertools.pairwise(widths)
-    ]
-    return MlpPolicy((1,), CANDIDATES_V1, weights, candidates_VK=candidates_VK)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import IntArray
+from offramp.controller.features import CANDIDATES_V1, FeatureSchema, IntArray
 from offramp.controller.traces import TraceChunk
 from offramp.worker.candidates import NgramIndex
-from offramp.worker.probes import CandidateProbe, softmax_features
+from offramp.worker.probes import ProbeInputs, Readout, make_probe, softmax_features
 from offramp.worker.stack import LayerStack
+from offramp.worker.translators import UNTRANSLATED, ExitTranslators
 
 
 @torch.inference_mode()
@@ -25,6 +26,8 @@ def record_document(
     tokens: Sequence[int],
     exits: Sequence[int],
     candidates_VK: IntArray,
+    schema: FeatureSchema = CANDIDATES_V1,
+    translators: ExitTranslators = UNTRANSLATED,
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
@@ -37,21 +40,26 @@ def record_document(
         tokens: T + 1 token ids; the last is only ever a label.
         exits: Layers to probe, ascending.
         candidates_VK: The candidate table.
+        schema: The features to record.
+        translators: What the model's exits are read through.
     """
     inputs = list(tokens[:-1])
     positions_T = np.arange(len(inputs), dtype=np.int32)
     positions_1T = torch.from_numpy(positions_T)[None].to(stack.device)
     x_TD = stack.embed(torch.tensor([inputs], device=stack.device), positions_1T)
     rotary = stack.rotary(x_TD, positions_1T)
-    probe = CandidateProbe(
-        stack, _candidates(inputs, candidates_VK), x_TD[0], positions_T, len(exits)
+    candidates_TK = _candidates(inputs, candidates_VK)
+    offer = ProbeInputs(
+        Readout(stack), x_TD[0], positions_T, len(exits), candidates_TK, candidates_VK
     )
+    probe = make_probe(schema, offer)
     features, exit_logits = [], []
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
         if index + 1 in exits:
-            features.append(probe.features(index + 1, x_TD[0]))
-            exit_logits.append(stack.logits(x_TD[0]))
+            read_TD = translators.apply(index + 1, x_TD[0])
+            features.append(probe.features(index + 1, read_TD))
+            exit_logits.append(stack.logits(read_TD))
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
     full_token_T = full_TV.argmax(-1)
     exit_token_TE = torch.stack([logits_TV.argmax(-1) for logits_TV in exit_logits], dim=-1)

@@ -151,6 +151,10 @@ class ExitTranslators:
         }
 
 
+UNTRANSLATED = ExitTranslators()
+"""The identity at every exit."""
+
+
 def _description(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))

@@ -112,7 +112,7 @@ class Wave:
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
         start = time.perf_counter()
-        self.groups = groups_of(self.stack, [self.rows[n] for n in free], states_ND)
+        self.groups = groups_of(self.decoder.bench, [self.rows[n] for n in free], states_ND)
         self.decoder.spent.deciding_s += time.perf_counter() - start
 
     def _resume_groups(self) -> None:
@@ -160,26 +160,28 @@ class Wave:
         self.decoder.kv.open(self._window)
 
     def _let_leave(self, executed: int) -> None:
+        asking = [group for group in self.groups if group.rows and executed in group.policy.exits]
+        if not asking:
+            return
+        start = time.perf_counter()
+        # Probes and head read the translated state, deeper layers and cache the state itself.
+        read_ND = self.decoder.translators.apply(executed, self._x[:, -1])
         leaving: dict[int, Tensor | None] = {}
-        for group in self.groups:
-            if group.rows and executed in group.policy.exits:
-                start = time.perf_counter()
-                places = [self.rows.index(row) for row in group.rows]
-                x_ND = self._x[:, -1]
-                asked_ND = x_ND if len(places) == len(self.rows) else x_ND[places]
-                rows, known_NV = self.decoder.ask(group, executed, asked_ND)
-                for n, row in enumerate(rows):
-                    leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
-                self.decoder.spent.deciding_s += time.perf_counter() - start
+        for group in asking:
+            places = [self.rows.index(row) for row in group.rows]
+            asked_ND = read_ND if len(places) == len(self.rows) else read_ND[places]
+            rows, known_NV = group.ask(self.decoder.guard, executed, asked_ND)
+            for n, row in enumerate(rows):
+                leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
+        self.decoder.spent.deciding_s += time.perf_counter() - start
         if leaving:
-            self._part_with(executed, leaving)
+            self._part_with(executed, leaving, read_ND)
 
-    def _part_with(self, executed: int, leaving: dict[int, Tensor | None]) -> None:
+    def _part_with(self, executed: int, leaving: dict[int, Tensor | None], read_ND: Tensor) -> None:
         places = sorted(leaving)
         for n in places:
             row = self._settle(n, executed)
-            state_1D = self._x[n, -1:]
-            self.arrivals.append(Arrival(row, executed, state_1D, True, leaving[n]))
+            self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, leaving[n]))
         self._fill([n for n in places if self.rows[n].request.kv_mode == "project"], executed)
         stay = [n for n in range(len(self.rows)) if n not in leaving]
         self.rows = [self.rows[n] for n in stay]

@@ -29,6 +29,7 @@ from offramp.agents.tuning.quality import TuneReport, compare, measure
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.worker.candidates import successor_table
+from offramp.worker.families import stack_for
 from offramp.worker.loading import (
     load_model,
     load_tokenizer,
@@ -36,7 +37,7 @@ from offramp.worker.loading import (
     parse_dtype,
     require_device,
 )
-from offramp.worker.stack import HFDecoderStack, LayerStack
+from offramp.worker.stack import LayerStack
 from offramp.worker.translators import ExitTranslators
 
 PLOT = "tune.png"
@@ -113,7 +114,7 @@ class _Run:
         model = load_model(config.model, parse_dtype(config.dtype), config.device)
         tokenizer = load_tokenizer(config.model)
         self.config, self.exits, self.train = config, exits, train
-        self.stack: LayerStack = HFDecoderStack(model)
+        self.stack: LayerStack = stack_for(model)
         self.encode: Encode = lambda text: list(tokenizer(text, verbose=False)["input_ids"])
         self.separator: int | None = tokenizer.eos_token_id
         self.windows = _windows(held_out, self.encode, config.length)

@@ -1,0 +1,25 @@
+"""Probes: what a policy sees of a row at an exit, short of running the rest of the model."""
+
+from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
+from offramp.worker.probes.candidates import CandidateProbe
+from offramp.worker.probes.readout import Readout
+from offramp.worker.probes.registry import PROBES, ProbeBench, make_probe
+from offramp.worker.probes.sketch import Sketch, SketchProbe
+from offramp.worker.probes.softmax import SoftmaxProbe, softmax_features
+from offramp.worker.probes.state import StateProbe
+
+__all__ = [
+    "PROBES",
+    "BlankProbe",
+    "CandidateProbe",
+    "Probe",
+    "ProbeBench",
+    "ProbeInputs",
+    "Readout",
+    "Sketch",
+    "SketchProbe",
+    "SoftmaxProbe",
+    "StateProbe",
+    "make_probe",
+    "softmax_features",
+]

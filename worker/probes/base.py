@@ -1,0 +1,69 @@
+"""What every probe is, and what it may be built from.
+
+Shape suffixes: N rows, K candidates, D width, V vocabulary, F features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from offramp.controller.features import BoolArray, FloatArray, IntArray
+from offramp.worker.probes.readout import Readout
+
+
+class Probe(Protocol):
+    """Computes one schema's features for a shrinking set of rows, exit by exit."""
+
+    def features(self, layer: int, x_ND: Tensor) -> FloatArray:
+        """Features [N, F] of the rows' hidden states after ``layer`` layers.
+
+        The array is the caller's; ``x_ND`` may be overwritten after the call.
+        """
+        ...
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Forget the rows that left."""
+        ...
+
+    def logits(self) -> Tensor | None:
+        """Whole logits [N, V] that the last ``features`` computed anyway; None if it did not."""
+        ...
+
+
+class ProbeInputs(NamedTuple):
+    """What some rows offer at the start of a step.
+
+    Attributes:
+        readout: The model's final norm and head, as probes read them.
+        x_ND: The rows' embeddings: what the first probe is compared to.
+        positions_N: Token positions.
+        exits: Number of exits the policy may ask at.
+        candidates_NK: Likely next tokens per row, distinct within a row; None if the policy
+            carries no table.
+        table_VK: The table they come from, or None.
+    """
+
+    readout: Readout
+    x_ND: Tensor
+    positions_N: IntArray
+    exits: int
+    candidates_NK: IntArray | None = None
+    table_VK: IntArray | None = None
+
+
+class BlankProbe:
+    """For policies that read nothing: features of zero width."""
+
+    def features(self, layer: int, x_ND: Tensor) -> FloatArray:
+        """An empty matrix [N, 0]."""
+        return np.empty((len(x_ND), 0), np.float32)
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Nothing is remembered."""
+
+    def logits(self) -> Tensor | None:
+        """None were computed."""
+        return None

@@ -1,0 +1,121 @@
+"""Which probe computes which feature schema: one line per probe.
+
+Shape suffixes: N rows, K candidates, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SKETCH_V1,
+    SOFTMAX_V1,
+    STATE_V1,
+    FeatureSchema,
+    IntArray,
+)
+from offramp.controller.policy import ExitPolicy
+from offramp.worker.candidates import NgramIndex
+from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
+from offramp.worker.probes.candidates import CandidateProbe
+from offramp.worker.probes.readout import Readout
+from offramp.worker.probes.sketch import SketchProbe
+from offramp.worker.probes.softmax import SoftmaxProbe
+from offramp.worker.probes.state import StateProbe
+from offramp.worker.stack import LayerStack
+
+ProbeFactory = Callable[[ProbeInputs], Probe]
+
+PROBES: MappingProxyType[str, ProbeFactory] = MappingProxyType(
+    {
+        CANDIDATES_V1.digest: CandidateProbe.of,
+        SOFTMAX_V1.digest: SoftmaxProbe.of,
+        SKETCH_V1.digest: SketchProbe.of,
+        STATE_V1.digest: StateProbe,
+    }
+)
+"""How to probe, by digest of the schema."""
+
+
+class ProbeBench:
+    """Builds the probes of one model; holds what they share.
+
+    Args:
+        stack: The model.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        self.readout = Readout(stack)
+
+    def probe(
+        self,
+        policy: ExitPolicy,
+        ngrams: Sequence[NgramIndex | None],
+        x_ND: Tensor,
+        positions_N: IntArray,
+        drafted: Sequence[Sequence[int]] = (),
+    ) -> Probe:
+        """The probe that a policy reads, for some rows at the start of a step.
+
+        Args:
+            policy: Its schema says which probe, its table which candidates.
+            ngrams: Each row's index; read only if the schema is of candidates.
+            x_ND: The rows' embeddings.
+            positions_N: Their token positions.
+            drafted: Each row's tokens that its index does not know, since they may be taken
+                back; () if no row has any.
+
+        Raises:
+            ConfigError: no probe computes the schema.
+        """
+        if policy.schema is None:
+            return BlankProbe()
+        candidates_NK = None
+        if policy.schema.digest == CANDIDATES_V1.digest:
+            candidates_NK = _candidates(ngrams, policy.candidates_VK, drafted)
+        inputs = ProbeInputs(
+            self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK
+        )
+        return make_probe(policy.schema, inputs)
+
+    def prepare(self, policy: ExitPolicy) -> None:
+        """Compute now what the policy's probe would compute on its first use.
+
+        Call it when a policy arrives: a sketch takes tens of milliseconds.
+        """
+        if policy.schema is not None:
+            stack = self.readout.stack
+            x_ND = torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)
+            self.probe(policy, [NgramIndex((0,))], x_ND, np.zeros(1, np.int32))
+
+
+def make_probe(schema: FeatureSchema, inputs: ProbeInputs) -> Probe:
+    """The schema's probe.
+
+    Raises:
+        ConfigError: no probe computes the schema.
+    """
+    factory = PROBES.get(schema.digest)
+    if factory is None:
+        problem = f"no probe computes {schema.name!r} version {schema.version}"
+        raise ConfigError("schema", problem, "Add one to offramp.worker.probes.registry")
+    return factory(inputs)
+
+
+def _candidates(
+    ngrams: Sequence[NgramIndex | None],
+    table_VK: IntArray | None,
+    drafted: Sequence[Sequence[int]],
+) -> IntArray:
+    assert table_VK is not None  # the engine admits no candidate policy without a table
+    pairs = itertools.zip_longest(ngrams, drafted, fillvalue=())
+    rows = [row.candidates(table_VK, tail) for row, tail in pairs if isinstance(row, NgramIndex)]
+    return np.array(rows, np.int32)
