@@ -219,9 +219,7 @@ def test_without_the_fill_projected_tokens_change(family: str) -> None:
 
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
 @pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS[1]])
-def test_layer_calls_are_what_hooks_count(
-    family: str, schedule: Schedule, kv_mode: KVMode
-) -> None:
+def test_layer_calls_are_what_hooks_count(family: str, schedule: Schedule, kv_mode: KVMode) -> None:
     engine = engine_of(make_model(family), schedule=schedule, max_pending=3)
     request = engine.submit(
         RAGGED[0], SamplingParams(max_tokens=30), RandomExit(0.5), kv_mode=kv_mode

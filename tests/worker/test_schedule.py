@@ -73,7 +73,9 @@ class Simulation:
 
 
 schedules = st.builds(
-    lambda holds, rows, patience: Schedule(holds=tuple(sorted(holds)), rows=rows, patience=patience),
+    lambda holds, rows, patience: Schedule(
+        holds=tuple(sorted(holds)), rows=rows, patience=patience
+    ),
     st.sets(st.integers(1, LAYERS - 1), max_size=4),
     st.integers(1, 6),
     st.integers(0, 8),

@@ -53,7 +53,9 @@ plans = st.builds(
     cancelled=st.none() | st.none() | st.integers(1, 25),
 )
 schedules = st.builds(
-    lambda holds, rows, patience: Schedule(holds=tuple(sorted(holds)), rows=rows, patience=patience),
+    lambda holds, rows, patience: Schedule(
+        holds=tuple(sorted(holds)), rows=rows, patience=patience
+    ),
     st.sets(st.sampled_from(ALL_EXITS)),
     st.integers(1, 4),
     st.integers(0, 5),

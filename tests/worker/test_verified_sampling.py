@@ -17,9 +17,9 @@ from offramp.worker.schedule import LOCKSTEP, Schedule
 from support.exactness import RandomExit, drain
 from support.models import SHAPE
 
-VOCAB, LAYERS, SAMPLES = 4, 3, 3200
+VOCAB, LAYERS = 4, 2
 PROMPT = [1, 3, 0]
-WARM = {"temperature": 0.8, "top_p": 0.9, "ignore_eos": True}
+WARM = {"temperature": 3.0, "top_p": 0.9, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +50,22 @@ def exact_chances(model: Any) -> dict[tuple[int, ...], float]:
     return chances
 
 
-def sampled(model: Any, schedule: Schedule) -> Counter[tuple[int, ...]]:
+def sampled(model: Any, schedule: Schedule, samples: int) -> Counter[tuple[int, ...]]:
     """The first three of four tokens; the last one is full depth's in any case."""
     config = EngineConfig(kv_mode="verify", schedule=schedule)
     engine = AdaptiveEngine.from_pretrained(model, slots=32, config=config)
-    policy = RandomExit(0.6, exits=(1, 2))
+    policy = RandomExit(0.7, exits=(1,))
     requests = [
         engine.submit(PROMPT, SamplingParams(max_tokens=4, seed=seed, **WARM), policy)
-        for seed in range(SAMPLES)
+        for seed in range(samples)
     ]
     return Counter(tuple(row.emitted[:3]) for row in drain(engine, requests))
 
 
 def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], float]) -> float:
     """Standard deviations above the expectation; sequences expected fewer than 5 times as one."""
-    pairs = [(SAMPLES * chance, counts[tokens]) for tokens, chance in chances.items()]
+    samples = sum(counts.values())
+    pairs = [(samples * chance, counts[tokens]) for tokens, chance in chances.items()]
     rare = [pair for pair in pairs if pair[0] < 5]
     cells = [pair for pair in pairs if pair[0] >= 5]
     if sum(expected for expected, _ in rare) >= 5:
@@ -72,12 +73,17 @@ def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], 
     square = sum((count - expected) ** 2 / expected for expected, count in cells)
     freedom = len(cells) - 1
     assert freedom >= 10
+    print(freedom, (square - freedom) / (2 * freedom) ** 0.5)
     return (square - freedom) / (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("schedule", [LOCKSTEP, Schedule(holds=(1,), rows=8, patience=2)])
-def test_verified_samples_follow_full_depths_distribution(model: Any, schedule: Schedule) -> None:
-    counts, chances = sampled(model, schedule), exact_chances(model)
+@pytest.mark.parametrize(
+    ("schedule", "samples"), [(LOCKSTEP, 3000), (Schedule(holds=(1,), rows=8, patience=2), 1500)]
+)
+def test_verified_samples_follow_full_depths_distribution(
+    model: Any, schedule: Schedule, samples: int
+) -> None:
+    counts, chances = sampled(model, schedule, samples), exact_chances(model)
     assert all(chances[tokens] > 0 for tokens in counts)
     assert chi_square(counts, chances) < 4
 
@@ -87,4 +93,4 @@ def test_accepting_every_sample_follows_another_distribution(
 ) -> None:
     """Negative control."""
     monkeypatch.setattr("offramp.worker.emit.is_accepted", lambda *_: True)
-    assert chi_square(sampled(model, LOCKSTEP), exact_chances(model)) > 30
+    assert chi_square(sampled(model, LOCKSTEP, 1500), exact_chances(model)) > 15

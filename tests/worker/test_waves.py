@@ -99,9 +99,7 @@ def test_a_row_cancelled_while_it_waits_leaves_its_company_alone() -> None:
         engine.step()
     engine.cancel(cancelled.id)
     [row] = drain(engine, [kept])
-    [alone] = decode(
-        AdaptiveEngine.from_pretrained(model), [list(kept.prompt)], SAMPLING, policy
-    )
+    [alone] = decode(AdaptiveEngine.from_pretrained(model), [list(kept.prompt)], SAMPLING, policy)
     assert (row.emitted, row.exit_layers) == (alone.emitted, alone.exit_layers)
 
 
