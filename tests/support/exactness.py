@@ -91,7 +91,7 @@ def full_logits(model: Any, row: Row) -> torch.Tensor:
     """Hugging Face's logits before each emitted token, in one pass over the row, [T, V]."""
     first = len(row.request.prompt) - 1
     tokens = [*row.request.prompt, *row.emitted[:-1]]
-    logits_TV = model(torch.tensor([tokens])).logits[0, first:]
+    logits_TV: torch.Tensor = model(torch.tensor([tokens])).logits[0, first:]
     return logits_TV.float()
 
 

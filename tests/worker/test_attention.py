@@ -29,14 +29,15 @@ SCALE = 0.3
 
 
 def cache(kv_heads: int, dtype: torch.dtype = torch.float32) -> SlotKV:
-    shape = SimpleNamespace(
+    # All that a cache reads of a stack.
+    shape: Any = SimpleNamespace(
         layers=2,
         kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    kv = SlotKV(shape, SLOTS)  # type: ignore[arg-type]  # all that a cache reads of a stack
+    kv = SlotKV(shape, SLOTS)
     kv.keys_LSGCH.normal_()
     kv.values_LSGCH.normal_()
     return kv

@@ -31,7 +31,7 @@ from support.exactness import (
     shortfalls,
     step_until_first_token,
 )
-from support.models import LAYERS, make_model
+from support.models import LAYERS, VOCAB, make_model
 
 ALONE = RAGGED[:1]
 COHORTS = [
@@ -61,7 +61,8 @@ def assert_closed_entries_are_exact(
     engine: AdaptiveEngine, model: Any, row: Sequence, close: float
 ) -> int:
     """Compare a running row's cache with a full pass; how many of its tokens are open."""
-    fed = [*row.request.prompt, *row.emitted]
+    count = len(row.emitted)
+    fed = [*row.request.prompt, *(row.request.forced[:count] or row.emitted)]
     if not row.undecided:
         fed.pop()  # emitted, but not fed yet
     keys, values = full_entries(model, fed)
@@ -97,6 +98,18 @@ def test_deferred_entries_are_those_of_a_full_pass(
     assert 0 in opened
     assert max(opened) > 0
     assert engine.load == (len(prompts), 0)
+
+
+def test_deferred_entries_of_forced_tokens_are_those_of_a_full_pass(family: str) -> None:
+    model = make_model(family)
+    engine = engine_of(model, kv_mode="defer", schedule=COHORTS[0], max_pending=4)
+    for seed, prompt in enumerate(RAGGED):
+        forced = [(11 * n + seed) % VOCAB for n in range(40)]
+        engine.submit(prompt, policy=RandomExit(0.5, seed), forced=forced)
+    for _ in range(30):
+        engine.step()
+    for row in engine._roster.rows:
+        assert_closed_entries_are_exact(engine, model, row, CLOSE)
 
 
 def test_projected_entries_are_marked_as_such(family: str) -> None:

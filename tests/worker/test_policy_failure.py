@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
-from offramp.controller.policy import FixedExit
+from offramp.controller.features import SOFTMAX_V1, BoolArray, FeatureSchema, FloatArray
+from offramp.controller.policy import ExitPolicy, FixedExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
 from offramp.worker.schedule import LOCKSTEP, Schedule
@@ -17,7 +17,6 @@ from offramp.worker.sequence import KVMode
 from support.exactness import (
     CLOSE,
     RAGGED,
-    RandomExit,
     ReplayedExits,
     decode,
     drain,
@@ -31,12 +30,13 @@ COHORTS = Schedule(holds=(1, 3), rows=3, patience=3)
 
 @dataclass
 class Failing:
-    """Leaves after layer 2, until it has been asked so often."""
+    """Gives one answer, until it has been asked so often."""
 
     answers: int
     how: str
+    answer: bool = True
     exits: tuple[int, ...] = (2, 4)
-    schema: None = None
+    schema: FeatureSchema | None = None
     candidates_VK: None = None
     asked: int = 0
 
@@ -44,7 +44,7 @@ class Failing:
         self.asked += 1
         rows = len(features_NF)
         if self.asked <= self.answers:
-            return np.ones(rows, np.bool_)
+            return np.full(rows, self.answer)
         if self.how == "raises":
             raise RuntimeError("no decision today")
         return np.ones(rows + 1, np.bool_)
@@ -78,7 +78,12 @@ def test_the_other_rows_notice_nothing(
     schedule: Schedule, kv_mode: KVMode, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = engine_of("llama", schedule)
-    policies = [Failing(3, "raises"), FixedExit(3), Failing(4, "too many"), FixedExit(3)]
+    policies: list[ExitPolicy] = [
+        Failing(3, "raises"),
+        FixedExit(3),
+        Failing(4, "too many"),
+        FixedExit(3),
+    ]
     with caplog.at_level(logging.ERROR):
         rows = drain(
             engine,
@@ -114,19 +119,10 @@ def test_rows_that_share_a_failing_policy_are_counted_once_each(
     assert all(row.exit_layers[-5:] == [LAYERS] * 5 for row in rows)
 
 
-def test_a_failure_at_a_later_exit_leaves_the_token_whole() -> None:
-    @dataclass
-    class FailsDeep(RandomExit):
-        schema: object = SOFTMAX_V1  # type: ignore[assignment]
-
-        def leave(self, features_NF: FloatArray) -> BoolArray:
-            self.chance = self.chance - 1
-            if self.chance < -6:
-                raise ValueError("the sixth answer is missing")
-            return np.zeros(len(features_NF), np.bool_)
-
-    model = make_model("llama")
-    engine = AdaptiveEngine.from_pretrained(model, config=EngineConfig(schedule=COHORTS))
-    rows = decode(engine, RAGGED, SAMPLING, FailsDeep(0))
+def test_a_failure_while_rows_wait_leaves_their_tokens_whole(family: str) -> None:
+    """It is asked after layers 2 and 4, before and after a hold, and fails at the sixth time."""
+    engine = engine_of(family, COHORTS)
+    rows = decode(engine, RAGGED, SAMPLING, Failing(5, "raises", answer=False, schema=SOFTMAX_V1))
     assert engine.decoder.failures > 0
+    model = make_model(family)
     assert max(float(shortfalls(model, row).max()) for row in rows) <= CLOSE

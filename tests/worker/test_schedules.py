@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offramp.controller.features import SOFTMAX_V1
-from offramp.controller.policy import ThresholdPolicy
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1
+from offramp.controller.policy import ExitPolicy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
 from offramp.worker.schedule import Schedule
@@ -28,6 +29,7 @@ from support.exactness import (
 from support.models import FAMILIES, LAYERS, VOCAB, make_model
 
 END_TOKENS = frozenset({4, 21, 46, 77, 90})
+CANDIDATES_VK = np.tile(np.arange(6, dtype=np.int32), (VOCAB, 1))
 model_of = cache(make_model)
 
 
@@ -48,7 +50,7 @@ plans = st.builds(
     prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple),
     max_tokens=st.integers(1, 16),
     kv_mode=st.sampled_from(["project", "defer", "verify"]),
-    policy=st.integers(0, 3),
+    policy=st.integers(0, 4),
     submitted=st.integers(0, 12),
     cancelled=st.none() | st.none() | st.integers(1, 25),
 )
@@ -64,11 +66,12 @@ schedules = st.builds(
 
 def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
     """The rows of the requests that were not cancelled in time."""
-    policies = [
+    policies: list[ExitPolicy] = [
         RandomExit(0.2, seed),
         RandomExit(0.4, seed + 1),
         RandomExit(0.7, seed + 2, exits=(LAYERS - 1,)),
         ThresholdPolicy((1, 2, 4), SOFTMAX_V1, "margin", 0.2),
+        ThresholdPolicy((1, 3), CANDIDATES_V1, "margin", 0.3, CANDIDATES_VK),
     ]
     finished: dict[str, Sequence] = {}
     requests: dict[Plan, Request] = {}

@@ -19,7 +19,7 @@ from support.models import SHAPE
 
 VOCAB, LAYERS = 4, 2
 PROMPT = [1, 3, 0]
-WARM = {"temperature": 3.0, "top_p": 0.9, "ignore_eos": True}
+WARM: dict[str, Any] = {"temperature": 3.0, "top_p": 0.9, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,7 @@ def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], 
     square = sum((count - expected) ** 2 / expected for expected, count in cells)
     freedom = len(cells) - 1
     assert freedom >= 10
-    print(freedom, (square - freedom) / (2 * freedom) ** 0.5)
-    return (square - freedom) / (2 * freedom) ** 0.5
+    return float((square - freedom) / (2 * freedom) ** 0.5)
 
 
 @pytest.mark.parametrize(
