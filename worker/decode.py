@@ -72,7 +72,8 @@ class Decoder:
     Attributes:
         spent: Seconds spent beside the model.
         bench: Builds probes.
-        guard: Asks policies, and counts those that fail; their requests go on at full depth.
+        guard: Asks policies, and survives those that fail.
+        failures: Requests whose policy failed and that went on at full depth.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Decoder:
         self.spent = Spent()
         self.bench = ProbeBench(stack)
         self.guard = PolicyGuard()
+        self.failures = 0
 
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""

@@ -236,10 +236,10 @@ class Sequence:
             del items[tokens:]
 
     def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
-        """Whether its next token may not leave early: nothing can be put off any longer."""
+        """Whether its newest token may not leave early: nothing can be put off any longer."""
         if self.request.kv_mode == "project":
             return False
-        if len(self.open) >= max_pending:
+        if len(self.open) > max_pending:  # the newest one is open, too
             return True
         if self.request.kv_mode == "defer":
             return False

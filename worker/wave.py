@@ -80,6 +80,8 @@ class Wave:
         for index in range(self._at, last):
             if index in self._join_depths:
                 self._join(index)
+            if self._x_NTD is None:
+                continue  # those left are riders, and stand deeper
             self._x_NTD = self.stack.run_layer(
                 index, self._x, self._rotary, self._window, self.decoder.kv
             )
@@ -105,6 +107,8 @@ class Wave:
         for row in self.rows:
             row.open.append(OpenToken(row.position, 0, None))
             row.undecided = True
+            self.decoder.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
+        self._joined = [1] * len(self.rows)
         tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
         positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
         self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
@@ -124,7 +128,9 @@ class Wave:
         """Take in the tokens that stand at this depth."""
         counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
         columns = max(counts)
-        if self._x_NTD is None or columns > self._x_NTD.shape[1] or counts != self._joined:
+        if columns == 0:
+            return
+        if self._x_NTD is None or counts != self._joined:
             self._widen(counts, columns)
         self._joined = counts
         self._place()
@@ -135,8 +141,6 @@ class Wave:
 
     def _widen(self, counts: list[int], columns: int) -> None:
         old = self._x_NTD
-        if old is not None and counts == [1] * len(counts):
-            return  # tokens that have just begun
         shape = (len(self.rows), columns, self.stack.width)
         new_NTD = torch.zeros(shape, dtype=self.stack.dtype, device=self.stack.device)
         if old is not None:
@@ -153,7 +157,7 @@ class Wave:
         slots = [row.slot for row in self.rows]
         positions = [row.open[-1].position for row in self.rows]
         heads = self.stack.heads_per_key
-        if self._x.shape[1] == 1:
+        if self._x.shape[1] == 1 and all(self._joined):
             self._window = decode_window(slots, positions, heads, self._x)
         else:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
@@ -169,8 +173,11 @@ class Wave:
         leaving: dict[int, Tensor | None] = {}
         for group in asking:
             places = [self.rows.index(row) for row in group.rows]
-            asked_ND = read_ND if len(places) == len(self.rows) else read_ND[places]
+            # Rows may have changed slots, and so their order, while they waited.
+            asked_ND = read_ND if places == list(range(len(self.rows))) else read_ND[places]
+            asked = group.rows
             rows, known_NV = group.ask(self.decoder.guard, executed, asked_ND)
+            self.decoder.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(rows):
                 leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
         self.decoder.spent.deciding_s += time.perf_counter() - start
@@ -189,6 +196,9 @@ class Wave:
         if not stay:
             return
         columns = max(self._joined)
+        if columns == 0:
+            self._x_NTD = None
+            return
         self._x_NTD = self._x[stay][:, -columns:]
         self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
         self._place()
@@ -199,8 +209,6 @@ class Wave:
         self._note_depth(n, executed)
         row.undecided = False
         row.group = None
-        position = row.open[-1].position
-        self.decoder.kv.mark(row.slot, slice(position, position + 1), PENDING)
         return row
 
     def _note_depth(self, n: int, executed: int) -> None:
