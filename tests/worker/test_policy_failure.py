@@ -55,8 +55,7 @@ def engine_of(family: str, schedule: Schedule = LOCKSTEP) -> AdaptiveEngine:
     return AdaptiveEngine.from_pretrained(make_model(family), slots=4, config=config)
 
 
-@pytest.mark.parametrize("how", ["raises", "too many"])
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS])
+@pytest.mark.parametrize(("schedule", "how"), [(LOCKSTEP, "too many"), (COHORTS, "raises")])
 def test_a_request_whose_policy_fails_goes_on_at_full_depth(
     family: str, schedule: Schedule, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -77,7 +77,7 @@ def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
-    ("schedule", "samples"), [(LOCKSTEP, 3000), (Schedule(holds=(1,), rows=8, patience=2), 1500)]
+    ("schedule", "samples"), [(LOCKSTEP, 3000), (Schedule(holds=(1,), rows=8, patience=2), 1000)]
 )
 def test_verified_samples_follow_full_depths_distribution(
     model: Any, schedule: Schedule, samples: int
@@ -92,4 +92,4 @@ def test_accepting_every_sample_follows_another_distribution(
 ) -> None:
     """Negative control."""
     monkeypatch.setattr("offramp.worker.emit.is_accepted", lambda *_: True)
-    assert chi_square(sampled(model, LOCKSTEP, 1500), exact_chances(model)) > 15
+    assert chi_square(sampled(model, LOCKSTEP, 800), exact_chances(model)) > 15
