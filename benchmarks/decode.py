@@ -235,6 +235,7 @@ def measure(
         if not each.name.startswith("HF"):
             with counted(engine) as calls:
                 run(each)
+            calls["head", 1] -= batch  # the prompts'
         rows.append(row_of(each, runs, [reports[0], reports[1 + (batch == 1)]], prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
     return rows
@@ -289,7 +290,8 @@ class Prices:
     def __init__(self, engine: AdaptiveEngine, batch: int) -> None:
         self.engine = engine
         self.layers = engine.stack.layers
-        self.counts = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if n <= 8 * batch]
+        rows = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if n < batch]
+        self.counts = [*rows, *(batch * columns for columns in (1, 2, 3, 4, 6, 8, 9))]
         timed = [self._time(n) for n in self.counts]
         self.layer = [layer for layer, _ in timed]
         self.head = [head for _, head in timed]

@@ -26,7 +26,8 @@ class EngineConfig:
         max_pending: Tokens a row may put off before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
-        kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks.
+        kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
+            it grows, the keys or the values exist twice.
 
     Raises:
         ConfigError: an unknown mode, or a number below its bound.
@@ -47,6 +48,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
+        if self.kv_budget_mb is not None and not 0 < self.kv_budget_mb < float("inf"):
+            raise ConfigError(
+                "kv_budget_mb", f"{self.kv_budget_mb} is no amount of memory", "Give it in MiB"
+            )
 
     def row_tokens(self, context: int, bytes_per_token: int) -> int:
         """Tokens that one request may hold.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 from offramp.controller.errors import ConfigError
@@ -135,12 +136,11 @@ class EngineCore:
         Args:
             finished: Takes the sequences that ended in this step, by request id.
         """
-        launch = self._scheduler.next(self._roster.standing())
+        launches = self._launches()
         self._roster.admit()
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
-        if launch is not None:
-            self._launch(launch)
+        self._run(launches)
         events = [
             event for row, before in emitted.items() for event in self._outbox.events(row, before)
         ]
@@ -192,12 +192,36 @@ class EngineCore:
             if logits_V is not None:
                 self._emitter.emit(row, logits_V, int(logits_V.argmax()), self.stack.layers)
 
-    def _launch(self, launch: Launch[Sequence]) -> None:
-        self.kv.reserve(1 + max(row.position for row in launch.members))
-        riders = self._riders(launch)
-        self._emitter.conclude(
-            self.decoder.launch(launch.members, launch.first, launch.last, riders)
-        )
+    def _launches(self) -> list[Launch[Sequence]]:
+        """What runs now: the stages that are due, and then the next tokens of all other rows.
+
+        They share one LM head, which costs as much for few rows as for many.
+        """
+        standing = self._roster.standing()
+        launches: list[Launch[Sequence]] = []
+        while not launches or (launches[-1].first > 0 and 0 in standing):
+            launch = self._scheduler.next(standing)
+            if launch is None:
+                break
+            standing.pop(launch.first)
+            launches.append(launch)
+        return launches
+
+    def _run(self, launches: list[Launch[Sequence]]) -> None:
+        rows = [row for launch in launches for row in launch.members]
+        if not rows:
+            return
+        self.kv.reserve(1 + max(row.position for row in rows))
+        waves = []
+        judged: set[Sequence] = set()
+        for launch in launches:
+            riders = self._riders(launch)
+            # What full depth says of a rider's drafts decides what its next token is.
+            judged |= {row for row in riders if row.drafts}
+            members = tuple(row for row in launch.members if row not in judged)
+            if members:
+                waves.append((replace(launch, members=members), riders))
+        self._emitter.conclude(self.decoder.launch(waves))
 
     def _riders(self, launch: Launch[Sequence]) -> list[Sequence]:
         """Rows whose put-off tokens all stand within a stage that runs to the end."""
@@ -206,7 +230,9 @@ class EngineCore:
         return [
             row
             for row in self._roster.rows
-            if row.open and not row.undecided and row.open[-1].depth >= launch.first
+            if row.open
+            and not (row.projects or row.undecided)
+            and row.open[-1].depth >= launch.first
         ]
 
     def _release(self, finished: dict[str, Sequence]) -> None:

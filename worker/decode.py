@@ -16,6 +16,7 @@ from offramp.worker.fill import KVProjector
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.kv import EXACT, SlotKV
 from offramp.worker.probes import ProbeBench
+from offramp.worker.schedule import Launch
 from offramp.worker.sequence import Sequence
 from offramp.worker.stack import LayerStack
 from offramp.worker.translators import UNTRANSLATED, ExitTranslators
@@ -122,17 +123,16 @@ class Decoder:
         return self.stack.logits(x_BTD[:, -1])[0] if row.is_prefilled else None
 
     @torch.inference_mode()
-    def launch(
-        self, rows: Rows[Sequence], first: int, last: int, riders: Rows[Sequence] = ()
-    ) -> list[Outcome]:
-        """Run rows from one depth to another; each leaves where its policy says.
+    def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[Outcome]:
+        """Run launches one after the other, and one head for all; rows leave as policies say.
 
         Args:
-            rows: Rows whose newest token stands at ``first`` (0: feed the next token).
-            first, last: Depths.
-            riders: Rows whose put-off tokens come along.
+            waves: Launches without common members, each with its riders: rows whose put-off
+                tokens come along.
         """
-        arrivals = Wave(self, rows, first, riders).run(last)
+        arrivals: list[Arrival] = []
+        for launch, riders in waves:
+            arrivals += Wave(self, launch.members, launch.first, riders).run(launch.last)
         return self._outcomes(arrivals)
 
     def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:

@@ -6,10 +6,13 @@ R = L·2·G·H stacked output rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
+from offramp.worker.fast import PackedWeight, can_pack
 from offramp.worker.stack import KVWeights, LayerStack, Rotary
 
 
@@ -34,6 +37,7 @@ class KVProjector:
         self.rows = 2 * stack.kv_heads * stack.head_dim
         self.weight_RD = torch.cat([_folded(w) for w in weights]).to(stack.dtype)
         self.bias_R = _stacked_bias(weights, stack.dtype)
+        self._packed: dict[int, PackedWeight] = {}
         self.key_norm_LH = _stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates_L = torch.tensor([w.rotates for w in weights], device=stack.device)
@@ -53,11 +57,20 @@ class KVProjector:
         """
         start = first_layer * self.rows
         bias_R = None if self.bias_R is None else self.bias_R[start:]
-        out = nn.functional.linear(self._unit(x_ND), self.weight_RD[start:], bias_R)
+        out = self._linear(first_layer)(self._unit(x_ND), bias_R)
         keys, values = out.view(len(x_ND), -1, 2, self.heads, self.head_dim).unbind(2)
         if self.key_norm_LH is not None:
             keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
         return self._rotated(keys, first_layer, rotary), values
+
+    def _linear(self, first_layer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The product with the weights from a layer on; packed for each exit that occurs."""
+        weight_RD = self.weight_RD[first_layer * self.rows :]
+        if not can_pack(weight_RD):
+            return lambda x_ND, bias_R: nn.functional.linear(x_ND, weight_RD, bias_R)
+        if first_layer not in self._packed:
+            self._packed[first_layer] = PackedWeight(weight_RD)
+        return self._packed[first_layer]
 
     def _unit(self, x_ND: Tensor) -> Tensor:
         """The norm that all layers share, without weight and bias; in float32 inside."""

@@ -6,7 +6,6 @@ H head_dim, T tokens, N rows filled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,16 +75,15 @@ class SlotKV:
     def fill(
         self,
         first_layer: int,
-        slots: Sequence[int],
-        positions: Sequence[int],
+        slots_N: Tensor,
+        positions_N: Tensor,
         keys_NLGH: Tensor,
         values_NLGH: Tensor,
     ) -> None:
-        """Write projected entries of the layers from ``first_layer`` (index) on, one per row."""
-        for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-            self.keys_LSGCH[first_layer:, slot, :, position] = keys_NLGH[row]
-            self.values_LSGCH[first_layer:, slot, :, position] = values_NLGH[row]
-            self.provenance_SC[slot, position] = PROJECTED
+        """Write projected entries of the layers from ``first_layer`` (index) on, one per token."""
+        where = (slice(first_layer, None), slots_N, slice(None), positions_N)
+        self.keys_LSGCH[where] = keys_NLGH
+        self.values_LSGCH[where] = values_NLGH
 
     def mark(self, slot: int, positions: slice, provenance: int) -> None:
         """Note where a row's entries come from."""

@@ -20,6 +20,7 @@ from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
 from offramp.worker.probes import CandidateProbe
 from offramp.worker.profile_probes import prefilled_row, random_policy
+from offramp.worker.schedule import Launch
 
 
 @torch.inference_mode()
@@ -44,6 +45,7 @@ def measure_costs(
     engine.kv.open(window)
     projector = KVProjector(stack)
     state_ND = x_11D[:, 0]
+    slot_N = torch.zeros(1, dtype=torch.long, device=stack.device)
 
     def run_layers() -> None:
         x = x_11D
@@ -51,7 +53,7 @@ def measure_costs(
             x = stack.run_layer(index, x, rotary, window, engine.kv)
 
     def fill() -> None:
-        engine.kv.fill(0, [0], [context], *projector.project(state_ND, 0, rotary))
+        engine.kv.fill(0, slot_N, position[0], *projector.project(state_ND, 0, rotary))
 
     probe = _probe(engine, candidates_VK, state_ND, context)
     policy = random_policy(CANDIDATES_V1, (1,), candidates_VK)
@@ -60,7 +62,7 @@ def measure_costs(
         {
             "layers": run_layers,
             "head": lambda: stack.logits(state_ND).argmax().item(),
-            "whole": lambda: engine.decoder.launch([row], 0, stack.layers),
+            "whole": lambda: engine.decoder.launch([(Launch(0, stack.layers, (row,)), ())]),
             "probe": lambda: probe.features(1, state_ND),
             "policy": lambda: policy.leave(features_NF),
             "fill": fill,

@@ -114,11 +114,17 @@ class OpenToken:
         position: Where it stands in its row.
         depth: Layers executed.
         state_D: Its hidden state there; None before the embedding.
+        is_underway: Whether it may yet go on by itself: it has not left.
     """
 
     position: int
     depth: int
     state_D: Tensor | None
+    is_underway: bool = True
+
+    def has_left(self, index: int) -> bool:
+        """Whether it left the stack before the layer with this index; 0 is no exit."""
+        return 0 < self.depth <= index and not self.is_underway
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +184,11 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.request.snapshot.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the layers its exited tokens skipped are projected."""
+        return self.request.kv_mode == "project"
 
     @property
     def is_prefilled(self) -> bool:

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.groups import Group, groups_of
-from offramp.worker.kv import EXACT, PENDING
+from offramp.worker.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.sequence import OpenToken, Sequence
 from offramp.worker.stack import Rotary
 
 if TYPE_CHECKING:
     from offramp.worker.decode import Decoder
+
+
+FILL_AT = 16
+"""Exited tokens of a row that are projected together at the latest."""
 
 
 @dataclass(slots=True)
@@ -125,10 +129,11 @@ class Wave:
             group.forget_all_but(self.rows)
 
     def _join(self, index: int) -> None:
-        """Take in the tokens that stand at this depth."""
+        """Take in, or project, the tokens that stand at this depth."""
+        self._fill([row for row in self.rows if row.projects], index)
         counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
         columns = max(counts)
-        if columns == 0:
+        if columns == 0 or (counts == self._joined and self._rotary):
             return
         if self._x_NTD is None or counts != self._joined:
             self._widen(counts, columns)
@@ -189,7 +194,8 @@ class Wave:
         for n in places:
             row = self._settle(n, executed)
             self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, leaving[n]))
-        self._fill([n for n in places if self.rows[n].request.kv_mode == "project"], executed)
+        full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
+        self._fill([row for row in full if row.projects], executed)
         stay = [n for n in range(len(self.rows)) if n not in leaving]
         self.rows = [self.rows[n] for n in stay]
         self._joined = [self._joined[n] for n in stay]
@@ -209,6 +215,10 @@ class Wave:
         self._note_depth(n, executed)
         row.undecided = False
         row.group = None
+        row.open[-1].is_underway = False
+        if row.projects:
+            position = row.open[-1].position
+            self.decoder.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
         return row
 
     def _note_depth(self, n: int, executed: int) -> None:
@@ -217,19 +227,31 @@ class Wave:
             token.depth = executed
             token.state_D = self._x[n, offset - joined]
 
-    def _fill(self, places: list[int], executed: int) -> None:
-        """Project the skipped layers' keys and values."""
-        projector = self.decoder.projector
-        if places and projector is not None:
-            start = time.perf_counter()
-            rotary: Rotary = tuple(part[places][:, -1:] for part in self._rotary)
-            keys, values = projector.project(self._x[places, -1], executed, rotary)
-            slots = [self.rows[n].slot for n in places]
-            positions = [self.rows[n].open[-1].position for n in places]
-            self.decoder.kv.fill(executed, slots, positions, keys, values)
-            self.decoder.spent.filling_s += time.perf_counter() - start
-        for n in places:
-            self.rows[n].open.clear()
+    def _fill(self, rows: Rows[Sequence], index: int) -> None:
+        """Project what a layer will read of exited tokens: all that left at or before it.
+
+        Put off until then, since one product fills many tokens for the price of one.
+        """
+        exited = [(row, token) for row in rows for token in row.open if token.has_left(index)]
+        if not exited:
+            return
+        start = time.perf_counter()
+        for depth in {token.depth for _, token in exited}:
+            self._project(depth, [(row, token) for row, token in exited if token.depth == depth])
+        for row in rows:
+            row.open = [token for token in row.open if not token.has_left(index)]
+        self.decoder.spent.filling_s += time.perf_counter() - start
+
+    def _project(self, depth: int, tokens: Rows[tuple[Sequence, OpenToken]]) -> None:
+        if self.decoder.projector is None:
+            return
+        device = self.stack.device
+        x_ND = torch.stack([token.state_D for _, token in tokens if token.state_D is not None])
+        positions_N = torch.tensor([token.position for _, token in tokens], device=device)
+        slots_N = torch.tensor([row.slot for row, _ in tokens], device=device)
+        rotary = self.stack.rotary(x_ND[:, None], positions_N[:, None])
+        keys, values = self.decoder.projector.project(x_ND, depth, rotary)
+        self.decoder.kv.fill(depth, slots_N, positions_N, keys, values)
 
     def _hold(self, depth: int) -> None:
         for n in range(len(self.rows)):

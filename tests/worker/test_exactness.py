@@ -149,12 +149,21 @@ def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
     assert len(set(depths)) == 4  # all of 1, 2, 4 and full depth happened
 
 
-def test_after_exits_every_layer_has_an_entry_at_every_position(family: str) -> None:
+def test_a_layer_finds_an_entry_at_every_position_it_reads(family: str) -> None:
+    # Exited tokens are projected when a layer is about to read them, and not before.
     engine = AdaptiveEngine.from_pretrained(make_model(family), slots=1)
+    update, reads = engine.kv.update, []
+
+    def checked(keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        found = update(keys, values, layer)
+        span = engine.kv._window.runs[0].span
+        reads.append(span)
+        assert (found[0][0, :, :span].abs().sum(-1) > 0).all()
+        return found
+
+    engine.kv.update = checked  # type: ignore[method-assign]
     [completion] = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 3)))
-    length = len(PROMPTS[0]) + len(completion.token_ids) - 1
-    written = engine.kv.keys_LSGCH[:, 0, :, :length].abs().sum(-1)
-    assert (written > 0).all()
+    assert len(reads) == LAYERS + completion.stats.layer_calls
 
 
 def test_without_the_fill_a_static_exit_goes_wrong_later(family: str) -> None:
