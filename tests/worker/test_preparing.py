@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from offramp.worker import FULL_DEPTH, AdaptiveEngine, SamplingParams
 from offramp.worker.probes.readout import DERIVED, Readout, Shelf
 from offramp.worker.refresh import PolicyRefresher
 
-THREADS = 4
+THREADS, TURNS = 4, 20_000
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as the interpreter lets them."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 class Line:
@@ -99,6 +110,7 @@ def table(seed: int, engine: AdaptiveEngine) -> IntArray:
     return random.integers(engine.stack.vocab, size=shape, dtype=np.int32)
 
 
+@pytest.mark.usefixtures("restless")
 def test_tables_are_derived_from_many_threads_at_once(reference: AdaptiveEngine) -> None:
     readout, tables = Readout(reference.stack), [np.full((2, 2), i) for i in range(3 * DERIVED)]
     start = threading.Barrier(THREADS)
@@ -108,7 +120,7 @@ def test_tables_are_derived_from_many_threads_at_once(reference: AdaptiveEngine)
 
     def derive(offset: int) -> None:
         start.wait()
-        for turn in range(2_000):
+        for turn in range(TURNS):
             number = (turn * 7 + offset) % len(tables)
             assert readout.derived(total, tables[number]) == 4 * number
 
@@ -116,12 +128,13 @@ def test_tables_are_derived_from_many_threads_at_once(reference: AdaptiveEngine)
         list(pool.map(derive, range(THREADS)))
 
 
+@pytest.mark.usefixtures("restless")
 def test_no_two_threads_hold_one_array_of_a_shelf() -> None:
     shelf, start = Shelf(), threading.Barrier(THREADS)
 
     def use(mark: int) -> None:
         start.wait()
-        for turn in range(2_000):
+        for turn in range(TURNS):
             array = shelf.take((2, 3 + (turn + mark) % 2))
             assert array.shape == (2, 3 + (turn + mark) % 2)
             array[:] = mark
