@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_a_worker_loads_with_its_settings(tuned: Path) -> None:
     config = EngineConfig(
         kv_mode="defer", schedule=Schedule(holds=(6,)), max_pending=2, translators=tuned / "right"
     )
-    engine = load_engine(WorkerSpec(model="models/reference", slots=2, engine=config))
+    spec = WorkerSpec(model="models/reference", slots=2, engine=config)
+    assert pickle.loads(pickle.dumps(spec)) == spec  # it travels to another process
+    engine = load_engine(spec)
     assert isinstance(engine, AdaptiveEngine)
     assert engine.config == config
     assert engine.decoder.max_pending == 2

@@ -145,7 +145,7 @@ def test_no_two_threads_hold_one_array_of_a_shelf() -> None:
         list(pool.map(use, range(THREADS)))
 
 
-def test_preparing_in_another_thread_disturbs_no_decoding(reference: AdaptiveEngine) -> None:
+def test_preparing_in_another_thread_disturbs_no_decoding(reference: Any) -> None:
     engine = AdaptiveEngine(reference.stack.model, reference.tokenizer)
     policies = [
         ThresholdPolicy((3, 6, 9), SKETCH_V1, "top1", 0.5, table(seed, engine)) for seed in range(3)
