@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.controller.errors import RequestError
 from offramp.worker.sampling import SamplingParams
+from offramp.worker.sequence import KVMode
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 """OpenAI fields without support yet, and the values of them that change nothing."""
@@ -40,7 +41,13 @@ class OfframpOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    stats: bool = Field(default=False, description="Report exit depths and policy generation.")
+    stats: bool = Field(default=False, description="Report exit depths, generation and cost.")
+    # Checked in CompletionRequest.kv_mode: the error is to name the field within the namespace.
+    kv_mode: Any = Field(
+        default=None,
+        description="What becomes of skipped layers; the engine's own mode by default.",
+        json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
 
 
 class CompletionRequest(BaseModel):
@@ -121,6 +128,19 @@ class CompletionRequest(BaseModel):
                 "prompt", f"holds {len(prompt)} prompts", "Send one request per prompt"
             )
         return str(prompt[0])
+
+    @property
+    def kv_mode(self) -> KVMode | None:
+        """What becomes of skipped layers; None leaves it to the engine.
+
+        Raises:
+            RequestError: an unknown mode.
+        """
+        mode: KVMode | None = self.offramp.kv_mode
+        if mode is not None and mode not in get_args(KVMode):
+            known = ", ".join(get_args(KVMode))
+            raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
+        return mode
 
     @property
     def sampling(self) -> SamplingParams:

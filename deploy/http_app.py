@@ -59,7 +59,9 @@ def create_app(worker: Worker) -> FastAPI:
     async def complete(body: CompletionRequest) -> Response:
         _require_model(body.model, worker)
         body.require_supported()
-        requests, events = await worker.service.submit_all(body.one_prompt, body.sampling)
+        requests, events = await worker.service.submit_all(
+            body.one_prompt, body.sampling, kv_mode=body.kv_mode
+        )
         reply = _Reply(_style(worker, body), body, requests, events)
         return await (reply.stream() if body.stream else reply.whole())
 

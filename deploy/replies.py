@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.worker.completion import mean_layer
 from offramp.worker.detokenize import UNFINISHED
-from offramp.worker.sequence import FinishReason, TokenEvent
+from offramp.worker.sequence import CompletionStats, FinishReason, TokenEvent
 
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; this is vLLM's stand-in for it."""
@@ -23,7 +23,7 @@ class ReplyStyle:
         created: Unix time, seconds.
         model: Name of the model.
         prefix: Text put before each choice's (the echoed prompt).
-        stats: Report exit depths and policy generation.
+        stats: Report exit depths, policy generation and, at the end, what it cost.
         name_token: Text of a token id, to report log-probabilities; None reports none.
     """
 
@@ -44,6 +44,7 @@ def chunk(style: ReplyStyle, index: int, event: TokenEvent, *, first: bool) -> d
             "generation": event.generation,
             "exit_layer": event.exit_layer,
             "token": event.token,
+            **_cost(event.stats),
         }
     return body
 
@@ -126,6 +127,19 @@ def _stats(events: Sequence[TokenEvent]) -> dict[str, Any]:
         "generation": events[-1].generation,
         "exit_layers": layers,
         "mean_exit_layer": mean_layer(layers),
+        **_cost(events[-1].stats),
+    }
+
+
+def _cost(stats: CompletionStats | None) -> dict[str, Any]:
+    """What a completion cost; nothing before its last token."""
+    if stats is None:
+        return {}
+    return {
+        "layer_calls": stats.layer_calls,
+        "exact_share": stats.exact_share,
+        "drafts": stats.drafts,
+        "drafts_accepted": stats.drafts_accepted,
     }
 
 

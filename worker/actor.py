@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from offramp.controller.costs import CostTable
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceChunk
+from offramp.worker.config import EngineConfig
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profile import measure_costs
 from offramp.worker.record import record_document
@@ -29,6 +30,7 @@ class WorkerSpec:
         device: "cpu" or "cuda".
         threads: Torch threads of the process.
         slots: Rows decoded together at most.
+        engine: How the rows share the machine; its folder as the worker's machine sees it.
     """
 
     model: str
@@ -36,6 +38,7 @@ class WorkerSpec:
     device: str = "cpu"
     threads: int = 1
     slots: int = 8
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def load_engine(spec: WorkerSpec) -> AdaptiveEngine:
@@ -43,11 +46,12 @@ def load_engine(spec: WorkerSpec) -> AdaptiveEngine:
 
     Raises:
         ModelError: the model cannot be loaded.
+        ConfigError: a setting, or the translators, do not fit it.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(spec.threads)
     return AdaptiveEngine.from_pretrained(
-        spec.model, dtype=spec.dtype, device=spec.device, slots=spec.slots
+        spec.model, dtype=spec.dtype, device=spec.device, slots=spec.slots, config=spec.engine
     )
 
 

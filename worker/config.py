@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -48,10 +49,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
-        if self.kv_budget_mb is not None and not 0 < self.kv_budget_mb < float("inf"):
-            raise ConfigError(
-                "kv_budget_mb", f"{self.kv_budget_mb} is no amount of memory", "Give it in MiB"
-            )
+        budget = self.kv_budget_mb
+        if budget is not None and not 0 < budget < math.inf:
+            raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
 
     def row_tokens(self, context: int, bytes_per_token: int) -> int:
         """Tokens that one request may hold.

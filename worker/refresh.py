@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from offramp.controller.durable import write_durably
@@ -17,6 +18,7 @@ from offramp.controller.errors import (
     RegistryUnavailableError,
 )
 from offramp.controller.manifest import Manifest
+from offramp.controller.policy import ExitPolicy
 from offramp.controller.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.trust import Mark, ReleaseVerifier
 from offramp.controller.weights import MAX_BLOB_BYTES, digest_of
@@ -108,6 +110,7 @@ class PolicyRefresher:
         state_dir: The worker's own folder.
         worker_id: Name in acknowledgements.
         poll_s: Seconds between polls when no event wakes it; each is jittered by ±20 %.
+        prepare: Told each policy, in this refresher's thread, before requests are pinned to it.
 
     Attributes:
         current: The running policy: one reference, replaced as a whole.
@@ -121,6 +124,7 @@ class PolicyRefresher:
         state_dir: Path,
         worker_id: str,
         poll_s: float = POLL_S,
+        prepare: Callable[[ExitPolicy], None] = lambda _: None,
     ) -> None:
         self.current: PolicySnapshot = FULL_DEPTH
         self._registry = registry
@@ -128,6 +132,7 @@ class PolicyRefresher:
         self._state = WorkerState(state_dir)
         self._worker_id = worker_id
         self._poll_s = poll_s
+        self._prepare = prepare
         self._boot = uuid.uuid4().hex
         self._mark: Mark | None = None
         self._mark_lost = False
@@ -259,6 +264,11 @@ class PolicyRefresher:
 
     def _accept(self, manifest: Manifest, envelope: bytes, blob: bytes) -> None:
         policy = self._verifier.open(manifest, blob)
+        try:
+            self._prepare(policy)
+        except Exception as error:  # what fails here would fail in the middle of decoding
+            detail = f"its probe cannot be prepared: {error}"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
         mark = Mark(manifest.generation, manifest.digest)
         self._state.save(mark, envelope, blob)
         self._mark = self._loaded = mark

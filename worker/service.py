@@ -16,7 +16,7 @@ from offramp.controller.errors import OfframpError, OverloadedError, RequestErro
 from offramp.worker.admission import Prompt
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampling import SamplingParams
-from offramp.worker.sequence import Request, TokenEvent
+from offramp.worker.sequence import KVMode, Request, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class _Listener:
 class _Submit:
     prompt: Prompt
     sampling: SamplingParams
+    kv_mode: KVMode | None
     listener: _Listener
     accepted: Future[list[Request]]
 
@@ -94,31 +95,36 @@ class EngineService:
         return self._thread.is_alive() and (idle or recent)
 
     async def submit(
-        self, prompt: Prompt, sampling: SamplingParams
+        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
     ) -> tuple[Request, AsyncIterator[TokenEvent]]:
         """Queue a request; its policy is pinned when this returns.
 
         Closing the iterator frees the request's slot within one step.
+
+        Args:
+            prompt: A string or token ids.
+            sampling: How to draw tokens.
+            kv_mode: What becomes of skipped layers; the engine's own mode by default.
 
         Raises:
             RequestError: the request cannot be served.
             OverloadedError: every slot is taken and the line is full.
             DecodeFailedError: the service has stopped.
         """
-        requests, events = await self.submit_all(prompt, sampling)
+        requests, events = await self.submit_all(prompt, sampling, kv_mode=kv_mode)
         return requests[0], events
 
     async def submit_all(
-        self, prompt: Prompt, sampling: SamplingParams
+        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
         """Queue the ``sampling.n`` requests of one prompt; all of them run under one policy.
 
-        Their events come from one iterator, as they are emitted. Raises and is closed as
-        ``submit`` is.
+        Their events come from one iterator, as they are emitted. Arguments and errors are those of
+        ``submit``, and it is closed as that is.
         """
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
-        self._commands.put(_Submit(prompt, sampling, listener, accepted))
+        self._commands.put(_Submit(prompt, sampling, kv_mode, listener, accepted))
         if self._has_ended:
             self._refuse_queued()
         try:
@@ -186,7 +192,7 @@ class EngineService:
             return
         try:
             self._require_room(command.sampling.n)
-            requests = self._submit_each(command.prompt, command.sampling)
+            requests = self._submit_each(command)
         except Exception as error:
             command.accepted.set_exception(error)
             return
@@ -194,11 +200,13 @@ class EngineService:
         self._listeners.update(dict.fromkeys(_ids(requests), command.listener))
         command.accepted.set_result(requests)
 
-    def _submit_each(self, prompt: Prompt, sampling: SamplingParams) -> list[Request]:
-        first, *others = sampling.each()
+    def _submit_each(self, command: _Submit) -> list[Request]:
+        first, *others = command.sampling.each()
+        prompt, mode = command.prompt, command.kv_mode
         # They differ in their seeds only: if the first can be served, all can.
-        request = self.engine.submit(prompt, first)
-        more = (self.engine.submit(prompt, other, request.snapshot) for other in others)
+        request = self.engine.submit(prompt, first, kv_mode=mode)
+        pinned = request.snapshot
+        more = (self.engine.submit(prompt, other, pinned, kv_mode=mode) for other in others)
         return [request, *more]
 
     def _require_room(self, count: int) -> None:

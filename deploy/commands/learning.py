@@ -24,15 +24,21 @@ from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
+    CacheMode,
     Corpus,
     Device,
     Documents,
     Dtype,
+    MaxPending,
     Model,
     Seed,
+    SharedThreads,
     Threads,
+    Translators,
+    parse_kv_mode,
     parse_layers,
     parse_shares,
+    parse_threads,
     require_loadable,
     require_new_folder,
 )
@@ -40,7 +46,9 @@ from offramp.deploy.console import console, evaluation_table, progress
 from offramp.deploy.serve_app import ray_session
 from offramp.deploy.settings import Settings
 from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.config import EngineConfig
 from offramp.worker.loading import layers_and_vocab
+from offramp.worker.sequence import KVMode
 
 CHOSEN = "chosen"
 """Folder, beside the contenders, of the bundle that an evaluation picked."""
@@ -66,7 +74,8 @@ def record(
     recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    threads: Threads = 1,
+    threads: SharedThreads = "auto",
+    translators: Translators = None,
 ) -> None:
     """Decode documents at full depth on Ray workers and store per-exit features."""
     settings = Settings.from_environment()
@@ -75,7 +84,8 @@ def record(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
             dtype=dtype,
             device=device,
-            threads=threads,
+            threads=parse_threads(threads, recorders),
+            engine=EngineConfig(translators=translators and translators.resolve()),
         ),
         corpus=corpus,
         documents=documents,
@@ -131,6 +141,9 @@ def evaluate_policies(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = 1,
+    kv_mode: CacheMode = "project",
+    max_pending: MaxPending = 8,
+    translators: Translators = None,
     seed: Seed = 0,
 ) -> None:
     """Choose a policy on validation documents and report every policy on test documents."""
@@ -144,9 +157,16 @@ def evaluate_policies(
         threads=threads,
         seed=seed,
     )
+    mode = parse_kv_mode(kv_mode)
     spec = WorkerSpec(
-        model=model, dtype=dtype, device=device, threads=threads, slots=test_documents
+        model=model,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        slots=test_documents,
+        engine=EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators),
     )
+    _require_open(mode)
     contenders = load_contenders(policies)
     if not contenders:
         raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
@@ -163,6 +183,15 @@ def evaluate_policies(
     save_assessment(policies, contenders, found, costs.layers)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
     console.print(f"{found.reason} → {policies / CHOSEN}")
+
+
+def _require_open(mode: KVMode) -> None:
+    if mode == "verify":
+        raise ConfigError(
+            "kv_mode",
+            "verify emits what full depth would: there is no agreement to choose by",
+            "Use project or defer",
+        )
 
 
 def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from offramp.controller.errors import ConfigError
 from offramp.deploy.settings import Settings
-from offramp.worker.actor import WorkerSpec
-from offramp.worker.loading import check_model, parse_dtype, require_device
+from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.loading import check_model, layers_and_vocab, parse_dtype, require_device
+from offramp.worker.schedule import LOCKSTEP, Schedule
+from offramp.worker.sequence import KVMode
 
 Model = Annotated[str, typer.Option(help="Model folder in Hugging Face format.")]
 Corpus = Annotated[
@@ -23,6 +28,27 @@ Documents = Annotated[
 Dtype = Annotated[str, typer.Option(help="Weights' dtype: float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
+SharedThreads = Annotated[
+    str,
+    typer.Option(help="Torch threads per worker; auto: this machine's usable cores / workers."),
+]
+CacheMode = Annotated[
+    str, typer.Option(help="Layers that tokens skip, unless a request says: project|defer|verify.")
+]
+Holds = Annotated[
+    list[str] | None,
+    typer.Option(help="Depths where rows wait for company, like 6,9; may be repeated."),
+]
+HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
+HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
+PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
+MaxPending = Annotated[int, typer.Option(help="Tokens a row may put off (defer, verify).")]
+CacheBudget = Annotated[
+    float | None, typer.Option(help="MiB the cache may grow to [default: as the context asks].")
+]
+Translators = Annotated[
+    Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 DEFAULT_MODEL = "models/reference"
@@ -60,6 +86,56 @@ def parse_shares(field: str, text: str) -> tuple[float, ...]:
         ) from error
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def parse_threads(text: str, workers: int) -> int:
+    """Torch threads of each of some workers on this machine.
+
+    >>> parse_threads("3", workers=2)
+    3
+    >>> parse_threads("auto", workers=10_000)
+    1
+
+    Raises:
+        ConfigError: neither ``auto`` nor a number from 1 on.
+    """
+    if text == "auto":
+        return max(1, usable_cores() // workers)
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text)):
+        raise ConfigError("threads", f"{text!r} is no number of threads", "Use auto, or 1 or more")
+    return int(text)
+
+
+def parse_schedule(holds: Sequence[str] | None, rows: int, patience: int) -> Schedule:
+    """Lock-step, or cohorts.
+
+    >>> parse_schedule(["3", "6,9"], 2, 4).holds
+    (3, 6, 9)
+
+    Raises:
+        ConfigError: holds that do not ascend, a number below its bound, or numbers without holds.
+    """
+    depths = parse_layers("hold", ",".join(holds or ()))
+    try:
+        schedule = Schedule(holds=depths, rows=rows, patience=patience)
+    except ConfigError as error:
+        raise ConfigError(f"hold_{error.field}", error.problem, error.remedy) from error
+    if not depths and schedule != LOCKSTEP:
+        field = "hold_rows" if rows != LOCKSTEP.rows else "hold_patience"
+        raise ConfigError(field, "does nothing without a hold", "Give --hold, too")
+    return schedule
+
+
+def parse_kv_mode(text: str) -> KVMode:
+    """For the type checker: ``EngineConfig`` is what refuses an unknown mode."""
+    return cast(KVMode, text)
+
+
 def require_new_folder(field: str, folder: Path) -> None:
     """Refuse to write among files that are there already.
 
@@ -85,9 +161,18 @@ def require_loadable(spec: WorkerSpec, settings: Settings) -> None:
 
     Raises:
         ModelError: the model cannot be served.
-        ConfigError: the dtype is unknown, or the device is not there.
+        ConfigError: the dtype is unknown, the device is not there, or the engine's settings do
+            not fit the model.
     """
     check_model(spec.model)
     parse_dtype(spec.dtype)
     if settings.ray_address is None:  # a cluster's workers may have devices that we lack
         require_device(spec.device)
+    layers, holds = layers_and_vocab(spec.model)[0], spec.engine.schedule.holds
+    if holds and holds[-1] >= layers:
+        raise ConfigError(
+            "hold", f"{holds[-1]} is not below the model's {layers} layers", "Hold earlier"
+        )
+    if spec.engine.translators is not None or spec.engine.kv_budget_mb is not None:
+        # Only the weights tell whether translators are theirs, and only the cache its block's size.
+        load_engine(replace(spec, device="cpu"))

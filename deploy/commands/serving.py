@@ -16,11 +16,22 @@ from rich.markup import escape
 from offramp.controller.signing import load_public_key
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
+    CacheBudget,
+    CacheMode,
     Device,
     Dtype,
+    HoldPatience,
+    HoldRows,
+    Holds,
+    MaxPending,
     Model,
+    PrefillTokens,
     Seed,
-    Threads,
+    SharedThreads,
+    Translators,
+    parse_kv_mode,
+    parse_schedule,
+    parse_threads,
     require_folder,
     require_loadable,
 )
@@ -33,6 +44,7 @@ from offramp.deploy.redis_server import EmbeddedRedis
 from offramp.deploy.serve_app import LOOPBACK, PoolConfig, ray_session, require_free, running_pool
 from offramp.deploy.settings import Settings
 from offramp.worker.actor import WorkerSpec
+from offramp.worker.config import EngineConfig
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,7 +73,15 @@ def serve(
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    threads: Threads = 1,
+    threads: SharedThreads = "auto",
+    kv_mode: CacheMode = "project",
+    hold: Holds = None,
+    hold_rows: HoldRows = 4,
+    hold_patience: HoldPatience = 4,
+    prefill_tokens: PrefillTokens = 256,
+    max_pending: MaxPending = 8,
+    kv_budget_mb: CacheBudget = None,
+    translators: Translators = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
@@ -70,8 +90,16 @@ def serve(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
             dtype=dtype,
             device=device,
-            threads=threads,
+            threads=parse_threads(threads, replicas),
             slots=slots,
+            engine=EngineConfig(
+                kv_mode=parse_kv_mode(kv_mode),
+                schedule=parse_schedule(hold, hold_rows, hold_patience),
+                prefill_tokens=prefill_tokens,
+                max_pending=max_pending,
+                kv_budget_mb=kv_budget_mb,
+                translators=translators and translators.resolve(),
+            ),
         ),
         model_id=served_model_name or Path(model).resolve().name,
         redis_url=settings.redis_url or "",
@@ -85,6 +113,11 @@ def serve(
         max_waiting=max_waiting,
     )
     _require_servable(config, settings, trust, redis_port)
+    _serve(config, settings, trust, redis_port)
+
+
+def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
+    """Serve until told to stop."""
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))
@@ -92,9 +125,11 @@ def serve(
             console.print(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:
             public_key_path(settings)
-        stack.enter_context(ray_session(settings.ray_address, max(replicas, os.cpu_count() or 1)))
+        cpus = max(config.replicas, os.cpu_count() or 1)
+        stack.enter_context(ray_session(settings.ray_address, cpus))
         url = stack.enter_context(running_pool(config))
-        console.print(f"{config.model_id} on {url}/v1 with {replicas} workers; Ctrl-C stops it")
+        workers = f"{config.replicas} workers, threads: {config.worker.threads} each"
+        console.print(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
         _wait_for_a_signal()
 
 
@@ -121,11 +156,13 @@ def demo(
         bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
+    threads: SharedThreads = "auto",
     seed: Seed = 0,
 ) -> None:
     """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
     settings = Settings.from_environment()
     config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    config = replace(config, threads=parse_threads(threads, config.replicas))
     require_folder("out", out)
     if port:
         require_free(LOOPBACK[0], port)

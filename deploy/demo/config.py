@@ -27,7 +27,8 @@ class DemoConfig:
         ppo_steps: PPO environment steps.
         validation_documents, test_documents, timed_documents: See ``AssessConfig``.
         target_agreement: Least on-policy agreement of what is published.
-        replicas: Workers in the pool.
+        replicas: Workers in the pool, and recorders.
+        threads: Torch threads of each, and of the evaluation; training has one of its own.
         in_flight: Streaming requests under way while the policy is swapped.
         prompts: Requests that are timed one after the other, under each policy.
         new_tokens: Tokens of each.
@@ -45,6 +46,7 @@ class DemoConfig:
     timed_documents: int = 12
     target_agreement: float = 0.93
     replicas: int = 2
+    threads: int = 1
     in_flight: int = 6
     prompts: int = 6
     new_tokens: int = 64

@@ -42,6 +42,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
                 worker=spec,
                 documents=config.documents,
                 tokens_per_document=config.tokens_per_document,
+                recorders=config.replicas,
             ),
             config.out / "traces",
             advance,
@@ -89,6 +90,7 @@ def assess_config(config: DemoConfig, model: str) -> AssessConfig:
         test_documents=config.test_documents,
         timed_documents=config.timed_documents,
         target_agreement=config.target_agreement,
+        threads=config.threads,
         seed=config.seed,
     )
 

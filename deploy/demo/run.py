@@ -46,7 +46,7 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     check_model(config.model)
     prepare_folder(config.out)
-    spec = WorkerSpec(model=str(Path(config.model).resolve()))
+    spec = WorkerSpec(model=str(Path(config.model).resolve()), threads=config.threads)
     with contextlib.ExitStack() as stack:
         settings = _own_settings(config, settings, stack)
         cpus = max(config.replicas, os.cpu_count() or 1)

@@ -126,6 +126,10 @@ def test_exit_statistics_are_opt_in(post: Post, expected: Any) -> None:
         "generation": 7,
         "exit_layers": [12, 6, 6, 6, 6, 6],
         "mean_exit_layer": 7.0,
+        "layer_calls": 30,
+        "exact_share": expected.stats.exact_share,
+        "drafts": 0,
+        "drafts_accepted": 0,
     }
     chunks = events_of(post({**asked, "stream": True}))
     assert [chunk["offramp"]["token"] for chunk in chunks] == expected.token_ids

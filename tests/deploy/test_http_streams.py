@@ -114,7 +114,7 @@ def test_a_failure_in_mid_stream_is_an_event_and_then_the_end(
 def test_a_bug_is_told_in_json_and_without_its_details(
     app: FastAPI, ask: Any, service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def bug(*_: Any) -> Any:
+    async def bug(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("private")
 
     with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ Shape suffixes: N rows, K candidates, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -130,15 +131,23 @@ class FinalNorm:
 
 
 class Shelf:
-    """Arrays for reuse: fresh memory of this size costs a page fault per 4 KiB."""
+    """Arrays for reuse: fresh memory of this size costs a page fault per 4 KiB.
+
+    Threads may share it: each call takes or adds at most one array, in one step.
+    """
 
     def __init__(self) -> None:
         self._arrays: list[FloatArray] = []
 
     def take(self, shape: tuple[int, ...]) -> FloatArray:
         """An array of that shape, of undefined content."""
-        if self._arrays and self._arrays[-1].shape == shape:
-            return self._arrays.pop()
+        try:
+            array = self._arrays.pop()
+        except IndexError:
+            return np.empty(shape, np.float32)
+        if array.shape == shape:
+            return array
+        self._arrays.append(array)
         return np.empty(shape, np.float32)
 
     def put(self, array: FloatArray) -> None:
@@ -164,6 +173,7 @@ class Readout:
         self._head_VD = _head_view(stack) if self.is_host else None
         self._folded_VD = self._folded_head()
         self._derived: dict[tuple[object, int], tuple[IntArray, Any]] = {}
+        self._deriving = threading.Lock()  # held to change the dictionary, not to compute
 
     def host(self, x_ND: Tensor) -> FloatArray:
         """Hidden states as float32 in host memory; may share memory with ``x_ND``."""
@@ -206,14 +216,20 @@ class Readout:
         return folded_VD
 
     def derived(self, make: Callable[[Readout, IntArray], T], table_VK: IntArray) -> T:
-        """``make(self, table_VK)``, computed once per table and kept for the latest few."""
+        """``make(self, table_VK)``, computed once per table and kept for the latest few.
+
+        Another thread than the engine's may ask too, to have it ready.
+        """
         key = (make, id(table_VK))
-        if key not in self._derived:
-            while len(self._derived) >= DERIVED:
-                del self._derived[next(iter(self._derived))]
+        known = self._derived.get(key)
+        if known is None:
             # The table is kept too, so that its id stays its own.
-            self._derived[key] = (table_VK, make(self, table_VK))
-        value: T = self._derived[key][1]
+            known = (table_VK, make(self, table_VK))
+            with self._deriving:
+                while len(self._derived) >= DERIVED:
+                    del self._derived[next(iter(self._derived))]
+                known = self._derived.setdefault(key, known)
+        value: T = known[1]
         return value
 
 

@@ -89,7 +89,7 @@ class ProbeBench:
     def prepare(self, policy: ExitPolicy) -> None:
         """Compute now what the policy's probe would compute on its first use.
 
-        Call it when a policy arrives: a sketch takes tens of milliseconds.
+        Call it when a policy arrives, from any thread: a sketch takes tens of milliseconds.
         """
         if policy.schema is not None:
             stack = self.readout.stack

@@ -1,0 +1,117 @@
+"""The namespace ``offramp`` of a request: cache modes, and what a completion cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
+
+PROMPT = "def main():\n"
+BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+COST = ("layer_calls", "exact_share", "drafts", "drafts_accepted")
+MODES: tuple[KVMode, ...] = ("project", "defer", "verify")
+
+Ask = Callable[..., httpx.Response]
+
+
+@pytest.fixture
+def complete(app: Any, ask: Any) -> Ask:
+    """Posts a completion request that has these options in its namespace."""
+
+    def complete(options: Any, **changes: Any) -> httpx.Response:
+        body = {**BODY, "offramp": options, **changes}
+        response: httpx.Response = ask(app, lambda c: c.post("/v1/completions", json=body))
+        return response
+
+    return complete
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Any) -> dict[KVMode, Completion]:
+    """The same completions without HTTP, from an engine of their own."""
+    other, sampling = (
+        AdaptiveEngine(engine.stack.model, engine.tokenizer),
+        SamplingParams(max_tokens=12),
+    )
+    policy = engine.current_policy()
+    return {m: other.generate(PROMPT, sampling, policy, kv_mode=m)[0] for m in MODES}
+
+
+def cost_of(completion: Completion) -> dict[str, Any]:
+    return {name: getattr(completion.stats, name) for name in COST}
+
+
+def chunks_of(response: httpx.Response) -> list[Any]:
+    *lines, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_names_its_mode_and_is_told_its_cost(
+    complete: Ask, expected: dict[KVMode, Completion], mode: KVMode
+) -> None:
+    reply = complete({"stats": True, "kv_mode": mode}).json()
+    assert reply["choices"][0]["text"] == expected[mode].text
+    assert reply["offramp"] == {
+        "generation": 7,
+        "exit_layers": expected[mode].exit_layers,
+        "mean_exit_layer": expected[mode].stats.mean_exit_layer,
+        **cost_of(expected[mode]),
+    }
+
+
+def test_the_modes_differ(expected: dict[KVMode, Completion]) -> None:
+    costs = [cost_of(each) for each in expected.values()]
+    assert costs[0]["exact_share"] < costs[1]["exact_share"] <= 1.0
+    assert costs[0]["layer_calls"] < costs[1]["layer_calls"] < costs[2]["layer_calls"]
+    assert costs[2]["drafts"] >= costs[2]["drafts_accepted"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_is_told_its_cost_with_the_last_token(
+    complete: Ask, expected: dict[KVMode, Completion], mode: KVMode
+) -> None:
+    *chunks, last = chunks_of(complete({"stats": True, "kv_mode": mode}, stream=True))
+    assert all(set(c["offramp"]) == {"generation", "exit_layer", "token"} for c in chunks)
+    tokens = [c["offramp"]["token"] for c in (*chunks, last)]
+    assert tokens == expected[mode].token_ids
+    assert {name: last["offramp"][name] for name in COST} == cost_of(expected[mode])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_of_several_choices_has_its_mode_and_cost(
+    complete: Ask, expected: dict[KVMode, Completion], stream: bool
+) -> None:
+    response = complete({"stats": True, "kv_mode": "verify"}, n=2, stream=stream)
+    if stream:
+        found = [c["offramp"] for c in chunks_of(response) if c["choices"][0]["finish_reason"]]
+    else:
+        found = [choice["offramp"] for choice in response.json()["choices"]]
+    assert len(found) == 2
+    for each in found:  # greedily, both are the same
+        assert each["drafts_accepted"] == expected["verify"].stats.drafts_accepted
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_mode": None}, {"kv_mode": "project"}])
+def test_the_engines_own_mode_is_the_default(
+    complete: Ask, expected: dict[KVMode, Completion], options: Any
+) -> None:
+    reply = complete({"stats": True, **options}).json()["offramp"]
+    assert {name: reply[name] for name in COST} == cost_of(expected["project"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["exact", "", "VERIFY", 3, True, ["verify"], {"verify": 1}])
+def test_an_unknown_mode_names_its_field(complete: Ask, mode: Any, stream: bool) -> None:
+    response = complete({"kv_mode": mode}, stream=stream)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "offramp.kv_mode"
+    assert error["type"] == "invalid_request_error"
+    assert "project, defer, verify" in error["message"]
