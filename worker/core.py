@@ -29,6 +29,7 @@ from offramp.worker.kv import SlotKV
 from offramp.worker.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.outbox import Outbox
 from offramp.worker.roster import Roster
+from offramp.worker.sampler import Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.schedule import Launch, Schedule, Scheduler
 from offramp.worker.sequence import KVMode, Request, Sequence, TokenEvent
@@ -93,6 +94,7 @@ class EngineCore:
         *,
         kv_mode: KVMode | None = None,
         forced: Items[int] = (),
+        sampler: Sampler | None = None,
     ) -> Request:
         """Queue a request and pin its policy.
 
@@ -103,6 +105,7 @@ class EngineCore:
             kv_mode: What becomes of skipped layers; the engine's own mode by default.
             forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
                 tokens are emitted as are given.
+            sampler: Draws this request's tokens, in place of one made from ``sampling``.
 
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
@@ -122,6 +125,7 @@ class EngineCore:
             snapshot=pinned(policy, self.current_policy, self.stack),
             kv_mode=kv_mode,
             forced=tuple(forced),
+            sampler=sampler,
         )
         self._roster.waiting.append(request)
         return request

@@ -28,7 +28,9 @@ class Roster:
         """Seat waiting requests while there are slots, first come, first served."""
         while self.waiting and len(self.rows) < self.kv.slots:
             request, stack = self.waiting.popleft(), self.stack
-            sampler = Sampler(request.sampling, request.prompt, stack.eos_tokens, stack.vocab)
+            sampler = request.sampler or Sampler(
+                request.sampling, request.prompt, stack.eos_tokens, stack.vocab
+            )
             self.rows.append(Sequence(request, len(self.rows), sampler))
 
     def standing(self) -> dict[int, list[Sequence]]:
