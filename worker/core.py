@@ -66,6 +66,7 @@ class EngineCore:
         require_supported(model)
         if slots < 1:
             raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
+        self.model = model
         self.config = config or EngineConfig()
         self.stack = prepare(stack_for(model))
         self.tokenizer = tokenizer

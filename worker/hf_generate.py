@@ -31,7 +31,7 @@ from offramp.worker.snapshot import PolicySnapshot
 
 
 @dataclass
-class EarlyExitOutput(GenerateDecoderOnlyOutput):
+class EarlyExitOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]  # transformers is untyped
     """What ``generate`` returns with ``return_dict_in_generate``.
 
     Logits and scores are those of the layer that a token left from (``verify``: full depth's), and
@@ -137,10 +137,8 @@ class EarlyExit:
     def _decode(self, batch: _Batch) -> None:
         rows = {row.request.id: row for row in batch.rows}
         for event in self.engine.follow([row.request for row in batch.rows]):
-            batch.take(rows[event.request_id], event)
-            for row in batch.rows:
-                if batch.has_enough(row):
-                    self.engine.cancel(row.request.id)
+            for row in batch.take(rows[event.request_id], event):
+                self.engine.cancel(row.request.id)
             batch.stream()
         if batch.streamer is not None:
             batch.streamer.end()
@@ -152,7 +150,7 @@ def require_same(engine: AdaptiveEngine, model: Any) -> None:
     Raises:
         RequestError: naming both classes.
     """
-    own = engine.stack.model
+    own = engine.model
     if own is not model:
         raise RequestError(
             "custom_generate",
@@ -203,6 +201,8 @@ class _Batch:
         self.returns_dict = bool(config.return_dict_in_generate)
         asked = config.output_scores or config.output_logits
         self.records = bool(self.returns_dict and asked)
+        self._going = len(input_ids_BN)
+        self._longest = 0
         self._streamed = 0
 
     def sampling(self, vocab: int) -> SamplingParams:
@@ -217,34 +217,31 @@ class _Batch:
             ignore_eos=True,
         )
 
-    def take(self, row: _Row, event: TokenEvent) -> None:
-        """Note a row's next token, and whether it ends the row."""
+    def take(self, row: _Row, event: TokenEvent) -> list[_Row]:
+        """Note a row's next token; the rows of whom further tokens are of no use."""
         row.tokens.append(event.token)
         row.exit_layers.append(event.exit_layer)
         if row.end is None and (self._is_done(row) or event.finish_reason is not None):
             row.end = len(row.tokens)
-
-    def has_enough(self, row: _Row) -> bool:
-        """Whether further tokens of a row are of no use."""
+            self._going -= 1
+            self._longest = max(self._longest, row.end)
         if self.pads:
-            return row.end is not None
-        width = self._width()
-        return width is not None and len(row.tokens) >= width
+            return [] if row.end is None else [row]
+        return [] if self._going else [r for r in self.rows if len(r.tokens) >= self._longest]
 
     def stream(self) -> None:
         """Show the columns that all rows have."""
         if self.streamer is None:
             return
         going = [len(row.tokens) for row in self.rows if not (self.pads and row.end is not None)]
-        width = self._width()
-        known = min(going if width is None else [*going, width])
+        known = min(going if self._going else [*going, self._longest])
         while self._streamed < known:
             self.streamer.put(self._column([row.tokens for row in self.rows], self._pad))
             self._streamed += 1
 
     def output(self) -> Tensor | EarlyExitOutput:
         """The finished rows in ``generate``'s form."""
-        columns = range(self._width() or 0)
+        columns = range(self._longest)
         tokens_BT = self._table([row.tokens for row in self.rows], self._pad)
         sequences = torch.cat([self.input_ids_BN, tokens_BT], dim=-1)
         if not self.returns_dict:
@@ -270,13 +267,8 @@ class _Batch:
             scores = tuple(sampler.scores[: len(row.tokens)])
         return any([sampler.place.ends(each, ids_N, scores) for each in self.criteria])
 
-    def _width(self) -> int | None:
-        """New columns of the result; None until every row has ended."""
-        ends = [row.end for row in self.rows if row.end is not None]
-        return max(ends) if len(ends) == len(self.rows) else None
-
     def _table(self, rows: list[list[int]], filler: int) -> Tensor:
-        columns = range(self._width() or 0)
+        columns = range(self._longest)
         table = [[row[c] if c < len(row) else filler for c in columns] for row in rows]
         return torch.tensor(table, dtype=torch.long, device=self.input_ids_BN.device)
 

