@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from operator import index
 from typing import Any, get_args
@@ -23,10 +23,13 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, from one alone or several.
 
     Raises:
-        RequestError: token ids and whole prompts side by side.
+        RequestError: token ids and whole prompts side by side, or no prompts at all.
     """
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        problem = f"{prompts!r} is neither text nor a list"
+        raise RequestError("prompts", problem, "Use strings or lists of token ids")
     items = list(prompts)
     tokens = [int(item) for item in items if isinstance(item, Integral)]
     if tokens and len(tokens) == len(items):
@@ -94,6 +97,7 @@ def pinned(
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
+        require_exits(policy.policy, stack.layers)
         return policy
     require_fit(policy, stack.layers, stack.vocab)
     return PolicySnapshot(0, "", policy)
@@ -202,17 +206,30 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
         )
 
 
+def require_exits(policy: ExitPolicy, layers: int) -> None:
+    """Refuse what is no policy, or one whose exits are no layers of the model.
+
+    Raises:
+        RequestError: naming what was given.
+    """
+    if not isinstance(policy, ExitPolicy):
+        problem = f"{policy!r} is no exit policy"
+        raise RequestError("policy", problem, "Give one with exits, schema and leave()")
+    exits = tuple(policy.exits)
+    inside = all(isinstance(layer, Integral) and 1 <= layer <= layers for layer in exits)
+    if not inside or list(exits) != sorted(set(exits)):
+        raise RequestError(
+            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
+        )
+
+
 def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
     """Refuse a policy made for another model.
 
     Raises:
         RequestError: exits out of order or range, or a candidate table that does not fit.
     """
-    exits = policy.exits
-    if list(exits) != sorted(set(exits)) or any(not 1 <= e <= layers for e in exits):
-        raise RequestError(
-            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
-        )
+    require_exits(policy, layers)
     if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
         return
     table = policy.candidates_VK

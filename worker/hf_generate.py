@@ -137,6 +137,9 @@ class EarlyExit:
     def _decode(self, batch: _Batch) -> None:
         rows = {row.request.id: row for row in batch.rows}
         for event in self.engine.follow([row.request for row in batch.rows]):
+            failed = next((r.sampler.error for r in batch.rows if r.sampler.error), None)
+            if failed is not None:
+                raise failed
             for row in batch.take(rows[event.request_id], event):
                 self.engine.cancel(row.request.id)
             batch.stream()

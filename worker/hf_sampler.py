@@ -103,6 +103,7 @@ class HFSampler(Sampler):
 
     Attributes:
         logits, scores: Of each emitted token [V], as the model gave them and as processed.
+        error: What a processor raised first; the caller raises it once the engine's step is over.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class HFSampler(Sampler):
         self.records = records
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []
+        self.error: Exception | None = None
         self._latest_V: Tensor | None = None
 
     @property
@@ -145,7 +147,10 @@ class HFSampler(Sampler):
     def _processed(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         ids_N = self.ids(emitted)
         scores_V = logits_V.to(ids_N.device, torch.float32, copy=True)
-        for processor in self.processors:
-            scores_V = self.place.ask(processor, ids_N, scores_V)
+        try:
+            for processor in self.processors:
+                scores_V = self.place.ask(processor, ids_N, scores_V)
+        except Exception as error:  # foreign code: other rows of the engine must not suffer
+            self.error = self.error or error
         self._latest_V = scores_V
         return scores_V

@@ -50,7 +50,9 @@ class Roster:
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
         last = self.rows.pop()
+        self.kv.clear(row.slot)
         if last is not row:
             self.rows[row.slot] = last
             self.kv.move(last.slot, row.slot, last.entries)
+            self.kv.clear(last.slot)
             last.slot = row.slot

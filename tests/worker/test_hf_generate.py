@@ -169,7 +169,7 @@ def test_stop_strings_end_rows(reference: AdaptiveEngine) -> None:
     asked = {
         **prompt,
         "max_new_tokens": 40,
-        "stopping_criteria": [StopStringCriteria(tokenizer, ["(self", "):"])],
+        "stopping_criteria": [StopStringCriteria(tokenizer, ["-> s", "Return"])],
     }
     plain = model.generate(**asked, do_sample=False)
     ours = model.generate(**asked, do_sample=False, custom_generate=early_exit(reference))
