@@ -10,6 +10,7 @@ from typing import Any, get_args
 from offramp.controller.errors import RequestError
 from offramp.controller.features import TABLE_SCHEMAS
 from offramp.controller.policy import ExitPolicy
+from offramp.worker.probes.registry import PROBES
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
 from offramp.worker.snapshot import PolicySnapshot
@@ -97,7 +98,7 @@ def pinned(
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
-        require_exits(policy.policy, stack.layers)
+        require_policy(policy.policy, stack.layers)
         return policy
     require_fit(policy, stack.layers, stack.vocab)
     return PolicySnapshot(0, "", policy)
@@ -206,8 +207,8 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
         )
 
 
-def require_exits(policy: ExitPolicy, layers: int) -> None:
-    """Refuse what is no policy, or one whose exits are no layers of the model.
+def require_policy(policy: ExitPolicy, layers: int) -> None:
+    """Refuse what is no policy, or one whose exits or features the engine does not have.
 
     Raises:
         RequestError: naming what was given.
@@ -215,6 +216,10 @@ def require_exits(policy: ExitPolicy, layers: int) -> None:
     if not isinstance(policy, ExitPolicy):
         problem = f"{policy!r} is no exit policy"
         raise RequestError("policy", problem, "Give one with exits, schema and leave()")
+    schema = policy.schema
+    if schema is not None and schema.digest not in PROBES:
+        problem = f"no probe computes {schema.name!r} version {schema.version}"
+        raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
     exits = tuple(policy.exits)
     inside = all(isinstance(layer, Integral) and 1 <= layer <= layers for layer in exits)
     if not inside or list(exits) != sorted(set(exits)):
@@ -229,7 +234,7 @@ def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
     Raises:
         RequestError: exits out of order or range, or a candidate table that does not fit.
     """
-    require_exits(policy, layers)
+    require_policy(policy, layers)
     if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
         return
     table = policy.candidates_VK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import get_args
 
@@ -45,8 +46,10 @@ class EngineConfig:
             raise ConfigError("kv_mode", f"{self.kv_mode!r} is unknown", f"Use one of {known}")
         for name in ("prefill_tokens", "max_pending"):
             value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(name, f"{value!r} is no integer from 1 on", "Use 1 or more")
+        if self.kv_budget_mb is not None and not isfinite(self.kv_budget_mb):
+            raise ConfigError("kv_budget_mb", f"{self.kv_budget_mb} is not finite", "Use None")
 
     def row_tokens(self, context: int, bytes_per_token: int) -> int:
         """Tokens that one request may hold.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.policy import ExitPolicy
 from offramp.worker.admission import (
     Prompt,
@@ -112,7 +112,9 @@ class EngineCore:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
         """
         tokens = encode_prompt(prompt, self.tokenizer)
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
         if forced:
             sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer)

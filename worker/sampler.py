@@ -95,7 +95,7 @@ class Sampler:
         below_V = (logits_V - logits_V.max()) / temperature
         chances_V = self._truncated(below_V.softmax(-1))
         if not bool(chances_V.isfinite().all()):
-            # Nothing can be drawn from NaN. As greedily, the argmax stands for it: other rows go on.
+            # Nothing can be drawn from NaN. The argmax, as greedily: other rows must go on.
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
         return chances_V
 

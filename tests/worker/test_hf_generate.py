@@ -329,3 +329,21 @@ def test_a_criterion_that_raises_leaves_the_engine_clean(llama: Llama) -> None:
     assert llama.engine.load == (0, 0)
     plain, ours = llama.both()
     assert ours.tolist() == plain.tolist()
+
+
+def test_a_processor_that_raises_harms_no_other_request(llama: Llama) -> None:
+    alone = [event.token for event in llama.engine.stream([9, 8, 7])]
+    other = llama.engine.stream([9, 8, 7], policy=FixedExit(2), kv_mode="verify")
+    tokens = [next(other).token]
+
+    def allowed(_: int, sent: torch.Tensor) -> list[int]:
+        return [] if len(sent) > 12 else [3, 4]
+
+    with pytest.raises(ValueError, match="empty list"):
+        llama.model.generate(
+            **padded(PROMPTS),
+            max_new_tokens=20,
+            prefix_allowed_tokens_fn=allowed,
+            custom_generate=early_exit(llama.engine, FixedExit(2), "verify"),
+        )
+    assert tokens + [event.token for event in other] == alone
