@@ -28,7 +28,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
+    given: object = prompts  # callers need not keep to the annotation
+    if not isinstance(given, Iterable):
         problem = f"{prompts!r} is neither text nor a list"
         raise RequestError("prompts", problem, "Use strings or lists of token ids")
     items = list(prompts)
@@ -213,14 +214,15 @@ def require_policy(policy: ExitPolicy, layers: int) -> None:
     Raises:
         RequestError: naming what was given.
     """
-    if not isinstance(policy, ExitPolicy):
+    given: object = policy  # callers need not keep to the annotation
+    if not isinstance(given, ExitPolicy):
         problem = f"{policy!r} is no exit policy"
         raise RequestError("policy", problem, "Give one with exits, schema and leave()")
     schema = policy.schema
     if schema is not None and schema.digest not in PROBES:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
-    exits = tuple(policy.exits)
+    exits: tuple[Any, ...] = tuple(policy.exits)
     inside = all(isinstance(layer, Integral) and 1 <= layer <= layers for layer in exits)
     if not inside or list(exits) != sorted(set(exits)):
         raise RequestError(
