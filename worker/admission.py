@@ -223,7 +223,7 @@ def require_policy(policy: ExitPolicy, layers: int) -> None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
     exits: tuple[Any, ...] = tuple(policy.exits)
-    inside = all(isinstance(layer, Integral) and 1 <= layer <= layers for layer in exits)
+    inside = all(isinstance(layer, Integral) and 1 <= int(layer) <= layers for layer in exits)
     if not inside or list(exits) != sorted(set(exits)):
         raise RequestError(
             "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
