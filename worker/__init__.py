@@ -3,6 +3,7 @@
 from offramp.worker.completion import Completion
 from offramp.worker.config import EngineConfig
 from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.hf_generate import early_exit
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import CompletionStats, KVMode, TokenEvent
@@ -20,4 +21,5 @@ __all__ = [
     "SamplingParams",
     "Schedule",
     "TokenEvent",
+    "early_exit",
 ]

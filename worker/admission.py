@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from operator import index
 from typing import Any, get_args
@@ -10,6 +10,7 @@ from typing import Any, get_args
 from offramp.controller.errors import RequestError
 from offramp.controller.features import TABLE_SCHEMAS
 from offramp.controller.policy import ExitPolicy
+from offramp.worker.probes.registry import PROBES
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
 from offramp.worker.snapshot import PolicySnapshot
@@ -23,10 +24,14 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, from one alone or several.
 
     Raises:
-        RequestError: token ids and whole prompts side by side.
+        RequestError: token ids and whole prompts side by side, or no prompts at all.
     """
     if isinstance(prompts, str):
         return [prompts]
+    given: object = prompts  # callers need not keep to the annotation
+    if not isinstance(given, Iterable):
+        problem = f"{prompts!r} is neither text nor a list"
+        raise RequestError("prompts", problem, "Use strings or lists of token ids")
     items = list(prompts)
     tokens = [int(item) for item in items if isinstance(item, Integral)]
     if tokens and len(tokens) == len(items):
@@ -94,6 +99,7 @@ def pinned(
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
+        require_policy(policy.policy, stack.layers)
         return policy
     require_fit(policy, stack.layers, stack.vocab)
     return PolicySnapshot(0, "", policy)
@@ -202,17 +208,35 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
         )
 
 
+def require_policy(policy: ExitPolicy, layers: int) -> None:
+    """Refuse what is no policy, or one whose exits or features the engine does not have.
+
+    Raises:
+        RequestError: naming what was given.
+    """
+    given: object = policy  # callers need not keep to the annotation
+    if not isinstance(given, ExitPolicy):
+        problem = f"{policy!r} is no exit policy"
+        raise RequestError("policy", problem, "Give one with exits, schema and leave()")
+    schema = policy.schema
+    if schema is not None and schema.digest not in PROBES:
+        problem = f"no probe computes {schema.name!r} version {schema.version}"
+        raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
+    exits: tuple[Any, ...] = tuple(policy.exits)
+    inside = all(isinstance(layer, Integral) and 1 <= int(layer) <= layers for layer in exits)
+    if not inside or list(exits) != sorted(set(exits)):
+        raise RequestError(
+            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
+        )
+
+
 def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
     """Refuse a policy made for another model.
 
     Raises:
         RequestError: exits out of order or range, or a candidate table that does not fit.
     """
-    exits = policy.exits
-    if list(exits) != sorted(set(exits)) or any(not 1 <= e <= layers for e in exits):
-        raise RequestError(
-            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
-        )
+    require_policy(policy, layers)
     if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
         return
     table = policy.candidates_VK

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.policy import ExitPolicy
 from offramp.worker.admission import (
     Prompt,
@@ -30,6 +30,7 @@ from offramp.worker.kv import SlotKV
 from offramp.worker.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.outbox import Outbox
 from offramp.worker.roster import Roster
+from offramp.worker.sampler import Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.schedule import Launch, Schedule, Scheduler
 from offramp.worker.sequence import KVMode, Request, Sequence, TokenEvent
@@ -66,6 +67,7 @@ class EngineCore:
         require_supported(model)
         if slots < 1:
             raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
+        self.model = model
         self.config = config or EngineConfig()
         self.stack = prepare(stack_for(model))
         self.tokenizer = tokenizer
@@ -94,6 +96,7 @@ class EngineCore:
         *,
         kv_mode: KVMode | None = None,
         forced: Items[int] = (),
+        sampler: Sampler | None = None,
     ) -> Request:
         """Queue a request and pin its policy.
 
@@ -104,12 +107,15 @@ class EngineCore:
             kv_mode: What becomes of skipped layers; the engine's own mode by default.
             forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
                 tokens are emitted as are given.
+            sampler: Draws this request's tokens, in place of one made from ``sampling``.
 
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
         """
         tokens = encode_prompt(prompt, self.tokenizer)
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
         if forced:
             sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer)
@@ -123,6 +129,7 @@ class EngineCore:
             snapshot=pinned(policy, self.current_policy, self.stack),
             kv_mode=kv_mode,
             forced=tuple(forced),
+            sampler=sampler,
         )
         self._roster.waiting.append(request)
         return request

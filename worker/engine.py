@@ -127,6 +127,21 @@ class AdaptiveEngine(EngineCore):
         finally:
             self.cancel(request.id)
 
+    def follow(self, requests: Items[Request]) -> Iterator[TokenEvent]:
+        """Step until requests that were just submitted have ended; their events as they come.
+
+        One that is cancelled in between has no further events.
+        """
+        self._inboxes.update((request.id, deque()) for request in requests)
+        while following := [each.id for each in requests if each.id in self._inboxes]:
+            self._pump()
+            for request_id in following:
+                while inbox := self._inboxes.get(request_id):
+                    event = inbox.popleft()
+                    if event.finish_reason is not None:
+                        del self._inboxes[request_id]
+                    yield event
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, running or waiting; its slot is free at the next step."""
         super().cancel(request_id)
@@ -162,6 +177,9 @@ class AdaptiveEngine(EngineCore):
                 yield event
                 if event.finish_reason is not None:
                     return
-            for event in self.step():
-                if event.request_id in self._inboxes:
-                    self._inboxes[event.request_id].append(event)
+            self._pump()
+
+    def _pump(self) -> None:
+        for event in self.step():
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].append(event)

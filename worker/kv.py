@@ -40,6 +40,7 @@ class SlotKV:
         self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
+        self._used = [0] * slots
         self._window = Window((), ())
 
     @property
@@ -88,6 +89,7 @@ class SlotKV:
     def mark(self, slot: int, positions: slice, provenance: int) -> None:
         """Note where a row's entries come from."""
         self.provenance_SC[slot, positions] = provenance
+        self._used[slot] = max(self._used[slot], positions.stop)
 
     def exact_share(self, slot: int, tokens: int) -> float:
         """Share of a row's first positions whose every layer was executed."""
@@ -98,6 +100,14 @@ class SlotKV:
         self.keys_LSGCH[:, target, :, :tokens] = self.keys_LSGCH[:, source, :, :tokens]
         self.values_LSGCH[:, target, :, :tokens] = self.values_LSGCH[:, source, :, :tokens]
         self.provenance_SC[target] = self.provenance_SC[source]
+        self._used[target] = max(self._used[target], tokens)
+
+    def clear(self, slot: int) -> None:
+        """Wipe a slot that its row has left: a masked entry still spoils a sum if it is NaN."""
+        used = self._used[slot]
+        self.keys_LSGCH[:, slot, :, :used] = 0
+        self.values_LSGCH[:, slot, :, :used] = 0
+        self._used[slot] = 0
 
     def _entries(self, new_BGTH: Tensor) -> Tensor:
         """New entries in the order of the write index."""

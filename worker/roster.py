@@ -28,7 +28,9 @@ class Roster:
         """Seat waiting requests while there are slots, first come, first served."""
         while self.waiting and len(self.rows) < self.kv.slots:
             request, stack = self.waiting.popleft(), self.stack
-            sampler = Sampler(request.sampling, request.prompt, stack.eos_tokens, stack.vocab)
+            sampler = request.sampler or Sampler(
+                request.sampling, request.prompt, stack.eos_tokens, stack.vocab
+            )
             self.rows.append(Sequence(request, len(self.rows), sampler))
 
     def standing(self) -> dict[int, list[Sequence]]:
@@ -48,7 +50,9 @@ class Roster:
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
         last = self.rows.pop()
+        self.kv.clear(row.slot)
         if last is not row:
             self.rows[row.slot] = last
             self.kv.move(last.slot, row.slot, last.entries)
+            self.kv.clear(last.slot)
             last.slot = row.slot

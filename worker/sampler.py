@@ -84,7 +84,8 @@ class Sampler:
     def distribution(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """Probabilities [V] that ``draw`` draws from; float32, on the CPU, of sum 1.
 
-        Greedy decoding has all of it on one token. A function of its arguments alone.
+        Greedy decoding has all of it on one token, and so have logits that are not finite. A
+        function of its arguments alone.
         """
         logits_V = self._processed(logits_V, emitted).to("cpu", torch.float32)
         if self.sampling.greedy:
@@ -92,7 +93,11 @@ class Sampler:
         # Below the best logit all are negative, so that no division overflows to infinity.
         temperature = min(max(float(self.sampling.temperature), COLDEST), HOTTEST)
         below_V = (logits_V - logits_V.max()) / temperature
-        return self._truncated(below_V.softmax(-1))
+        chances_V = self._truncated(below_V.softmax(-1))
+        if not bool(chances_V.isfinite().all()):
+            # Nothing can be drawn from NaN. The argmax, as greedily: other rows must go on.
+            return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
+        return chances_V
 
     def pick(self, probabilities_V: Tensor) -> int:
         """One token, drawn with this sequence's own generator; greedy takes the most likely."""

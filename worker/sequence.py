@@ -40,6 +40,7 @@ class Request:
         snapshot: The policy, pinned until the request ends.
         kv_mode: What becomes of skipped layers.
         forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
+        sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Request:
     snapshot: PolicySnapshot
     kv_mode: KVMode = "project"
     forced: tuple[int, ...] = ()
+    sampler: Sampler | None = None
 
 
 @dataclass(frozen=True, slots=True)
