@@ -10,10 +10,11 @@ trained to exit; ``accepted`` says how often.
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
 
-``bound`` is the time of full depth over that of the layer and head calls that were really made
-(counted by hooks), each at its measured price for its rows; everything else (probes, policy, fill,
-sampling, bookkeeping) is what keeps ``share_of_bound`` below 1. ``bound_packed`` is what perfectly
-filled launches would allow.
+``bound`` is the time of full depth over that of the layer, head and fill calls that were really
+made (counted), each at the price of such a call for its number of tokens, measured in the same
+run; everything else (probes, policy, sampling, bookkeeping) is what keeps ``share_of_bound`` below
+1, and full depth's own bookkeeping what may lift it above. ``bound_packed`` is what perfectly
+filled launches would allow (project only: there a layer call has one token per row).
 """
 
 from __future__ import annotations
@@ -141,13 +142,14 @@ def main(
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8,16",
     depths: Annotated[str, typer.Option(help="Mean depths, as shares.")] = "0.75,0.5,0.25",
     repeats: Annotated[int, typer.Option(help="Interleaved; medians count.")] = 5,
+    tokens: Annotated[int | None, typer.Option(help="New tokens [default: by shape].")] = None,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
     policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     if quick:
-        shapes, dtypes, batches, depths = "smollm2-135m", "float32", "1,8", "0.25"
+        shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
     torch.set_num_threads(threads)
     rows: list[Row] = []
     machine = ""
@@ -157,7 +159,7 @@ def main(
             machine = machine or describe_machine(model.dtype)
             for batch in map(int, batches.split(",")):
                 new = measure(model, shape, batch, [float(d) for d in depths.split(",")],
-                              repeats, policy)  # fmt: skip
+                              repeats, policy, tokens)  # fmt: skip
                 show(new)
                 rows += new
                 if json_file is not None:
@@ -204,7 +206,13 @@ def contenders(batch: int, layers: int, depths: list[float], learned: Any) -> li
 
 
 def measure(
-    model: Any, shape: str, batch: int, depths: list[float], repeats: int, policy: Path | None
+    model: Any,
+    shape: str,
+    batch: int,
+    depths: list[float],
+    repeats: int,
+    policy: Path | None,
+    tokens: int | None = None,
 ) -> list[Row]:
     layers = model.config.num_hidden_layers
     hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
@@ -215,7 +223,7 @@ def measure(
     rng = np.random.default_rng(batch)
     prompts = rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()
     todo = contenders(batch, layers, depths, learned)
-    new = NEW_TOKENS[shape]
+    new = tokens or NEW_TOKENS[shape]
 
     def run(each: Contender) -> Report:
         if each.name.startswith("HF"):
@@ -225,10 +233,11 @@ def measure(
 
     peaks = [peak_mb(lambda each=each: run(each)) for each in todo]  # also warms everything up
     reports: list[list[Report]] = [[] for _ in todo]
+    prices = Prices(engine, batch, exit_layer(layers))
     for _ in range(repeats):
         for each, into in zip(todo, reports, strict=True):
             into.append(run(each))
-    prices = Prices(engine, batch)
+        prices.sample()
     rows = []
     for each, runs, peak in zip(todo, reports, peaks, strict=True):
         calls = None
@@ -285,35 +294,38 @@ def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> R
 
 
 class Prices:
-    """Measured seconds of one layer call and one head call, by tokens in it."""
+    """Measured seconds of one layer, head and fill call, by the tokens in it; sampled in turn."""
 
-    def __init__(self, engine: AdaptiveEngine, batch: int) -> None:
+    def __init__(self, engine: AdaptiveEngine, batch: int, at: int) -> None:
         self.engine = engine
         self.layers = engine.stack.layers
         rows = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if n < batch]
-        self.counts = [*rows, *(batch * columns for columns in (1, 2, 3, 4, 6, 8, 9))]
-        timed = [self._time(n) for n in self.counts]
-        self.layer = [layer for layer, _ in timed]
-        self.head = [head for _, head in timed]
+        self.counts = [*rows, *(batch * columns for columns in (1, 2, 3, 4, 6, 9))]
+        self.exit = at
+        self.samples: dict[tuple[str, int], list[float]] = {}
+
+    def sample(self) -> None:
+        for tokens in self.counts:
+            self._time(tokens)
 
     def of(self, calls: Counter[tuple[str, int]]) -> float:
         """Seconds of all counted calls."""
-        table = {"layer": self.layer, "head": self.head}
-        return sum(
-            times * float(np.interp(tokens, self.counts, table[part]))
-            for (part, tokens), times in calls.items()
-        )
+        return sum(times * self._price(*call) for call, times in calls.items())
 
     def full(self, batch: int, tokens: int) -> float:
         """Seconds of ``tokens`` tokens at full depth in full batches."""
         step = Counter({("layer", batch): self.layers, ("head", batch): 1})
         return self.of(step) * tokens / batch
 
+    def _price(self, part: str, tokens: int) -> float:
+        table = [median(self.samples[part, count]) for count in self.counts]
+        return float(np.interp(tokens, self.counts, table))
+
     @torch.inference_mode()
-    def _time(self, tokens: int) -> tuple[float, float]:
+    def _time(self, tokens: int) -> None:
         stack, kv = self.engine.stack, self.engine.kv
         rows = min(tokens, kv.slots)
-        columns = -(-tokens // rows)
+        columns = tokens // rows
         at = PROMPT_TOKENS + 8
         x = torch.randn(rows, columns, stack.width).to(stack.dtype)
         rotary = stack.rotary(x, torch.full((rows, columns), at))
@@ -323,17 +335,23 @@ class Prices:
             else ragged_window(range(rows), [at] * rows, [columns] * rows, stack.heads_per_key, x)
         )
         kv.open(window)
-        layers, heads = [], []
-        for _ in range(7):
-            start = time.perf_counter()
+        states = x.flatten(0, 1)
+        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at))
+        projector = self.engine.decoder.projector
+        assert projector is not None
+        for _ in range(2):
+            times = [time.perf_counter()]
             y = x
             for index in range(stack.layers):
                 y = stack.run_layer(index, y, rotary, window, kv)
-            middle = time.perf_counter()
-            stack.logits(y[:, 0] if columns == 1 else y.flatten(0, 1))
-            layers.append((middle - start) / stack.layers)
-            heads.append(time.perf_counter() - middle)
-        return median(layers), median(heads)
+            times.append(time.perf_counter())
+            stack.logits(y.flatten(0, 1))
+            times.append(time.perf_counter())
+            projector.project(states, self.exit, angles)
+            times.append(time.perf_counter())
+            layers, head, fill = np.diff(times)
+            for part, seconds in (("layer", layers / self.layers), ("head", head), ("fill", fill)):
+                self.samples.setdefault((part, tokens), []).append(float(seconds))
 
 
 @contextlib.contextmanager
@@ -351,7 +369,17 @@ def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
 
     blocks = [block.register_forward_hook(count("layer")) for block in engine.stack.blocks]
     handles = [*blocks, engine.stack.head.register_forward_hook(count("head"))]
+    projector = engine.decoder.projector
+    assert projector is not None
+    project = projector.project
+
+    def counting(x_ND: torch.Tensor, *rest: Any) -> Any:
+        calls["fill", len(x_ND)] += 1
+        return project(x_ND, *rest)
+
+    projector.project = counting  # type: ignore[method-assign]
     yield calls
+    projector.project = project  # type: ignore[method-assign]
     for handle in handles:
         handle.remove()
 
@@ -399,13 +427,18 @@ def row_of(
     if each.name == "full depth":
         return row
     row.bound = full / prices.of(calls)
-    depth = sum(times * tokens for (part, tokens), times in calls.items() if part == "layer")
+    if each.kv_mode == "project":
+        row.bound_packed = _packed(prices, calls, batch, tokens)
+    row.share_of_bound = row.ratio_full / row.bound
+    return row
+
+
+def _packed(prices: Prices, calls: Counter[tuple[str, int]], batch: int, tokens: int) -> float:
+    depth = sum(times * count for (part, count), times in calls.items() if part == "layer")
     head = prices.of(Counter({("head", batch): 1}))
     layer = prices.of(Counter({("layer", batch): 1}))
     per_token = depth / tokens
-    row.bound_packed = (prices.layers * layer + head) / (per_token * layer + head)
-    row.share_of_bound = row.ratio_full / row.bound
-    return row
+    return (prices.layers * layer + head) / (per_token * layer + head)
 
 
 def _accepted(rows: list[Sequence]) -> float | None:
