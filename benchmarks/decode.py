@@ -50,7 +50,7 @@ from offramp.controller.policy import ExitPolicy, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.config import EngineConfig
-from offramp.worker.loading import load_model
+from offramp.worker.loading import load_model, load_tokenizer
 from offramp.worker.profile import describe_machine
 from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import Sequence
@@ -185,14 +185,26 @@ def build(shape: str, dtype: torch.dtype) -> Any:
 
 
 def exit_layer(layers: int) -> int:
-    return max(1, round(layers * EXIT_AT))
+    # The reference model was trained to exit after 3, 6 and 9 of its 12 layers.
+    return 3 if layers == 12 else max(1, round(layers * EXIT_AT))
+
+
+def prompts_of(model: Any, shape: str, batch: int) -> list[list[int]]:
+    """Random tokens; of the reference model, beginnings of source files that it never saw."""
+    if shape == "reference":
+        tokenizer = load_tokenizer("models/reference")
+        files = [path for path in sorted(Path("worker").glob("*.py")) if path.stat().st_size > 2000]
+        return [tokenizer.encode(files[n].read_text())[:PROMPT_TOKENS] for n in range(batch)]
+    rng = np.random.default_rng(batch)
+    return rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()  # type: ignore[no-any-return]
 
 
 def contenders(batch: int, layers: int, depths: list[float], learned: Any) -> list[Contender]:
     found = [Contender("HF generate"), Contender("full depth", "project", "lock-step")]
-    if batch == 1:
-        found.insert(1, Contender("HF assistant_early_exit"))
     at = exit_layer(layers)
+    if batch == 1:
+        tried = (3, 6, 9) if learned is not None else (at,)
+        found[1:1] = [Contender(f"HF assistant_early_exit={layer}") for layer in tried]
     for depth in depths:
         share = (1 - depth) / (1 - at / layers)
         for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
@@ -220,8 +232,7 @@ def measure(
     learned = None
     if shape == "reference" and policy is not None:
         learned = PolicyBundle.load(policy).policy()
-    rng = np.random.default_rng(batch)
-    prompts = rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()
+    prompts = prompts_of(model, shape, batch)
     todo = contenders(batch, layers, depths, learned)
     new = tokens or NEW_TOKENS[shape]
 
@@ -238,6 +249,7 @@ def measure(
         for each, into in zip(todo, reports, strict=True):
             into.append(run(each))
         prices.sample()
+    [full] = [runs for each, runs in zip(todo, reports, strict=True) if each.name == "full depth"]
     rows = []
     for each, runs, peak in zip(todo, reports, peaks, strict=True):
         calls = None
@@ -245,7 +257,7 @@ def measure(
             with counted(engine) as calls:
                 run(each)
             calls["head", 1] -= batch  # the prompts'
-        rows.append(row_of(each, runs, [reports[0], reports[1 + (batch == 1)]], prices, calls,
+        rows.append(row_of(each, runs, [reports[0], full], prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
     return rows
 
@@ -284,8 +296,8 @@ class Clock(StoppingCriteria):
 def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
     ids = torch.tensor(prompts)
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    if name == "HF assistant_early_exit":
-        options["assistant_early_exit"] = exit_layer(model.config.num_hidden_layers)
+    if "=" in name:
+        options["assistant_early_exit"] = int(name.partition("=")[2])
     clock = Clock()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                          stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
