@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -45,13 +46,14 @@ from transformers import (
 )
 
 from offramp.controller.bundle import PolicyBundle
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
 from offramp.controller.policy import ExitPolicy, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.config import EngineConfig
 from offramp.worker.loading import load_model, load_tokenizer
 from offramp.worker.profile import describe_machine
+from offramp.worker.profile_probes import random_policy
 from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import Sequence
 
@@ -199,7 +201,9 @@ def prompts_of(model: Any, shape: str, batch: int) -> list[list[int]]:
     return rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()  # type: ignore[no-any-return]
 
 
-def contenders(batch: int, layers: int, depths: list[float], learned: Any) -> list[Contender]:
+def contenders(
+    batch: int, layers: int, vocab: int, depths: list[float], learned: Any
+) -> list[Contender]:
     found = [Contender("HF generate"), Contender("full depth", "project", "lock-step")]
     at = exit_layer(layers)
     if batch == 1:
@@ -209,8 +213,14 @@ def contenders(batch: int, layers: int, depths: list[float], learned: Any) -> li
         share = (1 - depth) / (1 - at / layers)
         for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
             for mode in ("project", "defer", "verify"):
-                scripted = lambda share=share: ScriptedExit((at,), share)  # noqa: E731
+                scripted = partial(ScriptedExit, (at,), share)
                 found.append(Contender(f"exits {depth:.0%}", mode, schedule, scripted, share))
+    exits = tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
+    rng = np.random.default_rng(0)
+    table_VK = np.argsort(rng.random((vocab, 80)), axis=-1)[:, :64].astype(np.int32)
+    asking = random_policy(CANDIDATES_V1, exits, table_VK)
+    asking.threshold = float("inf")
+    found.append(Contender("3 probes, no exit", "project", "lock-step", lambda: asking))
     if learned is not None:
         found += [Contender("learned", mode, "lock-step", lambda: learned)
                   for mode in ("project", "defer", "verify")]  # fmt: skip
@@ -233,7 +243,7 @@ def measure(
     if shape == "reference" and policy is not None:
         learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
-    todo = contenders(batch, layers, depths, learned)
+    todo = contenders(batch, layers, engine.stack.vocab, depths, learned)
     new = tokens or NEW_TOKENS[shape]
 
     def run(each: Contender) -> Report:
@@ -242,7 +252,7 @@ def measure(
         engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
         return ours(engine, prompts, new, each)
 
-    peaks = [peak_mb(lambda each=each: run(each)) for each in todo]  # also warms everything up
+    peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
     reports: list[list[Report]] = [[] for _ in todo]
     prices = Prices(engine, batch, exit_layer(layers))
     for _ in range(repeats):
@@ -280,7 +290,7 @@ def ours(engine: AdaptiveEngine, prompts: list[list[int]], new: int, each: Conte
                   spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
 
 
-class Clock(StoppingCriteria):
+class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
     """Starts when the first tokens are there."""
 
     def __init__(self) -> None:
@@ -389,7 +399,7 @@ def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
         calls["fill", len(x_ND)] += 1
         return project(x_ND, *rest)
 
-    projector.project = counting  # type: ignore[method-assign]
+    projector.project = counting  # type: ignore[method-assign,assignment]
     yield calls
     projector.project = project  # type: ignore[method-assign]
     for handle in handles:

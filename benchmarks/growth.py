@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import decode
+import decode  # type: ignore[import-not-found]  # the script beside this one
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def measure(model: Any, axis: str, at: int, context: int, batch: int, repeats: i
     layers = model.config.num_hidden_layers
     [scripted] = [
         each
-        for each in decode.contenders(1, layers, [0.25], None)
+        for each in decode.contenders(1, layers, model.config.vocab_size, [0.25], None)
         if each.kv_mode == "project" and each.exit_share
     ]
     full = decode.Contender("full depth", "project")

@@ -51,6 +51,9 @@ class Group:
                 row.policy_failed = True
             self.rows = []
             return [], None
+        if leave_N.all():  # as always at batch 1: nothing is left to be sorted out
+            leaving, self.rows = self.rows, []
+            return leaving, self.probe.logits()
         if not leave_N.any():
             return [], None
         leave_N = leave_N.copy()
@@ -81,16 +84,14 @@ def groups_of(bench: ProbeBench, rows: Rows[Sequence], x_ND: Tensor) -> list[Gro
     """
     by_policy: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
-        if row.request.snapshot.policy.exits:
-            by_policy.setdefault(id(row.request.snapshot.policy), []).append(index)
+        policy = row.request.snapshot.policy
+        if policy.exits:
+            by_policy.setdefault(id(policy), []).append(index)
     groups = []
     for indices in by_policy.values():
-        members = [rows[index] for index in indices]
-        states_ND = x_ND if len(indices) == len(rows) else x_ND[indices]
-        group = _group(bench, members, states_ND)
-        for row in members:
-            row.group = group
-        groups.append(group)
+        whole = len(indices) == len(rows)
+        members = list(rows) if whole else [rows[index] for index in indices]
+        groups.append(_group(bench, members, x_ND if whole else x_ND[indices]))
     return groups
 
 
@@ -99,4 +100,7 @@ def _group(bench: ProbeBench, rows: list[Sequence], x_ND: Tensor) -> Group:
     positions_N = np.array([row.position for row in rows], np.int32)
     drafted = [[draft.token for draft in row.drafts] for row in rows]
     ngrams = [row.ngrams for row in rows]
-    return Group(policy, rows, bench.probe(policy, ngrams, x_ND, positions_N, drafted))
+    group = Group(policy, rows, bench.probe(policy, ngrams, x_ND, positions_N, drafted))
+    for row in rows:
+        row.group = group
+    return group

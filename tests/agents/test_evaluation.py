@@ -64,7 +64,7 @@ def test_accuracy_and_agreement_equal_an_independent_pass(
     engine = AdaptiveEngine.from_pretrained(REFERENCE)
     right = agree = 0
     for tokens in documents:
-        logits = engine.stack.model(torch.tensor([tokens])).logits[0]
+        logits = engine.model(torch.tensor([tokens])).logits[0]
         emitted = logits.argmax(-1)[24:-1].tolist()
         right += sum(a == b for a, b in zip(emitted, tokens[25:], strict=True))
         agree += len(emitted)

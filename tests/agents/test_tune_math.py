@@ -22,8 +22,7 @@ from offramp.agents.tuning.distil import (
 )
 from offramp.agents.tuning.quality import measure, summarise
 from offramp.agents.tuning.tune import rate_share
-from offramp.worker.families import stack_for
-from offramp.worker.stack import LayerStack
+from offramp.worker.families import HFStack, stack_for
 from offramp.worker.translators import ExitTranslators
 from support.models import LAYERS, VOCAB, make_model
 
@@ -31,11 +30,11 @@ EXITS = (1, 3)
 TOKENS = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
-def stack_of(dtype: torch.dtype = torch.float32, family: str = "llama") -> LayerStack:
+def stack_of(dtype: torch.dtype = torch.float32, family: str = "llama") -> HFStack:
     return stack_for(make_model(family, dtype))
 
 
-def trained(stack: LayerStack, steps: int = 30) -> dict[int, TrainableTranslator]:
+def trained(stack: HFStack, steps: int = 30) -> dict[int, TrainableTranslator]:
     modules = fresh_translators(stack, EXITS, 4, TOKENS, seed=0)
     parameters = [each for module in modules.values() for each in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)

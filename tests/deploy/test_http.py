@@ -50,7 +50,7 @@ def get(app: FastAPI, ask: Any) -> Get:
 @pytest.fixture(scope="module")
 def expected(engine: AdaptiveEngine) -> Any:
     """The same completion without HTTP, from an engine of its own."""
-    other = AdaptiveEngine(engine.stack.model, engine.tokenizer)
+    other = AdaptiveEngine(engine.model, engine.tokenizer)
     return other.generate(PROMPT, SamplingParams(max_tokens=6), engine.current_policy())[0]
 
 

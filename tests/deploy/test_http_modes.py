@@ -35,7 +35,7 @@ def complete(app: Any, ask: Any) -> Ask:
 def expected(engine: Any) -> dict[KVMode, Completion]:
     """The same completions without HTTP, from an engine of their own."""
     other, sampling = (
-        AdaptiveEngine(engine.stack.model, engine.tokenizer),
+        AdaptiveEngine(engine.model, engine.tokenizer),
         SamplingParams(max_tokens=12),
     )
     policy = engine.current_policy()

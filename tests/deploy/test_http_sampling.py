@@ -41,7 +41,7 @@ def post(app: FastAPI, ask: Any) -> Post:
 @pytest.fixture(scope="module")
 def generate(engine: AdaptiveEngine) -> Generate:
     """The same completions without HTTP, from an engine of its own."""
-    other = AdaptiveEngine(engine.stack.model, engine.tokenizer)
+    other = AdaptiveEngine(engine.model, engine.tokenizer)
 
     def generate(**options: Any) -> list[Completion]:
         sampling = SamplingParams(**{"max_tokens": 12} | options)

@@ -24,7 +24,7 @@ BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 6, "temperature": 
 
 @pytest.fixture
 def greedy(engine: AdaptiveEngine) -> Callable[[int], str]:
-    other = AdaptiveEngine(engine.stack.model, engine.tokenizer)
+    other = AdaptiveEngine(engine.model, engine.tokenizer)
 
     def greedy(count: int) -> str:
         sampling = SamplingParams(max_tokens=count)

@@ -161,7 +161,7 @@ def test_a_layer_finds_an_entry_at_every_position_it_reads(family: str) -> None:
         assert (found[0][0, :, :span].abs().sum(-1) > 0).all()
         return found
 
-    engine.kv.update = checked  # type: ignore[method-assign]
+    engine.kv.update = checked  # type: ignore[method-assign,assignment]
     [completion] = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 3)))
     assert len(reads) == LAYERS + completion.stats.layer_calls
 

@@ -142,7 +142,7 @@ def test_verified_sampling_draws_from_generates_distribution() -> None:
     assert len(set(plain.tolist())) > 2
 
 
-class Ends(StoppingCriteria):
+class Ends(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
     """Ends row b after a number of tokens that depends on b."""
 
     def __init__(self, lengths: list[int]) -> None:
@@ -177,7 +177,7 @@ def test_stop_strings_end_rows(reference: AdaptiveEngine) -> None:
     assert ours.tolist() == plain.tolist()
 
 
-class Kept(BaseStreamer):
+class Kept(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     """Keeps what a streamer gets."""
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ def test_a_dict_without_scores(llama: Llama) -> None:
     assert ours.logits is None
 
 
-class Custom(LogitsProcessor):
+class Custom(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
     """Forbids odd tokens in odd rows, in place."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -315,7 +315,7 @@ def test_another_model_is_refused(llama: Llama) -> None:
 
 
 def test_a_criterion_that_raises_leaves_the_engine_clean(llama: Llama) -> None:
-    class Broken(StoppingCriteria):
+    class Broken(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             raise KeyError("broken")
 

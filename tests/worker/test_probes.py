@@ -89,7 +89,7 @@ def test_recorded_labels_equal_an_independent_pass(
     engine: AdaptiveEngine, tokens: list[int], table_VK: IntArray
 ) -> None:
     chunk = record_document(engine.stack, "d", tokens, EXITS, table_VK)
-    model = engine.stack.model
+    model = engine.model
     out = model(torch.tensor([tokens[:-1]]), output_hidden_states=True)
     full = out.logits[0].log_softmax(-1)
     assert chunk.full_token_T.tolist() == full.argmax(-1).tolist()

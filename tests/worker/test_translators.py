@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_damaged_folder_is_refused_with_field_and_remedy(folder: Path, damage:
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "0" * 64}, {"layers": 4}, {"width": 16}])
-def test_another_model_is_refused(folder: Path, changes: dict[str, object]) -> None:
+def test_another_model_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(folder, **changes)
     assert caught.value.field == "translators"

@@ -12,7 +12,6 @@ from offramp.worker.families.gpt2 import GPT2Stack
 from offramp.worker.families.gpt_neox import GPTNeoXStack
 from offramp.worker.families.llama import LlamaStack, MistralStack, Phi3Stack
 from offramp.worker.families.opt import OPTStack
-from offramp.worker.stack import LayerStack
 
 __all__ = ["FAMILIES", "HFStack", "adapter_of", "stack_for"]
 
@@ -71,7 +70,7 @@ def adapter_of(architecture: str, model: str = "") -> type[HFStack]:
     return adapter
 
 
-def stack_for(model: Any) -> LayerStack:
+def stack_for(model: Any) -> HFStack:
     """A ready model object behind its family's adapter.
 
     Raises:
