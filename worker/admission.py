@@ -165,14 +165,20 @@ def require_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
     """Refuse what the model's context cannot hold.
 
     Raises:
-        RequestError: naming the three numbers.
+        RequestError: naming the prompt if it alone is too long, else the three numbers.
     """
+    if prompt_tokens >= context:
+        raise RequestError(
+            "prompt",
+            f"has {prompt_tokens} tokens, and the context is {context}",
+            f"Shorten it to at most {context - 1}",
+        )
     if prompt_tokens + max_tokens > context:
         raise RequestError(
             "max_tokens",
             f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the context "
             f"of {context}",
-            f"Ask for at most {max(context - prompt_tokens, 0)} or shorten the prompt",
+            f"Ask for at most {context - prompt_tokens} or shorten the prompt",
         )
 
 

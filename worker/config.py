@@ -47,8 +47,10 @@ class EngineConfig:
             raise ConfigError("kv_mode", f"{self.kv_mode!r} is unknown", f"Use one of {known}")
         for name in ("prefill_tokens", "max_pending"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int):
                 raise ConfigError(name, f"{value!r} is no integer from 1 on", "Use 1 or more")
+            if value < 1:
+                raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")

@@ -65,8 +65,8 @@ class EngineCore:
         config: EngineConfig | None = None,
     ) -> None:
         require_supported(model)
-        if slots < 1:
-            raise ConfigError("slots", f"{slots} is below 1", "Ask for 1 or more")
+        if not isinstance(slots, int) or slots < 1:
+            raise ConfigError("slots", f"{slots!r} is no integer from 1 on", "Ask for 1 or more")
         self.model = model
         self.config = config or EngineConfig()
         self.stack = prepare(stack_for(model))
