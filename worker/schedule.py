@@ -37,18 +37,15 @@ class Schedule:
     patience: int = 4
 
     def __post_init__(self) -> None:
-        if not all(_is_whole(hold, 1) for hold in self.holds):
-            raise ConfigError("holds", f"{self.holds} are no integers from 1 on", "Name layers")
-        if list(self.holds) != sorted(set(self.holds)):
-            raise ConfigError("holds", f"{self.holds} do not ascend", "Sort them")
-        if not _is_whole(self.rows, 1):
-            raise ConfigError("rows", f"{self.rows!r} is no integer from 1 on", "Use 1 or more")
-        if not _is_whole(self.patience, 0):
-            raise ConfigError("patience", f"{self.patience!r} is no integer ≥ 0", "Use 0 or more")
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
+        for name, numbers in (("holds", self.holds), ("rows", (self.rows, self.patience))):
+            if not all(isinstance(number, int) for number in numbers):
+                raise ConfigError(name, f"{numbers} are not all integers", "Use whole numbers")
+        if list(self.holds) != sorted(set(self.holds)) or any(hold < 1 for hold in self.holds):
+            raise ConfigError("holds", f"{self.holds} do not ascend from 1 on", "Sort them")
+        if self.rows < 1:
+            raise ConfigError("rows", f"{self.rows} is below 1", "Use 1 or more")
+        if self.patience < 0:
+            raise ConfigError("patience", f"{self.patience} is below 0", "Use 0 or more")
 
 
 LOCKSTEP = Schedule()
