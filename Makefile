@@ -52,7 +52,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
-	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases tests examples benchmarks
+	MYPYPATH=tests:benchmarks $(BIN)/mypy --explicit-package-bases tests examples benchmarks
 
 layers: setup
 	$(BIN)/lint-imports

@@ -19,75 +19,34 @@ filled launches would allow (project only: there a layer call has one token per 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from timing import Prices, Report, counted, hugging_face, ours, peak_mb
+from workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 
 from offramp.controller.bundle import PolicyBundle
-from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
+from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy, NeverExit
-from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.attention import decode_window, ragged_window
+from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.config import EngineConfig
-from offramp.worker.loading import load_model, load_tokenizer
 from offramp.worker.profile import describe_machine
 from offramp.worker.profile_probes import random_policy
 from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import Sequence
 
-PROMPT_TOKENS = 64
-EXIT_AT = 1 / 6
-"""Depth of the scripted exit, as a share of the layers."""
-
-LLAMA = {"tie_word_embeddings": True, "max_position_embeddings": 8192}
-SHAPES: dict[str, tuple[Any, Any, dict[str, int]]] = {
-    "smollm2-135m": (LlamaConfig, LlamaForCausalLM, {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}),
-    "qwen2.5-0.5b": (Qwen2Config, Qwen2ForCausalLM, {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936}),
-    "llama-3.2-1b": (LlamaConfig, LlamaForCausalLM, {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
-}  # fmt: skip
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
-
-
-@dataclass
-class ScriptedExit:
-    """Leaves after one layer with a set probability, whatever the features."""
-
-    exits: tuple[int, ...]
-    share: float
-    schema: None = None
-    candidates_VK: None = None
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    def leave(self, features_NF: FloatArray) -> BoolArray:
-        return np.asarray(self.rng.random(len(features_NF)) < self.share)
 
 
 @dataclass
@@ -119,21 +78,10 @@ class Contender:
     """One engine setting."""
 
     name: str
-    kv_mode: str | None = None
+    kv_mode: KVMode | None = None
     schedule: str | None = None
     policy: Callable[[], ExitPolicy] = NeverExit
     exit_share: float | None = None
-
-
-@dataclass
-class Report:
-    """What one run of a contender gave."""
-
-    seconds: float
-    tokens: int
-    rows: list[Sequence] = field(default_factory=list)
-    deciding_s: float = 0.0
-    filling_s: float = 0.0
 
 
 def main(
@@ -171,36 +119,6 @@ def main(
             gc.collect()
 
 
-def build(shape: str, dtype: torch.dtype) -> Any:
-    if shape == "reference":
-        return load_model("models/reference", dtype, "cpu")
-    config_class, model_class, values = SHAPES[shape]
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    model = model_class(config_class(**values, **LLAMA)).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    model.set_attn_implementation("sdpa")
-    for block in model.model.layers[exit_layer(len(model.model.layers)) :]:
-        block.self_attn.o_proj.weight.mul_(0.01)
-        block.mlp.down_proj.weight.mul_(0.01)
-    return model
-
-
-def exit_layer(layers: int) -> int:
-    # The reference model was trained to exit after 3, 6 and 9 of its 12 layers.
-    return 3 if layers == 12 else max(1, round(layers * EXIT_AT))
-
-
-def prompts_of(model: Any, shape: str, batch: int) -> list[list[int]]:
-    """Random tokens; of the reference model, beginnings of source files that it never saw."""
-    if shape == "reference":
-        tokenizer = load_tokenizer("models/reference")
-        files = [path for path in sorted(Path("worker").glob("*.py")) if path.stat().st_size > 2000]
-        return [tokenizer.encode(files[n].read_text())[:PROMPT_TOKENS] for n in range(batch)]
-    rng = np.random.default_rng(batch)
-    return rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()  # type: ignore[no-any-return]
-
-
 def contenders(
     batch: int, layers: int, vocab: int, depths: list[float], learned: Any
 ) -> list[Contender]:
@@ -212,7 +130,7 @@ def contenders(
     for depth in depths:
         share = (1 - depth) / (1 - at / layers)
         for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
-            for mode in ("project", "defer", "verify"):
+            for mode in get_args(KVMode):
                 scripted = partial(ScriptedExit, (at,), share)
                 found.append(Contender(f"exits {depth:.0%}", mode, schedule, scripted, share))
     exits = tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
@@ -223,7 +141,7 @@ def contenders(
     found.append(Contender("3 probes, no exit", "project", "lock-step", lambda: asking))
     if learned is not None:
         found += [Contender("learned", mode, "lock-step", lambda: learned)
-                  for mode in ("project", "defer", "verify")]  # fmt: skip
+                  for mode in get_args(KVMode)]  # fmt: skip
     return found
 
 
@@ -250,7 +168,7 @@ def measure(
         if each.name.startswith("HF"):
             return hugging_face(model, prompts, new, each.name)
         engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
-        return ours(engine, prompts, new, each)
+        return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
 
     peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
     reports: list[list[Report]] = [[] for _ in todo]
@@ -270,152 +188,6 @@ def measure(
         rows.append(row_of(each, runs, [reports[0], full], prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
     return rows
-
-
-def ours(engine: AdaptiveEngine, prompts: list[list[int]], new: int, each: Contender) -> Report:
-    """The prompts are read, and the first tokens emitted, before the clock starts."""
-    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
-    policy = each.policy()
-    for prompt in prompts:
-        engine.submit(prompt, sampling, policy, kv_mode=each.kv_mode)  # type: ignore[arg-type]
-    finished: dict[str, Sequence] = {}
-    engine.step(finished)
-    spent = engine.decoder.spent
-    before = (spent.deciding_s, spent.filling_s)
-    start = time.perf_counter()
-    while engine.load != (0, 0):
-        engine.step(finished)
-    seconds = time.perf_counter() - start
-    return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
-                  spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
-
-
-class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
-    """Starts when the first tokens are there."""
-
-    def __init__(self) -> None:
-        self.start = 0.0
-        self.length = 0
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        if not self.start:
-            self.start, self.length = time.perf_counter(), input_ids.shape[1]
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
-    ids = torch.tensor(prompts)
-    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    if "=" in name:
-        options["assistant_early_exit"] = int(name.partition("=")[2])
-    clock = Clock()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
-                         stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
-    seconds = time.perf_counter() - clock.start
-    return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
-
-
-class Prices:
-    """Measured seconds of one layer, head and fill call, by the tokens in it; sampled in turn."""
-
-    def __init__(self, engine: AdaptiveEngine, batch: int, at: int) -> None:
-        self.engine = engine
-        self.layers = engine.stack.layers
-        rows = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if n < batch]
-        self.counts = [*rows, *(batch * columns for columns in (1, 2, 3, 4, 6, 9))]
-        self.exit = at
-        self.samples: dict[tuple[str, int], list[float]] = {}
-
-    def sample(self) -> None:
-        for tokens in self.counts:
-            self._time(tokens)
-
-    def of(self, calls: Counter[tuple[str, int]]) -> float:
-        """Seconds of all counted calls."""
-        return sum(times * self._price(*call) for call, times in calls.items())
-
-    def full(self, batch: int, tokens: int) -> float:
-        """Seconds of ``tokens`` tokens at full depth in full batches."""
-        step = Counter({("layer", batch): self.layers, ("head", batch): 1})
-        return self.of(step) * tokens / batch
-
-    def _price(self, part: str, tokens: int) -> float:
-        table = [median(self.samples[part, count]) for count in self.counts]
-        return float(np.interp(tokens, self.counts, table))
-
-    @torch.inference_mode()
-    def _time(self, tokens: int) -> None:
-        stack, kv = self.engine.stack, self.engine.kv
-        rows = min(tokens, kv.slots)
-        columns = tokens // rows
-        at = PROMPT_TOKENS + 8
-        x = torch.randn(rows, columns, stack.width).to(stack.dtype)
-        rotary = stack.rotary(x, torch.full((rows, columns), at))
-        window = (
-            decode_window(range(rows), [at] * rows, stack.heads_per_key, x)
-            if columns == 1
-            else ragged_window(range(rows), [at] * rows, [columns] * rows, stack.heads_per_key, x)
-        )
-        kv.open(window)
-        states = x.flatten(0, 1)
-        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at))
-        projector = self.engine.decoder.projector
-        assert projector is not None
-        for _ in range(2):
-            times = [time.perf_counter()]
-            y = x
-            for index in range(stack.layers):
-                y = stack.run_layer(index, y, rotary, window, kv)
-            times.append(time.perf_counter())
-            stack.logits(y.flatten(0, 1))
-            times.append(time.perf_counter())
-            projector.project(states, self.exit, angles)
-            times.append(time.perf_counter())
-            layers, head, fill = np.diff(times)
-            for part, seconds in (("layer", layers / self.layers), ("head", head), ("fill", fill)):
-                self.samples.setdefault((part, tokens), []).append(float(seconds))
-
-
-@contextlib.contextmanager
-def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
-    """Counts decode calls (not the prompt's) by the tokens in them."""
-    calls: Counter[tuple[str, int]] = Counter()
-
-    def count(part: str) -> Any:
-        def hook(_: Any, _inputs: Any, output: Any) -> None:
-            tokens = output.numel() // output.shape[-1]
-            if output.dim() == 2 or output.shape[1] < PROMPT_TOKENS:
-                calls[part, tokens] += 1
-
-        return hook
-
-    blocks = [block.register_forward_hook(count("layer")) for block in engine.stack.blocks]
-    handles = [*blocks, engine.stack.head.register_forward_hook(count("head"))]
-    projector = engine.decoder.projector
-    assert projector is not None
-    project = projector.project
-
-    def counting(x_ND: torch.Tensor, *rest: Any) -> Any:
-        calls["fill", len(x_ND)] += 1
-        return project(x_ND, *rest)
-
-    projector.project = counting  # type: ignore[method-assign,assignment]
-    yield calls
-    projector.project = project  # type: ignore[method-assign]
-    for handle in handles:
-        handle.remove()
-
-
-def peak_mb(action: Callable[[], object]) -> float | None:
-    """Highest resident memory of this process during an action, in MiB; None if unknown."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        action()
-        return None
-    action()
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
-    return int(line.split()[1]) / 1024
 
 
 def row_of(

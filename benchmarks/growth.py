@@ -14,19 +14,24 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import decode  # type: ignore[import-not-found]  # the script beside this one
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from timing import hugging_face, ours
+from workload import ScriptedExit, build, exit_layer
 
+from offramp.controller.policy import NeverExit
 from offramp.worker import AdaptiveEngine, EngineConfig
 from offramp.worker.profile import describe_machine
 
 SHAPE = "smollm2-135m"
 NEW = 12
+EXIT_SHARE = 0.9
+"""Leaving after a sixth of the layers, this makes a mean depth of 25 %."""
+
 ENGINES = ("HF generate", "full depth", "exits 25%")
 
 
@@ -50,7 +55,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    model = decode.build(SHAPE, getattr(torch, dtype))
+    model = build(SHAPE, getattr(torch, dtype))
     points: list[Point] = []
     for context in map(int, contexts.split(",")):
         points += measure(model, "context", context, context, 1, repeats)
@@ -69,19 +74,13 @@ def measure(model: Any, axis: str, at: int, context: int, batch: int, repeats: i
     engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(prefill_tokens=2**20))
     rng = np.random.default_rng(at)
     prompts = rng.integers(1, model.config.vocab_size, size=(batch, context)).tolist()
-    layers = model.config.num_hidden_layers
-    [scripted] = [
-        each
-        for each in decode.contenders(1, layers, model.config.vocab_size, [0.25], None)
-        if each.kv_mode == "project" and each.exit_share
-    ]
-    full = decode.Contender("full depth", "project")
+    at = exit_layer(model.config.num_hidden_layers)
     rates: dict[str, list[float]] = {name: [] for name in ENGINES}
     for turn in range(repeats + 1):
         runs = (
-            decode.hugging_face(model, prompts, NEW, "HF generate"),
-            decode.ours(engine, prompts, NEW, full),
-            decode.ours(engine, prompts, NEW, scripted),
+            hugging_face(model, prompts, NEW, "HF generate"),
+            ours(engine, prompts, NEW, NeverExit()),
+            ours(engine, prompts, NEW, ScriptedExit((at,), EXIT_SHARE)),
         )
         for name, run in zip(ENGINES, runs, strict=True):
             if turn:  # the first turn only warms up

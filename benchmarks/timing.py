@@ -1,0 +1,184 @@
+"""How the decoding benchmarks time a run, and price the calls that it made."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from workload import PROMPT_TOKENS
+
+from offramp.controller.policy import ExitPolicy
+from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
+from offramp.worker.attention import decode_window, ragged_window
+from offramp.worker.sequence import Sequence
+
+
+@dataclass
+class Report:
+    """What one run of a contender gave."""
+
+    seconds: float
+    tokens: int
+    rows: list[Sequence] = field(default_factory=list)
+    deciding_s: float = 0.0
+    filling_s: float = 0.0
+
+
+def ours(
+    engine: AdaptiveEngine,
+    prompts: list[list[int]],
+    new: int,
+    policy: ExitPolicy,
+    kv_mode: KVMode = "project",
+) -> Report:
+    """The prompts are read, and the first tokens emitted, before the clock starts."""
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
+    for prompt in prompts:
+        engine.submit(prompt, sampling, policy, kv_mode=kv_mode)
+    finished: dict[str, Sequence] = {}
+    engine.step(finished)
+    spent = engine.decoder.spent
+    before = (spent.deciding_s, spent.filling_s)
+    start = time.perf_counter()
+    while engine.load != (0, 0):
+        engine.step(finished)
+    seconds = time.perf_counter() - start
+    return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
+                  spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
+
+
+class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+    """Starts when the first tokens are there."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.length = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        if not self.start:
+            self.start, self.length = time.perf_counter(), input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
+    ids = torch.tensor(prompts)
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    if "=" in name:
+        options["assistant_early_exit"] = int(name.partition("=")[2])
+    clock = Clock()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
+                         stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
+    seconds = time.perf_counter() - clock.start
+    return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
+
+
+class Prices:
+    """Measured seconds of one layer, head and fill call, by the tokens in it; sampled in turn."""
+
+    def __init__(self, engine: AdaptiveEngine, batch: int, at: int) -> None:
+        self.engine = engine
+        self.layers = engine.stack.layers
+        rows = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if n < batch]
+        self.counts = [*rows, *(batch * columns for columns in (1, 2, 3, 4, 6, 9))]
+        self.exit = at
+        self.samples: dict[tuple[str, int], list[float]] = {}
+
+    def sample(self) -> None:
+        for tokens in self.counts:
+            self._time(tokens)
+
+    def of(self, calls: Counter[tuple[str, int]]) -> float:
+        """Seconds of all counted calls."""
+        return sum(times * self._price(*call) for call, times in calls.items())
+
+    def full(self, batch: int, tokens: int) -> float:
+        """Seconds of ``tokens`` tokens at full depth in full batches."""
+        step = Counter({("layer", batch): self.layers, ("head", batch): 1})
+        return self.of(step) * tokens / batch
+
+    def _price(self, part: str, tokens: int) -> float:
+        table = [median(self.samples[part, count]) for count in self.counts]
+        return float(np.interp(tokens, self.counts, table))
+
+    @torch.inference_mode()
+    def _time(self, tokens: int) -> None:
+        stack, kv = self.engine.stack, self.engine.kv
+        rows = min(tokens, kv.slots)
+        columns = tokens // rows
+        at = PROMPT_TOKENS + 8
+        x = torch.randn(rows, columns, stack.width).to(stack.dtype)
+        rotary = stack.rotary(x, torch.full((rows, columns), at))
+        window = (
+            decode_window(range(rows), [at] * rows, stack.heads_per_key, x)
+            if columns == 1
+            else ragged_window(range(rows), [at] * rows, [columns] * rows, stack.heads_per_key, x)
+        )
+        kv.open(window)
+        states = x.flatten(0, 1)
+        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at))
+        projector = self.engine.decoder.projector
+        assert projector is not None
+        for _ in range(2):
+            times = [time.perf_counter()]
+            y = x
+            for index in range(stack.layers):
+                y = stack.run_layer(index, y, rotary, window, kv)
+            times.append(time.perf_counter())
+            stack.logits(y.flatten(0, 1))
+            times.append(time.perf_counter())
+            projector.project(states, self.exit, angles)
+            times.append(time.perf_counter())
+            layers, head, fill = np.diff(times)
+            for part, seconds in (("layer", layers / self.layers), ("head", head), ("fill", fill)):
+                self.samples.setdefault((part, tokens), []).append(float(seconds))
+
+
+@contextlib.contextmanager
+def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
+    """Counts decode calls (not the prompt's) by the tokens in them."""
+    calls: Counter[tuple[str, int]] = Counter()
+
+    def count(part: str) -> Any:
+        def hook(_: Any, _inputs: Any, output: Any) -> None:
+            tokens = output.numel() // output.shape[-1]
+            if output.dim() == 2 or output.shape[1] < PROMPT_TOKENS:
+                calls[part, tokens] += 1
+
+        return hook
+
+    blocks = [block.register_forward_hook(count("layer")) for block in engine.stack.blocks]
+    handles = [*blocks, engine.stack.head.register_forward_hook(count("head"))]
+    projector = engine.decoder.projector
+    assert projector is not None
+    project = projector.project
+
+    def counting(x_ND: torch.Tensor, *rest: Any) -> Any:
+        calls["fill", len(x_ND)] += 1
+        return project(x_ND, *rest)
+
+    projector.project = counting  # type: ignore[method-assign,assignment]
+    yield calls
+    projector.project = project  # type: ignore[method-assign]
+    for handle in handles:
+        handle.remove()
+
+
+def peak_mb(action: Callable[[], object]) -> float | None:
+    """Highest resident memory of this process during an action, in MiB; None if unknown."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        action()
+        return None
+    action()
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) / 1024
