@@ -74,13 +74,13 @@ def measure(model: Any, axis: str, at: int, context: int, batch: int, repeats: i
     engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(prefill_tokens=2**20))
     rng = np.random.default_rng(at)
     prompts = rng.integers(1, model.config.vocab_size, size=(batch, context)).tolist()
-    at = exit_layer(model.config.num_hidden_layers)
+    leaves_at = exit_layer(model.config.num_hidden_layers)
     rates: dict[str, list[float]] = {name: [] for name in ENGINES}
     for turn in range(repeats + 1):
         runs = (
             hugging_face(model, prompts, NEW, "HF generate"),
             ours(engine, prompts, NEW, NeverExit()),
-            ours(engine, prompts, NEW, ScriptedExit((at,), EXIT_SHARE)),
+            ours(engine, prompts, NEW, ScriptedExit((leaves_at,), EXIT_SHARE)),
         )
         for name, run in zip(ENGINES, runs, strict=True):
             if turn:  # the first turn only warms up
