@@ -214,8 +214,8 @@ def test_a_bad_value_names_its_field(post: Post, field: str, value: Any, stream:
 
 
 def test_a_prompt_beyond_the_context_is_refused(post: Post) -> None:
-    message = refused(post({**BODY, "prompt": [1] * 2000}), 400, "max_tokens")
-    assert "2000 prompt tokens" in message
+    message = refused(post({**BODY, "prompt": [1] * 2000}), 400, "prompt")
+    assert "2000 tokens" in message
     assert "1024" in message
 
 
