@@ -113,6 +113,22 @@ STATE_V1 = FeatureSchema(
 )
 """Statistics of the hidden state alone: no logit, no matrix."""
 
+OUTLOOK_V1 = FeatureSchema(
+    name="outlook",
+    version=1,
+    columns=(
+        "step",  # tokens emitted or drafted so far in this completion / 256, at least 0
+        "left",  # tokens it may still emit / 256, at least 0
+        "pending",  # tokens put off since it last ran all layers / the most allowed, in [0, 1]
+        "debt",  # moving average (0.9) of the share of layers its tokens skipped, in [0, 1]
+        "acceptance",  # moving average (0.9) of early tokens full depth agreed with, in [0, 1]
+        "last_depth",  # layers of its last token / number of layers, in (0, 1]
+        "active",  # rows running / slots, in (0, 1]
+        "waiting",  # requests in line / slots, in [0, 8]
+    ),
+)
+"""What the engine knows of a row without any probe; read by routing policies beside a probe."""
+
 SCHEMAS: dict[str, FeatureSchema] = {
     schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V1, SKETCH_V1, STATE_V1)
 }

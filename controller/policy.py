@@ -5,13 +5,18 @@ Shape suffixes: N rows asked at once, F feature columns, V vocabulary, K candida
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
+
+IndexArray = NDArray[np.int64]
+"""Places, counts."""
 
 
 @runtime_checkable
@@ -35,6 +40,74 @@ class ExitPolicy(Protocol):
 
     def leave(self, features_NF: FloatArray) -> BoolArray:
         """Which of the N rows leave here. The result may be a view that the next call reuses."""
+        ...
+
+
+@runtime_checkable
+class RoutingPolicy(Protocol):
+    """Decides, at each exit where a row is asked, at which exit it is asked next, if at all.
+
+    So it can skip probes (jump), and give up asking before the first layer. C columns of outlook
+    are those of OUTLOOK_V1; E = len(exits).
+
+    Attributes:
+        exits, schema, candidates_VK: As of an ``ExitPolicy``.
+    """
+
+    @property
+    def exits(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def schema(self) -> FeatureSchema | None: ...  # noqa: D102
+
+    @property
+    def candidates_VK(self) -> IntArray | None: ...  # noqa: D102
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        """Before the first layer: index of the exit each row is first asked at; E for none, [N].
+
+        With E a token runs all layers, and what its row had put off goes along: in ``verify``
+        this is the action "verify now".
+        """
+        ...
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        """After the exit with index ``here``, [N]: ``here`` leaves, a higher index is asked next.
+
+        E runs all layers unasked.
+        """
+        ...
+
+
+Policy = ExitPolicy | RoutingPolicy
+"""What a request can be pinned to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What full depth says of one token that had left early.
+
+    Attributes:
+        exit_index: Index into the policy's exits of where it left.
+        features_F: What was probed there; None without a schema.
+        agreed: Whether full depth's most likely token is the one that was emitted or drafted.
+    """
+
+    exit_index: int
+    features_F: FloatArray | None
+    agreed: bool
+
+
+@runtime_checkable
+class LearningPolicy(Protocol):
+    """A policy that also learns while it serves (bandits, adaptive thresholds).
+
+    Only ``defer`` and ``verify`` give verdicts. One request's policy object may serve others of
+    the same engine, on its one thread.
+    """
+
+    def learn(self, verdicts: Sequence[Verdict]) -> None:
+        """Told after each deep pass of a row: its early tokens since the last, oldest first."""
         ...
 
 
