@@ -16,7 +16,7 @@ from offramp.deploy.console import console
 TOPICS = {
     "record": "learning",
     "train": "learning",
-    "evaluate": "learning",
+    "evaluate": "evaluating",
     "tune": "tuning",
     "publish": "control",
     "promote": "control",
