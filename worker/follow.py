@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
@@ -58,7 +58,7 @@ def follow(
     engine: AdaptiveEngine,
     documents: Items[Items[int]],
     prompt_tokens: int,
-    policy: ExitPolicy,
+    policy: Policy,
     *,
     with_logprobs: bool = False,
 ) -> tuple[list[Followed], float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.sampling import SamplingParams
 
@@ -62,7 +62,7 @@ def cut_lines(
 
 
 def complete(
-    engine: AdaptiveEngine, lines: Sequence[Line], policy: ExitPolicy, longest: int
+    engine: AdaptiveEngine, lines: Sequence[Line], policy: Policy, longest: int
 ) -> list[str]:
     """Greedy completions up to the end of the line, stripped, as many at a time as fit.
 

@@ -23,7 +23,7 @@ from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
 from offramp.agents.record import tokenize, window
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.policy import ExitPolicy, NeverExit
+from offramp.controller.policy import NeverExit, Policy
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.follow import Followed, follow
 
@@ -122,7 +122,7 @@ class Split:
 
 
 def measure_quality(
-    engine: AdaptiveEngine, policy: ExitPolicy, split: Split, protocol: Protocol, name: str
+    engine: AdaptiveEngine, policy: Policy, split: Split, protocol: Protocol, name: str
 ) -> Scores:
     """Decode every document teacher-forced and complete its lines, as many at a time as fit.
 
@@ -159,7 +159,7 @@ def measure_quality(
 
 def timed_document(
     engine: AdaptiveEngine,
-    policies: Sequence[ExitPolicy],
+    policies: Sequence[Policy],
     document: HeldOut,
     protocol: Protocol,
     turn: int,
@@ -174,7 +174,7 @@ def timed_document(
     """
     tokens = document.tokens[: protocol.prompt_tokens + 1 + protocol.timed_tokens]
 
-    def seconds(policy: ExitPolicy) -> float:
+    def seconds(policy: Policy) -> float:
         return follow(engine, [tokens], protocol.prompt_tokens, policy)[1]
 
     order = [(index + turn) % len(policies) for index in range(len(policies))]
@@ -189,7 +189,7 @@ def timed_document(
 
 def measure_time(
     engine: AdaptiveEngine,
-    policies: Sequence[ExitPolicy],
+    policies: Sequence[Policy],
     documents: Sequence[HeldOut],
     protocol: Protocol,
     on_run: Callable[[int, int], None] = lambda *_: None,
@@ -205,7 +205,7 @@ def measure_time(
 
 
 def _follow(
-    engine: AdaptiveEngine, documents: Sequence[HeldOut], policy: ExitPolicy, protocol: Protocol
+    engine: AdaptiveEngine, documents: Sequence[HeldOut], policy: Policy, protocol: Protocol
 ) -> list[Followed]:
     tokens = [document.tokens for document in documents]
     return follow(engine, tokens, protocol.prompt_tokens, policy, with_logprobs=True)[0]

@@ -194,6 +194,26 @@ def draw_exit_depths(
         _save(figure, path)
 
 
+def draw_energy(ratios: Mapping[str, Estimate], method: str, path: Path) -> None:
+    """Joules per token over full depth's, a dot with its interval per policy."""
+    order = sorted(ratios, key=lambda name: ratios[name].value)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 1.8 + 0.3 * len(order)))
+        for place, name in enumerate(order):
+            each, shade = ratios[name], colour(name)
+            axes.plot([each.low, each.high], [place, place], color=shade, lw=1.6)
+            axes.plot(each.value, place, "o", color=shade, ms=7)
+        axes.axvline(1, color="#bbbbbb", lw=1, ls="--", zorder=0)
+        axes.set_yticks(range(len(order)), order)
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(f"joules per token ÷ full depth, {method.replace('_', ' ')}")
+        axes.set_title(f"Energy ({method.replace('_', ' ')})")
+        _save(figure, path)
+
+
 def _by_saving(rows: Sequence[MatchedRow]) -> list[str]:
     """Families, the one that saves most first, by the mean over targets."""
     ratios: dict[str, list[float]] = {}

@@ -21,7 +21,7 @@ from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.controller.weights import pack_policy
-from offramp.deploy.commands.learning import require_recorded
+from offramp.deploy.commands.evaluating import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
 
