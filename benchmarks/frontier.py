@@ -63,6 +63,8 @@ PAIRS = (
     ("p̂", "CALM"),
     ("p̂", "fixed exit"),
 )
+OFFLINE_TARGETS = (0.92, 0.95, 0.97, 0.985, 0.993, 0.998)
+"""Replayed agreements at which every family gets an operating point."""
 ENERGY_DOCUMENTS = 4
 STEPS = 1_500_000
 
@@ -174,7 +176,9 @@ def prepare(given: argparse.Namespace, tell) -> None:
         folder = policies / f"seed-{seed}"
         if not (folder / INDEX).exists():
             config = TrainConfig(
-                phat=PhatConfig(seed=seed), ppo=PPOConfig(steps=given.steps, seed=seed)
+                phat=PhatConfig(seed=seed),
+                ppo=PPOConfig(steps=given.steps, seed=seed),
+                targets=OFFLINE_TARGETS,
             )
             train(config, traces, folder, lambda *count, s=seed: tell(f"train {s}", *count))
 

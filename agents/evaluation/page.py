@@ -12,9 +12,9 @@ from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.plots import Gap, Point
 from offramp.agents.evaluation.report import Section, Table
 from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
-from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, METRICS, Metric
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
 from offramp.agents.evaluation.statistics import Estimate, Resample
-from offramp.agents.evaluation.tournament import Outcome, runs_of
+from offramp.agents.evaluation.tournament import Outcome
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profile import describe_machine
 
@@ -195,16 +195,19 @@ def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: fl
 
 
 def matched_points(outcome: Outcome, metrics: Sequence[Metric]) -> dict[str, list[Point]]:
-    """Each family's picks on test documents, one point per target, the mean over its seeds."""
-    points: dict[str, list[Point]] = {}
-    for (name, target), families in outcome.picks.items():
-        metric = METRICS[name]
-        if metric not in metrics:
-            continue
-        for family in families:
-            runs = runs_of(outcome, metric, target, family)
-            if all(run.contender.setting is None for run in runs):
-                continue
-            point = frontier_point(runs, outcome.test[0], metric)
-            points.setdefault(name, []).append(replace(point, family=family))
-    return points
+    """Everything picked for any target, on test documents; each point the mean over its seeds."""
+    groups = {
+        (family, picked): [outcome.test[index] for index in picked]
+        for families in outcome.picks.values()
+        for family, picked in families.items()
+        if any(picked)
+    }
+    full = outcome.test[0]
+    return {
+        metric.name: [
+            replace(frontier_point(runs, full, metric), family=family)
+            for (family, _), runs in groups.items()
+        ]
+        for metric in metrics
+        if metric.is_measured(full.scores)
+    }

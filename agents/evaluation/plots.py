@@ -121,6 +121,7 @@ def draw_savings(rows: Sequence[MatchedRow], quality: str, path: Path) -> None:
             axes.grid(axis="x", alpha=0.25)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
+        panels[0][0].xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5]))
         panels[0][0].set_yticks(range(len(order)), order)
         panels[0][0].set_ylim(len(order) - 0.4, -0.6)
         for label, family in zip(panels[0][0].get_yticklabels(), order, strict=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,18 +204,30 @@ def _score_all(
     on_run: OnRun,
 ) -> None:
     missing = [each for each in entrants if archive.scores(split, each.key) is None]
-    if not missing:
+    done = len(entrants) - len(missing)
+    for entrant, scores in _scored(config, missing, split):
+        archive.save_scores(split, entrant.key, scores)
+        done += 1
+        on_run(f"{split}: quality", done, len(entrants))
+
+
+def _scored(
+    config: TournamentConfig, entrants: Sequence[Entrant], split: str
+) -> Iterator[tuple[Entrant, Scores]]:
+    """Scores as they come, from this process or from several."""
+    if config.processes == 1 or len(entrants) < 2:
+        for each in entrants:
+            yield each, score(config, split, each.folder, each.contender.name)
         return
     # Spawned: a fork of a process that runs torch may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.processes, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(config.processes, mp_context=context) as pool:
         running = {
             pool.submit(score, config, split, each.folder, each.contender.name): each
-            for each in missing
+            for each in entrants
         }
-        for done, future in enumerate(as_completed(running), len(entrants) - len(missing) + 1):
-            archive.save_scores(split, running[future].key, future.result())
-            on_run(f"{split}: quality", done, len(entrants))
+        for future in as_completed(running):
+            yield running[future], future.result()
 
 
 def _time_all(

@@ -1,4 +1,4 @@
-"""Savings at matched quality: chosen on validation alone, compared by document, averaged by seed."""
+"""Savings at matched quality: chosen on validation alone, compared by document, by seed."""
 
 from __future__ import annotations
 
