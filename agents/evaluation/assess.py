@@ -177,11 +177,11 @@ def publishable(
     if not keeping:
         return best, (
             f"no learned policy kept {metric.label} within {target_loss:.3f} of full depth on "
-            f"validation; {name} came closest, {loss:.3f} below"
+            f"validation; {name} came closest, with a loss of {loss:.3f}"
         )
     return best, (
         f"{name} is the fastest of {len(keeping)} learned policies that kept {metric.label} within "
-        f"{target_loss:.3f} of full depth on validation ({loss:.3f} below), at "
+        f"{target_loss:.3f} of full depth on validation (loss {loss:.3f}), at "
         f"{typical_ratio(measured[best]):.3f} of its time there"
     )
 

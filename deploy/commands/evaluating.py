@@ -113,15 +113,7 @@ def evaluate_policies(
         engine=EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators),
     )
     _require_open(mode)
-    contenders = load_contenders(policies)
-    if not contenders:
-        raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
-    facts = load_study(traces).facts
-    engine = load_engine(spec)
-    if engine.model_fingerprint != facts.model:
-        raise ConfigError(
-            "model", f"{model!r} is not the model of {traces}", "Name the one that was recorded"
-        )
+    contenders, engine = _load(policies, traces, spec)
     require_recorded(corpus, documents, traces)
     with progress("evaluate", "runs") as advance:
         found = assess(config, engine, contenders, lambda _, *count: advance(*count))
@@ -129,6 +121,22 @@ def evaluate_policies(
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
     console.print(f"{found.reason} → {policies / CHOSEN}")
     console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
+
+
+def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contender], AdaptiveEngine]:
+    """The contenders, and the engine of the model that they were trained for."""
+    contenders = load_contenders(policies)
+    if not contenders:
+        raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
+    facts = load_study(traces).facts
+    engine = load_engine(spec)
+    if engine.model_fingerprint != facts.model:
+        raise ConfigError(
+            "model",
+            f"{spec.model!r} is not the model of {traces}",
+            "Name the one that was recorded",
+        )
+    return contenders, engine
 
 
 def _require_open(mode: KVMode) -> None:
