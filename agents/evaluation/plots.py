@@ -93,9 +93,16 @@ def draw_frontier(points: Sequence[Point], quality: str, path: Path) -> None:
                 mec="#c00000",
                 mew=1.5,
             )
-            _note(axes, "published", (point.wall.value, point.quality.value), (9, -16), "#c00000")
+            _note(
+                axes,
+                "published",
+                (point.wall.value, point.quality.value),
+                (0, -18),
+                "#c00000",
+                ha="center",
+            )
         axes.plot(1, 1, "s", color=INK, ms=6, zorder=5)
-        _note(axes, "full depth", (1, 1), (0, 9), INK, ha="center")
+        _note(axes, "full depth", (1, 1), (4, 9), INK, ha="right")
         _label_lines(axes, points, families)
         axes.axhline(1, color="#cccccc", lw=0.8, zorder=0)
         axes.set_xlabel("wall time per token ÷ KV-cached full depth (batch 1); left is faster")
