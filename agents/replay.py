@@ -9,8 +9,8 @@ import copy
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from offramp.agents.pricing import token_costs
 from offramp.agents.view import View, documents, outlook
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import PolicyFaultError
@@ -74,21 +74,15 @@ def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
     return Replay(
         agreement=float(agree_NE1[rows_N, walked.taken_N].mean()),
         mean_layers=float(layer_E1[walked.taken_N].mean()),
-        cost=float(token_costs(walked, traces.header.exits, costs).mean()),
+        cost=mean_cost(policy, walked, traces, costs),
     )
 
 
-def token_costs(walked: Walk, exits: tuple[int, ...], costs: CostTable) -> NDArray[np.float64]:
-    """Cost of each token in units of a full-depth token's time, [N].
-
-    Step, layers, filled layers and head by where it left, and one probe and decision per exit at
-    which it was asked.
-    """
-    # What a lone exit costs beyond full depth is one probe and one decision.
-    decision = float(costs.leaving(exits[:1])[1]) - 1.0
-    leaving = [float(costs.leaving((layer,))[0]) - decision for layer in exits]
-    left_E1 = np.asarray([*leaving, 1.0], np.float64)
-    return np.asarray(left_E1[walked.taken_N] + decision * walked.probes_N)
+def mean_cost(policy: Policy, walked: Walk, traces: TokenTraces, costs: CostTable) -> float:
+    """Mean cost of a walk, in units of a full-depth token's time."""
+    exits = traces.header.exits
+    priced_N = token_costs(policy.schema, exits, walked.taken_N, walked.probes_N, costs)
+    return float(priced_N.mean())
 
 
 def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
