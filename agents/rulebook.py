@@ -11,6 +11,11 @@ import numpy as np
 
 from offramp.agents.export import Weights
 from offramp.agents.fitting.budget import fit_budget
+from offramp.agents.fitting.greencode import (
+    GreenCodeConfig,
+    greencode_policy,
+    train_greencode,
+)
 from offramp.agents.fitting.online import fit_bandit, fit_beta
 from offramp.agents.fitting.stopping import fit_stopping
 from offramp.agents.fitting.subset import HERE_COLUMNS, best_subset
@@ -45,6 +50,7 @@ def rulebook(
     *,
     seed: int = 0,
     phat: Weights | None = None,
+    greencode: GreenCodeConfig | None = None,
 ) -> list[Contender]:
     """Full depth, then every rule, each placed at the offline agreements asked for.
 
@@ -57,6 +63,11 @@ def rulebook(
             gives its nearest setting, and no setting twice.
         seed: Of everything trained.
         phat: Weights of p̂ on all columns, if already trained.
+        greencode: How to train GREEN-CODE's agent, for which the traces need hidden states; None
+            leaves it out.
+
+    Raises:
+        TraceError: GREEN-CODE is wanted and the traces hold no hidden states.
     """
     contenders = [
         Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit())
@@ -64,6 +75,8 @@ def rulebook(
     contenders += _unfitted(study, targets)
     contenders += _online(study, targets)
     contenders += _fitted(study, targets, seed, phat)
+    if greencode is not None:
+        contenders += _greencode(study, targets, greencode)
     return contenders
 
 
@@ -161,3 +174,12 @@ def _fitted(
         policy = MlpPolicy(best.exits, CANDIDATES_V1, here, best.logit, table)
         found.append(measured("p̂ on best exits", best.logit, policy, study))
     return found
+
+
+def _greencode(study: Study, targets: Sequence[float], config: GreenCodeConfig) -> list[Contender]:
+    weights = train_greencode(study.train, config)
+
+    def agent(threshold: float) -> Policy:
+        return greencode_policy(weights, study.train.header.exits, threshold)
+
+    return placed("GREEN-CODE", agent, PROBABILITIES, targets, study)

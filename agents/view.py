@@ -8,7 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import OUTLOOK_V1, SCHEMAS, SOFTMAX_V2, STATE_V1, FloatArray
+from offramp.controller.features import (
+    OUTLOOK_V1,
+    SCHEMAS,
+    SOFTMAX_V2,
+    STATE_V1,
+    FloatArray,
+    hidden_schema,
+)
 from offramp.controller.policy import IndexArray, Policy
 from offramp.envs.tokens import TokenTraces
 
@@ -54,6 +61,9 @@ class View:
             return np.empty((len(rows_M), 0), np.float32)
         if self._schema.digest == self._traces.header.schema:
             return np.asarray(self._traces.features_NEF[rows_M, index])
+        if self._schema.name == "hidden":
+            assert self._traces.state_NED is not None  # checked above
+            return self._traces.state_NED[rows_M, index].astype(np.float32)
         if self._schema == STATE_V1:
             return self._state(index, rows_M)
         return self._softmax(index, rows_M)
@@ -110,6 +120,8 @@ def outlook(traces: TokenTraces) -> FloatArray:
 def _check_schema(policy: Policy, traces: TokenTraces) -> None:
     schema = policy.schema
     if schema is None or schema.digest in (traces.header.schema, SOFTMAX_V2.digest):
+        return
+    if schema == hidden_schema(traces.header.width) and traces.state_NED is not None:
         return
     shared = set(schema.columns) & set(SCHEMAS[traces.header.schema].columns)
     if schema == STATE_V1 and getattr(policy, "column", None) in shared:
