@@ -27,6 +27,10 @@ LATE_RIGHT, EARLY_WRONG, LATE_ON = 0.75, 1.0, 1.0
 """α, β and γ of the authors' reward: per layer left too late, left too early, gone on too far."""
 
 
+ROLLOUT, BATCH = 32, 4096
+"""Steps per environment between updates; rows per gradient step at most."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreenCodeConfig:
     """How the agent is trained.
@@ -179,8 +183,8 @@ def train_greencode(traces: TokenTraces, config: GreenCodeConfig) -> Weights:
     normaliser = Normaliser.fit(state_NED.reshape(-1, state_NED.shape[2]).astype(np.float32))
     env = HiddenStateVecEnv(traces, normaliser, config.envs, config.seed)
     model = PPO(
-        "MlpPolicy", env, n_steps=32, batch_size=4096, n_epochs=6, learning_rate=1e-3,
-        seed=config.seed, device="cpu",
+        "MlpPolicy", env, n_steps=ROLLOUT, batch_size=min(BATCH, ROLLOUT * config.envs), n_epochs=6,
+        learning_rate=1e-3, seed=config.seed, device="cpu",
     )  # fmt: skip
     model.learn(config.steps)
     hidden = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
