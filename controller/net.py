@@ -6,6 +6,7 @@ Shape suffixes: N rows, I inputs, H hidden units, A outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,11 +56,7 @@ class TanhNet:
     def rows(self, *parts_N: FloatArray) -> FloatArray:
         """Outputs [N, A] for up to MAX_ROWS rows; a view that the next call reuses."""
         rows = len(parts_N[0])
-        x_NI = self._input_NI[:rows]
-        column = 0
-        for part in parts_N:
-            x_NI[:, column : column + part.shape[1]] = part
-            column += part.shape[1]
+        x_NI = parts_N[0] if len(parts_N) == 1 else self._joined(parts_N)
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(self.weights):
             out = self._buffers[i][:rows]
@@ -69,6 +66,10 @@ class TanhNet:
                 np.tanh(out, out=out)
             x_NI = out
         return x_NI
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The buffers are views of each other, which a plain copy would cut apart.
+        return _rebuild, (self.weights, self._input.size - 1, self.outputs)
 
     def row(self, *parts: FloatArray) -> FloatArray:
         """Outputs [A] for one row; a view that the next call reuses.
@@ -86,6 +87,18 @@ class TanhNet:
         times, weight, out = self._last
         times(weight, out)
         return out
+
+    def _joined(self, parts_N: tuple[FloatArray, ...]) -> FloatArray:
+        x_NI = self._input_NI[: len(parts_N[0])]
+        column = 0
+        for part in parts_N:
+            x_NI[:, column : column + part.shape[1]] = part
+            column += part.shape[1]
+        return x_NI
+
+
+def _rebuild(weights: Weights, inputs: int, outputs: int) -> TanhNet:
+    return TanhNet(weights, inputs=inputs, outputs=outputs)
 
 
 def check_chain(weights: Weights, inputs: int, outputs: int, field: str = "weights") -> None:

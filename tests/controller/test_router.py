@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -99,3 +100,14 @@ def test_jumps_and_starts_beyond_the_exits_are_refused() -> None:
         MlpRouter(EXITS, CANDIDATES_V1, fitting, first=make_weights(0, OUTLOOK_V1.width, 6))
     with pytest.raises(RequestError, match=r"weights\[0\]"):
         MlpRouter(EXITS, CANDIDATES_V1, make_weights(0, INPUTS + 1, 8, 3))
+
+
+def test_a_router_sent_to_another_process_decides_the_same() -> None:
+    first = make_weights(3, OUTLOOK_V1.width, 8, 3)
+    router = MlpRouter(EXITS, CANDIDATES_V1, make_weights(2, INPUTS, 8, 3), first=first)
+    copy = pickle.loads(pickle.dumps(router))
+    features_NF, outlook_NC = rows(50)
+    for n in range(50):
+        one = features_NF[n : n + 1], outlook_NC[n : n + 1]
+        assert copy.route(1, *one).tolist() == router.route(1, *one).tolist()
+    assert copy.start(outlook_NC).tolist() == router.start(outlook_NC).tolist()
