@@ -7,10 +7,8 @@ K candidates.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import OUTLOOK_V1, FeatureSchema, FloatArray, IntArray
@@ -110,12 +108,14 @@ class MlpRouter:
 
     def logits(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> FloatArray:
         """Masked logits [N, A] (−∞ where an action is invalid), for up to MAX_ROWS rows."""
-        return self._net.rows(features_NF, outlook_NC) + self._mask_EA[here]
+        logits_NA: FloatArray = self._net.rows(features_NF, outlook_NC) + self._mask_EA[here]
+        return logits_NA
 
-    def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> NDArray[Any]:
+    def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         logits_NA = _finite(self._net.rows(features_NF, outlook_NC))
         logits_NA += self._mask_EA[here]
-        return logits_NA.argmax(1)
+        best_N: IndexArray = logits_NA.argmax(1)
+        return best_N
 
 
 def targets(exits: int, jumps: int, *, ends: bool = False) -> IndexArray:
@@ -127,7 +127,7 @@ def targets(exits: int, jumps: int, *, ends: bool = False) -> IndexArray:
            [ 2,  3, -1]])
     """
     here_E1 = np.arange(exits)[:, None]
-    target_EA = here_E1 + np.arange(jumps + 1)
+    target_EA: IndexArray = here_E1 + np.arange(jumps + 1)
     target_EA[target_EA > exits] = -1
     if ends:
         return np.concatenate([target_EA, np.full((exits, 1), exits)], axis=1)
