@@ -104,7 +104,8 @@ class MlpRouter:
             return self._one
         parts = zip(_slices(features_NF), _slices(outlook_NC), strict=True)
         best_N = np.concatenate([self._best(here, *part) for part in parts])
-        return self._target_EA[here, best_N]
+        target_N: IndexArray = self._target_EA[here, best_N]
+        return target_N
 
     def logits(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> FloatArray:
         """Masked logits [N, A] (−∞ where an action is invalid), for up to MAX_ROWS rows."""
