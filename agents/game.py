@@ -1,103 +1,131 @@
-"""The stopping game of one token: what each leave and each jump costs, and its exact value.
+"""The stopping game of one token, and the exact expected return of a stochastic policy in it.
 
-Shape suffixes: N tokens, E exits, A actions; E1 = E + 1 exits with the end (all layers); S = E + 1
-places to jump from: the start (before the first layer), then the exits.
+Shape suffixes: N tokens, S states, A actions, E exits; E1 = E + 1 exits with the end (all layers).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.costs import CostTable
-from offramp.controller.features import FloatArray
-from offramp.controller.router import targets
+from offramp.controller.errors import ConfigError
+from offramp.envs.tariff import LATENCY, Tariff
+
+START = -1
+"""Where a token stands before its first layer."""
+
+
+class State(NamedTuple):
+    """Where a token can be asked.
+
+    Attributes:
+        before: The exit probed before; START if none was.
+        here: The exit it is asked at; START before the first layer.
+    """
+
+    before: int
+    here: int
+
+
+def states_of(exits: int, jumps: int) -> tuple[State, ...]:
+    """Every state that jumps of up to ``jumps`` exits can reach, the start first.
+
+    >>> states_of(2, 1)
+    (State(before=-1, here=-1), State(before=-1, here=0), State(before=0, here=1))
+    """
+    reached = [
+        State(before, here)
+        for before in range(START, exits)
+        for here in range(before + 1, min(before + jumps + 1, exits))
+    ]
+    return (State(START, START), *reached)
 
 
 @dataclass(frozen=True, slots=True)
-class JumpPrices:
-    """What each move costs, in units of a full-depth token's time (``costs.full_s``).
-
-    Attributes:
-        hop_SE1: From a place (0: the start, s: exit s − 1) to an exit or the end: its layers, and
-            probe and decision there (the end has none, but pays the head); inf backwards.
-        leave_E: Leaving at an exit: filling the skipped layers' cache, and the head.
-    """
-
-    hop_SE1: FloatArray
-    leave_E: FloatArray
-
-    @classmethod
-    def of(cls, costs: CostTable, exits: tuple[int, ...]) -> JumpPrices:
-        """Prices at batch 1, such that visiting every exit costs what ``costs.leaving`` says."""
-        places_S = np.asarray([0, *exits], np.float64)
-        ends_E1 = np.asarray([*exits, costs.layers], np.float64)
-        layers_SE1 = ends_E1[None, :] - places_S[:, None]
-        arrival_E1 = np.full(len(exits) + 1, costs.probe_s + costs.policy_s)
-        arrival_E1[-1] = costs.head_s
-        hop_SE1 = layers_SE1 * costs.layer_s + arrival_E1
-        hop_SE1[0] += costs.step_s
-        hop_SE1[layers_SE1 <= 0] = np.inf
-        leave_E = (costs.layers - ends_E1[:-1]) * costs.fill_s + costs.head_s
-        return cls(
-            (hop_SE1 / costs.full_s).astype(np.float32), (leave_E / costs.full_s).astype(np.float32)
-        )
-
-
 class StoppingGame:
-    """Expected return of a stochastic policy, by a dynamic programme over the exits.
+    """Expected return of a policy, by a dynamic programme over its states.
 
     With the answers of all exits recorded, the return of every path is known, so that the
-    expectation over a policy's random choices is a polynomial in its probabilities: for actions
-    {leave, go on} the sum over stopping times of the return weighted by products of survival
-    probabilities, with jumps V(e) = Σ_a π(a|e) · (r(e, a) + V(target)). It is differentiated
-    exactly, where PPO estimates the same gradient from samples.
+    expectation over a policy's random choices is a polynomial in its probabilities:
+    V(s) = -λ·d + Σ_a π(a|s)·V(target), where leaving at exit e is worth quality(e) - λ·c(e). With
+    jumps of one exit that is the sum over stopping times of their returns, each weighted by a
+    product of survival probabilities. PPO estimates from samples the gradient that this has
+    exactly (Sutton and Barto 2018, section 13.2, for the theorem it replaces).
 
-    Args:
-        prices: Of the moves.
-        jumps: Longest jump, in exits.
+    Attributes:
+        exits: Number of exits E.
+        jumps: Longest jump J, in exits; J + 1 actions, of which 0 leaves.
+        leave_E1: c: cost of leaving at each exit, and of the end, without any probe, in units of a
+            full-depth token's time.
+        decide: d: cost of a probe with its decision.
+        begin: Cost of the decision before the first layer.
+
+    Raises:
+        ConfigError: jumps beyond the end.
     """
 
-    def __init__(self, prices: JumpPrices, jumps: int) -> None:
-        self.exits = len(prices.leave_E)
-        self.target_EA = targets(self.exits, jumps)
-        hop_SE1 = np.where(np.isfinite(prices.hop_SE1), prices.hop_SE1, 0)
-        self._hop_SE1 = torch.from_numpy(hop_SE1.astype(np.float32))
-        self._leave_E = torch.from_numpy(prices.leave_E)
-        self.invalid_EA = torch.from_numpy(self.target_EA < 0)
+    exits: int
+    jumps: int
+    leave_E1: tuple[float, ...]
+    decide: float
+    begin: float
 
-    def values(self, log_pi_NEA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
-        """Expected return still to come, at each exit and at the end, [N, E + 1].
+    def __post_init__(self) -> None:
+        if not 1 <= self.jumps <= self.exits + 1:
+            raise ConfigError(
+                "jumps",
+                f"{self.jumps} is not from 1 to {self.exits + 1}: {self.exits} exits were recorded",
+                "Allow shorter jumps, or record more exits",
+            )
 
-        Args:
-            log_pi_NEA: Log-probabilities of the actions at each exit; invalid ones −inf.
-            quality_NE1: Quality of leaving at each exit, and of full depth, in [0, 1].
-            lambda_N: Preferences: quality that one full-depth token's time is worth.
-        """
-        pi_NEA = log_pi_NEA.exp()
-        value = [quality_NE1[:, -1]]  # from the end backwards; the hop there has paid all
-        for here in reversed(range(self.exits)):
-            leave_N = quality_NE1[:, here] - lambda_N * self._leave_E[here]
-            total_N = pi_NEA[:, here, 0] * leave_N
-            for action, target in enumerate(self.target_EA[here].tolist()):
-                if action > 0 and target >= 0:
-                    onward_N = value[target - here - 1] - lambda_N * self._hop_SE1[here + 1, target]
-                    total_N = total_N + pi_NEA[:, here, action] * onward_N
-            value.insert(0, total_N)
-        return torch.stack(value, dim=1)
+    @classmethod
+    def of(cls, tariff: Tariff, jumps: int) -> StoppingGame:
+        """The game that ``TokenExitCore`` plays with ``jump`` actions."""
+        leave_E1 = tuple(tariff.leave_OP[LATENCY, 1:].tolist())
+        policy = float(tariff.policy_O[LATENCY])
+        decide = float(tariff.probe_O[LATENCY]) + policy
+        return cls(len(leave_E1) - 1, jumps, leave_E1, decide, policy)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Where a policy can be asked, the start first."""
+        return states_of(self.exits, self.jumps)
+
+    def invalid_SA(self) -> Tensor:
+        """Which actions lead nowhere: leaving before the first layer, jumping beyond the end."""
+        here_S1 = np.asarray([state.here for state in self.states])[:, None]
+        action_A = np.arange(self.jumps + 1)
+        invalid = (here_S1 + action_A > self.exits) | ((here_S1 == START) & (action_A == 0))
+        return torch.from_numpy(invalid)
 
     def expected_return(
-        self, log_start_NE1: Tensor, log_pi_NEA: Tensor, quality_NE1: Tensor, lambda_N: Tensor
+        self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor
     ) -> Tensor:
         """Expected return of whole tokens divided by 1 + λ, as the environment's reward is, [N].
 
         Args:
-            log_start_NE1: Log-probabilities of the first exit; the last column runs to the end.
-            log_pi_NEA, quality_NE1, lambda_N: As for ``values``.
+            log_pi_NSA: Log-probabilities of the actions in each state; of invalid ones −inf.
+            quality_NE1: Quality of leaving at each exit, and of full depth, in [0, 1].
+            lambda_N: Preferences: quality that one full-depth token's time is worth.
         """
-        onward_NE1 = self.values(log_pi_NEA, quality_NE1, lambda_N)
-        onward_NE1 = onward_NE1 - lambda_N[:, None] * self._hop_SE1[0]
-        return (log_start_NE1.exp() * onward_NE1).sum(1) / (1 + lambda_N)
+        pi_NSA = log_pi_NSA.exp()
+        cost_E1 = torch.tensor(self.leave_E1, dtype=quality_NE1.dtype)
+        stop_NE1 = quality_NE1 - lambda_N[:, None] * cost_E1
+        place = {state: s for s, state in enumerate(self.states)}
+        value: dict[State, Tensor] = {}
+        for state in sorted(self.states, key=lambda each: each.here, reverse=True):
+            pi_NA = pi_NSA[:, place[state]]
+            total_N = -lambda_N * (self.begin if state.here == START else self.decide)
+            if state.here != START:
+                total_N = total_N + pi_NA[:, 0] * stop_NE1[:, state.here]
+            for action in range(1, min(self.jumps, self.exits - state.here) + 1):
+                target = state.here + action
+                is_end = target == self.exits
+                onward_N = stop_NE1[:, target] if is_end else value[State(state.here, target)]
+                total_N = total_N + pi_NA[:, action] * onward_N
+            value[state] = total_N
+        return value[State(START, START)] / (1 + lambda_N)

@@ -112,6 +112,11 @@ class MlpRouter:
         logits_NA: FloatArray = self._net.rows(features_NF, outlook_NC) + self._mask_EA[here]
         return logits_NA
 
+    def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
+        """Logits of the first exits, the last column those of the end; a view, up to MAX_ROWS."""
+        assert self._starter is not None  # a fixed first exit has none
+        return self._starter.rows(outlook_NC)
+
     def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         logits_NA = _finite(self._net.rows(features_NF, outlook_NC))
         logits_NA += self._mask_EA[here]
