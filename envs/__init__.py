@@ -6,7 +6,8 @@ adapter is ``offramp.envs.sb3_vec_env.TokenExitVecEnv``: apart, so that this imp
 
 import gymnasium as gym
 
-from offramp.envs.core import Finals, StepBatch, TokenExitCore
+from offramp.envs.batch import Finals, StepBatch
+from offramp.envs.core import TokenExitCore
 from offramp.envs.gym_env import TokenExitEnv
 from offramp.envs.store import TraceStore
 from offramp.envs.tokens import QUALITIES, Quality, TokenTraces
