@@ -102,10 +102,8 @@ class StoppingGame:
         invalid = (here_S1 + action_A > self.exits) | ((here_S1 == START) & (action_A == 0))
         return torch.from_numpy(invalid)
 
-    def expected_return(
-        self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor
-    ) -> Tensor:
-        """Expected return of whole tokens divided by 1 + λ, as the environment's reward is, [N].
+    def values(self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
+        """Expected return from each state on, the way to it already paid, [N, S].
 
         Args:
             log_pi_NSA: Log-probabilities of the actions in each state; of invalid ones −inf.
@@ -128,4 +126,20 @@ class StoppingGame:
                 onward_N = stop_NE1[:, target] if is_end else value[State(state.here, target)]
                 total_N = total_N + pi_NA[:, action] * onward_N
             value[state] = total_N
-        return value[State(START, START)] / (1 + lambda_N)
+        return torch.stack([value[state] for state in self.states], dim=1) / (1 + lambda_N[:, None])
+
+    def expected_return(self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
+        """Expected return of whole tokens, divided by 1 + λ as the environment's reward is, [N].
+
+        Arguments are those of ``values``.
+        """
+        return self.values(log_pi_NSA, quality_NE1, lambda_N)[:, 0]
+
+    def paid_S(self) -> Tensor:
+        """What the environment has charged for the way before a state is decided in, [S].
+
+        It charges the way to an exit with the decision made there. So its value function is
+        ``values`` + λ·paid / (1 + λ).
+        """
+        before = [0.0 if s.before == START else self.leave_E1[s.before] for s in self.states]
+        return torch.tensor(before)

@@ -20,7 +20,8 @@ from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.router import MlpRouter
 from offramp.worker.actor import ModelFacts, WorkerSpec, describe, load_engine
-from offramp.worker.sequence import KVMode, Sequence as Row
+from offramp.worker.sequence import KVMode
+from offramp.worker.sequence import Sequence as Row
 from offramp.worker.stack import LayerStack
 
 
@@ -98,7 +99,9 @@ class Collector:
             PolicyFaultError: the policy failed in mid-document.
         """
         policies = [
-            self._recorder(policy, preference, np.random.default_rng([self.spec.seed, task.number, place]))
+            self._recorder(
+                policy, preference, np.random.default_rng([self.spec.seed, task.number, place])
+            )
             for place, (_, _, preference) in enumerate(task.documents)
         ]
         rows = self._decode([tokens for _, tokens, _ in task.documents], policies)
