@@ -18,7 +18,7 @@ from offramp.agents.replay import replay
 from offramp.agents.study import Study
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, Policy, ThresholdPolicy
 
 Family = Literal["full depth", "fixed exit", "CALM", "CALM on candidates", "p̂", "PPO"]
 LEARNED: tuple[Family, ...] = ("p̂", "PPO")
@@ -42,7 +42,7 @@ class Contender:
     family: Family
     setting: float | None
     offline_agreement: float | None
-    policy: ExitPolicy
+    policy: Policy
 
     @property
     def name(self) -> str:

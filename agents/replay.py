@@ -87,7 +87,8 @@ def token_costs(walked: Walk, exits: tuple[int, ...], costs: CostTable) -> NDArr
     # What a lone exit costs beyond full depth is one probe and one decision.
     decision = float(costs.leaving(exits[:1])[1]) - 1.0
     leaving = [float(costs.leaving((layer,))[0]) - decision for layer in exits]
-    return np.asarray([*leaving, 1.0])[walked.taken_N] + decision * walked.probes_N
+    left_E1 = np.asarray([*leaving, 1.0], np.float64)
+    return np.asarray(left_E1[walked.taken_N] + decision * walked.probes_N)
 
 
 def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:

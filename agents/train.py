@@ -21,7 +21,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.controller.weights import pack_policy
 
 INDEX = "contenders.json"
@@ -136,7 +136,7 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
     )
 
 
-def _canned(policy: ExitPolicy, study: Study) -> FloatArray:
+def _canned(policy: Policy, study: Study) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
         return np.empty((1, 0), np.float32)

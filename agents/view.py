@@ -52,7 +52,7 @@ class View:
         if self._schema is None:
             return np.empty((len(rows_M), 0), np.float32)
         if self._schema.digest == self._traces.header.schema:
-            return self._traces.features_NEF[rows_M, index]
+            return np.asarray(self._traces.features_NEF[rows_M, index])
         return self._softmax(index, rows_M)
 
     def _softmax(self, index: int, rows_M: IndexArray) -> FloatArray:
