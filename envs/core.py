@@ -42,6 +42,7 @@ class TokenExitCore:
         actions: ``gate`` (go on or leave) or ``jump`` (leave, or which exit to probe next).
         jumps: Of ``jump``: the longest, in exits; None allows all.
         asks_first: Of ``jump``: begin before the first layer, choosing the first exit to probe.
+        ends: Of ``jump``: one more action, full depth from wherever it stands.
         energy_range: Lowest and highest weight μ of energy; None does not weigh it.
 
     Attributes:
@@ -66,6 +67,7 @@ class TokenExitCore:
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         check_arguments(traces, costs, num_envs)
@@ -74,7 +76,7 @@ class TokenExitCore:
         self.num_envs = num_envs
         self.objectives = tariff.objectives
         self.rng = np.random.default_rng()
-        self.actions = Actions(actions, exits, jumps, asks_first)
+        self.actions = Actions(actions, exits, jumps, asks_first, ends)
         self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
         self.num_columns = width + len(self.weights.names)
         self._autoreset = autoreset
@@ -92,6 +94,7 @@ class TokenExitCore:
         self._leave_PO = tariff.leave_OP.T.copy()
         self._decide_O = tariff.probe_O + tariff.policy_O
         self._policy_O = tariff.policy_O
+        self._build_O = tariff.build_O
         self._layer_E1 = np.array([*traces.header.exits, traces.header.layers], np.int64)
 
     def reset(
@@ -164,6 +167,7 @@ class TokenExitCore:
         paid_BO = self._leave_PO[column_B + 1] - self._leave_PO[self._before_B + 1]
         is_probed_B1 = (here_B >= 0)[:, None]
         paid_BO += np.where(is_probed_B1, self._decide_O, self._policy_O)
+        paid_BO[(self._probes_B == 0) & (here_B >= 0)] += self._build_O
         self._probes_B += here_B >= 0
         self._spent_BO += paid_BO
         return paid_BO

@@ -124,6 +124,7 @@ class TokenExitVecEnv(CoreVecEnv):
         actions: ``gate`` or ``jump``.
         jumps: Of ``jump``: the longest.
         asks_first: Of ``jump``: begin before the first layer.
+        ends: Of ``jump``: one more action, full depth.
         energy_range: Lowest and highest weight μ of energy.
 
     Raises:
@@ -142,6 +143,7 @@ class TokenExitVecEnv(CoreVecEnv):
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         core = TokenExitCore(
@@ -153,6 +155,7 @@ class TokenExitVecEnv(CoreVecEnv):
             actions=actions,
             jumps=jumps,
             asks_first=asks_first,
+            ends=ends,
             energy_range=energy_range,
         )
         super().__init__(core)

@@ -109,6 +109,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
         actions: ``gate`` or ``jump``.
         jumps: Of ``jump``: the longest.
         asks_first: Of ``jump``: begin before the first layer.
+        ends: Of ``jump``: one more action, full depth.
         energy_range: Lowest and highest weight μ of energy.
 
     Raises:
@@ -129,6 +130,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         core = TokenExitCore(
@@ -140,6 +142,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
             actions=actions,
             jumps=jumps,
             asks_first=asks_first,
+            ends=ends,
             energy_range=energy_range,
         )
         super().__init__(core)
