@@ -36,6 +36,8 @@ class Actions:
 
     Attributes:
         count: Number of actions.
+        is_jump: Whether the kind is ``jump``.
+        asks_first: As given.
 
     Raises:
         ConfigError: an unknown kind, options that do not go with it, or fewer exits than the
@@ -65,6 +67,7 @@ class Actions:
                 "Allow shorter jumps, or record more exits",
             )
         self.is_jump = kind == "jump"
+        self.asks_first = asks_first
         self.count = 1 + jumps + ends if self.is_jump else 2
         self._exits = exits
         # How far each action leads: the last one of ``ends`` past any exit.
