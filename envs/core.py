@@ -17,8 +17,9 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind, Actions
 from offramp.envs.batch import Finals, IndexArray, StepBatch
+from offramp.envs.qualities import Quality
 from offramp.envs.tariff import ENERGY, LATENCY, Tariff, require_same_model
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.walk import Walk
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from offramp.controller.costs import CostTable
 from offramp.envs.actions import ActionKind
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 

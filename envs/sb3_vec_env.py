@@ -18,8 +18,9 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 

@@ -19,6 +19,7 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.spaces import (
     Core,
     action_space,
@@ -27,7 +28,7 @@ from offramp.envs.spaces import (
     start_arguments,
 )
 from offramp.envs.store import open_traces
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
