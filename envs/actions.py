@@ -31,9 +31,13 @@ class Actions:
             Only of ``jump``.
         asks_first: Whether the first decision comes before the first layer: which exit to probe
             first. Only of ``jump``.
+        ends: Whether there is one more action, the last: full depth from wherever it stands,
+            unprobed. Only of ``jump``.
 
     Attributes:
         count: Number of actions.
+        is_jump: Whether the kind is ``jump``.
+        asks_first: As given.
 
     Raises:
         ConfigError: an unknown kind, options that do not go with it, or fewer exits than the
@@ -46,11 +50,13 @@ class Actions:
         exits: int,
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
     ) -> None:
         if kind not in get_args(ActionKind):
             raise ConfigError("actions", f"{kind!r} is unknown", "Use gate or jump")
-        if kind == "gate" and (jumps is not None or asks_first):
-            name = "asks_first" if asks_first else "jumps"
+        options = {"jumps": jumps is not None, "asks_first": asks_first, "ends": ends}
+        if kind == "gate" and any(options.values()):
+            name = next(name for name, given in options.items() if given)
             raise ConfigError(name, "goes with jumps only", 'Use actions="jump", or leave it out')
         most = exits + asks_first
         jumps = most if jumps is None else jumps
@@ -61,8 +67,13 @@ class Actions:
                 "Allow shorter jumps, or record more exits",
             )
         self.is_jump = kind == "jump"
-        self.count = 1 + jumps if self.is_jump else 2
+        self.asks_first = asks_first
+        self.count = 1 + jumps + ends if self.is_jump else 2
         self._exits = exits
+        # How far each action leads: the last one of ``ends`` past any exit.
+        self._ahead_A = np.arange(self.count)
+        if ends:
+            self._ahead_A[-1] = exits + 1
 
     def targets(self, here_B: IndexArray, actions_B: NDArray[Any]) -> IndexArray:
         """Where each action leads: ``here`` leaves, a higher index is probed next, E is full depth.
@@ -76,14 +87,16 @@ class Actions:
         """
         if not self.is_jump:
             return here_B + (GO_ON + LEAVE - actions_B)
-        ahead_B = np.maximum(actions_B, here_B < 0)
+        ahead_B = np.maximum(self._ahead_A[actions_B], here_B < 0)
         return np.minimum(here_B + ahead_B, self._exits)
 
     def masks(self, here_B: IndexArray) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [B, A]; each step has one."""
         if not self.is_jump:
             return np.ones((len(here_B), 2), np.bool_)
-        masks_BA = here_B[:, None] + np.arange(self.count) <= self._exits
+        reach_BA = np.minimum(here_B[:, None] + self._ahead_A, self._exits)
+        masks_BA = np.ones(reach_BA.shape, np.bool_)
+        masks_BA[:, 1:] = reach_BA[:, 1:] > reach_BA[:, :-1]
         masks_BA[:, 0] = here_B >= 0
         return masks_BA
 

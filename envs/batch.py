@@ -33,10 +33,11 @@ class Finals:
     obs_KD: FloatArray
     info: dict[str, NDArray[Any]]
 
-    def rows(self) -> list[dict[str, float | int]]:
-        """The info columns as one dict per ended episode."""
-        columns = zip(*(column.tolist() for column in self.info.values()), strict=True)
-        return [dict(zip(self.info, row, strict=True)) for row in columns]
+    def rows(self) -> list[dict[str, Any]]:
+        """The info columns, and ``terminal_observation`` [D], as one dict per ended episode."""
+        names = (*self.info, "terminal_observation")
+        columns = zip(*(column.tolist() for column in self.info.values()), self.obs_KD, strict=True)
+        return [dict(zip(names, row)) for row in columns]  # noqa: B905 - strict takes twice as long
 
 
 class StepBatch(NamedTuple):

@@ -7,9 +7,10 @@ from pathlib import Path
 from offramp.controller.costs import CostTable
 from offramp.envs.actions import ActionKind
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
@@ -52,9 +53,10 @@ class TokenExitEnv(CoreEnv):
       which is probed next; those between are neither probed nor paid for. A jump past the last
       exit is full depth, unprobed, however far past. J is ``jumps``, at most (and by default) E.
       With ``asks_first`` the first decision comes before the first layer, at −1 so to say: j goes
-      to exit j − 1, J is at most E + 1, and nobody can leave yet: 0 does what 1 does.
+      to exit j − 1, J is at most E + 1, and nobody can leave yet: 0 does what 1 does. With
+      ``ends`` there is one more action, the last: full depth, unprobed, from wherever it stands.
 
-    ``action_masks()`` [1 + J] (sb3-contrib's name) is True for actions that lead somewhere no
+    ``action_masks()`` [A] (sb3-contrib's name) is True for actions that lead somewhere no
     lower action does; the others stay defined, as said.
 
     ## Reward
@@ -91,7 +93,7 @@ class TokenExitEnv(CoreEnv):
     - each step: ``reward_vector``, float64: this step's quality, −cost and, if the cost table holds
       joules, −energy, unweighted. ``objectives`` names the entries, ``reward_space`` has their
       bounds (as in mo-gymnasium). Without joules there are two: unknown is not 0.
-    - each step of jumps but the last, and reset: ``action_mask``, int8 [1 + J].
+    - each step of jumps but the last, and reset: ``action_mask``, int8 [A].
     - at the end: ``quality``, ``cost`` (full-depth token's time), ``energy`` (full-depth token's
       joules; absent where unknown), ``exit_layer`` (layers executed), ``probes`` (probes paid),
       ``agree`` (0 or 1), ``token`` (row of the traces), ``lambda``, ``mu`` (with
@@ -104,7 +106,7 @@ class TokenExitEnv(CoreEnv):
     - ``split``: with ``store``, which split; None takes all.
     - ``lambda_range``: lowest and highest λ, within 1e-6 … 1e6; equal for a single one.
     - ``quality``: name of a registered quality.
-    - ``actions``, ``jumps``, ``asks_first``: see Action.
+    - ``actions``, ``jumps``, ``asks_first``, ``ends``: see Action.
     - ``energy_range``: lowest and highest μ; None does not weigh energy. Refused if the cost table
       holds no joules.
 
@@ -160,6 +162,7 @@ class TokenExitEnv(CoreEnv):
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         core = TokenExitCore(
@@ -172,6 +175,7 @@ class TokenExitEnv(CoreEnv):
             actions=actions,
             jumps=jumps,
             asks_first=asks_first,
+            ends=ends,
             energy_range=energy_range,
         )
         super().__init__(core)

@@ -18,22 +18,29 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
 class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
     """Any core as an SB3 vector of environments.
 
-    ``infos[i]`` holds ``reward_vector``; where an episode ended also the environment's info about
-    it and ``terminal_observation``. Rewards are float32. ``seed`` and ``set_options`` count from
+    ``infos[i]`` is empty but where an episode ended: there it holds the environment's info about it
+    and ``terminal_observation``. ``reward_vectors`` has the last step's rewards by objective, as
+    one array, since a dict for each episode and step would take longer than the step. Rewards are
+    float32. ``seed`` and ``set_options`` count from
     the next ``reset``; the first episode's seed seeds them all. Wrap in ``VecMonitor`` for SB3's
     episode statistics. sb3-contrib's ``MaskablePPO`` finds the masks by
     ``env_method("action_masks")``.
 
     Args:
         core: The episodes.
+
+    Attributes:
+        objectives: Names of the V entries of a reward vector.
+        reward_vectors: [B, V] float64, unweighted; zeros before the first step.
     """
 
     render_mode: str | None = None
@@ -41,6 +48,8 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
     def __init__(self, core: Core) -> None:
         self._core = core
         self._actions_B: NDArray[Any] | None = None
+        self.objectives = core.objectives
+        self.reward_vectors = np.zeros((core.num_envs, len(core.objectives)), np.float64)
         super().__init__(core.num_envs, observation_space(core), action_space(core))
 
     def reset(self) -> FloatArray:
@@ -65,6 +74,7 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
             ConfigError: the actions are not B whole numbers in range.
         """
         batch = self._core.step(np.asarray(self._actions_B))
+        self.reward_vectors = batch.vector_BV
         return batch.obs_BD, batch.reward_B.astype(np.float32), batch.terminated_B, _infos(batch)
 
     def action_masks(self) -> BoolArray:
@@ -115,6 +125,7 @@ class TokenExitVecEnv(CoreVecEnv):
         actions: ``gate`` or ``jump``.
         jumps: Of ``jump``: the longest.
         asks_first: Of ``jump``: begin before the first layer.
+        ends: Of ``jump``: one more action, full depth.
         energy_range: Lowest and highest weight μ of energy.
 
     Raises:
@@ -133,6 +144,7 @@ class TokenExitVecEnv(CoreVecEnv):
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         core = TokenExitCore(
@@ -144,6 +156,7 @@ class TokenExitVecEnv(CoreVecEnv):
             actions=actions,
             jumps=jumps,
             asks_first=asks_first,
+            ends=ends,
             energy_range=energy_range,
         )
         super().__init__(core)
@@ -151,9 +164,7 @@ class TokenExitVecEnv(CoreVecEnv):
 
 def _infos(batch: StepBatch) -> list[dict[str, Any]]:
     # A dict of its own for each: wrappers and callbacks write into them.
-    infos: list[dict[str, Any]] = [{"reward_vector": vector_V} for vector_V in batch.vector_BV]
-    finals = batch.finals
-    rows = finals.rows()
-    for place, row, obs_D in zip(finals.place_K.tolist(), rows, finals.obs_KD, strict=True):
-        infos[place].update(row, terminal_observation=obs_D)
+    infos: list[dict[str, Any]] = [{} for _ in batch.terminated_B]
+    for place, row in zip(batch.finals.place_K.tolist(), batch.finals.rows(), strict=True):
+        infos[place] = row
     return infos

@@ -10,6 +10,7 @@ from gymnasium.error import ResetNeeded
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
+from offramp.envs.batch import Finals
 from offramp.envs.spaces import (
     Core,
     action_space,
@@ -67,8 +68,8 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
         batch = self._core.step(np.array([int(action)]))
         ended = bool(batch.terminated_B[0])
         self._running = not ended
-        info: dict[str, Any] = {"reward_vector": batch.vector_BV[0]}
-        info |= batch.finals.rows()[0] if ended else self._mask_info()
+        info = _final_info(batch.finals) if ended else self._mask_info()
+        info["reward_vector"] = batch.vector_BV[0]
         return batch.obs_BD[0], float(batch.reward_B[0]), ended, False, info
 
     def action_masks(self) -> BoolArray:
@@ -80,3 +81,7 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
         if not self._core.actions.is_jump:
             return {}
         return {"action_mask": self.action_masks().astype(np.int8)}
+
+
+def _final_info(finals: Finals) -> dict[str, Any]:
+    return {name: column_K[0].item() for name, column_K in finals.info.items()}

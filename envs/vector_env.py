@@ -19,6 +19,7 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
 from offramp.envs.spaces import (
     Core,
     action_space,
@@ -27,7 +28,7 @@ from offramp.envs.spaces import (
     start_arguments,
 )
 from offramp.envs.store import open_traces
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
@@ -109,6 +110,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
         actions: ``gate`` or ``jump``.
         jumps: Of ``jump``: the longest.
         asks_first: Of ``jump``: begin before the first layer.
+        ends: Of ``jump``: one more action, full depth.
         energy_range: Lowest and highest weight μ of energy.
 
     Raises:
@@ -129,6 +131,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
         actions: ActionKind = "gate",
         jumps: int | None = None,
         asks_first: bool = False,
+        ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
         core = TokenExitCore(
@@ -140,6 +143,7 @@ class TokenExitVectorEnv(CoreVectorEnv):
             actions=actions,
             jumps=jumps,
             asks_first=asks_first,
+            ends=ends,
             energy_range=energy_range,
         )
         super().__init__(core)

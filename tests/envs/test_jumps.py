@@ -155,6 +155,23 @@ def test_masked_actions_are_full_depth_or_before_the_first_layer_the_first_exit(
     assert last.finals.info["agree"].tolist() == [1]
 
 
+def test_the_action_that_ends_runs_to_the_end_from_anywhere(
+    invented: Invented, costs: CostTable
+) -> None:
+    core = TokenExitCore(
+        invented.traces(), costs, num_envs=1, autoreset=False, actions="jump", jumps=1, ends=True
+    )
+    core.reset(0)
+    assert core.action_masks().tolist() == [[True, True, True]]
+    batch = core.step(np.array([2]))
+    assert batch.finals.info["exit_layer"].tolist() == [8]
+    assert batch.finals.info["probes"].tolist() == [1]
+    core.reset(0)
+    for _ in range(3):
+        core.step(np.array([1]))
+    assert core.action_masks().tolist() == [[True, True, False]]  # 1 leads to the end already
+
+
 @pytest.mark.parametrize("action", [-1, 6])
 def test_actions_that_are_none_are_refused(core: TokenExitCore, action: int) -> None:
     core.reset(0)
@@ -171,6 +188,7 @@ def test_actions_that_are_none_are_refused(core: TokenExitCore, action: int) -> 
         ({"actions": "hop"}, "actions: 'hop' is unknown"),
         ({"jumps": 2}, "jumps: goes with jumps only"),
         ({"asks_first": True}, "asks_first: goes with jumps only"),
+        ({"ends": True}, "ends: goes with jumps only"),
         ({"energy_range": (0.1, 1.0)}, "energy_range: weighs energy, of which the cost table"),
     ],
 )

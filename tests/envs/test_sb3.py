@@ -107,7 +107,7 @@ def test_returns_at_an_episodes_start_are_the_closed_form(vec_env: TokenExitVecE
     for env in range(ENVS):
         start = 0
         for step in range(STEPS):
-            if "quality" in (info := infos[step][env]):
+            if info := infos[step][env]:
                 value = info["quality"] - info["lambda"] * info["cost"]
                 expected = value / (1 + info["lambda"])
                 assert buffer.returns[start, env] == pytest.approx(expected, abs=1e-5)

@@ -79,11 +79,13 @@ class Invented:
                 model="tiny", schema=CANDIDATES_V1.digest, exits=self.exits, layers=self.layers
             ),
             features_NEF=np.array(features, np.float32),
-            margin_NE=np.zeros((tokens, exits), np.float32),
+            softmax_NES=np.zeros((tokens, exits, 3), np.float32),
+            exit_token_NE=best_TE.astype(np.int32),
             agree_NE=(best_TE == full_T[:, None]).astype(np.float32),
             gap_NE=gap_TE.astype(np.float32),
             right_NE=(best_TE == next_T[:, None]).astype(np.float32),
             full_right_N=(full_T == next_T).astype(np.float32),
+            position_N=(np.arange(tokens) % self.tokens_per_document).astype(np.int32),
             document_N=document_T.astype(np.int32),
             documents=tuple(f"{i:064x}" for i in range(document_T[-1] + 1)),
         )
