@@ -117,6 +117,17 @@ class MlpRouter:
         assert self._starter is not None  # a fixed first exit has none
         return self._starter.rows(outlook_NC)
 
+    def lead(self, features_NF: FloatArray, outlook_NC: FloatArray) -> FloatArray:
+        """By how much the narrowest decision about each row is won, over start and exits, [N]."""
+        asked = [self.logits(here, features_NF, outlook_NC) for here in range(len(self.exits))]
+        if self._starter is not None:
+            asked.append(self.start_logits(outlook_NC).copy())
+        pairs = [
+            np.sort(logits_NA, axis=1)[:, -2:] for logits_NA in asked if logits_NA.shape[1] > 1
+        ]
+        leads: FloatArray = np.min([pair[:, 1] - pair[:, 0] for pair in pairs], axis=0)
+        return leads
+
     def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         logits_NA = _finite(self._net.rows(features_NF, outlook_NC))
         logits_NA += self._mask_EA[here]
