@@ -52,12 +52,14 @@ class JumpAgent:
         model: Stable-Baselines3's PPO.
         normaliser: Of the observation.
         exits: Layers it may ask after.
+        layers: Number of layers of the model.
         schema: The features it reads.
     """
 
     model: PPO
     normaliser: Normaliser
     exits: tuple[int, ...]
+    layers: int
     schema: FeatureSchema
 
     def router(self, preference: float, candidates_VK: IntArray | None = None) -> MlpRouter:
@@ -92,7 +94,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
     )
     model = PPO(JumpActor, env, policy_kwargs=options, **ppo_arguments(ppo))
-    return JumpAgent(model, normaliser, exits, schema)
+    return JumpAgent(model, normaliser, exits, layers, schema)
 
 
 def train_jumps(

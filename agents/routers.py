@@ -44,7 +44,7 @@ def router_of(
     Raises:
         RequestError: the actor's jumps do not fit the exits.
     """
-    first, *hidden, last = _layers(actor, normaliser)
+    first, *hidden, last = folded_layers(actor, normaliser)
     weight_DH, bias_H = first
     bias_H = bias_H + np.float32(math.log(preference)) * weight_DH[-1]
     features_FH, outlook_CH = _split(weight_DH[:-1], schema.width)
@@ -55,7 +55,7 @@ def router_of(
         *hidden,
         (weight_HA[:, : reach + 1].copy(), bias_A[: reach + 1].copy()),
     ]
-    starting = [(outlook_CH, bias_H), *hidden, _start_layer(weight_HA, bias_A, len(exits))]
+    starting = [(outlook_CH, bias_H), *hidden, start_layer(weight_HA, bias_A, len(exits))]
     router = MlpRouter(exits, schema, routing, first=starting, candidates_VK=candidates_VK)
     if outlook_CH.any():
         return router
@@ -63,7 +63,8 @@ def router_of(
     return MlpRouter(exits, schema, routing, first=constant, candidates_VK=candidates_VK)
 
 
-def _layers(actor: JumpActor, normaliser: Normaliser) -> Weights:
+def folded_layers(actor: JumpActor, normaliser: Normaliser) -> Weights:
+    """The actor's layers on raw observations."""
     hidden = [m for m in actor.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
     first, *rest = [linear_weights(layer) for layer in (*hidden, actor.action_net)]
     return [normaliser.fold(*first), *rest]
@@ -76,7 +77,7 @@ def _split(weight_DH: FloatArray, features: int) -> tuple[FloatArray, FloatArray
     return weight_DH[:features], np.ascontiguousarray(outlook_CH)
 
 
-def _start_layer(weight_HA: FloatArray, bias_A: FloatArray, exits: int) -> Layer:
+def start_layer(weight_HA: FloatArray, bias_A: FloatArray, exits: int) -> Layer:
     """Of the decision before the first layer: action k is exit k − 1, and the end comes last."""
     weight, bias = weight_HA[:, 1:].copy(), bias_A[1:].copy()
     if bias.size > exits:
