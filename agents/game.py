@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from offramp.controller.errors import ConfigError
-from offramp.envs.tariff import LATENCY, Tariff
+from offramp.envs.tariff import Tariff
+
+LATENCY = 0
+"""Row of a tariff."""
 
 START = -1
 """Where a token stands before its first layer."""
@@ -63,6 +66,7 @@ class StoppingGame:
             full-depth token's time.
         decide: d: cost of a probe with its decision.
         begin: Cost of the decision before the first layer.
+        build: Cost of preparing a token's probes, paid with the first.
 
     Raises:
         ConfigError: jumps beyond the end.
@@ -73,6 +77,7 @@ class StoppingGame:
     leave_E1: tuple[float, ...]
     decide: float
     begin: float
+    build: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.jumps <= self.exits + 1:
@@ -85,10 +90,16 @@ class StoppingGame:
     @classmethod
     def of(cls, tariff: Tariff, jumps: int) -> StoppingGame:
         """The game that ``TokenExitCore`` plays with ``jump`` actions."""
+        decide_O = tariff.probe_O + tariff.policy_O
         leave_E1 = tuple(tariff.leave_OP[LATENCY, 1:].tolist())
-        policy = float(tariff.policy_O[LATENCY])
-        decide = float(tariff.probe_O[LATENCY]) + policy
-        return cls(len(leave_E1) - 1, jumps, leave_E1, decide, policy)
+        return cls(
+            exits=len(leave_E1) - 1,
+            jumps=jumps,
+            leave_E1=leave_E1,
+            decide=float(decide_O[LATENCY]),
+            begin=float(tariff.policy_O[LATENCY]),
+            build=float(tariff.build_O[LATENCY]),
+        )
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -101,6 +112,12 @@ class StoppingGame:
         action_A = np.arange(self.jumps + 1)
         invalid = (here_S1 + action_A > self.exits) | ((here_S1 == START) & (action_A == 0))
         return torch.from_numpy(invalid)
+
+    def price(self, state: State) -> float:
+        """What being asked there costs."""
+        if state.here == START:
+            return self.begin
+        return self.decide + (self.build if state.before == START else 0)
 
     def values(self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
         """Expected return from each state on, the way to it already paid, [N, S].
@@ -117,7 +134,7 @@ class StoppingGame:
         value: dict[State, Tensor] = {}
         for state in sorted(self.states, key=lambda each: each.here, reverse=True):
             pi_NA = pi_NSA[:, place[state]]
-            total_N = -lambda_N * (self.begin if state.here == START else self.decide)
+            total_N = -lambda_N * self.price(state)
             if state.here != START:
                 total_N = total_N + pi_NA[:, 0] * stop_NE1[:, state.here]
             for action in range(1, min(self.jumps, self.exits - state.here) + 1):

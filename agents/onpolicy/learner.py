@@ -175,6 +175,7 @@ class Learner:
     def _summary(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         taken = np.concatenate([each.taken_T for each in rollouts])
         costs = np.concatenate([token_costs(each, self.game) for each in rollouts])
+        rewards = [rewards_of(each, self.game)[each.ends_K] for each in rollouts]
         return {
             "agreement": float(np.concatenate([each.agreed_T for each in rollouts]).mean()),
             "cost": float(costs.mean()),
@@ -212,7 +213,8 @@ def token_costs(rollout: Rollout, game: StoppingGame) -> FloatArray:
     decisions_T = np.bincount(rollout.token_K, minlength=len(rollout.taken_T))
     probes_T = decisions_T - 1  # the first decision comes before any probe
     leave_T = np.asarray(game.leave_E1)[rollout.taken_T]
-    return np.asarray(leave_T + probes_T * game.decide + game.begin, np.float32)
+    asked_T = probes_T * game.decide + (probes_T > 0) * game.build + game.begin
+    return np.asarray(leave_T + asked_T, np.float32)
 
 
 def rewards_of(rollout: Rollout, game: StoppingGame) -> FloatArray:

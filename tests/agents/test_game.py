@@ -5,6 +5,8 @@ Shape suffixes: N tokens, S states, A actions; E1 = exits with the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ N = 5
 
 
 def make_game(study: Study, jumps: int) -> StoppingGame:
-    return StoppingGame.of(Tariff.of(study.costs, EXITS), jumps)
+    return StoppingGame.of(Tariff.of(replace(study.costs, build_s=0.05), EXITS), jumps)
 
 
 def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, lam: float) -> float:
@@ -34,6 +36,7 @@ def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, la
                 continue
             if action == 0 or target == game.exits:
                 cost = game.leave_E1[target] + probes * game.decide + game.begin
+                cost += game.build * (probes > 0)
                 total += chance * pi * (quality_E1[target] - lam * cost)
             else:
                 total += walk(State(state.here, target), chance * pi, probes + 1)
@@ -77,7 +80,7 @@ def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(study: Study) -
     logits, quality, lam = draw(game)
     log_pi = log_chances(game, logits)
     found = game.expected_return(log_pi, quality, lam)
-    costs = torch.from_numpy(study.costs.leaving(EXITS)) + game.begin
+    costs = torch.from_numpy(replace(study.costs, build_s=0.05).leaving(EXITS)) + game.begin
     leave_NE = log_pi[:, 1:, 0].exp()
     survive = torch.cumprod(1 - leave_NE, dim=1)
     before = torch.cat([torch.ones(N, 1), survive], dim=1)
