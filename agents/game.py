@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.controller.errors import ConfigError
-from offramp.envs.tariff import Tariff
-
-LATENCY = 0
-"""Row of a tariff."""
+from offramp.envs.tariff import LATENCY, Tariff
 
 START = -1
 """Where a token stands before its first layer."""

@@ -19,7 +19,7 @@ from offramp.agents.normaliser import Normaliser
 from offramp.agents.observe import StateObservations
 from offramp.agents.ppo import PPOConfig, Report, ppo_arguments
 from offramp.agents.routers import router_of
-from offramp.agents.warm import WarmConfig, warm_start
+from offramp.agents.warm import WarmConfig, WarmStart
 from offramp.controller.costs import CostTable
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.router import MlpRouter
@@ -120,15 +120,7 @@ def train_jumps(
     """
     agent = new_agent(traces, costs, config)
     ppo = config.ppo
-    warm_start(
-        agent.model.policy,
-        game_of(agent, costs, config),
-        traces,
-        ppo.quality,
-        ppo.lambda_range,
-        config.warm,
-        ppo.seed,
-    )
+    warm_start(agent, traces, costs, config).run(config.warm.steps)
     if ppo.steps:
         if logger is not None:
             agent.model.set_logger(logger)
@@ -137,6 +129,16 @@ def train_jumps(
             ppo.steps, callback=CallbackList([report, *([callback] if callback else [])])
         )
     return agent
+
+
+def warm_start(
+    agent: JumpAgent, traces: TokenTraces, costs: CostTable, config: JumpConfig
+) -> WarmStart:
+    """An agent's warm start, at its first step."""
+    ppo = config.ppo
+    game = game_of(agent, costs, config)
+    actor: JumpActor = agent.model.policy
+    return WarmStart(actor, game, traces, ppo.quality, ppo.lambda_range, config.warm, ppo.seed)
 
 
 def game_of(agent: JumpAgent, costs: CostTable, config: JumpConfig) -> StoppingGame:

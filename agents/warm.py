@@ -6,7 +6,6 @@ Shape suffixes: N tokens, S states, A actions, D observation columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,32 +29,29 @@ class WarmConfig:
         steps: Gradient steps; 0 leaves the actor as it was drawn.
         batch: Tokens per step, each in all states.
         learning_rate: Of Adam, at the start; it falls linearly to 2 % of this.
+        everywhere: Weight, at the start, of the mean value of all states beside the value of the
+            first; it falls linearly to 0. A state that is hardly ever reached has hardly any
+            gradient, and what is not worth reaching depends on how one would act there.
         critic: Weight of the critic's loss (squared error to the exact values).
     """
 
-    steps: int = 600
-    batch: int = 512
+    steps: int = 500
+    batch: int = 256
     learning_rate: float = 5e-3
+    everywhere: float = 1.0
     critic: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ConfigError("warm.steps", f"{self.steps} is below 0")
-        if self.batch < 1:
-            raise ConfigError("warm.batch", f"{self.batch} is below 1")
+        for name, least in (("steps", 0), ("batch", 1), ("everywhere", 0), ("critic", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"warm.{name}", f"{getattr(self, name)} is below {least}")
 
 
-def warm_start(
-    actor: JumpActor,
-    game: StoppingGame,
-    traces: TokenTraces,
-    quality: Quality,
-    lambda_range: tuple[float, float],
-    config: WarmConfig,
-    seed: int,
-    on_steps: Callable[[int, int], None] = lambda *_: None,
-) -> None:
-    """Ascend the exact expected return, and fit the critic to the exact values.
+class WarmStart:
+    """Ascends the exact expected return, and fits the critic to the exact values.
+
+    What a step draws is a function of the seed and its number, so that a run may stop after any
+    step and go on later with actor, optimiser and number alone.
 
     Args:
         actor: Trained in place.
@@ -65,26 +61,63 @@ def warm_start(
         lambda_range: Preferences are drawn log-uniformly, one per token.
         config: How.
         seed: Of tokens and preferences.
-        on_steps: Told (steps done, steps in all).
+
+    Attributes:
+        step: Steps done.
+        optimiser: Adam.
     """
-    rng = np.random.default_rng(seed)
-    observations = StateObservations(traces, game.states)
-    quality_NE1 = torch.from_numpy(traces.quality(quality))
-    optimiser = torch.optim.Adam(actor.parameters(), lr=config.learning_rate)
-    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, max(1, config.steps))
-    low, high = (math.log(value) for value in lambda_range)
-    for step in range(config.steps):
-        rows_N = rng.integers(len(traces), size=config.batch)
-        log_lambda_N = rng.uniform(low, high, size=config.batch).astype(np.float32)
-        obs = torch.from_numpy(observations.of(rows_N, log_lambda_N))
+
+    def __init__(
+        self,
+        actor: JumpActor,
+        game: StoppingGame,
+        traces: TokenTraces,
+        quality: Quality,
+        lambda_range: tuple[float, float],
+        config: WarmConfig,
+        seed: int,
+    ) -> None:
+        self.actor = actor
+        self.game = game
+        self.config = config
+        self.step = 0
+        self.optimiser = torch.optim.Adam(actor.parameters(), lr=config.learning_rate)
+        self._seed = seed
+        self._observations = StateObservations(traces, game.states)
+        self._quality_NE1 = torch.from_numpy(traces.quality(quality))
+        self._log_range = tuple(math.log(value) for value in lambda_range)
+
+    def run(self, until: int) -> float:
+        """Step up to a number of steps, at most ``config.steps``; the last mean return."""
+        expected = 0.0
+        for step in range(self.step, min(until, self.config.steps)):
+            left = 1 - step / self.config.steps
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.config.learning_rate * max(left, 0.02)
+            loss, expected = self._loss(step, left)
+            self.optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+            self.optimiser.step()
+            self.step = step + 1
+        return expected
+
+    def _loss(self, step: int, left: float) -> tuple[Tensor, float]:
+        rng = np.random.default_rng([self._seed, step])
+        size = self.config.batch
+        rows_N = rng.integers(len(self._quality_NE1), size=size)
+        log_lambda_N = rng.uniform(*self._log_range, size=size).astype(np.float32)
+        obs_NSD = torch.from_numpy(self._observations.of(rows_N, log_lambda_N))
         lambda_N = torch.from_numpy(np.exp(log_lambda_N))
-        loss = _loss(actor, game, obs, quality_NE1[rows_N], lambda_N, config.critic)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-        nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
-        optimiser.step()
-        decay.step()
-        on_steps(step + 1, config.steps)
+        log_pi_NSA = log_chances(self.actor, obs_NSD)
+        values_NS = self.game.values(log_pi_NSA, self._quality_NE1[rows_N], lambda_N)
+        share_N1 = (lambda_N / (1 + lambda_N))[:, None]
+        target_NS = values_NS.detach() + share_N1 * self.game.paid_S()
+        flat = obs_NSD.reshape(-1, obs_NSD.shape[2])
+        predicted_NS = self.actor.predict_values(flat).reshape(target_NS.shape)
+        error = nn.functional.mse_loss(predicted_NS, target_NS)
+        first, every = values_NS[:, 0].mean(), values_NS.mean()
+        loss = self.config.critic * error - first - self.config.everywhere * left * every
+        return loss, float(first.detach())
 
 
 @torch.no_grad()
@@ -99,7 +132,7 @@ def exact_return(
     """Expected return of each token under the actor's random choices, [N].
 
     Args:
-        actor, game, traces, quality: As for ``warm_start``.
+        actor, game, traces, quality: As for ``WarmStart``.
         preference: λ.
         rows_N: Tokens; None takes all.
     """
@@ -120,19 +153,3 @@ def log_chances(actor: JumpActor, obs_NSD: Tensor) -> Tensor:
     """Log-probabilities of the actions in each state, [N, S, A]."""
     flat = obs_NSD.reshape(-1, obs_NSD.shape[2])
     return actor.logits(flat).log_softmax(-1).reshape(*obs_NSD.shape[:2], -1)
-
-
-def _loss(
-    actor: JumpActor,
-    game: StoppingGame,
-    obs_NSD: Tensor,
-    quality_NE1: Tensor,
-    lambda_N: Tensor,
-    critic: float,
-) -> Tensor:
-    values_NS = game.values(log_chances(actor, obs_NSD), quality_NE1, lambda_N)
-    share_N1 = (lambda_N / (1 + lambda_N))[:, None]
-    target_NS = values_NS.detach() + share_N1 * game.paid_S()
-    predicted_NS = actor.predict_values(obs_NSD.reshape(-1, obs_NSD.shape[2]))
-    error = nn.functional.mse_loss(predicted_NS.reshape(target_NS.shape), target_NS)
-    return critic * error - values_NS[:, 0].mean()

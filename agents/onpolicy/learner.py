@@ -180,11 +180,7 @@ class Learner:
             "agreement": float(np.concatenate([each.agreed_T for each in rollouts]).mean()),
             "cost": float(costs.mean()),
             "full_share": float((taken == self.game.exits).mean()),
-            "reward": float(
-                np.concatenate(
-                    [rewards_of(each, self.game)[each.ends_K] for each in rollouts]
-                ).mean()
-            ),
+            "reward": float(np.concatenate(rewards).mean()),
         }
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from offramp.agents.game import START
-from offramp.agents.jumps import JumpAgent, JumpConfig, game_of, new_agent, train_jumps
+from offramp.agents.jumps import JumpAgent, JumpConfig, game_of, new_agent, train_jumps, warm_start
 from offramp.agents.observe import StateObservations
 from offramp.agents.ppo import PPOConfig
 from offramp.agents.study import Study
-from offramp.agents.warm import WarmConfig, exact_return, warm_start
+from offramp.agents.warm import WarmConfig, exact_return
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.envs import TokenTraces
 from offramp.envs.core import TokenExitCore
 
-PREFERENCES = (0.05, 0.3, 2.0)
+PREFERENCES = (0.05, 0.3, 1.0)
 CONFIG = JumpConfig(
     jumps=2,
     warm=WarmConfig(steps=250, batch=256),
@@ -97,8 +97,7 @@ def test_the_warm_start_finds_more_than_any_fixed_exit(study: Study) -> None:
     agent = new_agent(study.train, study.costs, CONFIG)
     before = [mean_return(agent, study, preference) for preference in PREFERENCES]
     game = game_of(agent, study.costs, CONFIG)
-    span = CONFIG.ppo.lambda_range
-    warm_start(agent.model.policy, game, study.train, "agreement", span, CONFIG.warm, 0)
+    warm_start(agent, study.train, study.costs, CONFIG).run(CONFIG.warm.steps)
     after = [mean_return(agent, study, preference) for preference in PREFERENCES]
     assert all(new > old for old, new in zip(before, after, strict=True))
     quality = study.validation.quality("agreement").mean(0)
