@@ -19,7 +19,7 @@ COLOURS = {
     "fixed exit": "#4d4d4d",
     "CALM": "#d95f02",
     "p̂": "#1b6ca8",
-    "best exits + p̂": "#0a8f6c",
+    "p̂ on best exits": "#0a8f6c",
     "PPO": "#7b3294",
     "PPO with jumps": "#c2185b",
 }

@@ -12,6 +12,7 @@ import pytest
 
 from offramp.agents.evaluation.assess import AssessConfig
 from offramp.agents.evaluation.energy import measure_energy
+from offramp.agents.evaluation.hindsight import measure_oracle
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import comparisons, matched_points
 from offramp.agents.evaluation.scores import AGREEMENT
@@ -149,3 +150,13 @@ def test_energy_has_a_method_and_fewer_layers_take_less() -> None:
     [ratio] = found.ratios
     assert ratio is not None
     assert 0 < ratio.value < 1
+
+
+def test_the_oracle_leaves_early_and_agrees_nearly_always() -> None:
+    engine, split = bench(config(), "test")
+    found = measure_oracle(engine, split, config().assess.protocol, (3, 6, 9), 1)
+    # All but what its own exits did to the cache.
+    assert AGREEMENT.of([found.scores]) > 0.9
+    assert found.scores.mean_layers < 9
+    assert found.scores.tokens_D.tolist() == [11.0] * 3
+    assert found.scores.lines_D.sum() == 0
