@@ -71,6 +71,10 @@ OFFLINE_TARGETS = (0.93, 0.96, 0.98, 0.99, 0.997)
 """Replayed agreements at which every family gets an operating point."""
 ENERGY_DOCUMENTS = 4
 STEPS = 1_500_000
+QUICK = {
+    "documents": 96, "tokens_per_document": 128, "seeds": 1, "steps": 200_000, "validation": 4,
+    "test": 6, "timed": 2, "lines": 2, "targets": (0.96, 0.99),
+}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -95,8 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-mode", choices=("project", "defer"), default="project")
     given = parser.parse_args()
     if given.quick:
-        vars(given).update(documents=96, tokens_per_document=128, seeds=1, steps=200_000,
-                           validation=4, test=6, timed=2, lines=2, targets=(0.96, 0.99))  # fmt: skip
+        vars(given).update(QUICK)
     return given
 
 
@@ -145,8 +148,8 @@ def main() -> None:
     report = Report(
         title="Learned early exits at matched quality",
         headlines=[
-            savings_headline(rows, metric, target),
-            savings_headline(rows, AGREEMENT, 0.05),
+            savings_headline(outcome.matched, metric, target),
+            savings_headline(outcome.matched, AGREEMENT, 0.05),
             gap_headline(promises),
         ],
         conditions=conditions_,
