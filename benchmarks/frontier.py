@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from offramp.agents.evaluation.assess import AssessConfig
+from offramp.agents.evaluation.bars import draw_energy
 from offramp.agents.evaluation.energy import Energy, measure_energy
 from offramp.agents.evaluation.field import train_field
 from offramp.agents.evaluation.hindsight import FAMILY as ORACLE
@@ -37,7 +38,6 @@ from offramp.agents.evaluation.page import (
     savings_headline,
     volumes,
 )
-from offramp.agents.evaluation.plots import draw_energy
 from offramp.agents.evaluation.report import Report, Section, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.evaluation.tournament import (

@@ -7,9 +7,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from offramp.agents.evaluation.bars import Gap
 from offramp.agents.evaluation.matched import MatchedRow, saves_more, time_difference
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.evaluation.plots import Gap, Point
+from offramp.agents.evaluation.plots import Point
 from offramp.agents.evaluation.report import Section, Table
 from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric

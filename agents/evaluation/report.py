@@ -8,15 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offramp.agents.evaluation.bars import Gap, draw_exit_depths, draw_gap
 from offramp.agents.evaluation.matched import MatchedRow
-from offramp.agents.evaluation.plots import (
-    Gap,
-    Point,
-    draw_exit_depths,
-    draw_frontier,
-    draw_gap,
-    draw_savings,
-)
+from offramp.agents.evaluation.plots import Point, draw_frontier, draw_savings
 from offramp.agents.evaluation.scores import AGREEMENT, METRICS
 from offramp.controller.durable import write_durably
 

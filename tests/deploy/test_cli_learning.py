@@ -209,6 +209,8 @@ def test_evaluate_refuses_another_model_than_the_recorded_one(
         ("--device", "tpu", "device"),
         ("--target-agreement", "1.5", "target_agreement"),
         ("--target-agreement", "nan", "target_agreement"),
+        ("--target-edit-loss", "nan", "target_edit_loss"),
+        ("--target-edit-loss", "-0.1", "target_edit_loss"),
     ],
 )
 def test_evaluate_names_the_bad_option(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from offramp.agents.evaluation.bars import Gap
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow
-from offramp.agents.evaluation.plots import Gap, Point
+from offramp.agents.evaluation.plots import Point
 from offramp.agents.evaluation.report import Report, Section, Table, write_report
 from offramp.agents.evaluation.statistics import Estimate
 
