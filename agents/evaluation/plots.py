@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,9 @@ import numpy as np
 from offramp.agents.evaluation.frame import COLOURS, INK, STYLE, colour, note, plt, save
 from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.statistics import Estimate
+
+FEW = 4
+"""So many grey families have their names on the frontier; more would hide it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,14 @@ def draw_frontier(points: Sequence[Point], quality: str, path: Path) -> None:
             )
         axes.plot(1, 1, "s", color=INK, ms=6, zorder=5)
         note(axes, "full depth", (1, 1), (4, 9), INK, ha="right")
-        _label_lines(axes, points, families)
+        others = [family for family in families if family not in COLOURS]
+        named = [family for family in families if family in COLOURS or len(others) <= FEW]
+        if len(others) > FEW:
+            axes.text(
+                0.01, 0.02, f"grey: {len(others)} other rules, named in the tables",
+                transform=axes.transAxes, color="#777777", size=9,
+            )  # fmt: skip
+        _label_lines(axes, points, named)
         axes.axhline(1, color="#cccccc", lw=0.8, zorder=0)
         axes.set_xlabel("wall time per token ÷ KV-cached full depth (batch 1); left is faster")
         axes.set_ylabel(f"{quality} ÷ full depth")
@@ -127,17 +137,18 @@ def _draw_family(axes: plt.Axes, family: str, points: Sequence[Point]) -> None:
     ]
     followed = family in COLOURS
     shade = colour(family)
-    axes.errorbar(
-        x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=shade, elinewidth=0.8,
-        alpha=0.45 if followed else 0.25, zorder=2 if followed else 1,
-    )  # fmt: skip
+    if followed:
+        axes.errorbar(
+            x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=shade, elinewidth=0.8,
+            alpha=0.45, zorder=2,
+        )  # fmt: skip
     axes.plot(
         x, y, "o-", color=shade, ms=5 if followed else 3.5, lw=1.8 if followed else 0.9,
         zorder=4 if followed else 1,
     )  # fmt: skip
 
 
-def _label_lines(axes: plt.Axes, points: Sequence[Point], families: Mapping[str, None]) -> None:
+def _label_lines(axes: plt.Axes, points: Sequence[Point], families: Sequence[str]) -> None:
     """Each family's name left of its fastest point, moved apart where two would overlap."""
     ends = {
         family: min((p for p in points if p.family == family), key=lambda p: p.wall.value)
