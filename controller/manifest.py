@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, Literal
 
-from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
+from offramp.controller.certificate import Certificate
+from offramp.controller.errors import ConfigError
+from offramp.controller.strict_json import (
+    COUNT,
+    DIGEST,
+    FINGERPRINT,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    Check,
+    canonical_json,
+    is_count,
+    is_number,
+    is_text,
+    one_of,
+    or_null,
+    parse_strictly,
+    refuse_format,
+)
 
 FORMAT_VERSION = 1
 """Raised whenever a field is added, removed or changes its meaning."""
 
 KINDS = ("never", "fixed", "threshold", "mlp")
 """Kinds of exit policy a release can carry."""
+
+Guarantee = Literal["full depth", "certified", "uncertified"]
+"""Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Safetensors dtype and shape of each tensor, by name."""
@@ -55,7 +72,7 @@ class Manifest:
         shapes: Dtype and shape of each tensor in the blob.
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
-        certificate: The calibration's guarantee, or None if there is none.
+        certificate: The calibration's guarantee, of this very blob; None if there is none.
         rollout: Which requests it may serve. Workers refuse anything below 100 % for now.
         guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
         created_at: When it was signed, unix seconds.
@@ -79,12 +96,19 @@ class Manifest:
     shapes: Shapes
     training: dict[str, Any]
     metrics: dict[str, Any]
-    certificate: dict[str, Any] | None = None
+    certificate: Certificate | None = None
     rollout: Rollout = field(default_factory=Rollout)
     guardrails: dict[str, Any] = field(default_factory=dict)
     created_at: float
     expires_at: float | None = None
     rollback_of: int | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What stands behind it; a policy that never exits needs no certificate."""
+        if self.kind == "never":
+            return "full depth"
+        return "uncertified" if self.certificate is None else "certified"
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, no NaN; the same manifest, the same bytes.
@@ -95,6 +119,7 @@ class Manifest:
         # Only the top level is taken apart: asdict would also copy the free-form fields.
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["rollout"] = {"percent": self.rollout.percent, "salt": self.rollout.salt}
+        values["certificate"] = self.certificate and self.certificate.to_values()
         try:
             return canonical_json(values)
         except (TypeError, ValueError) as error:
@@ -110,91 +135,24 @@ class Manifest:
         """
         values = parse_strictly(raw, _FIELDS)
         if values["format_version"] != FORMAT_VERSION:
-            _refuse(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
+            refuse_format(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
         values["exits"] = tuple(values["exits"])
         values["shapes"] = {k: (v[0], tuple(v[1])) for k, v in values["shapes"].items()}
         values["rollout"] = Rollout(**values["rollout"])
+        if values["certificate"] is not None:
+            values["certificate"] = Certificate.from_values(values["certificate"])
+            _require_own(values)
         return cls(**values)
 
 
-Check = tuple[Callable[[Any], bool], str]
-"""A predicate on a JSON value, and what it expects in words."""
-
-
-def canonical_json(values: dict[str, Any]) -> bytes:
-    """JSON with sorted keys and no spaces, ASCII.
-
-    Raises:
-        TypeError: a value has no JSON form.
-        ValueError: a value is NaN or infinite.
-    """
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def parse_strictly(raw: bytes, checks: dict[str, Check]) -> dict[str, Any]:
-    """Parse a JSON object whose fields are exactly those named.
-
-    Raises:
-        PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing, doubled or ill-typed.
-    """
-    try:
-        values = json.loads(raw, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise PolicyRefusedError(Refusal.BAD_FORMAT, f"not JSON: {error}") from error
-    if not isinstance(values, dict):
-        _refuse(f"a JSON object is expected, not {type(values).__name__}")
-    for name in values:
-        if name not in checks:
-            _refuse(f"unknown field {name!r}")
-    for name, (holds, expected) in checks.items():
-        if name not in values:
-            _refuse(f"field {name!r} is missing")
-        if not holds(values[name]):
-            _refuse(f"field {name!r} must be {expected}")
-    return dict(values)
-
-
-def _refuse(detail: str) -> NoReturn:
-    raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"a field occurs twice among {sorted(name for name, _ in pairs)}")
-    return values
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def is_count(value: Any) -> bool:
-    """An integer from 0 on that a double can hold exactly (Lua's numbers are doubles)."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def is_number(value: Any) -> bool:
-    """A finite number, and no boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_text(value: Any) -> bool:
-    """A string."""
-    return isinstance(value, str)
-
-
-def is_digest(value: Any) -> bool:
-    """A SHA-256 in lower-case hex."""
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _is_fingerprint(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]+", value) is not None
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _require_own(values: dict[str, Any]) -> None:
+    """A certificate of another policy, model or tokenizer says nothing of this one."""
+    certificate = values["certificate"]
+    pairs = (("policy", "digest"), ("model", "model"), ("tokenizer", "tokenizer"))
+    for theirs, ours in pairs:
+        found = getattr(certificate, theirs)
+        if found != values[ours]:
+            refuse_format(f"the certificate is of {theirs} {found}, the manifest of {values[ours]}")
 
 
 def _is_exits(value: Any) -> bool:
@@ -219,39 +177,27 @@ def _is_rollout(value: Any) -> bool:
     return is_number(value["percent"]) and 0 <= value["percent"] <= 100 and is_text(value["salt"])
 
 
-def _or_null(check: Check) -> Check:
-    holds, expected = check
-    return (lambda value: value is None or holds(value)), f"{expected} or null"
-
-
-COUNT: Check = (is_count, "an integer from 0 on")
-NUMBER: Check = (is_number, "a finite number")
-TEXT: Check = (is_text, "a string")
-DIGEST: Check = (is_digest, "64 lower-case hex digits")
-_FINGERPRINT: Check = (_is_fingerprint, "lower-case hex digits")
-_OBJECT: Check = (_is_object, "an object")
-
 _FIELDS: dict[str, Check] = {
     "format_version": COUNT,
     "channel": TEXT,
     "epoch": COUNT,
     "generation": COUNT,
-    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "kind": one_of(KINDS),
     "exits": (_is_exits, "a list of layers from 1 on, ascending"),
-    "threshold": _or_null(NUMBER),
-    "column": _or_null(TEXT),
-    "schema": _or_null(DIGEST),
-    "model": _FINGERPRINT,
-    "tokenizer": _FINGERPRINT,
+    "threshold": or_null(NUMBER),
+    "column": or_null(TEXT),
+    "schema": or_null(DIGEST),
+    "model": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
     "digest": DIGEST,
     "size": COUNT,
     "shapes": (_is_shapes, "an object of [dtype, [lengths]]"),
-    "training": _OBJECT,
-    "metrics": _OBJECT,
-    "certificate": _or_null(_OBJECT),
+    "training": OBJECT,
+    "metrics": OBJECT,
+    "certificate": or_null(OBJECT),
     "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}"),
-    "guardrails": _OBJECT,
+    "guardrails": OBJECT,
     "created_at": NUMBER,
-    "expires_at": _or_null(NUMBER),
-    "rollback_of": _or_null(COUNT),
+    "expires_at": or_null(NUMBER),
+    "rollback_of": or_null(COUNT),
 }

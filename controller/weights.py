@@ -26,9 +26,10 @@ from offramp.controller.errors import (
     RequestError,
 )
 from offramp.controller.features import SCHEMAS, FeatureSchema, FloatArray
-from offramp.controller.manifest import Manifest, Shapes, canonical_json
+from offramp.controller.manifest import Manifest, Shapes
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.strict_json import canonical_json
 
 MAX_BLOB_BYTES = 8 * 1024 * 1024
 """Larger blobs are neither packed nor fetched."""

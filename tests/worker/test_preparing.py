@@ -48,7 +48,7 @@ class Line:
     def serve(self, layer: int) -> None:
         packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
         release = self.publisher.release(
-            packed, model="aa", tokenizer="bb", training={}, metrics={}
+            packed, model="aa", tokenizer="bb", training={}, metrics={}, uncertified=True
         )
         self.publisher.promote(release.generation)
 
