@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.certificates import certificate
 
 from offramp.controller.certificate import Certificate
 from offramp.controller.errors import (
@@ -24,6 +23,7 @@ from offramp.controller.registry import AckState
 from offramp.controller.signing import STAMP_MAGIC, open_envelope, trusted_keys
 from offramp.controller.trust import Stamp
 from offramp.controller.weights import pack_policy
+from support.certificates import certificate
 
 Site = Any
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.certificates import certificate
 
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import CANDIDATES_V1, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.signing import SigningKey, load_or_create_key
 from offramp.controller.weights import pack_policy
+from support.certificates import certificate
 
 
 @pytest.fixture

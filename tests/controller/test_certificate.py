@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.certificates import WALKED, certificate
 
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.certificate import Certificate, Walked
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.manifest import Manifest
+from support.certificates import WALKED, certificate
 
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
