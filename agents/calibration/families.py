@@ -1,0 +1,236 @@
+"""A family of policies along one setting λ, from the safest to the most eager to leave.
+
+Built from bundles that ``offramp train`` saved, without training again. Nothing here reads a
+calibration document: a walk's settings and their order have to be fixed before.
+
+Shape suffix: H hidden units.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from offramp.agents.train import INDEX
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.errors import ConfigError
+from offramp.controller.mlp import MlpPolicy
+from offramp.controller.policy import NeverExit, Policy, ThresholdPolicy
+
+SAFEST = 0.999
+"""Confidence at which a walk along a threshold begins."""
+
+GENTLEST = 0.1
+"""λ at which a walk along preferences begins, as a share of the least that was saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One saved operating point.
+
+    Attributes:
+        family: What kind of rule or agent.
+        setting: Its own threshold, preference or layer, as it is named in evaluations.
+        offline: Agreement that replaying validation traces promised.
+        policy: The policy.
+        bundle: Where it comes from.
+    """
+
+    family: str
+    setting: float
+    offline: float
+    policy: Policy
+    bundle: PolicyBundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Policies along λ.
+
+    Attributes:
+        name: Of the family.
+        parameter: What λ is.
+        settings: λ, safest first.
+        build: The policy of a λ.
+        bundle: What they were built from.
+    """
+
+    name: str
+    parameter: str
+    settings: tuple[float, ...]
+    build: Callable[[float], Policy]
+    bundle: PolicyBundle
+
+
+def load_points(folder: Path) -> list[Point]:
+    """Every saved operating point of every family; full depth has none.
+
+    Raises:
+        ConfigError: the folder holds no readable index.
+        PolicyRefusedError: a bundle is damaged.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        entries = [
+            (str(e["family"]), e["setting"], e["offline_agreement"], e["folder"]) for e in index
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
+        ) from error
+    points = []
+    for family, setting, offline, name in entries:
+        bundle = PolicyBundle.load(folder / name)
+        policy = bundle.policy()
+        if not isinstance(policy, NeverExit):
+            point = Point(
+                family=family, setting=setting, offline=offline, policy=policy, bundle=bundle
+            )
+            points.append(point)
+    return points
+
+
+def family_of(points: Sequence[Point], name: str, steps: int, last: float | None = None) -> Family:
+    """The family of a name, walked in some steps.
+
+    Along a threshold, from SAFEST to the most eager saved point; along preferences, from GENTLEST
+    times the least saved λ; any other kind, from one saved point to the next, in the order of
+    their offline agreement.
+
+    Args:
+        points: What was saved.
+        name: The family.
+        steps: Settings of a walk along a threshold or preferences, at least 2.
+        last: Setting of the saved point that the walk ends at; None: the most eager one.
+
+    Raises:
+        ConfigError: there is no such family, or no saved point of that setting.
+    """
+    mine = sorted((p for p in points if p.family == name), key=lambda p: -p.offline)
+    if not mine:
+        known = ", ".join(dict.fromkeys(p.family for p in points)) or "none"
+        raise ConfigError("family", f"{name!r} was not trained", f"Trained: {known}")
+    if steps < 2:
+        raise ConfigError("steps", f"{steps} is below 2")
+    if last is not None:
+        mine = mine[: _place(mine, last) + 1]
+    first, end = mine[0].policy, mine[-1].policy
+    if isinstance(end, ThresholdPolicy):
+        return _by_column(name, end, mine[-1].bundle, steps)
+    if isinstance(end, MlpPolicy) and isinstance(first, MlpPolicy):
+        if len(mine) > 1 and can_blend(first, end):
+            return _by_preference(name, mine[0], mine[-1], steps)
+        if _same_net(first, end) and end.threshold != 0:
+            return _by_logit(name, end, mine[-1].bundle, steps)
+    return _point_by_point(name, mine)
+
+
+def _place(mine: Sequence[Point], setting: float) -> int:
+    places = [i for i, point in enumerate(mine) if math.isclose(point.setting, setting)]
+    if not places:
+        saved = ", ".join(f"{point.setting:.4g}" for point in mine)
+        raise ConfigError("setting", f"{setting:.4g} was not saved", f"Saved: {saved}")
+    return places[0]
+
+
+def _by_column(name: str, policy: ThresholdPolicy, bundle: PolicyBundle, steps: int) -> Family:
+    """A feature in [0, 1] is compared: thresholds evenly spaced in logits."""
+    ends = [math.log(p / (1 - p)) for p in (SAFEST, min(max(policy.threshold, 1e-6), SAFEST))]
+    logits = np.linspace(*ends, steps)
+    return Family(
+        name=name,
+        parameter=f"threshold of {policy.column}",
+        settings=_distinct(1 / (1 + np.exp(-logits))),
+        build=lambda threshold: replace(policy, threshold=threshold),
+        bundle=bundle,
+    )
+
+
+def _by_logit(name: str, policy: MlpPolicy, bundle: PolicyBundle, steps: int) -> Family:
+    safest = max(math.log(SAFEST / (1 - SAFEST)), policy.threshold)
+
+    def build(threshold: float) -> MlpPolicy:
+        return MlpPolicy(
+            policy.exits, policy.schema, policy.weights, threshold, policy.candidates_VK
+        )
+
+    return Family(
+        name=name,
+        parameter="threshold, logits",
+        settings=_distinct(np.linspace(safest, policy.threshold, steps)),
+        build=build,
+        bundle=bundle,
+    )
+
+
+def _by_preference(name: str, gentle: Point, eager: Point, steps: int) -> Family:
+    """log λ enters the first layer's bias alone, linearly: two saved λ give every other one."""
+    assert isinstance(gentle.policy, MlpPolicy)
+    assert isinstance(eager.policy, MlpPolicy)
+    first, last = gentle.policy, eager.policy
+    span = math.log(eager.setting / gentle.setting)
+
+    def build(preference: float) -> MlpPolicy:
+        return blend(first, last, math.log(preference / gentle.setting) / span)
+
+    settings = np.geomspace(GENTLEST * gentle.setting, eager.setting, steps)
+    return Family(
+        name=name,
+        parameter="preference λ",
+        settings=_distinct(settings),
+        build=build,
+        bundle=eager.bundle,
+    )
+
+
+def can_blend(first: MlpPolicy, last: MlpPolicy) -> bool:
+    """Whether they are one net at two preferences: equal but for the first layer's bias."""
+    return (
+        _same_net(first, last, besides_first_bias=True)
+        and first.threshold == last.threshold
+        and not np.array_equal(first.weights[0][1], last.weights[0][1])
+    )
+
+
+def blend(first: MlpPolicy, last: MlpPolicy, share: float) -> MlpPolicy:
+    """The same net at a preference in between (or beyond): share 0 is ``first``, 1 is ``last``.
+
+    Exact up to float32, because log λ times its column of weights is all that differs
+    (``agents.export.ppo_weights``).
+    """
+    (weight_FH, bias_H), *rest = first.weights
+    mixed_H = (bias_H + share * (last.weights[0][1] - bias_H)).astype(np.float32)
+    weights = [(weight_FH, mixed_H), *rest]
+    return MlpPolicy(first.exits, first.schema, weights, first.threshold, first.candidates_VK)
+
+
+def _same_net(first: MlpPolicy, last: MlpPolicy, *, besides_first_bias: bool = False) -> bool:
+    mine = [array for pair in first.weights for array in pair]
+    theirs = [array for pair in last.weights for array in pair]
+    if (first.exits, first.schema, len(mine)) != (last.exits, last.schema, len(theirs)):
+        return False
+    pairs = list(zip(mine, theirs, strict=True))
+    if besides_first_bias:
+        del pairs[1]
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _point_by_point(name: str, mine: Sequence[Point]) -> Family:
+    """Any kind of policy: only what was saved."""
+    policies = {point.setting: point.policy for point in mine}
+    return Family(
+        name=name,
+        parameter="saved setting",
+        settings=tuple(policies),
+        build=policies.__getitem__,
+        bundle=mine[-1].bundle,
+    )
+
+
+def _distinct(settings: np.ndarray) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(float(setting) for setting in settings))
