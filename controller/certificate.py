@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from offramp.controller.errors import ConfigError, PolicyRefusedError
-from offramp.controller.strict_json import (
+from offramp.controller.errors import ConfigError
+from offramp.controller.strict import (
     COUNT,
     DIGEST,
     FINGERPRINT,
     NUMBER,
+    OBJECT,
     TEXT,
     Check,
     canonical_json,
-    one_of,
+    check_fields,
+    is_text,
+    list_of,
     or_null,
     parse_strictly,
-    refuse_format,
-    require_fields,
+    refuse,
 )
 
 Method = Literal["binomial", "hoeffding-bentkus", "betting", "conformal"]
@@ -30,6 +32,9 @@ Unit = Literal["document", "token"]
 
 DecodeMode = Literal["project", "defer", "replay"]
 """KV mode the losses were measured under; ``replay``: offline, from traces of an exact cache."""
+
+PREFIX = "certificate."
+"""Before what is wrong with one, in refusals."""
 
 VERSION = 1
 """Raised whenever a field is added, removed or changes its meaning."""
@@ -151,20 +156,20 @@ class Certificate:
         return canonical_json(self.to_values())
 
     @classmethod
-    def from_values(cls, values: Any) -> Certificate:
+    def from_values(cls, values: dict[str, Any]) -> Certificate:
         """From a parsed JSON object.
 
         Raises:
             PolicyRefusedError: BAD_FORMAT, naming what is unknown, missing, ill-typed or untrue.
         """
+        check_fields(values, _FIELDS, PREFIX)
+        for step in values["walked"]:
+            check_fields(step, _STEP_FIELDS, f"{PREFIX}walked.")
+        walked = tuple(Walked(**step) for step in values["walked"])
         try:
-            checked = require_fields(values, _FIELDS)
-            steps = [require_fields(step, _STEP_FIELDS) for step in checked["walked"]]
-            return cls(**checked | {"walked": tuple(Walked(**step) for step in steps)})
-        except PolicyRefusedError as error:
-            refuse_format(f"certificate: {error.detail}")
+            return cls(**values | {"walked": walked})
         except ConfigError as error:
-            refuse_format(f"certificate: {error.problem}")
+            refuse(f"{PREFIX}{error.problem}")
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Certificate:
@@ -216,7 +221,10 @@ def _unproven(certificate: Certificate) -> Iterator[str]:
         yield f"p-value {certificate.p_value} exceeds epsilon {certificate.epsilon}"
 
 
-_LIST: Check = (lambda value: isinstance(value, list), "a list")
+def _one_of(names: tuple[str, ...]) -> Check:
+    return (lambda value: is_text(value) and value in names), f"one of {', '.join(names)}"
+
+
 _FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 
 _STEP_FIELDS: dict[str, Check] = {
@@ -232,15 +240,15 @@ _FIELDS: dict[str, Check] = {
     "delta": NUMBER,
     "epsilon": or_null(NUMBER),
     "n": COUNT,
-    "unit": one_of(get_args(Unit)),
-    "method": one_of(get_args(Method)),
+    "unit": _one_of(get_args(Unit)),
+    "method": _one_of(get_args(Method)),
     "p_value": or_null(NUMBER),
     "family": TEXT,
     "parameter": TEXT,
     "setting": NUMBER,
-    "walked": _LIST,
+    "walked": list_of(OBJECT),
     "data": DIGEST,
-    "decode_mode": one_of(get_args(DecodeMode)),
+    "decode_mode": _one_of(get_args(DecodeMode)),
     "max_pending": or_null(COUNT),
     "dtype": TEXT,
     "prompt_tokens": COUNT,

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from offramp.controller.certificate import Certificate
 from offramp.controller.errors import ConfigError
-from offramp.controller.strict_json import (
+from offramp.controller.kinds import KINDS
+from offramp.controller.strict import (
     COUNT,
     DIGEST,
     FINGERPRINT,
@@ -16,20 +17,17 @@ from offramp.controller.strict_json import (
     TEXT,
     Check,
     canonical_json,
+    check_fields,
     is_count,
     is_number,
     is_text,
-    one_of,
     or_null,
     parse_strictly,
-    refuse_format,
+    refuse,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""
-
-KINDS = ("never", "fixed", "threshold", "mlp")
-"""Kinds of exit policy a release can carry."""
 
 Guarantee = Literal["full depth", "certified", "uncertified"]
 """Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
@@ -60,10 +58,9 @@ class Manifest:
         channel: The channel it was signed for; "" for a draft not yet released.
         epoch: Incarnation of the channel; 0 for a draft.
         generation: Number of the release, from 1 on; 0 for a draft.
-        kind: One of KINDS.
+        kind: One of ``controller.kinds.KINDS``.
         exits: Numbers of executed layers after which the policy is asked, ascending.
-        threshold: What the column or the logit is compared with; None if nothing is.
-        column: The feature a threshold policy compares; None for other kinds.
+        params: What the kind needs besides tensors; its fields are the kind's.
         schema: Digest of the feature schema read; None if none is.
         model: Fingerprint of the model it was trained for, hex.
         tokenizer: Fingerprint of that model's tokenizer, hex.
@@ -86,8 +83,7 @@ class Manifest:
     generation: int = 0
     kind: str
     exits: tuple[int, ...]
-    threshold: float | None
-    column: str | None
+    params: dict[str, Any]
     schema: str | None
     model: str
     tokenizer: str
@@ -135,7 +131,8 @@ class Manifest:
         """
         values = parse_strictly(raw, _FIELDS)
         if values["format_version"] != FORMAT_VERSION:
-            refuse_format(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
+            refuse(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
+        check_fields(values["params"], KINDS[values["kind"]].params, "params.")
         values["exits"] = tuple(values["exits"])
         values["shapes"] = {k: (v[0], tuple(v[1])) for k, v in values["shapes"].items()}
         values["rollout"] = Rollout(**values["rollout"])
@@ -152,7 +149,7 @@ def _require_own(values: dict[str, Any]) -> None:
     for theirs, ours in pairs:
         found = getattr(certificate, theirs)
         if found != values[ours]:
-            refuse_format(f"the certificate is of {theirs} {found}, the manifest of {values[ours]}")
+            refuse(f"the certificate is of {theirs} {found}, the manifest of {values[ours]}")
 
 
 def _is_exits(value: Any) -> bool:
@@ -182,10 +179,9 @@ _FIELDS: dict[str, Check] = {
     "channel": TEXT,
     "epoch": COUNT,
     "generation": COUNT,
-    "kind": one_of(KINDS),
+    "kind": (lambda value: is_text(value) and value in KINDS, f"one of {', '.join(KINDS)}"),
     "exits": (_is_exits, "a list of layers from 1 on, ascending"),
-    "threshold": or_null(NUMBER),
-    "column": or_null(TEXT),
+    "params": OBJECT,
     "schema": or_null(DIGEST),
     "model": FINGERPRINT,
     "tokenizer": FINGERPRINT,

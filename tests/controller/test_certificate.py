@@ -123,18 +123,20 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_an_ill_typed_field_is_refused(name: str, value: Any) -> None:
-    assert refused(certificate().to_values() | {name: value}).startswith("certificate: ")
+    told = refused(certificate().to_values() | {name: value})
+    assert "'certificate." in told
+    assert name in told
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(Certificate)])
 def test_a_missing_field_is_named(name: str) -> None:
     values = certificate().to_values()
     del values[name]
-    assert refused(values) == f"certificate: field {name!r} is missing"
+    assert refused(values) == f"field 'certificate.{name}' is missing"
 
 
 def test_unknown_and_doubled_fields_are_refused() -> None:
-    assert "'more'" in refused(certificate().to_values() | {"more": 1})
+    assert "unknown field 'certificate.more'" in refused(certificate().to_values() | {"more": 1})
     with pytest.raises(PolicyRefusedError, match="twice"):
         Certificate.from_bytes(b'{"loss":"x",' + certificate().to_bytes()[1:])
 

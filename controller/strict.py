@@ -1,11 +1,11 @@
-"""JSON objects with exactly the fields that are named: what is signed is read no other way."""
+"""JSON that is signed: one canonical form to write, and strict checks of every field read."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
@@ -24,7 +24,7 @@ def canonical_json(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_strictly(raw: bytes, checks: Mapping[str, Check]) -> dict[str, Any]:
+def parse_strictly(raw: bytes, checks: dict[str, Check]) -> dict[str, Any]:
     """Parse a JSON object whose fields are exactly those named.
 
     Raises:
@@ -34,30 +34,35 @@ def parse_strictly(raw: bytes, checks: Mapping[str, Check]) -> dict[str, Any]:
         values = json.loads(raw, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PolicyRefusedError(Refusal.BAD_FORMAT, f"not JSON: {error}") from error
-    return require_fields(values, checks)
+    if not isinstance(values, dict):
+        refuse(f"a JSON object is expected, not {type(values).__name__}")
+    check_fields(values, checks)
+    return dict(values)
 
 
-def require_fields(values: Any, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """A parsed object whose fields are exactly those named, as a new dict.
+def check_fields(values: dict[str, Any], checks: dict[str, Check], prefix: str = "") -> None:
+    """Refuse an object whose fields are not exactly those named.
+
+    Args:
+        values: The object.
+        checks: What each field must be.
+        prefix: Put before each name in a refusal, such as ``params.``.
 
     Raises:
         PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing or ill-typed.
     """
-    if not isinstance(values, dict):
-        refuse_format(f"a JSON object is expected, not {type(values).__name__}")
     for name in values:
         if name not in checks:
-            refuse_format(f"unknown field {name!r}")
+            refuse(f"unknown field {prefix + name!r}")
     for name, (holds, expected) in checks.items():
         if name not in values:
-            refuse_format(f"field {name!r} is missing")
+            refuse(f"field {prefix + name!r} is missing")
         if not holds(values[name]):
-            refuse_format(f"field {name!r} must be {expected}")
-    return dict(values)
+            refuse(f"field {prefix + name!r} must be {expected}")
 
 
-def refuse_format(detail: str) -> NoReturn:
-    """Raise PolicyRefusedError for BAD_FORMAT."""
+def refuse(detail: str) -> NoReturn:
+    """Raise PolicyRefusedError BAD_FORMAT."""
     raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
 
 
@@ -92,7 +97,8 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _is_fingerprint(value: Any) -> bool:
+def is_fingerprint(value: Any) -> bool:
+    """Lower-case hex, of any length but none."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]+", value) is not None
 
 
@@ -100,20 +106,29 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def is_share(value: Any) -> bool:
+    """A number in [0, 1]."""
+    return is_number(value) and 0 <= value <= 1
+
+
 def or_null(check: Check) -> Check:
-    """The same check, or null."""
+    """The same check, but null passes too."""
     holds, expected = check
     return (lambda value: value is None or holds(value)), f"{expected} or null"
 
 
-def one_of(names: tuple[str, ...]) -> Check:
-    """One of some strings."""
-    return (lambda value: isinstance(value, str) and value in names), f"one of {', '.join(names)}"
+def list_of(check: Check) -> Check:
+    """A list whose every entry passes."""
+    holds, expected = check
+    return (lambda value: isinstance(value, list) and all(map(holds, value))), (
+        f"a list, each entry {expected}"
+    )
 
 
 COUNT: Check = (is_count, "an integer from 0 on")
 NUMBER: Check = (is_number, "a finite number")
 TEXT: Check = (is_text, "a string")
 DIGEST: Check = (is_digest, "64 lower-case hex digits")
-FINGERPRINT: Check = (_is_fingerprint, "lower-case hex digits")
+FINGERPRINT: Check = (is_fingerprint, "lower-case hex digits")
+SHARE: Check = (is_share, "a number in [0, 1]")
 OBJECT: Check = (_is_object, "an object")
