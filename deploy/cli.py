@@ -17,6 +17,7 @@ TOPICS = {
     "record": "learning",
     "train": "learning",
     "evaluate": "learning",
+    "calibrate": "calibrating",
     "tune": "tuning",
     "publish": "control",
     "promote": "control",

@@ -6,7 +6,7 @@ default, its loss the mean over its tokens, in [0, 1]. Taking tokens as units gi
 exact binomial test and a far larger n, under an assumption that is false to the degree that losses
 cluster by document.
 
-Shape suffixes: N units, T tokens.
+Shape suffixes: N units, T tokens, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from offramp.agents.calibration.pvalues import Losses
 from offramp.agents.replay import exits_taken
 from offramp.controller.certificate import DecodeMode, Unit
 from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.controller.policy import NeverExit, Policy
 from offramp.controller.traces import TraceHeader
 from offramp.envs.tokens import TokenTraces
@@ -119,10 +120,8 @@ class Replayed:
         engine: Idle.
         documents: As for ``OnPolicy``.
         prompt_tokens: Tokens of each left out of the losses, as on-policy.
-        policy: Any of the family; all ask at its exits, and read its schema.
-
-    Raises:
-        ConfigError: the policy reads no candidate table, so there is nothing to record with.
+        exits: Layers to probe: those that the family asks at.
+        candidates_VK: The candidate table of the recorded traces.
     """
 
     decode_mode: DecodeMode = "replay"
@@ -132,32 +131,22 @@ class Replayed:
         engine: AdaptiveEngine,
         documents: Sequence[CalibrationDocument],
         prompt_tokens: int,
-        policy: Policy,
+        exits: Sequence[int],
+        candidates_VK: IntArray,
     ) -> None:
-        if policy.candidates_VK is None:
-            raise ConfigError(
-                "replay",
-                "this policy carries no candidate table to record features with",
-                "Calibrate it on-policy (--kv-mode project or defer)",
-            )
-        table_VK = policy.candidates_VK
+        stack, translators = engine.stack, engine.decoder.translators
         chunks = [
             record_document(
-                engine.stack,
-                document.digest,
-                document.tokens,
-                policy.exits,
-                table_VK,
-                translators=engine.decoder.translators,
+                stack, each.digest, each.tokens, exits, candidates_VK, translators=translators
             )
-            for document in documents
+            for each in documents
         ]
-        assert policy.schema is not None  # who has a table has a schema
         header = TraceHeader(
             model=engine.model_fingerprint,
-            schema=policy.schema.digest,
-            exits=tuple(policy.exits),
-            layers=engine.stack.layers,
+            schema=CANDIDATES_V1.digest,
+            exits=tuple(exits),
+            layers=stack.layers,
+            translators=translators.digest,
         )
         self._traces = TokenTraces.from_chunks(header, chunks)
         # As on-policy: the token after the prompt comes from full depth.
