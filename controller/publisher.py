@@ -118,7 +118,7 @@ class Publisher:
             created_at=now,
         )
         bundle.policy()
-        _require_said(bundle.manifest, uncertified)
+        require_said(bundle.manifest, uncertified)
         manifest = replace(
             bundle.manifest,
             expires_at=None if expires_in_s is None else now + expires_in_s,
@@ -240,8 +240,12 @@ class Publisher:
         return good[-1]
 
 
-def _require_said(manifest: Manifest, uncertified: bool) -> None:
-    """An uncertified policy is released only by saying so; and only of one that is."""
+def require_said(manifest: Manifest, uncertified: bool) -> None:
+    """Refuse to release an uncertified policy without saying so, and to say so of any other.
+
+    Raises:
+        ConfigError: the policy may exit and has no certificate, or was wrongly said to have none.
+    """
     if uncertified == (manifest.guarantee == "uncertified"):
         return
     if uncertified:

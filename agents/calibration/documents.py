@@ -18,6 +18,9 @@ from offramp.agents.corpus import Document, load_corpus
 from offramp.agents.record import SPLIT, tokenize, window
 from offramp.controller.errors import ConfigError, TraceError
 
+BATCH = 64
+"""Documents tokenised at a time: those beyond the last one needed stay unread."""
+
 
 def unseen_documents(corpus: Path | None, traces: Path) -> list[Document]:
     """The documents of a corpus that a recording did not take, test documents left out.
@@ -52,11 +55,14 @@ def calibration_windows(
     Raises:
         TraceError: no document is left that is long enough.
     """
-    windows = [
-        CalibrationDocument(document.digest, tuple(window(document, tokens, length)))
-        for document, tokens in tokenize(model, documents)
-        if len(tokens) >= length
-    ]
+    windows: list[CalibrationDocument] = []
+    for start in range(0, len(documents), BATCH):
+        for document, tokens in tokenize(model, documents[start : start + BATCH]):
+            if len(tokens) >= length:
+                drawn = window(document, tokens, length)
+                windows.append(CalibrationDocument(document.digest, tuple(drawn)))
+        if len(windows) >= count:
+            break
     if not windows:
         raise TraceError(
             "calibration documents",

@@ -20,7 +20,7 @@ from offramp.agents.train import INDEX
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import ConfigError
 from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import NeverExit, Policy, ThresholdPolicy
+from offramp.controller.policy import LearningPolicy, NeverExit, Policy, ThresholdPolicy
 
 SAFEST = 0.999
 """Confidence at which a walk along a threshold begins."""
@@ -109,12 +109,19 @@ def family_of(points: Sequence[Point], name: str, steps: int, last: float | None
         last: Setting of the saved point that the walk ends at; None: the most eager one.
 
     Raises:
-        ConfigError: there is no such family, or no saved point of that setting.
+        ConfigError: there is no such family, it learns while it serves, or no point of that
+            setting was saved.
     """
     mine = sorted((p for p in points if p.family == name), key=lambda p: -p.offline)
     if not mine:
         known = ", ".join(dict.fromkeys(p.family for p in points)) or "none"
         raise ConfigError("family", f"{name!r} was not trained", f"Trained: {known}")
+    if any(isinstance(point.policy, LearningPolicy) for point in mine):
+        raise ConfigError(
+            "family",
+            f"{name!r} goes on learning while it serves: its loss is no fixed number",
+            "Certify one that is fixed",
+        )
     if steps < 2:
         raise ConfigError("steps", f"{steps} is below 2")
     if last is not None:
@@ -140,8 +147,8 @@ def _place(mine: Sequence[Point], setting: float) -> int:
 
 def _by_column(name: str, policy: ThresholdPolicy, bundle: PolicyBundle, steps: int) -> Family:
     """A feature in [0, 1] is compared: thresholds evenly spaced in logits."""
-    ends = [math.log(p / (1 - p)) for p in (SAFEST, min(max(policy.threshold, 1e-6), SAFEST))]
-    logits = np.linspace(*ends, steps)
+    safest, eager = SAFEST, min(max(policy.threshold, 1e-6), SAFEST)
+    logits = np.linspace(_logit(safest), _logit(eager), steps)
     return Family(
         name=name,
         parameter=f"threshold of {policy.column}",
@@ -152,7 +159,7 @@ def _by_column(name: str, policy: ThresholdPolicy, bundle: PolicyBundle, steps: 
 
 
 def _by_logit(name: str, policy: MlpPolicy, bundle: PolicyBundle, steps: int) -> Family:
-    safest = max(math.log(SAFEST / (1 - SAFEST)), policy.threshold)
+    safest = max(_logit(SAFEST), policy.threshold)
 
     def build(threshold: float) -> MlpPolicy:
         return MlpPolicy(
@@ -234,3 +241,7 @@ def _point_by_point(name: str, mine: Sequence[Point]) -> Family:
 
 def _distinct(settings: np.ndarray) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(setting) for setting in settings))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))

@@ -71,7 +71,8 @@ class ControlPanel:
         """Sign a trained bundle, promote it, wait for every worker."""
         bundle = PolicyBundle.load(folder)
         started = time.time()
-        release = release_bundle(self.publisher, bundle)
+        uncertified = bundle.manifest.guarantee == "uncertified"
+        release = release_bundle(self.publisher, bundle, uncertified=uncertified)
         self.publisher.promote(release.generation)
         return self._moved(started, release.generation)
 
