@@ -205,14 +205,16 @@ def _announce(
 ) -> None:
     if picked is not None:
         console.print(
-            f"walking up to {picked.policy}: {picked.value:.3f} on {picked.split} documents"
+            f"walking up to {picked.policy}: {picked.value:.3f} on {picked.split} documents",
+            soft_wrap=True,
         )
     bound = f"disagreement ≤ {promise.delta:g}"
     if promise.epsilon is not None:
         bound += f" with probability ≥ {1 - promise.epsilon:g}"
     console.print(
         f"{family.name}, {family.parameter}: {bound} ({promise.method}), "
-        f"{len(windows)} unseen documents, {losses.decode_mode}"
+        f"{len(windows)} unseen documents, {losses.decode_mode}",
+        soft_wrap=True,
     )
 
 
@@ -238,10 +240,12 @@ def save_calibration(out: Path, promise: Promise, found: Calibration) -> None:
 
 def _conclude(found: Calibration, picked: Picked | None, out: Path) -> None:
     if found.bundle is None:
-        console.print(f"nothing is certified: full depth remains ({out / REPORT})")
+        console.print(f"nothing is certified: full depth remains ({out / REPORT})", soft_wrap=True)
         raise typer.Exit(NOTHING_CERTIFIED)
     certificate = found.bundle.manifest.certificate
     assert certificate is not None
     if not found.outcome.walked[-1].passed and picked is not None:
         console.print(f"the walk ended before {picked.policy}: a safer setting is certified")
-    console.print(f"certified λ {certificate.setting:.4f}: {certificate.statement} → {out}")
+    console.print(
+        f"certified λ {certificate.setting:.4f}: {certificate.statement} → {out}", soft_wrap=True
+    )

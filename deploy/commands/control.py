@@ -50,7 +50,8 @@ def publish(
         release = release_bundle(publisher, bundle, uncertified=uncertified)
         console.print(
             f"generation {release.generation} published ({release.digest[:12]}), "
-            f"{standing(bundle.manifest)}"
+            f"{standing(bundle.manifest)}",
+            soft_wrap=True,
         )
         if serve:
             publisher.promote(release.generation)
@@ -86,7 +87,7 @@ def status() -> None:
         acks = registry.acks()
     finally:
         registry.close()
-    console.print("head: none" if head is None else _head_line(head, settings))
+    console.print("head: none" if head is None else _head_line(head, settings), soft_wrap=True)
     table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
     for ack in sorted(acks, key=lambda each: each.worker):
         age_s = f"{time.time() - ack.at:.1f}"
