@@ -26,7 +26,7 @@ from offramp.agents.calibration.documents import calibration_windows, unseen_doc
 from offramp.agents.calibration.families import Family, family_of, load_points
 from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed, by_unit
 from offramp.agents.calibration.walk import Outcome, conformal_risk_control, learn_then_test
-from offramp.agents.study import load_study
+from offramp.agents.study import load_candidates
 from offramp.controller.certificate import Method
 from offramp.worker.actor import WorkerSpec, load_engine
 from offramp.worker.profile import describe_machine
@@ -61,7 +61,7 @@ def main(
     unseen = unseen_documents(None, traces)
     windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
     exits = walked.bundle.manifest.exits
-    table_VK = load_study(traces).candidates_VK
+    table_VK = load_candidates(traces)
     replayed = measure(walked, Replayed(engine, windows, prompt_tokens, exits, table_VK))
     decoded = measure(walked, OnPolicy(engine, windows, prompt_tokens))
     shape = {"documents": len(windows), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}

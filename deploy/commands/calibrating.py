@@ -20,7 +20,7 @@ from offramp.agents.calibration.documents import calibration_windows, unseen_doc
 from offramp.agents.calibration.families import Family, family_of, load_points
 from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
-from offramp.agents.study import load_study
+from offramp.agents.study import load_candidates
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.certificate import Method, Unit, Walked
 from offramp.controller.durable import write_durably
@@ -193,7 +193,7 @@ def _losses(
     if traces is None:
         return OnPolicy(engine, windows, prompt_tokens)
     exits = family.bundle.manifest.exits
-    return Replayed(engine, windows, prompt_tokens, exits, load_study(traces).candidates_VK)
+    return Replayed(engine, windows, prompt_tokens, exits, load_candidates(traces))
 
 
 def _announce(

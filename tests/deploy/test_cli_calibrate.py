@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from offramp.agents.corpus import load_corpus
+from offramp.agents.study import save_candidates
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policy import FixedExit, NeverExit, Policy, ThresholdPolicy
@@ -37,12 +38,21 @@ def fingerprints() -> tuple[str, str]:
     return engine.model_fingerprint, engine.tokenizer_fingerprint
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beginnings of some real files: as large a corpus as the tests need, and quick to read."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, document in enumerate(load_corpus(None, limit=40)):
+        (folder / f"{number:02d}.py").write_text(document.text[:4000])
+    return folder
+
+
 @pytest.fixture
-def traces(tmp_path: Path) -> Path:
+def traces(tmp_path: Path, corpus: Path) -> Path:
     """A recording that took some documents of the corpus; calibration reads no more of it."""
     folder = tmp_path / "traces"
     folder.mkdir()
-    taken = {each.digest: {"split": each.split} for each in load_corpus(None, limit=320)}
+    taken = {each.digest: {"split": each.split} for each in load_corpus(corpus, limit=16)}
     (folder / "split.json").write_text(json.dumps(taken))
     return folder
 
@@ -85,10 +95,16 @@ def policies(tmp_path: Path, fingerprints: tuple[str, str]) -> Path:
 
 
 @pytest.fixture
-def calibrate(cli: Any, policies: Path, traces: Path) -> Callable[..., tuple[int, str]]:
+def given(policies: Path, traces: Path, corpus: Path) -> tuple[object, ...]:
+    """A calibration's command line but for the promise."""
+    folders = ("--policies", policies, "--traces", traces, "--corpus", corpus)
+    return ("calibrate", *folders, "--family", "CALM", *SMALL)
+
+
+@pytest.fixture
+def calibrate(cli: Any, given: tuple[object, ...]) -> Callable[..., tuple[int, str]]:
     def run(*arguments: object) -> tuple[int, str]:
-        given = ("calibrate", "--policies", policies, "--traces", traces, "--family", "CALM")
-        found: tuple[int, str] = cli(*given, *SMALL, *LOOSE, *arguments)
+        found: tuple[int, str] = cli(*given, *LOOSE, *arguments)
         return found
 
     return run
@@ -162,10 +178,10 @@ def test_status_without_the_publishers_key_says_what_it_lacks(
 
 
 def test_nothing_certified_is_an_outcome_with_its_own_status(
-    cli: Any, policies: Path, traces: Path
+    cli: Any, policies: Path, given: tuple[object, ...]
 ) -> None:
-    arguments = ("--policies", policies, "--traces", traces, "--family", "fixed exit")
-    status, output = cli("calibrate", *arguments, *SMALL, "--delta", 0.1, "--epsilon", 0.5)
+    strict = ("--family", "fixed exit", "--delta", 0.1, "--epsilon", 0.5)
+    status, output = cli(*given, *strict)
     assert status == NOTHING_CERTIFIED, output
     assert "nothing is certified: full depth remains" in output
     report = json.loads((policies / "certified" / "calibration.json").read_text())
@@ -174,12 +190,14 @@ def test_nothing_certified_is_an_outcome_with_its_own_status(
     assert not (policies / "certified" / "manifest.json").exists()
 
 
-def test_tokens_and_defer_are_said_in_the_certificate(
-    calibrate: Callable[..., tuple[int, str]], policies: Path, tmp_path: Path
+def test_tokens_defer_and_replay_are_said_in_the_certificate(
+    calibrate: Callable[..., tuple[int, str]], traces: Path, tmp_path: Path
 ) -> None:
+    save_candidates(traces, np.tile(np.arange(4, dtype=np.int32), (4096, 1)))
     runs: dict[str, tuple[object, ...]] = {
         "tokens": ("--unit", "token", "--method", "binomial"),
         "defer": ("--kv-mode", "defer", "--max-pending", 4, "--method", "betting"),
+        "replay": ("--replay",),
     }
     found: dict[str, Any] = {}
     for name, options in runs.items():
@@ -190,12 +208,13 @@ def test_tokens_and_defer_are_said_in_the_certificate(
     assert found["tokens"].n == 64
     assert (found["defer"].decode_mode, found["defer"].max_pending) == ("defer", 4)
     assert found["defer"].method == "betting"
+    assert (found["replay"].decode_mode, found["replay"].max_pending) == ("replay", None)
+    assert found["replay"].data == found["defer"].data  # the same documents and tokens
 
 
 def test_conformal_risk_control_has_no_epsilon(
-    cli: Any, policies: Path, traces: Path, tmp_path: Path
+    cli: Any, policies: Path, given: tuple[object, ...]
 ) -> None:
-    given = ("calibrate", "--policies", policies, "--traces", traces, "--family", "CALM", *SMALL)
     conformal = ("--method", "conformal", "--delta", 0.5)
     message = cli.refused(*given, *conformal, "--epsilon", 0.2)
     assert message.startswith("epsilon: 0.2 does not go with conformal")
@@ -232,7 +251,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--quality", 0.99), "quality: no measured point keeps 0.99; the best 0.97"),
     (("--quality", 0.9, "--latency-budget", 0.9), "quality: and the budgets exclude each other"),
     (("--energy-budget", 0.9), "policies: the evaluation has no energy_ratio of 'CALM'"),
-    (("--prompt-tokens", 10_000_000), "calibration documents: none of "),
+    (("--prompt-tokens", 100_000), "calibration documents: none of "),
     (("--model", "no/such/model"), "model: "),
 ]
 
@@ -240,24 +259,21 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
 @pytest.mark.parametrize(("options", "told"), REFUSED, ids=[str(each[1])[:24] for each in REFUSED])
 def test_what_cannot_be_calibrated_is_named(
     cli: Any,
-    policies: Path,
-    traces: Path,
+    given: tuple[object, ...],
     untouched: Callable[[], None],
     options: tuple[object, ...],
     told: str,
 ) -> None:
     untouched()
-    given = ("--policies", policies, "--traces", traces, "--family", "CALM")
-    assert cli.refused("calibrate", *given, *SMALL, *LOOSE, *options).startswith(told)
+    assert cli.refused(*given, *LOOSE, *options).startswith(told)
 
 
 def test_policies_of_another_model_are_refused(
-    cli: Any, tmp_path: Path, traces: Path, fingerprints: tuple[str, str]
+    cli: Any, given: tuple[object, ...], tmp_path: Path, fingerprints: tuple[str, str]
 ) -> None:
     for other in (("aa11", fingerprints[1]), (fingerprints[0], "bb22")):
         folder = contenders(tmp_path / other[0][:4], *other)
-        given = ("calibrate", "--policies", folder, "--traces", traces, "--family", "CALM")
-        message = cli.refused(*given, *SMALL, *LOOSE)
+        message = cli.refused(*given, *LOOSE, "--policies", folder)
         assert message.startswith(("model: the policies were", "tokenizer: the policies were"))
 
 
