@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offramp.controller.certificate import Certificate
 from offramp.controller.manifest import Guarantee
-from offramp.controller.policy import ExitPolicy, NeverExit
+from offramp.controller.policy import NeverExit, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class PolicySnapshot:
 
     generation: int
     digest: str
-    policy: ExitPolicy
+    policy: Policy
     certificate: Certificate | None = None
 
     @property

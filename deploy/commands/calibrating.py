@@ -171,7 +171,8 @@ def _family(
     points = load_points(policies)
     name = name or _chosen_family(policies)
     picked = pick(load_rows(policies), name, wish) if wish else None
-    return picked, family_of(points, name, steps, picked and picked.setting)
+    last = None if picked is None else picked.setting
+    return picked, family_of(points, name, steps, last)
 
 
 def _chosen_family(policies: Path) -> str:
