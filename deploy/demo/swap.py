@@ -124,6 +124,7 @@ def swap_under_load(
     records = early + late
     return {
         **asdict(moved[0]),
+        "guarantee": PolicyBundle.load(folder).manifest.guarantee,
         "requests": len(records),
         "failed": sum(record.failed for record in records),
         "torn": sum(record.torn for record in records),
