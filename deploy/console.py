@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from offramp.agents.evaluate import EvaluationRow
+    from offramp.agents.evaluation.rows import EvaluationRow
     from offramp.agents.tuning.quality import TuneReport
 
 NARROWEST = 110

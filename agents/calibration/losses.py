@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from offramp.agents.replay import exits_taken
 from offramp.controller.certificate import DecodeMode, Unit
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.controller.policy import ExitPolicy, NeverExit, Policy
+from offramp.controller.policy import NeverExit, Policy
 from offramp.controller.traces import TraceHeader
 from offramp.envs.tokens import TokenTraces
 from offramp.worker.engine import AdaptiveEngine
@@ -107,7 +107,7 @@ class OnPolicy:
         return [mine_T != full_T for mine_T, full_T in pairs]
 
     def _emitted(self, policy: Policy) -> list[NDArray[np.int64]]:
-        runs, _ = follow(self._engine, self._tokens, self._prompt_tokens, cast(ExitPolicy, policy))
+        runs, _ = follow(self._engine, self._tokens, self._prompt_tokens, policy)
         return [np.asarray(run.emitted, np.int64) for run in runs]
 
 

@@ -25,7 +25,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.certificate import Method, Unit, Walked
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.deploy.commands.learning import CHOSEN
+from offramp.deploy.commands.evaluating import CHOSEN
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
     CacheMode,
