@@ -2,8 +2,6 @@
 
 Built from bundles that ``offramp train`` saved, without training again. Nothing here reads a
 calibration document: a walk's settings and their order have to be fixed before.
-
-Shape suffix: H hidden units.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from offramp.agents.calibration.blend import blend, can_blend, same_net
 from offramp.agents.train import INDEX
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import ConfigError
@@ -129,10 +128,11 @@ def family_of(points: Sequence[Point], name: str, steps: int, last: float | None
     first, end = mine[0].policy, mine[-1].policy
     if isinstance(end, ThresholdPolicy):
         return _by_column(name, end, mine[-1].bundle, steps)
+    if can_blend(first, end):
+        return _by_preference(name, mine[0], mine[-1], steps)
     if isinstance(end, MlpPolicy) and isinstance(first, MlpPolicy):
-        if len(mine) > 1 and can_blend(first, end):
-            return _by_preference(name, mine[0], mine[-1], steps)
-        if _same_net(first, end) and end.threshold != 0:
+        shares_net = same_net(first.weights, end.weights) and first.exits == end.exits
+        if shares_net and end.threshold != 0:
             return _by_logit(name, end, mine[-1].bundle, steps)
     return _point_by_point(name, mine)
 
@@ -176,55 +176,16 @@ def _by_logit(name: str, policy: MlpPolicy, bundle: PolicyBundle, steps: int) ->
 
 
 def _by_preference(name: str, gentle: Point, eager: Point, steps: int) -> Family:
-    """log λ enters the first layer's bias alone, linearly: two saved λ give every other one."""
-    assert isinstance(gentle.policy, MlpPolicy)
-    assert isinstance(eager.policy, MlpPolicy)
     first, last = gentle.policy, eager.policy
     span = math.log(eager.setting / gentle.setting)
-
-    def build(preference: float) -> MlpPolicy:
-        return blend(first, last, math.log(preference / gentle.setting) / span)
-
     settings = np.geomspace(GENTLEST * gentle.setting, eager.setting, steps)
     return Family(
         name=name,
         parameter="preference λ",
         settings=_distinct(settings),
-        build=build,
+        build=lambda preference: blend(first, last, math.log(preference / gentle.setting) / span),
         bundle=eager.bundle,
     )
-
-
-def can_blend(first: MlpPolicy, last: MlpPolicy) -> bool:
-    """Whether they are one net at two preferences: equal but for the first layer's bias."""
-    return (
-        _same_net(first, last, besides_first_bias=True)
-        and first.threshold == last.threshold
-        and not np.array_equal(first.weights[0][1], last.weights[0][1])
-    )
-
-
-def blend(first: MlpPolicy, last: MlpPolicy, share: float) -> MlpPolicy:
-    """The same net at a preference in between (or beyond): share 0 is ``first``, 1 is ``last``.
-
-    Exact up to float32, because log λ times its column of weights is all that differs
-    (``agents.export.ppo_weights``).
-    """
-    (weight_FH, bias_H), *rest = first.weights
-    mixed_H = (bias_H + share * (last.weights[0][1] - bias_H)).astype(np.float32)
-    weights = [(weight_FH, mixed_H), *rest]
-    return MlpPolicy(first.exits, first.schema, weights, first.threshold, first.candidates_VK)
-
-
-def _same_net(first: MlpPolicy, last: MlpPolicy, *, besides_first_bias: bool = False) -> bool:
-    mine = [array for pair in first.weights for array in pair]
-    theirs = [array for pair in last.weights for array in pair]
-    if (first.exits, first.schema, len(mine)) != (last.exits, last.schema, len(theirs)):
-        return False
-    pairs = list(zip(mine, theirs, strict=True))
-    if besides_first_bias:
-        del pairs[1]
-    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def _point_by_point(name: str, mine: Sequence[Point]) -> Family:

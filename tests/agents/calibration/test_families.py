@@ -17,9 +17,10 @@ from offramp.agents.ppo import PPOConfig, train_ppo
 from offramp.agents.study import Study
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import FixedExit, NeverExit, Policy, ThresholdPolicy
+from offramp.controller.router import MlpRouter
 from offramp.controller.weights import pack_policy
 
 EXITS = (2, 4, 6)
@@ -130,6 +131,48 @@ def test_two_saved_preferences_give_every_other_one(study: Study, save: Save) ->
         expected = actor(preference).logits(rows)
         assert np.allclose(blended.logits(rows), expected, rtol=1e-4, atol=1e-4)
     assert not np.allclose(actor(0.02).logits(rows), actor(1.0).logits(rows), atol=1e-2)
+
+
+def router(preference: float, start: int | None = None) -> MlpRouter:
+    """A net whose first bias is linear in log λ, as export makes it."""
+    rng = np.random.default_rng(3)
+    sizes = [(CANDIDATES_V1.width + OUTLOOK_V1.width, 6), (6, 3)]
+    routing = [
+        (rng.normal(size=size).astype(np.float32), rng.normal(size=size[1]).astype(np.float32))
+        for size in sizes
+    ]
+    starting = [
+        (rng.normal(size=size).astype(np.float32), rng.normal(size=size[1]).astype(np.float32))
+        for size in ((OUTLOOK_V1.width, 6), (6, 4))
+    ]
+    slope = rng.normal(size=6).astype(np.float32) * np.float32(math.log(preference))
+    for weights in (routing, starting):
+        weights[0] = (weights[0][0], weights[0][1] + slope)
+    first = starting if start is None else start
+    return MlpRouter(EXITS, CANDIDATES_V1, routing, first=first)
+
+
+@pytest.mark.parametrize("start", [None, 1])
+def test_a_router_is_blended_where_it_starts_and_where_it_goes(
+    start: int | None, save: Save
+) -> None:
+    ends = [("jumps", λ, 1 - λ, router(λ, start)) for λ in (0.2, 0.8)]
+    family = family_of(load_points(save(ends)), "jumps", 5)
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(64, CANDIDATES_V1.width)).astype(np.float32)
+    outlook = rng.random((64, OUTLOOK_V1.width), np.float32)
+    for preference in (0.1, 0.4, 0.8):
+        mine, theirs = family.build(preference), router(preference, start)
+        assert isinstance(mine, MlpRouter)
+        assert np.array_equal(mine.start(outlook), theirs.start(outlook))
+        for here in range(len(EXITS)):
+            found = mine.logits(here, features, outlook)
+            assert np.allclose(found, theirs.logits(here, features, outlook), atol=1e-4)
+
+
+def test_routers_that_start_elsewhere_go_from_point_to_point(save: Save) -> None:
+    ends = [("jumps", 0.2, 0.9, router(0.2, 0)), ("jumps", 0.8, 0.8, router(0.8, 1))]
+    assert family_of(load_points(save(ends)), "jumps", 5).settings == (0.2, 0.8)
 
 
 def test_any_other_kind_goes_from_point_to_point(save: Save) -> None:
