@@ -57,7 +57,7 @@ def load_study(folder: Path) -> Study:
         train=store.read("train"),
         validation=store.read("validation"),
         costs=load_costs(folder / COSTS),
-        candidates_VK=_load_candidates(folder / CANDIDATES),
+        candidates_VK=load_candidates(folder),
         facts=_load_facts(folder / FACTS),
     )
 
@@ -84,7 +84,13 @@ def _load_facts(path: Path) -> ModelFacts:
         ) from error
 
 
-def _load_candidates(path: Path) -> IntArray:
+def load_candidates(folder: Path) -> IntArray:
+    """The candidate table beside recorded traces.
+
+    Raises:
+        TraceError: it is missing or damaged.
+    """
+    path = folder / CANDIDATES
     try:
         table: IntArray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

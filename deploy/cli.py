@@ -17,6 +17,7 @@ TOPICS = {
     "record": "learning",
     "train": "learning",
     "evaluate": "evaluating",
+    "calibrate": "calibrating",
     "tune": "tuning",
     "publish": "control",
     "promote": "control",
