@@ -12,6 +12,23 @@ from offramp.controller.policy import Policy
 GRID = 41
 """Settings tried per family when operating points are placed."""
 
+NEAR = 0.01
+"""Agreements this far from a target still count as meeting it, when variants are compared."""
+
+SYMBOLS = {
+    "fixed exit": "layer ",
+    "SkipDecode": "to layer ",
+    "PABEE patience": "t=",
+    "PPO": "λ=",
+    "backward induction": "λ=",
+    "UCB bandit": "λ=",
+    "EERO budget": "B=",
+    "FREE": "ζ=",
+    "GREEN-CODE": "logit T=",
+    "p̂ on best exits": "logit τ=",
+}
+"""What the setting of a family is called; τ elsewhere."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
@@ -22,20 +39,22 @@ class Contender:
         setting: Its threshold, preference or layer; None for full depth.
         offline_agreement: On validation traces; None for full depth.
         policy: Ready to run.
+        offline_cost: On validation traces, in units of a full-depth token's time; None for full
+            depth.
     """
 
     family: str
     setting: float | None
     offline_agreement: float | None
     policy: Policy
+    offline_cost: float | None = None
 
     @property
     def name(self) -> str:
         """Family and setting, such as ``p̂ τ=0.92``."""
         if self.setting is None:
             return self.family
-        symbol = {"fixed exit": "layer ", "PPO": "λ="}.get(self.family, "τ=")
-        return f"{self.family} {symbol}{self.setting:.3g}"
+        return f"{self.family} {SYMBOLS.get(self.family, 'τ=')}{self.setting:.3g}"
 
 
 def measured(family: str, setting: float, policy: Policy, study: Study) -> Contender:
@@ -44,8 +63,14 @@ def measured(family: str, setting: float, policy: Policy, study: Study) -> Conte
     Raises:
         ConfigError: the policy asks at a layer, or reads a schema, that was not recorded.
     """
-    agreement = replay(policy, study.validation, study.costs).agreement
-    return Contender(family=family, setting=setting, offline_agreement=agreement, policy=policy)
+    found = replay(policy, study.validation, study.costs)
+    return Contender(
+        family=family,
+        setting=setting,
+        offline_agreement=found.agreement,
+        policy=policy,
+        offline_cost=found.cost,
+    )
 
 
 def placed(
@@ -67,3 +92,12 @@ def nearest(tried: Sequence[Contender], targets: Sequence[float]) -> list[Conten
         best = min(tried, key=lambda c: abs((c.offline_agreement or 0.0) - target))
         chosen[id(best)] = best
     return list(chosen.values())
+
+
+def cheapest_variant(variants: Sequence[Sequence[Contender]], target: float) -> Contender:
+    """Of each variant's setting nearest the target, the cheapest that is near; else the nearest."""
+    candidates = [nearest(each, [target])[0] for each in variants]
+    near = [each for each in candidates if abs((each.offline_agreement or 0) - target) <= NEAR]
+    if not near:
+        return nearest(candidates, [target])[0]
+    return min(near, key=lambda each: each.offline_cost or 0.0)

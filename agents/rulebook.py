@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.agents.export import Weights
 from offramp.agents.fitting.budget import fit_budget
@@ -20,7 +21,14 @@ from offramp.agents.fitting.online import fit_bandit, fit_beta
 from offramp.agents.fitting.stopping import fit_stopping
 from offramp.agents.fitting.subset import HERE_COLUMNS, best_subset
 from offramp.agents.phat import PhatConfig, logit, train_phat
-from offramp.agents.placing import GRID, Contender, measured, nearest, placed
+from offramp.agents.placing import (
+    GRID,
+    Contender,
+    cheapest_variant,
+    measured,
+    nearest,
+    placed,
+)
 from offramp.agents.pricing import leaving
 from offramp.agents.study import Study
 from offramp.controller.features import (
@@ -38,6 +46,12 @@ from offramp.controller.rules.schedule import PositionSchedule
 
 PROBABILITIES = np.linspace(0.01, 0.999, GRID)
 TRADE_OFFS = np.geomspace(0.02, 2.0, GRID)
+COSINES = 1 - np.geomspace(1e-5, 1.0, GRID)
+LOGITS = np.linspace(-4.0, 16.0, GRID)
+ZETAS = np.linspace(0.1, 0.9, 25)
+
+Settings = NDArray[np.float64]
+"""Values of a family's one knob."""
 
 PREDICTOR_COLUMNS = ("top1", "margin", "top_logit", "top1_change")
 """SpecEE's features as CANDIDATES_V1 has them: scores and probabilities of the candidates, and how
@@ -84,8 +98,8 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
     """Rules with nothing but a threshold."""
     exits, table = study.train.header.exits, study.candidates_VK
 
-    def decaying(
-        schema: FeatureSchema, column: str, candidates_VK: IntArray | None = None
+    def calm(
+        schema: FeatureSchema, column: str, decay: float, candidates_VK: IntArray | None = None
     ) -> Callable[[float], Policy]:
         def build(threshold: float) -> Policy:
             return DecayingThreshold(
@@ -93,6 +107,7 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
                 schema=schema,
                 column=column,
                 threshold=threshold,
+                decay=decay,
                 candidates_VK=candidates_VK,
             )
 
@@ -102,19 +117,20 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
         return EntropyExit(exits=exits, threshold=threshold)
 
     def schedule(shallowest: float) -> Policy:
-        layers = study.train.header.layers
         return PositionSchedule(exits=exits, deepest=layers, shallowest=shallowest)
 
-    cosines = 1 - np.geomspace(0.002, 1.0, GRID)
-    depths = np.linspace(1, study.train.header.layers, GRID)
+    def place(family: str, build: Callable[[float], Policy], settings: Settings) -> list[Contender]:
+        return placed(family, build, settings, targets, study)
+
+    layers = study.train.header.layers
     found = [measured("fixed exit", layer, FixedExit(layer), study) for layer in exits]
-    found += placed("CALM", decaying(SOFTMAX_V2, "margin"), PROBABILITIES, targets, study)
-    found += placed("softmax max", decaying(SOFTMAX_V2, "top1"), PROBABILITIES, targets, study)
-    on_candidates = decaying(CANDIDATES_V1, "margin", table)
-    found += placed("CALM on candidates", on_candidates, PROBABILITIES, targets, study)
-    found += placed("CALM saturation", decaying(STATE_V1, "cosine"), cosines, targets, study)
-    found += placed("DeeBERT entropy", entropy, np.geomspace(1e-4, 1, GRID), targets, study)
-    found += placed("SkipDecode", schedule, depths, targets, study)
+    found += place("CALM", calm(SOFTMAX_V2, "margin", 0.0), PROBABILITIES)
+    found += place("CALM decaying", calm(SOFTMAX_V2, "margin", 4.0), PROBABILITIES)
+    found += place("softmax max decaying", calm(SOFTMAX_V2, "top1", 4.0), PROBABILITIES)
+    found += place("CALM on candidates", calm(CANDIDATES_V1, "margin", 0.0, table), PROBABILITIES)
+    found += place("CALM saturation", calm(STATE_V1, "cosine", 0.0), COSINES)
+    found += place("DeeBERT entropy", entropy, np.geomspace(1e-4, 1, GRID))
+    found += place("SkipDecode", schedule, np.linspace(1, layers, GRID))
     found += [
         measured("PABEE patience", each, PatienceExit(exits=exits, patience=each), study)
         for each in range(1, len(exits))
@@ -125,18 +141,20 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
 def _online(study: Study, targets: Sequence[float]) -> list[Contender]:
     """Rules that go on learning while they serve."""
     train, costs = study.train, study.costs
-    zetas = np.linspace(0.1, 0.98, GRID // 2)
     arms = np.linspace(0.1, 0.99, 9).tolist()
     free = [
-        measured(f"FREE at layer {layer}", float(zeta), fit_beta(train, layer, float(zeta)), study)
+        [
+            measured("FREE", float(zeta), fit_beta(train, layer, float(zeta)), study)
+            for zeta in ZETAS
+        ]
         for layer in train.header.exits
-        for zeta in zetas
     ]
     bandits = [
         measured("UCB bandit", float(each), fit_bandit(train, costs, float(each), arms), study)
-        for each in TRADE_OFFS[:: GRID // 10]
+        for each in TRADE_OFFS[::2]
     ]
-    return [*nearest(free, targets), *nearest(bandits, targets)]
+    found = {id(each): each for each in (cheapest_variant(free, t) for t in targets)}
+    return [*found.values(), *nearest(bandits, targets)]
 
 
 def _fitted(
@@ -170,8 +188,8 @@ def _fitted(
     found += placed("backward induction", stopping, TRADE_OFFS, targets, study)
     thresholds = [logit(float(each)) for each in PROBABILITIES]
     for target in targets:
-        best = best_subset(here, study.validation, costs, target, thresholds)
-        policy = MlpPolicy(best.exits, CANDIDATES_V1, here, best.logit, table)
+        best = best_subset(whole, here, study.validation, costs, target, thresholds)
+        policy = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit, table)
         found.append(measured("p̂ on best exits", best.logit, policy, study))
     return found
 
@@ -182,4 +200,5 @@ def _greencode(study: Study, targets: Sequence[float], config: GreenCodeConfig) 
     def agent(threshold: float) -> Policy:
         return greencode_policy(weights, study.train.header.exits, threshold)
 
-    return placed("GREEN-CODE", agent, PROBABILITIES, targets, study)
+    # Its probabilities saturate: the thresholds lie evenly in logits, not in probabilities.
+    return placed("GREEN-CODE", agent, LOGITS, targets, study)

@@ -17,7 +17,6 @@ from torch import nn
 
 from offramp.agents.export import Weights, linear_weights
 from offramp.agents.normaliser import Normaliser
-from offramp.agents.phat import logit
 from offramp.controller.errors import TraceError
 from offramp.controller.features import BoolArray, FloatArray, hidden_schema
 from offramp.controller.mlp import MlpPolicy
@@ -198,12 +197,11 @@ def train_greencode(traces: TokenTraces, config: GreenCodeConfig) -> Weights:
 
 
 def greencode_policy(weights: Weights, exits: tuple[int, ...], threshold: float) -> MlpPolicy:
-    """Leave where the agent's probability of leaving exceeds T (section IV of the paper).
+    """Leave where the agent's probability of leaving exceeds the authors' threshold T.
 
     Args:
         weights: From ``train_greencode``.
         exits: Layers to ask after.
-        threshold: T, in (0, 1).
+        threshold: ln(T / (1 − T)).
     """
-    schema = hidden_schema(len(weights[0][0]))
-    return MlpPolicy(exits, schema, weights, logit(threshold))
+    return MlpPolicy(exits, hidden_schema(len(weights[0][0])), weights, threshold)

@@ -38,18 +38,21 @@ class Subset:
     Attributes:
         exits: Layers asked at.
         logit: Leave where p̂'s logit exceeds this.
+        weights: Of the p̂ that decides.
         agreement: Share of tokens equal to the full-depth token.
         cost: Mean cost in units of a full-depth token's time, probes included.
     """
 
     exits: tuple[int, ...]
     logit: float
+    weights: Weights
     agreement: float
     cost: float
 
 
 def best_subset(
-    phat: Weights,
+    whole: Weights,
+    here: Weights,
     traces: TokenTraces,
     costs: CostTable,
     target: float,
@@ -61,7 +64,8 @@ def best_subset(
     most agreeing one is returned.
 
     Args:
-        phat: Weights of a classifier that reads HERE_COLUMNS only.
+        whole: Weights of p̂ on all columns: for the whole set of exits.
+        here: Weights of a p̂ that reads HERE_COLUMNS only: for every other subset.
         traces: Tokens to choose by: the validation split.
         costs: Measured costs.
         target: Least agreement with full depth, in (0, 1).
@@ -72,12 +76,17 @@ def best_subset(
     """
     if traces.header.schema != CANDIDATES_V1.digest:
         raise ConfigError("traces", "hold other features than CANDIDATES_V1", "Record again")
-    score_NE = _scores(phat, traces.features_NEF)
+    exits = len(traces.header.exits)
     thresholds = list(logits)
+    whole_NE, here_NE = (_scores(each, traces.features_NEF) for each in (whole, here))
     tried = [
-        _measure(subset, threshold, score_NE, traces, costs)
-        for subset in subsets(len(traces.header.exits))
-        for threshold in thresholds
+        _measure(tuple(range(exits)), each, whole, whole_NE, traces, costs) for each in thresholds
+    ]
+    tried += [
+        _measure(subset, each, here, here_NE, traces, costs)
+        for subset in subsets(exits)
+        if len(subset) < exits
+        for each in thresholds
     ]
     keeping = [each for each in tried if each.agreement >= target]
     if not keeping:
@@ -103,6 +112,7 @@ def _scores(phat: Weights, features_NEF: FloatArray) -> FloatArray:
 def _measure(
     subset: Sequence[int],
     threshold: float,
+    weights: Weights,
     score_NE: FloatArray,
     traces: TokenTraces,
     costs: CostTable,
@@ -115,6 +125,7 @@ def _measure(
     return Subset(
         exits=exits,
         logit=threshold,
+        weights=weights,
         agreement=float(agree_NE[np.arange(len(traces)), taken_N].mean()),
         cost=float(leaving(CANDIDATES_V1, exits, costs)[taken_N].mean()),
     )

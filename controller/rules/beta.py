@@ -88,7 +88,6 @@ class BetaThreshold:
         """Add the verdicts to the moments and estimate the threshold anew."""
         place = self.schema.index(self.column)
         for verdict in verdicts:
-            assert verdict.features_F is not None  # this policy has a schema
             confidence = float(verdict.features_F[place])
             self.moments_23 *= self.memory
             self.moments_23[int(verdict.agreed)] += (1.0, confidence, confidence**2)

@@ -152,21 +152,20 @@ def test_hidden_columns_do_not_reach_a_classifier(study: Study) -> None:
 
 
 def test_the_best_subset_is_the_cheapest_that_reaches_the_target(study: Study) -> None:
-    weights = train_phat(study.train, PhatConfig(epochs=3), HERE_COLUMNS)
+    whole = train_phat(study.train, PhatConfig(epochs=3))
+    here = train_phat(study.train, PhatConfig(epochs=3), HERE_COLUMNS)
     costly = study.costs.scaled("probe", 10.0)  # one layer per probe
     logits = np.linspace(-2, 6, 17).tolist()
-    best = best_subset(weights, study.validation, costly, 0.95, logits)
+    best = best_subset(whole, here, study.validation, costly, 0.95, logits)
     assert best.agreement >= 0.95
-    found = replay(
-        MlpPolicy(best.exits, CANDIDATES_V1, weights, best.logit), study.validation, costly
-    )
+    mine = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit)
+    found = replay(mine, study.validation, costly)
     assert found.agreement == pytest.approx(best.agreement)
     assert found.cost == pytest.approx(best.cost, rel=1e-5)
-    for exits in ((2, 4, 6), (4, 6), (6,)):
+    for exits, weights in (((2, 4, 6), whole), ((4, 6), here), ((6,), here)):
         for threshold in logits:
-            other = replay(
-                MlpPolicy(exits, CANDIDATES_V1, weights, threshold), study.validation, costly
-            )
+            rival = MlpPolicy(exits, CANDIDATES_V1, weights, threshold)
+            other = replay(rival, study.validation, costly)
             assert other.agreement < 0.95 or other.cost >= best.cost - 1e-6
     assert list(subsets(3)) == [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
     assert max(map(len, subsets(11))) == 3
@@ -262,7 +261,7 @@ def test_greencode_learns_what_the_state_says(study: Study) -> None:
     traces = with_states(study.train)
     config = GreenCodeConfig(steps=40_000, envs=64)
     weights = train_greencode(traces, config)
-    policy = greencode_policy(weights, (2, 4, 6), 0.5)
+    policy = greencode_policy(weights, (2, 4, 6), 0.0)
     held_out = with_states(study.validation)
     assert policy.schema.width == 16
     found = replay(policy, held_out, study.costs)

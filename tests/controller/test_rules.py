@@ -209,7 +209,11 @@ def test_a_bandit_books_rewards_and_takes_the_highest_index() -> None:
     for _ in range(60):
         arm = policy.arm
         verdicts = [
-            Verdict(int(rng.integers(3)), None, agreed=bool(rng.random() < 0.2 + 0.3 * arm))
+            Verdict(
+                int(rng.integers(3)),
+                np.empty(0, np.float32),
+                agreed=bool(rng.random() < 0.2 + 0.3 * arm),
+            )
             for _ in range(int(rng.integers(4)))
         ]
         rewards = [v.agreed - 0.5 * (0.3, 0.6, 0.8)[v.exit_index] for v in verdicts]
@@ -234,7 +238,7 @@ def test_a_bandit_settles_on_the_arm_that_pays() -> None:
     for _ in range(800):
         agreed = policy.arm != 0  # the lowest threshold is always wrong
         early = 1 if policy.arm < 2 else 0  # the highest lets nobody leave
-        policy.learn([Verdict(0, None, agreed=agreed)] * early)
+        policy.learn([Verdict(0, np.empty(0, np.float32), agreed=agreed)] * early)
     assert int(np.argmax(policy.counts_A)) == 1
 
 
