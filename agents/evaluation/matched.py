@@ -157,7 +157,7 @@ def matched_row(
         wall_ratio_high=wall.high if wall else None,
         agreement_offline=None if None in promised else float(np.mean(np.asarray(promised, float))),
         agreement_online=AGREEMENT.of(scores),
-        certified=all(getattr(run.contender, "certified", False) for run in runs),
+        certified=all(run.certified for run in runs),
         picks=tuple(run.contender.name for run in runs),
     )
 

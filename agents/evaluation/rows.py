@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.contenders import Contender
 from offramp.agents.evaluation.scores import (
     ACCURACY,
     AGREEMENT,
@@ -30,6 +29,7 @@ from offramp.agents.evaluation.statistics import (
     resampled,
     with_interval,
 )
+from offramp.agents.placing import Contender
 
 REFERENCE_POINT = (1.0, 0.9)
 """Of the hypervolume: full depth's own time, and nine tenths of its quality."""
@@ -52,12 +52,14 @@ class Measured:
         seed: Of its training; None for rules.
         scores: What its output was worth.
         clock: What it took; None where time was not measured.
+        certified: Whether its bundle carries a certificate.
     """
 
     contender: Contender
     seed: int | None
     scores: Scores
     clock: Clock | None = None
+    certified: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.contenders import Contender
 from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.archive import Archive, Times
 from offramp.agents.evaluation.assess import AssessConfig
@@ -31,6 +30,7 @@ from offramp.agents.evaluation.matched import (
 from offramp.agents.evaluation.measure import Split, held_out, measure_quality, timed_document
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, METRICS, Metric, Scores
+from offramp.agents.placing import Contender
 from offramp.agents.train import load_contenders
 from offramp.controller.bundle import PolicyBundle
 from offramp.worker.actor import WorkerSpec, load_engine
@@ -65,12 +65,14 @@ class Entrant:
         key: Unique within the tournament.
         contender: What it is.
         seed: Of its training; None for rules.
+        certified: Whether its bundle carries a certificate.
     """
 
     folder: Path
     key: str
     contender: Contender
     seed: int | None
+    certified: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,10 @@ def gather(policies: Path, seeds: Sequence[int]) -> list[Entrant]:
             if learned or seed == seeds[0]:
                 place = folder / f"{number:02d}"
                 key = f"{folder.name}/{number:02d}"
-                entrants.append(Entrant(place, key, contender, seed if learned else None))
+                manifest = PolicyBundle.load(place).manifest
+                certified = manifest.guarantee == "certified"
+                run = seed if learned else None
+                entrants.append(Entrant(place, key, contender, run, certified))
     return sorted(entrants, key=lambda each: each.contender.setting is not None)
 
 
@@ -205,7 +210,7 @@ def _measure(
         )
     )
     return [
-        Measured(each.contender, each.seed, mine, clocks.get(each.key))
+        Measured(each.contender, each.seed, mine, clocks.get(each.key), each.certified)
         for each, mine in zip(entrants, scores, strict=True)
     ]
 
