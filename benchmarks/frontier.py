@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from offramp.agents.evaluation.assess import AssessConfig
-from offramp.agents.evaluation.bars import draw_energy
 from offramp.agents.evaluation.energy import Energy, measure_energy
 from offramp.agents.evaluation.field import train_field
 from offramp.agents.evaluation.hindsight import FAMILY as ORACLE
@@ -29,16 +28,16 @@ from offramp.agents.evaluation.hindsight import measure_oracle
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow, matched_row
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
-    NO_ENERGY,
     comparisons,
     conditions,
+    energy_section,
     gap_headline,
     gaps,
     matched_points,
     savings_headline,
     volumes,
 )
-from offramp.agents.evaluation.report import Report, Section, write_report
+from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.evaluation.tournament import (
     TournamentConfig,
@@ -161,9 +160,8 @@ def main() -> None:
             for family, mine in exits.items()
         },
         layers=engine.stack.layers,
-        energy=NO_ENERGY if energy.full_j is None else "",
         extra=[
-            *energy_section(list(exits), energy, folder),
+            energy_section(list(exits), energy, ENERGY_DOCUMENTS, folder),
             comparisons(runs, PAIRS),
             volumes(list(outcome.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
         ],
@@ -228,21 +226,6 @@ def with_energy(
             row = replace(row, energy_ratio=ratio.value, energy_method=energy.method.value)
         metered.append(row)
     return metered
-
-
-def energy_section(families: Sequence[str], energy: Energy, folder: Path) -> list[Section]:
-    if energy.full_j is None:
-        return []
-    known = {f: r for f, r in zip(families, energy.ratios, strict=True) if r is not None}
-    draw_energy(known, energy.method.value, folder / "energy.png")
-    text = (
-        f"{energy.method.value.replace('_', ' ')}: {energy.source}. Full depth: "
-        f"{1000 * energy.full_j:.1f} mJ a token. First seed of each family at "
-        f"{100 * HEADLINE[1]:g} % loss of {HEADLINE[0].label}, {ENERGY_DOCUMENTS} documents, "
-        "interleaved. A modelled figure tells policies apart by the work they save; it is no "
-        "measurement."
-    )
-    return [Section("Energy by family", text, "energy.png")]
 
 
 if __name__ == "__main__":

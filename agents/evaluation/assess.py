@@ -11,6 +11,7 @@ import torch
 
 from offramp.agents.contenders import LEARNED, Contender
 from offramp.agents.corpus import load_corpus
+from offramp.agents.evaluation.energy import Energy, measure_energy
 from offramp.agents.evaluation.matched import (
     TARGETS,
     MatchedRow,
@@ -100,6 +101,7 @@ class Assessment:
         reason: Why, in words.
         measured: The test measurements behind the rows.
         documents: Validation and test documents measured.
+        energy: What the chosen one takes, metered on the timed documents of the test split.
     """
 
     validation: list[EvaluationRow]
@@ -109,6 +111,7 @@ class Assessment:
     reason: str
     measured: list[Measured]
     documents: tuple[int, int]
+    energy: Energy
 
 
 def assess(
@@ -154,6 +157,12 @@ def assess(
         reason=reason,
         measured=test,
         documents=(len(documents["validation"]), len(documents["test"])),
+        energy=measure_energy(
+            engine,
+            [contenders[chosen].policy],
+            documents["test"][: config.timed_documents],
+            config.protocol,
+        ),
     )
 
 

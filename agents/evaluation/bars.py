@@ -96,6 +96,6 @@ def draw_energy(ratios: Mapping[str, Estimate], method: str, path: Path) -> None
         axes.grid(axis="x", alpha=0.25)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"joules per token ÷ full depth, {method.replace('_', ' ')}")
-        axes.set_title(f"Energy ({method.replace('_', ' ')})")
+        axes.set_xlabel(f"joules per token ÷ full depth, {method}")
+        axes.set_title(f"Energy ({method})")
         save(figure, path)

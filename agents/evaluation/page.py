@@ -6,8 +6,10 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from offramp.agents.evaluation.bars import Gap
+from offramp.agents.evaluation.bars import Gap, draw_energy
+from offramp.agents.evaluation.energy import Energy
 from offramp.agents.evaluation.matched import MatchedRow, saves_more, time_difference
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.plots import Point
@@ -16,6 +18,7 @@ from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_v
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
 from offramp.agents.evaluation.statistics import Estimate, Resample
 from offramp.agents.evaluation.tournament import Outcome
+from offramp.controller.energy import EnergyMethod
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profile import describe_machine
 
@@ -104,6 +107,29 @@ def gaps(measured: Sequence[Measured]) -> list[Gap]:
 
 def _distance(measured: Measured) -> float:
     return abs((measured.contender.offline_agreement or 0.0) - NEAR)
+
+
+def energy_section(names: Sequence[str], energy: Energy, documents: int, folder: Path) -> Section:
+    """What is known of energy, with a picture, and how it was come by; or that nothing is.
+
+    Args:
+        names: Of the policies metered.
+        energy: What was metered.
+        documents: How many were decoded for it.
+        folder: Where the picture goes.
+    """
+    known = {n: r for n, r in zip(names, energy.ratios, strict=True) if r is not None}
+    if energy.full_j is None or not known:
+        return Section("Energy", NO_ENERGY)
+    method = energy.method.value.replace("_", " ")
+    draw_energy(known, method, folder / "energy.png")
+    text = (
+        f"{method}: {energy.source}. Full depth takes {1000 * energy.full_j:.1f} mJ a token. "
+        f"{documents} documents, interleaved, metered apart from time."
+    )
+    if energy.method is EnergyMethod.MODELLED:
+        text += " A modelled figure tells policies apart by their work; nothing was measured."
+    return Section(f"Energy ({method})", text, "energy.png")
 
 
 def gap_headline(found: Sequence[Gap]) -> str:

@@ -57,7 +57,6 @@ class Report:
         gaps: Offline promises and what became of them.
         depths: Tokens by layer they left after, by policy.
         layers: Layers of the model.
-        energy: What is known of energy, with its method; or that nothing is.
         extra: Further sections.
     """
 
@@ -69,14 +68,13 @@ class Report:
     gaps: Sequence[Gap]
     depths: Mapping[str, Mapping[int, int]]
     layers: int
-    energy: str
     extra: Sequence[Section] = field(default_factory=tuple)
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.html`` (self-contained), ``report.md`` and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [*_pictures(report, folder), Section("Energy", report.energy), *report.extra]
+    sections = [*_pictures(report, folder), *report.extra]
     write_durably(folder / "report.md", _markdown(report, sections).encode())
     write_durably(folder / "report.html", _html(report, sections, folder).encode())
 

@@ -89,15 +89,6 @@ def bootstrap_ratio(above_D: Floats, below_D: Floats, seed: int = 0) -> Estimate
     return ratio(above_D[None], below_D[None], Resample.draw(1, len(above_D), seed))
 
 
-def interquartile_mean(values: Floats) -> float:
-    """Mean of the middle half (Agarwal et al. 2021, "Deep RL at the edge of the statistical
-    precipice", §4.3): a quarter of the values, rounded down, is cut off at each end.
-    """  # the title of a paper
-    ordered = np.sort(values, axis=None)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
-
-
 def probability_of_improvement(mine_SD: Floats, theirs_RD: Floats) -> float:
     """P(a run of mine beats one of theirs on a document), averaged over documents.
 
@@ -108,21 +99,19 @@ def probability_of_improvement(mine_SD: Floats, theirs_RD: Floats) -> float:
         mine_SD: Scores of S runs.
         theirs_RD: Scores of R runs on the same documents.
     """
-    difference_SRD = mine_SD[:, None] - theirs_RD[None]
-    return float(((difference_SRD > 0) + 0.5 * (difference_SRD == 0)).mean())
+    return float(_wins(mine_SD, theirs_RD).mean())
 
 
 def improvement(mine_SD: Floats, theirs_RD: Floats, seed: int = 0) -> Estimate:
     """``probability_of_improvement`` with its interval over runs and documents."""
     rng = np.random.default_rng(seed)
     (runs, documents), others = mine_SD.shape, len(theirs_RD)
-    win_SRD = mine_SD[:, None] - theirs_RD[None]
-    win_SRD = (win_SRD > 0) + 0.5 * (win_SRD == 0)
+    win_SRD = _wins(mine_SD, theirs_RD)
     count_BS = _counts(rng.integers(runs, size=(RESAMPLES, runs)), runs)
     count_BR = _counts(rng.integers(others, size=(RESAMPLES, others)), others)
     count_BD = _counts(rng.integers(documents, size=(RESAMPLES, documents)), documents)
     totals_B = np.einsum("bs,br,bd,srd->b", count_BS, count_BR, count_BD, win_SRD, optimize=True)
-    return with_interval(float(win_SRD.mean()), totals_B / win_SRD.size)
+    return with_interval(probability_of_improvement(mine_SD, theirs_RD), totals_B / win_SRD.size)
 
 
 def hypervolume(cost_P: Floats, quality_P: Floats, reference: tuple[float, float]) -> float:
@@ -152,6 +141,12 @@ def resampled(statistic: Callable[[NDArray[np.int64]], float], documents: int, s
     rng = np.random.default_rng(seed)
     draws = rng.integers(documents, size=(RESAMPLES // 10, documents))
     return np.asarray([statistic(draw_D) for draw_D in draws])
+
+
+def _wins(mine_SD: Floats, theirs_RD: Floats) -> Floats:
+    """1 where mine is higher, ½ where they are equal, [S, R, D]."""
+    difference_SRD = mine_SD[:, None] - theirs_RD[None]
+    return np.asarray((difference_SRD > 0) + 0.5 * (difference_SRD == 0))
 
 
 def _counts(drawn_BK: NDArray[np.int64], things: int) -> Floats:

@@ -14,8 +14,8 @@ from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
-    NO_ENERGY,
     conditions,
+    energy_section,
     gap_headline,
     gaps,
     savings_headline,
@@ -178,9 +178,18 @@ def save_assessment(
     chosen = contenders[found.chosen].name
     rows = {"validation": found.validation, "test": found.test, "matched": found.matched}
     plain = {name: [asdict(row) for row in each] for name, each in rows.items()}
-    content = json.dumps({**plain, "chosen": chosen, "reason": found.reason}, indent=1)
+    [ratio] = found.energy.ratios
+    energy = {
+        "policy": chosen,
+        "method": found.energy.method.value,
+        "source": found.energy.source,
+        "full_depth_j_per_token": found.energy.full_j,
+        "ratio": ratio and asdict(ratio),
+    }
+    told = {**plain, "chosen": chosen, "reason": found.reason, "energy": energy}
+    content = json.dumps(told, indent=1)
     write_durably(policies / "evaluation.json", content.encode())
-    write_report(_report(found, engine, config), policies)
+    write_report(_report(found, engine, config, policies), policies)
     bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
     row = found.test[found.chosen]
     metrics = {
@@ -197,7 +206,9 @@ def save_assessment(
     PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)
 
 
-def _report(found: Assessment, engine: AdaptiveEngine, config: AssessConfig) -> Report:
+def _report(
+    found: Assessment, engine: AdaptiveEngine, config: AssessConfig, policies: Path
+) -> Report:
     metrics = [m for m in (AGREEMENT, EDIT_SIMILARITY) if m.is_measured(found.measured[0].scores)]
     promises = gaps(found.measured)
     counts = {"validation": found.documents[0], "test": found.documents[1]}
@@ -216,6 +227,10 @@ def _report(found: Assessment, engine: AdaptiveEngine, config: AssessConfig) -> 
         gaps=promises,
         depths={row.policy: row.depths for row in found.test if row.family != "fixed exit"},
         layers=engine.stack.layers,
-        energy=NO_ENERGY,
-        extra=[volumes(found.measured, metrics)],
+        extra=[
+            energy_section(
+                [found.test[found.chosen].policy], found.energy, config.timed_documents, policies
+            ),
+            volumes(found.measured, metrics),
+        ],
     )

@@ -39,7 +39,6 @@ def report() -> Report:
         gaps=[Gap("p̂ τ=0.9", "p̂", 0.97, 0.93)],
         depths={"p̂ τ=0.9": {3: 10, 12: 30}},
         layers=12,
-        energy="unknown",
         extra=[Section("More", "text", table=Table(("a", "b"), [("1|2", "3")]))],
     )
 

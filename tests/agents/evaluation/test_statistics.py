@@ -13,7 +13,6 @@ from offramp.agents.evaluation.statistics import (
     bootstrap_ratio,
     hypervolume,
     improvement,
-    interquartile_mean,
     probability_of_improvement,
     ratio,
 )
@@ -63,14 +62,6 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 def test_documents_are_drawn_alike_whatever_the_number_of_seeds() -> None:
     one, five = Resample.draw(1, 9, seed=4), Resample.draw(5, 9, seed=4)
     assert np.array_equal(one.documents_BD, five.documents_BD)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([7.0], 7.0), ([1, 2, 3, 4], 2.5), ([0, 0, 3, 5, 7, 9, 99, 99], 6.0), ([1, 2, 3], 2.0)],
-)
-def test_the_interquartile_mean_of_small_sets(values: list[float], expected: float) -> None:
-    assert interquartile_mean(np.asarray(values, float)) == expected
 
 
 def test_the_probability_of_improvement_equals_counting_pairs() -> None:
