@@ -8,8 +8,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import pyplot as plt
 
-from offramp.agents.evaluation.frame import COLOURS, INK, STYLE, colour, note, plt, save
+from offramp.agents.evaluation.frame import COLOURS, INK, STYLE, colour, note, save
 from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.statistics import Estimate
 

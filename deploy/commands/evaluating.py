@@ -176,8 +176,9 @@ def save_assessment(
 ) -> None:
     """Write the rows, the report with its pictures, and the chosen policy's bundle."""
     chosen = contenders[found.chosen].name
-    rows = {"validation": found.validation, "test": found.test, "matched": found.matched}
+    rows = {"validation": found.validation, "test": found.test}
     plain = {name: [asdict(row) for row in each] for name, each in rows.items()}
+    matched = [asdict(row) for row in found.matched]
     [ratio] = found.energy.ratios
     energy = {
         "policy": chosen,
@@ -186,7 +187,7 @@ def save_assessment(
         "full_depth_j_per_token": found.energy.full_j,
         "ratio": ratio and asdict(ratio),
     }
-    told = {**plain, "chosen": chosen, "reason": found.reason, "energy": energy}
+    told = {**plain, "matched": matched, "chosen": chosen, "reason": found.reason, "energy": energy}
     content = json.dumps(told, indent=1)
     write_durably(policies / "evaluation.json", content.encode())
     write_report(_report(found, engine, config, policies), policies)
