@@ -117,9 +117,10 @@ def _pictures(report: Report, folder: Path) -> list[Section]:
             draw_savings(rows, metric.label, folder / f"savings_{name}.png")
             text = (
                 "Each family at its fastest operating point that kept the loss on validation; "
-                "full depth where none did. Measured once, on test documents. "
-                f"Full depth's {metric.label} is {rows[0].quality_full:.3f}."
+                "full depth where none did. Measured once, on test documents."
             )
+            if metric is not AGREEMENT:
+                text += f" Full depth's {metric.label} is {rows[0].quality_full:.3f}."
             title = f"Time left at a bounded loss of {metric.label}"
             sections.append(
                 Section(title, text, f"savings_{name}.png", matched_table(_ordered(rows)))
