@@ -139,7 +139,10 @@ def spans_table(costs: CostTable) -> Table:
 
 def _timings(batches: Sequence[Batch], part: str) -> list[str]:
     timings = [batch.parts[part] for batch in batches]
-    return [f"{each.median_s * 1e6:.1f} ±{each.half_width:.0%}" for each in timings]
+    return [
+        f"{each.median_s * 1e6:.1f} " + ("±?" if each.repeats < 6 else f"±{each.half_width:.0%}")
+        for each in timings
+    ]
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> str:

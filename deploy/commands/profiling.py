@@ -79,7 +79,7 @@ def profile(
         dtype=dtype,
         device=device,
         threads=threads,
-        slots=1,
+        slots=config.rows[-1],
         engine=EngineConfig(translators=translators),
     )
     require_writable("out", out)

@@ -171,17 +171,21 @@ def decode_steps(
 ) -> list[Step]:
     """Read prompts, then decode some steps of all of them together, each timed.
 
+    Steps that still read a prompt are not timed; rows whose prompt was read first decode in them,
+    so that the rows' positions differ, as they do in service.
+
     Args:
-        engine: Idle; reads all the prompts in its first step, which is not timed.
+        engine: Idle, in lock-step.
         clock: Around the engine's parts.
         policy: Of all rows.
         prompts: One per row, all within the engine's slots.
         script: What the policy does in each step.
     """
-    sampling = SamplingParams(max_tokens=len(script) + 1, ignore_eos=True)
-    for prompt in prompts:
-        engine.submit(prompt, sampling, policy)
-    engine.step()
+    sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(script)), ignore_eos=True)
+    requests = [engine.submit(p, sampling, policy, kv_mode="project") for p in prompts]
+    policy.begin(SILENT)
+    while engine.is_prefilling:
+        engine.step()
     steps = []
     for act in script:
         policy.begin(act)
@@ -190,14 +194,25 @@ def decode_steps(
         engine.step()
         whole_s = clock.now() - start
         steps.append(Step(whole_s, dict(clock.seconds), dict(clock.calls)))
-    assert engine.load == (0, 0)
+    for request in requests:
+        engine.cancel(request.id)
     return steps
+
+
+def most_tokens(rows: int, steps: int) -> int:
+    """Tokens that a row of ``decode_steps`` may decode."""
+    return rows + steps + 1
 
 
 def span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
     """Seconds of a layer and of the head over several tokens of one row, all layers in turn."""
+    engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
+    return _span_pass(engine, clock, context, tokens)
+
+
+@torch.inference_mode()
+def _span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
     stack = engine.stack
-    engine.kv.reserve(context + tokens)
     positions_1T = torch.arange(context, context + tokens, device=stack.device)[None]
     x_1TD = stack.embed(positions_1T % stack.vocab, positions_1T)
     rotary = stack.rotary(x_1TD, positions_1T)

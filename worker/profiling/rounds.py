@@ -58,8 +58,8 @@ class ProfileConfig:
             sizes = getattr(self, name)
             if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(name, f"{sizes} do not ascend from 1", "Write them like 1,2,4")
-        if self.context <= self.rows[-1]:
-            raise ConfigError("context", f"{self.context} is not above the {self.rows[-1]} rows")
+        if self.context < 1:
+            raise ConfigError("context", f"{self.context} is below 1")
         if not 0 < self.half_width < 1:
             raise ConfigError("half_width", f"{self.half_width} is not in (0, 1)")
         if not self.limit_s >= 0:
@@ -86,8 +86,7 @@ class Rounds:
         rng = np.random.default_rng(0)
         alphabet = min(PROMPT_TOKENS, engine.stack.vocab)
         self.prompts = [
-            rng.integers(alphabet, size=config.context - row).tolist()
-            for row in range(config.rows[-1])  # of different lengths, as rows in service are
+            rng.integers(alphabet, size=config.context).tolist() for _ in range(config.rows[-1])
         ]
 
     def warm_up(self) -> None:
@@ -115,9 +114,7 @@ class Rounds:
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
         exits = self.config.exits
-        leave_and_fill = [act for place in range(len(exits)) for act in (place, SILENT)]
-        script = [SILENT] * REPEATS + [STAY] * REPEATS + leave_and_fill
-        steps = self._decode(rows, CANDIDATES_V1.name, script)
+        steps = self._decode(rows, CANDIDATES_V1.name, whole_script(len(exits)))
         silent, stays = steps[:REPEATS], steps[REPEATS : 2 * REPEATS]
         fills = steps[2 * REPEATS + 1 :: 2]
         full = silent + stays
@@ -155,3 +152,9 @@ class Rounds:
     def _decode(self, rows: int, name: str, script: Sequence[int]) -> list[Step]:
         policy = ScriptedPolicy(self.policies[name])
         return decode_steps(self.engine, self.clock, policy, self.prompts[:rows], script)
+
+
+def whole_script(exits: int) -> list[int]:
+    """A round: steps unasked, asked and staying, and, for each exit, leaving and then filling."""
+    leave_and_fill = [act for place in range(exits) for act in (place, SILENT)]
+    return [SILENT] * REPEATS + [STAY] * REPEATS + leave_and_fill
