@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offramp.controller.cost_file import load_costs
 from offramp.worker.loading import load_model, model_fingerprint
@@ -20,7 +21,7 @@ def test_profile_writes_a_table_and_names_what_is_loose(cli: Any, tmp_path: Path
     status, output = cli("profile", "--out", out, *SMALL, "--half-width", "0.01")
     assert status == 0, output
     costs = load_costs(out)
-    assert costs.model == model_fingerprint(load_model("models/reference", "float32", "cpu"))
+    assert costs.model == model_fingerprint(load_model("models/reference", torch.float32, "cpu"))
     assert (costs.layers, costs.largest, costs.context) == (12, 1, 8)
     assert "wider than ±1%" in output
     assert "layer (rows 1)" in output
