@@ -64,12 +64,11 @@ def test_the_engine_does_what_the_script_says(
     silent, stay, first, fill, second, deep = decoded(
         engine, table_VK, rows, [SILENT, STAY, 0, SILENT, 1, SILENT]
     )
-    whole = {"layer": LAYERS, "head": 1}
-    asked = {"build": 1, "probe": len(EXITS), "policy": len(EXITS)}
+    whole = {"layer": LAYERS, "head": 1, "build": 1}
     assert silent.calls == whole
-    assert stay.calls == whole | asked
-    assert first.calls == {"layer": 1, "head": 1, "build": 1, "probe": 1, "policy": 1}
-    assert second.calls == {"layer": 3, "head": 1, "build": 1, "probe": 2, "policy": 2}
+    assert stay.calls == whole | {"probe": len(EXITS), "ask": len(EXITS)}
+    assert first.calls == {"layer": 1, "head": 1, "build": 1, "probe": 1, "ask": 1}
+    assert second.calls == {"layer": 3, "head": 1, "build": 1, "probe": 2, "ask": 2}
     assert fill.calls == deep.calls == whole | {"fill": 2}  # one product, one write
 
 
@@ -78,14 +77,16 @@ def test_the_parts_of_a_step_and_its_rest_are_the_step(
 ) -> None:
     for step in decoded(engine, table_VK, 3, [STAY, SILENT]):
         assert 0 < step.rest_s < step.whole_s
-        assert math.isclose(step.rest_s + sum(step.parts_s.values()), step.whole_s)
+        apart = sum(seconds for part, seconds in step.parts_s.items() if part != "probe")
+        assert math.isclose(step.rest_s + apart, step.whole_s)
+        assert step.parts_s.get("probe", 0.0) <= step.parts_s.get("ask", 0.0)
 
 
 def test_nothing_stays_on_the_engine(engine: AdaptiveEngine, table_VK: IntArray) -> None:
     decoded(engine, table_VK, 1, [STAY])
     decoder = engine.decoder
-    owners = (engine.stack, decoder.bench, decoder.guard, decoder.projector, engine.kv)
-    names = {"run_layer", "logits", "probe", "decide", "project", "fill"}
+    owners = (engine.stack, decoder.bench, decoder.convener, decoder.projector, engine.kv)
+    names = {"run_layer", "logits", "probe", "convene", "project", "fill"}
     assert not any(names & set(vars(owner)) for owner in owners)
 
 
@@ -94,7 +95,7 @@ def test_prompts_that_take_several_steps_are_read_first(table_VK: IntArray) -> N
         make_model("llama"), slots=3, config=EngineConfig(prefill_tokens=3)
     )
     steps = decoded(slow, table_VK, 3, [SILENT] * 4)
-    assert [step.calls for step in steps] == [{"layer": LAYERS, "head": 1}] * 4
+    assert [step.calls for step in steps] == [{"layer": LAYERS, "head": 1, "build": 1}] * 4
     assert slow.load == (0, 0)
 
 

@@ -66,31 +66,36 @@ class Clock:
         self.calls.clear()
 
 
-class TimedProbe:
-    """A probe whose ``features`` are timed."""
+class Timed:
+    """Something whose one method is timed, and that is otherwise itself."""
 
-    def __init__(self, probe: Any, clock: Clock) -> None:
-        self._probe = probe
-        self.features = clock.timed("probe", probe.features)
+    def __init__(self, inner: Any, method: str, part: str, clock: Clock) -> None:
+        self._inner = inner
+        setattr(self, method, clock.timed(part, getattr(inner, method)))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._probe, name)
+        return getattr(self._inner, name)
 
 
 @contextmanager
 def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
-    """Time an engine's layers, heads, probes, decisions and fills."""
-    clock = Clock(engine.stack.device)
-    bench: Any = engine.decoder.bench
-    projector: Any = engine.decoder.projector
-    build = clock.timed("build", bench.probe)
+    """Time an engine's layers, heads, fills, and all that asking takes.
+
+    ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
+    in which ``probe`` is contained.
+    """
+    clock, decoder = Clock(engine.stack.device), engine.decoder
+    projector: Any = decoder.projector
+    build_probe, convene = decoder.bench.probe, clock.timed("build", decoder.convener.convene)
     calls = {
         (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
         (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
-        (engine.decoder.guard, "decide"): clock.timed("policy", engine.decoder.guard.decide),
-        (engine.decoder.projector, "project"): clock.timed("fill", projector.project),
+        (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
-        (bench, "probe"): lambda *rest: TimedProbe(build(*rest), clock),
+        (decoder.bench, "probe"): lambda *a: Timed(build_probe(*a), "features", "probe", clock),
+        (decoder.convener, "convene"): lambda *rest: [
+            Timed(asked, "ask", "ask", clock) for asked in convene(*rest)
+        ],
     }
     with ExitStack() as restored:
         for (owner, name), call in calls.items():
@@ -144,7 +149,8 @@ class Step:
 
     Attributes:
         whole_s: All of it.
-        parts_s: By part: layer, head, build, probe, policy, fill; summed over its calls.
+        parts_s: By part: layer, head, fill, build, ask (with the probe) and probe, each summed
+            over its calls.
         calls: Calls of each.
     """
 
@@ -159,7 +165,8 @@ class Step:
     @property
     def rest_s(self) -> float:
         """What none of the parts took."""
-        return self.whole_s - sum(self.parts_s.values())
+        parts_s = self.parts_s.items()
+        return self.whole_s - sum(seconds for part, seconds in parts_s if part != "probe")
 
 
 def decode_steps(
