@@ -118,9 +118,6 @@ class Rounds:
         silent, stays = steps[:REPEATS], steps[REPEATS : 2 * REPEATS]
         fills = steps[2 * REPEATS + 1 :: 2]
         full = silent + stays
-        # In a silent step the engine only finds that there is nobody to ask.
-        idle_s = median(step.parts_s["build"] for step in silent)
-        rest_s = median(step.rest_s for step in silent)
         skipped = sum(self.engine.stack.layers - layer for layer in exits)
         self.samples.add(
             "rows",
@@ -128,7 +125,7 @@ class Rounds:
             {
                 "layer": median(step.each("layer") for step in full),
                 "head": median(step.each("head") for step in full),
-                "step": rest_s + idle_s,
+                "step": median(step.rest_s for step in silent),
                 "policy": median(s.each("ask") - s.each("probe") for s in stays),
                 "fill": sum(step.parts_s["fill"] for step in fills) / skipped,
                 **self._asked(CANDIDATES_V1.name, rows, stays),
