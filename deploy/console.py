@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from offramp.controller.prices import PARTS, SPAN_PARTS
+from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS
 
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
@@ -121,7 +121,7 @@ def costs_table(costs: CostTable) -> Table:
     for part in PARTS:
         table.add_row(part, *_timings(costs.batches, part))
     for name in sorted(set(costs.probes) - {costs.schema}):
-        for part in ("probe", "build"):
+        for part in PROBE_PARTS:
             table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
     return table
 

@@ -16,7 +16,7 @@ import torch
 from offramp.controller.costs import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import PARTS, SPAN_PARTS, Batch
+from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import Clock, clocked, most_tokens
@@ -113,7 +113,7 @@ def _table(
         batches=by_rows,
         spans=batches("tokens", config.tokens, SPAN_PARTS),
         probes={
-            schema.name: batches(schema.name, config.rows, ("probe", "build"))
+            schema.name: batches(schema.name, config.rows, PROBE_PARTS)
             for schema in SCHEMAS.values()
         },
         schema=CANDIDATES_V1.name,

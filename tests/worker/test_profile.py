@@ -25,7 +25,7 @@ from offramp.worker.profiling.loop import (
     STAY,
     WALL,
     Clock,
-    ScriptedPolicy,
+    Script,
     Step,
     clocked,
     decode_steps,
@@ -51,10 +51,10 @@ def table_VK() -> IntArray:
 
 
 def decoded(engine: AdaptiveEngine, table_VK: IntArray, rows: int, script: list[int]) -> list[Step]:
-    policy = ScriptedPolicy(random_policy(CANDIDATES_V1, EXITS, table_VK))
+    acts = Script(random_policy(CANDIDATES_V1, EXITS, table_VK))
     with clocked(engine) as clock:
         prompts = [[5, 6, 7, 8 + row] for row in range(rows)]
-        return decode_steps(engine, clock, policy, prompts, script)
+        return decode_steps(engine, clock, acts, prompts, script)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -68,7 +68,7 @@ def test_the_engine_does_what_the_script_says(
     assert silent.calls == whole
     assert stay.calls == whole | {"probe": len(EXITS), "ask": len(EXITS)}
     assert first.calls == {"layer": 1, "head": 1, "build": 1, "probe": 1, "ask": 1}
-    assert second.calls == {"layer": 3, "head": 1, "build": 1, "probe": 2, "ask": 2}
+    assert second.calls == {"layer": 3, "head": 1, "build": 1, "probe": 1, "ask": 1}
     assert fill.calls == deep.calls == whole | {"fill": 2}  # one product, one write
 
 
@@ -144,7 +144,7 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert all(each.median_s > 0 and each.repeats == 1 for each in timings)
     assert costs.energy_method in (EnergyMethod.MODELLED, EnergyMethod.ATTRIBUTED)
     assert all(each.joules is not None and each.joules > 0 for each in timings)
-    assert len(found.loose) == 2 * 7 + 2 * 2 + 4 * 2 * 2  # one value gives no interval
+    assert len(found.loose) == 2 * 7 + 2 * 2 + len(SCHEMAS) * 2 * 3  # one value gives no interval
     grown = replace(QUICK, context=150)  # beyond the cache's first block
     measure_costs(engine, table_VK, grown)
     assert len(engine.generate([[3, 4]], SamplingParams(max_tokens=3))[0].token_ids) == 3
