@@ -15,6 +15,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
 from offramp.controller.prices import Timing
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.actor import TraceRecorder, WorkerSpec
 from offramp.worker.config import EngineConfig
 from offramp.worker.profile import measure_costs
 from offramp.worker.profile_probes import random_policy
@@ -34,7 +35,7 @@ from offramp.worker.profiling.loop import (
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import LEAST_VALUES, Key, Samples, median_interval
 from offramp.worker.schedule import Schedule
-from support.models import LAYERS, VOCAB, make_model
+from support.models import LAYERS, REFERENCE, VOCAB, make_model
 
 EXITS = (1, 3)
 QUICK = ProfileConfig(rows=(1, 3), tokens=(1, 4), context=24, exits=EXITS, limit_s=0.0)
@@ -150,6 +151,19 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert len(engine.generate([[3, 4]], SamplingParams(max_tokens=3))[0].token_ids) == 3
     with_softmax = costs.with_probe("softmax")
     assert with_softmax.at(2).probe_s != costs.at(2).probe_s
+
+
+def test_a_recorder_measures_what_its_slots_and_exits_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offramp.worker.actor.RECORD_S", 0.0)
+    recorder = TraceRecorder(WorkerSpec(model=str(REFERENCE), slots=2))
+    table_VK = np.tile(np.arange(8, dtype=np.int32), (recorder.engine.stack.vocab, 1))
+    recorder.prepare((6,), table_VK)
+    costs = recorder.measure()
+    assert [batch.size for batch in costs.batches] == [1, 2]
+    costs.require_model(recorder.describe().model)
+    assert costs.leaving((6,))[0] < costs.leaving((6,))[1]
 
 
 def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:
