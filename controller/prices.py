@@ -19,6 +19,9 @@ SPAN_PARTS = ("layer", "head")
 """What is timed over several tokens of one row, as a verifying pass takes them."""
 
 
+LEAST_REPEATS = 6
+"""Fewer cannot give a 95 % interval of a median: the range of five holds it 94 % of the time."""
+
 PROBE_PARTS = ("probe", "policy", "build")
 """What is timed of every feature schema."""
 
@@ -29,7 +32,7 @@ class Timing:
 
     Attributes:
         median_s: Median seconds.
-        low_s, high_s: 95 % interval of the median.
+        low_s, high_s: 95 % interval of the median; below ``LEAST_REPEATS`` only their range.
         joules: Energy by the table's method; None where unknown.
         repeats: Timings it rests on.
     """

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS
+from offramp.controller.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS
 
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
@@ -140,7 +140,8 @@ def spans_table(costs: CostTable) -> Table:
 def _timings(batches: Sequence[Batch], part: str) -> list[str]:
     timings = [batch.parts[part] for batch in batches]
     return [
-        f"{each.median_s * 1e6:.1f} " + ("±?" if each.repeats < 6 else f"±{each.half_width:.0%}")
+        f"{each.median_s * 1e6:.1f} "
+        + ("±?" if each.repeats < LEAST_REPEATS else f"±{each.half_width:.0%}")
         for each in timings
     ]
 

@@ -13,7 +13,7 @@ import torch
 from offramp.controller.energy import EnergyMethod
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import Timing
+from offramp.controller.prices import LEAST_REPEATS, Timing
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.actor import TraceRecorder, WorkerSpec
 from offramp.worker.config import EngineConfig
@@ -33,7 +33,7 @@ from offramp.worker.profiling.loop import (
     span_pass,
 )
 from offramp.worker.profiling.rounds import ProfileConfig
-from offramp.worker.profiling.samples import LEAST_VALUES, Key, Samples, median_interval
+from offramp.worker.profiling.samples import Key, Samples, median_interval
 from offramp.worker.schedule import Schedule
 from support.models import LAYERS, REFERENCE, VOCAB, make_model
 
@@ -168,7 +168,7 @@ def test_a_recorder_measures_what_its_slots_and_exits_allow(
 
 def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:
     found = measure_costs(engine, table_VK, replace(QUICK, half_width=0.999, limit_s=1000.0))
-    assert found.rounds >= LEAST_VALUES
+    assert found.rounds >= LEAST_REPEATS
     assert found.loose == ()
 
 
