@@ -62,7 +62,7 @@ def measure_costs(
     """
     config = _fitted(config or ProfileConfig(), engine)
     samples = Samples()
-    with clocked(engine) as clock, metered(engine) as energy:
+    with clocked(engine) as clock, metered(engine, clock) as energy:
         rounds = Rounds(engine, clock, candidates_VK, config, samples)
         rounds.warm_up()
         start = time.perf_counter()

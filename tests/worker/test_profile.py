@@ -17,6 +17,7 @@ from offramp.controller.prices import LEAST_REPEATS, Timing
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.actor import TraceRecorder, WorkerSpec
 from offramp.worker.config import EngineConfig
+from offramp.worker.energy import COEFFICIENTS
 from offramp.worker.profile import measure_costs
 from offramp.worker.profile_probes import random_policy
 from offramp.worker.profiling.joules import PartEnergy
@@ -145,6 +146,10 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert all(each.median_s > 0 and each.repeats == 1 for each in timings)
     assert costs.energy_method in (EnergyMethod.MODELLED, EnergyMethod.ATTRIBUTED)
     assert all(each.joules is not None and each.joules > 0 for each in timings)
+    if costs.energy_method is EnergyMethod.MODELLED:  # one busy core for all of its time
+        watts = COEFFICIENTS["watts_per_busy_core"].value
+        step = costs.batches[0].parts["step"]
+        assert step.joules == pytest.approx(watts * step.median_s)
     assert len(found.loose) == 2 * 7 + 2 * 2 + len(SCHEMAS) * 2 * 3  # one value gives no interval
     grown = replace(QUICK, context=150)  # beyond the cache's first block
     measure_costs(engine, table_VK, grown)

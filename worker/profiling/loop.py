@@ -4,7 +4,7 @@ Nothing is timed in isolation: an engine decodes, and a clock is put around the 
 anyway. A probe between two layers thus meets the caches that those layers leave, as it will in
 service.
 
-Shape suffixes: N rows, D width, F features.
+Shape suffixes: T tokens of one row, D width.
 """
 
 from __future__ import annotations
