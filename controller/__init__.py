@@ -6,7 +6,7 @@ from offramp.controller.features import (
     CANDIDATES_V1,
     OUTLOOK_V1,
     SKETCH_V1,
-    SOFTMAX_V1,
+    SOFTMAX_V2,
     STATE_V1,
     FeatureSchema,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "CANDIDATES_V1",
     "OUTLOOK_V1",
     "SKETCH_V1",
-    "SOFTMAX_V1",
+    "SOFTMAX_V2",
     "STATE_V1",
     "ExitPolicy",
     "FeatureSchema",
