@@ -9,7 +9,7 @@ import gymnasium as gym
 from offramp.envs.batch import Finals, StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.gym_env import TokenExitEnv
-from offramp.envs.qualities import Quality, qualities, register_quality
+from offramp.envs.qualities import Quality, quality_names, register_quality
 from offramp.envs.store import TraceStore
 from offramp.envs.tokens import TokenTraces
 from offramp.envs.vector_env import TokenExitVectorEnv
@@ -24,7 +24,7 @@ __all__ = [
     "TokenExitVectorEnv",
     "TokenTraces",
     "TraceStore",
-    "qualities",
+    "quality_names",
     "register_quality",
 ]
 
