@@ -39,7 +39,8 @@ def test_a_registered_quality_is_what_episodes_earn(traces: TokenTraces, costs: 
 
 
 def test_the_documented_example_registers_and_works(traces: TokenTraces) -> None:
-    assert not doctest.testmod(offramp.envs.qualities).failed
+    for example in doctest.DocTestFinder().find(offramp.envs.qualities):
+        assert not doctest.DocTestRunner().run(example, clear_globs=False).failed
     quality_NE1 = traces.quality("sure_agreement")
     assert set(np.unique(quality_NE1)) == {0, 0.5, 1}
 
