@@ -61,8 +61,8 @@ class SequenceExitEnv(CoreEnv):
       fitted on-policy (``benchmarks/debt.py``; docs/environments.md has the fit and its errors).
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
       that left after layer e is put off, and runs its deeper layers with the row's next token
-      that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what the cost
-      table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once ``max_pending``
+      that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
+      the cost table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once ``max_pending``
       tokens are put off the next one runs all layers unasked, within the same step, which then
       pays for both. Nothing is filled. What is still put off at the end is never run.
 

@@ -71,7 +71,7 @@ class Row:
         if self.kv_mode == "project":
             seconds += (layers - depth) * self.costs.fill_s
         kept = 1 - self.loss * self.debt if self.kv_mode == "project" else 1.0
-        quality = kept * self.traces.quality("agreement")[self.token, column]
+        quality = kept * float(self.traces.quality("agreement")[self.token, column])
         if self.kv_mode == "defer":
             self.open = [max(stands, depth) for stands in self.open]
             if depth == layers:
@@ -81,7 +81,7 @@ class Row:
                 self.verdicts = []
             else:
                 self.open.append(depth)
-                self.verdicts.append(self.traces.agree_NE[self.token, column])
+                self.verdicts.append(float(self.traces.agree_NE[self.token, column]))
         self.debt = 0.9 * self.debt + 0.1 * (layers - depth) / layers
         self.last = depth / layers
         self.step += 1
