@@ -40,45 +40,26 @@ class History:
         self.left_B = np.zeros(num_envs, np.int64)
         self.debt_B = np.zeros(num_envs, np.float64)
         self.outlook_BC: FloatArray = np.zeros((num_envs, OUTLOOK_V1.width), np.float32)
-        self._acceptance_B = np.ones(num_envs, np.float64)
-        self._told_B = np.ones(num_envs, np.float64)  # acceptance as full depth has told it
+        # Only policies that learn while serving, and drafts, are told what full depth says.
+        self.outlook_BC[:, ACCEPTANCE] = 1
 
     def begin(self, place_K: IndexArray, left_K: IndexArray) -> None:
         """After a prompt, which ran all layers and gave the first token."""
         self.step_B[place_K] = 0
         self.left_B[place_K] = left_K
         self.debt_B[place_K] = 0
-        self._acceptance_B[place_K] = 1
-        self._told_B[place_K] = 1
         self._show(place_K, np.ones(len(place_K)))
 
-    def add(
-        self, place_K: IndexArray, depth_K: RewardArray, agree_K: RewardArray, tells: bool
-    ) -> None:
-        """One more token of some rows.
-
-        Args:
-            place_K: Which rows.
-            depth_K: Layers executed / number of layers.
-            agree_K: Whether full depth would have said the same.
-            tells: Whether a token at full depth gives the verdict on those before it (``defer``).
-        """
+    def add(self, place_K: IndexArray, depth_K: RewardArray) -> None:
+        """One more token of some rows, after ``depth_K`` of the layers (a share)."""
         self.step_B[place_K] += 1
         self.left_B[place_K] -= 1
         self.debt_B[place_K] = KEEP * self.debt_B[place_K] + (1 - KEEP) * (1 - depth_K)
-        if tells:
-            is_full_K = depth_K == 1
-            self._judge(place_K[~is_full_K], agree_K[~is_full_K])
-            self._told_B[place_K[is_full_K]] = self._acceptance_B[place_K[is_full_K]]
         self._show(place_K, depth_K)
-
-    def _judge(self, place_K: IndexArray, agree_K: RewardArray) -> None:
-        self._acceptance_B[place_K] = KEEP * self._acceptance_B[place_K] + (1 - KEEP) * agree_K
 
     def _show(self, place_K: IndexArray, depth_K: RewardArray) -> None:
         # The prompt's own token has been emitted before the first decision.
         self.outlook_BC[place_K, STEP] = (self.step_B[place_K] + 1) / TOKENS
         self.outlook_BC[place_K, LEFT] = self.left_B[place_K] / TOKENS
         self.outlook_BC[place_K, DEBT] = self.debt_B[place_K]
-        self.outlook_BC[place_K, ACCEPTANCE] = self._told_B[place_K]
         self.outlook_BC[place_K, LAST_DEPTH] = depth_K

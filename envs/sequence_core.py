@@ -200,8 +200,7 @@ class SequenceExitCore:
         sums_B4[place_K, 0] += layer_K
         sums_B4[place_K, 1] += agree_K
         sums_B4[place_K, 2] += self._walk.probes_B[place_K]
-        is_deferred = self._riders is not None
-        self._history.add(place_K, layer_K / self._layers, agree_K, tells=is_deferred)
+        self._history.add(place_K, layer_K / self._layers)
         if self._riders is not None:
             self._riders.settle(place_K, column_K)
         quality_K: RewardArray = kept_K * self._quality_NE1[token_K, column_K]

@@ -32,15 +32,12 @@ class SequenceExitEnv(CoreEnv):
     | left | tokens still to come, this one counted / 256 | 0 … | 256 tokens |
     | pending | tokens put off / the most allowed (``defer``; else 0) | 0 … 1 | share |
     | debt | moving average (0.9) of the share of layers its tokens skipped | 0 … 1 | share |
-    | acceptance | moving average (0.9) of early tokens that full depth confirmed | 0 … 1 | share |
+    | acceptance | 1: only drafts and policies that learn while serving get verdicts | 1 | share |
     | last_depth | layers of the last token / number of layers | 0 … 1 | share |
     | active | rows in the batch / most of ``rows`` | 0 … 1 | share |
     | waiting | 0: no queue is modelled | 0 | slots |
     | log_lambda | ln λ, weight of latency, constant in an episode | −14 … 14 | nats |
     | log_mu | ln μ, weight of energy; only with ``energy_range`` | −14 … 14 | nats |
-
-    ``acceptance`` starts at 1 and is told when a token runs all layers, as in the engine; under
-    ``project`` nobody tells, and it stays 1.
 
     ## Action
 
@@ -62,9 +59,9 @@ class SequenceExitEnv(CoreEnv):
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
       that left after layer e is put off, and runs its deeper layers with the row's next token
       that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
-      the cost table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once ``max_pending``
-      tokens are put off the next one runs all layers unasked, within the same step, which then
-      pays for both. Nothing is filled. What is still put off at the end is never run.
+      the cost table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once
+      ``max_pending`` tokens are put off the next one runs all layers unasked, within the same
+      step, which then pays for both. Nothing is filled. What is still put off at the end is never run.
 
     With n = ``rows`` > 1 a row pays the n-th part of the launch: the others are taken to stay, so
     leaving alone saves the share, not the layer. Put-off tokens are the row's own account.

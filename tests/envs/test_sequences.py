@@ -46,11 +46,9 @@ class Row:
     share: float = 0.25
     most: int = 2
     debt: float = 0.0
-    acceptance: float = 1.0
     step: int = 0
     last: float = 1.0
     open: list[int] = field(default_factory=list)  # depths of the tokens put off, oldest first
-    verdicts: list[float] = field(default_factory=list)
 
     def layer_s(self, aboard: int) -> float:
         return self.costs.layer_s * (1 + self.share * aboard)
@@ -76,12 +74,8 @@ class Row:
             self.open = [max(stands, depth) for stands in self.open]
             if depth == layers:
                 self.open = []
-                for verdict in self.verdicts:
-                    self.acceptance = 0.9 * self.acceptance + 0.1 * verdict
-                self.verdicts = []
             else:
                 self.open.append(depth)
-                self.verdicts.append(float(self.traces.agree_NE[self.token, column]))
         self.debt = 0.9 * self.debt + 0.1 * (layers - depth) / layers
         self.last = depth / layers
         self.step += 1
@@ -95,7 +89,7 @@ class Row:
             self.left / 256,
             len(self.open) / self.most,
             self.debt,
-            self.acceptance,
+            1.0,
             self.last,
             1.0,
             0.0,
