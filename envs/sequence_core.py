@@ -99,7 +99,6 @@ class SequenceExitCore:
         self.actions = Actions(actions, len(header.exits), jumps, asks_first, ends)
         self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
         self._walk = Walk(traces, tariffs, self.actions, num_envs)
-        self._history = History(num_envs)
         self._riders: Riders | None = None
         if is_deferred:
             added_MO = added_by_riders(costs, max_pending, rider_share)
@@ -111,6 +110,7 @@ class SequenceExitCore:
         self._active_C = np.array(rows, np.float64) / max(rows)
         self._sequences = Sequences(traces, horizon)
         self._set_tables(traces, header, quality)
+        self._history = History(num_envs, self._layer_E1)
         self.reset()
 
     def _set_tables(self, traces: TokenTraces, header: TraceHeader, quality: Quality) -> None:
@@ -193,7 +193,7 @@ class SequenceExitCore:
     def _settle(self, place_K: IndexArray, column_K: IndexArray) -> RewardArray:
         """Tokens that came out at a column: note them, and return their qualities."""
         token_K = self._walk.token_B[place_K]
-        kept_K = np.maximum(0.0, 1 - self._debt_loss * self._history.debt_B[place_K])
+        kept_K = 1 - self._debt_loss * self._history.debt_BE1[place_K, column_K]
         agree_K = kept_K * self._agree_NE1[token_K, column_K]
         layer_K = self._layer_E1[column_K]
         sums_B4 = self._sums_B4

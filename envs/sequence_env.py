@@ -52,16 +52,20 @@ class SequenceExitEnv(CoreEnv):
     with quality and cost as of ``TokenExitEnv``, but for what debt does to them:
 
     - ``kv_mode="project"``: the traces were decoded with an exact cache, which exits do not leave.
-      Every quality, full depth's too, is multiplied by max(0, 1 − c · debt), with debt as observed
-      before the token and c = ``debt_loss``. This is a *model*: linear, blind to which layers were
-      skipped and to how far back, and features stay those of the exact cache. Its one number is
-      fitted on-policy (``benchmarks/debt.py``; docs/environments.md has the fit and its errors).
+      Every quality, full depth's too, is multiplied by 1 − c · D, where c is ``debt_loss`` and D
+      the debt that this token reads: the moving average (0.9) of the layers skipped *below the
+      exit where it leaves*, over all layers. At the first exit D is 0, since every token ran the
+      layers up to there; at full depth it is the debt observed. This is a *model*: linear, blind
+      to attention and to what is further back than some ten tokens, and the features stay those
+      of the exact cache. Its one number is fitted on-policy (``benchmarks/debt.py``;
+      docs/environments.md has the fit and its errors).
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
       that left after layer e is put off, and runs its deeper layers with the row's next token
       that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
       the cost table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once
       ``max_pending`` tokens are put off the next one runs all layers unasked, within the same
-      step, which then pays for both. Nothing is filled. What is still put off at the end is never run.
+      step, which then pays for both. Nothing is filled. What is still put off at the end is
+      never run.
 
     With n = ``rows`` > 1 a row pays the n-th part of the launch: the others are taken to stay, so
     leaving alone saves the share, not the layer. Put-off tokens are the row's own account.

@@ -45,10 +45,15 @@ class Row:
     loss: float = 0.3
     share: float = 0.25
     most: int = 2
-    debt: float = 0.0
     step: int = 0
     last: float = 1.0
+    depths: list[int] = field(default_factory=list)
     open: list[int] = field(default_factory=list)  # depths of the tokens put off, oldest first
+
+    def read(self, depth: int) -> float:
+        """Layers skipped of those up to a depth, the k-th last token weighted 0.1 · 0.9^k."""
+        skipped = [max(0, depth - each) for each in reversed(self.depths)]
+        return sum(0.1 * 0.9**k * each for k, each in enumerate(skipped)) / self.costs.layers
 
     def layer_s(self, aboard: int) -> float:
         return self.costs.layer_s * (1 + self.share * aboard)
@@ -68,7 +73,7 @@ class Row:
             seconds += self.layer_s(riding) if self.kv_mode == "defer" else self.costs.layer_s
         if self.kv_mode == "project":
             seconds += (layers - depth) * self.costs.fill_s
-        kept = 1 - self.loss * self.debt if self.kv_mode == "project" else 1.0
+        kept = 1 - self.loss * self.read(depth) if self.kv_mode == "project" else 1.0
         quality = kept * float(self.traces.quality("agreement")[self.token, column])
         if self.kv_mode == "defer":
             self.open = [max(stands, depth) for stands in self.open]
@@ -76,7 +81,7 @@ class Row:
                 self.open = []
             else:
                 self.open.append(depth)
-        self.debt = 0.9 * self.debt + 0.1 * (layers - depth) / layers
+        self.depths.append(depth)
         self.last = depth / layers
         self.step += 1
         self.left -= 1
@@ -88,7 +93,7 @@ class Row:
             (self.step + 1) / 256,
             self.left / 256,
             len(self.open) / self.most,
-            self.debt,
+            self.read(self.costs.layers),
             1.0,
             self.last,
             1.0,
