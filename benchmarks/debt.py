@@ -1,9 +1,9 @@
 """What do exits cost later? Agreement under projected keys and values, by debt; features of jumps.
 
 Documents are followed (teacher-forced) with the cache that random exits leave behind. For every
-token the debt that it reads is known (the moving average of layers skipped below its own exit), and
-whether that exit agrees with full depth under an exact cache, as recorded. The loss per unit of debt
-is fitted by least squares through the origin, on-policy = recorded · (1 − c · debt), and its
+token the debt that it reads is known (moving average of the layers skipped below its own exit), and
+whether that exit agrees with full depth under an exact cache, as recorded. The loss per unit of
+debt is fitted by least squares through the origin, on-policy = recorded · (1 − c · debt), and its
 interval bootstrapped over documents. It is ``debt_loss`` of ``offramp/SequenceExit-v0``.
 
 The same documents show how well features of jumps are recomputed from a recording of every exit.
