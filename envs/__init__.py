@@ -1,8 +1,8 @@
 """Recorded tokens and the environments that replay them.
 
-Importing this package registers ``offramp/TokenExit-v0`` and ``offramp/SequenceExit-v0`` with
-Gymnasium. Their Stable-Baselines3 adapters are in ``offramp.envs.sb3_vec_env``: apart, so that
-this import stays light.
+Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0`` and
+``offramp/LiveExit-v0`` with Gymnasium. Stable-Baselines3 adapters of the former two are in
+``offramp.envs.sb3_vec_env``: apart, so that this import stays light.
 """
 
 import gymnasium as gym
@@ -10,6 +10,8 @@ import gymnasium as gym
 from offramp.envs.batch import Finals, StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.gym_env import TokenExitEnv
+from offramp.envs.live import LiveSession
+from offramp.envs.live_env import LiveExitEnv
 from offramp.envs.qualities import Quality, quality_names, register_quality
 from offramp.envs.sequence_core import SequenceExitCore
 from offramp.envs.sequence_env import SequenceExitEnv
@@ -19,8 +21,11 @@ from offramp.envs.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
 
 __all__ = [
     "ENV_ID",
+    "LIVE_ENV_ID",
     "SEQUENCE_ENV_ID",
     "Finals",
+    "LiveExitEnv",
+    "LiveSession",
     "Quality",
     "SequenceExitCore",
     "SequenceExitEnv",
@@ -41,6 +46,9 @@ ENV_ID = "offramp/TokenExit-v0"
 SEQUENCE_ENV_ID = "offramp/SequenceExit-v0"
 """The same of sequences."""
 
+LIVE_ENV_ID = "offramp/LiveExit-v0"
+"""The same of sequences that an engine decodes."""
+
 gym.register(
     id=ENV_ID,
     entry_point="offramp.envs.gym_env:TokenExitEnv",
@@ -51,3 +59,4 @@ gym.register(
     entry_point="offramp.envs.sequence_env:SequenceExitEnv",
     vector_entry_point="offramp.envs.vector_env:SequenceExitVectorEnv",
 )
+gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live_env:LiveExitEnv")
