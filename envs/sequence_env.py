@@ -59,12 +59,12 @@ class SequenceExitEnv(CoreEnv):
 
     - ``kv_mode="project"``: the traces were decoded with an exact cache, which exits do not leave.
       Every quality, full depth's too, is multiplied by 1 − c · D^p, where c is ``debt_loss``, p
-      ``debt_power`` and D the debt that this token reads: the moving average (0.9) of the layers skipped *below the
-      exit where it leaves*, over all layers. At the first exit D is 0, since every token ran the
-      layers up to there; at full depth it is the debt observed. This is a *model*: blind
-      to attention and to what is further back than some ten tokens, and the features stay those
-      of the exact cache. Its two numbers are fitted on-policy (``benchmarks/debt.py``;
-      docs/environments.md has the fit and its errors).
+      ``debt_power`` and D the debt that this token reads: the moving average (0.9) of the layers
+      skipped *below the exit where it leaves*, over all layers. At the first exit D is 0, since
+      every token ran the layers up to there; at full depth it is the debt observed. This is a
+      *model*: blind to attention and to what is further back than some ten tokens, and the
+      features stay those of the exact cache. Its two numbers are fitted on-policy
+      (``benchmarks/debt.py``; docs/environments.md has the fit and its errors).
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
       that left after layer e is put off, and runs its deeper layers with the row's next token
       that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
