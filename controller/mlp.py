@@ -12,6 +12,7 @@ import numpy as np
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policy import IndexArray
 
 MAX_ROWS = 1024
 """Rows one call can decide; more are decided in slices."""
@@ -21,6 +22,10 @@ class MlpPolicy:
     """Leave when a tanh MLP's single output exceeds a threshold.
 
     Buffers are preallocated, so a decision allocates nothing; one instance serves one thread.
+
+    Attributes:
+        flat, sizes: The same weights for compiled code: each layer's weight, row by row, and then
+            its bias, float32; and the number of units from the input on, int64.
 
     Args:
         exits: Layers to ask after, ascending.
@@ -51,6 +56,7 @@ class MlpPolicy:
         self._leave = np.empty(MAX_ROWS, np.bool_)
         self._leave_1 = self._leave[:1]
         self._one = _OneRow(self.weights)
+        self.flat, self.sizes = _flattened(self.weights)
 
     def logits(self, features_NF: FloatArray) -> FloatArray:
         """The MLP's output per row, [N]; a view that the next call reuses (N ≤ MAX_ROWS)."""
@@ -112,6 +118,12 @@ class _OneRow:
             times(weight, out)
             np.tanh(out, out)
         return float(self._last.dot(self._output))
+
+
+def _flattened(weights: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, IndexArray]:
+    parts = [part.ravel() for pair in weights for part in pair]
+    sizes = [len(weights[0][0]), *(bias.size for _, bias in weights)]
+    return np.concatenate(parts).astype(np.float32), np.array(sizes, np.int64)
 
 
 def _augmented(weight: FloatArray, bias: FloatArray) -> FloatArray:
