@@ -19,6 +19,10 @@ SPAN_PARTS = ("layer", "head")
 """What is timed over several tokens of one row, as a verifying pass takes them."""
 
 
+PROBE_PARTS = ("probe", "policy", "build")
+"""What is timed of every feature schema."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """One part at one number of rows, timed again and again.
@@ -83,8 +87,8 @@ class Prices:
         layers: Number of layers L of the model.
         layer_s: Seconds of one decoder layer.
         head_s: Final norm, LM head and argmax over all the launch's tokens.
-        probe_s: One probe at an exit.
-        policy_s: One decision for all rows.
+        probe_s: One probe at an exit; where probe and decision are one compiled call, that call.
+        policy_s: The rest of one question to the policy, for all rows: with ``probe_s``, all of it.
         fill_s: Filling the KV of one skipped layer.
         step_s: What a launch pays besides (embedding, rotary, bookkeeping).
         build_s: Preparing the probe: paid once per token if its policy reads a probe at all.
