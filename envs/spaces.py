@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
@@ -32,7 +32,14 @@ class Core(Protocol):
     weights: Weights
     objectives: tuple[str, ...]
 
-    def reset(self, seed: int | np.random.Generator | None = None, **start: Any) -> FloatArray:
+    def reset(
+        self,
+        seed: int | np.random.Generator | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+        lambdas: ArrayLike | None = None,
+        mus: ArrayLike | None = None,
+    ) -> FloatArray:
         """Start B episodes: observations [B, D]."""
         ...
 
