@@ -31,7 +31,7 @@ from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
 
 DebtMode = Literal["project", "defer"]
 
-DEBT_LOSS, DEBT_POWER = 0.2, 0.5
+DEBT_LOSS, DEBT_POWER = 0.215, 0.5
 """Under projected keys and values a token loses loss · debt^power of its quality.
 
 Fitted on-policy to the reference model (benchmarks/debt.py; docs/environments.md has the fit).
