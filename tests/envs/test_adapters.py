@@ -20,17 +20,36 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import offramp.envs
 import offramp.envs.gym_env
+import offramp.envs.live_env
+import offramp.envs.sequence_env
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray
 from offramp.controller.traces import TraceChunk, TraceHeader
-from offramp.envs import ENV_ID, TokenExitEnv, TokenExitVectorEnv, TokenTraces, TraceStore
+from offramp.envs import (
+    ENV_ID,
+    LIVE_ENV_ID,
+    SEQUENCE_ENV_ID,
+    SequenceExitEnv,
+    TokenExitEnv,
+    TokenExitVectorEnv,
+    TokenTraces,
+    TraceStore,
+)
 from offramp.envs.sb3_vec_env import TokenExitVecEnv
 
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    (ENV_ID, {}),
+    (ENV_ID, {"actions": "jump", "asks_first": True, "ends": True}),
+    (SEQUENCE_ENV_ID, {}),
+    (SEQUENCE_ENV_ID, {"actions": "gate", "kv_mode": "defer", "rider_share": 0.2}),
+]
 
-@pytest.fixture
-def env(traces: TokenTraces, costs: CostTable) -> gym.Env[Any, Any]:
-    return gym.make(ENV_ID, traces=traces, costs=costs)
+
+@pytest.fixture(params=VARIANTS, ids=["gate", "jump", "project", "defer"])
+def env(request: pytest.FixtureRequest, traces: TokenTraces, costs: CostTable) -> gym.Env[Any, Any]:
+    name, options = request.param
+    return gym.make(name, traces=traces, costs=costs, **options)
 
 
 def check_strictly(check: Callable[[Any], None], env: gym.Env[Any, Any]) -> None:
@@ -61,18 +80,22 @@ def test_the_checkers_can_fail(
 
 
 def test_every_registered_id_of_ours_is_checked_here() -> None:
-    assert [name for name in gym.registry if name.startswith("offramp/")] == [ENV_ID]
+    ours = {name for name in gym.registry if name.startswith("offramp/")}
+    # The live one needs an engine: tests/agents/test_live.py checks it.
+    assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID}
 
 
 def test_the_docstring_example_runs() -> None:
-    results = doctest.testmod(offramp.envs.gym_env)
-    assert results.attempted > 10
-    assert not results.failed
+    for module in (offramp.envs.gym_env, offramp.envs.sequence_env, offramp.envs.live_env):
+        results = doctest.testmod(module)
+        assert results.attempted > 10
+        assert not results.failed
 
 
 def test_the_documented_columns_are_the_schema_and_the_preference() -> None:
-    rows = re.findall(r"^ +\| (\w+) \|", TokenExitEnv.__doc__ or "", re.MULTILINE)
-    assert tuple(rows) == ("column", *CANDIDATES_V1.columns, "log_lambda")
+    for env, schema in ((TokenExitEnv, CANDIDATES_V1), (SequenceExitEnv, OUTLOOK_V1)):
+        rows = re.findall(r"^ +\| (\w+) \|", env.__doc__ or "", re.MULTILINE)
+        assert tuple(rows) == ("column", *schema.columns, "log_lambda", "log_mu")
 
 
 def test_the_public_names_are_pinned_and_import_no_learner() -> None:
@@ -99,7 +122,7 @@ def test_one_env_plays_the_episodes_of_a_vector_of_one(
         assert (reward, terminated, truncated) == (reward_B[0], terminated_B[0], truncated_B[0])
         if terminated:
             np.testing.assert_array_equal(obs, infos["final_obs"][0])
-            assert info == {name: infos["final_info"][name][0] for name in info}
+            assert_same_info(info, infos["final_info"], 0)
             obs, _ = env.reset()
 
 
@@ -133,6 +156,13 @@ def test_the_vector_env_is_gymnasiums_own_same_step_vector_of_single_envs(
     assert mine[2].all()
 
 
+def assert_same_info(one: dict[str, Any], many: dict[str, Any], place: int) -> None:
+    assert set(one) == {name for name in many if not name.startswith(("_", "final"))}
+    for name, value in one.items():
+        assert many[f"_{name}"][place]
+        np.testing.assert_array_equal(value, many[name][place])
+
+
 def assert_same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -155,7 +185,8 @@ def test_final_infos_are_masked_where_no_episode_ended(
     assert infos["final_obs"][0] is None
     assert infos["final_info"]["exit_layer"].tolist() == [0, 2, 0]
     assert infos["final_info"]["_exit_layer"].tolist() == [False, True, False]
-    assert vector.step(np.zeros(3, np.int64))[4] == {}
+    assert infos["_reward_vector"].tolist() == [True, False, True]
+    assert set(vector.step(np.zeros(3, np.int64))[4]) == {"reward_vector", "_reward_vector"}
 
 
 def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
@@ -178,12 +209,16 @@ def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
             info = sb3_infos[place]
             if not done_B[place]:
                 assert info == {}
+                np.testing.assert_array_equal(
+                    vec_env.reward_vectors[place], infos["reward_vector"][place]
+                )
                 continue
             ended += 1
             np.testing.assert_array_equal(
                 info.pop("terminal_observation"), infos["final_obs"][place]
             )
-            assert info == {name: infos["final_info"][name][place] for name in info}
+            info["reward_vector"] = vec_env.reward_vectors[place]
+            assert_same_info(info, infos["final_info"], place)
     assert ended > 50
 
 
