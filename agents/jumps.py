@@ -54,6 +54,7 @@ class JumpAgent:
         exits: Layers it may ask after.
         layers: Number of layers of the model.
         schema: The features it reads.
+        lambda_range: Preferences it was trained for.
     """
 
     model: PPO
@@ -61,6 +62,7 @@ class JumpAgent:
     exits: tuple[int, ...]
     layers: int
     schema: FeatureSchema
+    lambda_range: tuple[float, float]
 
     def router(self, preference: float, candidates_VK: IntArray | None = None) -> MlpRouter:
         """The policy at one preference λ, in numpy."""
@@ -94,7 +96,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
     )
     model = PPO(JumpActor, env, policy_kwargs=options, **ppo_arguments(ppo))
-    return JumpAgent(model, normaliser, exits, layers, schema)
+    return JumpAgent(model, normaliser, exits, layers, schema, ppo.lambda_range)
 
 
 def train_jumps(

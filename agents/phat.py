@@ -13,6 +13,7 @@ from torch import nn
 
 from offramp.agents.export import Weights, linear_weights
 from offramp.agents.normaliser import Normaliser
+from offramp.controller.features import FloatArray
 from offramp.envs.tokens import TokenTraces
 
 HIDDEN = 32
@@ -41,12 +42,25 @@ def train_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
     Returns:
         Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of p̂.
     """
+    rows_MF = traces.features_NEF.reshape(-1, traces.features_NEF.shape[2])
+    return fit_classifier(rows_MF, traces.agree_NE.reshape(-1), Normaliser.fit(rows_MF), config)
+
+
+def fit_classifier(
+    rows_MF: FloatArray, right_M: FloatArray, normaliser: Normaliser, config: PhatConfig
+) -> Weights:
+    """Fit P(right | features) on some rows; as ``train_phat``.
+
+    Args:
+        rows_MF: Raw features.
+        right_M: 1 where the exit was right, else 0.
+        normaliser: Of the features; it is folded in.
+        config: How.
+    """
     torch.manual_seed(config.seed)
-    width = traces.features_NEF.shape[2]
-    rows_MF = traces.features_NEF.reshape(-1, width)
-    normaliser = Normaliser.fit(rows_MF)
+    width = rows_MF.shape[1]
     x_MF = torch.from_numpy((rows_MF - normaliser.mean_F) / normaliser.std_F)
-    y_M = torch.from_numpy(traces.agree_NE.reshape(-1))
+    y_M = torch.from_numpy(right_M)
     net = nn.Sequential(
         nn.Linear(width, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
         nn.Linear(HIDDEN, 1),
