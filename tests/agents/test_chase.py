@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -19,22 +17,13 @@ from offramp.agents.warm import WarmConfig
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.router import MlpRouter
-from offramp.envs import TokenTraces
 from offramp.envs.core import TokenExitCore
 
 
-def with_depth(traces: TokenTraces) -> TokenTraces:
-    features_NEF = traces.features_NEF.copy()
-    depth = CANDIDATES_V1.index("depth")
-    features_NEF[:, :, depth] = np.asarray(traces.header.exits) / traces.header.layers
-    features_NEF[:, :, CANDIDATES_V1.index("run_length")] = 0
-    return replace(traces, features_NEF=features_NEF)
-
-
 @pytest.fixture(scope="module")
-def study(study: Study) -> Study:
+def study(deep_study: Study) -> Study:
     torch.set_num_threads(1)
-    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+    return deep_study
 
 
 def random_router(seed: int) -> MlpRouter:

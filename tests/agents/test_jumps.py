@@ -5,8 +5,6 @@ Shape suffixes: N tokens, S states, D observation columns, F features.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +16,7 @@ from offramp.agents.ppo import PPOConfig
 from offramp.agents.study import Study
 from offramp.agents.warm import WarmConfig, exact_return
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
-from offramp.envs import TokenTraces
+from offramp.controller.features import OUTLOOK_V1
 from offramp.envs.core import TokenExitCore
 
 PREFERENCES = (0.05, 0.3, 1.0)
@@ -35,17 +32,10 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def with_depth(traces: TokenTraces) -> TokenTraces:
-    """The invented features, with the one column that a mask rests on as a probe computes it."""
-    features_NEF = traces.features_NEF.copy()
-    depth = CANDIDATES_V1.index("depth")
-    features_NEF[:, :, depth] = np.asarray(traces.header.exits) / traces.header.layers
-    return replace(traces, features_NEF=features_NEF)
-
-
 @pytest.fixture(scope="module")
-def study(study: Study) -> Study:
-    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+def study(deep_study: Study) -> Study:
+    torch.set_num_threads(1)
+    return deep_study
 
 
 @pytest.fixture(scope="module")
