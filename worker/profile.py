@@ -18,7 +18,7 @@ from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.worker.attention import decode_window
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.fill import KVProjector
-from offramp.worker.probes import CandidateProbe
+from offramp.worker.probes import CandidateProbe, ProbeInputs, Readout
 from offramp.worker.profile_probes import prefilled_row, random_policy
 from offramp.worker.schedule import Launch
 
@@ -116,4 +116,5 @@ def _probe(
     engine: AdaptiveEngine, candidates_VK: IntArray, state_ND: torch.Tensor, context: int
 ) -> CandidateProbe:
     position_N = np.asarray([context], np.int32)
-    return CandidateProbe(engine.stack, candidates_VK[:1], state_ND, position_N, exits=3)
+    inputs = ProbeInputs(Readout(engine.stack), state_ND, position_N, 3, candidates_VK[:1])
+    return CandidateProbe.of(inputs)
