@@ -144,4 +144,5 @@ def _canned(policy: Policy, study: Study) -> FloatArray:
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
     view = View(policy, study.validation)
     seen = [view.features(here, rows) for here in range(len(policy.exits))]
-    return np.concatenate(seen)[:CANNED_ROWS]
+    # Columns that were not recorded are NaN there; as canned inputs any number serves.
+    return np.nan_to_num(np.concatenate(seen)[:CANNED_ROWS])
