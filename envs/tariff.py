@@ -42,8 +42,16 @@ class Tariff:
     build_O: Float64Array
 
     @classmethod
-    def of(cls, costs: CostTable, exits: tuple[int, ...], rows: float = 1) -> Tariff:
+    def of(
+        cls, costs: CostTable, exits: tuple[int, ...], rows: float = 1, *, fills: bool = True
+    ) -> Tariff:
         """One row's share of a launch of that many rows; the unit is a token decoded alone.
+
+        Args:
+            costs: Measured.
+            exits: Layers that were recorded.
+            rows: In the launch.
+            fills: Whether the keys and values of skipped layers are projected, and paid for.
 
         Raises:
             ConfigError: that many rows were not measured.
@@ -56,7 +64,8 @@ class Tariff:
         }
         layers_E1 = np.array([*exits, costs.layers], np.float64)
         leave_OE1 = np.outer(parts["layer"], layers_E1)
-        leave_OE1 += np.outer(parts["fill"], costs.layers - layers_E1)
+        if fills:
+            leave_OE1 += np.outer(parts["fill"], costs.layers - layers_E1)
         leave_OE1 += (parts["step"] + parts["head"])[:, None]
         return cls(
             leave_OP=np.concatenate([np.zeros((len(units), 1)), leave_OE1], axis=1),
