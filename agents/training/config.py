@@ -22,6 +22,7 @@ class RunConfig:
 
     Attributes:
         traces: Folder that ``offramp record`` wrote.
+        costs: File that ``offramp profile`` wrote; "" takes the costs measured when recording.
         seed: Of everything random; it replaces the stages' own.
         threads: Torch threads; part of what makes a run repeatable.
         targets: Offline agreements with full depth at which every family gets a point.
@@ -34,6 +35,7 @@ class RunConfig:
     """
 
     traces: str
+    costs: str = ""
     seed: int = 0
     threads: int = 1
     targets: tuple[float, ...] = (0.92, 0.95, 0.97, 0.985)

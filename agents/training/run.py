@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, configure
 
 from offramp.agents.export import Weights
-from offramp.agents.jumps import JumpAgent, new_agent, warm_start
+from offramp.agents.jumps import JumpAgent, game_of, new_agent, warm_start
 from offramp.agents.phat import PhatConfig, train_phat
 from offramp.agents.ppo import learning_rate
 from offramp.agents.study import Study, load_study
@@ -21,6 +21,9 @@ from offramp.agents.training.config import RunConfig
 
 WARM_STEPS = 100
 """Steps between checkpoints of the warm start, times ``checkpoint_every``."""
+
+PLACES = ("traces", "costs", "tensorboard", "onpolicy")
+"""Settings that do not change what the stages before the on-policy one come to."""
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
@@ -142,10 +145,17 @@ class StagedRun:
 
     def _settings(self) -> dict[str, Any]:
         options = asdict(self.config)
-        facts = {"model": self.study.facts.model, "tokens": len(self.study.train)}
-        # Where the traces lie, and what comes after this, changes nothing.
-        kept = {k: v for k, v in options.items() if k not in ("traces", "tensorboard", "onpolicy")}
+        facts = {
+            "model": self.study.facts.model,
+            "tokens": len(self.study.train),
+            "prices": list(self._prices()),
+        }
+        kept = {k: v for k, v in options.items() if k not in PLACES}
         return {**kept, **facts}
+
+    def _prices(self) -> tuple[float, ...]:
+        game = game_of(self.agent, self.study.costs, self.config.jump)
+        return (*game.leave_E1, game.decide, game.build)
 
     def _logger(self) -> Logger:
         if not self.config.tensorboard:
@@ -180,7 +190,8 @@ def train_staged(
         ConfigError: the options do not fit them, or not the checkpoint.
     """
     torch.set_num_threads(config.threads)
-    run = StagedRun(config, load_study(Path(config.traces)), out, on_progress, callback)
+    study = load_study(Path(config.traces), Path(config.costs) if config.costs else None)
+    run = StagedRun(config, study, out, on_progress, callback)
     if resume:
         run.restore(Checkpoint.load(out))
     run.train()

@@ -20,10 +20,9 @@ from offramp.controller.router import MlpRouter
 from offramp.envs.core import TokenExitCore
 
 
-@pytest.fixture(scope="module")
-def study(deep_study: Study) -> Study:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
     torch.set_num_threads(1)
-    return deep_study
 
 
 def random_router(seed: int) -> MlpRouter:
@@ -38,15 +37,15 @@ def random_router(seed: int) -> MlpRouter:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_chased_router_goes_where_the_environment_takes_it(study: Study, seed: int) -> None:
+def test_a_chased_router_goes_where_the_environment_takes_it(deep_study: Study, seed: int) -> None:
     """The environment is stepped with the router's own decisions."""
     router = random_router(seed)
-    table = StateTable(study.validation, study.costs)
+    table = StateTable(deep_study.validation, deep_study.costs)
     chased = table.chase_router(router)
-    rows = np.arange(len(study.validation))
+    rows = np.arange(len(deep_study.validation))
     core = TokenExitCore(
-        study.validation,
-        study.costs,
+        deep_study.validation,
+        deep_study.costs,
         num_envs=len(rows),
         actions="jump",
         quality="agreement",
@@ -81,9 +80,9 @@ def test_a_chased_router_goes_where_the_environment_takes_it(study: Study, seed:
     assert len(set(layers.tolist())) > 2
 
 
-def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(study: Study) -> None:
-    phat = fit_state_phat(study.train, PhatConfig(epochs=24))
-    table = StateTable(study.validation, study.costs)
+def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_study: Study) -> None:
+    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
+    table = StateTable(deep_study.validation, deep_study.costs)
     chased = table.chase_subset(table.logits(phat), (0, 2), logit(0.8))
     policy = MlpPolicy((2, 6), CANDIDATES_V1, phat, logit(0.8))
     for row in range(150):
@@ -97,9 +96,9 @@ def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(study: Study) -> 
     assert len(set(chased.taken_N.tolist())) == 3
 
 
-def test_the_grid_finds_the_cheapest_and_the_best(study: Study) -> None:
-    phat = fit_state_phat(study.train, PhatConfig(epochs=24))
-    table = StateTable(study.validation, study.costs)
+def test_the_grid_finds_the_cheapest_and_the_best(deep_study: Study) -> None:
+    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
+    table = StateTable(deep_study.validation, deep_study.costs)
     thresholds = [logit(each) for each in (0.5, 0.8, 0.95)]
     grid = SubsetGrid.of(table, phat, thresholds)
     assert len(grid.subsets) == len(list(subsets(3))) == 7
@@ -114,13 +113,13 @@ def test_the_grid_finds_the_cheapest_and_the_best(study: Study) -> None:
     assert worth[q, z] == worth.max()
 
 
-def test_contenders_are_placed_near_their_targets(study: Study) -> None:
+def test_contenders_are_placed_near_their_targets(deep_study: Study) -> None:
     config = JumpConfig(
         warm=WarmConfig(steps=250), ppo=PPOConfig(steps=0, envs=2, lambda_range=(0.05, 2.0))
     )
-    agent = train_jumps(study.train, study.costs, config)
-    phat = fit_state_phat(study.train, PhatConfig(epochs=24))
-    found = jump_contenders(study, agent, phat, (0.85, 0.95))
+    agent = train_jumps(deep_study.train, deep_study.costs, config)
+    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
+    found = jump_contenders(deep_study, agent, phat, (0.85, 0.95))
     assert [each.family for each in found] == [JUMPING, JUMPING, SUBSET, SUBSET]
     for contender, target in zip(found, (0.85, 0.95) * 2, strict=True):
         assert contender.offline_agreement == pytest.approx(target, abs=0.04)
