@@ -34,7 +34,7 @@ class JumpConfig:
     """How a jumping agent is trained.
 
     Attributes:
-        jumps: Longest jump, in exits; None allows all, the end included. 1 is the gate.
+        jumps: Longest jump, in exits; left out, all are allowed, the end included. 1 is the gate.
         warm: The warm start.
         ppo: What follows; 0 steps leave it out.
     """

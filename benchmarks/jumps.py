@@ -39,7 +39,7 @@ def main() -> None:
     """Print one JSON row per probe price, seed, preference and agent."""
     arguments = parse()
     torch.set_num_threads(1)
-    study = load_study(arguments.traces)
+    study = load_study(arguments.traces, arguments.costs)
     seeds = range(1 if arguments.quick else arguments.seeds)
     for factor in (1.0,) if arguments.quick else arguments.probe:
         priced = replace(study, costs=study.costs.scaled("probe", factor))
@@ -129,6 +129,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, default=Path("runs/many"))
+    parser.add_argument("--costs", type=Path, default=None, help="file of `offramp profile`")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--probe", type=float, nargs="+", default=[1.0, 10.0], help="price factors")
     parser.add_argument("--quick", action="store_true", help="one seed, under four minutes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -68,8 +68,14 @@ def load_config(path: Path) -> RunConfig:
     return config
 
 
-def parse(kind: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:
+def parse(kind: type[Any], table: Mapping[str, Any], prefix: str = "", base: Any = None) -> Any:
     """A dataclass from a TOML table, its own dataclasses from tables within.
+
+    Args:
+        kind: The dataclass.
+        table: What the file says; what it leaves out stays as in ``base``.
+        prefix: Dotted name of the table, for errors.
+        base: A value of that kind; None takes the dataclass's defaults.
 
     Raises:
         ConfigError: naming the key, with the nearest known one.
@@ -80,9 +86,9 @@ def parse(kind: type[Any], table: Mapping[str, Any], prefix: str = "") -> Any:
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"{prefix}{key}", "is no known option", _suggestion(key, known))
-        values[key] = _value(hints[key], value, f"{prefix}{key}")
+        values[key] = _value(hints[key], value, f"{prefix}{key}", _default(kind, key, base))
     try:
-        return kind(**values)
+        return kind(**values) if base is None else replace(base, **values)
     except TypeError as error:
         raise ConfigError(f"{prefix}{known[0]}", f"is missing ({error})", "Add it") from error
 
@@ -103,12 +109,20 @@ def _suggestion(key: str, known: list[str]) -> str:
     return f"Did you mean {close[0]}" if close else f"Use one of {', '.join(known)}"
 
 
-def _value(hint: Any, value: Any, name: str) -> Any:
+def _default(kind: type[Any], key: str, base: Any) -> Any:
+    """What a nested table starts from: a stage's own defaults, not those of its type."""
+    if base is not None:
+        return getattr(base, key)
+    [found] = [each for each in fields(kind) if each.name == key]
+    return None if found.default_factory is MISSING else found.default_factory()
+
+
+def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(name, f"{value!r} is no table", f"Write [{name}]")
         assert isinstance(hint, type)
-        return parse(hint, value, f"{name}.")
+        return parse(hint, value, f"{name}.", base)
     if get_origin(hint) is tuple and isinstance(value, list):
         if not all(isinstance(each, int | float) for each in value):
             raise ConfigError(name, f"{value} is no list of numbers", "Correct its type")

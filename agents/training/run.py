@@ -54,7 +54,12 @@ class StagedRun:
         callback: BaseCallback | None = None,
     ) -> None:
         ppo = replace(config.jump.ppo, seed=config.seed)
-        self.config = replace(config, jump=replace(config.jump, ppo=ppo))
+        learner = replace(config.onpolicy.learner, seed=config.seed)
+        self.config = replace(
+            config,
+            jump=replace(config.jump, ppo=ppo),
+            onpolicy=replace(config.onpolicy, learner=learner),
+        )
         self.study = study
         self.out = out
         self.on_progress = on_progress

@@ -141,6 +141,7 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     assert (config.jump.ppo.steps, config.jump.ppo.learning_rate) == (10, 1.0)
     assert config.jump.ppo.lambda_range == (0.1, 1.0)
     assert config.onpolicy.learner.epochs == 2
+    assert config.jump.ppo.entropy == JumpConfig().ppo.entropy  # this stage's own default
     assert asdict(config.phat) == asdict(PhatConfig())
 
 
