@@ -153,4 +153,6 @@ def invalid_actions(exits: int, jumps: int) -> np.ndarray:
     """Which actions lead nowhere: row 0 before the first layer, row s + 1 at exit s."""
     here_S1 = np.arange(START, exits)[:, None]
     action_A = np.arange(jumps + 1)
-    return (here_S1 + action_A > exits) | ((here_S1 == START) & (action_A == 0))
+    invalid_SA: np.ndarray = here_S1 + action_A > exits
+    invalid_SA[0, 0] = True  # nobody leaves before the first layer
+    return invalid_SA

@@ -159,7 +159,8 @@ class Collector:
             return None  # the verdicts are the labels
         fed = [*row.request.prompt, *row.request.forced[:-1]]
         full = full_depth_tokens(self.engine.stack, fed)[len(row.request.prompt) :]
-        return (np.asarray(row.emitted[1:]) == full).astype(np.int8)
+        agreed_T: np.ndarray = (np.asarray(row.emitted[1:]) == full).astype(np.int8)
+        return agreed_T
 
 
 def fixed_preference(layers: Weights, preference: float) -> Weights:

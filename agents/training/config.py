@@ -100,7 +100,8 @@ def options_of(kind: type[Any], prefix: str = "") -> list[str]:
     for each in fields(kind):
         nested = hints[each.name]
         name = f"{prefix}{each.name}"
-        names += options_of(nested, f"{name}.") if is_dataclass(nested) else [name]
+        inner = nested if isinstance(nested, type) and is_dataclass(nested) else None
+        names += [name] if inner is None else options_of(inner, f"{name}.")
     return names
 
 
