@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
 from offramp.worker.guard import PolicyGuard
@@ -83,10 +84,8 @@ class Group:
             return [], None
         if not leave_N.any():
             return [], None
-        here = self.policy.exits.index(executed)
-        for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
-            if leaves and row.learns:
-                row.open[-1].left_at = (here, features_F.copy())
+        if self.rows[0].learns:
+            self._note(self.policy.exits.index(executed), leave_N, features_NF)
         if leave_N.all():  # as always at batch 1: nothing is left to be sorted out
             leaving, self.rows = self.rows, []
             return leaving, self.probe.logits()
@@ -116,6 +115,11 @@ class Group:
         stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
         if not stay_N.all():
             self._keep(stay_N)
+
+    def _note(self, here: int, leave_N: BoolArray, features_NF: FloatArray) -> None:
+        for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
+            if leaves:
+                row.open[-1].left_at = (here, features_F.copy())
 
     def _keep(self, stay_N: np.ndarray) -> None:
         self.probe.keep(stay_N)
