@@ -275,9 +275,7 @@ class PolicyRefresher:
         self._mark_lost = False
         with self._swapping:
             self._tripped = ""
-            self.current = PolicySnapshot(
-                manifest.generation, manifest.digest, policy, manifest.certificate
-            )
+            self.current = PolicySnapshot(manifest.generation, manifest.digest, policy)
 
     def _ack(self, state: AckState, reason: str) -> Ack:
         return Ack(
