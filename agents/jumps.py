@@ -34,7 +34,7 @@ class JumpConfig:
     """How a jumping agent is trained.
 
     Attributes:
-        jumps: Longest jump, in exits; None allows all, the end included. 1 is the gate.
+        jumps: Longest jump, in exits; left out, all are allowed, the end included. 1 is the gate.
         warm: The warm start.
         ppo: What follows; 0 steps leave it out.
     """
@@ -54,6 +54,7 @@ class JumpAgent:
         exits: Layers it may ask after.
         layers: Number of layers of the model.
         schema: The features it reads.
+        lambda_range: Preferences it was trained for.
     """
 
     model: PPO
@@ -61,6 +62,7 @@ class JumpAgent:
     exits: tuple[int, ...]
     layers: int
     schema: FeatureSchema
+    lambda_range: tuple[float, float]
 
     def router(self, preference: float, candidates_VK: IntArray | None = None) -> MlpRouter:
         """The policy at one preference λ, in numpy."""
@@ -94,7 +96,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
     )
     model = PPO(JumpActor, env, policy_kwargs=options, **ppo_arguments(ppo))
-    return JumpAgent(model, normaliser, exits, layers, schema)
+    return JumpAgent(model, normaliser, exits, layers, schema, ppo.lambda_range)
 
 
 def train_jumps(
@@ -151,4 +153,6 @@ def invalid_actions(exits: int, jumps: int) -> np.ndarray:
     """Which actions lead nowhere: row 0 before the first layer, row s + 1 at exit s."""
     here_S1 = np.arange(START, exits)[:, None]
     action_A = np.arange(jumps + 1)
-    return (here_S1 + action_A > exits) | ((here_S1 == START) & (action_A == 0))
+    invalid_SA: np.ndarray = here_S1 + action_A > exits
+    invalid_SA[0, 0] = True  # nobody leaves before the first layer
+    return invalid_SA

@@ -54,6 +54,14 @@ class StateObservations:
         obs_NSD[:, :, width] = log_lambda_N[:, None]
         return obs_NSD
 
+    def at(self, state: State, rows_N: IndexArray | None = None) -> FloatArray:
+        """Features of some tokens, or of all, in one state at an exit, [N, F]."""
+        rows = slice(None) if rows_N is None else rows_N
+        features_NF = self.traces.features_NEF[rows, state.here].copy()
+        compared = self._pairs.values_NPEQ[rows, state.before + 1, state.here]
+        features_NF[:, self._pairs.columns] = compared
+        return features_NF
+
     def normaliser(self, lambda_range: tuple[float, float], seed: int) -> Normaliser:
         """Fitted on a sample of tokens in all states; log λ in closed form; UNREAD is left out."""
         rng = np.random.default_rng(seed)

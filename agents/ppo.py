@@ -114,13 +114,18 @@ def train_ppo(
     return TrainedAgent(model, normaliser)
 
 
+def learning_rate(config: PPOConfig, done: float) -> float:
+    """Adam's rate once a share of the steps is done: linear, down to 2 %."""
+    return config.learning_rate * max(1 - done, 0.02)
+
+
 def ppo_arguments(config: PPOConfig) -> dict[str, Any]:
     """What every PPO here has in common: undiscounted episodes of few steps."""
     return {
         "n_steps": config.rollout,
         "batch_size": config.batch,
         "n_epochs": config.epochs,
-        "learning_rate": lambda left: config.learning_rate * max(left, 0.02),
+        "learning_rate": lambda left: learning_rate(config, 1 - left),
         "gamma": 1.0,
         "gae_lambda": 1.0,
         "clip_range": 0.2,

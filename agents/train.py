@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def train(
     traces: Path,
     folder: Path,
     on_steps: Callable[[int, int], None] = lambda *_: None,
+    costs: Path | None = None,
 ) -> list[Contender]:
     """Train the classifier and the agent, place them and the baselines, save them all.
 
@@ -65,28 +66,30 @@ def train(
         traces: A folder that ``record_traces`` wrote.
         folder: Where each contender's bundle is written, with an index.
         on_steps: Told (PPO steps done, steps in all).
+        costs: A cost table to charge in place of the recording's own.
 
     Raises:
         TraceError: the traces are missing or damaged.
+        ConfigError: the costs are, or they are of another model.
     """
     torch.set_num_threads(config.threads)
-    study = load_study(traces)
+    study = load_study(traces, costs)
     phat = train_phat(study.train, config.phat)
     agent = train_ppo(study.train, study.costs, config.ppo, on_steps)
     contenders = assemble(study, phat, agent, config.targets, config.ppo.lambda_range)
-    save_contenders(folder, contenders, study, config)
+    settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
+    save_contenders(folder, contenders, study, settings)
     return contenders
 
 
 def save_contenders(
-    folder: Path, contenders: list[Contender], study: Study, config: TrainConfig
+    folder: Path, contenders: list[Contender], study: Study, settings: Mapping[str, Any]
 ) -> None:
-    """Write one unsigned bundle per contender, then the index that names them."""
+    """Write one unsigned bundle per contender, with its settings, then the index of them all."""
     training = {
         "tokens": len(study.train),
         "documents": len(study.train.documents),
-        "phat": asdict(config.phat),
-        "ppo": asdict(config.ppo),
+        **settings,
     }
     index = []
     for number, contender in enumerate(contenders):
@@ -139,7 +142,7 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
 def _canned(policy: Policy, study: Study) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
-        return np.empty((1, 0), np.float32)
+        return np.empty((CANNED_ROWS, 0), np.float32)
     tokens = len(study.validation)
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
     view = View(policy, study.validation)

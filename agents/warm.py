@@ -18,7 +18,8 @@ from offramp.agents.observe import StateObservations
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policy import IndexArray
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.qualities import Quality
+from offramp.envs.tokens import TokenTraces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class WarmStart:
         self._seed = seed
         self._observations = StateObservations(traces, game.states)
         self._quality_NE1 = torch.from_numpy(traces.quality(quality))
-        self._log_range = tuple(math.log(value) for value in lambda_range)
+        self._log_range = (math.log(lambda_range[0]), math.log(lambda_range[1]))
 
     def run(self, until: int) -> float:
         """Step up to a number of steps, at most ``config.steps``; the last mean return."""

@@ -119,14 +119,6 @@ _SHIPPED = (
         build=_build_mlp,
         clear=_clear_mlp,
     ),
-    DECAYING_THRESHOLD,
-    ENTROPY,
-    PATIENCE,
-    POSITION_SCHEDULE,
-    STAGE_THRESHOLDS,
-    BETA_THRESHOLD,
-    THRESHOLD_BANDIT,
-    STOPPING,
     Kind(
         name="router",
         type=MlpRouter,
@@ -135,6 +127,14 @@ _SHIPPED = (
         build=_build_router,
         clear=_clear_router,
     ),
+    DECAYING_THRESHOLD,
+    ENTROPY,
+    PATIENCE,
+    POSITION_SCHEDULE,
+    STAGE_THRESHOLDS,
+    BETA_THRESHOLD,
+    THRESHOLD_BANDIT,
+    STOPPING,
 )
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})

@@ -19,6 +19,7 @@ TOPICS = {
     "evaluate": "evaluating",
     "calibrate": "calibrating",
     "tune": "tuning",
+    "profile": "profiling",
     "publish": "control",
     "promote": "control",
     "rollback": "control",

@@ -1,7 +1,8 @@
 """Recorded tokens and the environments that replay them.
 
-Importing this package registers ``offramp/TokenExit-v0`` with Gymnasium. The Stable-Baselines3
-adapter is ``offramp.envs.sb3_vec_env.TokenExitVecEnv``: apart, so that this import stays light.
+Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0`` and
+``offramp/LiveExit-v0`` with Gymnasium. Stable-Baselines3 adapters of the former two are in
+``offramp.envs.sb3_vec_env``: apart, so that this import stays light.
 """
 
 import gymnasium as gym
@@ -9,30 +10,53 @@ import gymnasium as gym
 from offramp.envs.batch import Finals, StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.gym_env import TokenExitEnv
-from offramp.envs.qualities import Quality, qualities, register_quality
+from offramp.envs.live import LiveSession
+from offramp.envs.live_env import LiveExitEnv
+from offramp.envs.qualities import Quality, quality_names, register_quality
+from offramp.envs.sequence_core import SequenceExitCore
+from offramp.envs.sequence_env import SequenceExitEnv
 from offramp.envs.store import TraceStore
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.vector_env import TokenExitVectorEnv
+from offramp.envs.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
 
 __all__ = [
     "ENV_ID",
+    "LIVE_ENV_ID",
+    "SEQUENCE_ENV_ID",
     "Finals",
+    "LiveExitEnv",
+    "LiveSession",
     "Quality",
+    "SequenceExitCore",
+    "SequenceExitEnv",
+    "SequenceExitVectorEnv",
     "StepBatch",
     "TokenExitCore",
     "TokenExitEnv",
     "TokenExitVectorEnv",
     "TokenTraces",
     "TraceStore",
-    "qualities",
+    "quality_names",
     "register_quality",
 ]
 
 ENV_ID = "offramp/TokenExit-v0"
-"""Name under which ``gymnasium.make`` and ``gymnasium.make_vec`` find the environment."""
+"""Name under which ``gymnasium.make`` and ``gymnasium.make_vec`` find the environment of tokens."""
+
+SEQUENCE_ENV_ID = "offramp/SequenceExit-v0"
+"""The same of sequences."""
+
+LIVE_ENV_ID = "offramp/LiveExit-v0"
+"""The same of sequences that an engine decodes."""
 
 gym.register(
     id=ENV_ID,
     entry_point="offramp.envs.gym_env:TokenExitEnv",
     vector_entry_point="offramp.envs.vector_env:TokenExitVectorEnv",
 )
+gym.register(
+    id=SEQUENCE_ENV_ID,
+    entry_point="offramp.envs.sequence_env:SequenceExitEnv",
+    vector_entry_point="offramp.envs.vector_env:SequenceExitVectorEnv",
+)
+gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live_env:LiveExitEnv")

@@ -65,7 +65,7 @@ _REGISTRY: dict[Quality, QualityFunction] = {
 }
 
 
-def qualities() -> tuple[Quality, ...]:
+def quality_names() -> tuple[Quality, ...]:
     """Names of the registered qualities."""
     return tuple(_REGISTRY)
 

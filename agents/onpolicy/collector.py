@@ -16,7 +16,7 @@ import torch
 
 from offramp.agents.export import Weights
 from offramp.agents.onpolicy.rollout import RecordingRouter, Rollout
-from offramp.controller.errors import PolicyFaultError
+from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.router import MlpRouter
 from offramp.worker.actor import ModelFacts, WorkerSpec, describe, load_engine
@@ -36,6 +36,7 @@ class CollectSpec:
         kv_mode: What becomes of skipped layers. In ``defer`` full depth's word on each early token
             comes from its own later run; in ``project`` from one more pass over the document.
         prompt_tokens: Tokens of each document read at full depth first.
+        model: Fingerprint that the loaded model must have; "" takes any.
         seed: Of the actions.
     """
 
@@ -44,6 +45,7 @@ class CollectSpec:
     schema: FeatureSchema
     kv_mode: KVMode = "project"
     prompt_tokens: int = 32
+    model: str = ""
     seed: int = 0
 
 
@@ -81,12 +83,19 @@ class Collector:
     Args:
         spec: What to load.
         candidates_VK: Candidate table of the probe.
+
+    Raises:
+        ConfigError: the model is not the recorded one.
     """
 
     def __init__(self, spec: CollectSpec, candidates_VK: IntArray) -> None:
         self.spec = spec
         self.candidates_VK = candidates_VK
         self.engine = load_engine(spec.worker)
+        if spec.model not in ("", self.engine.model_fingerprint):
+            raise ConfigError(
+                "model", f"{spec.worker.model!r} is not the recorded one", "Name that folder"
+            )
 
     def describe(self) -> tuple[ModelFacts, int]:
         """The model's facts, and the process that holds it."""
@@ -150,7 +159,8 @@ class Collector:
             return None  # the verdicts are the labels
         fed = [*row.request.prompt, *row.request.forced[:-1]]
         full = full_depth_tokens(self.engine.stack, fed)[len(row.request.prompt) :]
-        return (np.asarray(row.emitted[1:]) == full).astype(np.int8)
+        agreed_T: np.ndarray = (np.asarray(row.emitted[1:]) == full).astype(np.int8)
+        return agreed_T
 
 
 def fixed_preference(layers: Weights, preference: float) -> Weights:

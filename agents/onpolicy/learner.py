@@ -24,8 +24,9 @@ from offramp.agents.jumps import JumpAgent, invalid_actions
 from offramp.agents.normaliser import Normaliser
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
-from offramp.agents.routers import folded_layers, start_layer
-from offramp.controller.features import OUTLOOK_V1, FloatArray
+from offramp.agents.routers import folded_layers, router_of, start_layer
+from offramp.controller.features import OUTLOOK_V1, FloatArray, IntArray
+from offramp.controller.router import MlpRouter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ class RolloutPPO(PPO):  # type: ignore[misc]  # mypy skips stable_baselines3
             device="cpu",
             _init_setup_model=False,
         )
+        self.n_envs = 1
         self.observation_space = Box(-np.inf, np.inf, (columns,), np.float32)
         self.action_space = Discrete(actions)
         self._setup_model()
@@ -105,6 +107,7 @@ class Learner:
     def __init__(
         self, agent: JumpAgent, game: StoppingGame, config: LearnerConfig, logger: Logger
     ) -> None:
+        self.agent = agent
         self.game = game
         self.config = config
         self.normaliser = _widened(agent.normaliser)
@@ -133,6 +136,17 @@ class Learner:
             (first[0][features:], first[1]), *rest, start_layer(weight_HA, bias_A, self.game.exits)
         ]  # fmt: skip
         return PolicyVersion(version=self.version, routing=routing, starting=starting)
+
+    def router(self, preference: float, candidates_VK: IntArray | None = None) -> MlpRouter:
+        """The present policy at one preference λ, in numpy; it reads the outlook."""
+        return router_of(
+            self.model.policy,
+            self.normaliser,
+            preference,
+            self.agent.exits,
+            self.agent.schema,
+            candidates_VK,
+        )
 
     def learn(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """One update; what the rollouts were like, by name.

@@ -150,7 +150,7 @@ class RecordingRouter:
         return action
 
     def _record(self, features_F: FloatArray, outlook_C: FloatArray, action: int) -> None:
-        preference = np.float32(math.log(self.preference))
-        self._obs.append(np.concatenate([features_F, outlook_C, preference[None]]))
+        preference_1 = np.asarray([math.log(self.preference)], np.float32)
+        self._obs.append(np.concatenate([features_F, outlook_C, preference_1]))
         self._actions.append(action)
         self._tokens.append(len(self._taken) - 1)

@@ -30,6 +30,9 @@ class OnPolicyConfig:
         collectors: Ray actors at work.
         max_lag: Versions by which a rollout may be older than the learner's.
         kv_mode: ``project`` or ``defer``.
+        model: Folder of the model, as the collectors' machines see it.
+        corpus: Folder of the documents; "" takes the interpreter's standard library.
+        corpus_documents: Documents taken from it, over all splits, as when they were recorded.
         learner: How it updates.
     """
 
@@ -41,6 +44,9 @@ class OnPolicyConfig:
     collectors: int = 1
     max_lag: int = 1
     kv_mode: str = "project"
+    model: str = ""
+    corpus: str = ""
+    corpus_documents: int = 320
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     def __post_init__(self) -> None:

@@ -5,8 +5,6 @@ Shape suffixes: N tokens, S states, D observation columns, F features.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +16,7 @@ from offramp.agents.ppo import PPOConfig
 from offramp.agents.study import Study
 from offramp.agents.warm import WarmConfig, exact_return
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
-from offramp.envs import TokenTraces
+from offramp.controller.features import OUTLOOK_V1
 from offramp.envs.core import TokenExitCore
 
 PREFERENCES = (0.05, 0.3, 1.0)
@@ -35,38 +32,25 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def with_depth(traces: TokenTraces) -> TokenTraces:
-    """The invented features, with the one column that a mask rests on as a probe computes it."""
-    features_NEF = traces.features_NEF.copy()
-    depth = CANDIDATES_V1.index("depth")
-    features_NEF[:, :, depth] = np.asarray(traces.header.exits) / traces.header.layers
-    return replace(traces, features_NEF=features_NEF)
-
-
 @pytest.fixture(scope="module")
-def study(study: Study) -> Study:
-    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+def agent(deep_study: Study) -> JumpAgent:
+    return train_jumps(deep_study.train, deep_study.costs, CONFIG)
 
 
-@pytest.fixture(scope="module")
-def agent(study: Study) -> JumpAgent:
-    return train_jumps(study.train, study.costs, CONFIG)
-
-
-def mean_return(agent: JumpAgent, study: Study, preference: float) -> float:
-    game = game_of(agent, study.costs, CONFIG)
+def mean_return(agent: JumpAgent, deep_study: Study, preference: float) -> float:
+    game = game_of(agent, deep_study.costs, CONFIG)
     actor = agent.model.policy
-    return float(exact_return(actor, game, study.validation, "agreement", preference).mean())
+    return float(exact_return(actor, game, deep_study.validation, "agreement", preference).mean())
 
 
 def test_the_exact_value_is_the_mean_reward_of_the_environment(
-    study: Study, agent: JumpAgent
+    deep_study: Study, agent: JumpAgent
 ) -> None:
     """Independent: the environment samples what the dynamic programme sums up."""
     rows = np.tile(np.arange(500), 40)
     core = TokenExitCore(
-        study.validation,
-        study.costs,
+        deep_study.validation,
+        deep_study.costs,
         num_envs=len(rows),
         quality="agreement",
         actions="jump",
@@ -84,23 +68,23 @@ def test_the_exact_value_is_the_mean_reward_of_the_environment(
         alive &= ~batch.terminated_B
         obs = batch.obs_BD
     assert not alive.any()
-    game = game_of(agent, study.costs, CONFIG)
+    game = game_of(agent, deep_study.costs, CONFIG)
     expected = exact_return(
-        agent.model.policy, game, study.validation, "agreement", 0.3, np.arange(500)
+        agent.model.policy, game, deep_study.validation, "agreement", 0.3, np.arange(500)
     )
     error = (total.reshape(40, 500) - expected).mean(0)
     assert abs(error.mean()) < 4 * error.std() / np.sqrt(500)
     assert error.std() < 0.2
 
 
-def test_the_warm_start_finds_more_than_any_fixed_exit(study: Study) -> None:
-    agent = new_agent(study.train, study.costs, CONFIG)
-    before = [mean_return(agent, study, preference) for preference in PREFERENCES]
-    game = game_of(agent, study.costs, CONFIG)
-    warm_start(agent, study.train, study.costs, CONFIG).run(CONFIG.warm.steps)
-    after = [mean_return(agent, study, preference) for preference in PREFERENCES]
+def test_the_warm_start_finds_more_than_any_fixed_exit(deep_study: Study) -> None:
+    agent = new_agent(deep_study.train, deep_study.costs, CONFIG)
+    before = [mean_return(agent, deep_study, preference) for preference in PREFERENCES]
+    game = game_of(agent, deep_study.costs, CONFIG)
+    warm_start(agent, deep_study.train, deep_study.costs, CONFIG).run(CONFIG.warm.steps)
+    after = [mean_return(agent, deep_study, preference) for preference in PREFERENCES]
     assert all(new > old for old, new in zip(before, after, strict=True))
-    quality = study.validation.quality("agreement").mean(0)
+    quality = deep_study.validation.quality("agreement").mean(0)
     probed = np.asarray(game.leave_E1) + game.decide + game.begin  # nobody leaves unasked
     fixed = [
         ((quality - preference * probed) / (1 + preference)).max() for preference in PREFERENCES
@@ -110,11 +94,11 @@ def test_the_warm_start_finds_more_than_any_fixed_exit(study: Study) -> None:
 
 
 def test_exported_decisions_are_sb3s_in_every_recorded_state(
-    study: Study, agent: JumpAgent
+    deep_study: Study, agent: JumpAgent
 ) -> None:
-    game = game_of(agent, study.costs, CONFIG)
-    observations = StateObservations(study.validation, game.states)
-    rows = np.arange(len(study.validation))
+    game = game_of(agent, deep_study.costs, CONFIG)
+    observations = StateObservations(deep_study.validation, game.states)
+    rows = np.arange(len(deep_study.validation))
     nothing = np.zeros((len(rows), OUTLOOK_V1.width), np.float32)
     seen: set[int] = set()
     for preference in PREFERENCES:
@@ -133,14 +117,14 @@ def test_exported_decisions_are_sb3s_in_every_recorded_state(
     assert seen == {0, 1, 2}
 
 
-def test_the_same_seed_gives_the_same_router(study: Study, agent: JumpAgent) -> None:
-    again = train_jumps(study.train, study.costs, CONFIG)
+def test_the_same_seed_gives_the_same_router(deep_study: Study, agent: JumpAgent) -> None:
+    again = train_jumps(deep_study.train, deep_study.costs, CONFIG)
     pairs = zip(agent.router(0.3).weights, again.router(0.3).weights, strict=True)
     for (weight, bias), (weight_again, bias_again) in pairs:
         np.testing.assert_array_equal(weight, weight_again)
         np.testing.assert_array_equal(bias, bias_again)
 
 
-def test_jumps_beyond_the_recorded_exits_are_refused(study: Study) -> None:
+def test_jumps_beyond_the_recorded_exits_are_refused(deep_study: Study) -> None:
     with pytest.raises(ConfigError, match="jumps: 9 is not from 1 to 4: 3 exits were recorded"):
-        new_agent(study.train, study.costs, JumpConfig(jumps=9))
+        new_agent(deep_study.train, deep_study.costs, JumpConfig(jumps=9))

@@ -11,7 +11,7 @@ import pytest
 import offramp.envs.qualities
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.envs import TokenExitCore, TokenTraces, qualities, register_quality
+from offramp.envs import TokenExitCore, TokenTraces, quality_names, register_quality
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_labels_are_the_documents_own_next_token_for_exits_and_for_full_depth(
 
 def test_a_registered_quality_is_what_episodes_earn(traces: TokenTraces, costs: CostTable) -> None:
     register_quality("depth", lambda t: np.tile([0.1, 0.2, 0.3, 0.4], (len(t), 1)))
-    assert qualities()[-1] == "depth"
+    assert quality_names()[-1] == "depth"
     core = TokenExitCore(traces, costs, num_envs=1, quality="depth", autoreset=False)
     core.reset(0)
     core.step(np.array([0]))
@@ -39,7 +39,8 @@ def test_a_registered_quality_is_what_episodes_earn(traces: TokenTraces, costs: 
 
 
 def test_the_documented_example_registers_and_works(traces: TokenTraces) -> None:
-    assert not doctest.testmod(offramp.envs.qualities).failed
+    for example in doctest.DocTestFinder().find(offramp.envs.qualities):
+        assert not doctest.DocTestRunner().run(example, clear_globs=False).failed
     quality_NE1 = traces.quality("sure_agreement")
     assert set(np.unique(quality_NE1)) == {0, 0.5, 1}
 

@@ -55,6 +55,7 @@ class ProbeBench:
 
     def __init__(self, stack: LayerStack) -> None:
         self.readout = Readout(stack)
+        self._shows = self.readout.norm is not None and self.readout.head_VD is not None
 
     def probe(
         self,
@@ -81,6 +82,12 @@ class ProbeBench:
             return BlankProbe()
         candidates_NK = None
         if policy.schema.digest == CANDIDATES_V1.digest:
+            if len(ngrams) == 1 and self._shows:
+                assert ngrams[0] is not None  # it is there if the policy has a table
+                tail = drafted[0] if drafted else ()
+                return CandidateProbe.of_row(
+                    self.readout, policy, ngrams[0], tail, x_ND, int(positions_N[0])
+                )
             candidates_NK = _candidates(ngrams, policy.candidates_VK, drafted)
         inputs = ProbeInputs(
             self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK

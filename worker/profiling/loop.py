@@ -1,0 +1,224 @@
+"""Where the time of real decode steps goes, part by part.
+
+Nothing is timed in isolation: an engine decodes, and a clock is put around the calls that it makes
+anyway. A probe between two layers thus meets the caches that those layers leave, as it will in
+service.
+
+Shape suffixes: T tokens of one row, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offramp.controller.mlp import MlpPolicy
+from offramp.worker.attention import decode_window, ragged_window
+from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.sampling import SamplingParams
+
+PROCESSOR, WALL = "processor time of one thread", "wall time"
+"""What the seconds are. One thread on a CPU that does all the work is charged its processor time:
+what a busy machine lends to others meanwhile is no cost of the model, and on an idle one the two
+are the same. Several threads, or a GPU, are charged wall time."""
+
+
+class Clock:
+    """Seconds and calls of each part since it was last wiped.
+
+    Args:
+        device: Of the model; a GPU is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self.kind = PROCESSOR if alone else WALL
+        self.now = time.thread_time if alone else time.perf_counter
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Any:
+        """The same function, timed as this part."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = self.now()
+            result = call(*arguments, **named)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[part] += self.now() - start
+            self.calls[part] += 1
+            return result
+
+        return run
+
+    def wipe(self) -> None:
+        """Begin anew."""
+        self.seconds.clear()
+        self.calls.clear()
+
+
+@contextmanager
+def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
+    """Time an engine's layers, heads, fills, and all that asking takes.
+
+    ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
+    in which ``probe`` is contained: reading the features, or, where probe and policy are one
+    compiled call, that call.
+    """
+    clock, decoder = Clock(engine.stack.device), engine.decoder
+    projector: Any = decoder.projector
+    build_probe, convene = decoder.bench.probe, clock.timed("build", decoder.convener.convene)
+    calls = {
+        (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
+        (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
+        (projector, "project"): clock.timed("fill", projector.project),
+        (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
+        (decoder.bench, "probe"): lambda *rest: _watched(
+            build_probe(*rest), ("features", "logit"), "probe", clock
+        ),
+        (decoder.convener, "convene"): lambda *rest: [
+            _watched(asked, ("ask",), "ask", clock) for asked in convene(*rest)
+        ],
+    }
+    with ExitStack() as restored:
+        for (owner, name), call in calls.items():
+            setattr(owner, name, call)
+            restored.callback(delattr, owner, name)
+        yield clock
+
+
+def _watched(made: Any, methods: Sequence[str], part: str, clock: Clock) -> Any:
+    """An object with its methods timed, still of its own type: the engine looks at types."""
+    for name in methods:
+        if hasattr(made, name):
+            setattr(made, name, clock.timed(part, getattr(made, name)))
+    return made
+
+
+SILENT, STAY = -2, -1
+"""What a policy does in a step: it has no exits; it is asked at each, and all rows stay."""
+
+
+class Script:
+    """Makes a policy of the published kind do as it is told, at the price of its own decisions.
+
+    Args:
+        policy: Its exits and threshold are changed from step to step.
+
+    Attributes:
+        exits: At which it is asked.
+    """
+
+    def __init__(self, policy: MlpPolicy) -> None:
+        self.policy = policy
+        self.exits = policy.exits
+
+    def begin(self, act: int) -> None:
+        """Say what it does in the next step: ``SILENT``, ``STAY``, or leave at exit ``act``."""
+        self.policy.exits = () if act == SILENT else self.exits
+        self.policy.threshold = math.inf
+        if act >= 0:
+            self.policy.exits = self.exits[act : act + 1]
+            self.policy.threshold = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of one engine step.
+
+    Attributes:
+        whole_s: All of it.
+        parts_s: By part: layer, head, fill, build, ask (with the probe) and probe, each summed
+            over its calls.
+        calls: Calls of each.
+    """
+
+    whole_s: float
+    parts_s: Mapping[str, float]
+    calls: Mapping[str, int]
+
+    def each(self, part: str) -> float:
+        """Seconds of one call."""
+        return self.parts_s[part] / self.calls[part]
+
+    @property
+    def rest_s(self) -> float:
+        """What none of the parts took."""
+        parts_s = self.parts_s.items()
+        return self.whole_s - sum(seconds for part, seconds in parts_s if part != "probe")
+
+
+def decode_steps(
+    engine: AdaptiveEngine,
+    clock: Clock,
+    script: Script,
+    prompts: list[list[int]],
+    acts: Sequence[int],
+) -> list[Step]:
+    """Read prompts, then decode some steps of all of them together, each timed.
+
+    Steps that still read a prompt are not timed; rows whose prompt was read first decode in them,
+    so that the rows' positions differ, as they do in service.
+
+    Args:
+        engine: Idle, in lock-step.
+        clock: Around the engine's parts.
+        script: Of all rows' policy.
+        prompts: One per row, all within the engine's slots.
+        acts: What the policy does in each step.
+    """
+    sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
+    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
+    script.begin(SILENT)
+    while engine.is_prefilling:
+        engine.step()
+    steps = []
+    for act in acts:
+        script.begin(act)
+        clock.wipe()
+        start = clock.now()
+        engine.step()
+        whole_s = clock.now() - start
+        steps.append(Step(whole_s, dict(clock.seconds), dict(clock.calls)))
+    for request in requests:
+        engine.cancel(request.id)
+    return steps
+
+
+def most_tokens(rows: int, steps: int) -> int:
+    """Tokens that a row of ``decode_steps`` may decode."""
+    return rows + steps + 1
+
+
+def span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
+    """Seconds of a layer and of the head over several tokens of one row, all layers in turn."""
+    engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
+    return _span_pass(engine, clock, context, tokens)
+
+
+@torch.inference_mode()
+def _span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
+    stack = engine.stack
+    positions_1T = torch.arange(context, context + tokens, device=stack.device)[None]
+    x_1TD = stack.embed(positions_1T % stack.vocab, positions_1T)
+    rotary = stack.rotary(x_1TD, positions_1T)
+    last = context + tokens - 1
+    window = (
+        decode_window([0], [last], stack.heads_per_key, x_1TD)
+        if tokens == 1
+        else ragged_window([0], [last], [tokens], stack.heads_per_key, x_1TD)
+    )
+    engine.kv.open(window)
+    clock.wipe()
+    for index in range(stack.layers):
+        x_1TD = stack.run_layer(index, x_1TD, rotary, window, engine.kv)
+    stack.logits(x_1TD[0])
+    return {"layer": clock.seconds["layer"] / stack.layers, "head": clock.seconds["head"]}
