@@ -6,7 +6,7 @@ A field is trained and saved once per seed, in the folder layout of ``offramp tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,8 @@ def train_field(
     phat = train_phat(study.train, config.phat)
     contenders = rulebook(study, config.targets, seed=config.ppo.seed, phat=phat)
     contenders += _agents(study, config, on_steps)
-    save_contenders(folder, contenders, study, config)
+    settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
+    save_contenders(folder, contenders, study, settings)
     return contenders
 
 
