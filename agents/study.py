@@ -9,10 +9,10 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from offramp.controller.cost_file import load_costs, save_costs
 from offramp.controller.costs import CostTable
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import TraceError
@@ -20,8 +20,6 @@ from offramp.controller.features import IntArray
 from offramp.envs.store import TraceStore
 from offramp.envs.tokens import TokenTraces
 from offramp.worker.actor import ModelFacts
-
-Record = TypeVar("Record", CostTable, ModelFacts)
 
 COSTS = "costs.json"
 FACTS = "model.json"
@@ -52,20 +50,21 @@ def load_study(folder: Path) -> Study:
 
     Raises:
         TraceError: a part is missing or damaged.
+        ConfigError: the costs are.
     """
     store = TraceStore.open(folder)
     return Study(
         train=store.read("train"),
         validation=store.read("validation"),
-        costs=_load_record(folder / COSTS, CostTable),
+        costs=load_costs(folder / COSTS),
         candidates_VK=_load_candidates(folder / CANDIDATES),
-        facts=_load_record(folder / FACTS, ModelFacts),
+        facts=_load_facts(folder / FACTS),
     )
 
 
 def save_measured(folder: Path, costs: CostTable, facts: ModelFacts) -> None:
     """Write the cost table and the model's facts beside the traces."""
-    write_durably(folder / COSTS, json.dumps(asdict(costs), indent=1).encode())
+    save_costs(folder / COSTS, costs)
     write_durably(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
 
 
@@ -76,9 +75,9 @@ def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
     write_durably(folder / CANDIDATES, buffer.getvalue())
 
 
-def _load_record(path: Path, kind: type[Record]) -> Record:
+def _load_facts(path: Path) -> ModelFacts:
     try:
-        return kind(**json.loads(path.read_text(encoding="utf-8")))
+        return ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise TraceError(
             str(path), f"is unreadable ({error})", "Record the traces again"

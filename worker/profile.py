@@ -78,6 +78,7 @@ def measure_costs(
         step_s=max(0.0, seconds["whole"] - seconds["layers"] - seconds["head"]),
         layers=stack.layers,
         machine=describe_machine(stack.dtype),
+        model=engine.model_fingerprint,
     )
 
 
