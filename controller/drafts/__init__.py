@@ -1,0 +1,1 @@
+"""Drafting policies for the lossless mode: static, confident, adaptive, learned."""

@@ -1,0 +1,330 @@
+"""Many draft-and-verify episodes at once, in numpy: the one implementation behind every adapter.
+
+Shape suffixes: B parallel episodes, K some of them, D observation columns, E exits, F features,
+L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offramp.controller.costs import CostTable
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.envs.draft_tables import (
+    DraftPrices,
+    DraftTables,
+    IndexArray,
+    SecondsArray,
+    require_same_model,
+    schema_of,
+)
+from offramp.envs.draft_view import DraftView
+from offramp.envs.tokens import TokenTraces
+
+COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls")
+"""What is counted in an episode, beside its seconds."""
+
+MAX_PENDING = 8
+"""Drafts that may be open, as in the engine by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFinals:
+    """The K episodes that ended in this step, in ascending order of place.
+
+    Attributes:
+        place_K: Which of the B parallel episodes, int64.
+        obs_KD: The observation that the last action answered, float32.
+        info: Columns [K] by name: the episode's counts, int64, and ``seconds``.
+    """
+
+    place_K: IndexArray
+    obs_KD: FloatArray
+    info: dict[str, NDArray[Any]]
+
+    def rows(self) -> list[dict[str, float | int]]:
+        """The info columns as one dict per ended episode."""
+        columns = zip(*(column.tolist() for column in self.info.values()), strict=True)
+        return [dict(zip(self.info, row, strict=True)) for row in columns]
+
+
+class DraftStep(NamedTuple):
+    """What one step of all B episodes gives; every array is new, never reused.
+
+    Attributes:
+        obs_BD: Next observations; of the next episode where one ended (with autoreset), float32.
+        reward_B: Rewards, float64.
+        terminated_B: Where an episode ended.
+        finals: About those that ended.
+        tokens_B: Tokens that became certain in this step, int64.
+        seconds_B: Seconds that it took, float64.
+    """
+
+    obs_BD: FloatArray
+    reward_B: SecondsArray
+    terminated_B: BoolArray
+    finals: DraftFinals
+    tokens_B: IndexArray
+    seconds_B: SecondsArray
+
+
+class DraftExitCore:
+    """B parallel episodes of drafting and verifying along recorded tokens.
+
+    ``DraftExitEnv`` documents observations, actions, reward and what is counted. Tokens to start
+    at are drawn uniformly with replacement from one PCG64 generator, in order of place.
+
+    Args:
+        traces: Recorded tokens, each document's contiguous and in order.
+        costs: Measured costs of the model that was recorded, of the traces' probe.
+        num_envs: Number B of parallel episodes.
+        max_pending: Drafts that may be open before a token must run all layers.
+        cycles: Cycles in an episode at most; None: to the end of the document.
+        rate: ρ, tokens per full-depth token's time that a second must earn.
+        autoreset: Start the next episode in the step that ends one.
+
+    Raises:
+        ConfigError: an argument is out of range, or the costs are of another model.
+        TraceError: no document has two tokens.
+    """
+
+    def __init__(
+        self,
+        traces: TokenTraces,
+        costs: CostTable,
+        *,
+        num_envs: int,
+        max_pending: int = MAX_PENDING,
+        cycles: int | None = None,
+        rate: float = 1.0,
+        autoreset: bool = True,
+    ) -> None:
+        _check_arguments(num_envs, max_pending, cycles)
+        require_same_model(traces, costs)
+        self.num_envs = num_envs
+        self.exits = len(traces.header.exits)
+        self.layers = traces.header.layers
+        self.max_pending = max_pending
+        self.tables = DraftTables.of(traces)
+        self.prices = DraftPrices.of(costs, schema_of(traces), max_pending)
+        self.set_rate(rate)
+        self.rng = np.random.default_rng()
+        self.view = DraftView(num_envs, self.tables, max_pending)
+        self.num_columns = self.view.num_columns
+        self._cycles = cycles
+        self._autoreset = autoreset
+        self._layer_L = np.arange(self.layers)
+        self._allocate()
+        self.reset()
+
+    def set_rate(self, rate: float) -> None:
+        """Set ρ, the rate that rewards are counted against.
+
+        Raises:
+            ConfigError: not a finite number from 0 on.
+        """
+        if not 0 <= rate < np.inf:
+            raise ConfigError("rate", f"{rate} is no finite number from 0 on")
+        self.rate = rate
+
+    def reset(
+        self,
+        seed: int | np.random.Generator | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+    ) -> FloatArray:
+        """Start B new episodes and return their observations [B, D].
+
+        Args:
+            seed: New seed or generator; None goes on with the present one.
+            tokens: Rows of the traces to start at, one or B; None draws them.
+
+        Raises:
+            ConfigError: a token is out of range or the last of its document.
+        """
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        everyone = np.arange(self.num_envs)
+        if tokens is None:
+            self._begin(everyone)
+        else:
+            self._begin_at(everyone, self._checked_tokens(tokens))
+        return self._observe(everyone)
+
+    def step(self, actions_B: NDArray[Any]) -> DraftStep:
+        """Act in every episode: an action from 0 to E, whose meaning ``DraftExitEnv`` tells.
+
+        Raises:
+            ConfigError: not B whole numbers from 0 to E.
+        """
+        obs_BD = self._observe(np.arange(self.num_envs))
+        target_B = self.targets(self._checked_actions(actions_B))
+        runs_B = ~self._ended_B
+        leaves_B = runs_B & (self._here_B >= 0) & (target_B == self._here_B)
+        deep_B = runs_B & (target_B == self.exits)
+        goes_B = runs_B & ~(leaves_B | deep_B)
+        before_B = self._counts["tokens"].copy()
+        self._spent_B[:] = np.where(runs_B & (self._here_B < 0), self.prices.start_s, 0.0)
+        self._leave(np.flatnonzero(leaves_B))
+        self._go_on(np.flatnonzero(goes_B), target_B)
+        self._verify(np.flatnonzero(deep_B))
+        while len(forced_K := self._forced()):
+            self._verify(forced_K)
+        tokens_B = self._counts["tokens"] - before_B
+        seconds_B = self._spent_B.copy()
+        self._seconds_B += seconds_B
+        terminated_B = self._ended_B.copy()
+        ended_K = np.flatnonzero(terminated_B)
+        finals = DraftFinals(ended_K, obs_BD[ended_K], self._info(ended_K))
+        if self._autoreset:
+            self._begin(ended_K)
+        reward_B = tokens_B - self.rate * seconds_B / self.prices.full_s
+        next_BD = self._observe(np.arange(self.num_envs))
+        return DraftStep(next_BD, reward_B, terminated_B, finals, tokens_B, seconds_B)
+
+    def targets(self, actions_B: IndexArray) -> IndexArray:
+        """Index of the exit that each action asks at next; the present one leaves, E verifies."""
+        jump_B = np.minimum(self._here_B + actions_B, self.exits)
+        target_B: IndexArray = np.where(self._here_B < 0, actions_B, jump_B)
+        target_B[actions_B == self.exits] = self.exits
+        return target_B
+
+    def _allocate(self) -> None:
+        places, layers = self.num_envs, self.layers
+        self._base_B = np.zeros(places, np.int64)  # the cycle's first token
+        self._end_B = np.zeros(places, np.int64)  # after its document's last
+        self._pending_B = np.zeros(places, np.int64)
+        self._here_B = np.full(places, -1, np.int64)
+        self._right_B = np.zeros(places, np.int64)  # open drafts up to the first wrong one
+        self._intact_B = np.ones(places, np.bool_)  # whether that is all of them
+        # Open drafts that take part when the newest token runs a layer.
+        self._joined_BL = np.zeros((places, layers), np.int64)
+        self._ended_B = np.zeros(places, np.bool_)
+        self._spent_B = np.zeros(places, np.float64)
+        self._seconds_B = np.zeros(places, np.float64)
+        self._counts = {name: np.zeros(places, np.int64) for name in COUNTS}
+
+    def _begin(self, place_K: IndexArray) -> None:
+        drawn_K = self.rng.integers(len(self.tables.startable_M), size=len(place_K))
+        self._begin_at(place_K, self.tables.startable_M[drawn_K])
+
+    def _begin_at(self, place_K: IndexArray, token_K: IndexArray) -> None:
+        self._base_B[place_K] = token_K
+        self._end_B[place_K] = self.tables.end_N[token_K]
+        self._seconds_B[place_K] = 0
+        self._ended_B[place_K] = False
+        for count_B in self._counts.values():
+            count_B[place_K] = 0
+        self._open_cycle(place_K)
+        self.view.begin(place_K)
+
+    def _open_cycle(self, place_K: IndexArray) -> None:
+        self._here_B[place_K] = -1
+        self._pending_B[place_K] = 0
+        self._right_B[place_K] = 0
+        self._intact_B[place_K] = True
+        self._joined_BL[place_K] = 0
+
+    def _observe(self, place_K: IndexArray) -> FloatArray:
+        token_K = self._base_B[place_K] + self._pending_B[place_K]
+        return self.view.observe(
+            place_K, token_K, self._here_B[place_K], self._pending_B[place_K]
+        )
+
+    def _go_on(self, place_K: IndexArray, target_B: IndexArray) -> None:
+        """Run to the next exit and be asked there."""
+        first_K = self._here_B[place_K] < 0
+        target_K = target_B[place_K]
+        self._run(place_K, self.tables.depth_D[target_K + 1])
+        self._spent_B[place_K] += self.prices.ask_s + self.prices.build_s * first_K
+        self._counts["asked"][place_K] += 1
+        self._here_B[place_K] = target_K
+
+    def _leave(self, place_K: IndexArray) -> None:
+        """Draft a token from this exit, and begin the token after it."""
+        here_K = self._here_B[place_K]
+        token_K = self._base_B[place_K] + self._pending_B[place_K]
+        right_K = self.tables.right_NE[token_K, here_K]
+        self._intact_B[place_K] &= right_K
+        self._right_B[place_K] += self._intact_B[place_K]
+        self._pending_B[place_K] += 1
+        depth_K = self.tables.depth_D[here_K + 1]
+        below_KL = self._layer_L < depth_K[:, None]
+        # All that are open have come this far, so none of them runs a shallower layer again.
+        self._joined_BL[place_K] = np.where(below_KL, 0, self._joined_BL[place_K] + 1)
+        self._spent_B[place_K] += self.prices.draft_s + self.prices.step_s
+        self._counts["drafts"][place_K] += 1
+        self._here_B[place_K] = -1
+        self.view.drafted(place_K, depth_K, self.tables.chance_NE[token_K, here_K])
+
+    def _verify(self, place_K: IndexArray) -> None:
+        """Run to the end, with all open drafts; what full depth says of them is certain."""
+        pending_K = self._pending_B[place_K]
+        self._run(place_K, self.layers)
+        self._spent_B[place_K] += self.prices.head_W[pending_K] + self.prices.step_s
+        right_K = self._right_B[place_K]
+        self._counts["tokens"][place_K] += right_K + 1
+        self._counts["cycles"][place_K] += 1
+        self._counts["accepted"][place_K] += right_K
+        self.view.verified(place_K, right_K, pending_K)
+        self._base_B[place_K] += right_K + 1
+        self._ended_B[place_K] = self._base_B[place_K] == self._end_B[place_K]
+        if self._cycles is not None:
+            self._ended_B[place_K] |= self._counts["cycles"][place_K] >= self._cycles
+        self._open_cycle(place_K)
+
+    def _run(self, place_K: IndexArray, until: IndexArray | int) -> None:
+        """Charge the layers from where the newest token stands up to a depth."""
+        start_K = self.tables.depth_D[self._here_B[place_K] + 1]
+        last_K1 = np.broadcast_to(until, start_K.shape)[:, None]
+        runs_KL = (self._layer_L >= start_K[:, None]) & (self._layer_L < last_K1)
+        joined_KL = self._joined_BL[place_K]
+        layer_KL = self.prices.layer_W[joined_KL]
+        self._spent_B[place_K] += np.where(runs_KL, layer_KL, 0.0).sum(1)
+        self._counts["layer_calls"][place_K] += np.where(runs_KL, joined_KL + 1, 0).sum(1)
+
+    def _forced(self) -> IndexArray:
+        """Episodes whose new token must run all layers, so that nobody is asked."""
+        new_B = (self._here_B < 0) & ~self._ended_B
+        last_B = self._base_B + self._pending_B == self._end_B - 1
+        must_B = (self._pending_B == self.max_pending) | last_B
+        return np.flatnonzero(new_B & must_B)
+
+    def _info(self, place_K: IndexArray) -> dict[str, NDArray[Any]]:
+        info: dict[str, NDArray[Any]] = {
+            name: count_B[place_K] for name, count_B in self._counts.items()
+        }
+        info["seconds"] = self._seconds_B[place_K]
+        return info
+
+    def _checked_actions(self, actions_B: NDArray[Any]) -> IndexArray:
+        actions = np.asarray(actions_B)
+        if actions.dtype.kind not in "iu" or actions.shape != (self.num_envs,):
+            raise ConfigError(
+                "actions",
+                f"have shape {actions.shape} and type {actions.dtype}",
+                f"Give {self.num_envs} whole numbers",
+            )
+        if not ((actions >= 0) & (actions <= self.exits)).all():
+            raise ConfigError("actions", f"must be from 0 to {self.exits}")
+        return actions.astype(np.int64)
+
+    def _checked_tokens(self, tokens: ArrayLike) -> IndexArray:
+        values = np.broadcast_to(np.asarray(tokens, np.int64), (self.num_envs,))
+        if not np.isin(values, self.tables.startable_M).all():
+            raise ConfigError("token", "is no recorded token, or the last of its document")
+        return values
+
+
+def _check_arguments(num_envs: int, max_pending: int, cycles: int | None) -> None:
+    if num_envs < 1:
+        raise ConfigError("num_envs", f"{num_envs} is below 1")
+    if max_pending < 1:
+        raise ConfigError("max_pending", f"{max_pending} is below 1")
+    if cycles is not None and cycles < 1:
+        raise ConfigError("cycles", f"{cycles} is below 1", "None goes to the document's end")
