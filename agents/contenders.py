@@ -16,9 +16,9 @@ from offramp.agents.phat import logit
 from offramp.agents.ppo import TrainedAgent
 from offramp.agents.replay import replay
 from offramp.agents.study import Study
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, Policy, ThresholdPolicy
 
 Family = Literal["full depth", "fixed exit", "CALM", "CALM on candidates", "p̂", "PPO"]
 LEARNED: tuple[Family, ...] = ("p̂", "PPO")
@@ -42,7 +42,7 @@ class Contender:
     family: Family
     setting: float | None
     offline_agreement: float | None
-    policy: ExitPolicy
+    policy: Policy
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ def assemble(
     table = study.candidates_VK
 
     def calm(threshold: float) -> ExitPolicy:
-        return ThresholdPolicy(exits, SOFTMAX_V1, "margin", threshold)
+        return ThresholdPolicy(exits, SOFTMAX_V2, "margin", threshold)
 
     def calm_on_candidates(threshold: float) -> ExitPolicy:
         return ThresholdPolicy(exits, CANDIDATES_V1, "margin", threshold, table)

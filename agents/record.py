@@ -44,6 +44,7 @@ class RecordConfig:
         exits: Layers to probe; () places three at the quarters of the depth.
         candidates: Candidate tokens per token.
         recorders: Ray actors at work.
+        states: Whether hidden states are kept too, as float16 (2·D bytes per exit and token).
     """
 
     worker: WorkerSpec
@@ -53,6 +54,7 @@ class RecordConfig:
     exits: tuple[int, ...] = ()
     candidates: int = 64
     recorders: int = 2
+    states: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_document", "recorders"):
@@ -139,11 +141,17 @@ def _record(
     train = [tokens for doc, tokens in tokenized if doc.split == "train"]
     candidates_VK = successor_table(train, facts.vocab, config.candidates)
     header = TraceHeader(
-        model=facts.model, schema=CANDIDATES_V1.digest, exits=exits, layers=facts.layers
+        model=facts.model,
+        schema=CANDIDATES_V1.digest,
+        exits=exits,
+        layers=facts.layers,
+        translators=facts.translators,
+        width=facts.width if config.states else 0,
     )
     store = TraceStore.create(folder, header)
     save_candidates(folder, candidates_VK)
-    ray.get([r.prepare.remote(exits, ray.put(candidates_VK)) for r in recorders])
+    table = ray.put(candidates_VK)
+    ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
     windows = [
         (doc, window(doc, tokens, config.tokens_per_document + 1))
         for doc, tokens in tokenized

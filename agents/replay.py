@@ -1,20 +1,31 @@
 """Offline replay: which exit a policy would take on recorded tokens.
 
-Shape suffixes: N tokens, E exits, F features.
+Shape suffixes: N tokens, M rows asked, E the policy's exits, F features, C outlook columns.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.agents.view import View, documents, outlook
 from offramp.controller.costs import CostTable
-from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, FloatArray
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import FloatArray
+from offramp.controller.policy import (
+    IndexArray,
+    LearningPolicy,
+    Policy,
+    RoutingPolicy,
+    Verdict,
+)
 from offramp.envs.tokens import TokenTraces
+
+VERDICT_TOKENS = 8
+"""Tokens after which a learning policy gets its verdicts: the engine's default ``max_pending``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +35,7 @@ class Replay:
     Attributes:
         agreement: Share of tokens equal to the full-depth token.
         mean_layers: Mean layers executed.
-        cost: Mean cost in units of a full-depth token's time.
+        cost: Mean cost in units of a full-depth token's time, probes made included.
     """
 
     agreement: float
@@ -32,50 +43,143 @@ class Replay:
     cost: float
 
 
-def replay(policy: ExitPolicy, traces: TokenTraces, costs: CostTable) -> Replay:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """Where each token would have gone.
+
+    Attributes:
+        taken_N: Index into the recorded exits of where it leaves; their number for full depth.
+        probes_N: Exits at which it was asked.
+    """
+
+    taken_N: IndexArray
+    probes_N: IndexArray
+
+
+def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
     """Walk every recorded token through a policy.
 
     Offline numbers are optimistic: the cache the traces were recorded with is exact. Use them to
     place operating points, never to report one.
 
     Raises:
-        ConfigError: the policy asks at a layer that was not recorded.
+        ConfigError: the policy asks at a layer, or reads a schema, that was not recorded.
+        PolicyFaultError: it routes a row to no exit ahead.
     """
-    exit_N = exits_taken(policy, traces)
-    column_N = np.minimum(exit_N, len(traces.header.exits))
+    walked = walk(policy, traces)
     rows_N = np.arange(len(traces))
     full_N = np.ones((len(traces), 1), np.float32)
     agree_NE1 = np.concatenate([traces.agree_NE, full_N], axis=1)
     layer_E1 = np.asarray([*traces.header.exits, traces.header.layers])
     return Replay(
-        agreement=float(agree_NE1[rows_N, column_N].mean()),
-        mean_layers=float(layer_E1[column_N].mean()),
-        cost=float(costs.leaving(traces.header.exits)[column_N].mean()),
+        agreement=float(agree_NE1[rows_N, walked.taken_N].mean()),
+        mean_layers=float(layer_E1[walked.taken_N].mean()),
+        cost=float(token_costs(walked, traces.header.exits, costs).mean()),
     )
 
 
-def exits_taken(policy: ExitPolicy, traces: TokenTraces) -> NDArray[np.int64]:
-    """Index of the exit each token leaves at, E for full depth; [N].
+def token_costs(walked: Walk, exits: tuple[int, ...], costs: CostTable) -> NDArray[np.float64]:
+    """Cost of each token in units of a full-depth token's time, [N].
+
+    Step, layers, filled layers and head by where it left, and one probe and decision per exit at
+    which it was asked.
+    """
+    # What a lone exit costs beyond full depth is one probe and one decision.
+    decision = float(costs.leaving(exits[:1])[1]) - 1.0
+    leaving = [float(costs.leaving((layer,))[0]) - decision for layer in exits]
+    left_E1 = np.asarray([*leaving, 1.0], np.float64)
+    return np.asarray(left_E1[walked.taken_N] + decision * walked.probes_N)
+
+
+def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
+    """Index of the recorded exit each token leaves at, their number for full depth; [N].
 
     Raises:
-        ConfigError: the policy asks at a layer that was not recorded.
+        ConfigError, PolicyFaultError: as ``replay``.
     """
-    exits = traces.header.exits
-    missing = set(policy.exits) - set(exits)
-    if missing:
-        raise ConfigError("exits", f"{sorted(missing)} were not recorded", f"Recorded: {exits}")
-    taken_N = np.full(len(traces), len(exits))
-    for index in reversed([exits.index(layer) for layer in policy.exits]):
-        taken_N[policy.leave(_features(policy, traces, index))] = index
-    return taken_N
+    return walk(policy, traces).taken_N
 
 
-def _features(policy: ExitPolicy, traces: TokenTraces, exit_index: int) -> FloatArray:
-    if policy.schema is None:
-        return np.empty((len(traces), 0), np.float32)
-    if policy.schema == CANDIDATES_V1:
-        return np.ascontiguousarray(traces.features_NEF[:, exit_index])
-    assert policy.schema == SOFTMAX_V1
-    # Traces hold the margin; no replayed policy reads the other column.
-    margin_N = traces.margin_NE[:, exit_index]
-    return np.stack([np.zeros_like(margin_N), margin_N], axis=1)
+def walk(policy: Policy, traces: TokenTraces) -> Walk:
+    """Where each token leaves, and how often it is asked.
+
+    A learning policy is copied first, decides the tokens in order, and is told how they compare
+    to full depth every VERDICT_TOKENS tokens of a document.
+
+    Raises:
+        ConfigError, PolicyFaultError: as ``replay``.
+    """
+    view = View(policy, traces)
+    walked = Walk(
+        taken_N=np.full(len(traces), len(traces.header.exits)),
+        probes_N=np.zeros(len(traces), np.int64),
+    )
+    outlook_NC = outlook(traces)
+    if not isinstance(policy, LearningPolicy):
+        _walk(policy, view, outlook_NC, np.arange(len(traces)), walked)
+        return walked
+    learner = copy.deepcopy(policy)
+    for rows_M in _blocks(traces):
+        seen = _walk(learner, view, outlook_NC, rows_M, walked)
+        learner.learn([_verdict(traces, view, row, walked, seen.get(row)) for row in seen])
+    return walked
+
+
+def _walk(
+    policy: Policy, view: View, outlook_NC: FloatArray, rows_M: IndexArray, walked: Walk
+) -> dict[int, FloatArray]:
+    """Walk some rows; what was probed of each that leaves early, by row."""
+    exits = len(policy.exits)
+    ask_M = np.zeros(len(rows_M), np.int64)
+    if isinstance(policy, RoutingPolicy):
+        ask_M = policy.start(outlook_NC[rows_M]).astype(np.int64)
+        _check_route(ask_M, 0, exits)
+    seen: dict[int, FloatArray] = {}
+    for here in range(exits):
+        asked = np.flatnonzero(ask_M == here)
+        if not len(asked):
+            continue
+        rows = rows_M[asked]
+        features_MF = view.features(here, rows)
+        next_M = _decide(policy, here, features_MF, outlook_NC[rows])
+        leaves_M = next_M == here
+        walked.probes_N[rows] += 1
+        walked.taken_N[rows[leaves_M]] = view.recorded[here]
+        seen.update(zip(rows[leaves_M].tolist(), features_MF[leaves_M], strict=True))
+        ask_M[asked] = np.where(leaves_M, -1, next_M)
+    return dict(sorted(seen.items()))
+
+
+def _decide(
+    policy: Policy, here: int, features_MF: FloatArray, outlook_MC: FloatArray
+) -> IndexArray:
+    if isinstance(policy, RoutingPolicy):
+        next_M = policy.route(here, features_MF, outlook_MC).astype(np.int64)
+        _check_route(next_M, here, len(policy.exits))
+        return next_M
+    return np.where(policy.leave(features_MF), here, here + 1)
+
+
+def _check_route(next_M: IndexArray, here: int, exits: int) -> None:
+    if len(next_M) and not (here <= next_M.min() and next_M.max() <= exits):
+        raise PolicyFaultError(f"it routes rows from exit {here} to {next_M.min()}…{next_M.max()}")
+
+
+def _blocks(traces: TokenTraces) -> list[IndexArray]:
+    """Rows in order, at most VERDICT_TOKENS of one document at a time."""
+    return [
+        rows[start : start + VERDICT_TOKENS]
+        for rows in documents(traces)
+        for start in range(0, len(rows), VERDICT_TOKENS)
+    ]
+
+
+def _verdict(
+    traces: TokenTraces, view: View, row: int, walked: Walk, features_F: FloatArray | None
+) -> Verdict:
+    recorded = int(walked.taken_N[row])
+    return Verdict(
+        exit_index=view.recorded.index(recorded),
+        features_F=features_F,
+        agreed=bool(traces.agree_NE[row, recorded]),
+    )

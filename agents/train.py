@@ -16,11 +16,12 @@ from offramp.agents.contenders import Contender, assemble
 from offramp.agents.phat import PhatConfig, train_phat
 from offramp.agents.ppo import PPOConfig, train_ppo
 from offramp.agents.study import Study, load_study
+from offramp.agents.view import View
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, FloatArray
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.features import FloatArray
+from offramp.controller.policy import Policy
 from offramp.controller.weights import pack_policy
 
 INDEX = "contenders.json"
@@ -135,13 +136,12 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
     )
 
 
-def _canned(policy: ExitPolicy, study: Study) -> FloatArray:
+def _canned(policy: Policy, study: Study) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
         return np.empty((1, 0), np.float32)
-    if policy.schema == CANDIDATES_V1:
-        rows_MF = study.validation.features_NEF.reshape(-1, policy.schema.width)
-    else:
-        margin_M = study.validation.margin_NE.reshape(-1)
-        rows_MF = np.stack([np.zeros_like(margin_M), margin_M], axis=1)
-    return rows_MF[:: max(1, len(rows_MF) // CANNED_ROWS)][:CANNED_ROWS]
+    tokens = len(study.validation)
+    rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
+    view = View(policy, study.validation)
+    seen = [view.features(here, rows) for here in range(len(policy.exits))]
+    return np.concatenate(seen)[:CANNED_ROWS]

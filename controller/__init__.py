@@ -5,7 +5,7 @@ from offramp.controller.errors import OfframpError
 from offramp.controller.features import (
     CANDIDATES_V1,
     SKETCH_V1,
-    SOFTMAX_V1,
+    SOFTMAX_V2,
     STATE_V1,
     FeatureSchema,
 )
@@ -19,7 +19,7 @@ from offramp.controller.registry import InMemoryRegistry, PolicyRegistry
 __all__ = [
     "CANDIDATES_V1",
     "SKETCH_V1",
-    "SOFTMAX_V1",
+    "SOFTMAX_V2",
     "STATE_V1",
     "ExitPolicy",
     "FeatureSchema",

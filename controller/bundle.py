@@ -10,7 +10,7 @@ from typing import Any
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.manifest import Manifest, Rollout
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.controller.weights import PackedPolicy, unpack_policy
 
 __all__ = ["Manifest", "PolicyBundle", "Rollout"]
@@ -57,8 +57,7 @@ class PolicyBundle:
         manifest = Manifest(
             kind=packed.kind,
             exits=packed.exits,
-            threshold=packed.threshold,
-            column=packed.column,
+            params=packed.params,
             schema=packed.schema_digest,
             model=model,
             tokenizer=tokenizer,
@@ -78,13 +77,12 @@ class PolicyBundle:
         return PackedPolicy(
             kind=self.manifest.kind,
             exits=self.manifest.exits,
-            threshold=self.manifest.threshold,
-            column=self.manifest.column,
+            params=self.manifest.params,
             schema_digest=self.manifest.schema,
             blob=self.blob,
         )
 
-    def policy(self) -> ExitPolicy:
+    def policy(self) -> Policy:
         """The policy itself, after every check a worker makes on a blob.
 
         Raises:

@@ -69,12 +69,17 @@ CANDIDATES_V1 = FeatureSchema(
 )
 """Logit-free and candidate features: never touch the whole LM head."""
 
-SOFTMAX_V1 = FeatureSchema(
+SOFTMAX_V2 = FeatureSchema(
     name="softmax",
-    version=1,
+    version=2,
     columns=(
         "top1",  # softmax over the whole vocabulary: probability of the best, in [0, 1]
         "margin",  # best minus second best probability, in [0, 1]
+        "entropy",  # of that softmax, divided by ln V, in [0, 1]
+        "agrees",  # 1 if the best token is the one of the last probe, else 0
+        "run_length",  # probes in a row with the same best token / number of exits, in [0, 1]
+        "depth",  # layer / number of layers, in (0, 1)
+        "position",  # token position / context length, in [0, 1]
     ),
 )
 """Full-vocabulary confidence (CALM, Schuster et al. 2022, section 3.3): one LM head per probe."""
@@ -130,7 +135,7 @@ OUTLOOK_V1 = FeatureSchema(
 """What the engine knows of a row without any probe; read by routing policies beside a probe."""
 
 SCHEMAS: dict[str, FeatureSchema] = {
-    schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V1, SKETCH_V1, STATE_V1)
+    schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V2, SKETCH_V1, STATE_V1)
 }
 """Every schema this version can compute, by digest."""
 

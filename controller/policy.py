@@ -154,7 +154,7 @@ class FixedExit:
 class ThresholdPolicy:
     """Leave when one feature reaches a threshold.
 
-    With SOFTMAX_V1 and column ``margin`` this is CALM's softmax measure (Schuster et al. 2022,
+    With SOFTMAX_V2 and column ``margin`` this is CALM's softmax measure (Schuster et al. 2022,
     section 3.3) with a constant threshold.
 
     Attributes:

@@ -1,6 +1,6 @@
 """What a worker records and an environment replays: one row per token, columns by exit.
 
-Shape suffixes: T tokens, E exits, F feature columns.
+Shape suffixes: T tokens, E exits, F feature columns, S = 3 softmax columns, D model width.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 from offramp.controller.errors import TraceError
 from offramp.controller.features import FloatArray, IntArray
 
-TRACE_VERSION = 1
+HalfArray = NDArray[np.float16]
+
+TRACE_VERSION = 2
 """Raised whenever a column is added, removed or changes its meaning."""
+
+SOFTMAX_COLUMNS = ("top1", "margin", "entropy")
+"""The columns S of ``softmax_TES``: the first three of SOFTMAX_V2, with its meanings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +32,16 @@ class TraceHeader:
         schema: Digest of the candidate feature schema.
         exits: Layers probed, ascending.
         layers: Number of layers L.
+        translators: Digest of the translators that exits were read through; "" for none.
+        width: Columns D of the hidden states recorded; 0 if none are.
     """
 
     model: str
     schema: str
     exits: tuple[int, ...]
     layers: int
+    translators: str = ""
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,43 +52,52 @@ class TraceChunk:
         document: SHA-256 of the document's text.
         position_T: Position of each token in the document, int32.
         features_TEF: Candidate features at each exit, float32.
-        margin_TE: Full-vocabulary top1 − top2 probability at each exit (for CALM), float32.
+        softmax_TES: Full-vocabulary top1, top1 − top2 and entropy / ln V at each exit, float32.
         exit_token_TE: Token the model would emit at each exit, int32.
         full_token_T: Token emitted at full depth, int32.
         next_token_T: Token that really follows in the document, int32.
         gap_TE: Full-depth log-probability of the exit's token minus that of the full-depth
             token, nats ≤ 0, float32.
+        state_TED: What norm and head read at each exit, float16; None unless asked for.
     """
 
     document: str
     position_T: IntArray
     features_TEF: FloatArray
-    margin_TE: FloatArray
+    softmax_TES: FloatArray
     exit_token_TE: IntArray
     full_token_T: IntArray
     next_token_T: IntArray
     gap_TE: FloatArray
+    state_TED: HalfArray | None = None
 
     def __post_init__(self) -> None:
-        tokens, exits = self.margin_TE.shape
+        tokens, exits = self.gap_TE.shape
         expected: dict[str, tuple[int, ...]] = {
             "position_T": (tokens,),
             "exit_token_TE": (tokens, exits),
             "full_token_T": (tokens,),
             "next_token_T": (tokens,),
-            "gap_TE": (tokens, exits),
+            "softmax_TES": (tokens, exits, len(SOFTMAX_COLUMNS)),
         }
         for name, shape in expected.items():
             found = getattr(self, name).shape
             if found != shape:
                 raise TraceError(name, f"has shape {found}, not {shape}")
-        if self.features_TEF.shape[:2] != (tokens, exits):
-            raise TraceError("features_TEF", f"has shape {self.features_TEF.shape}")
-        for name in ("features_TEF", "margin_TE", "gap_TE"):
+        _check_wide("features_TEF", self.features_TEF, tokens, exits)
+        for name in ("features_TEF", "softmax_TES", "gap_TE"):
             _check_finite(name, getattr(self, name))
+        if self.state_TED is not None:
+            _check_wide("state_TED", self.state_TED, tokens, exits)
+            _check_finite("state_TED", self.state_TED)
 
     def __len__(self) -> int:
         return len(self.position_T)
+
+
+def _check_wide(name: str, values: NDArray[Any], tokens: int, exits: int) -> None:
+    if values.ndim != 3 or values.shape[:2] != (tokens, exits):
+        raise TraceError(name, f"has shape {values.shape}, not ({tokens}, {exits}, columns)")
 
 
 def _check_finite(name: str, values: NDArray[Any]) -> None:

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.manifest import (
+from offramp.controller.manifest import Manifest
+from offramp.controller.policy import Policy
+from offramp.controller.registry import Head
+from offramp.controller.signing import STAMP_MAGIC, open_envelope
+from offramp.controller.strict import (
     COUNT,
     DIGEST,
     NUMBER,
     TEXT,
     Check,
-    Manifest,
     canonical_json,
     parse_strictly,
 )
-from offramp.controller.policy import ExitPolicy
-from offramp.controller.registry import Head
-from offramp.controller.signing import STAMP_MAGIC, open_envelope
 from offramp.controller.weights import unpack_policy
 
 _STAMP_FIELDS: dict[str, Check] = {
@@ -145,7 +145,7 @@ class ReleaseVerifier:
         self._check(manifest, mark)
         return manifest
 
-    def open(self, manifest: Manifest, blob: bytes) -> ExitPolicy:
+    def open(self, manifest: Manifest, blob: bytes) -> Policy:
         """Rebuild the policy of a verified manifest from its blob.
 
         Raises:

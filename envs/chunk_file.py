@@ -1,6 +1,6 @@
 """One chunk of traces as the bytes of a Parquet file, and back.
 
-Shape suffixes: T tokens, E exits, F feature columns.
+Shape suffixes: T tokens, E exits, F feature columns, S softmax columns, D model width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import TraceError
 from offramp.controller.features import SCHEMAS
-from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.controller.traces import SOFTMAX_COLUMNS, TraceChunk, TraceHeader
 
 
 def encode(chunk: TraceChunk, header: TraceHeader) -> bytes:
@@ -30,6 +30,13 @@ def encode(chunk: TraceChunk, header: TraceHeader) -> bytes:
             "chunk",
             f"has (exits, features) {chunk.features_TEF.shape[1:]}, not {_features_shape(header)}",
             "Record it with the exits and the feature schema of this store",
+        )
+    width = 0 if chunk.state_TED is None else chunk.state_TED.shape[2]
+    if width != header.width:
+        raise TraceError(
+            "chunk",
+            f"has hidden states of {width} columns, not {header.width}",
+            "Record all chunks of a store with states, or none",
         )
     schema = _schema(header)
     columns = [_column(getattr(chunk, field.name), field.type) for field in schema]
@@ -51,7 +58,9 @@ def decode(content: bytes, header: TraceHeader, document: str) -> TraceChunk:
     if not table.schema.equals(_schema(header)):
         raise TraceError("chunk", f"has columns {table.schema.names} of another kind")
     arrays = {name: _array(table.column(name)) for name in table.schema.names}
-    arrays["features_TEF"] = arrays["features_TEF"].reshape(-1, *_features_shape(header))
+    for name in {"features_TEF", "softmax_TES", "state_TED"} & arrays.keys():
+        flat = arrays[name]
+        arrays[name] = flat.reshape(len(flat), len(header.exits), -1)
     return TraceChunk(document=document, **arrays)
 
 
@@ -61,18 +70,19 @@ def _features_shape(header: TraceHeader) -> tuple[int, int]:
 
 def _schema(header: TraceHeader) -> Any:
     exits, width = _features_shape(header)
-    return pa.schema(
-        {
-            "position_T": pa.int32(),
-            # Arrow's fixed-size lists nest badly in Parquet: exit-major, E·F values a token.
-            "features_TEF": pa.list_(pa.float32(), exits * width),
-            "margin_TE": pa.list_(pa.float32(), exits),
-            "exit_token_TE": pa.list_(pa.int32(), exits),
-            "full_token_T": pa.int32(),
-            "next_token_T": pa.int32(),
-            "gap_TE": pa.list_(pa.float32(), exits),
-        }
-    )
+    columns = {
+        "position_T": pa.int32(),
+        # Arrow's fixed-size lists nest badly in Parquet: exit-major, E·F values a token.
+        "features_TEF": pa.list_(pa.float32(), exits * width),
+        "softmax_TES": pa.list_(pa.float32(), exits * len(SOFTMAX_COLUMNS)),
+        "exit_token_TE": pa.list_(pa.int32(), exits),
+        "full_token_T": pa.int32(),
+        "next_token_T": pa.int32(),
+        "gap_TE": pa.list_(pa.float32(), exits),
+    }
+    if header.width:
+        columns["state_TED"] = pa.list_(pa.float16(), exits * header.width)
+    return pa.schema(columns)
 
 
 def _column(values: NDArray[Any], kind: Any) -> Any:

@@ -96,8 +96,10 @@ class TokenExitEnv(gym.Env[FloatArray, np.int64]):
     >>> traces = offramp.envs.TokenTraces(
     ...     header=TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(2, 4), layers=8),
     ...     features_NEF=np.zeros((1, 2, CANDIDATES_V1.width), np.float32),
-    ...     margin_NE=token, agree_NE=token, gap_NE=-1 * token, right_NE=token,
-    ...     full_right_N=np.ones(1, np.float32), document_N=np.zeros(1, np.int32),
+    ...     softmax_NES=np.ones((1, 2, 3), np.float32), exit_token_NE=np.ones((1, 2), np.int32),
+    ...     agree_NE=token, gap_NE=-1 * token, right_NE=token,
+    ...     full_right_N=np.ones(1, np.float32), position_N=np.zeros(1, np.int32),
+    ...     document_N=np.zeros(1, np.int32),
     ...     documents=("d",),
     ... )
     >>> costs = CostTable(layer_s=1.0, head_s=2.0, probe_s=0.0, policy_s=0.0, fill_s=0.0,

@@ -1,6 +1,6 @@
 """Recorded tokens in memory: what an episode is replayed from.
 
-Shape suffixes: N tokens, E exits, F feature columns.
+Shape suffixes: N tokens, E exits, F feature columns, S softmax columns, D model width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import FloatArray, IntArray
-from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.controller.traces import SOFTMAX_COLUMNS, HalfArray, TraceChunk, TraceHeader
 
 Quality = Literal["agreement", "logprob_gap"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
@@ -30,14 +30,17 @@ class TokenTraces:
     Attributes:
         header: Model, feature schema, exits and layers the tokens were recorded with.
         features_NEF: Candidate features at each exit, float32.
-        margin_NE: Full-vocabulary top1 − top2 probability at each exit, float32.
+        softmax_NES: Full-vocabulary top1, top1 − top2 and entropy / ln V at each exit, float32.
+        exit_token_NE: Token the model would emit at each exit, int32.
         agree_NE: 1 where the exit's token is the full-depth token, else 0, float32.
         gap_NE: Full-depth log-probability of the exit's token minus that of the full-depth
             token, nats ≤ 0, float32.
         right_NE: 1 where the exit's token really follows in the document, else 0, float32.
         full_right_N: 1 where the full-depth token really follows, else 0, float32.
+        position_N: Position of each token in its recorded window, from 0 on, int32.
         document_N: Index into ``documents`` of each token's document, int32.
         documents: SHA-256 of each document's text.
+        state_NED: What norm and head read at each exit, float16; None if not recorded.
 
     Raises:
         TraceError: there is no token, or an array's shape is not the header's.
@@ -45,25 +48,37 @@ class TokenTraces:
 
     header: TraceHeader
     features_NEF: FloatArray
-    margin_NE: FloatArray
+    softmax_NES: FloatArray
+    exit_token_NE: IntArray
     agree_NE: FloatArray
     gap_NE: FloatArray
     right_NE: FloatArray
     full_right_N: FloatArray
+    position_N: IntArray
     document_N: IntArray
     documents: tuple[str, ...]
+    state_NED: HalfArray | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.document_N), len(self.header.exits))
         if 0 in shape:
             raise TraceError("traces", f"hold {shape[0]} tokens with {shape[1]} exits")
-        for name in ("margin_NE", "agree_NE", "gap_NE", "right_NE"):
+        for name in ("exit_token_NE", "agree_NE", "gap_NE", "right_NE"):
             _check_shape(name, getattr(self, name).shape, shape)
+        for name in ("full_right_N", "position_N"):
+            _check_shape(name, getattr(self, name).shape, shape[:1])
+        _check_shape("softmax_NES", self.softmax_NES.shape, (*shape, len(SOFTMAX_COLUMNS)))
         _check_shape("features_NEF", self.features_NEF.shape[:2], shape)
-        _check_shape("full_right_N", self.full_right_N.shape, shape[:1])
+        if self.state_NED is not None:
+            _check_shape("state_NED", self.state_NED.shape[:2], shape)
 
     def __len__(self) -> int:
         return len(self.document_N)
+
+    @property
+    def margin_NE(self) -> FloatArray:
+        """Full-vocabulary top1 − top2 probability at each exit."""
+        return self.softmax_NES[:, :, SOFTMAX_COLUMNS.index("margin")]
 
     @classmethod
     def from_chunks(cls, header: TraceHeader, chunks: Iterable[TraceChunk]) -> TokenTraces:
@@ -86,16 +101,19 @@ class TokenTraces:
         return cls(
             header=header,
             features_NEF=np.concatenate([part.features_TEF for part in parts]),
-            margin_NE=np.concatenate([part.margin_TE for part in parts]),
+            softmax_NES=np.concatenate([part.softmax_TES for part in parts]),
+            exit_token_NE=exit_token_NE,
             agree_NE=(exit_token_NE == full_token_N[:, None]).astype(np.float32),
             gap_NE=np.concatenate([part.gap_TE for part in parts]),
             right_NE=(exit_token_NE == next_token_N[:, None]).astype(np.float32),
             full_right_N=(full_token_N == next_token_N).astype(np.float32),
+            position_N=np.concatenate([part.position_T for part in parts]),
             document_N=np.repeat(
                 np.array([index[part.document] for part in parts], np.int32),
                 [len(part) for part in parts],
             ),
             documents=tuple(index),
+            state_NED=_states(parts),
         )
 
     def select(self, documents: Collection[str]) -> TokenTraces:
@@ -115,13 +133,16 @@ class TokenTraces:
         return TokenTraces(
             header=self.header,
             features_NEF=self.features_NEF[rows],
-            margin_NE=self.margin_NE[rows],
+            softmax_NES=self.softmax_NES[rows],
+            exit_token_NE=self.exit_token_NE[rows],
             agree_NE=self.agree_NE[rows],
             gap_NE=self.gap_NE[rows],
             right_NE=self.right_NE[rows],
             full_right_N=self.full_right_N[rows],
+            position_N=self.position_N[rows],
             document_N=document_N[rows],
             documents=tuple(self.documents[i] for i in kept),
+            state_NED=None if self.state_NED is None else self.state_NED[rows],
         )
 
     def quality(self, kind: Quality) -> FloatArray:
@@ -142,6 +163,15 @@ class TokenTraces:
             raise ConfigError("quality", f"{kind!r} is unknown", f"Use {' or '.join(QUALITIES)}")
         full_N1 = np.ones((len(self), 1), np.float32)
         return np.concatenate([exits_NE, full_N1], axis=1, dtype=np.float32)
+
+
+def _states(parts: list[TraceChunk]) -> HalfArray | None:
+    states = [part.state_TED for part in parts if part.state_TED is not None]
+    if not states:
+        return None
+    if len(states) < len(parts):
+        raise TraceError("chunks", "hold hidden states only in part", "Record all with states")
+    return np.concatenate(states)
 
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -65,6 +65,8 @@ class ModelFacts:
         layers: Number of layers L.
         vocab: Number of tokens V.
         context: Most tokens of a sequence.
+        width: Columns D of its hidden state.
+        translators: Digest of the translators its exits are read through; "" for none.
     """
 
     model: str
@@ -72,6 +74,8 @@ class ModelFacts:
     layers: int
     vocab: int
     context: int
+    width: int
+    translators: str = ""
 
 
 def describe(engine: AdaptiveEngine) -> ModelFacts:
@@ -82,6 +86,8 @@ def describe(engine: AdaptiveEngine) -> ModelFacts:
         layers=engine.stack.layers,
         vocab=engine.stack.vocab,
         context=engine.stack.context,
+        width=engine.stack.width,
+        translators=engine.decoder.translators.digest,
     )
 
 
@@ -98,13 +104,15 @@ class TraceRecorder:
         self.engine = load_engine(spec)
         self.exits: tuple[int, ...] = ()
         self.candidates_VK: IntArray = np.empty((0, 0), np.int32)
+        self.states = False
 
     def describe(self) -> ModelFacts:
         """The model's facts."""
         return describe(self.engine)
 
-    def prepare(self, exits: Sequence[int], candidates_VK: IntArray) -> None:
-        """Set the layers to probe and the candidate table."""
+    def prepare(self, exits: Sequence[int], candidates_VK: IntArray, states: bool = False) -> None:
+        """Set the layers to probe, the candidate table, and whether hidden states are kept."""
+        self.states = states
         self.exits = tuple(exits)
         self.candidates_VK = candidates_VK
 
@@ -117,6 +125,7 @@ class TraceRecorder:
             self.exits,
             self.candidates_VK,
             translators=self.engine.decoder.translators,
+            states=self.states,
         )
 
     def measure(self) -> CostTable:

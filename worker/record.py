@@ -28,6 +28,7 @@ def record_document(
     candidates_VK: IntArray,
     schema: FeatureSchema = CANDIDATES_V1,
     translators: ExitTranslators = UNTRANSLATED,
+    states: bool = False,
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
@@ -42,6 +43,7 @@ def record_document(
         candidates_VK: The candidate table.
         schema: The features to record.
         translators: What the model's exits are read through.
+        states: Whether to keep the hidden states that norm and head read, as float16.
     """
     inputs = list(tokens[:-1])
     positions_T = np.arange(len(inputs), dtype=np.int32)
@@ -53,27 +55,29 @@ def record_document(
         Readout(stack), x_TD[0], positions_T, len(exits), candidates_TK, candidates_VK
     )
     probe = make_probe(schema, offer)
-    features, exit_logits = [], []
+    features, exit_logits, read = [], [], []
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
         if index + 1 in exits:
             read_TD = translators.apply(index + 1, x_TD[0])
             features.append(probe.features(index + 1, read_TD))
             exit_logits.append(stack.logits(read_TD))
+            read.append(read_TD if states else read_TD[:0])
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
     full_token_T = full_TV.argmax(-1)
     exit_token_TE = torch.stack([logits_TV.argmax(-1) for logits_TV in exit_logits], dim=-1)
     gap_TE = full_TV.gather(-1, exit_token_TE) - full_TV.gather(-1, full_token_T[:, None])
-    margins = [softmax_features(logits_TV)[:, 1] for logits_TV in exit_logits]
+    sure = [softmax_features(logits_TV)[0] for logits_TV in exit_logits]
     return TraceChunk(
         document=document,
         position_T=positions_T,
         features_TEF=np.stack(features, axis=1),
-        margin_TE=np.stack(margins, axis=1),
+        softmax_TES=np.stack(sure, axis=1),
         exit_token_TE=_int32(exit_token_TE),
         full_token_T=_int32(full_token_T),
         next_token_T=np.asarray(tokens[1:], np.int32),
         gap_TE=gap_TE.cpu().numpy(),
+        state_TED=torch.stack(read, dim=1).half().cpu().numpy() if states else None,
     )
 
 

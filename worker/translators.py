@@ -67,9 +67,13 @@ class ExitTranslators:
 
     Args:
         by_layer: Layers are counted from 1, as exits are.
+
+    Attributes:
+        digest: SHA-256 of the file they were loaded from; "" if from none.
     """
 
-    def __init__(self, by_layer: Mapping[int, Translator] | None = None) -> None:
+    def __init__(self, by_layer: Mapping[int, Translator] | None = None, digest: str = "") -> None:
+        self.digest = digest
         self._by_layer = dict(sorted((by_layer or {}).items()))
 
     @property
@@ -88,7 +92,7 @@ class ExitTranslators:
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ExitTranslators:
         """The same in another dtype, on another device."""
         moved = {layer: each.to(dtype, device) for layer, each in self._by_layer.items()}
-        return ExitTranslators(moved)
+        return ExitTranslators(moved, self.digest)
 
     def save(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Write both files; the description gets the format, the exits and the weights' digest.
@@ -141,7 +145,7 @@ class ExitTranslators:
         parts = {
             layer: Translator(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in exits
         }
-        return cls(parts).to(dtype, device)
+        return cls(parts, str(facts["digest"])).to(dtype, device)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

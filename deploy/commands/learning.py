@@ -76,6 +76,7 @@ def record(
     device: Device = "cpu",
     threads: SharedThreads = "auto",
     translators: Translators = None,
+    states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
 ) -> None:
     """Decode documents at full depth on Ray workers and store per-exit features."""
     settings = Settings.from_environment()
@@ -93,6 +94,7 @@ def record(
         exits=parse_layers("exits", exits),
         candidates=candidates,
         recorders=recorders,
+        states=states,
     )
     _require_recordable(config, out, settings)
     cpus = max(recorders, os.cpu_count() or 1)

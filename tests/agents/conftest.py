@@ -24,16 +24,21 @@ def make_traces(tokens: int, seed: int) -> TokenTraces:
     features = rng.normal(size=(*shape, CANDIDATES_V1.width)).astype(np.float32)
     features[:, :, 0] = ease
     features[:, :, 1] = 1 / (1 + np.exp(-2 * ease))
+    # Rows of one document are contiguous and in order, as a recording leaves them.
     documents = 8
+    document_N = (np.arange(tokens) * documents // tokens).astype(np.int32)
+    softmax_NES = np.stack([features[:, :, 0], features[:, :, 1], 1 - features[:, :, 1]], axis=-1)
     return TokenTraces(
         header=TraceHeader(model="ab", schema=CANDIDATES_V1.digest, exits=EXITS, layers=LAYERS),
         features_NEF=features,
-        margin_NE=features[:, :, 1].copy(),
+        softmax_NES=softmax_NES,
+        exit_token_NE=np.where(agree > 0, 0, 1).astype(np.int32),
         agree_NE=agree,
         gap_NE=np.where(agree > 0, 0, -rng.exponential(2, size=shape)).astype(np.float32),
         right_NE=agree,
         full_right_N=np.ones(tokens, np.float32),
-        document_N=(np.arange(tokens) % documents).astype(np.int32),
+        position_N=np.arange(tokens, dtype=np.int32) - np.searchsorted(document_N, document_N),
+        document_N=document_N,
         documents=tuple(f"{n:064x}" for n in range(documents)),
     )
 
@@ -54,5 +59,5 @@ def study() -> Study:
             machine="invented",
         ),
         candidates_VK=np.tile(np.arange(4, dtype=np.int32), (20, 1)),
-        facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20, context=64),
+        facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20, context=64, width=4),
     )

@@ -14,6 +14,7 @@ import redis
 from safetensors.numpy import load, save
 
 from offramp.controller.bundle import PolicyBundle
+from offramp.controller.codec import Tensors
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.ledger import Ledger
 from offramp.controller.manifest import Manifest
@@ -24,7 +25,7 @@ from offramp.controller.redis_registry import RedisRegistry
 from offramp.controller.registry import Head, InMemoryRegistry, PolicyRegistry
 from offramp.controller.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.trust import ReleaseVerifier
-from offramp.controller.weights import Tensors, digest_of, pack_policy
+from offramp.controller.weights import digest_of, pack_policy
 from offramp.deploy.redis_server import EmbeddedRedis
 from offramp.worker.refresh import PolicyRefresher
 

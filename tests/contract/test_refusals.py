@@ -62,8 +62,8 @@ SIGNED: dict[str, tuple[dict[str, Any], Refusal]] = {
     "other shapes": ({"shapes": {}}, Refusal.BAD_SHAPE),
     "size too small": ({"size": 10}, Refusal.TOO_LARGE),
     "size too big": ({"size": MAX_BLOB_BYTES}, Refusal.DIGEST_MISMATCH),
-    "another threshold than packed": ({"threshold": -9.0}, Refusal.BAD_FORMAT),
-    "a kind that lacks values": ({"threshold": None}, Refusal.BAD_FORMAT),
+    "another threshold than packed": ({"params": {"threshold": -9.0}}, Refusal.BAD_FORMAT),
+    "a kind that lacks values": ({"params": {}}, Refusal.BAD_FORMAT),
 }
 
 

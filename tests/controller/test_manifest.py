@@ -30,14 +30,17 @@ quiet = settings(
 @given(
     channel=st.text(),
     generation=st.integers(0, 2**53 - 1),
-    threshold=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    threshold=st.floats(allow_nan=False, allow_infinity=False),
     exits=st.sets(st.integers(1, 200)).map(lambda layers: tuple(sorted(layers))),
     training=st.dictionaries(st.text(), json_values, max_size=3),
     percent=st.floats(0, 100),
     expires_at=st.none() | st.floats(0, 4e9),
     rollback_of=st.none() | st.integers(0, 10**6),
 )
-def test_json_there_and_back(bundle: PolicyBundle, percent: float, **changes: Any) -> None:
+def test_json_there_and_back(
+    bundle: PolicyBundle, percent: float, threshold: float, **changes: Any
+) -> None:
+    changes |= {"params": {"threshold": threshold}}
     manifest = replace(bundle.manifest, rollout=Rollout(percent=percent, salt="s"), **changes)
     raw = manifest.to_bytes()
     assert Manifest.from_bytes(raw) == manifest
@@ -53,7 +56,7 @@ def test_the_bytes_are_canonical(bundle: PolicyBundle) -> None:
 
 WRONG: list[tuple[str, Any]] = [
     ("format_version", "1"),
-    ("format_version", 2),
+    ("format_version", 1),
     ("channel", 3),
     ("epoch", -1),
     ("generation", True),
@@ -66,9 +69,11 @@ WRONG: list[tuple[str, Any]] = [
     ("exits", [2, 2]),
     ("exits", "24"),
     ("exits", [2.0]),
-    ("threshold", "0"),
-    ("threshold", True),
-    ("column", 1),
+    ("params", []),
+    ("params", {}),
+    ("params", {"threshold": "0"}),
+    ("params", {"threshold": True}),
+    ("params", {"threshold": 0.5, "column": "top1"}),
     ("schema", "abc"),
     ("schema", "G" * 64),
     ("model", "not hex"),

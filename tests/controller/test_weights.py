@@ -13,11 +13,12 @@ import pytest
 from safetensors.numpy import load
 
 from offramp.controller.bundle import PolicyBundle
+from offramp.controller.codec import CLOSE_LOGIT
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, FeatureSchema, FloatArray
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, FeatureSchema, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
-from offramp.controller.weights import CLOSE_LOGIT, MAX_BLOB_BYTES, PackedPolicy, pack_policy
+from offramp.controller.weights import MAX_BLOB_BYTES, PackedPolicy, pack_policy
 
 MakeMlp = Callable[..., MlpPolicy]
 
@@ -160,8 +161,8 @@ def test_a_schema_of_another_version_is_refused(canned_NF: FloatArray) -> None:
     with pytest.raises(PolicyRefusedError) as caught:
         bundled(packed).policy()
     assert caught.value.reason is Refusal.WRONG_SCHEMA
-    known = ThresholdPolicy((2,), SOFTMAX_V1, "margin", 0.5)
-    assert bundled(pack_policy(known, canned_NF[:, :2])).policy() == known
+    known = ThresholdPolicy((2,), SOFTMAX_V2, "margin", 0.5)
+    assert bundled(pack_policy(known, canned_NF[:, :7])).policy() == known
 
 
 def test_a_folder_holds_a_bundle(bundle: PolicyBundle, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from offramp.deploy.commands.learning import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
 
-FACTS = ModelFacts(model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9)
+FACTS = ModelFacts(
+    model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9, width=4
+)
 COSTS = CostTable(
     layer_s=1.0,
     head_s=2.0,
@@ -47,7 +49,7 @@ def chunk(document: str, tokens: int = 20) -> TraceChunk:
         document=document,
         position_T=np.arange(tokens, dtype=np.int32),
         features_TEF=rng.random((*shape, CANDIDATES_V1.width), dtype=np.float32),
-        margin_TE=rng.random(shape, dtype=np.float32),
+        softmax_TES=rng.random((*shape, 3), dtype=np.float32),
         exit_token_TE=rng.integers(4, size=shape, dtype=np.int32),
         full_token_T=rng.integers(4, size=tokens, dtype=np.int32),
         next_token_T=rng.integers(4, size=tokens, dtype=np.int32),

@@ -50,7 +50,7 @@ def make_chunk() -> MakeChunk:
             document=document,
             position_T=np.arange(tokens, dtype=np.int32),
             features_TEF=rng.random((*shape, CANDIDATES_V1.width), dtype=np.float32),
-            margin_TE=rng.random(shape, dtype=np.float32),
+            softmax_TES=rng.random((*shape, 3), dtype=np.float32),
             exit_token_TE=exit_token_TE,
             full_token_T=full_token_T,
             next_token_T=rng.integers(4, size=tokens, dtype=np.int32),

@@ -38,7 +38,7 @@ def assert_same(left: TokenTraces, right: TokenTraces) -> None:
             continue
         a, b = getattr(left, field.name), getattr(right, field.name)
         np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
 
 
 def edit_manifest(store: TraceStore, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -46,6 +46,27 @@ def edit_manifest(store: TraceStore, change: Callable[[dict[str, Any]], Any]) ->
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
+
+
+def test_hidden_states_come_back_and_are_all_or_nothing(
+    tmp_path: Path, header: TraceHeader, make_chunk: Callable[..., TraceChunk]
+) -> None:
+    rng = np.random.default_rng(4)
+    plain = make_chunk("a")
+    state_TED = rng.normal(size=(20, 3, 16)).astype(np.float16)
+    chunk = dataclasses.replace(plain, state_TED=state_TED)
+    wide = dataclasses.replace(header, width=16, translators="ab")
+    store = TraceStore.create(tmp_path / "traces", wide)
+    store.append(chunk, "train")
+    found = TraceStore.open(store.folder).read()
+    assert found.header == wide
+    np.testing.assert_array_equal(found.state_NED, state_TED)
+    with pytest.raises(TraceError, match="hidden states of 0 columns, not 16"):
+        store.append(make_chunk("b"), "train")
+    with pytest.raises(TraceError, match="only in part"):
+        TokenTraces.from_chunks(wide, [chunk, plain])
+    with pytest.raises(TraceError, match="state_TED"):
+        dataclasses.replace(chunk, state_TED=np.full_like(state_TED, np.inf))
 
 
 def test_round_trip_of_every_split(
@@ -62,7 +83,7 @@ def test_round_trip_of_every_split(
 
 def test_manifest_says_what_lies_in_the_folder(store: TraceStore) -> None:
     raw = json.loads((store.folder / "manifest.json").read_text())
-    assert raw["version"] == 1
+    assert raw["version"] == 2
     assert raw["header"]["exits"] == [2, 4, 7]
     assert [(c["rows"], c["document"], c["split"]) for c in raw["chunks"]] == [
         (20, "a", "train"),
@@ -155,7 +176,8 @@ def test_missing_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda raw: raw.update(version=99), "version 99, not 1"),
+        (lambda raw: raw.update(version=99), "version 99, not 2"),
+        (lambda raw: raw.update(version=1), "version 1, not 2. Record again"),
         (lambda raw: raw.pop("version"), "version None"),
         (lambda raw: raw["header"].update(schema="f" * 64), "unknown feature schema"),
         (lambda raw: raw.pop("header"), "header: Field required"),

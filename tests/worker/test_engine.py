@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError, ModelError, RequestError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1, BoolArray, FloatArray
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, PolicySnapshot, SamplingParams
 from offramp.worker.follow import follow
@@ -133,7 +133,7 @@ def test_unusable_requests_are_refused_by_name(
     ("policy", "field"),
     [
         (FixedExit(LAYERS + 1), "exits"),
-        (ThresholdPolicy((3, 2), SOFTMAX_V1, "margin", 0.5), "exits"),
+        (ThresholdPolicy((3, 2), SOFTMAX_V2, "margin", 0.5), "exits"),
         (ThresholdPolicy((2,), CANDIDATES_V1, "margin", 0.5), "candidates"),
         (
             ThresholdPolicy((2,), CANDIDATES_V1, "margin", 0.5, np.ones((3, 2), np.int32)),

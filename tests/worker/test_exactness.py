@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
+from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decode import Decoder
@@ -211,7 +211,7 @@ def test_the_softmax_probe_runs_one_head_per_emitted_token_less() -> None:
     model.lm_head.register_forward_hook(
         lambda _, args, output: rows.update(head=output.reshape(-1, output.shape[-1]).shape[0])
     )
-    always = ThresholdPolicy((2,), SOFTMAX_V1, "margin", 0.0)
+    always = ThresholdPolicy((2,), SOFTMAX_V2, "margin", 0.0)
     leaving = engine.generate(PROMPTS, GREEDY, always)
     assert rows["head"] == sum(len(c.token_ids) for c in leaving)
     fixed = engine.generate(PROMPTS, GREEDY, FixedExit(2))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.controller.features import SOFTMAX_V1
+from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
@@ -253,7 +253,7 @@ def test_layer_calls_are_what_hooks_count(family: str, schedule: Schedule, kv_mo
 def test_policies_that_read_features_decide_in_cohorts_as_alone(kv_mode: KVMode) -> None:
     """Rows change slots while they wait; each must still be judged by its own state."""
     model = make_model("llama")
-    policy = ThresholdPolicy((1, 3, 4), SOFTMAX_V1, "margin", 0.2)
+    policy = ThresholdPolicy((1, 3, 4), SOFTMAX_V2, "margin", 0.2)
     lengths = [3, 25, 5, 21, 8, 17, 4, 12]
     schedule = Schedule(holds=(2,), rows=3, patience=6)
     engine = engine_of(model, schedule=schedule, kv_mode=kv_mode)

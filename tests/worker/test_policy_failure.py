@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from offramp.controller.features import SOFTMAX_V1, BoolArray, FeatureSchema, FloatArray
+from offramp.controller.features import SOFTMAX_V2, BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policy import ExitPolicy, FixedExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
@@ -121,7 +121,7 @@ def test_rows_that_share_a_failing_policy_are_counted_once_each(
 def test_a_failure_while_rows_wait_leaves_their_tokens_whole(family: str) -> None:
     """It is asked after layers 2 and 4, before and after a hold, and fails at the sixth time."""
     engine = engine_of(family, COHORTS)
-    rows = decode(engine, RAGGED, SAMPLING, Failing(5, "raises", answer=False, schema=SOFTMAX_V1))
+    rows = decode(engine, RAGGED, SAMPLING, Failing(5, "raises", answer=False, schema=SOFTMAX_V2))
     assert engine.decoder.failures > 0
     model = make_model(family)
     assert max(float(shortfalls(model, row).max()) for row in rows) <= CLOSE

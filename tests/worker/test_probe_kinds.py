@@ -15,6 +15,7 @@ from offramp.controller.features import (
     CANDIDATES_V1,
     SCHEMAS,
     SKETCH_V1,
+    SOFTMAX_V2,
     STATE_V1,
     FeatureSchema,
     FloatArray,
@@ -41,7 +42,7 @@ from offramp.worker.record import record_document
 from offramp.worker.stack import LayerStack
 from support.models import VOCAB, make_model
 
-CHEAP = (CANDIDATES_V1, SKETCH_V1, STATE_V1)
+KINDS = (CANDIDATES_V1, SKETCH_V1, STATE_V1, SOFTMAX_V2)
 POSITIONS = np.asarray([3, 50, 7], np.int32)
 
 
@@ -84,7 +85,7 @@ def test_an_unknown_schema_is_refused(stack: Any, table_VK: IntArray, states: li
         make_probe(schema, inputs(stack, table_VK, states[0], slice(None)))
 
 
-@pytest.mark.parametrize("schema", CHEAP, ids=lambda schema: schema.name)
+@pytest.mark.parametrize("schema", KINDS, ids=lambda schema: schema.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_row_is_computed_as_many_are(
     schema: FeatureSchema, dtype: torch.dtype, table_VK: IntArray, states: list[Tensor]
@@ -103,7 +104,7 @@ def test_one_row_is_computed_as_many_are(
         np.testing.assert_allclose(alone[:, 0], together[:, row], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("schema", CHEAP, ids=lambda schema: schema.name)
+@pytest.mark.parametrize("schema", KINDS, ids=lambda schema: schema.name)
 def test_rows_that_stay_go_on_as_if_alone(
     schema: FeatureSchema, stack: Any, table_VK: IntArray, states: list[Tensor]
 ) -> None:
@@ -116,7 +117,7 @@ def test_rows_that_stay_go_on_as_if_alone(
     np.testing.assert_allclose(got, alone.features(2, states[2][1:2]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("schema", CHEAP, ids=lambda schema: schema.name)
+@pytest.mark.parametrize("schema", KINDS, ids=lambda schema: schema.name)
 def test_a_state_may_be_overwritten_and_may_be_zero(
     schema: FeatureSchema, stack: Any, table_VK: IntArray, states: list[Tensor]
 ) -> None:
@@ -130,7 +131,7 @@ def test_a_state_may_be_overwritten_and_may_be_zero(
         np.testing.assert_allclose(probe.features(layer, buffer), expected[layer - 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("schema", CHEAP, ids=lambda schema: schema.name)
+@pytest.mark.parametrize("schema", KINDS, ids=lambda schema: schema.name)
 def test_what_is_recorded_is_what_live_probes_compute(
     schema: FeatureSchema, table_VK: IntArray
 ) -> None:

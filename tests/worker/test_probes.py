@@ -11,7 +11,7 @@ import torch
 
 from offramp.controller.features import (
     CANDIDATES_V1,
-    SOFTMAX_V1,
+    SOFTMAX_V2,
     BoolArray,
     FeatureSchema,
     FloatArray,
@@ -75,14 +75,17 @@ def test_recorded_features_equal_those_of_live_decoding(
     assert len(live) == len(tokens) - 2
 
 
-def test_recorded_margins_equal_the_softmax_probe(
+def test_recorded_softmax_equals_the_probe(
     engine: AdaptiveEngine, tokens: list[int], table_VK: IntArray
 ) -> None:
     chunk = record_document(engine.stack, "d", tokens, EXITS, table_VK)
-    watcher = Watcher(SOFTMAX_V1, None)
+    watcher = Watcher(SOFTMAX_V2, None)
     _decode(engine, tokens, watcher)
-    live = np.concatenate(watcher.seen).reshape(-1, len(EXITS), SOFTMAX_V1.width)
-    np.testing.assert_allclose(chunk.margin_TE[1 : 1 + len(live)], live[:, :, 1], atol=1e-4)
+    live = np.concatenate(watcher.seen).reshape(-1, len(EXITS), SOFTMAX_V2.width)
+    np.testing.assert_allclose(chunk.softmax_TES[1 : 1 + len(live)], live[:, :, :3], atol=1e-4)
+    token_TE = chunk.exit_token_TE[1 : 1 + len(live)]
+    agrees_TE = np.diff(token_TE, axis=1, prepend=-1) == 0
+    np.testing.assert_array_equal(live[:, :, 3], agrees_TE)
 
 
 def test_recorded_labels_equal_an_independent_pass(
@@ -101,10 +104,25 @@ def test_recorded_labels_equal_an_independent_pass(
         rows = torch.arange(len(token))
         gap = full[rows, token] - full.max(-1).values
         np.testing.assert_allclose(chunk.gap_TE[:, column], gap.numpy(), atol=1e-4)
-        best = logits.softmax(-1).topk(2).values
-        np.testing.assert_allclose(
-            chunk.margin_TE[:, column], (best[:, 0] - best[:, 1]).numpy(), atol=1e-5
-        )
+        chances = logits.double().softmax(-1)
+        best = chances.topk(2).values
+        entropy = -(chances * chances.log()).sum(-1) / math.log(VOCAB)
+        expected = torch.stack((best[:, 0], best[:, 0] - best[:, 1], entropy), -1)
+        np.testing.assert_allclose(chunk.softmax_TES[:, column], expected.numpy(), atol=1e-5)
+    assert chunk.state_TED is None
+
+
+def test_recorded_states_are_what_norm_and_head_read(
+    engine: AdaptiveEngine, tokens: list[int], table_VK: IntArray
+) -> None:
+    chunk = record_document(engine.stack, "d", tokens, EXITS, table_VK, states=True)
+    out = engine.model(torch.tensor([tokens[:-1]]), output_hidden_states=True)
+    assert chunk.state_TED is not None
+    assert chunk.state_TED.dtype == np.float16
+    # The last entry of Hugging Face's hidden states is normed already, and no exit.
+    for column, layer in enumerate(EXITS):
+        state_TD = out.hidden_states[layer][0].detach().numpy()
+        np.testing.assert_allclose(chunk.state_TED[:, column], state_TD, rtol=2e-3, atol=2e-3)
 
 
 def test_candidate_columns_equal_their_definitions(engine: AdaptiveEngine) -> None:

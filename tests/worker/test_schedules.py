@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V1
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.policy import ExitPolicy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
@@ -70,7 +70,7 @@ def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
         RandomExit(0.2, seed),
         RandomExit(0.4, seed + 1),
         RandomExit(0.7, seed + 2, exits=(LAYERS - 1,)),
-        ThresholdPolicy((1, 2, 4), SOFTMAX_V1, "margin", 0.2),
+        ThresholdPolicy((1, 2, 4), SOFTMAX_V2, "margin", 0.2),
         ThresholdPolicy((1, 3), CANDIDATES_V1, "margin", 0.3, CANDIDATES_VK),
     ]
     finished: dict[str, Sequence] = {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
+from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
@@ -73,7 +73,7 @@ def test_rows_that_changed_slots_while_they_waited_are_judged_by_their_own_state
 ) -> None:
     """The first row ends while the other two wait; the last one then moves before the second."""
     model = make_model("llama")
-    policy = ThresholdPolicy((4,), SOFTMAX_V1, "margin", threshold)
+    policy = ThresholdPolicy((4,), SOFTMAX_V2, "margin", threshold)
     schedule = Schedule(holds=(2,), rows=3, patience=9)
     engine = AdaptiveEngine.from_pretrained(model, config=EngineConfig(schedule=schedule))
     prompts = [[7, 8], [5, 17, 33, 2, 41], [60, 3, 60]]
@@ -92,7 +92,7 @@ def test_a_row_cancelled_while_it_waits_leaves_its_company_alone() -> None:
     model = make_model("llama")
     schedule = Schedule(holds=(2,), rows=4, patience=9)
     engine = AdaptiveEngine.from_pretrained(model, config=EngineConfig(schedule=schedule))
-    policy = ThresholdPolicy((1, 4), SOFTMAX_V1, "margin", 0.2)
+    policy = ThresholdPolicy((1, 4), SOFTMAX_V2, "margin", 0.2)
     cancelled = engine.submit([9, 9, 1], SAMPLING, policy)
     kept = engine.submit([5, 17, 33, 2, 41], SAMPLING, policy)
     for _ in range(3):

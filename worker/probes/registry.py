@@ -17,7 +17,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import (
     CANDIDATES_V1,
     SKETCH_V1,
-    SOFTMAX_V1,
+    SOFTMAX_V2,
     STATE_V1,
     FeatureSchema,
     IntArray,
@@ -37,7 +37,7 @@ ProbeFactory = Callable[[ProbeInputs], Probe]
 PROBES: MappingProxyType[str, ProbeFactory] = MappingProxyType(
     {
         CANDIDATES_V1.digest: CandidateProbe.of,
-        SOFTMAX_V1.digest: SoftmaxProbe.of,
+        SOFTMAX_V2.digest: SoftmaxProbe,
         SKETCH_V1.digest: SketchProbe.of,
         STATE_V1.digest: StateProbe,
     }

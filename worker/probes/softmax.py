@@ -1,50 +1,71 @@
-"""SOFTMAX_V1: full-vocabulary confidence.
+"""SOFTMAX_V2: full-vocabulary confidence.
 
-Shape suffixes: N rows, D width, V vocabulary, F features.
+Shape suffixes: N rows, D width, V vocabulary, S = 3 softmax columns, F features.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from torch import Tensor
 
-from offramp.controller.features import SOFTMAX_V1, BoolArray, FloatArray
+from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray, IntArray
+from offramp.controller.traces import SOFTMAX_COLUMNS
 from offramp.worker.probes.base import ProbeInputs
-from offramp.worker.stack import LayerStack
 
 
 class SoftmaxProbe:
-    """SOFTMAX_V1, at the price of one LM head per probe.
+    """SOFTMAX_V2, at the price of one LM head per probe.
 
     The head of the probe at which a row leaves is the one its token is drawn from.
+
+    Args:
+        inputs: What the rows offer; the candidates are not read.
     """
 
-    def __init__(self, stack: LayerStack) -> None:
-        self.stack = stack
+    def __init__(self, inputs: ProbeInputs) -> None:
+        self._stack = inputs.readout.stack
+        self._exits = inputs.exits
+        self._position_N = inputs.positions_N / self._stack.context
+        self._best_N = np.full(len(inputs.x_ND), -1, np.int32)
+        self._run_N = np.zeros(len(inputs.x_ND), np.float32)
         self._logits_NV: Tensor | None = None
 
-    @classmethod
-    def of(cls, inputs: ProbeInputs) -> SoftmaxProbe:
-        """The registry's factory."""
-        return cls(inputs.readout.stack)
-
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
-        """Probability of the best token, and its margin over the second, [N, 2]."""
-        self._logits_NV = self.stack.logits(x_ND)
-        return softmax_features(self._logits_NV)
+        """All columns of SOFTMAX_V2, [N, F]."""
+        self._logits_NV = self._stack.logits(x_ND)
+        sure_NS, best_N = softmax_features(self._logits_NV)
+        agrees_N = best_N == self._best_N
+        self._run_N = np.where(agrees_N, self._run_N + 1, 0)
+        self._best_N = best_N
+        out_NF = np.empty((len(best_N), SOFTMAX_V2.width), np.float32)
+        out_NF[:, :3] = sure_NS
+        out_NF[:, 3] = agrees_N
+        out_NF[:, 4] = self._run_N / self._exits
+        out_NF[:, 5] = layer / self._stack.layers
+        out_NF[:, 6] = self._position_N
+        return out_NF
 
     def keep(self, stay_N: BoolArray) -> None:
-        """Nothing is remembered."""
+        """Forget the rows that left."""
+        self._best_N = self._best_N[stay_N]
+        self._run_N = self._run_N[stay_N]
+        self._position_N = self._position_N[stay_N]
 
     def logits(self) -> Tensor | None:
         """Those of the last probe."""
         return self._logits_NV
 
 
-def softmax_features(logits_NV: Tensor) -> FloatArray:
-    """SOFTMAX_V1 from whole logits, [N, 2]."""
-    best_N2 = logits_NV.float().softmax(-1).topk(2, dim=-1).values.cpu().numpy()
-    features_NF = np.empty((len(best_N2), SOFTMAX_V1.width), np.float32)
-    features_NF[:, 0] = best_N2[:, 0]
-    features_NF[:, 1] = best_N2[:, 0] - best_N2[:, 1]
-    return features_NF
+def softmax_features(logits_NV: Tensor) -> tuple[FloatArray, IntArray]:
+    """SOFTMAX_COLUMNS of whole logits [N, 3], and the best token [N]."""
+    chances_NV = logits_NV.float().softmax(-1)
+    best_N2 = chances_NV.topk(2, dim=-1)
+    # entr(0) is 0, where p · ln p would be NaN.
+    entropy_N = torch.special.entr(chances_NV).sum(-1) / math.log(logits_NV.shape[-1])
+    top1_N, second_N = best_N2.values.unbind(-1)
+    sure_NS = torch.stack((top1_N, top1_N - second_N, entropy_N), dim=-1).cpu().numpy()
+    assert sure_NS.shape[1] == len(SOFTMAX_COLUMNS)
+    return sure_NS, best_N2.indices[:, 0].to(torch.int32).cpu().numpy()

@@ -1,0 +1,105 @@
+"""Every kind of policy that a release can carry: one line per kind.
+
+A worker that does not know a release's kind refuses it by name.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from offramp.controller.codec import (
+    CLOSE_LOGIT,
+    Kind,
+    Params,
+    Parts,
+    Tensors,
+    pack_layers,
+    unpack_layers,
+)
+from offramp.controller.errors import RequestError
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.mlp import MlpPolicy
+from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.strict import NUMBER, TEXT
+
+
+def _nothing(_policy: Any) -> tuple[Params, Tensors]:
+    return {}, {}
+
+
+def _build_never(parts: Parts) -> NeverExit:
+    return NeverExit(parts.exits, parts.schema, parts.candidates_VK)
+
+
+def _build_fixed(parts: Parts) -> FixedExit:
+    if len(parts.exits) != 1:
+        raise RequestError("exits", f"{parts.exits} is not one layer")
+    return FixedExit(parts.exits[0], parts.schema, parts.candidates_VK)
+
+
+def _describe_threshold(policy: ThresholdPolicy) -> tuple[Params, Tensors]:
+    return {"column": policy.column, "threshold": float(policy.threshold)}, {}
+
+
+def _build_threshold(parts: Parts) -> ThresholdPolicy:
+    schema, params = parts.required_schema, parts.params
+    return ThresholdPolicy(
+        parts.exits, schema, params["column"], params["threshold"], parts.candidates_VK
+    )
+
+
+def _describe_mlp(policy: MlpPolicy) -> tuple[Params, Tensors]:
+    return {"threshold": float(policy.threshold)}, pack_layers(policy.weights)
+
+
+def _build_mlp(parts: Parts) -> MlpPolicy:
+    weights = unpack_layers(parts.tensors)
+    threshold = parts.params["threshold"]
+    return MlpPolicy(parts.exits, parts.required_schema, weights, threshold, parts.candidates_VK)
+
+
+def _clear_mlp(policy: MlpPolicy, features_NF: FloatArray, _outlook_NC: FloatArray) -> BoolArray:
+    # One row at a time: so that the logit is the one that a lone row gets.
+    distances = [abs(policy.logits(row[None])[0] - policy.threshold) for row in features_NF]
+    return np.asarray(distances) > CLOSE_LOGIT
+
+
+_SHIPPED = (
+    Kind(name="never", type=NeverExit, describe=_nothing, build=_build_never),
+    Kind(name="fixed", type=FixedExit, describe=_nothing, build=_build_fixed),
+    Kind(
+        name="threshold",
+        type=ThresholdPolicy,
+        params={"column": TEXT, "threshold": NUMBER},
+        describe=_describe_threshold,
+        build=_build_threshold,
+    ),
+    Kind(
+        name="mlp",
+        type=MlpPolicy,
+        params={"threshold": NUMBER},
+        describe=_describe_mlp,
+        build=_build_mlp,
+        clear=_clear_mlp,
+    ),
+)
+
+KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})
+"""Kinds by name."""
+
+
+def kind_of(policy: Any) -> Kind:
+    """The kind that packs a policy.
+
+    Raises:
+        RequestError: no kind packs its type.
+    """
+    for kind in KINDS.values():
+        if kind.type is type(policy):
+            return kind
+    raise RequestError(
+        "policy", f"{type(policy).__name__} cannot be packed", "Add its kind to controller.kinds"
+    )
