@@ -20,8 +20,9 @@ from torch import nn
 
 from offramp.agents.normaliser import Normaliser
 from offramp.controller.costs import CostTable
+from offramp.envs.qualities import Quality
 from offramp.envs.sb3_vec_env import TokenExitVecEnv
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,16 @@ adapter is ``offramp.envs.sb3_vec_env.TokenExitVecEnv``: apart, so that this imp
 
 import gymnasium as gym
 
-from offramp.envs.core import Finals, StepBatch, TokenExitCore
+from offramp.envs.batch import Finals, StepBatch
+from offramp.envs.core import TokenExitCore
 from offramp.envs.gym_env import TokenExitEnv
+from offramp.envs.qualities import Quality, quality_names, register_quality
 from offramp.envs.store import TraceStore
-from offramp.envs.tokens import QUALITIES, Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
 from offramp.envs.vector_env import TokenExitVectorEnv
 
 __all__ = [
     "ENV_ID",
-    "QUALITIES",
     "Finals",
     "Quality",
     "StepBatch",
@@ -23,6 +24,8 @@ __all__ = [
     "TokenExitVectorEnv",
     "TokenTraces",
     "TraceStore",
+    "quality_names",
+    "register_quality",
 ]
 
 ENV_ID = "offramp/TokenExit-v0"

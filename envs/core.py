@@ -1,14 +1,13 @@
 """Many token-exit episodes at once, in numpy: the one implementation behind every adapter.
 
-Shape suffixes: B parallel episodes, K of them that ended, D = F + 1 observation columns,
-N tokens, E exits.
+Shape suffixes: B parallel episodes, K of them that ended, D = F + W observation columns (features,
+weights), N tokens, E1 = exits and full depth, O objectives that cost (latency; energy if known),
+V = 1 + O objectives of a reward vector.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,80 +15,45 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.tokens import Quality, TokenTraces
-
-RewardArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
-
-GO_ON, LEAVE = 0, 1
-"""The two actions."""
-
-LAMBDA_LIMITS = (1e-6, 1e6)
-"""Preferences outside are refused: the observation's declared bounds rest on it."""
-
-DEFAULT_LAMBDA_RANGE = (0.01, 1.0)
-"""From "1 % of a full token's time for 0.0001 quality" to "a full token's time for all of it"."""
+from offramp.envs.actions import ActionKind, Actions
+from offramp.envs.batch import Finals, IndexArray, StepBatch
+from offramp.envs.qualities import Quality
+from offramp.envs.tariff import ENERGY, LATENCY, Tariff, require_same_model
+from offramp.envs.tokens import TokenTraces
+from offramp.envs.walk import Walk
+from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
 
 FEATURE_LIMIT = 100.0
 """Largest magnitude of a feature: the observation's declared bounds rest on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finals:
-    """The K episodes that ended in this step, in ascending order of place.
-
-    Attributes:
-        place_K: Which of the B parallel episodes, int64.
-        obs_KD: The observation that the last action answered, float32.
-        info: Columns [K] by name: ``quality`` in [0, 1]; ``cost`` in units of the full-depth
-            token's time; ``exit_layer`` in layers executed; ``agree`` 1 if the token is the
-            full-depth one; ``token`` row of the traces; ``lambda`` the preference. Counts are
-            int64, the rest float64.
-    """
-
-    place_K: IndexArray
-    obs_KD: FloatArray
-    info: dict[str, NDArray[Any]]
-
-    def rows(self) -> list[dict[str, float | int]]:
-        """The info columns as one dict per ended episode."""
-        columns = zip(*(column.tolist() for column in self.info.values()), strict=True)
-        return [dict(zip(self.info, row, strict=True)) for row in columns]
-
-
-class StepBatch(NamedTuple):
-    """What one step of all B episodes gives; every array is new, never reused.
-
-    Attributes:
-        obs_BD: Next observations; of the next episode where one ended (with autoreset), float32.
-        reward_B: Rewards, float64.
-        terminated_B: Where an episode ended.
-        finals: About those that ended.
-    """
-
-    obs_BD: FloatArray
-    reward_B: RewardArray
-    terminated_B: BoolArray
-    finals: Finals
 
 
 class TokenExitCore:
     """B parallel episodes, each one token on its way through the exits.
 
     ``TokenExitEnv`` documents observations, actions and reward. Tokens are drawn uniformly with
-    replacement and λ log-uniformly, from one PCG64 generator, in order of place.
+    replacement and the weights log-uniformly, from one PCG64 generator, in order of place.
 
     Args:
         traces: Recorded tokens.
         costs: Measured costs of the model that was recorded.
         num_envs: Number B of parallel episodes.
-        lambda_range: Lowest and highest preference λ; equal for a single one.
+        lambda_range: Lowest and highest weight λ of latency; equal for a single one.
         quality: How an exit's token is scored.
         autoreset: Start the next episode in the step that ends one.
+        actions: ``gate`` (go on or leave) or ``jump`` (leave, or which exit to probe next).
+        jumps: Of ``jump``: the longest, in exits; None allows all.
+        asks_first: Of ``jump``: begin before the first layer, choosing the first exit to probe.
+        ends: Of ``jump``: one more action, full depth from wherever it stands.
+        energy_range: Lowest and highest weight μ of energy; None does not weigh it.
+
+    Attributes:
+        actions: What can be done.
+        num_columns: Number D of observation columns.
+        objectives: Names of the V entries of a reward vector.
 
     Raises:
-        ConfigError: an argument is out of range, or the costs are of another model depth.
-        TraceError: a feature lies beyond the declared bounds.
+        ConfigError: an argument is out of range, or the costs are of another model.
+        TraceError: a feature lies beyond the declared bounds, or cannot be had for jumps.
     """
 
     def __init__(
@@ -98,30 +62,31 @@ class TokenExitCore:
         costs: CostTable,
         *,
         num_envs: int,
-        lambda_range: tuple[float, float] = DEFAULT_LAMBDA_RANGE,
+        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
         quality: Quality = "logprob_gap",
         autoreset: bool = True,
+        actions: ActionKind = "gate",
+        jumps: int | None = None,
+        asks_first: bool = False,
+        ends: bool = False,
+        energy_range: Range | None = None,
     ) -> None:
-        _check_arguments(traces, costs, num_envs, lambda_range)
+        check_arguments(traces, costs, num_envs)
+        exits = traces.header.exits
+        tariff = Tariff.of(costs, exits)
         self.num_envs = num_envs
-        self.num_columns = traces.features_NEF.shape[2] + 1
+        self.objectives = tariff.objectives
         self.rng = np.random.default_rng()
+        self.actions = Actions(actions, len(exits), jumps, asks_first, ends)
+        self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
+        self._walk = Walk(traces, [tariff], self.actions, num_envs)
+        self.num_columns = self._walk.width + len(self.weights.names)
         self._autoreset = autoreset
-        self._log_range = (math.log(lambda_range[0]), math.log(lambda_range[1]))
-        self._set_tables(traces, costs, quality)
-        self.reset()
-
-    def _set_tables(self, traces: TokenTraces, costs: CostTable, quality: Quality) -> None:
-        tokens, exits, width = traces.features_NEF.shape
-        full_N1 = np.ones((tokens, 1), np.float32)
-        self._tokens = tokens
-        self._exits = exits
-        self._features_RF = traces.features_NEF.reshape(tokens * exits, width)
+        self._tokens = len(traces)
         self._quality_NE1 = traces.quality(quality)
-        self._agree_NE1 = np.concatenate([traces.agree_NE, full_N1], axis=1)
-        self._cost_E1 = costs.leaving(traces.header.exits).astype(np.float64)
-        self._paid_E = np.concatenate([[0.0], self._cost_E1[: exits - 1]])
-        self._layer_E1 = np.array([*traces.header.exits, traces.header.layers], np.int64)
+        self._agree_NE1 = traces.quality("agreement")
+        self._layer_E1 = np.array([*exits, traces.header.layers], np.int64)
+        self.reset()
 
     def reset(
         self,
@@ -129,127 +94,113 @@ class TokenExitCore:
         *,
         tokens: ArrayLike | None = None,
         lambdas: ArrayLike | None = None,
+        mus: ArrayLike | None = None,
     ) -> FloatArray:
         """Start B new episodes and return their observations [B, D].
 
         Args:
             seed: New seed or generator; None goes on with the present one.
             tokens: Rows of the traces to start with, one or B; None draws them.
-            lambdas: Preferences to start with, one or B; None draws them.
+            lambdas: Weights of latency to start with, one or B; None draws them.
+            mus: Weights of energy.
 
         Raises:
-            ConfigError: a token or preference is out of range.
+            ConfigError: a token or weight is out of range.
         """
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        self._token_B = np.zeros(self.num_envs, np.int64)
-        self._exit_B = np.zeros(self.num_envs, np.int64)
-        self._log_lambda_B = np.zeros(self.num_envs, np.float32)
-        self._lambda_B = np.ones(self.num_envs, np.float64)
         everyone = np.arange(self.num_envs)
+        self._spent_BO = np.zeros((self.num_envs, len(self.objectives) - 1), np.float64)
         self._begin(everyone)
         if tokens is not None:
-            self._token_B[:] = self._checked_tokens(tokens)
+            given = checked_tokens(tokens, self._tokens)
+            self._walk.begin(everyone, np.broadcast_to(given, self.num_envs))
         if lambdas is not None:
-            self._set_log_lambda(everyone, np.log(self._checked_lambdas(lambdas)))
+            self.weights.assign("lambda", lambdas)
+        if mus is not None:
+            self.weights.assign("mu", mus)
         return self._observe(everyone)
 
+    def action_masks(self) -> BoolArray:
+        """Which actions lead somewhere that no lower action does, [B, A]."""
+        return self.actions.masks(self._walk.here_B)
+
     def step(self, actions_B: NDArray[Any]) -> StepBatch:
-        """Act in every episode: 0 goes on, 1 leaves.
+        """Act in every episode.
 
         Raises:
-            ConfigError: not B whole numbers of 0 and 1.
+            ConfigError: not B whole numbers within the actions.
         """
-        leave_B = self._checked_actions(actions_B) == LEAVE
-        at_last_B = self._exit_B == self._exits - 1
-        terminated_B = leave_B | at_last_B
-        column_B = self._exit_B + (at_last_B & ~leave_B)
-        paid_B = self._cost_E1[column_B] - self._paid_E[self._exit_B]
-        reward_B = -self._lambda_B * paid_B
+        target_B, column_B, terminated_B = self._walk.targets(actions_B)
+        paid_BO = self._walk.pay(column_B)
+        self._spent_BO += paid_BO
         ended_K = np.flatnonzero(terminated_B)
-        finals = self._end(ended_K, column_B[ended_K])
-        reward_B[ended_K] += finals.info["quality"]
-        reward_B /= 1 + self._lambda_B
-        self._exit_B += ~terminated_B
+        column_K = column_B[ended_K]
+        vector_BV = np.zeros((self.num_envs, len(self.objectives)), np.float64)
+        vector_BV[:, 1:] = -paid_BO
+        vector_BV[ended_K, 0] = self._quality_NE1[self._walk.token_B[ended_K], column_K]
+        reward_B = self.weights.reward(vector_BV)
+        finals = self._end(ended_K, column_K)
+        self._walk.advance(target_B)
         if self._autoreset:
             self._begin(ended_K)
-        return StepBatch(self._observe(np.arange(self.num_envs)), reward_B, terminated_B, finals)
+        obs_BD = self._observe(np.arange(self.num_envs))
+        if not self._autoreset:
+            obs_BD[ended_K] = finals.obs_KD
+        return StepBatch(obs_BD, reward_B, terminated_B, finals, vector_BV)
 
     def _begin(self, place_K: IndexArray) -> None:
-        self._exit_B[place_K] = 0
-        self._token_B[place_K] = self.rng.integers(self._tokens, size=len(place_K))
-        self._set_log_lambda(place_K, self.rng.uniform(*self._log_range, size=len(place_K)))
-
-    def _set_log_lambda(self, place_K: IndexArray, log_lambda_K: RewardArray) -> None:
-        self._log_lambda_B[place_K] = log_lambda_K
-        # λ comes from the rounded logarithm, so that the observation tells it exactly.
-        self._lambda_B[place_K] = np.exp(self._log_lambda_B[place_K].astype(np.float64))
+        self._spent_BO[place_K] = 0
+        self._walk.begin(place_K, self.rng.integers(self._tokens, size=len(place_K)))
+        self.weights.draw(self.rng, place_K)
 
     def _observe(self, place_K: IndexArray) -> FloatArray:
         obs_KD = np.empty((len(place_K), self.num_columns), np.float32)
-        row_K = self._token_B[place_K] * self._exits + self._exit_B[place_K]
-        obs_KD[:, :-1] = self._features_RF[row_K]
-        obs_KD[:, -1] = self._log_lambda_B[place_K]
+        self._walk.observe(obs_KD, place_K)
+        obs_KD[:, self._walk.width :] = self.weights.log_BW[place_K]
         return obs_KD
 
     def _end(self, place_K: IndexArray, column_K: IndexArray) -> Finals:
-        token_K = self._token_B[place_K]
+        token_K = self._walk.token_B[place_K]
         info: dict[str, NDArray[Any]] = {
             "quality": self._quality_NE1[token_K, column_K].astype(np.float64),
-            "cost": self._cost_E1[column_K],
+            "cost": self._spent_BO[place_K, LATENCY],
             "exit_layer": self._layer_E1[column_K],
+            "probes": self._walk.probes_B[place_K],
             "agree": self._agree_NE1[token_K, column_K].astype(np.float64),
             "token": token_K,
-            "lambda": self._lambda_B[place_K],
         }
+        if "energy" in self.objectives:
+            info["energy"] = self._spent_BO[place_K, ENERGY]
+        for w, name in enumerate(self.weights.names):
+            info[name] = self.weights.value_BW[place_K, w]
         return Finals(place_K, self._observe(place_K), info)
 
-    def _checked_actions(self, actions_B: NDArray[Any]) -> NDArray[Any]:
-        actions = np.asarray(actions_B)
-        whole = actions.dtype.kind in "iu"
-        if not whole or actions.shape != (self.num_envs,):
-            raise ConfigError(
-                "actions",
-                f"have shape {actions.shape} and type {actions.dtype}",
-                f"Give {self.num_envs} whole numbers",
-            )
-        if not ((actions == GO_ON) | (actions == LEAVE)).all():
-            wrong = actions[(actions != GO_ON) & (actions != LEAVE)][0]
-            raise ConfigError("actions", f"hold {wrong}", "Use 0 to go on and 1 to leave")
-        return actions
 
-    def _checked_tokens(self, tokens: ArrayLike) -> IndexArray:
-        values = np.asarray(tokens, np.int64)
-        if ((values < 0) | (values >= self._tokens)).any():
-            raise ConfigError("token", f"must be from 0 to {self._tokens - 1}")
-        return values
+def checked_tokens(tokens: ArrayLike, count: int) -> IndexArray:
+    """Rows of the traces, if they are some.
 
-    def _checked_lambdas(self, lambdas: ArrayLike) -> RewardArray:
-        values = np.asarray(lambdas, np.float64)
-        low, high = LAMBDA_LIMITS
-        if not ((values >= low) & (values <= high)).all():
-            raise ConfigError("lambda", f"must be from {low:g} to {high:g}")
-        return values
+    Raises:
+        ConfigError: one is out of range.
+    """
+    values = np.asarray(tokens, np.int64)
+    if ((values < 0) | (values >= count)).any():
+        raise ConfigError("token", f"must be from 0 to {count - 1}")
+    return values
 
 
-def _check_arguments(
-    traces: TokenTraces, costs: CostTable, num_envs: int, lambda_range: tuple[float, float]
-) -> None:
-    low, high = lambda_range
+def check_arguments(traces: TokenTraces, costs: CostTable, num_envs: int) -> None:
+    """What every core asks of its arguments.
+
+    Raises:
+        ConfigError: no episode, or costs of another model.
+        TraceError: a feature that is NaN or beyond the declared bounds.
+    """
     if num_envs < 1:
         raise ConfigError("num_envs", f"{num_envs} is below 1")
-    if not LAMBDA_LIMITS[0] <= low <= high <= LAMBDA_LIMITS[1]:
-        raise ConfigError(
-            "lambda_range",
-            f"({low}, {high}) is no range within {LAMBDA_LIMITS}",
-            "Give the lower end first",
-        )
-    if costs.layers != traces.header.layers:
-        raise ConfigError(
-            "costs",
-            f"are of a model with {costs.layers} layers, the traces of {traces.header.layers}",
-            "Measure the model that was recorded",
-        )
+    require_same_model(costs, traces.header)
     largest = max(traces.features_NEF.max(), -traces.features_NEF.min())
     if not largest <= FEATURE_LIMIT:
-        raise TraceError("features_NEF", f"reach {largest}, beyond ±{FEATURE_LIMIT:g}")
+        raise TraceError(
+            "features_NEF", f"reach {largest}, beyond ±{FEATURE_LIMIT:g}", "Record them again"
+        )

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, SupportsInt
-
-import gymnasium as gym
-import numpy as np
-from gymnasium.error import ResetNeeded
 
 from offramp.controller.costs import CostTable
-from offramp.controller.errors import ConfigError
-from offramp.controller.features import FloatArray
-from offramp.envs.core import DEFAULT_LAMBDA_RANGE, TokenExitCore
-from offramp.envs.spaces import action_space, observation_space, start_arguments
+from offramp.envs.actions import ActionKind
+from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
+from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.tokens import TokenTraces
+from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
-class TokenExitEnv(gym.Env[FloatArray, np.int64]):
+class TokenExitEnv(CoreEnv):
     """Leave the model early, or go on to the next exit: one recorded token is one episode.
 
     ## Observation
 
-    ``Box(float32)`` of F + 1 columns: the candidate features at the present exit, in the order of
-    the traces' feature schema, then the preference. The space declares the bounds ±100 for every
-    feature and ±14 for the preference, the same for all traces; the columns of ``candidates``
-    version 1 stay in these tighter ranges:
+    ``Box(float32)`` of F + 1 columns: the features at the present exit, in the order of the
+    traces' feature schema, then the weight of latency; with ``energy_range`` one more, the weight
+    of energy. The space declares the bounds ±100 for every feature and ±14 for the weights, the
+    same for all traces; the columns of ``candidates`` version 1 stay in these tighter ranges:
 
     | column | meaning | range | unit |
     |---|---|---|---|
@@ -41,39 +37,67 @@ class TokenExitEnv(gym.Env[FloatArray, np.int64]):
     | top1_change | top1 minus that of the last probe | −1 … 1 | probability |
     | depth | layer / number of layers | 0 … 1 | share |
     | position | token position / context length | 0 … 1 | share |
-    | log_lambda | ln λ, constant in an episode | −14 … 14 | nats |
+    | log_lambda | ln λ, weight of latency, constant in an episode | −14 … 14 | nats |
+    | log_mu | ln μ, weight of energy; only with ``energy_range`` | −14 … 14 | nats |
+
+    After a jump, "last probe" is the exit jumped from. Traces are recorded with every exit
+    probed; what a jump sees is computed from that: ``norm_change`` and ``top1_change`` exactly,
+    ``agrees`` exactly unless the best candidate changed more than once on the way, ``cosine`` as
+    an estimate. ``offramp.envs.pairs`` has the formulas, docs/environments.md the measured
+    errors. Before the first layer (``asks_first``) all features are 0.
 
     ## Action
 
-    ``Discrete(2)``: 0 goes on to the next exit, 1 leaves here.
+    - ``actions="gate"``: ``Discrete(2)``. 0 goes on to the next exit, 1 leaves here.
+    - ``actions="jump"``: ``Discrete(1 + J)``. 0 leaves here, j goes to the j-th exit from here,
+      which is probed next; those between are neither probed nor paid for. A jump past the last
+      exit is full depth, unprobed, however far past. J is ``jumps``, at most (and by default) E.
+      With ``asks_first`` the first decision comes before the first layer, at −1 so to say: j goes
+      to exit j − 1, J is at most E + 1, and nobody can leave yet: 0 does what 1 does. With
+      ``ends`` there is one more action, the last: full depth, unprobed, from wherever it stands.
+
+    ``action_masks()`` [A] (sb3-contrib's name) is True for actions that lead somewhere no
+    lower action does; the others stay defined, as said.
 
     ## Reward
 
-    With cost[i] the measured cost of leaving at exit i, in units of the full-depth token's time
-    and with all probes and decisions up to there (``CostTable.leaving``), quality[i] in [0, 1]
-    and i = E for full depth, the undiscounted return (γ = 1) of an episode is
+    An episode's undiscounted return (γ = 1) is
 
-        (quality[i] − λ · cost[i]) / (1 + λ)
+        (quality − λ · cost) / (1 + λ)        or, with ``energy_range``,
+        (quality − λ · cost − μ · energy) / (1 + λ + μ)
 
-    Each step pays for having come to the present exit, −λ · (cost[i] − cost[i−1]) / (1 + λ) with
-    cost[−1] = 0. The last step adds quality / (1 + λ); going on after the last exit also pays the
-    rest of the way, to cost[E]. ``logprob_gap`` quality is 1 + clip(gap, −5, 0) / 5 nats,
-    ``agreement`` is 1 if the token is the full-depth one, else 0; full depth has quality 1.
+    ``quality`` in [0, 1] is that of the exit it left at (full depth: 1, but see below). ``cost``
+    is the measured time in units of a full-depth token's, ``energy`` the same of joules: with n
+    decisions made and e layers executed,
+    (step + e·layer + (L − e)·fill + head + n·(probe + policy)) / full; a decision before the first
+    layer has no probe. Each step pays for having come to the present exit as if leaving there,
+    less what was paid before, and for its probe and decision; a step to full depth also pays the
+    rest of the way. The last step adds the quality.
+
+    Qualities: ``logprob_gap`` is 1 + clip(gap, −5, 0) / 5 nats; ``agreement`` is 1 if the token is
+    the full-depth one, else 0; more in ``offramp.envs.qualities``.
 
     ## Start
 
-    At the first exit of a token drawn uniformly, with λ drawn log-uniformly from
-    ``lambda_range``. ``reset(options={"token": row, "lambda": value})`` sets either.
+    At the first exit of a token drawn uniformly (``asks_first``: before its first layer), with λ
+    drawn log-uniformly from ``lambda_range``, μ from ``energy_range``.
+    ``reset(options={"token": row, "lambda": value, "mu": value})`` sets any of them.
 
     ## End
 
-    ``terminated`` when it leaves, or goes on after the last exit; at most E steps. Never
-    truncated. The last observation is the one that the last action answered.
+    ``terminated`` when it leaves, or goes on past the last exit; at most E steps (``asks_first``:
+    E + 1). Never truncated. The last observation is the one that the last action answered.
 
     ## Info
 
-    Empty, but at the end: ``quality``, ``cost`` (full-depth token's time), ``exit_layer`` (layers
-    executed), ``agree`` (0 or 1), ``token`` (row of the traces), ``lambda``.
+    - each step: ``reward_vector``, float64: this step's quality, −cost and, if the cost table holds
+      joules, −energy, unweighted. ``objectives`` names the entries, ``reward_space`` has their
+      bounds (as in mo-gymnasium). Without joules there are two: unknown is not 0.
+    - each step of jumps but the last, and reset: ``action_mask``, int8 [A].
+    - at the end: ``quality``, ``cost`` (full-depth token's time), ``energy`` (full-depth token's
+      joules; absent where unknown), ``exit_layer`` (layers executed), ``probes`` (probes paid),
+      ``agree`` (0 or 1), ``token`` (row of the traces), ``lambda``, ``mu`` (with
+      ``energy_range``).
 
     ## Arguments
 
@@ -81,10 +105,13 @@ class TokenExitEnv(gym.Env[FloatArray, np.int64]):
     - ``traces`` or ``store``: tokens in memory, or the folder of a ``TraceStore``.
     - ``split``: with ``store``, which split; None takes all.
     - ``lambda_range``: lowest and highest λ, within 1e-6 … 1e6; equal for a single one.
-    - ``quality``: ``logprob_gap`` or ``agreement``.
+    - ``quality``: name of a registered quality.
+    - ``actions``, ``jumps``, ``asks_first``, ``ends``: see Action.
+    - ``energy_range``: lowest and highest μ; None does not weigh energy. Refused if the cost table
+      holds no joules.
 
-    Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for an
-    unusable store, and ``gymnasium.error.ResetNeeded`` for a step outside an episode.
+    Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for unusable
+    traces, and ``gymnasium.error.ResetNeeded`` for a step outside an episode.
 
     ## Example
 
@@ -119,10 +146,9 @@ class TokenExitEnv(gym.Env[FloatArray, np.int64]):
 
     ## Version history
 
-    - v0: first version.
+    - v0: first version; jumps, ``reward_vector`` and the weight of energy were added before the
+      first release. Gates draw, observe and reward as before.
     """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]  # gymnasium's is no ClassVar
 
     def __init__(
         self,
@@ -131,47 +157,25 @@ class TokenExitEnv(gym.Env[FloatArray, np.int64]):
         traces: TokenTraces | None = None,
         store: Path | str | None = None,
         split: str | None = None,
-        lambda_range: tuple[float, float] = DEFAULT_LAMBDA_RANGE,
+        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
         quality: Quality = "logprob_gap",
+        actions: ActionKind = "gate",
+        jumps: int | None = None,
+        asks_first: bool = False,
+        ends: bool = False,
+        energy_range: Range | None = None,
     ) -> None:
-        self._core = TokenExitCore(
+        core = TokenExitCore(
             open_traces(traces, store, split),
             costs,
             num_envs=1,
             lambda_range=lambda_range,
             quality=quality,
             autoreset=False,
+            actions=actions,
+            jumps=jumps,
+            asks_first=asks_first,
+            ends=ends,
+            energy_range=energy_range,
         )
-        self._running = False
-        self.observation_space = observation_space(self._core.num_columns)
-        self.action_space = action_space()
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[FloatArray, dict[str, Any]]:
-        """Start an episode: observation [F + 1] and an empty info.
-
-        Raises:
-            ConfigError: an option is unknown or out of range.
-        """
-        super().reset(seed=seed)
-        obs_1D = self._core.reset(self.np_random, **start_arguments(options))
-        self._running = True
-        return obs_1D[0], {}
-
-    def step(self, action: SupportsInt) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
-        """Go on (0) or leave (1).
-
-        Raises:
-            ConfigError: the action is neither 0 nor 1.
-            ResetNeeded: no episode is running.
-        """
-        if not self._running:
-            raise ResetNeeded("no episode is running: call reset() before step()")
-        if not self.action_space.contains(action):
-            raise ConfigError("action", f"is {action!r}", "Use 0 to go on and 1 to leave")
-        batch = self._core.step(np.array([int(action)]))
-        ended = bool(batch.terminated_B[0])
-        self._running = not ended
-        info = batch.finals.rows()[0] if ended else {}
-        return batch.obs_BD[0], float(batch.reward_B[0]), ended, False, info
+        super().__init__(core)

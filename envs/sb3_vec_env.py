@@ -1,6 +1,7 @@
-"""Many tokens at once for Stable-Baselines3.
+"""Many episodes at once for Stable-Baselines3.
 
-Shape suffixes: B parallel episodes, D observation columns.
+Shape suffixes: B parallel episodes, A actions, D observation columns,
+V objectives of a reward vector.
 """
 
 from __future__ import annotations
@@ -14,46 +15,42 @@ from stable_baselines3.common.vec_env import VecEnv
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.core import DEFAULT_LAMBDA_RANGE, Finals, TokenExitCore
-from offramp.envs.spaces import action_space, observation_space, start_arguments
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.actions import ActionKind
+from offramp.envs.batch import StepBatch
+from offramp.envs.core import TokenExitCore
+from offramp.envs.qualities import Quality
+from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
+from offramp.envs.tokens import TokenTraces
+from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
-class TokenExitVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
-    """``TokenExitEnv`` for ``num_envs`` tokens in one vectorised core.
+class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
+    """Any core as an SB3 vector of environments.
 
-    ``infos[i]`` is empty but where an episode ended: there it holds ``TokenExitEnv``'s info and
-    ``terminal_observation``. Rewards are float32. ``seed`` and ``set_options`` count from the
-    next ``reset``; the first episode's seed seeds them all. Wrap in ``VecMonitor`` for SB3's
-    episode statistics.
+    ``infos[i]`` is empty but where an episode ended: there it holds the environment's info about it
+    and ``terminal_observation``. ``reward_vectors`` has the last step's rewards by objective, as
+    one array, since a dict for each episode and step would take longer than the step. Rewards are
+    float32. ``seed`` and ``set_options`` count from
+    the next ``reset``; the first episode's seed seeds them all. Wrap in ``VecMonitor`` for SB3's
+    episode statistics. sb3-contrib's ``MaskablePPO`` finds the masks by
+    ``env_method("action_masks")``.
 
     Args:
-        traces: Recorded tokens.
-        costs: As for ``TokenExitEnv``, like all that follow.
-        num_envs: Number B of parallel episodes.
-        lambda_range: Lowest and highest λ.
-        quality: How an exit's token is scored.
+        core: The episodes.
 
-    Raises:
-        ConfigError: an argument is unusable.
+    Attributes:
+        objectives: Names of the V entries of a reward vector.
+        reward_vectors: [B, V] float64, unweighted; zeros before the first step.
     """
 
     render_mode: str | None = None
 
-    def __init__(
-        self,
-        traces: TokenTraces,
-        costs: CostTable,
-        *,
-        num_envs: int,
-        lambda_range: tuple[float, float] = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-    ) -> None:
-        self._core = TokenExitCore(
-            traces, costs, num_envs=num_envs, lambda_range=lambda_range, quality=quality
-        )
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._actions_B: NDArray[Any] | None = None
-        super().__init__(num_envs, observation_space(self._core.num_columns), action_space())
+        self.objectives = core.objectives
+        self.reward_vectors = np.zeros((core.num_envs, len(core.objectives)), np.float64)
+        super().__init__(core.num_envs, observation_space(core), action_space(core))
 
     def reset(self) -> FloatArray:
         """Start B episodes: observations [B, D].
@@ -74,10 +71,15 @@ class TokenExitVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baseli
         """Observations [B, D], rewards [B], dones [B] and one info per episode.
 
         Raises:
-            ConfigError: the actions are not B whole numbers of 0 and 1.
+            ConfigError: the actions are not B whole numbers in range.
         """
-        obs_BD, reward_B, done_B, finals = self._core.step(np.asarray(self._actions_B))
-        return obs_BD, reward_B.astype(np.float32), done_B, self._infos(finals)
+        batch = self._core.step(np.asarray(self._actions_B))
+        self.reward_vectors = batch.vector_BV
+        return batch.obs_BD, batch.reward_B.astype(np.float32), batch.terminated_B, _infos(batch)
+
+    def action_masks(self) -> BoolArray:
+        """Which actions lead somewhere that no lower action does, [B, A]."""
+        return self._core.action_masks()
 
     def close(self) -> None:
         """Nothing to release."""
@@ -92,24 +94,77 @@ class TokenExitVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baseli
         """Refuse: the episodes share one environment."""
         raise AttributeError(f"{attr_name!r} cannot be set: the episodes share one environment")
 
-    def env_method(self, method_name: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the episodes share one environment."""
-        raise AttributeError(f"{method_name!r} is no method of an episode")
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """The masks [A] of each episode asked about; anything else is refused."""
+        if method_name != "action_masks":
+            raise AttributeError(f"{method_name!r} is no method of an episode")
+        return list(self.action_masks()[list(self._get_indices(indices))])
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         """No episode is wrapped."""
         return [False for _ in self._get_indices(indices)]
-
-    def _infos(self, finals: Finals) -> list[dict[str, Any]]:
-        # A dict of its own for each: wrappers and callbacks write into them.
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        rows = finals.rows()
-        for place, row, obs_D in zip(finals.place_K.tolist(), rows, finals.obs_KD, strict=True):
-            infos[place] = {**row, "terminal_observation": obs_D}
-        return infos
 
     def _merged_options(self) -> dict[str, list[Any]]:
         names = set().union(*self._options)
         if any(names != set(options) for options in self._options):
             raise ConfigError("options", "differ in their names", "Set the same for each episode")
         return {name: [options[name] for options in self._options] for name in sorted(names)}
+
+
+class TokenExitVecEnv(CoreVecEnv):
+    """``TokenExitEnv`` for ``num_envs`` tokens in one vectorised core.
+
+    Args:
+        traces: Recorded tokens.
+        costs: As for ``TokenExitEnv``, like all that follow.
+        num_envs: Number B of parallel episodes.
+        lambda_range: Lowest and highest weight λ of latency.
+        quality: How an exit's token is scored.
+        actions: ``gate`` or ``jump``.
+        jumps: Of ``jump``: the longest.
+        asks_first: Of ``jump``: begin before the first layer.
+        ends: Of ``jump``: one more action, full depth.
+        energy_range: Lowest and highest weight μ of energy.
+
+    Raises:
+        ConfigError: an argument is unusable.
+        TraceError: the traces are.
+    """
+
+    def __init__(
+        self,
+        traces: TokenTraces,
+        costs: CostTable,
+        *,
+        num_envs: int,
+        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
+        quality: Quality = "logprob_gap",
+        actions: ActionKind = "gate",
+        jumps: int | None = None,
+        asks_first: bool = False,
+        ends: bool = False,
+        energy_range: Range | None = None,
+    ) -> None:
+        core = TokenExitCore(
+            traces,
+            costs,
+            num_envs=num_envs,
+            lambda_range=lambda_range,
+            quality=quality,
+            actions=actions,
+            jumps=jumps,
+            asks_first=asks_first,
+            ends=ends,
+            energy_range=energy_range,
+        )
+        super().__init__(core)
+
+
+def _infos(batch: StepBatch) -> list[dict[str, Any]]:
+    # A dict of its own for each: wrappers and callbacks write into them.
+    infos: list[dict[str, Any]] = [{} for _ in batch.terminated_B]
+    for place, row in zip(batch.finals.place_K.tolist(), batch.finals.rows(), strict=True):
+        infos[place] = row
+    return infos

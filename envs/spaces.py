@@ -1,44 +1,81 @@
-"""What the adapters share: Gymnasium spaces and the reset options."""
+"""What the adapters share: the core they adapt, Gymnasium spaces, reset options.
+
+Shape suffixes: B parallel episodes, A actions, D observation columns.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 
 from offramp.controller.errors import ConfigError
-from offramp.envs.core import FEATURE_LIMIT, LAMBDA_LIMITS
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.envs.actions import Actions
+from offramp.envs.batch import StepBatch
+from offramp.envs.core import FEATURE_LIMIT
+from offramp.envs.weights import Weights, largest_log
 
-_OPTIONS = {"token": "tokens", "lambda": "lambdas"}
+OPTIONS = {"token": "tokens", "lambda": "lambdas", "mu": "mus"}
+"""Names that Gymnasium's reset options have as arguments of a core's ``reset``."""
 
 
-def action_space() -> spaces.Discrete:
-    """0 goes on to the next exit, 1 leaves here. New each time: a space holds its own generator."""
-    return spaces.Discrete(2)
+class Core(Protocol):
+    """Many episodes at once, as the adapters drive them."""
+
+    num_envs: int
+    num_columns: int
+    actions: Actions
+    weights: Weights
+    objectives: tuple[str, ...]
+
+    def reset(self, seed: int | np.random.Generator | None = None, **start: Any) -> FloatArray:
+        """Start B episodes: observations [B, D]."""
+        ...
+
+    def step(self, actions_B: NDArray[Any]) -> StepBatch:
+        """Act in every episode."""
+        ...
+
+    def action_masks(self) -> BoolArray:
+        """Which actions lead somewhere that no lower action does, [B, A]."""
+        ...
 
 
-def observation_space(columns: int) -> spaces.Box[np.float32]:
-    """Features, then ``log_lambda``: a float32 Box of shape (columns,).
+def action_space(core: Core) -> spaces.Discrete:
+    """The core's actions. New each time: a space holds its own generator."""
+    return spaces.Discrete(core.actions.count)
+
+
+def observation_space(core: Core) -> spaces.Box[np.float32]:
+    """Features, then logarithms of the weights: a float32 Box of shape (D,).
 
     The bounds are the same for every trace and preference range, so that a policy trained on one
     can be loaded for another.
     """
-    high = np.full(columns, FEATURE_LIMIT, np.float32)
-    high[-1] = math.ceil(math.log(LAMBDA_LIMITS[1]))
+    high = np.full(core.num_columns, FEATURE_LIMIT, np.float32)
+    high[-len(core.weights.names) :] = largest_log()
     return spaces.Box(-high, high, dtype=np.float32)
 
 
+def reward_space(core: Core) -> spaces.Box[np.float32]:
+    """Bounds of ``reward_vector``, float32: quality from 0 on, −latency and −energy up to 0."""
+    low = np.full(len(core.objectives), -np.inf, np.float32)
+    low[0] = 0
+    return spaces.Box(low, np.where(low < 0, 0, np.inf).astype(np.float32), dtype=np.float32)
+
+
 def start_arguments(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of ``TokenExitCore.reset`` from Gymnasium's ``options``.
+    """Arguments of a core's ``reset`` from Gymnasium's ``options``.
 
     Raises:
         ConfigError: an option is unknown.
     """
     given = options or {}
-    unknown = sorted(set(given) - set(_OPTIONS))
+    unknown = sorted(set(given) - set(OPTIONS))
     if unknown:
-        raise ConfigError("options", f"{unknown[0]!r} is unknown", "Use token and lambda")
-    return {_OPTIONS[name]: value for name, value in given.items()}
+        raise ConfigError("options", f"{unknown[0]!r} is unknown", "Use token, lambda or mu")
+    return {OPTIONS[name]: value for name, value in given.items()}

@@ -6,21 +6,14 @@ Shape suffixes: N tokens, E exits, F feature columns, S softmax columns, D model
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.errors import TraceError
 from offramp.controller.features import FloatArray, IntArray
 from offramp.controller.traces import SOFTMAX_COLUMNS, HalfArray, TraceChunk, TraceHeader
-
-Quality = Literal["agreement", "logprob_gap"]
-QUALITIES: tuple[Quality, ...] = get_args(Quality)
-"""Ways to score an exit's token against the full-depth one."""
-
-GAP_FLOOR_NATS = 5.0
-"""Log-probability gaps beyond this count as worst: e⁻⁵ is 0.7 % of the best token's chance."""
+from offramp.envs.qualities import Quality, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,39 +123,23 @@ class TokenTraces:
         new_index[kept] = np.arange(len(kept), dtype=np.int32)
         document_N = new_index[self.document_N]
         rows = document_N >= 0
-        return TokenTraces(
-            header=self.header,
-            features_NEF=self.features_NEF[rows],
-            softmax_NES=self.softmax_NES[rows],
-            exit_token_NE=self.exit_token_NE[rows],
-            agree_NE=self.agree_NE[rows],
-            gap_NE=self.gap_NE[rows],
-            right_NE=self.right_NE[rows],
-            full_right_N=self.full_right_N[rows],
-            position_N=self.position_N[rows],
-            document_N=document_N[rows],
+        names = (each.name for each in fields(self))
+        arrays = {name: getattr(self, name) for name in names}
+        kept_rows = {n: a[rows] for n, a in arrays.items() if isinstance(a, np.ndarray)}
+        return replace(
+            self,
+            **kept_rows | {"document_N": document_N[rows]},
             documents=tuple(self.documents[i] for i in kept),
-            state_NED=None if self.state_NED is None else self.state_NED[rows],
         )
 
     def quality(self, kind: Quality) -> FloatArray:
-        """Quality in [0, 1] of leaving at each exit; the last column is full depth, 1. [N, E + 1].
-
-        ``agreement``: 1 if the exit's token is the full-depth token, else 0.
-        ``logprob_gap``: 1 + clip(gap, −c, 0) / c with c = 5 nats.
+        """Quality in [0, 1] of leaving at each exit, and of full depth; [N, E + 1].
 
         Raises:
-            ConfigError: there is no such kind.
+            ConfigError: there is no such kind (``offramp.envs.qualities`` has them).
+            TraceError: a registered one gave unusable values.
         """
-        if kind == "agreement":
-            exits_NE = self.agree_NE
-        elif kind == "logprob_gap":
-            floor = np.float32(GAP_FLOOR_NATS)
-            exits_NE = 1 + np.clip(self.gap_NE, -floor, 0) / floor
-        else:
-            raise ConfigError("quality", f"{kind!r} is unknown", f"Use {' or '.join(QUALITIES)}")
-        full_N1 = np.ones((len(self), 1), np.float32)
-        return np.concatenate([exits_NE, full_N1], axis=1, dtype=np.float32)
+        return score(kind, self)
 
 
 def _states(parts: list[TraceChunk]) -> HalfArray | None:

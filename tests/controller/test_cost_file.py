@@ -14,7 +14,7 @@ import pytest
 from offramp.controller.cost_file import load_costs, save_costs, to_json
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
-from tests.support.costs import measured
+from support.costs import measured
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.prices import Timing
-from tests.support.costs import measured, timing
+from support.costs import measured, timing
 
 
 def test_the_view_is_that_of_one_row() -> None:

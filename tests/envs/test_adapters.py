@@ -72,7 +72,7 @@ def test_the_docstring_example_runs() -> None:
 
 def test_the_documented_columns_are_the_schema_and_the_preference() -> None:
     rows = re.findall(r"^ +\| (\w+) \|", TokenExitEnv.__doc__ or "", re.MULTILINE)
-    assert tuple(rows) == ("column", *CANDIDATES_V1.columns, "log_lambda")
+    assert tuple(rows) == ("column", *CANDIDATES_V1.columns, "log_lambda", "log_mu")
 
 
 def test_the_public_names_are_pinned_and_import_no_learner() -> None:
@@ -99,7 +99,7 @@ def test_one_env_plays_the_episodes_of_a_vector_of_one(
         assert (reward, terminated, truncated) == (reward_B[0], terminated_B[0], truncated_B[0])
         if terminated:
             np.testing.assert_array_equal(obs, infos["final_obs"][0])
-            assert info == {name: infos["final_info"][name][0] for name in info}
+            assert_same_info(info, infos["final_info"], 0)
             obs, _ = env.reset()
 
 
@@ -133,6 +133,13 @@ def test_the_vector_env_is_gymnasiums_own_same_step_vector_of_single_envs(
     assert mine[2].all()
 
 
+def assert_same_info(one: dict[str, Any], many: dict[str, Any], place: int) -> None:
+    assert set(one) == {name for name in many if not name.startswith(("_", "final"))}
+    for name, value in one.items():
+        assert many[f"_{name}"][place]
+        np.testing.assert_array_equal(value, many[name][place])
+
+
 def assert_same_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -155,7 +162,8 @@ def test_final_infos_are_masked_where_no_episode_ended(
     assert infos["final_obs"][0] is None
     assert infos["final_info"]["exit_layer"].tolist() == [0, 2, 0]
     assert infos["final_info"]["_exit_layer"].tolist() == [False, True, False]
-    assert vector.step(np.zeros(3, np.int64))[4] == {}
+    assert infos["_reward_vector"].tolist() == [True, False, True]
+    assert set(vector.step(np.zeros(3, np.int64))[4]) == {"reward_vector", "_reward_vector"}
 
 
 def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
@@ -178,12 +186,16 @@ def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
             info = sb3_infos[place]
             if not done_B[place]:
                 assert info == {}
+                np.testing.assert_array_equal(
+                    vec_env.reward_vectors[place], infos["reward_vector"][place]
+                )
                 continue
             ended += 1
             np.testing.assert_array_equal(
                 info.pop("terminal_observation"), infos["final_obs"][place]
             )
-            assert info == {name: infos["final_info"][name][place] for name in info}
+            info["reward_vector"] = vec_env.reward_vectors[place]
+            assert_same_info(info, infos["final_info"], place)
     assert ended > 50
 
 

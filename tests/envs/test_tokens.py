@@ -68,8 +68,8 @@ def test_gap_quality_falls_by_a_fifth_per_nat_down_to_zero(traces: TokenTraces) 
 
 
 def test_unknown_quality_names_the_choices(traces: TokenTraces) -> None:
-    with pytest.raises(ConfigError, match="agreement or logprob_gap"):
-        traces.quality("bleu")  # type: ignore[arg-type]  # that is what is refused
+    with pytest.raises(ConfigError, match="agreement or logprob_gap or label"):
+        traces.quality("bleu")
 
 
 def test_shapes_must_fit_the_header(traces: TokenTraces) -> None:

@@ -1,0 +1,104 @@
+"""Readings around some work."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from offramp.controller.energy import EnergyReading, unavailable
+from offramp.worker.core import EngineCore
+from offramp.worker.energy.modelled import ModelledSource
+from offramp.worker.energy.nvml import open_nvml
+from offramp.worker.energy.rapl import open_rapl
+
+
+class EnergySource(Protocol):
+    """Something that can say what was taken between two moments."""
+
+    def start(self) -> Any:
+        """The first moment, for ``stop``."""
+        ...
+
+    def stop(self, before: Any, window_s: float) -> EnergyReading:
+        """What was taken since."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoSource:
+    """Where there is none.
+
+    Attributes:
+        why: In words.
+    """
+
+    why: str
+
+    def start(self) -> None:
+        """Nothing to note."""
+
+    def stop(self, before: None, window_s: float) -> EnergyReading:
+        """An unknown amount."""
+        return unavailable(window_s, self.why)
+
+
+class Span:
+    """A stretch of work. ``reading`` is there once it has ended."""
+
+    def __init__(self) -> None:
+        self._reading: EnergyReading | None = None
+
+    @property
+    def reading(self) -> EnergyReading:
+        """What it took."""
+        assert self._reading is not None, "the span has not ended"
+        return self._reading
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """Reads one source around stretches of work; one at a time.
+
+    >>> meter = Meter(NoSource("none here"))
+    >>> with meter.measure() as span:
+    ...     pass
+    >>> span.reading.joules, span.reading.method.value
+    (None, 'unavailable')
+
+    Attributes:
+        source: Where the figures come from.
+    """
+
+    source: EnergySource
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[Span]:
+        """Read before and after the block; nothing is read if it fails."""
+        span = Span()
+        before = self.source.start()
+        start = time.perf_counter()
+        done = False
+        try:
+            yield span
+            done = True
+        finally:
+            # Stopped in any case: a source may have hooked itself into the engine.
+            reading = self.source.stop(before, time.perf_counter() - start)
+            span._reading = reading if done else None
+
+
+def open_meter(engine: EngineCore) -> Meter:
+    """The best source for an engine's device that is really there.
+
+    A GPU's counter for a GPU; for a CPU its packages' counters, else the model.
+    """
+    device = engine.stack.device
+    if device.type == "cuda":
+        gpu, why = open_nvml(device.index or 0)
+        return Meter(gpu or NoSource(why))
+    if device.type != "cpu":
+        return Meter(NoSource(f"no counter is known for {device.type}"))
+    return Meter(open_rapl()[0] or ModelledSource(engine))
