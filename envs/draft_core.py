@@ -1,13 +1,12 @@
 """Many draft-and-verify episodes at once, in numpy: the one implementation behind every adapter.
 
-Shape suffixes: B parallel episodes, K some of them, D observation columns, E exits, F features,
-L layers.
+Shape suffixes: B parallel episodes, K some of them, D observation columns, E exits, L layers,
+A actions, V objectives.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,15 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.draft_tables import (
-    DraftPrices,
-    DraftTables,
-    IndexArray,
-    SecondsArray,
-    require_same_model,
-    schema_of,
-)
-from offramp.envs.draft_view import DraftView
+from offramp.envs.batch import Finals, IndexArray, StepBatch
+from offramp.envs.draft_tables import DraftActions, DraftPrices, DraftTables, require_same_model
+from offramp.envs.draft_view import COLUMNS, DraftView
 from offramp.envs.tokens import TokenTraces
 
 COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls")
@@ -33,44 +26,10 @@ MAX_PENDING = 8
 """Drafts that may be open, as in the engine by default."""
 
 
-@dataclass(frozen=True, slots=True)
-class DraftFinals:
-    """The K episodes that ended in this step, in ascending order of place.
+class Unweighed:
+    """Nothing of the reward is weighed by what an episode observes."""
 
-    Attributes:
-        place_K: Which of the B parallel episodes, int64.
-        obs_KD: The observation that the last action answered, float32.
-        info: Columns [K] by name: the episode's counts, int64, and ``seconds``.
-    """
-
-    place_K: IndexArray
-    obs_KD: FloatArray
-    info: dict[str, NDArray[Any]]
-
-    def rows(self) -> list[dict[str, float | int]]:
-        """The info columns as one dict per ended episode."""
-        columns = zip(*(column.tolist() for column in self.info.values()), strict=True)
-        return [dict(zip(self.info, row, strict=True)) for row in columns]
-
-
-class DraftStep(NamedTuple):
-    """What one step of all B episodes gives; every array is new, never reused.
-
-    Attributes:
-        obs_BD: Next observations; of the next episode where one ended (with autoreset), float32.
-        reward_B: Rewards, float64.
-        terminated_B: Where an episode ended.
-        finals: About those that ended.
-        tokens_B: Tokens that became certain in this step, int64.
-        seconds_B: Seconds that it took, float64.
-    """
-
-    obs_BD: FloatArray
-    reward_B: SecondsArray
-    terminated_B: BoolArray
-    finals: DraftFinals
-    tokens_B: IndexArray
-    seconds_B: SecondsArray
+    names: tuple[str, ...] = ()
 
 
 class DraftExitCore:
@@ -81,7 +40,7 @@ class DraftExitCore:
 
     Args:
         traces: Recorded tokens, each document's contiguous and in order.
-        costs: Measured costs of the model that was recorded, of the traces' probe.
+        costs: Measured costs of the model that was recorded, whole-softmax probe included.
         num_envs: Number B of parallel episodes.
         max_pending: Drafts that may be open before a token must run all layers.
         cycles: Cycles in an episode at most; None: to the end of the document.
@@ -107,15 +66,18 @@ class DraftExitCore:
         _check_arguments(num_envs, max_pending, cycles)
         require_same_model(traces, costs)
         self.num_envs = num_envs
+        self.num_columns = COLUMNS
+        self.objectives = ("tokens", "latency")
+        self.weights = Unweighed()
         self.exits = len(traces.header.exits)
         self.layers = traces.header.layers
         self.max_pending = max_pending
+        self.actions = DraftActions(self.exits)
         self.tables = DraftTables.of(traces)
-        self.prices = DraftPrices.of(costs, schema_of(traces), max_pending)
+        self.prices = DraftPrices.of(costs, max_pending)
         self.set_rate(rate)
         self.rng = np.random.default_rng()
         self.view = DraftView(num_envs, self.tables, max_pending)
-        self.num_columns = self.view.num_columns
         self._cycles = cycles
         self._autoreset = autoreset
         self._layer_L = np.arange(self.layers)
@@ -137,6 +99,7 @@ class DraftExitCore:
         seed: int | np.random.Generator | None = None,
         *,
         tokens: ArrayLike | None = None,
+        **unknown: Any,
     ) -> FloatArray:
         """Start B new episodes and return their observations [B, D].
 
@@ -145,8 +108,11 @@ class DraftExitCore:
             tokens: Rows of the traces to start at, one or B; None draws them.
 
         Raises:
-            ConfigError: a token is out of range or the last of its document.
+            ConfigError: a token is out of range or the last of its document, or something else
+                is to be set.
         """
+        if unknown:
+            raise ConfigError("options", f"{min(unknown)!r} cannot be set here", "Use token")
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         everyone = np.arange(self.num_envs)
@@ -156,43 +122,44 @@ class DraftExitCore:
             self._begin_at(everyone, self._checked_tokens(tokens))
         return self._observe(everyone)
 
-    def step(self, actions_B: NDArray[Any]) -> DraftStep:
-        """Act in every episode: an action from 0 to E, whose meaning ``DraftExitEnv`` tells.
+    def step(self, actions_B: NDArray[Any]) -> StepBatch:
+        """Act in every episode that is not over.
 
         Raises:
             ConfigError: not B whole numbers from 0 to E.
         """
         obs_BD = self._observe(np.arange(self.num_envs))
-        target_B = self.targets(self._checked_actions(actions_B))
+        checked_B = self.actions.checked(actions_B, self.num_envs)
+        target_B = self.actions.targets(self._here_B, checked_B)
         runs_B = ~self._ended_B
         leaves_B = runs_B & (self._here_B >= 0) & (target_B == self._here_B)
         deep_B = runs_B & (target_B == self.exits)
-        goes_B = runs_B & ~(leaves_B | deep_B)
         before_B = self._counts["tokens"].copy()
         self._spent_B[:] = np.where(runs_B & (self._here_B < 0), self.prices.start_s, 0.0)
         self._leave(np.flatnonzero(leaves_B))
-        self._go_on(np.flatnonzero(goes_B), target_B)
+        self._go_on(np.flatnonzero(runs_B & ~(leaves_B | deep_B)), target_B)
         self._verify(np.flatnonzero(deep_B))
         while len(forced_K := self._forced()):
             self._verify(forced_K)
-        tokens_B = self._counts["tokens"] - before_B
-        seconds_B = self._spent_B.copy()
-        self._seconds_B += seconds_B
+        self._seconds_B += self._spent_B
+        earned_BV = np.stack(
+            [self._counts["tokens"] - before_B, -self._spent_B / self.prices.full_s], axis=-1
+        )
+        return self._conclude(obs_BD, earned_BV)
+
+    def action_masks(self) -> BoolArray:
+        """Which actions are not jumps past the last exit, [B, A]."""
+        return self.actions.masks(self._here_B)
+
+    def _conclude(self, obs_BD: FloatArray, earned_BV: NDArray[np.float64]) -> StepBatch:
         terminated_B = self._ended_B.copy()
         ended_K = np.flatnonzero(terminated_B)
-        finals = DraftFinals(ended_K, obs_BD[ended_K], self._info(ended_K))
+        finals = Finals(ended_K, obs_BD[ended_K], self._info(ended_K))
         if self._autoreset:
             self._begin(ended_K)
-        reward_B = tokens_B - self.rate * seconds_B / self.prices.full_s
+        reward_B = earned_BV[:, 0] + self.rate * earned_BV[:, 1]
         next_BD = self._observe(np.arange(self.num_envs))
-        return DraftStep(next_BD, reward_B, terminated_B, finals, tokens_B, seconds_B)
-
-    def targets(self, actions_B: IndexArray) -> IndexArray:
-        """Index of the exit that each action asks at next; the present one leaves, E verifies."""
-        jump_B = np.minimum(self._here_B + actions_B, self.exits)
-        target_B: IndexArray = np.where(self._here_B < 0, actions_B, jump_B)
-        target_B[actions_B == self.exits] = self.exits
-        return target_B
+        return StepBatch(next_BD, reward_B, terminated_B, finals, earned_BV)
 
     def _allocate(self) -> None:
         places, layers = self.num_envs, self.layers
@@ -229,12 +196,11 @@ class DraftExitCore:
         self._right_B[place_K] = 0
         self._intact_B[place_K] = True
         self._joined_BL[place_K] = 0
+        self.view.begin_token(place_K)
 
     def _observe(self, place_K: IndexArray) -> FloatArray:
         token_K = self._base_B[place_K] + self._pending_B[place_K]
-        return self.view.observe(
-            place_K, token_K, self._here_B[place_K], self._pending_B[place_K]
-        )
+        return self.view.observe(place_K, token_K, self._here_B[place_K], self._pending_B[place_K])
 
     def _go_on(self, place_K: IndexArray, target_B: IndexArray) -> None:
         """Run to the next exit and be asked there."""
@@ -244,6 +210,7 @@ class DraftExitCore:
         self._spent_B[place_K] += self.prices.ask_s + self.prices.build_s * first_K
         self._counts["asked"][place_K] += 1
         self._here_B[place_K] = target_K
+        self.view.probed(place_K, self._base_B[place_K] + self._pending_B[place_K], target_K)
 
     def _leave(self, place_K: IndexArray) -> None:
         """Draft a token from this exit, and begin the token after it."""
@@ -257,10 +224,10 @@ class DraftExitCore:
         below_KL = self._layer_L < depth_K[:, None]
         # All that are open have come this far, so none of them runs a shallower layer again.
         self._joined_BL[place_K] = np.where(below_KL, 0, self._joined_BL[place_K] + 1)
-        self._spent_B[place_K] += self.prices.draft_s + self.prices.step_s
+        self._spent_B[place_K] += self.prices.step_s
         self._counts["drafts"][place_K] += 1
         self._here_B[place_K] = -1
-        self.view.drafted(place_K, depth_K, self.tables.chance_NE[token_K, here_K])
+        self.view.drafted(place_K, depth_K, self.tables.sure_NES[token_K, here_K, 0])
 
     def _verify(self, place_K: IndexArray) -> None:
         """Run to the end, with all open drafts; what full depth says of them is certain."""
@@ -301,18 +268,6 @@ class DraftExitCore:
         }
         info["seconds"] = self._seconds_B[place_K]
         return info
-
-    def _checked_actions(self, actions_B: NDArray[Any]) -> IndexArray:
-        actions = np.asarray(actions_B)
-        if actions.dtype.kind not in "iu" or actions.shape != (self.num_envs,):
-            raise ConfigError(
-                "actions",
-                f"have shape {actions.shape} and type {actions.dtype}",
-                f"Give {self.num_envs} whole numbers",
-            )
-        if not ((actions >= 0) & (actions <= self.exits)).all():
-            raise ConfigError("actions", f"must be from 0 to {self.exits}")
-        return actions.astype(np.int64)
 
     def _checked_tokens(self, tokens: ArrayLike) -> IndexArray:
         values = np.broadcast_to(np.asarray(tokens, np.int64), (self.num_envs,))

@@ -17,10 +17,16 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import Actions
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import FEATURE_LIMIT
-from offramp.envs.weights import Weights, largest_log
+from offramp.envs.weights import largest_log
 
 OPTIONS = {"token": "tokens", "lambda": "lambdas", "mu": "mus"}
 """Names that Gymnasium's reset options have as arguments of a core's ``reset``."""
+
+
+class Weighed(Protocol):
+    """What observations end with: the logarithms of these weights."""
+
+    names: tuple[str, ...]
 
 
 class Core(Protocol):
@@ -29,8 +35,10 @@ class Core(Protocol):
     num_envs: int
     num_columns: int
     actions: Actions
-    weights: Weights
     objectives: tuple[str, ...]
+
+    @property
+    def weights(self) -> Weighed: ...  # noqa: D102
 
     def reset(self, seed: int | np.random.Generator | None = None, **start: Any) -> FloatArray:
         """Start B episodes: observations [B, D]."""
@@ -57,7 +65,7 @@ def observation_space(core: Core) -> spaces.Box[np.float32]:
     can be loaded for another.
     """
     high = np.full(core.num_columns, FEATURE_LIMIT, np.float32)
-    high[-len(core.weights.names) :] = largest_log()
+    high[core.num_columns - len(core.weights.names) :] = largest_log()
     return spaces.Box(-high, high, dtype=np.float32)
 
 
