@@ -147,6 +147,15 @@ class DraftExitCore:
         )
         return self._conclude(obs_BD, earned_BV)
 
+    def observation(self) -> FloatArray:
+        """Where all episodes stand, [B, D]."""
+        return self._observe(np.arange(self.num_envs))
+
+    def standing(self, place: int) -> tuple[int, int, int]:
+        """An episode's newest token, its exit (−1 before the first layer), and cycles so far."""
+        token = self._base_B[place] + self._pending_B[place]
+        return int(token), int(self._here_B[place]), int(self._counts["cycles"][place])
+
     def action_masks(self) -> BoolArray:
         """Which actions are not jumps past the last exit, [B, A]."""
         return self.actions.masks(self._here_B)

@@ -1,4 +1,4 @@
-"""Drafting and verifying as Gymnasium environments. The first class docstring is the specification."""
+"""Drafting and verifying as Gymnasium environments; the first docstring is the specification."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class DraftExitEnv(CoreEnv):
 
     | columns | meaning | range |
     |---|---|---|
-    | 7 features | SOFTMAX_V2 at this exit: top1, margin, entropy, agrees, run_length, depth; position is 0 | 0 … 1 |
-    | 8 outlook | OUTLOOK_V1: step, left, pending, debt, acceptance, last_depth, active (1), waiting (0) | 0 … 100 |
+    | 7 features | SOFTMAX_V2's at this exit; position is left at 0 | 0 … 1 |
+    | 8 outlook | OUTLOOK_V1's, of one row alone: active 1, waiting 0 | 0 … 100 |
     | trust | product of top1 of the open drafts, each at its exit; 1 without any | 0 … 1 |
     | place | 0 before the first layer, (i + 1) / E at exit i | 0 … 1 |
 

@@ -85,7 +85,7 @@ class DraftView:
     def observe(
         self, place_K: IndexArray, token_K: IndexArray, here_K: IndexArray, pending_K: IndexArray
     ) -> FloatArray:
-        """Observations [K, D] of episodes at these tokens and exits (−1: before the first layer)."""
+        """Observations [K, D] at these tokens and exits (−1: before the first layer)."""
         tables = self._tables
         token_K = np.minimum(token_K, len(tables.first_N) - 1)  # of one that is over
         obs_KD = np.zeros((len(place_K), COLUMNS), np.float32)

@@ -12,7 +12,11 @@ import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
+from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
 from offramp.controller.router import targets
+
+UNSEEN = frozenset({"position", "step", "left", "active", "waiting"})
+"""Columns the nets are not shown: constant in training, or telling only where a window ends."""
 
 NEVER = -1e9
 """Logit of an action that would jump beyond the end."""
@@ -25,22 +29,23 @@ class DraftNets(nn.Module):
     the observation's last column. So each is exported as it is.
 
     Args:
-        columns: D; the last is the place, the F first are features.
-        features: F.
+        columns: D; the last is the place.
         exits: E; there are E + 1 actions.
         hidden: Units of each hidden layer.
     """
 
-    def __init__(self, columns: int, features: int, exits: int, hidden: Sequence[int]) -> None:
+    def __init__(self, columns: int, exits: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.features, self.exits = features, exits
+        self.features, self.exits = SOFTMAX_V2.width, exits
         self.latent_dim_pi = exits + 1
         self.latent_dim_vf = 64
-        self.starter = tanh_net(columns - features - 1, [*hidden, exits + 1])
+        self.starter = tanh_net(columns - self.features - 1, [*hidden, exits + 1])
         self.router = tanh_net(columns - 1, [*hidden, exits + 1])
         self.critic = nn.Sequential(
             nn.Linear(columns, 64), nn.Tanh(), nn.Linear(64, self.latent_dim_vf), nn.Tanh()
         )
+        shown = [name not in UNSEEN for name in (*SOFTMAX_V2.columns, *OUTLOOK_V1.columns)]
+        self.register_buffer("uses_D", torch.tensor([*shown, True, True], dtype=torch.float32))
         # From each exit, then one row for the start, where every action is valid.
         valid = torch.from_numpy(targets(exits, exits - 1, ends=True) >= 0)
         valid = torch.cat([torch.ones(1, exits + 1, dtype=torch.bool), valid])
@@ -53,14 +58,15 @@ class DraftNets(nn.Module):
     def forward_actor(self, obs_BD: Tensor) -> Tensor:
         """Logits [B, A]."""
         place_B = (obs_BD[:, -1] * self.exits).round().long()
-        start_BA = self.starter(obs_BD[:, self.features : -1])
-        route_BA = self.router(obs_BD[:, :-1])
+        seen_BD = obs_BD * self.uses_D
+        start_BA = self.starter(seen_BD[:, self.features : -1])
+        route_BA = self.router(seen_BD[:, :-1])
         logits_BA = torch.where((place_B == 0)[:, None], start_BA, route_BA)
         return logits_BA + self.mask_PA[place_B]
 
     def forward_critic(self, obs_BD: Tensor) -> Tensor:
         """The critic's latent."""
-        latent: Tensor = self.critic(obs_BD)
+        latent: Tensor = self.critic(obs_BD * self.uses_D)
         return latent
 
 

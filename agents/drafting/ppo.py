@@ -1,6 +1,6 @@
 """PPO on draft-and-verify episodes: tokens per measured second, as an average-reward problem.
 
-Shape suffix: D observation columns.
+Shape suffix: V objectives (tokens, −seconds).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -67,13 +68,18 @@ class _Rate(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
         self.share = share
         self.on_rate = on_rate
 
+    def _on_rollout_start(self) -> None:
+        self._earned_V = np.zeros(2)
+
     def _on_step(self) -> bool:
+        self._earned_V += self.training_env.reward_vectors.sum(0)
         return True
 
     def _on_rollout_end(self) -> None:
-        env = self.training_env
-        rate = env.core.rate + self.share * (env.take_rate() - env.core.rate)
-        env.core.set_rate(rate)
+        core = self.training_env.core
+        earned = -self._earned_V[0] / self._earned_V[1]
+        rate = core.rate + self.share * (earned - core.rate)
+        core.set_rate(rate)
         self.logger.record("draft/rate", rate)
         self.on_rate(self.num_timesteps, rate)
 
@@ -108,7 +114,6 @@ def train_drafter(
         device="cpu",
         policy_kwargs={
             "nets": {
-                "features": traces.features_NEF.shape[2],
                 "exits": len(traces.header.exits),
                 "hidden": config.hidden,
             }

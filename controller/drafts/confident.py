@@ -59,6 +59,6 @@ class ConfidentDraft:
         full_N = open_drafts(outlook_NC, self.max_pending) >= self.length
         return full_N.astype(np.int64)
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:  # noqa: ARG002 - the protocol's
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Leave if confident, else verify."""
         return np.where(features_NF[:, TOP1] > self.threshold, here, here + 1)

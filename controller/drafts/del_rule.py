@@ -96,7 +96,7 @@ class DelDraft:
         full_N = open_drafts(outlook_NC, self.max_pending) >= self.length
         return np.where(full_N, len(self.exits), self.exit_index)
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:  # noqa: ARG002 - the protocol's
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Leave if confident, else verify."""
         sure_N = features_NF[:, TOP1] >= self.threshold(here)
         return np.where(sure_N, here, len(self.exits))

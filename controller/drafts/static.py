@@ -51,6 +51,6 @@ class StaticDraft:
         full_N = open_drafts(outlook_NC, self.max_pending) >= self.length
         return full_N.astype(np.int64)
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:  # noqa: ARG002 - the protocol's
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Everybody leaves."""
         return np.full(len(features_NF), here, np.int64)

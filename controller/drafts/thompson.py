@@ -21,12 +21,13 @@ from offramp.controller.policy import IndexArray, Verdict
 
 
 class ThompsonDraft:
-    """Drafts on with a sampled chance of being right as in EESD.
+    """Drafts on with a sampled chance of being right, as in EESD.
 
-    Liu et al. 2024, arXiv 2406.03853, section 3.3, the variant with a Beta prior: the chance θ that a draft is accepted has the
-    posterior Beta(α, β). Before each draft θ is drawn from it, and drafting goes on if a
-    Bernoulli(θ) draw is 1. Verifying k drafts of which the first r are right is r successes and,
-    if r < k, one failure: α += r, β += 1; drafts after the first wrong one say nothing.
+    Liu et al. 2024, arXiv 2406.03853, section 3.3, the variant with a Beta prior: the chance θ
+    that a draft is accepted has the posterior Beta(α, β). Before each draft θ is drawn from it,
+    and drafting goes on if a Bernoulli(θ) draw is 1. Verifying k drafts of which the first r are
+    right is r successes and, if r < k, one failure: α += r, β += 1; drafts after the first wrong
+    one say nothing.
 
     The first token of a cycle is always drafted: verifying nothing learns nothing. The paper's
     second variant, which calibrates θ by the draft model's confidence, is not here.
@@ -72,7 +73,7 @@ class ThompsonDraft:
         asks_N = (drafts_N == 0) | ((drafts_N < self.length) & goes_on_N)
         return np.where(asks_N, 0, 1)
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:  # noqa: ARG002 - the protocol's
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Everybody leaves."""
         return np.full(len(features_NF), here, np.int64)
 
