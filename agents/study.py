@@ -45,20 +45,28 @@ class Study:
     facts: ModelFacts
 
 
-def load_study(folder: Path) -> Study:
+def load_study(folder: Path, costs: Path | None = None) -> Study:
     """Read a folder that ``record_traces`` wrote.
+
+    Args:
+        folder: The folder.
+        costs: A table that ``offramp profile`` wrote, of another machine or with more care than
+            the recording took; None takes the recording's own.
 
     Raises:
         TraceError: a part is missing or damaged.
-        ConfigError: the costs are.
+        ConfigError: the costs are, or they are of another model.
     """
     store = TraceStore.open(folder)
+    facts = _load_facts(folder / FACTS)
+    prices = load_costs(costs or folder / COSTS)
+    prices.require_model(facts.model)
     return Study(
         train=store.read("train"),
         validation=store.read("validation"),
-        costs=load_costs(folder / COSTS),
-        candidates_VK=_load_candidates(folder / CANDIDATES),
-        facts=_load_facts(folder / FACTS),
+        costs=prices,
+        candidates_VK=load_candidates(folder),
+        facts=facts,
     )
 
 
@@ -84,7 +92,13 @@ def _load_facts(path: Path) -> ModelFacts:
         ) from error
 
 
-def _load_candidates(path: Path) -> IntArray:
+def load_candidates(folder: Path) -> IntArray:
+    """The candidate table of a recording.
+
+    Raises:
+        TraceError: it is missing or damaged.
+    """
+    path = folder / CANDIDATES
     try:
         table: IntArray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

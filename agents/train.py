@@ -55,6 +55,7 @@ def train(
     traces: Path,
     folder: Path,
     on_steps: Callable[[int, int], None] = lambda *_: None,
+    costs: Path | None = None,
 ) -> list[Contender]:
     """Train the classifier and the agent, place them and the baselines, save them all.
 
@@ -65,12 +66,14 @@ def train(
         traces: A folder that ``record_traces`` wrote.
         folder: Where each contender's bundle is written, with an index.
         on_steps: Told (PPO steps done, steps in all).
+        costs: A cost table to charge in place of the recording's own.
 
     Raises:
         TraceError: the traces are missing or damaged.
+        ConfigError: the costs are, or they are of another model.
     """
     torch.set_num_threads(config.threads)
-    study = load_study(traces)
+    study = load_study(traces, costs)
     phat = train_phat(study.train, config.phat)
     agent = train_ppo(study.train, study.costs, config.ppo, on_steps)
     contenders = assemble(study, phat, agent, config.targets, config.ppo.lambda_range)

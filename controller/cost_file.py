@@ -26,6 +26,7 @@ PLAIN = {
     "device": str,
     "threads": int,
     "context": int,
+    "clock": str,
     "created_at": float,
     "energy_source": str,
 }

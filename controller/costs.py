@@ -35,6 +35,7 @@ class CostTable:
         device: "cpu" or "cuda".
         threads: Torch threads.
         context: Tokens in the cache while timing.
+        clock: Whether seconds are wall time or processor time.
         created_at: Seconds since 1970.
         energy_method: How the joules were come by.
         energy_source: By which counter, or which model and coefficients.
@@ -58,6 +59,7 @@ class CostTable:
     device: str = "cpu"
     threads: int = 0
     context: int = 0
+    clock: str = ""
     created_at: float = 0.0
     energy_method: EnergyMethod = EnergyMethod.UNAVAILABLE
     energy_source: str = ""

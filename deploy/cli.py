@@ -18,6 +18,7 @@ TOPICS = {
     "train": "learning",
     "evaluate": "learning",
     "tune": "tuning",
+    "profile": "profiling",
     "publish": "control",
     "promote": "control",
     "rollback": "control",

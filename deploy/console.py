@@ -17,9 +17,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from offramp.controller.prices import PARTS, SPAN_PARTS
+
 if TYPE_CHECKING:
     from offramp.agents.evaluate import EvaluationRow
     from offramp.agents.tuning.quality import TuneReport
+    from offramp.controller.costs import CostTable
+    from offramp.controller.prices import Batch
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
@@ -103,6 +107,39 @@ def tuning_table(report: TuneReport) -> Table:
             f"{old.nll:.3f} → {new.nll:.3f}",
         )
     return table
+
+
+def costs_table(costs: CostTable) -> Table:
+    """A cost table in microseconds per launch, ± half of the 95 % interval in per cent.
+
+    A column per number of rows; the probes of other schemas by name.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("µs per launch")
+    for batch in costs.batches:
+        table.add_column(f"{batch.size} rows" if batch.size > 1 else "1 row", justify="right")
+    for part in PARTS:
+        table.add_row(part, *_timings(costs.batches, part))
+    for name in sorted(set(costs.probes) - {costs.schema}):
+        for part in ("probe", "build"):
+            table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
+    return table
+
+
+def spans_table(costs: CostTable) -> Table:
+    """The same over several tokens of one row, as a verifying pass takes them."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("µs per launch")
+    for span in costs.spans:
+        table.add_column(f"{span.size} tokens" if span.size > 1 else "1 token", justify="right")
+    for part in SPAN_PARTS:
+        table.add_row(part, *_timings(costs.spans, part))
+    return table
+
+
+def _timings(batches: Sequence[Batch], part: str) -> list[str]:
+    timings = [batch.parts[part] for batch in batches]
+    return [f"{each.median_s * 1e6:.1f} ±{each.half_width:.0%}" for each in timings]
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> str:

@@ -17,7 +17,11 @@ from offramp.controller.traces import TraceChunk
 from offramp.worker.config import EngineConfig
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profile import measure_costs
+from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.record import record_document
+
+RECORD_S = 20.0
+"""Seconds after which a recording stops measuring costs; `offramp profile` takes more care."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +133,10 @@ class TraceRecorder:
         )
 
     def measure(self) -> CostTable:
-        """This process's costs; call it while no other actor works."""
-        return measure_costs(self.engine, self.candidates_VK)
+        """This process's costs, in half a minute; call it while no other actor works."""
+        context = min(ProfileConfig().context, self.engine.stack.context // 2)
+        config = ProfileConfig(rows=(1, 2, 4), context=context, exits=self.exits, limit_s=RECORD_S)
+        return measure_costs(self.engine, self.candidates_VK, config).costs
 
 
 TraceRecorderActor: Any = ray.remote(TraceRecorder)

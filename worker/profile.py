@@ -1,84 +1,93 @@
-"""Measure what one token's parts cost on this machine.
+"""Measure what a token's parts cost on this machine, in the loop and by the size of a launch.
 
-Shape suffixes: N rows, D width.
+Shape suffixes: V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from offramp.controller.costs import CostTable
-from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.worker.attention import decode_window
+from offramp.controller.costs import CostTable, view_of_one
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
+from offramp.controller.prices import PARTS, SPAN_PARTS, Batch
 from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.fill import KVProjector
-from offramp.worker.probes import CandidateProbe
-from offramp.worker.profile_probes import prefilled_row, random_policy
-from offramp.worker.schedule import Launch
+from offramp.worker.profiling.joules import PartEnergy, metered
+from offramp.worker.profiling.loop import clocked
+from offramp.worker.profiling.rounds import REPEATS, ProfileConfig, Rounds
+from offramp.worker.profiling.samples import Key, Samples
+
+LEAST_ROUNDS = 6
+"""Below six values no interval of a median reaches 95 %."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What was found.
+
+    Attributes:
+        costs: The table.
+        loose: Parts whose interval stayed wider than was asked for.
+        rounds: Samples of each part.
+        seconds: Wall time.
+    """
+
+    costs: CostTable
+    loose: tuple[Key, ...]
+    rounds: int
+    seconds: float
 
 
 @torch.inference_mode()
 def measure_costs(
-    engine: AdaptiveEngine, candidates_VK: IntArray, *, context: int = 128, repeats: int = 31
-) -> CostTable:
-    """Median seconds of each part of a decode step at batch 1.
+    engine: AdaptiveEngine,
+    candidates_VK: IntArray,
+    config: ProfileConfig | None = None,
+    on_round: Callable[[float, float], None] = lambda *_: None,
+) -> Profile:
+    """Profile an engine's model with its dtype, device, translators and torch's threads.
 
     Args:
-        engine: An idle engine; its model, dtype and thread count are what is measured.
-        candidates_VK: The candidate table whose probe is timed.
-        context: Tokens already in the cache.
-        repeats: Timings per part; the median counts.
+        engine: Idle. A second engine over the same model is made, with slots for all rows.
+        candidates_VK: The candidate table whose probes are timed.
+        config: How to profile.
+        on_round: Told (seconds so far, limit) after each round.
+
+    Raises:
+        ConfigError: the context, rows or exits do not fit the model.
     """
-    stack = engine.stack
-    prompt = tuple(index % stack.vocab for index in range(context))
-    row = prefilled_row(engine, prompt)
-    position = torch.tensor([[context]], device=stack.device)
-    x_11D = stack.embed(torch.tensor([[prompt[0]]], device=stack.device), position)
-    rotary = stack.rotary(x_11D, position)
-    window = decode_window([0], [context], stack.heads_per_key, x_11D)
-    engine.kv.open(window)
-    projector = KVProjector(stack)
-    state_ND = x_11D[:, 0]
-    slot_N = torch.zeros(1, dtype=torch.long, device=stack.device)
-
-    def run_layers() -> None:
-        x = x_11D
-        for index in range(stack.layers):
-            x = stack.run_layer(index, x, rotary, window, engine.kv)
-
-    def fill() -> None:
-        engine.kv.fill(0, slot_N, position[0], *projector.project(state_ND, 0, rotary))
-
-    probe = _probe(engine, candidates_VK, state_ND, context)
-    policy = random_policy(CANDIDATES_V1, (1,), candidates_VK)
-    features_NF = probe.features(1, state_ND)
-    seconds = _interleaved(
-        {
-            "layers": run_layers,
-            "head": lambda: stack.logits(state_ND).argmax().item(),
-            "whole": lambda: engine.decoder.launch([(Launch(0, stack.layers, (row,)), ())]),
-            "probe": lambda: probe.features(1, state_ND),
-            "policy": lambda: policy.leave(features_NF),
-            "fill": fill,
-        },
-        repeats,
+    config = _fitted(config or ProfileConfig(), engine)
+    bench = AdaptiveEngine(
+        engine.model,
+        engine.tokenizer,
+        slots=config.rows[-1],
+        config=replace(
+            engine.config, kv_mode="project", prefill_tokens=config.rows[-1] * config.context
+        ),
     )
-    return CostTable(
-        layer_s=seconds["layers"] / stack.layers,
-        head_s=seconds["head"],
-        probe_s=seconds["probe"],
-        policy_s=seconds["policy"],
-        fill_s=seconds["fill"] / stack.layers,
-        step_s=max(0.0, seconds["whole"] - seconds["layers"] - seconds["head"]),
-        layers=stack.layers,
-        machine=describe_machine(stack.dtype),
-        model=engine.model_fingerprint,
+    samples = Samples()
+    with clocked(bench) as clock, metered(bench) as energy:
+        rounds = Rounds(bench, clock, candidates_VK, config, samples)
+        start = time.perf_counter()
+        rounds.warm_up()
+        for number in itertools.count(1):
+            rounds.run(number)
+            seconds = time.perf_counter() - start
+            on_round(min(seconds, config.limit_s), config.limit_s)
+            tight = not samples.loose(config.half_width)
+            if number >= LEAST_ROUNDS and (tight or seconds > config.limit_s):
+                break
+    return Profile(
+        costs=replace(_table(bench, config, samples, energy), clock=clock.kind),
+        loose=tuple(samples.loose(config.half_width)),
+        rounds=number,
+        seconds=seconds,
     )
 
 
@@ -86,6 +95,61 @@ def describe_machine(dtype: torch.dtype) -> str:
     """Processor, operating system, dtype and threads, on one line."""
     name = str(dtype).removeprefix("torch.")
     return f"{_processor()}, {platform.system()}, {name}, {torch.get_num_threads()} threads"
+
+
+def _table(
+    engine: AdaptiveEngine, config: ProfileConfig, samples: Samples, energy: PartEnergy
+) -> CostTable:
+    def batches(table: str, sizes: Sequence[int], parts: Sequence[str]) -> tuple[Batch, ...]:
+        return tuple(
+            Batch(
+                size=size,
+                parts={
+                    part: energy.priced(table, part, samples.timing(Key(table, size, part)))
+                    for part in parts
+                },
+            )
+            for size in sizes
+        )
+
+    by_rows = batches("rows", config.rows, PARTS)
+    return CostTable(
+        **view_of_one(by_rows),
+        layers=engine.stack.layers,
+        machine=describe_machine(engine.stack.dtype),
+        batches=by_rows,
+        spans=batches("tokens", config.tokens, SPAN_PARTS),
+        probes={
+            schema.name: batches(schema.name, config.rows, ("probe", "build"))
+            for schema in SCHEMAS.values()
+        },
+        schema=CANDIDATES_V1.name,
+        model=engine.model_fingerprint,
+        dtype=str(engine.stack.dtype).removeprefix("torch."),
+        device=engine.stack.device.type,
+        threads=torch.get_num_threads(),
+        context=config.context,
+        created_at=time.time(),
+        energy_method=energy.method,
+        energy_source=energy.source,
+    )
+
+
+def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:
+    stack = engine.stack
+    exits = config.exits or tuple(sorted({max(1, stack.layers * n // 4) for n in (1, 2, 3)}))
+    if list(exits) != sorted(set(exits)) or not all(1 <= e < stack.layers for e in exits):
+        raise ConfigError(
+            "exits", f"{exits} do not ascend within [1, {stack.layers - 1}]", "Name other layers"
+        )
+    longest = config.context + max(config.tokens[-1], 2 * REPEATS + 2 * len(exits) + 1)
+    if longest > stack.context:
+        raise ConfigError(
+            "context",
+            f"{config.context} and what is decoded after it exceed the model's {stack.context}",
+            f"Use at most {stack.context - longest + config.context}",
+        )
+    return replace(config, exits=exits)
 
 
 def _processor() -> str:
@@ -97,23 +161,3 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _interleaved(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds per action, taken in turn so that a drifting machine drifts for all."""
-    timings: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    for _ in range(repeats):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            timings[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in timings.items()}
-
-
-def _probe(
-    engine: AdaptiveEngine, candidates_VK: IntArray, state_ND: torch.Tensor, context: int
-) -> CandidateProbe:
-    position_N = np.asarray([context], np.int32)
-    return CandidateProbe(engine.stack, candidates_VK[:1], state_ND, position_N, exits=3)

@@ -26,6 +26,7 @@ from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
     CacheMode,
     Corpus,
+    Costs,
     Device,
     Documents,
     Dtype,
@@ -113,6 +114,7 @@ def train_policies(
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
     ] = ".92,.95,.97,.985",
+    costs: Costs = None,
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
@@ -125,7 +127,7 @@ def train_policies(
         threads=threads,
     )
     with progress("PPO", "steps") as advance:
-        contenders = train(config, traces, out, advance)
+        contenders = train(config, traces, out, advance, costs)
     console.print(f"{len(contenders)} policies → {out}")
 
 
@@ -140,6 +142,7 @@ def evaluate_policies(
     target_agreement: Annotated[
         float, typer.Option(help="Least on-policy agreement of what is chosen.")
     ] = 0.93,
+    costs: Costs = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = 1,
@@ -172,17 +175,18 @@ def evaluate_policies(
     contenders = load_contenders(policies)
     if not contenders:
         raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
-    study = load_study(traces)
-    costs = study.costs
+    study = load_study(traces, costs)
     engine = load_engine(spec)
     if engine.model_fingerprint != study.facts.model:
         raise ConfigError(
             "model", f"{model!r} is not the model of {traces}", "Name the one that was recorded"
         )
     require_recorded(corpus, documents, traces)
+    for difference in study.costs.differences(dtype=dtype, device=device, threads=threads):
+        console.print(f"[yellow]warning[/] costs: {difference}; prices are only a lead")
     with progress("evaluate", "runs") as advance:
-        found = assess(config, engine, contenders, costs, lambda _, *count: advance(*count))
-    save_assessment(policies, contenders, found, costs.layers)
+        found = assess(config, engine, contenders, study.costs, lambda _, *count: advance(*count))
+    save_assessment(policies, contenders, found, study.costs.layers)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
     console.print(f"{found.reason} → {policies / CHOSEN}")
 

@@ -49,6 +49,10 @@ CacheBudget = Annotated[
 Translators = Annotated[
     Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
 ]
+Costs = Annotated[
+    Path | None,
+    typer.Option(help="Cost table of `offramp profile` [default: as measured when recording]."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 DEFAULT_MODEL = "models/reference"
@@ -144,6 +148,17 @@ def require_new_folder(field: str, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(field, f"{folder} is not a new or empty folder", "Name another")
+
+
+def require_writable(field: str, file: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent on what goes into it.
+
+    Raises:
+        ConfigError: it is a folder, or no file can be made where it is to be.
+    """
+    place = next(path for path in (file.parent, *file.parent.parents) if path.exists())
+    if file.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(field, f"{file} cannot be written", "Name a file in a writable folder")
 
 
 def require_folder(field: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ from offramp.agents.record import SPLIT
 from offramp.agents.study import load_study, save_candidates, save_measured
 from offramp.agents.train import load_contenders
 from offramp.controller.bundle import PolicyBundle
+from offramp.controller.cost_file import save_costs
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
@@ -24,6 +25,7 @@ from offramp.controller.weights import pack_policy
 from offramp.deploy.commands.learning import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
+from support.costs import measured
 
 FACTS = ModelFacts(
     model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9, width=4
@@ -223,6 +225,25 @@ def test_evaluate_names_the_bad_option(
     untouched()
     message = cli.refused("evaluate", "--traces", traces, "--policies", policies, option, value)
     assert message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_costs_of_another_model_are_refused(
+    cli: Any, tmp_path: Path, traces: Path, policies: Path, untouched: Untouched, command: str
+) -> None:
+    save_costs(tmp_path / "costs.json", measured(model="12" * 32))
+    untouched()
+    target = ("--out", tmp_path / "out") if command == "train" else ("--policies", policies)
+    arguments = (command, "--traces", traces, *target, "--costs")
+    message = cli.refused(*arguments, tmp_path / "costs.json")
+    assert message.startswith("costs: were measured on model 121212121212, not on another")
+    message = cli.refused(*arguments, tmp_path / "none.json")
+    assert message.startswith(str(tmp_path / "none.json"))
+
+
+def test_another_tables_prices_replace_the_recordings(tmp_path: Path, traces: Path) -> None:
+    save_costs(tmp_path / "costs.json", measured(model=FACTS.model))
+    assert load_study(traces, tmp_path / "costs.json").costs == measured(model=FACTS.model)
 
 
 def test_publish_asks_for_redis_url_and_makes_no_key_before(

@@ -1,0 +1,203 @@
+"""Profiling: the steps are real, their parts add up, and intervals mean what they say."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.controller.energy import EnergyMethod
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
+from offramp.controller.prices import Timing
+from offramp.worker import AdaptiveEngine
+from offramp.worker.profile import LEAST_ROUNDS, measure_costs
+from offramp.worker.profile_probes import random_policy
+from offramp.worker.profiling.joules import PartEnergy
+from offramp.worker.profiling.loop import (
+    PROCESSOR,
+    SILENT,
+    STAY,
+    WALL,
+    Clock,
+    ScriptedPolicy,
+    Step,
+    clocked,
+    decode_steps,
+    span_pass,
+)
+from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.profiling.samples import Key, Samples, median_interval
+from support.models import LAYERS, VOCAB, make_model
+
+EXITS = (1, 3)
+QUICK = ProfileConfig(rows=(1, 3), tokens=(1, 4), context=24, exits=EXITS, limit_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> AdaptiveEngine:
+    return AdaptiveEngine.from_pretrained(make_model("llama"), slots=3)
+
+
+@pytest.fixture(scope="module")
+def table_VK() -> IntArray:
+    return np.tile(np.arange(8, dtype=np.int32), (VOCAB, 1))
+
+
+def decoded(engine: AdaptiveEngine, table_VK: IntArray, rows: int, script: list[int]) -> list[Step]:
+    policy = ScriptedPolicy(random_policy(CANDIDATES_V1, EXITS, table_VK))
+    with clocked(engine) as clock:
+        prompts = [[5, 6, 7, 8 + row] for row in range(rows)]
+        return decode_steps(engine, clock, policy, prompts, script)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_engine_does_what_the_script_says(
+    engine: AdaptiveEngine, table_VK: IntArray, rows: int
+) -> None:
+    silent, stay, first, fill, second, deep = decoded(
+        engine, table_VK, rows, [SILENT, STAY, 0, SILENT, 1, SILENT]
+    )
+    whole = {"layer": LAYERS, "head": 1}
+    asked = {"build": 1, "probe": len(EXITS), "policy": len(EXITS)}
+    assert silent.calls == whole
+    assert stay.calls == whole | asked
+    assert first.calls == {"layer": 1, "head": 1, "build": 1, "probe": 1, "policy": 1}
+    assert second.calls == {"layer": 3, "head": 1, "build": 1, "probe": 2, "policy": 2}
+    assert fill.calls == deep.calls == whole | {"fill": 2}  # one product, one write
+
+
+def test_the_parts_of_a_step_and_its_rest_are_the_step(
+    engine: AdaptiveEngine, table_VK: IntArray
+) -> None:
+    for step in decoded(engine, table_VK, 3, [STAY, SILENT]):
+        assert 0 < step.rest_s < step.whole_s
+        assert math.isclose(step.rest_s + sum(step.parts_s.values()), step.whole_s)
+
+
+def test_nothing_stays_on_the_engine(engine: AdaptiveEngine, table_VK: IntArray) -> None:
+    decoded(engine, table_VK, 1, [STAY])
+    decoder = engine.decoder
+    owners = (engine.stack, decoder.bench, decoder.guard, decoder.projector, engine.kv)
+    names = {"run_layer", "logits", "probe", "decide", "project", "fill"}
+    assert not any(names & set(vars(owner)) for owner in owners)
+
+
+def test_a_span_runs_every_layer_over_all_its_tokens(engine: AdaptiveEngine) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
+        for block in engine.stack.blocks
+    ]
+    with clocked(engine) as clock, torch.inference_mode():
+        seconds = span_pass(engine, clock, 24, 4)
+    for hook in hooks:
+        hook.remove()
+    assert shapes == [(1, 4, engine.stack.width)] * LAYERS
+    assert clock.calls == {"layer": LAYERS, "head": 1}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_one_thread_is_charged_its_own_time_and_several_the_wall() -> None:
+    assert Clock(torch.device("cpu")).kind == PROCESSOR
+    torch.set_num_threads(2)
+    assert Clock(torch.device("cpu")).kind == WALL
+    torch.set_num_threads(1)
+
+
+def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> None:
+    told: list[tuple[float, float]] = []
+    found = measure_costs(engine, table_VK, QUICK, lambda *seconds: told.append(seconds))
+    costs = found.costs
+    assert found.rounds == len(told) == LEAST_ROUNDS
+    assert [batch.size for batch in costs.batches] == [1, 3]
+    assert [span.size for span in costs.spans] == [1, 4]
+    assert set(costs.probes) == {schema.name for schema in SCHEMAS.values()}
+    assert costs.probes["candidates"][1].parts["probe"] == costs.batches[1].parts["probe"]
+    assert costs.model == engine.model_fingerprint
+    assert (costs.layers, costs.dtype, costs.threads) == (LAYERS, "float32", 1)
+    assert (costs.context, costs.clock) == (24, PROCESSOR)
+    timings = [each for batch in costs.batches for each in batch.parts.values()]
+    assert all(each.median_s > 0 and each.repeats == LEAST_ROUNDS for each in timings)
+    assert costs.energy_method in (EnergyMethod.MODELLED, EnergyMethod.ATTRIBUTED)
+    assert all(each.joules is not None and each.joules > 0 for each in timings)
+    with_softmax = costs.with_probe("softmax")
+    assert with_softmax.at(2).probe_s != costs.at(2).probe_s
+
+
+def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:
+    found = measure_costs(engine, table_VK, replace(QUICK, half_width=0.999, limit_s=1000.0))
+    assert found.rounds >= LEAST_ROUNDS
+    assert found.loose == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"context": 250}, "context"),
+        ({"exits": (3, LAYERS)}, "exits"),
+        ({"exits": (3, 1)}, "exits"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(
+    engine: AdaptiveEngine, table_VK: IntArray, change: dict[str, object], field: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        measure_costs(engine, table_VK, replace(QUICK, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rows": (2, 4)}, "rows"),
+        ({"rows": ()}, "rows"),
+        ({"tokens": (1, 1)}, "tokens"),
+        ({"context": 3}, "context"),
+        ({"half_width": 0.0}, "half_width"),
+        ({"limit_s": math.nan}, "limit_s"),
+    ],
+)
+def test_unusable_settings_are_named(change: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        replace(QUICK, **change)  # type: ignore[arg-type]
+
+
+def test_intervals_are_order_statistics() -> None:
+    assert median_interval([1.0]) == (1, 1, 1)
+    assert median_interval([5, 1, 4, 2, 3, 6]) == (3.5, 1, 6)
+    # Of twenty, the 6th and 15th: P(B < 6) = 0.0207 for B binomial (20, 1/2), P(B < 7) = 0.0577.
+    assert median_interval([float(n) for n in range(1, 21)]) == (10.5, 6, 15)
+
+
+@pytest.mark.parametrize("count", [6, 9, 20])
+def test_intervals_hold_the_median_as_often_as_they_say(count: int) -> None:
+    rng = random.Random(0)
+    held = 0
+    for _ in range(4000):
+        _, low, high = median_interval([rng.expovariate(1) for _ in range(count)])
+        held += low <= math.log(2) <= high
+    assert 0.95 - 0.01 < held / 4000 < 0.99
+
+
+def test_a_part_is_loose_until_its_interval_is_narrow() -> None:
+    samples = Samples()
+    for value in (1.0, 1.01, 1.02, 1.0, 1.01, 1.02):
+        samples.add("rows", 1, {"layer": value, "head": value**30})
+    assert samples.loose(0.05) == [Key("rows", 1, "head")]
+    assert samples.timing(Key("rows", 1, "layer")).repeats == 6
+
+
+def test_joules_of_a_part_are_its_time_and_its_weights() -> None:
+    energy = PartEnergy(
+        EnergyMethod.MODELLED, "", watts=3.0, bytes_by_part={"head": 1000}, per_byte=1e-3
+    )
+    timing = Timing(median_s=2.0, low_s=1.0, high_s=3.0)
+    assert energy.priced("rows", "step", timing).joules == 6
+    assert energy.priced("rows", "head", timing).joules == 7
+    assert energy.priced("candidates", "probe", timing).joules == 6
+    assert energy.priced("softmax", "probe", timing).joules == 7  # it reads the whole head
+    assert PartEnergy().priced("rows", "head", timing).joules is None

@@ -1,0 +1,75 @@
+"""Repeated timings, and the interval of their median."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from offramp.controller.prices import Timing
+
+CONFIDENCE = 0.95
+
+
+class Key(NamedTuple):
+    """What was timed.
+
+    Attributes:
+        table: "rows", "tokens", or the name of a feature schema.
+        size: Rows in the launch, or tokens of the row.
+        part: As in ``CostTable``.
+    """
+
+    table: str
+    size: int
+    part: str
+
+
+class Samples:
+    """One number per part and round.
+
+    A round is one short run of the engine, whose steps follow one another and so share whatever
+    disturbs the machine just then. Their median counts as one sample, so that the interval speaks
+    of rounds, which are far apart.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[Key, list[float]] = {}
+
+    def add(self, table: str, size: int, parts: Mapping[str, float]) -> None:
+        """Note one round's medians, by part."""
+        for part, value in parts.items():
+            self._values.setdefault(Key(table, size, part), []).append(value)
+
+    def timing(self, key: Key) -> Timing:
+        """Median and interval of one part."""
+        values = self._values[key]
+        middle, low, high = median_interval(values)
+        return Timing(median_s=middle, low_s=low, high_s=high, repeats=len(values))
+
+    def loose(self, half_width: float) -> list[Key]:
+        """Parts whose interval is wider than that, relative to their median."""
+        return [key for key in self._values if self.timing(key).half_width > half_width]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median of some values, with a 95 % interval of the median that they were drawn from.
+
+    Between two order statistics, whatever the distribution (Conover 1999, Practical
+    Nonparametric Statistics, section 3.2): the j-th smallest and j-th largest of n enclose the
+    median with probability 1 − 2·P(B < j), B binomial (n, ½). Fewer than six values cannot reach
+    95 %; the interval then is their range.
+
+    >>> median_interval([3.0, 1.0, 2.0])
+    (2.0, 1.0, 3.0)
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    tail, place = 0.0, 0
+    for below in range(count // 2):
+        tail += math.comb(count, below) / 2**count
+        if tail > (1 - CONFIDENCE) / 2:
+            break
+        place = below
+    return median(ordered), ordered[place], ordered[count - 1 - place]
