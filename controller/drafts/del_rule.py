@@ -16,7 +16,7 @@ from offramp.controller.errors import RequestError
 from offramp.controller.features import SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policy import IndexArray, Verdict
 
-PRIOR_ROUNDS = 1.0
+PRIOR_ROUNDS = 8.0
 """Verdicts that the recorded acceptance counts for at the start."""
 
 
@@ -43,20 +43,22 @@ class DelDraft:
     """DEL's rule (arXiv 2504.05598): in each cycle the exit ℓ and length d of the best TPL.
 
     α_ℓ is the share of drafts accepted, each cycle's weighing ω times as much as the next one's.
-    Drafting stops early below a confidence halfway between the mean top-1 of accepted and of
-    rejected drafts, both weighed likewise.
+    Drafting stops early below a confidence halfway between the mean top-1 of right and of wrong
+    tokens.
 
     **Approximation.** The paper keeps each token's hidden states at all layers and asks the head
-    after a round what every layer would have said ("shadow tokens"), so that α of every layer is
-    renewed each round. The engine judges only the exit at which a token really left. So an exit
-    that is not taken keeps the acceptance that was recorded offline (``acceptance``), until it is
-    taken. And as with Kangaroo's rule here, an unsure token is not drafted but goes on to full
-    depth.
+    after a round what every layer would have said ("shadow tokens"), so that α and the threshold
+    of every layer are renewed each round, by all tokens. The engine judges only the exit at which
+    a token really left. So an exit that is not taken keeps the acceptance that was recorded
+    offline until it is taken; and thresholds stay as recorded: renewed by those drafts alone that
+    had passed them, they would climb until nothing is drafted. As with Kangaroo's rule here, an
+    unsure token is not drafted but goes on to full depth.
 
     Args:
         exits: Layers ℓ to choose from.
         layers: Number of layers L of the model.
         acceptance: α of each exit at the start, from recorded traces.
+        thresholds: Confidence at each exit below which drafting stops, from recorded traces.
         omega: ω, in (0, 1].
         max_pending: The engine's; the longest draft.
 
@@ -71,24 +73,20 @@ class DelDraft:
         exits: tuple[int, ...],
         layers: int,
         acceptance: ArrayLike,
+        thresholds: ArrayLike,
         *,
         omega: float = 0.95,
         max_pending: int = MAX_PENDING,
     ) -> None:
-        prior_E = np.asarray(acceptance, np.float64)
         require_exits(exits)
-        if prior_E.shape != (len(exits),) or not ((prior_E >= 0) & (prior_E <= 1)).all():
-            raise RequestError("acceptance", f"{acceptance} is no share for each of {exits}")
+        self.acceptance_E = _shares("acceptance", acceptance, exits)
+        self.threshold_E = _shares("thresholds", thresholds, exits)
         if not 0 < omega <= 1:
             raise RequestError("omega", f"{omega} is not in (0, 1]")
         self.exits, self.layers, self.omega, self.max_pending = exits, layers, omega, max_pending
-        self.acceptance_E = prior_E
         self.candidates_VK: IntArray | None = None
-        self._right_E = prior_E * PRIOR_ROUNDS
+        self._right_E = self.acceptance_E * PRIOR_ROUNDS
         self._judged_E = np.full(len(exits), PRIOR_ROUNDS)
-        # Confidence of accepted and of rejected drafts: sums and numbers, by exit.
-        self._sum_2E = np.zeros((2, len(exits)))
-        self._number_2E = np.zeros((2, len(exits)))
         self._choose()
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
@@ -98,29 +96,26 @@ class DelDraft:
 
     def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Leave if confident, else verify."""
-        sure_N = features_NF[:, TOP1] >= self.threshold(here)
+        sure_N = features_NF[:, TOP1] >= self.threshold_E[here]
         return np.where(sure_N, here, len(self.exits))
-
-    def threshold(self, here: int) -> float:
-        """Confidence below which exit ``here`` stops; 0 before it has seen right and wrong."""
-        numbers = self._number_2E[:, here]
-        return float((self._sum_2E[:, here] / numbers).mean()) if numbers.all() else 0.0
 
     def learn(self, verdicts: Sequence[Verdict]) -> None:
         """Judge the drafts up to the first wrong one, and choose for the next cycle."""
-        for counts in (self._right_E, self._judged_E, self._sum_2E, self._number_2E):
-            counts *= self.omega
+        self._right_E *= self.omega
+        self._judged_E *= self.omega
         for verdict in verdicts[: leading(verdicts) + 1]:
-            here = verdict.exit_index
-            self._right_E[here] += verdict.agreed
-            self._judged_E[here] += 1
-            if verdict.features_F is not None:
-                self._sum_2E[int(verdict.agreed), here] += verdict.features_F[TOP1]
-                self._number_2E[int(verdict.agreed), here] += 1
+            self._right_E[verdict.exit_index] += verdict.agreed
+            self._judged_E[verdict.exit_index] += 1
         self._choose()
 
     def _choose(self) -> None:
         acceptance_E = self._right_E / self._judged_E
         gain_EK = tokens_per_layer(acceptance_E, self.exits, self.layers, self.max_pending)
-        best = int(gain_EK.argmax())
-        self.exit_index, self.length = divmod(best, gain_EK.shape[1])
+        self.exit_index, self.length = divmod(int(gain_EK.argmax()), gain_EK.shape[1])
+
+
+def _shares(name: str, values: ArrayLike, exits: tuple[int, ...]) -> NDArray[np.float64]:
+    shares_E = np.asarray(values, np.float64)
+    if shares_E.shape != (len(exits),) or not ((shares_E >= 0) & (shares_E <= 1)).all():
+        raise RequestError(name, f"{values} is no share for each of {exits}")
+    return shares_E
