@@ -4,6 +4,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import OfframpError
 from offramp.controller.features import (
     CANDIDATES_V1,
+    OUTLOOK_V1,
     SKETCH_V1,
     SOFTMAX_V2,
     STATE_V1,
@@ -11,13 +12,22 @@ from offramp.controller.features import (
 )
 from offramp.controller.manifest import Manifest
 from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.policy import (
+    ExitPolicy,
+    FixedExit,
+    LearningPolicy,
+    NeverExit,
+    RoutingPolicy,
+    ThresholdPolicy,
+    Verdict,
+)
 from offramp.controller.publisher import Publisher
 from offramp.controller.redis_registry import RedisRegistry
 from offramp.controller.registry import InMemoryRegistry, PolicyRegistry
 
 __all__ = [
     "CANDIDATES_V1",
+    "OUTLOOK_V1",
     "SKETCH_V1",
     "SOFTMAX_V2",
     "STATE_V1",
@@ -25,6 +35,7 @@ __all__ = [
     "FeatureSchema",
     "FixedExit",
     "InMemoryRegistry",
+    "LearningPolicy",
     "Manifest",
     "MlpPolicy",
     "NeverExit",
@@ -33,5 +44,7 @@ __all__ = [
     "PolicyRegistry",
     "Publisher",
     "RedisRegistry",
+    "RoutingPolicy",
     "ThresholdPolicy",
+    "Verdict",
 ]

@@ -89,12 +89,12 @@ class Verdict:
 
     Attributes:
         exit_index: Index into the policy's exits of where it left.
-        features_F: What was probed there; None without a schema.
+        features_F: What was probed there; empty without a schema.
         agreed: Whether full depth's most likely token is the one that was emitted or drafted.
     """
 
     exit_index: int
-    features_F: FloatArray | None
+    features_F: FloatArray
     agreed: bool
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import TABLE_SCHEMAS
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker.probes.registry import PROBES
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
@@ -87,7 +87,7 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
 
 
 def pinned(
-    policy: ExitPolicy | PolicySnapshot | None,
+    policy: Policy | PolicySnapshot | None,
     current: Callable[[], PolicySnapshot],
     stack: LayerStack,
 ) -> PolicySnapshot:
@@ -214,16 +214,16 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
         )
 
 
-def require_policy(policy: ExitPolicy, layers: int) -> None:
+def require_policy(policy: Policy, layers: int) -> None:
     """Refuse what is no policy, or one whose exits or features the engine does not have.
 
     Raises:
         RequestError: naming what was given.
     """
     given: object = policy  # callers need not keep to the annotation
-    if not isinstance(given, ExitPolicy):
+    if not isinstance(given, Policy):
         problem = f"{policy!r} is no exit policy"
-        raise RequestError("policy", problem, "Give one with exits, schema and leave()")
+        raise RequestError("policy", problem, "Give an ExitPolicy or a RoutingPolicy")
     schema = policy.schema
     if schema is not None and schema.digest not in PROBES:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
@@ -236,7 +236,7 @@ def require_policy(policy: ExitPolicy, layers: int) -> None:
         )
 
 
-def require_fit(policy: ExitPolicy, layers: int, vocab: int) -> None:
+def require_fit(policy: Policy, layers: int, vocab: int) -> None:
     """Refuse a policy made for another model.
 
     Raises:

@@ -6,8 +6,10 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numba import njit
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
@@ -65,20 +67,30 @@ class NgramIndex:
         self._before_last = self._last
         self._last = token
 
-    def candidates(self, table_VK: IntArray, drafted: Sequence[int] = ()) -> list[int]:
-        """K distinct candidates for the token after the row's last one.
-
-        Args:
-            table_VK: The successor table.
-            drafted: Tokens after those pushed, which may yet be taken back.
-        """
+    def followers(self, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
+        """The last token, and what followed the last two and the last one before."""
         before_last, last = (self._before_last, self._last, *drafted)[-2:]
-        followers = (
-            *self._after_two.get((before_last, last), ()),
-            *self._after_one.get(last, ()),
-        )
-        merged = dict.fromkeys((*followers, *table_VK[last].tolist()))
-        return list(merged)[: table_VK.shape[1]]
+        after = self._after_two.get((before_last, last), []) + self._after_one.get(last, [])
+        return last, after
+
+
+def candidates_of(
+    rows: Sequence[NgramIndex], table_VK: IntArray, drafted: Sequence[Sequence[int]]
+) -> IntArray:
+    """K distinct candidates for the token after each row's last one, [N, K] int32.
+
+    Args:
+        rows: N indices.
+        table_VK: The successor table.
+        drafted: Each row's tokens after those pushed; () if no row has any.
+    """
+    last_N = np.empty(len(rows), np.int64)
+    followers_NJ = np.full((len(rows), 2 * FOLLOWERS), -1, np.int32)
+    for n, row in enumerate(rows):
+        last_N[n], after = row.followers(drafted[n] if drafted else ())
+        followers_NJ[n, : len(after)] = after
+    merged: IntArray = _merge(table_VK, last_N, followers_NJ)
+    return merged
 
 
 def _remember(followers: list[int], token: int) -> None:
@@ -100,3 +112,38 @@ def _most_popular(following: np.ndarray, counts: np.ndarray, vocab: int) -> np.n
 def _filled_up(seen: np.ndarray, popular: np.ndarray, width: int) -> np.ndarray:
     merged = dict.fromkeys((*seen.tolist(), *popular[: 2 * width].tolist()))
     return np.fromiter(merged, np.int32)[:width]
+
+
+@njit(cache=True, nogil=True)
+def _merge(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
+    """K distinct candidates per row: what followed before (-1 is none), then the table's.
+
+    Args:
+        table_VK: The successor table, int32, distinct within a row.
+        last_N: The row's last token.
+        followers_NJ: Likely ones of the row's own, the likeliest first, padded with -1.
+    """
+    scored = table_VK.shape[1]
+    out_NK = np.empty((last_N.size, scored), np.int32)
+    for n in range(last_N.size):
+        count = 0
+        for token in followers_NJ[n]:
+            if token >= 0 and count < scored and not _holds(out_NK[n], count, token):
+                out_NK[n, count] = token
+                count += 1
+        own = count
+        for token in table_VK[last_N[n]]:
+            if count == scored:
+                break
+            if not _holds(out_NK[n], own, token):
+                out_NK[n, count] = token
+                count += 1
+    return out_NK
+
+
+@njit(cache=True, nogil=True)
+def _holds(tokens_K: Any, count: int, token: int) -> bool:
+    for k in range(count):  # noqa: SIM110 - numba compiles loops, not generators
+        if tokens_K[k] == token:
+            return True
+    return False

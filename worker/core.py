@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from offramp.controller.errors import ConfigError, RequestError
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker.admission import (
     Prompt,
     encode_prompt,
@@ -29,6 +29,7 @@ from offramp.worker.fast import prepare
 from offramp.worker.kv import SlotKV
 from offramp.worker.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.outbox import Outbox
+from offramp.worker.outlook import Load
 from offramp.worker.roster import Roster
 from offramp.worker.sampler import Sampler
 from offramp.worker.sampling import SamplingParams
@@ -84,7 +85,7 @@ class EngineCore:
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
         self._roster = Roster(self.kv, self.stack)
         self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
-        self._emitter = Emitter(self.stack)
+        self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
         self._ids = itertools.count()
 
@@ -92,7 +93,7 @@ class EngineCore:
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
-        policy: ExitPolicy | PolicySnapshot | None = None,
+        policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVMode | None = None,
         forced: Items[int] = (),
@@ -145,6 +146,7 @@ class EngineCore:
         """
         launches = self._launches()
         self._roster.admit()
+        self.decoder.convener.load = Load(*self.load, self.kv.slots)
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
         self._run(launches)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offramp.worker.attention import prefill_window
 from offramp.worker.fill import KVProjector
+from offramp.worker.groups import Convener
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.kv import EXACT, SlotKV
 from offramp.worker.probes import ProbeBench
@@ -20,7 +21,7 @@ from offramp.worker.schedule import Launch
 from offramp.worker.sequence import Sequence
 from offramp.worker.stack import LayerStack
 from offramp.worker.translators import UNTRANSLATED, ExitTranslators
-from offramp.worker.wave import Arrival, Wave
+from offramp.worker.wave import Arrival, Left, Wave
 
 MAX_PENDING = 8
 """Tokens a row may put off before its next one runs all layers."""
@@ -50,6 +51,8 @@ class Outcome:
             the row verifies and came to the end.
         best_M: The most likely token after each.
         decides: Whether the last of them is to be followed by a new token.
+        left: Of the tokens before the last, exits and features where they left, if the policy
+            learns.
     """
 
     row: Sequence
@@ -57,6 +60,7 @@ class Outcome:
     logits_MV: Tensor
     best_M: list[int]
     decides: bool
+    left: Left = ()
 
 
 class Decoder:
@@ -73,6 +77,7 @@ class Decoder:
     Attributes:
         spent: Seconds spent beside the model.
         bench: Builds probes.
+        convener: Puts rows into the groups they are asked in.
         guard: Asks policies, and survives those that fail.
         failures: Requests whose policy failed and that went on at full depth.
     """
@@ -94,6 +99,7 @@ class Decoder:
         self.spent = Spent()
         self.bench = ProbeBench(stack)
         self.guard = PolicyGuard()
+        self.convener = Convener(self.bench, self.guard, stack.layers, max_pending)
         self.failures = 0
 
     def must_go_deep(self, row: Sequence) -> bool:
@@ -137,8 +143,8 @@ class Decoder:
 
     def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:
         """One head for all tokens whose logits are asked for and not known."""
-        # Riders that have no drafts ask for nothing: their cache entries were what was missing.
-        arrivals = [each for each in arrivals if each.decides or each.row.drafts]
+        # Other riders ask for nothing: their cache entries were what was missing.
+        arrivals = [each for each in arrivals if each.decides or each.row.drafts or each.left]
         if not arrivals:
             return []
         logits = self._logits(arrivals)
@@ -153,6 +159,7 @@ class Decoder:
                     logits[start:end],
                     best[start:end],
                     arrival.decides,
+                    arrival.left,
                 )
             )
             start = end
@@ -174,5 +181,5 @@ class Decoder:
 
 
 def _opinions(arrival: Arrival) -> int:
-    """Tokens whose successors are of interest: all, if there are drafts to confirm."""
-    return len(arrival.states_MD) if arrival.row.drafts else 1
+    """Tokens whose successors are of interest: all, if something is to be confirmed or learnt."""
+    return len(arrival.states_MD) if arrival.row.drafts or arrival.left else 1

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from offramp.controller.policy import LearningPolicy, Verdict
 from offramp.worker.decode import Outcome
+from offramp.worker.guard import PolicyGuard
 from offramp.worker.sampler import Draw
 from offramp.worker.sequence import Draft, Sequence
 from offramp.worker.stack import LayerStack
@@ -18,15 +20,21 @@ class Emitter:
 
     Args:
         stack: The model.
+        guard: Survives policies that fail to learn.
     """
 
-    def __init__(self, stack: LayerStack) -> None:
+    def __init__(self, stack: LayerStack, guard: PolicyGuard) -> None:
         self.stack = stack
+        self._guard = guard
 
     def conclude(self, outcomes: Iterable[Outcome]) -> None:
         """Emit, draft or confirm, row by row."""
         for outcome in outcomes:
+            if outcome.left:
+                self._teach(outcome)
             if outcome.row.request.kv_mode != "verify":
+                if not outcome.decides:
+                    continue
                 logits_V, best = outcome.logits_MV[-1], outcome.best_M[-1]
                 self.emit(outcome.row, logits_V, best, outcome.exit_layer)
             elif outcome.exit_layer < self.stack.layers:
@@ -51,6 +59,24 @@ class Emitter:
             drawn = row.sampler.draw(logits_V, row.emitted)
         row.emit(drawn, exit_layer, self.stack.eos_tokens)
 
+    def _teach(self, outcome: Outcome) -> None:
+        """Tell a learning policy what full depth says, up to the first draft that falls."""
+        row = outcome.row
+        early = [draft.token for draft in row.drafts] or row.emitted[-len(outcome.left) :]
+        verdicts = []
+        for (index, features_F), token, best in zip(
+            outcome.left, early, outcome.best_M, strict=False
+        ):
+            agreed = token == best
+            verdicts.append(Verdict(index, features_F, agreed))
+            if row.drafts and not agreed:
+                break
+            if not row.drafts:
+                row.note_verdict(agreed)
+        policy = row.policy
+        assert isinstance(policy, LearningPolicy)
+        self._guard.teach(policy, verdicts)
+
     def _draft(self, outcome: Outcome) -> None:
         row, sampler = outcome.row, outcome.row.sampler
         if sampler.is_plain_greedy:
@@ -67,6 +93,10 @@ class Emitter:
         drafts, row.drafts = row.drafts, []
         accepted = accepted_greedily(drafts, best_M)
         row.drafts_accepted += accepted
+        for _ in range(accepted):
+            row.note_verdict(True)
+        if accepted < len(drafts):
+            row.note_verdict(False)
         for draft in drafts[:accepted]:
             self._add(row, Draw(draft.token), draft.exit_layer)
         if accepted < len(drafts) or outcome.decides:
@@ -78,7 +108,9 @@ class Emitter:
         drafts, row.drafts = row.drafts, []
         for draft, logits_V in zip(drafts, outcome.logits_MV, strict=False):
             chances_V = sampler.distribution(logits_V, row.emitted)
-            if not is_accepted(draft, chances_V, sampler.chance()):
+            accepted = is_accepted(draft, chances_V, sampler.chance())
+            row.note_verdict(accepted)
+            if not accepted:
                 token = sampler.pick(residual(draft, chances_V))
                 self._add(row, sampler.report(token, logits_V), self.stack.layers)
                 return

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker.admission import Prompt, as_prompts, pinned, prompt_text
 from offramp.worker.completion import Completion, completion_of
 from offramp.worker.config import EngineConfig
@@ -78,7 +78,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompts: Prompt | Items[Prompt],
         sampling: SamplingParams | None = None,
-        policy: ExitPolicy | PolicySnapshot | None = None,
+        policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVMode | None = None,
         echo: bool = False,
@@ -113,7 +113,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
-        policy: ExitPolicy | PolicySnapshot | None = None,
+        policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVMode | None = None,
     ) -> Generator[TokenEvent, None, None]:
@@ -151,7 +151,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompts: list[Prompt],
         samples: Items[SamplingParams],
-        policy: ExitPolicy | PolicySnapshot | None,
+        policy: Policy | PolicySnapshot | None,
         kv_mode: KVMode | None,
     ) -> list[Request]:
         """All of the prompts, each with all of the samples, or, if one is refused, none."""

@@ -1,18 +1,28 @@
 """A policy that fails in mid-decode must not end a request.
 
-Shape suffixes: N rows, F features.
+Shape suffixes: N rows, F features, C columns of outlook.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import (
+    ExitPolicy,
+    LearningPolicy,
+    Policy,
+    RoutingPolicy,
+    Verdict,
+)
+
+T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
@@ -29,7 +39,7 @@ class PolicyGuard:
 
     def __init__(self) -> None:
         self.failures = 0
-        self._logged: dict[int, ExitPolicy] = {}
+        self._logged: dict[int, object] = {}
 
     def decide(self, policy: ExitPolicy, features_NF: FloatArray) -> BoolArray | None:
         """Which of the N rows leave, as ``policy.leave`` says; None if it cannot say.
@@ -47,16 +57,43 @@ class PolicyGuard:
         Returns:
             Bool [N], which may be a view that the policy's next call reuses; None on failure.
         """
-        try:
+
+        def ask() -> BoolArray:
             require_finite(features_NF)
             leave_N = policy.leave(features_NF)
             _require_decision(leave_N, len(features_NF))
+            return leave_N
+
+        return self._survive(policy, ask)
+
+    def start(self, policy: RoutingPolicy, outlook_1C: FloatArray) -> int | None:
+        """At which exit one row is first asked; None if the policy cannot say, as ``decide``."""
+        most = len(policy.exits)
+        return self._survive(policy, lambda: _target(policy.start(outlook_1C), 0, most))
+
+    def route(
+        self, policy: RoutingPolicy, here: int, features_1F: FloatArray, outlook_1C: FloatArray
+    ) -> int | None:
+        """Where one row goes from an exit; None if the policy cannot say, as ``decide``."""
+
+        def ask() -> int:
+            require_finite(features_1F)
+            return _target(policy.route(here, features_1F, outlook_1C), here, len(policy.exits))
+
+        return self._survive(policy, ask)
+
+    def teach(self, policy: LearningPolicy, verdicts: Sequence[Verdict]) -> None:
+        """Tell a policy what full depth says of its tokens; a failure is counted and logged."""
+        self._survive(policy, lambda: policy.learn(verdicts))
+
+    def _survive(self, policy: Policy | LearningPolicy, ask: Callable[[], T]) -> T | None:
+        try:
+            return ask()
         except Exception as error:  # a policy is foreign code: nothing it raises may pass
             self._report(policy, error)
             return None
-        return leave_N
 
-    def _report(self, policy: ExitPolicy, error: Exception) -> None:
+    def _report(self, policy: object, error: Exception) -> None:
         self.failures += 1
         if id(policy) in self._logged or len(self._logged) >= REMEMBERED:
             return
@@ -87,3 +124,16 @@ def _require_decision(leave_N: object, rows: int) -> None:
         raise PolicyFaultError(f"is {type(leave_N).__name__}, not a bool array")
     if leave_N.shape != (rows,):
         raise PolicyFaultError(f"has shape {leave_N.shape}, not ({rows},)")
+
+
+def _target(found_N: object, least: int, most: int) -> int:
+    if (
+        not isinstance(found_N, np.ndarray)
+        or found_N.shape != (1,)
+        or found_N.dtype.kind not in "iu"
+    ):
+        raise PolicyFaultError(f"is {found_N!r}, not one integer per row")
+    target = int(found_N[0])
+    if not least <= target <= most:
+        raise PolicyFaultError(f"names exit {target}, not one from {least} to {most}")
+    return target

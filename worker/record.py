@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, FeatureSchema, IntArray
 from offramp.controller.traces import TraceChunk
-from offramp.worker.candidates import NgramIndex
+from offramp.worker.candidates import NgramIndex, candidates_of
 from offramp.worker.probes import ProbeInputs, Readout, make_probe, softmax_features
 from offramp.worker.stack import LayerStack
 from offramp.worker.translators import UNTRANSLATED, ExitTranslators
@@ -86,7 +86,7 @@ def _candidates(inputs: Sequence[int], table_VK: IntArray) -> IntArray:
     rows = np.empty((len(inputs), table_VK.shape[1]), np.int32)
     for index, token in enumerate(inputs):
         ngrams.push(token)
-        rows[index] = ngrams.candidates(table_VK)
+        rows[index] = candidates_of([ngrams], table_VK, ())[0]
     return rows
 
 

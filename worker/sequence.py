@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from offramp.controller.features import FloatArray
+from offramp.controller.policy import LearningPolicy, Policy, RoutingPolicy
 from offramp.worker.candidates import NgramIndex
 from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.snapshot import PolicySnapshot
 
 if TYPE_CHECKING:
-    from offramp.worker.groups import Group
+    from offramp.worker.groups import Asked
 
 FinishReason = Literal["stop", "length"]
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities, best first."""
+
+REMEMBERED = 0.9
+"""Weight of the past in a row's moving averages."""
 
 KVMode = Literal["project", "defer", "verify"]
 """What becomes of the layers that an exited token skipped.
@@ -117,12 +122,14 @@ class OpenToken:
         depth: Layers executed.
         state_D: Its hidden state there; None before the embedding.
         is_underway: Whether it may yet go on by itself: it has not left.
+        left_at: Index of the exit where it left and what was probed there, if its policy learns.
     """
 
     position: int
     depth: int
     state_D: Tensor | None
     is_underway: bool = True
+    left_at: tuple[int, FloatArray] | None = None
 
     def has_left(self, index: int) -> bool:
         """Whether it left the stack before the layer with this index; 0 is no exit."""
@@ -161,6 +168,11 @@ class Sequence:
         drafts_accepted: Drafts that full depth confirmed.
         drafts_made: Drafts in all.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
+        debt: Moving average of the share of layers that its tokens skipped.
+        acceptance: Moving average of the early tokens that full depth agreed with, as far as it
+            was asked.
+        policy: The pinned one.
+        routes, learns: What kind of policy it is.
     """
 
     request: Request
@@ -177,14 +189,22 @@ class Sequence:
     drafts: list[Draft] = field(default_factory=list)
     open: list[OpenToken] = field(default_factory=list)
     undecided: bool = False
-    group: Group | None = None
+    group: Asked | None = None
     layer_calls: int = 0
     drafts_accepted: int = 0
     drafts_made: int = 0
     policy_failed: bool = False
+    debt: float = 0.0
+    acceptance: float = 1.0
+    policy: Policy = field(init=False)
+    routes: bool = field(init=False)
+    learns: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.request.snapshot.policy.candidates_VK is not None:
+        self.policy = self.request.snapshot.policy
+        self.routes = isinstance(self.policy, RoutingPolicy)
+        self.learns = isinstance(self.policy, LearningPolicy)
+        if self.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
 
     @property
@@ -236,6 +256,14 @@ class Sequence:
         if self.ngrams is not None and not self.is_finished:
             fed = self.request.forced[len(self.emitted) - 1] if self.request.forced else token
             self.ngrams.push(fed)
+
+    def note_depth(self, share: float) -> None:
+        """A token came out after this share of the layers."""
+        self.debt += (1 - REMEMBERED) * (1 - share - self.debt)
+
+    def note_verdict(self, agreed: bool) -> None:
+        """Full depth agreed with an early token, or did not."""
+        self.acceptance += (1 - REMEMBERED) * (agreed - self.acceptance)
 
     def cut(self, tokens: int) -> None:
         """Forget what was emitted after the first tokens."""

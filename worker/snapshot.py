@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offramp.controller.policy import ExitPolicy, NeverExit
+from offramp.controller.policy import NeverExit, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class PolicySnapshot:
 
     generation: int
     digest: str
-    policy: ExitPolicy
+    policy: Policy
 
 
 FULL_DEPTH = PolicySnapshot(0, "", NeverExit())

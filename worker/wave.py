@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from offramp.controller.features import FloatArray
 from offramp.worker.attention import decode_window, ragged_window
-from offramp.worker.groups import Group, groups_of
+from offramp.worker.groups import Asked
 from offramp.worker.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.sequence import OpenToken, Sequence
 from offramp.worker.stack import Rotary
@@ -23,6 +24,9 @@ from offramp.worker.stack import Rotary
 if TYPE_CHECKING:
     from offramp.worker.decode import Decoder
 
+
+Left = Rows[tuple[int, FloatArray]]
+"""Per token: index of the exit where it left, and what was probed there."""
 
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
@@ -39,6 +43,7 @@ class Arrival:
             of the tokens that were put off before.
         decides: Whether the last of them is a token on its way, which now gets its successor.
         logits_V: Of that last one, if a probe computed them anyway.
+        left: Of the tokens that were put off, where they left, if their policy learns.
     """
 
     row: Sequence
@@ -46,6 +51,7 @@ class Arrival:
     states_MD: Tensor
     decides: bool
     logits_V: Tensor | None = None
+    left: Left = ()
 
 
 class Wave:
@@ -72,7 +78,7 @@ class Wave:
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
-        self.groups: list[Group] = []
+        self.groups: list[Asked] = []
         if first == 0:
             self._begin_tokens()
         else:
@@ -120,7 +126,9 @@ class Wave:
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
         start = time.perf_counter()
-        self.groups = groups_of(self.decoder.bench, [self.rows[n] for n in free], states_ND)
+        free_rows = [self.rows[n] for n in free]
+        self.groups = self.decoder.convener.convene(free_rows, states_ND)
+        self.decoder.failures += sum(row.policy_failed for row in free_rows)
         self.decoder.spent.deciding_s += time.perf_counter() - start
 
     def _resume_groups(self) -> None:
@@ -169,7 +177,7 @@ class Wave:
         self.decoder.kv.open(self._window)
 
     def _let_leave(self, executed: int) -> None:
-        asking = [group for group in self.groups if group.rows and executed in group.policy.exits]
+        asking = [group for group in self.groups if group.asks_at(executed)]
         if not asking:
             return
         start = time.perf_counter()
@@ -216,6 +224,7 @@ class Wave:
         row.undecided = False
         row.group = None
         row.open[-1].is_underway = False
+        row.note_depth(executed / self.stack.layers)
         if row.projects:
             position = row.open[-1].position
             self.decoder.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
@@ -262,9 +271,12 @@ class Wave:
             joined = self._joined[n]
             last = row.open[-1].position
             self.decoder.kv.mark(row.slot, slice(last - joined + 1, last + 1), EXACT)
+            left = tuple(token.left_at for token in row.open if token.left_at is not None)
             self.arrivals.append(
-                Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided)
+                Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided, left=left)
             )
+            if row.undecided:
+                row.note_depth(1.0)
             row.open.clear()
             row.undecided = False
             row.group = None

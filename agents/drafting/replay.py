@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offramp.controller.costs import CostTable
+from offramp.controller.drafts.thompson import leading
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policy import IndexArray, LearningPolicy, RoutingPolicy, Verdict
@@ -126,7 +127,8 @@ def _decode_learning(core: DraftExitCore, policy: Any, decide: Decide) -> dict[s
             left.append(Verdict(here, obs_1D[0, :FEATURES], right))
         step = core.step(action_1)
         if step.terminated_B[0] or core.standing(0)[2] > cycles:
-            policy.learn(left)
+            if left:
+                policy.learn(left[: leading(left) + 1])
             left = []
         if step.terminated_B[0]:
             return step.finals.info

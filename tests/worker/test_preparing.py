@@ -21,7 +21,7 @@ from offramp.controller.signing import load_or_create_key, trusted_keys
 from offramp.controller.trust import ReleaseVerifier
 from offramp.controller.weights import pack_policy
 from offramp.worker import FULL_DEPTH, AdaptiveEngine, SamplingParams
-from offramp.worker.probes.readout import DERIVED, Readout, Shelf
+from offramp.worker.probes.readout import DERIVED, Readout
 from offramp.worker.refresh import PolicyRefresher
 
 THREADS, TURNS = 4, 20_000
@@ -126,23 +126,6 @@ def test_tables_are_derived_from_many_threads_at_once(reference: AdaptiveEngine)
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(derive, range(THREADS)))
-
-
-@pytest.mark.usefixtures("restless")
-def test_no_two_threads_hold_one_array_of_a_shelf() -> None:
-    shelf, start = Shelf(), threading.Barrier(THREADS)
-
-    def use(mark: int) -> None:
-        start.wait()
-        for turn in range(TURNS):
-            array = shelf.take((2, 3 + (turn + mark) % 2))
-            assert array.shape == (2, 3 + (turn + mark) % 2)
-            array[:] = mark
-            assert (array == mark).all()
-            shelf.put(array)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(use, range(THREADS)))
 
 
 def test_preparing_in_another_thread_disturbs_no_decoding(reference: Any) -> None:

@@ -36,7 +36,7 @@ from offramp.worker.probes import (
     make_probe,
 )
 from offramp.worker.probes.readout import FinalNorm
-from offramp.worker.probes.scorers import FoldedScorer, StackScorer
+from offramp.worker.probes.scorers import DeviceScorer, HostScorer, Scorer
 from offramp.worker.profile_probes import probe_costs
 from offramp.worker.record import record_document
 from offramp.worker.stack import LayerStack
@@ -153,17 +153,40 @@ def test_what_is_recorded_is_what_live_probes_compute(
     np.testing.assert_allclose(chunk.features_TEF[1 : 1 + len(live)], live, atol=2e-4, rtol=1e-3)
 
 
-def test_folded_scores_equal_those_through_the_models_norm(
+def scorers(readout: Readout, tokens_NK: IntArray, x_ND: Tensor) -> tuple[Scorer, Scorer]:
+    """Compiled, and through the model's own norm."""
+    assert readout.norm is not None
+    place_N = np.full(len(x_ND), 0.25, np.float32)
+    return (
+        HostScorer(readout, readout.norm, tokens_NK, x_ND, place_N, 3),
+        DeviceScorer(readout, tokens_NK, x_ND, place_N, 3),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_compiled_features_equal_those_through_the_models_norm(
+    family: str, dtype: torch.dtype, table_VK: IntArray, states: list[Tensor]
+) -> None:
+    typed = [x_ND.to(dtype) for x_ND in states]
+    readout = Readout(stack_for(make_model(family, dtype)))
+    host, device = scorers(readout, table_VK[[5, 9, 11]], typed[0])
+    # The model's norm rounds to bfloat16, the compiled one does not.
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    for depth, x_ND in enumerate(typed[1:], 1):
+        one, other = host.features(depth / 4, x_ND), device.features(depth / 4, x_ND)
+        np.testing.assert_allclose(one, other, **near)
+
+
+def test_compiled_features_of_nan_are_nan(
     stack: Any, table_VK: IntArray, states: list[Tensor]
 ) -> None:
-    readout = Readout(stack)
-    assert readout.norm is not None
-    tokens_NK = table_VK[[5, 9, 11]]
-    folded = FoldedScorer(readout, readout.norm, tokens_NK, states[0])
-    through = StackScorer(readout, tokens_NK, states[0])
-    for x_ND in states[1:]:
-        for one, other in zip(folded.score(x_ND), through.score(x_ND), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    host, _ = scorers(Readout(stack), table_VK[[5, 9, 11]], states[0])
+    spoiled_ND = states[1].clone()
+    spoiled_ND[1, 7] = float("nan")
+    features_NF = host.features(0.5, spoiled_ND)
+    assert np.isfinite(features_NF[[0, 2]]).all()
+    assert np.isnan(features_NF[1, :4]).any()
 
 
 class GemmaNorm(nn.Module):
@@ -204,10 +227,9 @@ def test_norms_of_other_families_are_recovered(make: Any, states: list[Tensor]) 
     np.testing.assert_allclose(readout.norm.rows(states[1].numpy()), expected, atol=2e-5)
     tokens_NK = np.arange(12, dtype=np.int32).reshape(3, 4)
     for rows in (slice(0, 3), slice(1, 2)):
-        scorer = FoldedScorer(readout, readout.norm, tokens_NK[rows], states[0][rows])
-        through = StackScorer(readout, tokens_NK[rows], states[0][rows])
-        got, wanted = scorer.score(states[1][rows]), through.score(states[1][rows])
-        np.testing.assert_allclose(got[0], wanted[0], rtol=1e-4, atol=1e-4)
+        host, device = scorers(readout, tokens_NK[rows], states[0][rows])
+        got, wanted = (each.features(0.5, states[1][rows]) for each in (host, device))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_norm_of_another_form_is_left_to_the_model() -> None:

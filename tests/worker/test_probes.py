@@ -18,7 +18,7 @@ from offramp.controller.features import (
     IntArray,
 )
 from offramp.worker import AdaptiveEngine
-from offramp.worker.candidates import NgramIndex, successor_table
+from offramp.worker.candidates import NgramIndex, candidates_of, successor_table
 from offramp.worker.probes import CandidateProbe
 from offramp.worker.record import record_document
 from support.models import VOCAB, make_model
@@ -182,7 +182,7 @@ def test_successors_are_ordered_by_count_and_filled_up() -> None:
 def test_ngram_candidates_come_first_and_stay_distinct() -> None:
     table = np.tile(np.arange(5, dtype=np.int32), (10, 1))
     index = NgramIndex([7, 8, 9, 7, 8])
-    found = index.candidates(table)
+    found = candidates_of([index], table, ())[0].tolist()
     assert found[0] == 9  # 7 8 was followed by 9
     assert len(found) == len(set(found)) == 5
 

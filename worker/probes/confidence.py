@@ -15,9 +15,7 @@ from itertools import compress
 import numpy as np
 
 from offramp.controller.features import BoolArray, FloatArray
-
-LOGIT_SCALE = 10.0
-"""Divides raw scores so that the feature is of order one."""
+from offramp.worker.probes.kernel import LOGIT_SCALE
 
 Sure = tuple[float, float, float, float]
 """top1, margin, entropy / ln K, best score / LOGIT_SCALE."""

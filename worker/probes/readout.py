@@ -1,10 +1,10 @@
 """A model's final norm and LM head, as cheap as probes need them.
 
 At batch 1 the price of a probe is not arithmetic but dispatch: a torch operation costs 3 to 10 µs,
-a numpy one about 1 µs (measured; see docs/probes.md). So on a CPU the norm and the scores run in
+a numpy one about 1 µs (measured; see docs/probes.md). So on a CPU they run in compiled code and in
 numpy. On another device the scores run there, and all else here, after one transfer.
 
-Shape suffixes: N rows, K candidates, D width, V vocabulary.
+Shape suffixes: N rows, K candidates, D width, V vocabulary; 2 weight and bias.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import FloatArray, IntArray
+from offramp.worker.probes.kernel import Bits, Rows
 from offramp.worker.stack import LayerStack
 
 T = TypeVar("T")
 
 DERIVED = 8
 """Results kept by ``Readout.derived``."""
-
-FOLDED = 16 * 1024 * 1024
-"""Entries (64 MiB) up to which the head is kept a second time, folded."""
-
-SHELVED, SHELVED_BYTES = 8, 4 * 1024 * 1024
-"""Arrays kept by a shelf, and the largest that it keeps."""
 
 SMALL = 2.0**-8
 """Scale of the input that reveals a norm's epsilon: its square is near the usual epsilons."""
@@ -81,6 +76,12 @@ class FinalNorm:
         norm = cls(weight_D.astype(np.float32), bias_D, float(eps), is_centred)
         return norm if norm._agrees(stack) else None
 
+    @property
+    def both_2D(self) -> FloatArray:
+        """Weight and bias."""
+        bias_D = np.zeros_like(self.weight_D) if self.bias_D is None else self.bias_D
+        return np.stack((self.weight_D, bias_D))
+
     def rows(self, x_ND: FloatArray) -> FloatArray:
         """The norm of some rows, [N, D] float32."""
         if self.is_centred:
@@ -90,37 +91,6 @@ class FinalNorm:
         out_ND /= np.sqrt(mean_N + self.eps)[:, None]
         return out_ND if self.bias_D is None else out_ND + self.bias_D
 
-    def fold(self, rows: FloatArray, out: FloatArray) -> FloatArray | None:
-        """Rows of the head that score raw states; the scores come out multiplied by the rms.
-
-        Args:
-            rows: Rows of the head, [..., D].
-            out: Where the folded rows go, [..., D].
-
-        Returns:
-            What to add to the scores once divided by the rms, [...]; None for nothing.
-        """
-        np.multiply(rows, self.weight_D, out)
-        if self.is_centred:
-            # Σ w·(x − mean x)·row = Σ x·(w·row − mean w·row).
-            out -= out.mean(-1, keepdims=True)
-        return None if self.bias_D is None else rows @ self.bias_D
-
-    def rms(self, x_D: FloatArray, square: float) -> float:
-        """What the scores of folded rows are divided by, for a state of known squared length."""
-        mean_square = square / x_D.size
-        if self.is_centred:
-            mean_square -= float(x_D.mean()) ** 2
-        return math.sqrt(mean_square + self.eps)
-
-    def rms_rows(self, x_ND: FloatArray, square_N: FloatArray) -> FloatArray:
-        """The same of N rows."""
-        mean_square_N = square_N / x_ND.shape[1]
-        if self.is_centred:
-            mean_square_N -= x_ND.mean(-1) ** 2
-        rms_N: FloatArray = np.sqrt(mean_square_N + np.float32(self.eps))
-        return rms_N
-
     def _agrees(self, stack: LayerStack) -> bool:
         """Whether random rows of several scales come out as the model's norm has them."""
         random = np.random.default_rng(0).standard_normal((3, stack.width)) + 0.5
@@ -128,34 +98,6 @@ class FinalNorm:
         expected_ND = _host(stack.norm(x_ND))
         error = float(np.abs(self.rows(_host(x_ND)) - expected_ND).max())
         return error <= TOLERANCE.get(stack.dtype, 1e-2) * float(np.abs(expected_ND).max())
-
-
-class Shelf:
-    """Arrays for reuse: fresh memory of this size costs a page fault per 4 KiB.
-
-    Threads may share it: each call takes or adds at most one array, in one step.
-    """
-
-    def __init__(self) -> None:
-        self._arrays: list[FloatArray] = []
-
-    def take(self, shape: tuple[int, ...]) -> FloatArray:
-        """An array of that shape, of undefined content."""
-        try:
-            array = self._arrays.pop()
-        except IndexError:
-            return np.empty(shape, np.float32)
-        if array.shape == shape:
-            return array
-        self._arrays.append(array)
-        return np.empty(shape, np.float32)
-
-    def put(self, array: FloatArray) -> None:
-        """Give an array back that nobody uses any more; only a few are kept."""
-        if len(self._arrays) >= SHELVED:
-            self._arrays.clear()
-        if array.nbytes <= SHELVED_BYTES:
-            self._arrays.append(array)
 
 
 class Readout:
@@ -169,9 +111,8 @@ class Readout:
         self.stack = stack
         self.norm = FinalNorm.of(stack)
         self.is_host = stack.device.type == "cpu"
-        self.shelf = Shelf()
-        self._head_VD = _head_view(stack) if self.is_host else None
-        self._folded_VD = self._folded_head()
+        self.norm_2D = None if self.norm is None else self.norm.both_2D
+        self.head_VD = _head_view(stack) if self.is_host else None
         self._derived: dict[tuple[object, int], tuple[IntArray, Any]] = {}
         self._deriving = threading.Lock()  # held to change the dictionary, not to compute
 
@@ -187,33 +128,8 @@ class Readout:
 
     def head_rows(self, tokens_NK: IntArray) -> FloatArray:
         """Rows of the head in host memory, [N, K, D] float32."""
-        if self._head_VD is not None:
-            return self._head_VD.take(tokens_NK, 0)
         tokens = torch.tensor(tokens_NK, device=self.stack.device)
         return _host(self.stack.head_rows(tokens))
-
-    def fold_rows(self, tokens_NK: IntArray, out_NKD: FloatArray) -> FloatArray | None:
-        """Rows of the head, folded as ``FinalNorm.fold`` does; the offsets [N, K] or None.
-
-        Args:
-            tokens_NK: Within the vocabulary.
-            out_NKD: Where the rows go.
-        """
-        if self._folded_VD is not None:
-            self._folded_VD.take(tokens_NK, 0, out_NKD, "clip")
-            return None
-        assert self.norm is not None  # scorers ask a norm of another form itself
-        return self.norm.fold(self.head_rows(tokens_NK), out_NKD)
-
-    def _folded_head(self) -> FloatArray | None:
-        """The whole head, folded beforehand where that is small: it saves a pass per token."""
-        norm, size = self.norm, self.stack.vocab * self.stack.width
-        if not self.is_host or norm is None or norm.bias_D is not None or size > FOLDED:
-            return None
-        rows_VD = self.head_rows(np.arange(self.stack.vocab, dtype=np.int32)[None])[0]
-        folded_VD: FloatArray = np.empty_like(rows_VD)
-        norm.fold(rows_VD, folded_VD)
-        return folded_VD
 
     def derived(self, make: Callable[[Readout, IntArray], T], table_VK: IntArray) -> T:
         """``make(self, table_VK)``, computed once per table and kept for the latest few.
@@ -238,13 +154,20 @@ def _host(x: Tensor) -> FloatArray:
     return array
 
 
-def _head_view(stack: LayerStack) -> FloatArray | None:
-    """The head's matrix [V, D] without a copy; None if the model does not show it as float32."""
-    model: Any = getattr(stack, "model", None)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    if weight is None or weight.dtype is not torch.float32:
+def raw(x: Tensor) -> Rows:
+    """The same memory as numpy sees it: float32 as it is, bfloat16 as bits; else a float32 copy."""
+    if x.dtype is torch.float32:
+        array: FloatArray = x.numpy()
+        return array
+    if x.dtype is torch.bfloat16:
+        bits: Bits = x.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    return _host(x)
+
+
+def _head_view(stack: LayerStack) -> Rows | None:
+    """The head's matrix [V, D] without a copy; None if the model does not show it."""
+    weight = getattr(stack, "head_weight_VD", None)
+    if weight is None or not weight.is_contiguous():
         return None
-    some = torch.arange(min(2, len(weight)))
-    shown = weight.detach()
-    return shown.numpy() if torch.equal(shown[some], stack.head_rows(some[None])[0]) else None
+    return raw(weight.detach())

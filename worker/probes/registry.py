@@ -5,7 +5,6 @@ Shape suffixes: N rows, K candidates, D width, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
@@ -22,8 +21,8 @@ from offramp.controller.features import (
     FeatureSchema,
     IntArray,
 )
-from offramp.controller.policy import ExitPolicy
-from offramp.worker.candidates import NgramIndex
+from offramp.controller.policy import Policy
+from offramp.worker.candidates import NgramIndex, candidates_of
 from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
 from offramp.worker.probes.readout import Readout
@@ -57,7 +56,7 @@ class ProbeBench:
 
     def probe(
         self,
-        policy: ExitPolicy,
+        policy: Policy,
         ngrams: Sequence[NgramIndex | None],
         x_ND: Tensor,
         positions_N: IntArray,
@@ -86,7 +85,7 @@ class ProbeBench:
         )
         return make_probe(policy.schema, inputs)
 
-    def prepare(self, policy: ExitPolicy) -> None:
+    def prepare(self, policy: Policy) -> None:
         """Compute now what the policy's probe would compute on its first use.
 
         Call it when a policy arrives, from any thread: a sketch takes tens of milliseconds.
@@ -116,6 +115,4 @@ def _candidates(
     drafted: Sequence[Sequence[int]],
 ) -> IntArray:
     assert table_VK is not None  # the engine admits no candidate policy without a table
-    pairs = itertools.zip_longest(ngrams, drafted, fillvalue=())
-    rows = [row.candidates(table_VK, tail) for row, tail in pairs if isinstance(row, NgramIndex)]
-    return np.array(rows, np.int32)
+    return candidates_of([row for row in ngrams if row is not None], table_VK, drafted)

@@ -1,6 +1,6 @@
-"""Scores of a few tokens per row, and how the row's state compares to the last one scored.
+"""Who computes the candidate probe's columns: compiled code on the host, or the model's device.
 
-Shape suffixes: N rows, K tokens, D width, M = K + 2.
+Shape suffixes: N rows, K candidates, D width, F features.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import BoolArray, FloatArray, IntArray
-from offramp.worker.probes.readout import FinalNorm, Readout
-
-Scores = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
-"""Scores [N, K]; product with the last state, squared length, the last state's, each [N]."""
+from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
+from offramp.worker.probes.confidence import Confidence
+from offramp.worker.probes.kernel import Rows, candidate_features, remember
+from offramp.worker.probes.motion import motion_rows
+from offramp.worker.probes.readout import FinalNorm, Readout, raw
 
 
 class Scorer(Protocol):
-    """Scores the same tokens, state after state."""
+    """Features of the same candidates, state after state."""
 
-    def score(self, x_ND: Tensor) -> Scores:
-        """All of N rows, in float32 on the host; ``x_ND`` is then the last state."""
+    def features(self, depth: float, x_ND: Tensor) -> FloatArray:
+        """All columns, [N, F]; ``x_ND`` is then the last state, and the caller may overwrite it."""
         ...
 
     def keep(self, stay_N: BoolArray) -> None:
@@ -30,81 +30,108 @@ class Scorer(Protocol):
         ...
 
 
-def make_scorer(readout: Readout, tokens_NK: IntArray, x_ND: Tensor) -> Scorer:
-    """The cheapest scorer that can serve the model; ``x_ND`` is what comes before the first."""
-    if readout.is_host and readout.norm is not None:
-        return FoldedScorer(readout, readout.norm, tokens_NK, x_ND)
-    return StackScorer(readout, tokens_NK, x_ND)
+class HostScorer:
+    """One compiled call per exit; the head's rows are read where they lie.
 
-
-class FoldedScorer:
-    """In numpy: one product per row and probe gives scores, product with the last state, length.
-
-    Below the K rows of the head, the norm's weight folded in, the matrix holds the last state and
-    this one, in turn. These are copies, so the caller may overwrite its states.
+    Args:
+        readout: The model's norm and head.
+        norm: That norm.
+        candidates_NK: Tokens to score.
+        x_ND: What comes before the first state.
+        place_N: Position / context length.
+        exits: Number of exits the policy may ask at.
     """
 
     def __init__(
-        self, readout: Readout, norm: FinalNorm, tokens_NK: IntArray, x_ND: Tensor
+        self,
+        readout: Readout,
+        norm: FinalNorm,
+        candidates_NK: IntArray,
+        x_ND: Tensor,
+        place_N: FloatArray,
+        exits: int,
     ) -> None:
-        rows, scored = tokens_NK.shape
-        self._host = readout.host
-        self._norm = norm
-        self._scored, self._last, self._here = scored, scored, scored + 1
-        self._shelf = readout.shelf
-        self._matrix_NMD = self._shelf.take((rows, scored + 2, readout.stack.width))
-        self._offset_NK = readout.fold_rows(tokens_NK, self._matrix_NMD[:, :scored])
-        self._matrix_NMD[:, self._last] = readout.host(x_ND)
-        self._last_squares_N: FloatArray | None = None
+        head_VD = readout.head_VD
+        if head_VD is None:
+            rows_NKD = readout.head_rows(candidates_NK)
+            head_VD = rows_NKD.reshape(-1, rows_NKD.shape[-1])
+            candidates_NK = np.arange(candidates_NK.size, dtype=np.int32).reshape(
+                candidates_NK.shape
+            )
+        self._head_VD: Rows = head_VD
+        self._candidates_NK = candidates_NK
+        self._norm_2D, self._eps, self._is_centred = readout.norm_2D, norm.eps, norm.is_centred
+        self._place_N = place_N
+        self._exits = exits
+        state_ND = _packed(x_ND)
+        self._are_bits = (head_VD.dtype == np.uint16, state_ND.dtype == np.uint16)
+        self._last_ND, self._memory_N4 = remember(state_ND, self._are_bits[1])
 
-    def __del__(self) -> None:
-        self._shelf.put(self._matrix_NMD)
-
-    def score(self, x_ND: Tensor) -> Scores:
-        """All of N rows."""
-        state_ND = self._host(x_ND)
-        last, here = self._last, self._here
-        self._matrix_NMD[:, here] = state_ND
-        self._last, self._here = here, last
-        if len(state_ND) == 1:
-            product_NM = self._matrix_NMD[0].dot(state_ND[0])[None]
-            rms: float | FloatArray = self._norm.rms(state_ND[0], float(product_NM[0, here]))
-        else:
-            product_NM = np.matmul(self._matrix_NMD, state_ND[:, :, None])[:, :, 0]
-            rms = self._norm.rms_rows(state_ND, product_NM[:, here])[:, None]
-        scores_NK = product_NM[:, : self._scored]
-        np.divide(scores_NK, rms, scores_NK)
-        if self._offset_NK is not None:
-            scores_NK += self._offset_NK
-        squares_N, last_squares_N = product_NM[:, here], self._last_squares_N
-        if last_squares_N is None:
-            first_ND = self._matrix_NMD[:, last]
-            last_squares_N = np.einsum("nd,nd->n", first_ND, first_ND)
-        self._last_squares_N = squares_N
-        return scores_NK, product_NM[:, last], squares_N, last_squares_N
+    def features(self, depth: float, x_ND: Tensor) -> FloatArray:
+        """All columns."""
+        features_NF: FloatArray = candidate_features(
+            self._head_VD,
+            self._candidates_NK,
+            _packed(x_ND),
+            self._norm_2D,
+            self._eps,
+            self._is_centred,
+            self._last_ND,
+            self._memory_N4,
+            self._place_N,
+            depth,
+            self._exits,
+            self._are_bits,
+        )
+        return features_NF
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._matrix_NMD = self._matrix_NMD[stay_N]
-        if self._last_squares_N is not None:
-            self._last_squares_N = self._last_squares_N[stay_N]
-        if self._offset_NK is not None:
-            self._offset_NK = self._offset_NK[stay_N]
+        self._candidates_NK = self._candidates_NK[stay_N]
+        self._last_ND, self._memory_N4 = self._last_ND[stay_N], self._memory_N4[stay_N]
+        self._place_N = self._place_N[stay_N]
 
 
-class StackScorer:
+class DeviceScorer:
     """Through the model's own norm, on its device: one transfer, so one synchronisation."""
 
-    def __init__(self, readout: Readout, tokens_NK: IntArray, x_ND: Tensor) -> None:
-        self.stack = readout.stack
-        self._scored = tokens_NK.shape[1]
-        tokens = torch.tensor(tokens_NK, device=self.stack.device)
-        self._rows_NKD = self.stack.head_rows(tokens)
+    def __init__(
+        self,
+        readout: Readout,
+        candidates_NK: IntArray,
+        x_ND: Tensor,
+        place_N: FloatArray,
+        exits: int,
+    ) -> None:
+        self._stack = readout.stack
+        rows, self._scored = candidates_NK.shape
+        tokens = torch.tensor(candidates_NK, device=self._stack.device)
+        self._rows_NKD = self._stack.head_rows(tokens)
         self._last_ND = x_ND.float()
+        self._confidence = Confidence(rows, self._scored, exits)
+        self._place_N = place_N
 
-    def score(self, x_ND: Tensor) -> Scores:
-        """All of N rows."""
-        scores_NK = torch.bmm(self._rows_NKD, self.stack.norm(x_ND).unsqueeze(-1)).squeeze(-1)
+    def features(self, depth: float, x_ND: Tensor) -> FloatArray:
+        """All columns."""
+        scores_NK, *products = self._score(x_ND)
+        out_NF = np.empty((len(scores_NK), CANDIDATES_V1.width), np.float32)
+        out_NF[:, :4], out_NF[:, 6:9] = self._confidence.rows(scores_NK)
+        out_NF[:, 4:6] = motion_rows(*products)
+        out_NF[:, 9] = depth
+        out_NF[:, 10] = self._place_N
+        return out_NF
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Forget the rows that left."""
+        stay = torch.from_numpy(stay_N).to(self._stack.device)
+        self._rows_NKD, self._last_ND = self._rows_NKD[stay], self._last_ND[stay]
+        self._confidence.keep(stay_N)
+        self._place_N = self._place_N[stay_N]
+
+    def _score(self, x_ND: Tensor) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Scores [N, K]; product with the last state, squared length, the last state's, [N]."""
+        stack = self._stack
+        scores_NK = torch.bmm(self._rows_NKD, stack.norm(x_ND).unsqueeze(-1)).squeeze(-1)
         state_ND = x_ND.float()
         last_ND = self._last_ND
         products_N3 = torch.stack(
@@ -120,7 +147,16 @@ class StackScorer:
         packed = torch.cat((scores_NK.float(), products_N3), dim=-1).cpu().numpy()
         return packed[:, : self._scored], packed[:, -3], packed[:, -2], packed[:, -1]
 
-    def keep(self, stay_N: BoolArray) -> None:
-        """Forget the rows that left."""
-        stay = torch.from_numpy(stay_N).to(self.stack.device)
-        self._rows_NKD, self._last_ND = self._rows_NKD[stay], self._last_ND[stay]
+
+def make_scorer(
+    readout: Readout, candidates_NK: IntArray, x_ND: Tensor, place_N: FloatArray, exits: int
+) -> Scorer:
+    """The cheapest scorer that can serve the model; ``x_ND`` is what comes before the first."""
+    if readout.is_host and readout.norm is not None:
+        return HostScorer(readout, readout.norm, candidates_NK, x_ND, place_N, exits)
+    return DeviceScorer(readout, candidates_NK, x_ND, place_N, exits)
+
+
+def _packed(x_ND: Tensor) -> Rows:
+    states: Rows = raw(x_ND)
+    return states if states.flags.c_contiguous else states.copy()

@@ -1,0 +1,181 @@
+"""The candidate probe's arithmetic, compiled: one call per exit for all rows.
+
+In numpy the same features take some forty small calls, and between two layers of a real decode
+step, whose weights have driven the interpreter's code and data out of the caches, each of them
+costs several times what it costs alone (docs/probes.md).
+
+Shape suffixes: N rows, K candidates, D width, V vocabulary, F features; 2 a norm's weight and
+bias, 4 what is remembered of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from offramp.controller.features import FloatArray
+
+Bits = NDArray[np.uint16]
+"""Of bfloat16 numbers, which numpy does not know."""
+
+Rows = FloatArray | Bits
+
+LOGIT_SCALE = 10.0
+"""Divides raw scores so that the feature is of order one."""
+
+SMALLEST = 1e-36
+"""A smaller squared length counts as this: the embedding of a padding token may be all zeros."""
+
+BEST, TOP1, RUN, SQUARE = range(4)
+"""Remembered per row: place of the best candidate (-1: none yet), its probability, probes in a row
+with it, squared length of the last state."""
+
+# Sums may be reordered (so that they are vectorised), but NaN stays NaN: policies are guarded.
+_compiled = njit(cache=True, nogil=True, error_model="numpy",
+                 fastmath={"reassoc", "contract", "arcp", "nsz"})  # fmt: skip
+
+
+@_compiled
+def _widen(row_D: Any, is_bits: bool, bits_D: Any, out_D: Any) -> None:
+    """A row as float32; bits are bfloat16's, and ``bits_D`` shares its memory with ``out_D``."""
+    if is_bits:
+        for d in range(row_D.size):
+            bits_D[d] = np.uint32(row_D[d]) << np.uint32(16)
+    else:
+        for d in range(row_D.size):
+            out_D[d] = row_D[d]
+
+
+@_compiled
+def _dot(a_D: Any, b_D: Any) -> Any:
+    total = np.float32(0)
+    for d in range(a_D.size):
+        total += a_D[d] * b_D[d]
+    return total
+
+
+@_compiled
+def _normalise(x_D: Any, square: Any, norm_2D: Any, eps: float, is_centred: bool, y_D: Any) -> None:
+    """The final norm: (x − mean?) / rms · weight + bias."""
+    mean = np.float32(0)
+    if is_centred:
+        for d in range(x_D.size):
+            mean += x_D[d]
+        mean /= x_D.size
+    scale = np.float32(1 / math.sqrt(square / x_D.size - mean * mean + eps))
+    for d in range(x_D.size):
+        y_D[d] = (x_D[d] - mean) * scale * norm_2D[0, d] + norm_2D[1, d]
+
+
+@_compiled
+def _sure(scores_K: Any, out_F: Any) -> int:
+    """top1, margin, entropy / ln K and top score of a softmax; the best one's place."""
+    best = 0
+    for k in range(scores_K.size):
+        if scores_K[k] > scores_K[best]:
+            best = k
+    top = scores_K[best]
+    total, mean, second = np.float32(0), np.float32(0), np.float32(0)
+    for k in range(scores_K.size):
+        shifted = scores_K[k] - top
+        weight = np.float32(math.exp(shifted))
+        total += weight
+        mean += weight * shifted
+        if k != best and weight > second:
+            second = weight
+    out_F[0] = 1 / total
+    out_F[1] = (1 - second) / total
+    out_F[2] = (math.log(total) - mean / total) / math.log(scores_K.size)
+    out_F[3] = top / LOGIT_SCALE
+    return best
+
+
+@_compiled
+def _since(best: int, memory_4: Any, exits: int, out_F: Any) -> None:
+    """agrees, run length / exits, change of top1; and remembers."""
+    agrees = best == memory_4[BEST]
+    run = memory_4[RUN] + 1 if agrees else 0.0
+    out_F[6] = 1.0 if agrees else 0.0
+    out_F[7] = run / exits
+    out_F[8] = 0.0 if memory_4[BEST] < 0 else out_F[0] - memory_4[TOP1]
+    memory_4[BEST], memory_4[TOP1], memory_4[RUN] = best, out_F[0], run
+
+
+@_compiled
+def candidate_features(
+    head_VD: Any,
+    candidates_NK: Any,
+    x_ND: Any,
+    norm_2D: Any,
+    eps: float,
+    is_centred: bool,
+    last_ND: Any,
+    memory_N4: Any,
+    place_N: Any,
+    depth: float,
+    exits: int,
+    are_bits: tuple[bool, bool],
+) -> FloatArray:
+    """CANDIDATES_V1 of N rows, [N, F]; updates ``last_ND`` and ``memory_N4``.
+
+    Args:
+        head_VD: The LM head, float32 or the bits of bfloat16 as uint16.
+        candidates_NK: Rows of it to score, int32.
+        x_ND: Hidden states, float32 or bits.
+        norm_2D: The final norm's weight and bias.
+        eps, is_centred: The rest of the final norm.
+        last_ND: The states of the last probe, float32.
+        memory_N4: See BEST and its neighbours.
+        place_N: Position / context length.
+        depth: Layer / number of layers.
+        exits: Number of exits the policy may ask at.
+        are_bits: Of the head, of the states.
+    """
+    rows, scored = candidates_NK.shape
+    width = x_ND.shape[1]
+    head_bits, x_bits = are_bits
+    out_NF = np.empty((rows, 11), np.float32)
+    scores_K = np.empty(scored, np.float32)
+    # Three arrays: rows of one would not be known as contiguous, and not be vectorised.
+    x_D = np.empty(width, np.float32)
+    y_D = np.empty(width, np.float32)
+    row_D = np.empty(width, np.float32)
+    x_u, row_u = x_D.view(np.uint32), row_D.view(np.uint32)
+    for n in range(rows):
+        _widen(x_ND[n], x_bits, x_u, x_D)
+        square, product = _dot(x_D, x_D), _dot(x_D, last_ND[n])
+        _normalise(x_D, square, norm_2D, eps, is_centred, y_D)
+        for k in range(scored):
+            if head_bits:
+                _widen(head_VD[candidates_NK[n, k]], True, row_u, row_D)
+                scores_K[k] = _dot(row_D, y_D)
+            else:
+                scores_K[k] = _dot(head_VD[candidates_NK[n, k]], y_D)
+        out_F, memory_4 = out_NF[n], memory_N4[n]
+        best = _sure(scores_K, out_F)
+        here, before = max(square, SMALLEST), max(memory_4[SQUARE], SMALLEST)
+        out_F[4] = product / math.sqrt(here) / math.sqrt(before)
+        out_F[5] = 0.5 * math.log(here / before)
+        _since(best, memory_4, exits, out_F)
+        out_F[9], out_F[10] = depth, place_N[n]
+        memory_4[SQUARE] = square
+        last_ND[n] = x_D
+    return out_NF
+
+
+@_compiled
+def remember(x_ND: Any, is_bits: bool) -> Any:
+    """The states as float32, and a fresh memory of rows that were never probed."""
+    rows, width = x_ND.shape
+    last_ND = np.empty((rows, width), np.float32)
+    memory_N4 = np.zeros((rows, 4), np.float32)
+    bits_ND = last_ND.view(np.uint32)
+    for n in range(rows):
+        _widen(x_ND[n], is_bits, bits_ND[n], last_ND[n])
+        memory_N4[n, BEST] = -1
+        memory_N4[n, SQUARE] = _dot(last_ND[n], last_ND[n])
+    return last_ND, memory_N4
