@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from offramp.controller.energy import EnergyMethod
-from offramp.controller.features import SOFTMAX_V1
+from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.prices import Timing
 from offramp.worker.energy import EnergyModel, open_meter
 from offramp.worker.energy.modelled import ModelledSource, weight_bytes
@@ -40,7 +40,7 @@ class PartEnergy:
         """A part's timing with its joules."""
         if self.watts is None:
             return timing
-        reads_head = part == "probe" and table.startswith(SOFTMAX_V1.name)
+        reads_head = part == "probe" and table.startswith(SOFTMAX_V2.name)
         read = self.bytes_by_part.get("head" if reads_head else part, 0)
         joules = self.watts * timing.median_s + self.per_byte * read
         return replace(timing, joules=joules)
