@@ -44,12 +44,14 @@ class DraftPrices:
     full_s: float
 
     @classmethod
-    def of(cls, costs: CostTable, max_pending: int) -> DraftPrices:
+    def of(cls, costs: CostTable, max_pending: int, *, probes: bool = True) -> DraftPrices:
         """From measured costs of whole-softmax probes.
 
         Args:
             costs: Hold the probe of SOFTMAX_V2; a table of constants is taken as it is.
             max_pending: Drafts that may be open.
+            probes: Whether exits are probed; a policy that reads nothing still asks for the head
+                of each draft.
 
         Raises:
             ConfigError: that probe, or launches of ``max_pending`` + 1 tokens, were not measured.
@@ -60,8 +62,8 @@ class DraftPrices:
         return cls(
             layer_W=np.array([each.layer_s for each in spans]),
             head_W=np.array([each.head_s for each in spans]),
-            ask_s=one.probe_s + one.policy_s,
-            build_s=one.build_s,
+            ask_s=one.policy_s + (one.probe_s if probes else one.head_s),
+            build_s=one.build_s * probes,
             start_s=one.policy_s,
             step_s=one.step_s,
             full_s=one.full_s,

@@ -18,6 +18,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policy import IndexArray, LearningPolicy, RoutingPolicy, Verdict
 from offramp.envs.draft_core import COUNTS, MAX_PENDING, DraftExitCore
+from offramp.envs.draft_tables import DraftPrices
 from offramp.envs.draft_view import FEATURES
 from offramp.envs.tokens import TokenTraces
 
@@ -69,20 +70,23 @@ def replay_drafts(
         ConfigError: it asks at an exit that was not recorded.
     """
     shown = at_exits(traces, policy.exits)
+    prices = DraftPrices.of(costs, max_pending, probes=policy.schema is not None)
+    firsts = _firsts(shown)
     if isinstance(policy, LearningPolicy):
-        return _replay_learner(copy.deepcopy(policy), shown, costs, max_pending)
-    return replay_decisions(decider(policy), shown, costs, max_pending)
+        learner = copy.deepcopy(policy)
+        decide = decider(learner)
+        cores = [_core(shown, costs, prices, firsts[at : at + 1]) for at in range(len(firsts))]
+        infos = [_decode_learning(core, learner, decide) for core in cores]
+        return _sum(infos, prices)
+    return _side_by_side(decider(policy), _core(shown, costs, prices, firsts))
 
 
 def replay_decisions(
     decide: Decide, traces: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
 ) -> DraftReplay:
     """Decode all documents side by side from their first token, as ``decide`` says."""
-    core = _core(traces, costs, max_pending, np.unique(_firsts(traces)))
-    obs_BD = core.observation()
-    while not (step := core.step(decide(obs_BD))).terminated_B.all():
-        obs_BD = step.obs_BD
-    return _sum([step.finals.info], core)
+    prices = DraftPrices.of(costs, max_pending)
+    return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces)))
 
 
 def decider(policy: RoutingPolicy) -> Decide:
@@ -105,15 +109,11 @@ def decider(policy: RoutingPolicy) -> Decide:
     return decide
 
 
-def _replay_learner(
-    policy: Any, traces: TokenTraces, costs: CostTable, max_pending: int
-) -> DraftReplay:
-    decide = decider(policy)
-    infos = []
-    for first in np.unique(_firsts(traces)).tolist():
-        core = _core(traces, costs, max_pending, np.array([first]))
-        infos.append(_decode_learning(core, policy, decide))
-    return _sum(infos, core)
+def _side_by_side(decide: Decide, core: DraftExitCore) -> DraftReplay:
+    obs_BD = core.observation()
+    while not (step := core.step(decide(obs_BD))).terminated_B.all():
+        obs_BD = step.obs_BD
+    return _sum([step.finals.info], core.prices)
 
 
 def _decode_learning(core: DraftExitCore, policy: Any, decide: Decide) -> dict[str, Any]:
@@ -140,17 +140,22 @@ def _firsts(traces: TokenTraces) -> IndexArray:
 
 
 def _core(
-    traces: TokenTraces, costs: CostTable, max_pending: int, first_B: IndexArray
+    traces: TokenTraces, costs: CostTable, prices: DraftPrices, first_B: IndexArray
 ) -> DraftExitCore:
     core = DraftExitCore(
-        traces, costs, num_envs=len(first_B), max_pending=max_pending, autoreset=False
+        traces,
+        costs,
+        num_envs=len(first_B),
+        max_pending=len(prices.layer_W) - 1,
+        autoreset=False,
     )
+    core.prices = prices
     core.reset(tokens=first_B)
     return core
 
 
-def _sum(infos: list[dict[str, Any]], core: DraftExitCore) -> DraftReplay:
+def _sum(infos: list[dict[str, Any]], prices: DraftPrices) -> DraftReplay:
     counts = {name: int(sum(info[name].sum() for info in infos)) for name in COUNTS}
     seconds = float(sum(info["seconds"].sum() for info in infos))
-    rate = counts["tokens"] / seconds * core.prices.full_s
+    rate = counts["tokens"] / seconds * prices.full_s
     return DraftReplay(rate=rate, counts=counts, seconds=seconds)

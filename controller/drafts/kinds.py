@@ -80,7 +80,9 @@ def _build_router(parts: Parts) -> DraftRouter:
     return DraftRouter(parts.exits, *nets, max_pending=parts.params["max_pending"])
 
 
-def _clear_router(policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
+def _clear_router(
+    policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray
+) -> BoolArray:
     logits = [policy.start_logits(outlook_NC)]
     for here in range(len(policy.exits)):
         logits.append(policy.route_logits(here, features_NF, outlook_NC))

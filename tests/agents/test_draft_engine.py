@@ -92,4 +92,3 @@ def test_engine_and_environment_do_the_same(
         np.testing.assert_allclose(live.outlooks, offline.outlooks, atol=1e-6)
         np.testing.assert_allclose(live.fresh, offline.fresh, rtol=1e-4, atol=1e-6)
         assert 0 < done.stats.drafts_accepted < done.stats.drafts  # else nothing is compared
-
