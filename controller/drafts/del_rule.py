@@ -79,15 +79,19 @@ class DelDraft:
         max_pending: int = MAX_PENDING,
     ) -> None:
         require_exits(exits)
-        self.acceptance_E = _shares("acceptance", acceptance, exits)
         self.threshold_E = _shares("thresholds", thresholds, exits)
         if not 0 < omega <= 1:
             raise RequestError("omega", f"{omega} is not in (0, 1]")
         self.exits, self.layers, self.omega, self.max_pending = exits, layers, omega, max_pending
         self.candidates_VK: IntArray | None = None
-        self._right_E = self.acceptance_E * PRIOR_ROUNDS
+        self._right_E = _shares("acceptance", acceptance, exits) * PRIOR_ROUNDS
         self._judged_E = np.full(len(exits), PRIOR_ROUNDS)
         self._choose()
+
+    @property
+    def acceptance_E(self) -> NDArray[np.float64]:
+        """α of each exit as it stands."""
+        return self._right_E / self._judged_E
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """The cycle's exit, or E once its length is reached."""
@@ -109,8 +113,7 @@ class DelDraft:
         self._choose()
 
     def _choose(self) -> None:
-        acceptance_E = self._right_E / self._judged_E
-        gain_EK = tokens_per_layer(acceptance_E, self.exits, self.layers, self.max_pending)
+        gain_EK = tokens_per_layer(self.acceptance_E, self.exits, self.layers, self.max_pending)
         self.exit_index, self.length = divmod(int(gain_EK.argmax()), gain_EK.shape[1])
 
 

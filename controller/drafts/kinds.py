@@ -5,8 +5,6 @@ Shape suffixes: N canned rows, F features, C columns of outlook.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from offramp.controller.codec import CLOSE_LOGIT, Kind, Params, Parts, Tensors, pack_layers
@@ -46,6 +44,7 @@ def _build_confident(parts: Parts) -> ConfidentDraft:
 
 
 def _describe_thompson(policy: ThompsonDraft) -> tuple[Params, Tensors]:
+    policy.rewind()  # so that who unpacks it draws what the canned inputs drew
     names = ("alpha", "beta", "length", "max_pending", "seed")
     return {name: getattr(policy, name) for name in names}, {}
 
@@ -83,11 +82,10 @@ def _build_router(parts: Parts) -> DraftRouter:
 def _clear_router(
     policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray
 ) -> BoolArray:
-    logits = [policy.start_logits(outlook_NC)]
-    for here in range(len(policy.exits)):
-        logits.append(policy.route_logits(here, features_NF, outlook_NC))
-    ordered_PNA = np.sort(np.stack(logits), axis=-1)
-    lead_PN: Any = ordered_PNA[:, :, -1] - ordered_PNA[:, :, -2]
+    everywhere = range(len(policy.exits))
+    routed = [policy.route_logits(here, features_NF, outlook_NC) for here in everywhere]
+    ordered_PNA = np.sort([policy.start_logits(outlook_NC), *routed], axis=-1)
+    lead_PN = ordered_PNA[:, :, -1] - ordered_PNA[:, :, -2]
     return np.asarray((lead_PN > CLOSE_LOGIT).all(0))
 
 

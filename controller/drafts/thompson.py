@@ -63,7 +63,11 @@ class ThompsonDraft:
         self.candidates_VK: IntArray | None = None
         self.alpha, self.beta = alpha, beta
         self.length, self.max_pending, self.seed = length, max_pending, seed
-        self._rng = np.random.default_rng(seed)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin the draws anew, from the seed."""
+        self._rng = np.random.default_rng(self.seed)
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """Draft on, or verify now, [N]."""
