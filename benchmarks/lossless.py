@@ -164,9 +164,7 @@ def documents_of(plan: Plan) -> dict[str, list[tuple[Document, list[int]]]]:
 def record(
     engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Plan
 ) -> TokenTraces:
-    wanted = Continuations(
-        exits=plan.exits, prompt_tokens=plan.prompt, new_tokens=plan.recorded
-    )
+    wanted = Continuations(exits=plan.exits, prompt_tokens=plan.prompt, new_tokens=plan.recorded)
     traces = record_continuations(engine, documents, wanted)
     agree = dict(zip(plan.exits, traces.agree_NE.mean(0).round(3).tolist(), strict=True))
     SAY.print(f"{len(documents)} documents, {len(traces)} tokens; right by exit: {agree}")
@@ -290,11 +288,11 @@ def rows_of(contenders: list[Contender], static: str) -> list[Row]:
         offline = [each.offline for each in members if each.offline is not None]
         per_full = interval(np.array(full.seconds), seconds_SD, rng)
         per_static = interval(np.array(base.seconds), seconds_SD, rng)
-        rows.append(
-            Row(name, len(members), float(np.mean(offline)) if offline else None,
-                float(np.mean(members[0].tokens) / seconds_SD.mean()), *per_full, *per_static,
-                float(np.sum(base.cpu_s) / cpu_SD.mean(0).sum()), *details(members))  # fmt: skip
-        )
+        tokens_per_s = float(np.mean(members[0].tokens) / seconds_SD.mean())
+        cpu_ratio = float(np.sum(base.cpu_s) / cpu_SD.mean(0).sum())
+        earned = float(np.mean(offline)) if offline else None
+        rows.append(Row(name, len(members), earned, tokens_per_s, *per_full, *per_static,
+                        cpu_ratio, *details(members)))  # fmt: skip
     return rows
 
 

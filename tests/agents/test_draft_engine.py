@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from support.costs import measured
-from support.models import make_model
 
 from offramp.agents.corpus import Document
 from offramp.agents.drafting.record import Continuations, record_continuations
@@ -19,6 +17,8 @@ from offramp.controller.features import SOFTMAX_V2, FeatureSchema, FloatArray
 from offramp.controller.policy import IndexArray
 from offramp.envs import TokenTraces
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from support.costs import measured
+from support.models import make_model
 
 EXITS = (1, 2, 4)
 PROMPT, NEW, PENDING = 9, 40, 5

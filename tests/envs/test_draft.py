@@ -12,13 +12,13 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as check_sb3
-from support.costs import measured
-from support.drafting import SlowEpisode, drafted_traces
 
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
 from offramp.envs.draft_sb3 import DraftExitVecEnv
+from support.costs import measured
+from support.drafting import SlowEpisode, drafted_traces
 
 MODEL = "ab" * 32
 FEATURES = SOFTMAX_V2.width
