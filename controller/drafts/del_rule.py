@@ -91,7 +91,7 @@ class DelDraft:
     @property
     def acceptance_E(self) -> NDArray[np.float64]:
         """α of each exit as it stands."""
-        return self._right_E / self._judged_E
+        return np.asarray(self._right_E / self._judged_E)
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """The cycle's exit, or E once its length is reached."""
@@ -120,5 +120,5 @@ class DelDraft:
 def _shares(name: str, values: ArrayLike, exits: tuple[int, ...]) -> NDArray[np.float64]:
     shares_E = np.asarray(values, np.float64)
     if shares_E.shape != (len(exits),) or not ((shares_E >= 0) & (shares_E <= 1)).all():
-        raise RequestError(name, f"{values} is no share for each of {exits}")
+        raise RequestError(name, f"{values!r} is no share for each of {exits}")
     return shares_E
