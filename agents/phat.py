@@ -5,6 +5,7 @@ Shape suffixes: N tokens, E exits, F features, M = N·E rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import nn
 
 from offramp.agents.export import Weights, linear_weights
 from offramp.agents.normaliser import Normaliser
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema
 from offramp.envs.tokens import TokenTraces
 
 HIDDEN = 32
@@ -35,8 +38,16 @@ class PhatConfig:
     seed: int = 0
 
 
-def train_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
+def train_phat(
+    traces: TokenTraces, config: PhatConfig, columns: Collection[str] | None = None
+) -> Weights:
     """Fit P(right | features) by binary cross-entropy over every exit of every token.
+
+    Args:
+        traces: Training tokens.
+        config: How.
+        columns: Features that it may read, of the recorded schema; None: all. The weights of the
+            others are zero.
 
     Returns:
         Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of p̂.
@@ -45,7 +56,9 @@ def train_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
     width = traces.features_NEF.shape[2]
     rows_MF = traces.features_NEF.reshape(-1, width)
     normaliser = Normaliser.fit(rows_MF)
+    hidden_F = _hidden(SCHEMAS[traces.header.schema], columns)
     x_MF = torch.from_numpy((rows_MF - normaliser.mean_F) / normaliser.std_F)
+    x_MF[:, hidden_F] = 0.0
     y_M = torch.from_numpy(traces.agree_NE.reshape(-1))
     net = nn.Sequential(
         nn.Linear(width, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
@@ -53,8 +66,17 @@ def train_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
     )  # fmt: skip
     _fit(net, x_MF, y_M, config)
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]
-    first, *rest = [linear_weights(layer) for layer in layers]
-    return [normaliser.fold(*first), *rest]
+    (weight_FH, bias_H), *rest = [linear_weights(layer) for layer in layers]
+    weight_FH[hidden_F] = 0.0
+    return [normaliser.fold(weight_FH, bias_H), *rest]
+
+
+def _hidden(schema: FeatureSchema, columns: Collection[str] | None) -> BoolArray:
+    if columns is None:
+        return np.zeros(schema.width, np.bool_)
+    if unknown := set(columns) - set(schema.columns):
+        raise ConfigError("columns", f"{sorted(unknown)} are not in schema {schema.name!r}")
+    return np.asarray([name not in columns for name in schema.columns])
 
 
 def logit(probability: float) -> float:

@@ -6,11 +6,12 @@ Shape suffixes: N tokens, M rows asked, E the policy's exits, F features, C outl
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from offramp.agents.pricing import token_costs
 from offramp.agents.view import View, documents, outlook
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import PolicyFaultError
@@ -74,21 +75,15 @@ def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
     return Replay(
         agreement=float(agree_NE1[rows_N, walked.taken_N].mean()),
         mean_layers=float(layer_E1[walked.taken_N].mean()),
-        cost=float(token_costs(walked, traces.header.exits, costs).mean()),
+        cost=mean_cost(policy, walked, traces, costs),
     )
 
 
-def token_costs(walked: Walk, exits: tuple[int, ...], costs: CostTable) -> NDArray[np.float64]:
-    """Cost of each token in units of a full-depth token's time, [N].
-
-    Step, layers, filled layers and head by where it left, and one probe and decision per exit at
-    which it was asked.
-    """
-    # What a lone exit costs beyond full depth is one probe and one decision.
-    decision = float(costs.leaving(exits[:1])[1]) - 1.0
-    leaving = [float(costs.leaving((layer,))[0]) - decision for layer in exits]
-    left_E1 = np.asarray([*leaving, 1.0], np.float64)
-    return np.asarray(left_E1[walked.taken_N] + decision * walked.probes_N)
+def mean_cost(policy: Policy, walked: Walk, traces: TokenTraces, costs: CostTable) -> float:
+    """Mean cost of a walk, in units of a full-depth token's time."""
+    exits = traces.header.exits
+    priced_N = token_costs(policy.schema, exits, walked.taken_N, walked.probes_N, costs)
+    return float(priced_N.mean())
 
 
 def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
@@ -116,53 +111,74 @@ def walk(policy: Policy, traces: TokenTraces) -> Walk:
     )
     outlook_NC = outlook(traces)
     if not isinstance(policy, LearningPolicy):
-        _walk(policy, view, outlook_NC, np.arange(len(traces)), walked)
+        _walk(_decider(policy), view, outlook_NC, np.arange(len(traces)), walked)
         return walked
     learner = copy.deepcopy(policy)
+    decide = _decider(learner)
     for rows_M in _blocks(traces):
-        seen = _walk(learner, view, outlook_NC, rows_M, walked)
-        learner.learn([_verdict(traces, view, row, walked, seen.get(row)) for row in seen])
+        seen: dict[int, FloatArray] = {}
+        _walk(decide, view, outlook_NC, rows_M, walked, seen)
+        learner.learn([_verdict(traces, view, row, walked, seen[row]) for row in sorted(seen)])
     return walked
 
 
-def _walk(
-    policy: Policy, view: View, outlook_NC: FloatArray, rows_M: IndexArray, walked: Walk
-) -> dict[int, FloatArray]:
-    """Walk some rows; what was probed of each that leaves early, by row."""
+Decider = Callable[[int, FloatArray, FloatArray], IndexArray]
+"""Of exit (−1: before the first layer), features and outlook: where rows are asked next."""
+
+
+def _decider(policy: Policy) -> Decider:
     exits = len(policy.exits)
-    ask_M = np.zeros(len(rows_M), np.int64)
+
+    # Asked here once: isinstance on a protocol costs more than a small decision.
     if isinstance(policy, RoutingPolicy):
-        ask_M = policy.start(outlook_NC[rows_M]).astype(np.int64)
-        _check_route(ask_M, 0, exits)
-    seen: dict[int, FloatArray] = {}
-    for here in range(exits):
+        router = policy
+
+        def route(here: int, features_MF: FloatArray, outlook_MC: FloatArray) -> IndexArray:
+            if here < 0:
+                return _checked(router.start(outlook_MC), 0, exits)
+            return _checked(router.route(here, features_MF, outlook_MC), here, exits)
+
+        return route
+    leaver = policy
+
+    def ask_in_order(here: int, features_MF: FloatArray, outlook_MC: FloatArray) -> IndexArray:
+        if here < 0:
+            return np.zeros(len(outlook_MC), np.int64)
+        return np.where(leaver.leave(features_MF), here, here + 1)
+
+    return ask_in_order
+
+
+def _walk(
+    decide: Decider,
+    view: View,
+    outlook_NC: FloatArray,
+    rows_M: IndexArray,
+    walked: Walk,
+    seen: dict[int, FloatArray] | None = None,
+) -> None:
+    """Walk some rows; ``seen`` takes, by row, what was probed of each where it left."""
+    blank_MF = np.empty((len(rows_M), 0), np.float32)
+    ask_M = decide(-1, blank_MF, outlook_NC[rows_M])
+    for here, recorded in enumerate(view.recorded):
         asked = np.flatnonzero(ask_M == here)
         if not len(asked):
             continue
         rows = rows_M[asked]
         features_MF = view.features(here, rows)
-        next_M = _decide(policy, here, features_MF, outlook_NC[rows])
+        next_M = decide(here, features_MF, outlook_NC[rows])
         leaves_M = next_M == here
         walked.probes_N[rows] += 1
-        walked.taken_N[rows[leaves_M]] = view.recorded[here]
-        seen.update(zip(rows[leaves_M].tolist(), features_MF[leaves_M], strict=True))
+        walked.taken_N[rows[leaves_M]] = recorded
+        if seen is not None:
+            seen.update(zip(rows[leaves_M].tolist(), features_MF[leaves_M], strict=True))
         ask_M[asked] = np.where(leaves_M, -1, next_M)
-    return dict(sorted(seen.items()))
 
 
-def _decide(
-    policy: Policy, here: int, features_MF: FloatArray, outlook_MC: FloatArray
-) -> IndexArray:
-    if isinstance(policy, RoutingPolicy):
-        next_M = policy.route(here, features_MF, outlook_MC).astype(np.int64)
-        _check_route(next_M, here, len(policy.exits))
-        return next_M
-    return np.where(policy.leave(features_MF), here, here + 1)
-
-
-def _check_route(next_M: IndexArray, here: int, exits: int) -> None:
+def _checked(next_M: IndexArray, here: int, exits: int) -> IndexArray:
     if len(next_M) and not (here <= next_M.min() and next_M.max() <= exits):
         raise PolicyFaultError(f"it routes rows from exit {here} to {next_M.min()}…{next_M.max()}")
+    return next_M.astype(np.int64)
 
 
 def _blocks(traces: TokenTraces) -> list[IndexArray]:
@@ -175,7 +191,7 @@ def _blocks(traces: TokenTraces) -> list[IndexArray]:
 
 
 def _verdict(
-    traces: TokenTraces, view: View, row: int, walked: Walk, features_F: FloatArray | None
+    traces: TokenTraces, view: View, row: int, walked: Walk, features_F: FloatArray
 ) -> Verdict:
     recorded = int(walked.taken_N[row])
     return Verdict(

@@ -142,9 +142,10 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
 def _canned(policy: Policy, study: Study) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
-        return np.empty((1, 0), np.float32)
+        return np.empty((CANNED_ROWS, 0), np.float32)
     tokens = len(study.validation)
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
     view = View(policy, study.validation)
     seen = [view.features(here, rows) for here in range(len(policy.exits))]
-    return np.concatenate(seen)[:CANNED_ROWS]
+    # Columns that were not recorded are NaN there; as canned inputs any number serves.
+    return np.nan_to_num(np.concatenate(seen)[:CANNED_ROWS])

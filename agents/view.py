@@ -8,7 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import OUTLOOK_V1, SCHEMAS, SOFTMAX_V2, FeatureSchema, FloatArray
+from offramp.controller.features import (
+    OUTLOOK_V1,
+    SCHEMAS,
+    SOFTMAX_V2,
+    STATE_V1,
+    FloatArray,
+    hidden_schema,
+)
 from offramp.controller.policy import IndexArray, Policy
 from offramp.envs.tokens import TokenTraces
 
@@ -21,7 +28,8 @@ class View:
 
     SOFTMAX_V2 is exact for any exits and jumps. The recorded schema is shown as recorded: its
     columns that compare with the last probe compare with the recorded exit before, whether or not
-    this policy asked there.
+    this policy asked there. Of STATE_V1 the columns that the recorded schema has too are shown,
+    likewise; the others are NaN, so the policy must name the one ``column`` that it reads.
 
     Args:
         policy: Its exits must have been recorded, and its schema, or be SOFTMAX_V2.
@@ -39,7 +47,7 @@ class View:
         missing = set(policy.exits) - set(exits)
         if missing:
             raise ConfigError("exits", f"{sorted(missing)} were not recorded", f"Recorded: {exits}")
-        _check_schema(policy.schema, traces)
+        _check_schema(policy, traces)
         self.recorded = [exits.index(layer) for layer in policy.exits]
         self._schema = policy.schema
         self._traces = traces
@@ -53,7 +61,20 @@ class View:
             return np.empty((len(rows_M), 0), np.float32)
         if self._schema.digest == self._traces.header.schema:
             return np.asarray(self._traces.features_NEF[rows_M, index])
+        if self._schema.name == "hidden":
+            assert self._traces.state_NED is not None  # checked above
+            return np.asarray(self._traces.state_NED[rows_M, index], np.float32)
+        if self._schema == STATE_V1:
+            return self._state(index, rows_M)
         return self._softmax(index, rows_M)
+
+    def _state(self, index: int, rows_M: IndexArray) -> FloatArray:
+        out_MF = np.full((len(rows_M), STATE_V1.width), np.nan, np.float32)
+        recorded = SCHEMAS[self._traces.header.schema]
+        for column in set(STATE_V1.columns) & set(recorded.columns):
+            values_NE = self._traces.features_NEF[:, :, recorded.index(column)]
+            out_MF[:, STATE_V1.index(column)] = values_NE[rows_M, index]
+        return out_MF
 
     def _softmax(self, index: int, rows_M: IndexArray) -> FloatArray:
         """SOFTMAX_V2; remembers the token seen, as the probe does."""
@@ -96,8 +117,14 @@ def outlook(traces: TokenTraces) -> FloatArray:
     return out_NC
 
 
-def _check_schema(schema: FeatureSchema | None, traces: TokenTraces) -> None:
+def _check_schema(policy: Policy, traces: TokenTraces) -> None:
+    schema = policy.schema
     if schema is None or schema.digest in (traces.header.schema, SOFTMAX_V2.digest):
+        return
+    if schema == hidden_schema(traces.header.width) and traces.state_NED is not None:
+        return
+    shared = set(schema.columns) & set(SCHEMAS[traces.header.schema].columns)
+    if schema == STATE_V1 and getattr(policy, "column", None) in shared:
         return
     raise ConfigError(
         "schema",

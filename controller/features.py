@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +134,25 @@ OUTLOOK_V1 = FeatureSchema(
     ),
 )
 """What the engine knows of a row without any probe; read by routing policies beside a probe."""
+
+
+@lru_cache(maxsize=16)
+def hidden_schema(width: int) -> FeatureSchema:
+    """The hidden state itself, ``width`` columns: what norm and head read at an exit.
+
+    For agents that observe the state as GREEN-CODE does (Ilager et al. 2025). One schema per
+    model width, so it is not in SCHEMAS; ``schema_of`` knows it.
+    """
+    return FeatureSchema(
+        name="hidden", version=1, columns=tuple(f"h{column}" for column in range(width))
+    )
+
+
+def schema_of(digest: str, width: int) -> FeatureSchema | None:
+    """The schema of a digest: one of SCHEMAS, or the hidden state of that width; else None."""
+    hidden = hidden_schema(width)
+    return hidden if digest == hidden.digest else SCHEMAS.get(digest)
+
 
 SCHEMAS: dict[str, FeatureSchema] = {
     schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V2, SKETCH_V1, STATE_V1)

@@ -24,6 +24,13 @@ from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.rules.bandit import THRESHOLD_BANDIT
+from offramp.controller.rules.beta import BETA_THRESHOLD
+from offramp.controller.rules.confidence import ENTROPY, PATIENCE
+from offramp.controller.rules.decay import DECAYING_THRESHOLD
+from offramp.controller.rules.schedule import POSITION_SCHEDULE
+from offramp.controller.rules.stages import STAGE_THRESHOLDS
+from offramp.controller.rules.stopping import STOPPING
 from offramp.controller.strict import NUMBER, TEXT
 
 
@@ -87,6 +94,14 @@ _SHIPPED = (
         clear=_clear_mlp,
     ),
     *DRAFT_KINDS,
+    DECAYING_THRESHOLD,
+    ENTROPY,
+    PATIENCE,
+    POSITION_SCHEDULE,
+    STAGE_THRESHOLDS,
+    BETA_THRESHOLD,
+    THRESHOLD_BANDIT,
+    STOPPING,
 )
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from offramp.controller.canned import canned_tensors, check_canned
 from offramp.controller.codec import Params, Parts, Tensors
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
-from offramp.controller.features import SCHEMAS, FeatureSchema, FloatArray
+from offramp.controller.features import FeatureSchema, FloatArray, schema_of
 from offramp.controller.kinds import KINDS, kind_of
 from offramp.controller.manifest import Manifest, Shapes
 from offramp.controller.policy import Policy
@@ -132,7 +132,7 @@ def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
     tensors = _parse(blob)
     _check_shapes(manifest, tensors)
     _check_finite(tensors)
-    schema = _schema(manifest.schema)
+    schema = _schema(manifest.schema, tensors)
     _check_candidates(tensors)
     try:
         policy = _build(manifest, schema, tensors)
@@ -188,12 +188,14 @@ def _check_finite(tensors: Tensors) -> None:
             raise PolicyRefusedError(Refusal.NOT_FINITE, f"{name} holds NaN or infinite values")
 
 
-def _schema(digest: str | None) -> FeatureSchema | None:
+def _schema(digest: str | None, tensors: Tensors) -> FeatureSchema | None:
     if digest is None:
         return None
-    if digest not in SCHEMAS:
+    canned = tensors.get("canned.features")
+    schema = schema_of(digest, 0 if canned is None or canned.ndim != 2 else canned.shape[1])
+    if schema is None:
         raise PolicyRefusedError(Refusal.WRONG_SCHEMA, f"schema {digest} is unknown here")
-    return SCHEMAS[digest]
+    return schema
 
 
 def _check_candidates(tensors: Tensors) -> None:

@@ -1,8 +1,9 @@
 """Recorded tokens and the environments that replay them.
 
-Importing this package registers ``offramp/TokenExit-v0`` and ``offramp/DraftExit-v0`` with
-Gymnasium. The Stable-Baselines3
-adapter is ``offramp.envs.sb3_vec_env.TokenExitVecEnv``: apart, so that this import stays light.
+Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
+``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. Stable-Baselines3 adapters are
+in ``offramp.envs.sb3_vec_env`` and ``offramp.envs.draft_sb3``: apart, so that this import stays
+light.
 """
 
 import gymnasium as gym
@@ -12,19 +13,30 @@ from offramp.envs.core import TokenExitCore
 from offramp.envs.draft_core import DraftExitCore
 from offramp.envs.draft_env import DraftExitEnv, DraftExitVectorEnv
 from offramp.envs.gym_env import TokenExitEnv
+from offramp.envs.live import LiveSession
+from offramp.envs.live_env import LiveExitEnv
 from offramp.envs.qualities import Quality, quality_names, register_quality
+from offramp.envs.sequence_core import SequenceExitCore
+from offramp.envs.sequence_env import SequenceExitEnv
 from offramp.envs.store import TraceStore
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.vector_env import TokenExitVectorEnv
+from offramp.envs.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
 
 __all__ = [
     "DRAFT_ENV_ID",
     "ENV_ID",
+    "LIVE_ENV_ID",
+    "SEQUENCE_ENV_ID",
     "DraftExitCore",
     "DraftExitEnv",
     "DraftExitVectorEnv",
     "Finals",
+    "LiveExitEnv",
+    "LiveSession",
     "Quality",
+    "SequenceExitCore",
+    "SequenceExitEnv",
+    "SequenceExitVectorEnv",
     "StepBatch",
     "TokenExitCore",
     "TokenExitEnv",
@@ -36,7 +48,13 @@ __all__ = [
 ]
 
 ENV_ID = "offramp/TokenExit-v0"
-"""Name under which ``gymnasium.make`` and ``gymnasium.make_vec`` find the environment."""
+"""Name under which ``gymnasium.make`` and ``gymnasium.make_vec`` find the environment of tokens."""
+
+SEQUENCE_ENV_ID = "offramp/SequenceExit-v0"
+"""The same of sequences."""
+
+LIVE_ENV_ID = "offramp/LiveExit-v0"
+"""The same of sequences that an engine decodes."""
 
 gym.register(
     id=ENV_ID,
@@ -52,3 +70,9 @@ gym.register(
     entry_point="offramp.envs.draft_env:DraftExitEnv",
     vector_entry_point="offramp.envs.draft_env:DraftExitVectorEnv",
 )
+gym.register(
+    id=SEQUENCE_ENV_ID,
+    entry_point="offramp.envs.sequence_env:SequenceExitEnv",
+    vector_entry_point="offramp.envs.vector_env:SequenceExitVectorEnv",
+)
+gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live_env:LiveExitEnv")

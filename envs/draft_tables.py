@@ -56,7 +56,8 @@ class DraftPrices:
         Raises:
             ConfigError: that probe, or launches of ``max_pending`` + 1 tokens, were not measured.
         """
-        measured = costs.with_probe(SOFTMAX_V2.name) if costs.batches else costs
+        other_probe = costs.batches and costs.schema != SOFTMAX_V2.name
+        measured = costs.with_probe(SOFTMAX_V2.name) if other_probe else costs
         one = measured.at(1)
         spans = [measured.launch(tokens) for tokens in range(1, max_pending + 2)]
         return cls(

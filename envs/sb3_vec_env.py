@@ -19,6 +19,13 @@ from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.qualities import Quality
+from offramp.envs.sequence_core import (
+    DEBT_LOSS,
+    DEBT_POWER,
+    MAX_PENDING,
+    DebtMode,
+    SequenceExitCore,
+)
 from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
 from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
@@ -151,6 +158,56 @@ class TokenExitVecEnv(CoreVecEnv):
             traces,
             costs,
             num_envs=num_envs,
+            lambda_range=lambda_range,
+            quality=quality,
+            actions=actions,
+            jumps=jumps,
+            asks_first=asks_first,
+            ends=ends,
+            energy_range=energy_range,
+        )
+        super().__init__(core)
+
+
+class SequenceExitVecEnv(CoreVecEnv):
+    """``SequenceExitEnv`` for ``num_envs`` sequences in one vectorised core.
+
+    The arguments are those of ``SequenceExitEnv``, and ``num_envs``, the number B of parallel
+    episodes. Raises as that does.
+    """
+
+    def __init__(
+        self,
+        traces: TokenTraces,
+        costs: CostTable,
+        *,
+        num_envs: int,
+        horizon: int = 64,
+        kv_mode: DebtMode = "project",
+        debt_loss: float = DEBT_LOSS,
+        debt_power: float = DEBT_POWER,
+        max_pending: int = MAX_PENDING,
+        rider_share: float | None = None,
+        rows: tuple[int, ...] = (1,),
+        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
+        quality: Quality = "logprob_gap",
+        actions: ActionKind = "jump",
+        jumps: int | None = None,
+        asks_first: bool = False,
+        ends: bool = False,
+        energy_range: Range | None = None,
+    ) -> None:
+        core = SequenceExitCore(
+            traces,
+            costs,
+            num_envs=num_envs,
+            horizon=horizon,
+            kv_mode=kv_mode,
+            debt_loss=debt_loss,
+            debt_power=debt_power,
+            max_pending=max_pending,
+            rider_share=rider_share,
+            rows=rows,
             lambda_range=lambda_range,
             quality=quality,
             actions=actions,

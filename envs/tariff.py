@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.prices import PARTS, Prices
-from offramp.controller.traces import TraceHeader
 
 Float64Array = NDArray[np.float64]
 Unit = Literal["s", "j"]
@@ -42,8 +41,16 @@ class Tariff:
     build_O: Float64Array
 
     @classmethod
-    def of(cls, costs: CostTable, exits: tuple[int, ...], rows: float = 1) -> Tariff:
+    def of(
+        cls, costs: CostTable, exits: tuple[int, ...], rows: float = 1, *, fills: bool = True
+    ) -> Tariff:
         """One row's share of a launch of that many rows; the unit is a token decoded alone.
+
+        Args:
+            costs: Measured.
+            exits: Layers that were recorded.
+            rows: In the launch.
+            fills: Whether the keys and values of skipped layers are projected, and paid for.
 
         Raises:
             ConfigError: that many rows were not measured.
@@ -56,7 +63,8 @@ class Tariff:
         }
         layers_E1 = np.array([*exits, costs.layers], np.float64)
         leave_OE1 = np.outer(parts["layer"], layers_E1)
-        leave_OE1 += np.outer(parts["fill"], costs.layers - layers_E1)
+        if fills:
+            leave_OE1 += np.outer(parts["fill"], costs.layers - layers_E1)
         leave_OE1 += (parts["step"] + parts["head"])[:, None]
         return cls(
             leave_OP=np.concatenate([np.zeros((len(units), 1)), leave_OE1], axis=1),
@@ -84,16 +92,20 @@ def full_of(prices: Prices, unit: Unit) -> float:
     return full
 
 
-def require_same_model(costs: CostTable, header: TraceHeader) -> None:
-    """Costs and traces must be of one model.
+def costs_for(costs: CostTable, model: str, layers: int, schema: str) -> CostTable:
+    """The costs of a model under the probe of a schema (its name).
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are of another model, or hold no such probe. A table of constants fits
+            any schema, and any model of as many layers.
     """
-    if costs.layers != header.layers:
+    if costs.layers != layers:
         raise ConfigError(
             "costs",
-            f"are of a model with {costs.layers} layers, the traces of {header.layers}",
+            f"are of a model with {costs.layers} layers, not of one with {layers}",
             "Measure the model that was recorded",
         )
-    costs.require_model(header.model)
+    costs.require_model(model)
+    if costs.schema in ("", schema):
+        return costs
+    return costs.with_probe(schema)

@@ -134,8 +134,12 @@ class TraceRecorder:
 
     def measure(self) -> CostTable:
         """This process's costs, in half a minute; call it while no other actor works."""
-        context = min(ProfileConfig().context, self.engine.stack.context // 2)
-        config = ProfileConfig(rows=(1, 2, 4), context=context, exits=self.exits, limit_s=RECORD_S)
+        config = ProfileConfig(
+            rows=tuple(rows for rows in (1, 2, 4) if rows <= self.engine.kv.slots),
+            context=min(ProfileConfig().context, self.engine.stack.context // 2),
+            exits=self.exits,
+            limit_s=RECORD_S,
+        )
         return measure_costs(self.engine, self.candidates_VK, config).costs
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from offramp.controller.errors import RequestError
 from offramp.controller.features import TABLE_SCHEMAS
 from offramp.controller.policy import Policy
-from offramp.worker.probes.registry import PROBES
+from offramp.worker.probes.registry import probe_of
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
 from offramp.worker.snapshot import PolicySnapshot
@@ -225,7 +225,7 @@ def require_policy(policy: Policy, layers: int) -> None:
         problem = f"{policy!r} is no exit policy"
         raise RequestError("policy", problem, "Give an ExitPolicy or a RoutingPolicy")
     schema = policy.schema
-    if schema is not None and schema.digest not in PROBES:
+    if schema is not None and probe_of(schema) is None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
     exits: tuple[Any, ...] = tuple(policy.exits)

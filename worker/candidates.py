@@ -6,13 +6,12 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
+from offramp.worker.merging import merge_rows
 
 FOLLOWERS = 4
 """Distinct followers remembered per n-gram, the latest first."""
@@ -89,7 +88,7 @@ def candidates_of(
     for n, row in enumerate(rows):
         last_N[n], after = row.followers(drafted[n] if drafted else ())
         followers_NJ[n, : len(after)] = after
-    merged: IntArray = _merge(table_VK, last_N, followers_NJ)
+    merged: IntArray = merge_rows(table_VK, last_N, followers_NJ)
     return merged
 
 
@@ -112,38 +111,3 @@ def _most_popular(following: np.ndarray, counts: np.ndarray, vocab: int) -> np.n
 def _filled_up(seen: np.ndarray, popular: np.ndarray, width: int) -> np.ndarray:
     merged = dict.fromkeys((*seen.tolist(), *popular[: 2 * width].tolist()))
     return np.fromiter(merged, np.int32)[:width]
-
-
-@njit(cache=True, nogil=True)
-def _merge(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
-    """K distinct candidates per row: what followed before (-1 is none), then the table's.
-
-    Args:
-        table_VK: The successor table, int32, distinct within a row.
-        last_N: The row's last token.
-        followers_NJ: Likely ones of the row's own, the likeliest first, padded with -1.
-    """
-    scored = table_VK.shape[1]
-    out_NK = np.empty((last_N.size, scored), np.int32)
-    for n in range(last_N.size):
-        count = 0
-        for token in followers_NJ[n]:
-            if token >= 0 and count < scored and not _holds(out_NK[n], count, token):
-                out_NK[n, count] = token
-                count += 1
-        own = count
-        for token in table_VK[last_N[n]]:
-            if count == scored:
-                break
-            if not _holds(out_NK[n], own, token):
-                out_NK[n, count] = token
-                count += 1
-    return out_NK
-
-
-@njit(cache=True, nogil=True)
-def _holds(tokens_K: Any, count: int, token: int) -> bool:
-    for k in range(count):  # noqa: SIM110 - numba compiles loops, not generators
-        if tokens_K[k] == token:
-            return True
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor
 
@@ -73,9 +74,7 @@ class Emitter:
                 break
             if not row.drafts:
                 row.note_verdict(agreed)
-        policy = row.policy
-        assert isinstance(policy, LearningPolicy)
-        self._guard.teach(policy, verdicts)
+        self._guard.teach(cast(LearningPolicy, row.policy), verdicts)
 
     def _draft(self, outcome: Outcome) -> None:
         row, sampler = outcome.row, outcome.row.sampler

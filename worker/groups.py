@@ -5,16 +5,20 @@ Shape suffixes: N rows, D width, V vocabulary, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from torch import Tensor
 
+from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.outlook import Load, outlook_of
-from offramp.worker.probes import Probe, ProbeBench
+from offramp.worker.probes import CandidateProbe, Probe, ProbeBench
 from offramp.worker.sequence import Sequence
 
 Left = tuple[list[Sequence], Tensor | None]
@@ -60,6 +64,8 @@ class Group:
         self.policy = policy
         self.rows = rows
         self.probe = probe
+        is_plain = type(policy) is MlpPolicy and len(rows) == 1
+        self._is_compiled = is_plain and type(probe) is CandidateProbe and probe.is_compiled
 
     def asks_at(self, executed: int) -> bool:
         """At every exit of the policy."""
@@ -67,6 +73,8 @@ class Group:
 
     def ask(self, guard: PolicyGuard, executed: int, x_ND: Tensor) -> Left:
         """As ``Asked`` says."""
+        if self._is_compiled:
+            return self._ask_one(guard, executed, x_ND)
         features_NF = self.probe.features(executed, x_ND)
         leave_N = guard.decide(self.policy, features_NF)
         if leave_N is None:
@@ -76,10 +84,8 @@ class Group:
             return [], None
         if not leave_N.any():
             return [], None
-        here = self.policy.exits.index(executed)
-        for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
-            if leaves and row.learns:
-                row.open[-1].left_at = (here, features_F.copy())
+        if self.rows[0].learns:
+            self._note(self.policy.exits.index(executed), leave_N, features_NF)
         if leave_N.all():  # as always at batch 1: nothing is left to be sorted out
             leaving, self.rows = self.rows, []
             return leaving, self.probe.logits()
@@ -90,11 +96,30 @@ class Group:
         self._keep(~leave_N)
         return leaving, known_NV
 
+    def _ask_one(self, guard: PolicyGuard, executed: int, x_1D: Tensor) -> Left:
+        """The same for the commonest case, probe and policy in one compiled call."""
+        policy, probe, rows = self.policy, self.probe, self.rows
+        assert isinstance(policy, MlpPolicy)
+        assert isinstance(probe, CandidateProbe)
+        logit = probe.logit(executed, x_1D, policy)
+        if not math.isfinite(logit):
+            guard.report(policy, PolicyFaultError("features or logit are not finite"))
+            rows[0].policy_failed = True
+        if logit <= policy.threshold:
+            return [], None
+        self.rows = []
+        return ([] if rows[0].policy_failed else rows), None
+
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
         stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
         if not stay_N.all():
             self._keep(stay_N)
+
+    def _note(self, here: int, leave_N: BoolArray, features_NF: FloatArray) -> None:
+        for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
+            if leaves:
+                row.open[-1].left_at = (here, features_F.copy())
 
     def _keep(self, stay_N: np.ndarray) -> None:
         self.probe.keep(stay_N)
@@ -188,6 +213,11 @@ class Convener:
             rows: Rows that begin a token and may leave early.
             x_ND: Their embeddings.
         """
+        if len(rows) == 1:
+            [row] = rows
+            if not row.policy.exits:
+                return []
+            return self._route([row], x_ND) if row.routes else self._group([row], x_ND)
         by_policy: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             if row.policy.exits:
@@ -202,8 +232,8 @@ class Convener:
         return found
 
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
-        policy = rows[0].policy
-        assert isinstance(policy, ExitPolicy)
+        # A cast: to look whether an object has a protocol's methods takes longer than the rest.
+        policy = cast(ExitPolicy, rows[0].policy)
         group = Group(policy, rows, self._probe(rows, x_ND))
         for row in rows:
             row.group = group
@@ -211,8 +241,7 @@ class Convener:
 
     def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
         [row] = rows
-        policy = row.policy
-        assert isinstance(policy, RoutingPolicy)
+        policy = cast(RoutingPolicy, row.policy)
         target = self._guard.start(policy, outlook_of(row, self.load, *self._frame))
         if target is None:
             row.policy_failed = True

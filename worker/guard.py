@@ -90,10 +90,11 @@ class PolicyGuard:
         try:
             return ask()
         except Exception as error:  # a policy is foreign code: nothing it raises may pass
-            self._report(policy, error)
+            self.report(policy, error)
             return None
 
-    def _report(self, policy: object, error: Exception) -> None:
+    def report(self, policy: object, error: Exception) -> None:
+        """Count a failure; log the first of each policy."""
         self.failures += 1
         if id(policy) in self._logged or len(self._logged) >= REMEMBERED:
             return

@@ -16,15 +16,12 @@ import torch
 from offramp.controller.costs import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import PARTS, SPAN_PARTS, Batch
+from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profiling.joules import PartEnergy, metered
-from offramp.worker.profiling.loop import clocked
-from offramp.worker.profiling.rounds import REPEATS, ProfileConfig, Rounds
+from offramp.worker.profiling.loop import Clock, clocked, most_tokens
+from offramp.worker.profiling.rounds import ProfileConfig, Rounds, whole_script
 from offramp.worker.profiling.samples import Key, Samples
-
-LEAST_ROUNDS = 6
-"""Below six values no interval of a median reaches 95 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +41,6 @@ class Profile:
     seconds: float
 
 
-@torch.inference_mode()
 def measure_costs(
     engine: AdaptiveEngine,
     candidates_VK: IntArray,
@@ -53,38 +49,31 @@ def measure_costs(
 ) -> Profile:
     """Profile an engine's model with its dtype, device, translators and torch's threads.
 
+    Rounds go on until every interval is tight, or the time is up.
+
     Args:
-        engine: Idle. A second engine over the same model is made, with slots for all rows.
+        engine: Idle, in lock-step, with slots for all rows.
         candidates_VK: The candidate table whose probes are timed.
         config: How to profile.
-        on_round: Told (seconds so far, limit) after each round.
+        on_round: Told (seconds so far, limit) after each round; the first may pass the limit.
 
     Raises:
-        ConfigError: the context, rows or exits do not fit the model.
+        ConfigError: the context, rows or exits do not fit the engine.
     """
     config = _fitted(config or ProfileConfig(), engine)
-    bench = AdaptiveEngine(
-        engine.model,
-        engine.tokenizer,
-        slots=config.rows[-1],
-        config=replace(
-            engine.config, kv_mode="project", prefill_tokens=config.rows[-1] * config.context
-        ),
-    )
     samples = Samples()
-    with clocked(bench) as clock, metered(bench) as energy:
-        rounds = Rounds(bench, clock, candidates_VK, config, samples)
-        start = time.perf_counter()
+    with clocked(engine) as clock, metered(engine, clock) as energy:
+        rounds = Rounds(engine, clock, candidates_VK, config, samples)
         rounds.warm_up()
+        start = time.perf_counter()
         for number in itertools.count(1):
             rounds.run(number)
             seconds = time.perf_counter() - start
             on_round(min(seconds, config.limit_s), config.limit_s)
-            tight = not samples.loose(config.half_width)
-            if number >= LEAST_ROUNDS and (tight or seconds > config.limit_s):
+            if seconds > config.limit_s or not samples.loose(config.half_width):
                 break
     return Profile(
-        costs=replace(_table(bench, config, samples, energy), clock=clock.kind),
+        costs=_table(engine, config, samples, energy, clock),
         loose=tuple(samples.loose(config.half_width)),
         rounds=number,
         seconds=seconds,
@@ -98,7 +87,11 @@ def describe_machine(dtype: torch.dtype) -> str:
 
 
 def _table(
-    engine: AdaptiveEngine, config: ProfileConfig, samples: Samples, energy: PartEnergy
+    engine: AdaptiveEngine,
+    config: ProfileConfig,
+    samples: Samples,
+    energy: PartEnergy,
+    clock: Clock,
 ) -> CostTable:
     def batches(table: str, sizes: Sequence[int], parts: Sequence[str]) -> tuple[Batch, ...]:
         return tuple(
@@ -120,7 +113,7 @@ def _table(
         batches=by_rows,
         spans=batches("tokens", config.tokens, SPAN_PARTS),
         probes={
-            schema.name: batches(schema.name, config.rows, ("probe", "build"))
+            schema.name: batches(schema.name, config.rows, PROBE_PARTS)
             for schema in SCHEMAS.values()
         },
         schema=CANDIDATES_V1.name,
@@ -129,6 +122,7 @@ def _table(
         device=engine.stack.device.type,
         threads=torch.get_num_threads(),
         context=config.context,
+        clock=clock.kind,
         created_at=time.time(),
         energy_method=energy.method,
         energy_source=energy.source,
@@ -142,7 +136,14 @@ def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:
         raise ConfigError(
             "exits", f"{exits} do not ascend within [1, {stack.layers - 1}]", "Name other layers"
         )
-    longest = config.context + max(config.tokens[-1], 2 * REPEATS + 2 * len(exits) + 1)
+    if config.rows[-1] > engine.kv.slots:
+        raise ConfigError(
+            "rows", f"{config.rows[-1]} exceed the engine's {engine.kv.slots} slots", "Use fewer"
+        )
+    if engine.config.schedule.holds:
+        raise ConfigError("holds", "make cohorts; parts are timed in lock-step", "Use none")
+    steps = most_tokens(config.rows[-1], len(whole_script(len(exits))))
+    longest = config.context + max(config.tokens[-1], steps)
     if longest > stack.context:
         raise ConfigError(
             "context",

@@ -147,9 +147,11 @@ class Wave:
             self._widen(counts, columns)
         self._joined = counts
         self._place()
-        positions_N = torch.tensor([row.open[-1].position for row in self.rows])
-        back_T = torch.arange(columns - 1, -1, -1)
-        positions_NT = (positions_N[:, None] - back_T).clamp(min=0).to(self.stack.device)
+        positions = [
+            [max(0, row.open[-1].position - back) for back in range(columns - 1, -1, -1)]
+            for row in self.rows
+        ]
+        positions_NT = torch.tensor(positions, device=self.stack.device)
         self._rotary = self.stack.rotary(self._x, positions_NT)
 
     def _widen(self, counts: list[int], columns: int) -> None:
@@ -185,10 +187,10 @@ class Wave:
         read_ND = self.decoder.translators.apply(executed, self._x[:, -1])
         leaving: dict[int, Tensor | None] = {}
         for group in asking:
-            places = [self.rows.index(row) for row in group.rows]
-            # Rows may have changed slots, and so their order, while they waited.
-            asked_ND = read_ND if places == list(range(len(self.rows))) else read_ND[places]
             asked = group.rows
+            # Rows may have changed slots, and so their order, while they waited.
+            in_order = len(self.rows) == 1 or asked == self.rows
+            asked_ND = read_ND if in_order else read_ND[[self.rows.index(row) for row in asked]]
             rows, known_NV = group.ask(self.decoder.guard, executed, asked_ND)
             self.decoder.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(rows):

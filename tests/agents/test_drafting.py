@@ -68,7 +68,7 @@ def test_the_same_seed_trains_the_same_net(traces: TokenTraces) -> None:
 
 
 def test_right_drafts_pay_as_by_hand(traces: TokenTraces) -> None:
-    costs, drafts = measured(), 4
+    costs, drafts = measured().with_probe("softmax"), 4
     long = all_right(drafted_traces(documents=1, tokens=50))
     found = replay_drafts(StaticDraft(layer=2, length=drafts), long, costs)
     one = costs.at(1)
@@ -107,7 +107,7 @@ def test_nobody_beats_hindsight(traces: TokenTraces) -> None:
 
 
 def test_verifying_every_token_is_full_depth(traces: TokenTraces) -> None:
-    free = measured().scaled("policy", 0.0)
+    free = measured().with_probe("softmax").scaled("policy", 0.0)
     found = replay_decisions(lambda obs_ND: np.full(len(obs_ND), 3), traces, free)
     assert found.rate == pytest.approx(1)
 

@@ -67,7 +67,7 @@ def test_full_depth_and_fixed_exits_cost_what_they_say(study: Study) -> None:
     assert (full.agreement, full.mean_layers, full.cost) == (1.0, 8.0, 1.0)
     fixed = replay(FixedExit(4), traces, costs)
     assert fixed.agreement == pytest.approx(float(traces.agree_NE[:, 1].mean()))
-    seconds = 0.1 + 4 * 1.0 + 4 * 0.02 + 0.5 + 0.12
+    seconds = 0.1 + 4 * 1.0 + 4 * 0.02 + 0.5 + 0.02  # no probe, but a decision
     assert fixed.cost == pytest.approx(seconds / costs.full_s, rel=1e-6)
 
 

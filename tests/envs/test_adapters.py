@@ -20,17 +20,36 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import offramp.envs
 import offramp.envs.gym_env
+import offramp.envs.live_env
+import offramp.envs.sequence_env
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray
 from offramp.controller.traces import TraceChunk, TraceHeader
-from offramp.envs import ENV_ID, TokenExitEnv, TokenExitVectorEnv, TokenTraces, TraceStore
+from offramp.envs import (
+    ENV_ID,
+    LIVE_ENV_ID,
+    SEQUENCE_ENV_ID,
+    SequenceExitEnv,
+    TokenExitEnv,
+    TokenExitVectorEnv,
+    TokenTraces,
+    TraceStore,
+)
 from offramp.envs.sb3_vec_env import TokenExitVecEnv
 
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    (ENV_ID, {}),
+    (ENV_ID, {"actions": "jump", "asks_first": True, "ends": True}),
+    (SEQUENCE_ENV_ID, {}),
+    (SEQUENCE_ENV_ID, {"actions": "gate", "kv_mode": "defer", "rider_share": 0.2}),
+]
 
-@pytest.fixture
-def env(traces: TokenTraces, costs: CostTable) -> gym.Env[Any, Any]:
-    return gym.make(ENV_ID, traces=traces, costs=costs)
+
+@pytest.fixture(params=VARIANTS, ids=["gate", "jump", "project", "defer"])
+def env(request: pytest.FixtureRequest, traces: TokenTraces, costs: CostTable) -> gym.Env[Any, Any]:
+    name, options = request.param
+    return gym.make(name, traces=traces, costs=costs, **options)
 
 
 def check_strictly(check: Callable[[Any], None], env: gym.Env[Any, Any]) -> None:
@@ -61,18 +80,22 @@ def test_the_checkers_can_fail(
 
 
 def test_every_registered_id_of_ours_is_checked_here() -> None:
-    assert [name for name in gym.registry if name.startswith("offramp/")] == [ENV_ID]
+    ours = {name for name in gym.registry if name.startswith("offramp/")}
+    # The live one needs an engine: tests/agents/test_live.py checks it.
+    assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID}
 
 
 def test_the_docstring_example_runs() -> None:
-    results = doctest.testmod(offramp.envs.gym_env)
-    assert results.attempted > 10
-    assert not results.failed
+    for module in (offramp.envs.gym_env, offramp.envs.sequence_env, offramp.envs.live_env):
+        results = doctest.testmod(module)
+        assert results.attempted > 10
+        assert not results.failed
 
 
 def test_the_documented_columns_are_the_schema_and_the_preference() -> None:
-    rows = re.findall(r"^ +\| (\w+) \|", TokenExitEnv.__doc__ or "", re.MULTILINE)
-    assert tuple(rows) == ("column", *CANDIDATES_V1.columns, "log_lambda", "log_mu")
+    for env, schema in ((TokenExitEnv, CANDIDATES_V1), (SequenceExitEnv, OUTLOOK_V1)):
+        rows = re.findall(r"^ +\| (\w+) \|", env.__doc__ or "", re.MULTILINE)
+        assert tuple(rows) == ("column", *schema.columns, "log_lambda", "log_mu")
 
 
 def test_the_public_names_are_pinned_and_import_no_learner() -> None:

@@ -123,7 +123,7 @@ def test_rewards_sum_to_tokens_less_rate_times_seconds(traces: TokenTraces) -> N
 
 def test_full_depth_alone_earns_nothing_at_the_rate_of_one() -> None:
     traces = drafted_traces()
-    free = measured(MODEL).scaled("policy", 0.0)
+    free = measured(MODEL).with_probe("softmax").scaled("policy", 0.0)
     core = DraftExitCore(traces, free, num_envs=1, autoreset=False)
     core.reset(tokens=0)
     while not (step := core.step(np.array([3]))).terminated_B[0]:

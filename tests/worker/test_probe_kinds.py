@@ -158,7 +158,7 @@ def scorers(readout: Readout, tokens_NK: IntArray, x_ND: Tensor) -> tuple[Scorer
     assert readout.norm is not None
     place_N = np.full(len(x_ND), 0.25, np.float32)
     return (
-        HostScorer(readout, readout.norm, tokens_NK, x_ND, place_N, 3),
+        HostScorer.of_rows(readout, tokens_NK, x_ND, place_N, 3),
         DeviceScorer(readout, tokens_NK, x_ND, place_N, 3),
     )
 

@@ -19,8 +19,9 @@ from offramp.controller.features import (
 )
 from offramp.worker import AdaptiveEngine
 from offramp.worker.candidates import NgramIndex, candidates_of, successor_table
-from offramp.worker.probes import CandidateProbe
+from offramp.worker.probes import CandidateProbe, ProbeInputs, Readout
 from offramp.worker.record import record_document
+from offramp.worker.stack import LayerStack
 from support.models import VOCAB, make_model
 
 EXITS = (1, 3, 4)
@@ -125,12 +126,18 @@ def test_recorded_states_are_what_norm_and_head_read(
         np.testing.assert_allclose(chunk.state_TED[:, column], state_TD, rtol=2e-3, atol=2e-3)
 
 
+def probe_of(
+    stack: LayerStack, candidates_NK: IntArray, x_ND: torch.Tensor, positions_N: IntArray
+) -> CandidateProbe:
+    return CandidateProbe.of(ProbeInputs(Readout(stack), x_ND, positions_N, 2, candidates_NK))
+
+
 def test_candidate_columns_equal_their_definitions(engine: AdaptiveEngine) -> None:
     stack = engine.stack
     torch.manual_seed(0)
     candidates = np.asarray([[4, 9, 2, 7], [1, 3, 5, 8]], np.int32)
     x0, x1, x2 = (torch.randn(2, stack.width) for _ in range(3))
-    probe = CandidateProbe(stack, candidates, x0, np.asarray([10, 200], np.int32), exits=2)
+    probe = probe_of(stack, candidates, x0, np.asarray([10, 200], np.int32))
     probe.features(1, x1)
     got = probe.features(3, x2)
     for row in range(2):
@@ -162,11 +169,11 @@ def test_kept_rows_go_on_as_if_alone(engine: AdaptiveEngine) -> None:
     candidates = np.asarray([[4, 9, 2], [1, 3, 5], [6, 7, 8]], np.int32)
     positions = np.asarray([1, 2, 3], np.int32)
     x0, x1, x2 = (torch.randn(3, stack.width) for _ in range(3))
-    together = CandidateProbe(stack, candidates, x0, positions, exits=2)
+    together = probe_of(stack, candidates, x0, positions)
     together.features(1, x1)
     stay = np.asarray([True, False, True])
     together.keep(stay)
-    alone = CandidateProbe(stack, candidates[2:], x0[2:], positions[2:], exits=2)
+    alone = probe_of(stack, candidates[2:], x0[2:], positions[2:])
     alone.features(1, x1[2:])
     kept = together.features(2, x2[torch.from_numpy(stay)])
     np.testing.assert_allclose(kept[1:], alone.features(2, x2[2:]), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
+from offramp.worker.families.angles import Angles
 from offramp.worker.stack import KVUpdate, KVWeights, Rotary
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -63,7 +64,8 @@ class HFStack:
         self.head_weight_VD: Tensor = model.lm_head.weight
         self._embed = model.get_submodule(self.embed_path)
         self._norm = model.get_submodule(self.norm_path)
-        self._rotary = model.get_submodule(self.rotary_path) if self.rotary_path else None
+        rotary = model.get_submodule(self.rotary_path) if self.rotary_path else None
+        self._angles = Angles(rotary, self.context, self.dtype, self.device)
 
     @classmethod
     def require_servable(cls, config: Any) -> None:
@@ -86,7 +88,7 @@ class HFStack:
 
     def rotary(self, x_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines of the positions; empty for a family without rotary embeddings."""
-        return () if self._rotary is None else tuple(self._rotary(x_BTD, positions_BT))
+        return self._angles.at(x_BTD, positions_BT)
 
     def run_layer(
         self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None

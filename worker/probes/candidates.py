@@ -5,58 +5,76 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
-from offramp.controller.features import BoolArray, FloatArray, IntArray
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.mlp import MlpPolicy
+from offramp.controller.policy import Policy
+from offramp.worker.candidates import NgramIndex
 from offramp.worker.probes.base import ProbeInputs
 from offramp.worker.probes.readout import Readout
-from offramp.worker.probes.scorers import make_scorer
-from offramp.worker.stack import LayerStack
+from offramp.worker.probes.scorers import HostScorer, Scorer, make_scorer
 
 
 class CandidateProbe:
     """CANDIDATES_V1: scores of K candidate tokens, and how the hidden state moved.
 
     Args:
-        stack: The model.
-        candidates_NK: Candidate tokens per row, distinct within a row.
-        x_ND: The rows' embeddings: what the first probe is compared to.
-        positions_N: Token positions.
-        exits: Number of exits the policy may ask at.
-        readout: The model's norm and head, if the caller has one; else one is made.
+        layers: Number of layers of the model.
+        scorer: Computes the columns.
     """
 
-    def __init__(
-        self,
-        stack: LayerStack,
-        candidates_NK: IntArray,
-        x_ND: Tensor,
-        positions_N: IntArray,
-        exits: int,
-        readout: Readout | None = None,
-    ) -> None:
-        self._layers = stack.layers
-        place_N = (positions_N / stack.context).astype(np.float32)
-        readout = readout or Readout(stack)
-        self._scorer = make_scorer(readout, candidates_NK, x_ND, place_N, exits)
+    def __init__(self, layers: int, scorer: Scorer) -> None:
+        self._layers = layers
+        self._scorer = scorer
+        self.is_compiled = isinstance(scorer, HostScorer)
+        """Whether it has ``logit``."""
 
     @classmethod
     def of(cls, inputs: ProbeInputs) -> CandidateProbe:
         """The registry's factory."""
         assert inputs.candidates_NK is not None  # admission asks for the table
-        return cls(
-            inputs.readout.stack,
-            inputs.candidates_NK,
-            inputs.x_ND,
-            inputs.positions_N,
-            inputs.exits,
-            inputs.readout,
+        stack = inputs.readout.stack
+        place_N = (inputs.positions_N / stack.context).astype(np.float32)
+        scorer = make_scorer(
+            inputs.readout, inputs.candidates_NK, inputs.x_ND, place_N, inputs.exits
         )
+        return cls(stack.layers, scorer)
+
+    @classmethod
+    def of_row(
+        cls,
+        readout: Readout,
+        policy: Policy,
+        ngrams: NgramIndex,
+        drafted: Sequence[int],
+        x_1D: Tensor,
+        position: int,
+    ) -> CandidateProbe:
+        """The same for one row, in fewer steps; the readout shows its norm and head."""
+        assert policy.candidates_VK is not None
+        stack, exits = readout.stack, len(policy.exits)
+        place = position / stack.context
+        scorer = HostScorer.of_row(
+            readout, policy.candidates_VK, ngrams, drafted, x_1D, place, exits
+        )
+        return cls(stack.layers, scorer)
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
         return self._scorer.features(layer / self._layers, x_ND)
+
+    def logit(self, layer: int, x_1D: Tensor, policy: MlpPolicy) -> float:
+        """What a policy makes of the only row's columns, in one compiled call.
+
+        Returns:
+            NaN if the columns are not finite, or the logit is not.
+        """
+        assert isinstance(self._scorer, HostScorer)
+        return self._scorer.logit(layer / self._layers, x_1D, policy)
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""

@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from offramp.controller.features import FloatArray
+from offramp.worker.merging import merge_row
 
 Bits = NDArray[np.uint16]
 """Of bfloat16 numbers, which numpy does not know."""
@@ -168,6 +169,64 @@ def candidate_features(
 
 
 @_compiled
+def _mlp(features_F: Any, flat: Any, sizes: Any) -> Any:
+    """A tanh MLP's single output; NaN unless all features are finite (tanh would hide infinity)."""
+    x_H, here = features_F, 0
+    total = np.float32(0)
+    for f in range(features_F.size):
+        total += features_F[f] * features_F[f]
+    if not np.isfinite(total):
+        return np.float32(np.nan)
+    last = sizes.size - 2
+    for layer in range(sizes.size - 1):
+        inputs, outputs = sizes[layer], sizes[layer + 1]
+        bias = here + inputs * outputs
+        out_H = flat[bias : bias + outputs].copy()
+        for i in range(inputs):
+            value = x_H[i]
+            for o in range(outputs):
+                out_H[o] += value * flat[here + i * outputs + o]
+        if layer < last:
+            for o in range(outputs):
+                out_H[o] = math.tanh(out_H[o])
+        x_H, here = out_H, bias + outputs
+    return x_H[0]
+
+
+@_compiled
+def candidate_logit(
+    head_VD: Any,
+    candidates_1K: Any,
+    x_1D: Any,
+    norm_2D: Any,
+    eps: float,
+    is_centred: bool,
+    last_1D: Any,
+    memory_14: Any,
+    place_1: Any,
+    depth: float,
+    exits: int,
+    are_bits: tuple[bool, bool],
+    flat: Any,
+    sizes: Any,
+) -> float:
+    """The logit of an ``MlpPolicy`` that reads the features of one row; NaN if they are unusable.
+
+    Several rows are better decided in numpy, whose tanh is vectorised.
+
+    Args:
+        head_VD, candidates_1K, x_1D, norm_2D, eps, is_centred, last_1D, memory_14, place_1, depth,
+            exits, are_bits: As ``candidate_features`` takes them.
+        flat, sizes: The policy's weights.
+    """
+    features_1F = candidate_features(
+        head_VD, candidates_1K, x_1D, norm_2D, eps, is_centred, last_1D, memory_14, place_1,
+        depth, exits, are_bits,
+    )  # fmt: skip
+    return float(_mlp(features_1F[0], flat, sizes))
+
+
+@_compiled
 def remember(x_ND: Any, is_bits: bool) -> Any:
     """The states as float32, and a fresh memory of rows that were never probed."""
     rows, width = x_ND.shape
@@ -179,3 +238,26 @@ def remember(x_ND: Any, is_bits: bool) -> Any:
         memory_N4[n, BEST] = -1
         memory_N4[n, SQUARE] = _dot(last_ND[n], last_ND[n])
     return last_ND, memory_N4
+
+
+@_compiled
+def begin_row(
+    table_VK: Any, last: int, followers_J: Any, x_1D: Any, is_bits: bool, place: float
+) -> Any:
+    """All that a probe of one row starts from, in one go.
+
+    Args:
+        table_VK: The successor table.
+        last: The row's last token.
+        followers_J: Its own candidates.
+        x_1D: Its embedding, float32 or bits.
+        is_bits: Which.
+        place: Position / context length.
+
+    Returns:
+        Candidates [1, K], last state [1, D], memory [1, 4], place [1].
+    """
+    candidates_1K = np.empty((1, table_VK.shape[1]), np.int32)
+    merge_row(table_VK[last], followers_J, candidates_1K[0])
+    last_1D, memory_14 = remember(x_1D, is_bits)
+    return candidates_1K, last_1D, memory_14, np.full(1, place, np.float32)

@@ -20,11 +20,13 @@ from offramp.controller.features import (
     STATE_V1,
     FeatureSchema,
     IntArray,
+    hidden_schema,
 )
 from offramp.controller.policy import Policy
 from offramp.worker.candidates import NgramIndex, candidates_of
 from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
+from offramp.worker.probes.hidden import HiddenProbe
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
@@ -53,6 +55,7 @@ class ProbeBench:
 
     def __init__(self, stack: LayerStack) -> None:
         self.readout = Readout(stack)
+        self._shows = self.readout.norm is not None and self.readout.head_VD is not None
 
     def probe(
         self,
@@ -79,6 +82,12 @@ class ProbeBench:
             return BlankProbe()
         candidates_NK = None
         if policy.schema.digest == CANDIDATES_V1.digest:
+            if len(ngrams) == 1 and self._shows:
+                assert ngrams[0] is not None  # it is there if the policy has a table
+                tail = drafted[0] if drafted else ()
+                return CandidateProbe.of_row(
+                    self.readout, policy, ngrams[0], tail, x_ND, int(positions_N[0])
+                )
             candidates_NK = _candidates(ngrams, policy.candidates_VK, drafted)
         inputs = ProbeInputs(
             self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK
@@ -96,13 +105,23 @@ class ProbeBench:
             self.probe(policy, [NgramIndex((0,))], x_ND, np.zeros(1, np.int32))
 
 
+def probe_of(schema: FeatureSchema) -> ProbeFactory | None:
+    """How to probe for a schema; None if nothing computes it."""
+    if schema.name == "hidden" and schema == hidden_schema(schema.width):
+        return HiddenProbe
+    return PROBES.get(schema.digest)
+
+
 def make_probe(schema: FeatureSchema, inputs: ProbeInputs) -> Probe:
     """The schema's probe.
 
     Raises:
-        ConfigError: no probe computes the schema.
+        ConfigError: no probe computes the schema, or it is of hidden states of another width.
     """
-    factory = PROBES.get(schema.digest)
+    factory = probe_of(schema)
+    if factory is HiddenProbe and schema.width != inputs.readout.stack.width:
+        problem = f"holds states of {schema.width} columns, the model's have another width"
+        raise ConfigError("schema", problem, "Train the policy on traces of this model")
     if factory is None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise ConfigError("schema", problem, "Add one to offramp.worker.probes.registry")

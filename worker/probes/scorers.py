@@ -5,17 +5,28 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
+from offramp.controller.mlp import MlpPolicy
+from offramp.worker.candidates import NgramIndex
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.kernel import Rows, candidate_features, remember
+from offramp.worker.probes.kernel import (
+    Rows,
+    begin_row,
+    candidate_features,
+    candidate_logit,
+    remember,
+)
 from offramp.worker.probes.motion import motion_rows
-from offramp.worker.probes.readout import FinalNorm, Readout, raw
+from offramp.worker.probes.readout import Readout, raw
+
+Start = tuple[IntArray, FloatArray, FloatArray, FloatArray]
 
 
 class Scorer(Protocol):
@@ -35,41 +46,76 @@ class HostScorer:
 
     Args:
         readout: The model's norm and head.
-        norm: That norm.
-        candidates_NK: Tokens to score.
-        x_ND: What comes before the first state.
-        place_N: Position / context length.
+        head_VD: The head, or what of it is scored.
+        start: Candidates [N, K], places in ``head_VD``; last state [N, D], memory [N, 4], and
+            position / context length [N].
         exits: Number of exits the policy may ask at.
+        x_is_bits: Whether states come as bits.
     """
 
     def __init__(
-        self,
+        self, readout: Readout, head_VD: Rows, start: Start, exits: int, x_is_bits: bool
+    ) -> None:
+        norm = readout.norm
+        assert norm is not None  # another form is left to the model
+        self._head_VD = head_VD
+        self._norm_2D, self._eps, self._is_centred = readout.norm_2D, norm.eps, norm.is_centred
+        self._candidates_NK, self._last_ND, self._memory_N4, self._place_N = start
+        self._exits = exits
+        self._are_bits = (head_VD.dtype == np.uint16, x_is_bits)
+
+    @classmethod
+    def of_rows(
+        cls,
         readout: Readout,
-        norm: FinalNorm,
         candidates_NK: IntArray,
         x_ND: Tensor,
         place_N: FloatArray,
         exits: int,
-    ) -> None:
+    ) -> HostScorer:
+        """For rows with these candidates; ``x_ND`` is what comes before their first states."""
         head_VD = readout.head_VD
         if head_VD is None:
-            rows_NKD = readout.head_rows(candidates_NK)
-            head_VD = rows_NKD.reshape(-1, rows_NKD.shape[-1])
-            candidates_NK = np.arange(candidates_NK.size, dtype=np.int32).reshape(
-                candidates_NK.shape
-            )
-        self._head_VD: Rows = head_VD
-        self._candidates_NK = candidates_NK
-        self._norm_2D, self._eps, self._is_centred = readout.norm_2D, norm.eps, norm.is_centred
-        self._place_N = place_N
-        self._exits = exits
+            head_VD = readout.head_rows(candidates_NK).reshape(-1, readout.stack.width)
+            places = np.arange(candidates_NK.size, dtype=np.int32)
+            candidates_NK = places.reshape(candidates_NK.shape)
         state_ND = _packed(x_ND)
-        self._are_bits = (head_VD.dtype == np.uint16, state_ND.dtype == np.uint16)
-        self._last_ND, self._memory_N4 = remember(state_ND, self._are_bits[1])
+        is_bits = state_ND.dtype == np.uint16
+        start = (candidates_NK, *remember(state_ND, is_bits), place_N)
+        return cls(readout, head_VD, start, exits, is_bits)
+
+    @classmethod
+    def of_row(
+        cls,
+        readout: Readout,
+        table_VK: IntArray,
+        ngrams: NgramIndex,
+        drafted: Sequence[int],
+        x_1D: Tensor,
+        place: float,
+        exits: int,
+    ) -> HostScorer:
+        """For one row, its candidates still to be merged: two compiled calls less."""
+        assert readout.head_VD is not None
+        last, followers = ngrams.followers(drafted)
+        state_1D = _packed(x_1D)
+        is_bits = state_1D.dtype == np.uint16
+        own_J = np.array(followers, np.int32)
+        start = begin_row(table_VK, last, own_J, state_1D, is_bits, place)
+        return cls(readout, readout.head_VD, start, exits, is_bits)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
         """All columns."""
-        features_NF: FloatArray = candidate_features(
+        features_NF: FloatArray = candidate_features(*self._arguments(depth, x_ND))
+        return features_NF
+
+    def logit(self, depth: float, x_1D: Tensor, policy: MlpPolicy) -> float:
+        """What the policy makes of the only row's columns, in one go; NaN if they are unusable."""
+        arguments = self._arguments(depth, x_1D)
+        return float(candidate_logit(*arguments, policy.flat, policy.sizes))
+
+    def _arguments(self, depth: float, x_ND: Tensor) -> tuple[Any, ...]:
+        return (
             self._head_VD,
             self._candidates_NK,
             _packed(x_ND),
@@ -83,7 +129,6 @@ class HostScorer:
             self._exits,
             self._are_bits,
         )
-        return features_NF
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
@@ -153,7 +198,7 @@ def make_scorer(
 ) -> Scorer:
     """The cheapest scorer that can serve the model; ``x_ND`` is what comes before the first."""
     if readout.is_host and readout.norm is not None:
-        return HostScorer(readout, readout.norm, candidates_NK, x_ND, place_N, exits)
+        return HostScorer.of_rows(readout, candidates_NK, x_ND, place_N, exits)
     return DeviceScorer(readout, candidates_NK, x_ND, place_N, exits)
 
 

@@ -4,11 +4,12 @@ Nothing is timed in isolation: an engine decodes, and a clock is put around the 
 anyway. A probe between two layers thus meets the caches that those layers leave, as it will in
 service.
 
-Shape suffixes: N rows, D width, F features.
+Shape suffixes: T tokens of one row, D width.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.engine import AdaptiveEngine
@@ -66,31 +65,28 @@ class Clock:
         self.calls.clear()
 
 
-class TimedProbe:
-    """A probe whose ``features`` are timed."""
-
-    def __init__(self, probe: Any, clock: Clock) -> None:
-        self._probe = probe
-        self.features = clock.timed("probe", probe.features)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._probe, name)
-
-
 @contextmanager
 def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
-    """Time an engine's layers, heads, probes, decisions and fills."""
-    clock = Clock(engine.stack.device)
-    bench: Any = engine.decoder.bench
-    projector: Any = engine.decoder.projector
-    build = clock.timed("build", bench.probe)
+    """Time an engine's layers, heads, fills, and all that asking takes.
+
+    ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
+    in which ``probe`` is contained: reading the features, or, where probe and policy are one
+    compiled call, that call.
+    """
+    clock, decoder = Clock(engine.stack.device), engine.decoder
+    projector: Any = decoder.projector
+    build_probe, convene = decoder.bench.probe, clock.timed("build", decoder.convener.convene)
     calls = {
         (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
         (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
-        (engine.decoder.guard, "decide"): clock.timed("policy", engine.decoder.guard.decide),
-        (engine.decoder.projector, "project"): clock.timed("fill", projector.project),
+        (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
-        (bench, "probe"): lambda *rest: TimedProbe(build(*rest), clock),
+        (decoder.bench, "probe"): lambda *rest: _watched(
+            build_probe(*rest), ("features", "logit"), "probe", clock
+        ),
+        (decoder.convener, "convene"): lambda *rest: [
+            _watched(asked, ("ask",), "ask", clock) for asked in convene(*rest)
+        ],
     }
     with ExitStack() as restored:
         for (owner, name), call in calls.items():
@@ -99,43 +95,39 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
         yield clock
 
 
+def _watched(made: Any, methods: Sequence[str], part: str, clock: Clock) -> Any:
+    """An object with its methods timed, still of its own type: the engine looks at types."""
+    for name in methods:
+        if hasattr(made, name):
+            setattr(made, name, clock.timed(part, getattr(made, name)))
+    return made
+
+
 SILENT, STAY = -2, -1
 """What a policy does in a step: it has no exits; it is asked at each, and all rows stay."""
 
 
-class ScriptedPolicy:
-    """Decides as it is told, after paying for a decision.
+class Script:
+    """Makes a policy of the published kind do as it is told, at the price of its own decisions.
 
     Args:
-        inner: A policy of the size that is published; its opinion is not heard.
+        policy: Its exits and threshold are changed from step to step.
 
     Attributes:
-        act: ``SILENT``, ``STAY``, or the index of the exit at which all rows leave.
+        exits: At which it is asked.
     """
 
-    def __init__(self, inner: MlpPolicy) -> None:
-        self.schema = inner.schema
-        self.candidates_VK = inner.candidates_VK
-        self.act = STAY
-        self._inner = inner
-        self._asked = 0
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Those of the inner policy, unless it is silent."""
-        return () if self.act == SILENT else self._inner.exits
+    def __init__(self, policy: MlpPolicy) -> None:
+        self.policy = policy
+        self.exits = policy.exits
 
     def begin(self, act: int) -> None:
-        """Say what it does in the next step."""
-        self.act = act
-        self._asked = 0
-
-    def leave(self, features_NF: FloatArray) -> BoolArray:
-        """All rows, or none."""
-        self._inner.leave(features_NF)
-        leaves = self._asked == self.act
-        self._asked += 1
-        return np.full(len(features_NF), leaves, np.bool_)
+        """Say what it does in the next step: ``SILENT``, ``STAY``, or leave at exit ``act``."""
+        self.policy.exits = () if act == SILENT else self.exits
+        self.policy.threshold = math.inf
+        if act >= 0:
+            self.policy.exits = self.exits[act : act + 1]
+            self.policy.threshold = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +136,8 @@ class Step:
 
     Attributes:
         whole_s: All of it.
-        parts_s: By part: layer, head, build, probe, policy, fill; summed over its calls.
+        parts_s: By part: layer, head, fill, build, ask (with the probe) and probe, each summed
+            over its calls.
         calls: Calls of each.
     """
 
@@ -159,45 +152,61 @@ class Step:
     @property
     def rest_s(self) -> float:
         """What none of the parts took."""
-        return self.whole_s - sum(self.parts_s.values())
+        parts_s = self.parts_s.items()
+        return self.whole_s - sum(seconds for part, seconds in parts_s if part != "probe")
 
 
 def decode_steps(
     engine: AdaptiveEngine,
     clock: Clock,
-    policy: ScriptedPolicy,
+    script: Script,
     prompts: list[list[int]],
-    script: Sequence[int],
+    acts: Sequence[int],
 ) -> list[Step]:
     """Read prompts, then decode some steps of all of them together, each timed.
 
+    Steps that still read a prompt are not timed; rows whose prompt was read first decode in them,
+    so that the rows' positions differ, as they do in service.
+
     Args:
-        engine: Idle; reads all the prompts in its first step, which is not timed.
+        engine: Idle, in lock-step.
         clock: Around the engine's parts.
-        policy: Of all rows.
+        script: Of all rows' policy.
         prompts: One per row, all within the engine's slots.
-        script: What the policy does in each step.
+        acts: What the policy does in each step.
     """
-    sampling = SamplingParams(max_tokens=len(script) + 1, ignore_eos=True)
-    for prompt in prompts:
-        engine.submit(prompt, sampling, policy)
-    engine.step()
+    sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
+    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
+    script.begin(SILENT)
+    while engine.is_prefilling:
+        engine.step()
     steps = []
-    for act in script:
-        policy.begin(act)
+    for act in acts:
+        script.begin(act)
         clock.wipe()
         start = clock.now()
         engine.step()
         whole_s = clock.now() - start
         steps.append(Step(whole_s, dict(clock.seconds), dict(clock.calls)))
-    assert engine.load == (0, 0)
+    for request in requests:
+        engine.cancel(request.id)
     return steps
+
+
+def most_tokens(rows: int, steps: int) -> int:
+    """Tokens that a row of ``decode_steps`` may decode."""
+    return rows + steps + 1
 
 
 def span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
     """Seconds of a layer and of the head over several tokens of one row, all layers in turn."""
+    engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
+    return _span_pass(engine, clock, context, tokens)
+
+
+@torch.inference_mode()
+def _span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
     stack = engine.stack
-    engine.kv.reserve(context + tokens)
     positions_1T = torch.arange(context, context + tokens, device=stack.device)[None]
     x_1TD = stack.embed(positions_1T % stack.vocab, positions_1T)
     rotary = stack.rotary(x_1TD, positions_1T)

@@ -19,7 +19,7 @@ from offramp.worker.profiling.loop import (
     SILENT,
     STAY,
     Clock,
-    ScriptedPolicy,
+    Script,
     Step,
     decode_steps,
     span_pass,
@@ -58,8 +58,8 @@ class ProfileConfig:
             sizes = getattr(self, name)
             if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(name, f"{sizes} do not ascend from 1", "Write them like 1,2,4")
-        if self.context <= self.rows[-1]:
-            raise ConfigError("context", f"{self.context} is not above the {self.rows[-1]} rows")
+        if self.context < 1:
+            raise ConfigError("context", f"{self.context} is below 1")
         if not 0 < self.half_width < 1:
             raise ConfigError("half_width", f"{self.half_width} is not in (0, 1)")
         if not self.limit_s >= 0:
@@ -79,15 +79,14 @@ class Rounds:
     ) -> None:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
-        self.policies = {
-            schema.name: random_policy(schema, config.exits, candidates_VK)
+        self.scripts = {
+            schema.name: Script(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
         }
         rng = np.random.default_rng(0)
         alphabet = min(PROMPT_TOKENS, engine.stack.vocab)
         self.prompts = [
-            rng.integers(alphabet, size=config.context - row).tolist()
-            for row in range(config.rows[-1])  # of different lengths, as rows in service are
+            rng.integers(alphabet, size=config.context).tolist() for _ in range(config.rows[-1])
         ]
 
     def warm_up(self) -> None:
@@ -104,7 +103,7 @@ class Rounds:
             cell()
 
     def _cells(self) -> Iterator[Callable[[], None]]:
-        for rows, name in itertools.product(self.config.rows, self.policies):
+        for rows, name in itertools.product(self.config.rows, self.scripts):
             if name == CANDIDATES_V1.name:
                 yield partial(self._whole, rows)
             else:
@@ -115,15 +114,10 @@ class Rounds:
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
         exits = self.config.exits
-        leave_and_fill = [act for place in range(len(exits)) for act in (place, SILENT)]
-        script = [SILENT] * REPEATS + [STAY] * REPEATS + leave_and_fill
-        steps = self._decode(rows, CANDIDATES_V1.name, script)
+        steps = self._decode(rows, CANDIDATES_V1.name, whole_script(len(exits)))
         silent, stays = steps[:REPEATS], steps[REPEATS : 2 * REPEATS]
         fills = steps[2 * REPEATS + 1 :: 2]
         full = silent + stays
-        rest_s = median(step.rest_s for step in silent)
-        # What leads to a decision is part of it: groups, translators, sorting out who leaves.
-        beside_s = median(step.rest_s for step in stays) - rest_s
         skipped = sum(self.engine.stack.layers - layer for layer in exits)
         self.samples.add(
             "rows",
@@ -131,8 +125,7 @@ class Rounds:
             {
                 "layer": median(step.each("layer") for step in full),
                 "head": median(step.each("head") for step in full),
-                "step": rest_s,
-                "policy": median(s.each("policy") for s in stays) + max(0.0, beside_s) / len(exits),
+                "step": median(step.rest_s for step in silent),
                 "fill": sum(step.parts_s["fill"] for step in fills) / skipped,
                 **self._asked(CANDIDATES_V1.name, rows, stays),
             },
@@ -143,6 +136,7 @@ class Rounds:
 
     def _asked(self, name: str, rows: int, stays: Sequence[Step]) -> dict[str, float]:
         parts = {part: median(step.each(part) for step in stays) for part in ("probe", "build")}
+        parts["policy"] = median(step.each("ask") - step.each("probe") for step in stays)
         self.samples.add(name, rows, parts)
         return parts
 
@@ -152,6 +146,12 @@ class Rounds:
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add("tokens", tokens, parts)
 
-    def _decode(self, rows: int, name: str, script: Sequence[int]) -> list[Step]:
-        policy = ScriptedPolicy(self.policies[name])
-        return decode_steps(self.engine, self.clock, policy, self.prompts[:rows], script)
+    def _decode(self, rows: int, name: str, acts: Sequence[int]) -> list[Step]:
+        script = self.scripts[name]
+        return decode_steps(self.engine, self.clock, script, self.prompts[:rows], acts)
+
+
+def whole_script(exits: int) -> list[int]:
+    """A round: steps unasked, asked and staying, and, for each exit, leaving and then filling."""
+    leave_and_fill = [act for place in range(exits) for act in (place, SILENT)]
+    return [SILENT] * REPEATS + [STAY] * REPEATS + leave_and_fill

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from offramp.controller.prices import Timing
+from offramp.controller.prices import LEAST_REPEATS, Timing
 
 CONFIDENCE = 0.95
 
@@ -49,8 +49,12 @@ class Samples:
         return Timing(median_s=middle, low_s=low, high_s=high, repeats=len(values))
 
     def loose(self, half_width: float) -> list[Key]:
-        """Parts whose interval is wider than that, relative to their median."""
-        return [key for key in self._values if self.timing(key).half_width > half_width]
+        """Parts whose interval is wider than that, relative to their median, or none yet."""
+        return [
+            key
+            for key, values in self._values.items()
+            if len(values) < LEAST_REPEATS or self.timing(key).half_width > half_width
+        ]
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -59,7 +63,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     Between two order statistics, whatever the distribution (Conover 1999, Practical
     Nonparametric Statistics, section 3.2): the j-th smallest and j-th largest of n enclose the
     median with probability 1 − 2·P(B < j), B binomial (n, ½). Fewer than six values cannot reach
-    95 %; the interval then is their range.
+    95 %; what is returned then is their range.
 
     >>> median_interval([3.0, 1.0, 2.0])
     (2.0, 1.0, 3.0)
