@@ -15,7 +15,7 @@ from torch import nn
 from offramp.agents.export import Weights, linear_weights
 from offramp.agents.normaliser import Normaliser
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema
+from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema, FloatArray
 from offramp.envs.tokens import TokenTraces
 
 HIDDEN = 32
@@ -52,14 +52,34 @@ def train_phat(
     Returns:
         Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of p̂.
     """
-    torch.manual_seed(config.seed)
-    width = traces.features_NEF.shape[2]
-    rows_MF = traces.features_NEF.reshape(-1, width)
+    rows_MF = traces.features_NEF.reshape(-1, traces.features_NEF.shape[2])
     normaliser = Normaliser.fit(rows_MF)
     hidden_F = _hidden(SCHEMAS[traces.header.schema], columns)
+    return fit_classifier(rows_MF, traces.agree_NE.reshape(-1), normaliser, config, hidden_F)
+
+
+def fit_classifier(
+    rows_MF: FloatArray,
+    right_M: FloatArray,
+    normaliser: Normaliser,
+    config: PhatConfig,
+    hidden_F: BoolArray | None = None,
+) -> Weights:
+    """Fit P(right | features) on some rows; as ``train_phat``.
+
+    Args:
+        rows_MF: Raw features.
+        right_M: 1 where the exit was right, else 0.
+        normaliser: Of the features; it is folded in.
+        config: How.
+        hidden_F: Columns that it does not see; None: it sees all.
+    """
+    torch.manual_seed(config.seed)
+    width = rows_MF.shape[1]
     x_MF = torch.from_numpy((rows_MF - normaliser.mean_F) / normaliser.std_F)
+    hidden_F = np.zeros(width, np.bool_) if hidden_F is None else hidden_F
     x_MF[:, hidden_F] = 0.0
-    y_M = torch.from_numpy(traces.agree_NE.reshape(-1))
+    y_M = torch.from_numpy(right_M)
     net = nn.Sequential(
         nn.Linear(width, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
         nn.Linear(HIDDEN, 1),

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from gymnasium.spaces import Box
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from offramp.agents.actor import PI, VF, Normalised
 from offramp.agents.normaliser import Normaliser
 from offramp.controller.costs import CostTable
 from offramp.envs.qualities import Quality
@@ -36,6 +34,7 @@ class PPOConfig:
         batch: Rows per gradient step.
         epochs: Passes over each rollout.
         learning_rate: At the start; it falls linearly to 2 % of this.
+        entropy: Weight of the entropy bonus.
         lambda_range: Preferences drawn per episode, log-uniformly.
         quality: How an exit's token is scored.
         seed: Of the environment, the initial weights and the actions.
@@ -47,6 +46,7 @@ class PPOConfig:
     batch: int = 8192
     epochs: int = 4
     learning_rate: float = 2e-3
+    entropy: float = 0.0
     lambda_range: tuple[float, float] = (0.02, 2.0)
     quality: Quality = "agreement"
     seed: int = 0
@@ -60,19 +60,9 @@ class TrainedAgent:
     normaliser: Normaliser
 
 
-class _Normalised(BaseFeaturesExtractor):  # type: ignore[misc]  # mypy skips stable_baselines3
-    """Fixed normalisation inside the policy, so that export can fold it (no VecNormalize)."""
+class Report(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
+    """Tells (steps done, steps in all) after each rollout."""
 
-    def __init__(self, space: Box, normaliser: Normaliser) -> None:
-        super().__init__(space, features_dim=int(space.shape[0]))
-        self.register_buffer("mean", torch.from_numpy(normaliser.mean_F))
-        self.register_buffer("std", torch.from_numpy(normaliser.std_F))
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return (observations - self.mean) / self.std  # type: ignore[no-any-return]
-
-
-class _Report(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
     def __init__(self, on_steps: Callable[[int, int], None], total: int) -> None:
         super().__init__()
         self.on_steps = on_steps
@@ -112,25 +102,37 @@ def train_ppo(
     model = PPO(
         "MlpPolicy",
         env,
-        n_steps=config.rollout,
-        batch_size=config.batch,
-        n_epochs=config.epochs,
-        learning_rate=lambda left: config.learning_rate * max(left, 0.02),
-        gamma=1.0,
-        gae_lambda=1.0,
-        clip_range=0.2,
-        ent_coef=0.0,
-        seed=config.seed,
-        device="cpu",
         policy_kwargs={
-            "net_arch": {"pi": [32, 32], "vf": [64, 64]},
+            "net_arch": {"pi": PI, "vf": VF},
             "activation_fn": nn.Tanh,
-            "features_extractor_class": _Normalised,
+            "features_extractor_class": Normalised,
             "features_extractor_kwargs": {"normaliser": normaliser},
         },
+        **ppo_arguments(config),
     )
-    model.learn(config.steps, callback=_Report(on_steps, config.steps))
+    model.learn(config.steps, callback=Report(on_steps, config.steps))
     return TrainedAgent(model, normaliser)
+
+
+def learning_rate(config: PPOConfig, done: float) -> float:
+    """Adam's rate once a share of the steps is done: linear, down to 2 %."""
+    return config.learning_rate * max(1 - done, 0.02)
+
+
+def ppo_arguments(config: PPOConfig) -> dict[str, Any]:
+    """What every PPO here has in common: undiscounted episodes of few steps."""
+    return {
+        "n_steps": config.rollout,
+        "batch_size": config.batch,
+        "n_epochs": config.epochs,
+        "learning_rate": lambda left: learning_rate(config, 1 - left),
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+        "clip_range": 0.2,
+        "ent_coef": config.entropy,
+        "seed": config.seed,
+        "device": "cpu",
+    }
 
 
 def observation_normaliser(traces: TokenTraces, lambda_range: tuple[float, float]) -> Normaliser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,19 @@ def train(
     phat = train_phat(study.train, config.phat)
     agent = train_ppo(study.train, study.costs, config.ppo, on_steps)
     contenders = assemble(study, phat, agent, config.targets, config.ppo.lambda_range)
-    save_contenders(folder, contenders, study, config)
+    settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
+    save_contenders(folder, contenders, study, settings)
     return contenders
 
 
 def save_contenders(
-    folder: Path, contenders: list[Contender], study: Study, config: TrainConfig
+    folder: Path, contenders: list[Contender], study: Study, settings: Mapping[str, Any]
 ) -> None:
-    """Write one unsigned bundle per contender, then the index that names them."""
+    """Write one unsigned bundle per contender, with its settings, then the index of them all."""
     training = {
         "tokens": len(study.train),
         "documents": len(study.train.documents),
-        "phat": asdict(config.phat),
-        "ppo": asdict(config.ppo),
+        **settings,
     }
     index = []
     for number, contender in enumerate(contenders):

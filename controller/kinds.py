@@ -24,6 +24,7 @@ from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.router import MlpRouter
 from offramp.controller.rules.bandit import THRESHOLD_BANDIT
 from offramp.controller.rules.beta import BETA_THRESHOLD
 from offramp.controller.rules.confidence import ENTROPY, PATIENCE
@@ -31,7 +32,9 @@ from offramp.controller.rules.decay import DECAYING_THRESHOLD
 from offramp.controller.rules.schedule import POSITION_SCHEDULE
 from offramp.controller.rules.stages import STAGE_THRESHOLDS
 from offramp.controller.rules.stopping import STOPPING
-from offramp.controller.strict import NUMBER, TEXT
+from offramp.controller.strict import COUNT, NUMBER, TEXT, Check, or_null
+
+_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 
 
 def _nothing(_policy: Any) -> tuple[Params, Tensors]:
@@ -75,6 +78,30 @@ def _clear_mlp(policy: MlpPolicy, features_NF: FloatArray, _outlook_NC: FloatArr
     return np.asarray(distances) > CLOSE_LOGIT
 
 
+def _describe_router(policy: MlpRouter) -> tuple[Params, Tensors]:
+    params = {"ends": policy.ends, "first": policy.first if isinstance(policy.first, int) else None}
+    tensors = pack_layers(policy.weights)
+    if not isinstance(policy.first, int):
+        tensors |= pack_layers(list(policy.first), "start")
+    return params, tensors
+
+
+def _build_router(parts: Parts) -> MlpRouter:
+    first = parts.params["first"]
+    return MlpRouter(
+        parts.exits,
+        parts.required_schema,
+        unpack_layers(parts.tensors),
+        first=unpack_layers(parts.tensors, "start") if first is None else int(first),
+        ends=parts.params["ends"],
+        candidates_VK=parts.candidates_VK,
+    )
+
+
+def _clear_router(policy: MlpRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
+    return policy.lead(features_NF, outlook_NC) > CLOSE_LOGIT
+
+
 _SHIPPED = (
     Kind(name="never", type=NeverExit, describe=_nothing, build=_build_never),
     Kind(name="fixed", type=FixedExit, describe=_nothing, build=_build_fixed),
@@ -94,6 +121,14 @@ _SHIPPED = (
         clear=_clear_mlp,
     ),
     *DRAFT_KINDS,
+    Kind(
+        name="router",
+        type=MlpRouter,
+        params={"ends": _FLAG, "first": or_null(COUNT)},
+        describe=_describe_router,
+        build=_build_router,
+        clear=_clear_router,
+    ),
     DECAYING_THRESHOLD,
     ENTROPY,
     PATIENCE,

@@ -104,12 +104,29 @@ class MlpRouter:
             return self._one
         parts = zip(_slices(features_NF), _slices(outlook_NC), strict=True)
         best_N = np.concatenate([self._best(here, *part) for part in parts])
-        return self._target_EA[here, best_N]
+        target_N: IndexArray = self._target_EA[here, best_N]
+        return target_N
 
     def logits(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> FloatArray:
         """Masked logits [N, A] (−∞ where an action is invalid), for up to MAX_ROWS rows."""
         logits_NA: FloatArray = self._net.rows(features_NF, outlook_NC) + self._mask_EA[here]
         return logits_NA
+
+    def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
+        """Logits of the first exits, the last column those of the end; a view, up to MAX_ROWS."""
+        assert self._starter is not None  # a fixed first exit has none
+        return self._starter.rows(outlook_NC)
+
+    def lead(self, features_NF: FloatArray, outlook_NC: FloatArray) -> FloatArray:
+        """By how much the narrowest decision about each row is won, over start and exits, [N]."""
+        asked = [self.logits(here, features_NF, outlook_NC) for here in range(len(self.exits))]
+        if self._starter is not None:
+            asked.append(self.start_logits(outlook_NC).copy())
+        pairs = [
+            np.sort(logits_NA, axis=1)[:, -2:] for logits_NA in asked if logits_NA.shape[1] > 1
+        ]
+        leads: FloatArray = np.min([pair[:, 1] - pair[:, 0] for pair in pairs], axis=0)
+        return leads
 
     def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         logits_NA = _finite(self._net.rows(features_NF, outlook_NC))

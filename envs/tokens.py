@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,9 @@ class TokenTraces:
         rows = document_N >= 0
         names = (each.name for each in fields(self))
         arrays = {name: getattr(self, name) for name in names}
-        kept_rows = {n: a[rows] for n, a in arrays.items() if isinstance(a, np.ndarray)}
+        kept_rows: dict[str, Any] = {
+            name: array[rows] for name, array in arrays.items() if isinstance(array, np.ndarray)
+        }
         return replace(
             self,
             **kept_rows | {"document_N": document_N[rows]},

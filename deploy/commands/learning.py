@@ -43,6 +43,7 @@ from offramp.deploy.commands.options import (
     require_loadable,
     require_new_folder,
 )
+from offramp.deploy.commands.staged import train_by_file
 from offramp.deploy.console import console, evaluation_table, progress
 from offramp.deploy.serve_app import ray_session
 from offramp.deploy.settings import Settings
@@ -108,8 +109,8 @@ def record(
 
 
 def train_policies(
-    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the trained policies.")],
+    traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
@@ -117,17 +118,36 @@ def train_policies(
     costs: Costs = None,
     threads: Threads = 1,
     seed: Seed = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file: the staged method; see docs/training.md.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --config: go on from the checkpoint in --out.")
+    ] = False,
+    seeds: Annotated[
+        str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
+    ] = "",
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --config: cluster to join [default: RAY_ADDRESS].")
+    ] = None,
 ) -> None:
     """Train p̂ and PPO on recorded traces, and place them and the baselines."""
+    if config is not None:
+        train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
+        return
+    if traces is None:
+        raise ConfigError("traces", "is not given", "Name the folder, or give --config")
+    if resume or seeds or ray_address:
+        raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
     require_new_folder("out", out)
-    config = TrainConfig(
+    settings = TrainConfig(
         phat=PhatConfig(seed=seed),
         ppo=PPOConfig(steps=steps, seed=seed),
         targets=parse_shares("targets", targets),
         threads=threads,
     )
     with progress("PPO", "steps") as advance:
-        contenders = train(config, traces, out, advance, costs)
+        contenders = train(settings, traces, out, advance, costs)
     console.print(f"{len(contenders)} policies → {out}")
 
 

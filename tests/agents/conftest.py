@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
+from offramp.agents.game import StoppingGame
+from offramp.agents.jumps import JumpAgent, JumpConfig, game_of, new_agent
+from offramp.agents.ppo import PPOConfig
 from offramp.agents.study import Study
 from offramp.controller.costs import CostTable
 from offramp.controller.features import CANDIDATES_V1
@@ -61,3 +67,35 @@ def study() -> Study:
         candidates_VK=np.tile(np.arange(4, dtype=np.int32), (20, 1)),
         facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20, context=64, width=4),
     )
+
+
+def with_depth(traces: TokenTraces) -> TokenTraces:
+    """The invented features, with the columns that jumping agents rest on as a probe has them."""
+    features_NEF = traces.features_NEF.copy()
+    depth = CANDIDATES_V1.index("depth")
+    features_NEF[:, :, depth] = np.asarray(traces.header.exits) / traces.header.layers
+    features_NEF[:, :, CANDIDATES_V1.index("run_length")] = 0
+    return replace(traces, features_NEF=features_NEF)
+
+
+@pytest.fixture(scope="session")
+def deep_study(study: Study) -> Study:
+    """The same study with real depths."""
+    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+
+
+JUMP_CONFIG = JumpConfig(ppo=PPOConfig(envs=8, rollout=8, batch=64, lambda_range=(0.05, 2.0)))
+"""Of an agent for the reference model's exits 3, 6 and 9, untrained."""
+
+
+@pytest.fixture(scope="session")
+def agent(study: Study) -> JumpAgent:
+    torch.set_num_threads(1)
+    header = replace(study.train.header, exits=(3, 6, 9), layers=12)
+    traces = with_depth(replace(study.train, header=header))
+    return new_agent(traces, replace(study.costs, layers=12), JUMP_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def game(agent: JumpAgent, study: Study) -> StoppingGame:
+    return game_of(agent, replace(study.costs, layers=12), JUMP_CONFIG)

@@ -159,7 +159,7 @@ def test_contenders_are_placed_saved_and_read_back(
     for contender in contenders:
         if contender.family == "p̂":
             assert min(abs((contender.offline_agreement or 0) - t) for t in targets) < 0.03
-    save_contenders(tmp_path, contenders, study, TrainConfig())
+    save_contenders(tmp_path, contenders, study, {"seed": 0})
     again = load_contenders(tmp_path)
     assert [c.name for c in again] == [c.name for c in contenders]
     for before, after in zip(contenders, again, strict=True):

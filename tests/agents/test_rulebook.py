@@ -13,7 +13,7 @@ from offramp.agents.placing import Contender, cheapest_variant, nearest
 from offramp.agents.replay import replay, walk
 from offramp.agents.rulebook import rulebook
 from offramp.agents.study import Study
-from offramp.agents.train import TrainConfig, load_contenders, save_contenders
+from offramp.agents.train import load_contenders, save_contenders
 from offramp.controller.errors import TraceError
 from offramp.controller.policy import NeverExit
 from offramp.envs import TokenTraces
@@ -66,7 +66,7 @@ def test_every_rule_goes_through_a_bundle(
     contenders: Sequence[Contender], states: Study, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("policies")
-    save_contenders(folder, list(contenders), states, TrainConfig())
+    save_contenders(folder, list(contenders), states, {})
     found = load_contenders(folder)
     assert [each.name for each in found] == [each.name for each in contenders]
     for mine, theirs in zip(contenders, found, strict=True):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import deserialize
 
+from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray
 from offramp.controller.policy import RoutingPolicy
 from offramp.controller.router import MlpRouter
+from offramp.controller.weights import pack_policy, unpack_policy
 
 EXITS = (2, 4, 6, 8)
 INPUTS = CANDIDATES_V1.width + OUTLOOK_V1.width
@@ -111,3 +115,24 @@ def test_a_router_sent_to_another_process_decides_the_same() -> None:
         one = features_NF[n : n + 1], outlook_NC[n : n + 1]
         assert copy.route(1, *one).tolist() == router.route(1, *one).tolist()
     assert copy.start(outlook_NC).tolist() == router.start(outlook_NC).tolist()
+
+
+@pytest.mark.parametrize("first", [1, make_weights(3, OUTLOOK_V1.width, 8, 3)])
+def test_a_packed_router_comes_back_and_decides_the_same(first: Any) -> None:
+    weights = make_weights(2, INPUTS, 8, 4)
+    router = MlpRouter(EXITS, CANDIDATES_V1, weights, first=first, ends=True)
+    features_NF, outlook_NC = rows(200)
+    packed = pack_policy(router, features_NF)
+    bundle = PolicyBundle.draft(
+        packed, model="aa", tokenizer="bb", training={}, metrics={}, created_at=0.0
+    )
+    again = unpack_policy(bundle.manifest, bundle.blob)
+    assert isinstance(again, MlpRouter)
+    np.testing.assert_array_equal(again.start(outlook_NC), router.start(outlook_NC))
+    for here in range(len(EXITS)):
+        routed = router.route(here, features_NF, outlook_NC)
+        np.testing.assert_array_equal(again.route(here, features_NF, outlook_NC), routed)
+    kept = deserialize(packed.blob)
+    recorded = {name: entry["shape"] for name, entry in kept}["canned.route"]
+    assert 0 < recorded[1] <= 200  # narrow decisions were left out
+    assert recorded[0] == len(EXITS) + 1

@@ -1,0 +1,1 @@
+"""``offramp train --config``: the staged method, with checkpoints, resuming and sweeps."""

@@ -1,0 +1,139 @@
+"""What a staged run leaves behind: contenders, and the on-policy phase that may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from stable_baselines3.common.logger import configure
+
+from offramp.agents.contenders import Contender
+from offramp.agents.corpus import load_corpus
+from offramp.agents.jump_contenders import JUMPING, fit_state_phat, jump_contenders
+from offramp.agents.jumps import game_of
+from offramp.agents.onpolicy.collector import CollectSpec
+from offramp.agents.onpolicy.learner import Learner
+from offramp.agents.onpolicy.run import Tokens, run_onpolicy
+from offramp.agents.record import tokenize, window
+from offramp.agents.train import save_contenders
+from offramp.agents.training.run import StagedRun
+from offramp.controller.errors import ConfigError
+from offramp.controller.policy import NeverExit
+from offramp.worker.actor import WorkerSpec
+from offramp.worker.config import EngineConfig
+
+ONPOLICY = "PPO on-policy"
+
+
+def finish(
+    run: StagedRun,
+    on_round: Callable[[int, int], None] = lambda *_: None,
+) -> list[Contender]:
+    """Place what was trained, go on on-policy if the settings say so, and save it all.
+
+    The on-policy phase needs Ray to be up. It begins from the agent of the PPO stage; it has no
+    checkpoints of its own, and another run of it gives other weights.
+
+    Args:
+        run: Trained.
+        on_round: Told (on-policy rounds done, in all).
+
+    Raises:
+        ConfigError: the model or the corpus is not the recorded one, or the cluster is too small.
+    """
+    config, study = run.config, run.study
+    phat = fit_state_phat(study.train, config.phat)
+    placed = jump_contenders(study, run.agent, phat, config.targets)
+    found = [
+        Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit()),
+        *placed,
+    ]
+    if config.onpolicy.rounds:
+        learner = go_on_policy(run, on_round)
+        found += [
+            Contender(
+                family=ONPOLICY,
+                setting=each.setting,
+                offline_agreement=None,  # its cache is not the one that was recorded
+                policy=learner.router(each.setting, study.candidates_VK),
+            )
+            for each in placed
+            if each.family == JUMPING and each.setting is not None
+        ]
+    training = asdict(config)
+    del training["traces"]  # a place on one machine
+    save_contenders(run.out, found, study, training)
+    return found
+
+
+def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learner:
+    """The learner after its last round.
+
+    Raises:
+        ConfigError: no model is named, or it is another than was recorded.
+    """
+    config, study = run.config.onpolicy, run.study
+    if not config.model:
+        raise ConfigError("onpolicy.model", "is not named", "Give the folder that was recorded")
+    names = [] if not run.config.tensorboard else ["tensorboard"]
+    logger = configure(str(run.out / "onpolicy"), names)
+    game = game_of(run.agent, study.costs, run.config.jump)
+    learner = Learner(run.agent, game, config.learner, logger)
+
+    def report(number: int, summary: dict[str, float]) -> None:
+        for name, value in summary.items():
+            logger.record(f"onpolicy/{name}", value)
+        logger.dump(number)
+        on_round(number, config.rounds)
+
+    run_onpolicy(
+        learner,
+        _spec(run),
+        study.candidates_VK,
+        training_documents(run),
+        run.config.jump.ppo.lambda_range,
+        config,
+        report,
+    )
+    return learner
+
+
+def training_documents(run: StagedRun) -> list[tuple[str, Tokens]]:
+    """The recorded training documents, by digest and tokens; validation and test stay unseen.
+
+    Raises:
+        ConfigError: the corpus holds none of them.
+        TraceError: the corpus cannot be read.
+    """
+    config = run.config.onpolicy
+    corpus = load_corpus(Path(config.corpus) if config.corpus else None, config.corpus_documents)
+    recorded = set(run.study.train.documents)
+    ours = [document for document in corpus if document.digest in recorded]
+    if not ours:
+        raise ConfigError(
+            "onpolicy.corpus", "holds no document that was recorded", "Name the recorded one"
+        )
+    length = config.prompt_tokens + config.tokens + 1
+    return [
+        (document.digest, tuple(window(document, tokens, length)))
+        for document, tokens in tokenize(config.model, ours)
+    ]
+
+
+def _spec(run: StagedRun) -> CollectSpec:
+    config = run.config.onpolicy
+    return CollectSpec(
+        worker=WorkerSpec(
+            model=config.model,
+            threads=run.config.threads,
+            slots=config.together,
+            engine=EngineConfig(),
+        ),
+        exits=run.agent.exits,
+        schema=run.agent.schema,
+        kv_mode="defer" if config.kv_mode == "defer" else "project",
+        prompt_tokens=config.prompt_tokens,
+        model=run.study.facts.model,
+        seed=run.config.seed,
+    )

@@ -1,0 +1,141 @@
+"""Does PPO with jumps beat p̂ on the best subset of exits, once probes cost what they cost?
+
+Both are chosen on one half of the validation documents and compared on the other, by what they are
+paid: agreement with full depth − λ · cost (in units of a full-depth token's time), with a paired
+bootstrap over documents. Test documents are not touched. Traces with many exits make the question
+worth asking: `offramp record --exits 2,3,4,5,6,7,8,9,10,11 --out runs/many`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.agents.chase import Chased, StateTable, SubsetGrid
+from offramp.agents.export import Weights
+from offramp.agents.jump_contenders import fit_state_phat
+from offramp.agents.jumps import JumpConfig, train_jumps
+from offramp.agents.phat import PhatConfig, logit
+from offramp.agents.ppo import PPOConfig
+from offramp.agents.study import Study, load_study
+from offramp.agents.warm import WarmConfig
+from offramp.envs.tokens import TokenTraces
+
+PREFERENCES = (0.03, 0.06, 0.12, 0.25, 0.5)
+RESAMPLES = 2000
+THRESHOLDS = tuple(logit(each) for each in np.linspace(0.05, 0.99, 33))
+
+
+def main() -> None:
+    """Print one JSON row per probe price, seed, preference and agent."""
+    arguments = parse()
+    torch.set_num_threads(1)
+    study = load_study(arguments.traces, arguments.costs)
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    for factor in (1.0,) if arguments.quick else arguments.probe:
+        priced = replace(study, costs=study.costs.scaled("probe", factor))
+        for row in compare(priced, seeds, arguments.quick):
+            print(json.dumps({"probe_price": factor, **row}), flush=True)
+
+
+def compare(study: Study, seeds: Sequence[int], quick: bool) -> Iterator[dict[str, Any]]:
+    """Rows for every seed: warm start alone, and PPO after it, against p̂ on the best exits."""
+    documents = study.validation.documents
+    choose, report = (study.validation.select(documents[half::2]) for half in (0, 1))
+    for seed in seeds:
+        phat = fit_state_phat(study.train, PhatConfig(seed=seed, epochs=6 if quick else 12))
+        grid = SubsetGrid.of(StateTable(choose, study.costs), phat, THRESHOLDS)
+        steps = 400_000 if quick else 1_500_000
+        for name, ppo_steps in (("warm start", 0), ("PPO jumps", steps)):
+            start = time.perf_counter()
+            agent = train_jumps(study.train, study.costs, configure(seed, ppo_steps, quick))
+            seconds = time.perf_counter() - start
+            rows = against(study, agent, phat, grid, report)
+            for row in rows:
+                yield {"agent": name, "seed": seed, "train_s": round(seconds, 1), **row}
+
+
+def configure(seed: int, steps: int, quick: bool) -> JumpConfig:
+    """The settings of ``offramp train``, shorter if quick."""
+    ppo = PPOConfig(steps=steps, seed=seed, learning_rate=5e-4, entropy=0.001)
+    return JumpConfig(warm=WarmConfig(steps=200 if quick else 500), ppo=ppo)
+
+
+def against(
+    study: Study, agent: Any, phat: Weights, grid: SubsetGrid, report: TokenTraces
+) -> list[dict[str, Any]]:
+    """One row per preference, on documents that chose nothing."""
+    table = StateTable(report, study.costs)
+    logits = table.logits(phat)
+    rng = np.random.default_rng(0)
+    rows = []
+    for preference in PREFERENCES:
+        routed = table.chase_router(agent.router(preference))
+        subset, threshold = grid.best(preference)
+        stopped = table.chase_subset(logits, subset, threshold)
+        paid_N = [worth(each, table, preference) for each in (routed, stopped)]
+        gain, low, high = paired(paid_N[0] - paid_N[1], report, rng)
+        rows.append(
+            {
+                "lambda": preference,
+                "gain": gain,
+                "gain_low": low,
+                "gain_high": high,
+                **described("agent", routed, table),
+                **described("subset", stopped, table),
+                "subset": [report.header.exits[index] for index in subset],
+            }
+        )
+    return rows
+
+
+def worth(chased: Chased, table: StateTable, preference: float) -> NDArray[np.float64]:
+    """Agreement − λ · cost of each token."""
+    agreement_N = chased.agreement_N(table.traces)
+    return np.asarray(agreement_N - preference * chased.cost_N(table.game), np.float64)
+
+
+def described(who: str, chased: Chased, table: StateTable) -> dict[str, float]:
+    """Agreement, cost and probes per token, rounded."""
+    return {
+        f"{who}_agreement": round(float(chased.agreement_N(table.traces).mean()), 4),
+        f"{who}_cost": round(float(chased.cost_N(table.game).mean()), 4),
+        f"{who}_probes": round(float(chased.probes_N.mean()), 3),
+    }
+
+
+def paired(
+    gain_N: NDArray[np.float64], traces: TokenTraces, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """Mean gain per token with its 95 % interval, documents drawn whole (Efron 1979)."""
+    sums_D = np.bincount(traces.document_N, gain_N)
+    tokens_D = np.bincount(traces.document_N)
+    draws = rng.integers(len(sums_D), size=(RESAMPLES, len(sums_D)))
+    means = sums_D[draws].sum(1) / tokens_D[draws].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return tuple(round(float(each), 5) for each in (gain_N.mean(), low, high))  # type: ignore[return-value]  # three of them
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--traces", type=Path, default=Path("runs/many"))
+    parser.add_argument("--costs", type=Path, default=None, help="file of `offramp profile`")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--probe", type=float, nargs="+", default=[1.0, 10.0], help="price factors")
+    parser.add_argument("--quick", action="store_true", help="one seed, under four minutes")
+    parser.add_argument("--json", action="store_true", help="rows as JSON (there is no other form)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
