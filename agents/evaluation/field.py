@@ -6,7 +6,7 @@ A field is trained and saved once per seed, in the folder layout of ``offramp tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
