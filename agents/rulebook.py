@@ -48,6 +48,7 @@ PROBABILITIES = np.linspace(0.01, 0.999, GRID)
 TRADE_OFFS = np.geomspace(0.02, 2.0, GRID)
 COSINES = 1 - np.geomspace(1e-5, 1.0, GRID)
 LOGITS = np.linspace(-4.0, 16.0, GRID)
+FINE_LOGITS = np.linspace(-1.0, 7.0, 2 * GRID).tolist()
 ZETAS = np.linspace(0.1, 0.9, 25)
 
 Settings = NDArray[np.float64]
@@ -186,9 +187,8 @@ def _fitted(
     found += placed("SpecEE predictor", classifier(predictor, exits), PROBABILITIES, targets, study)
     found += placed("p̂", classifier(whole, exits), PROBABILITIES, targets, study)
     found += placed("backward induction", stopping, TRADE_OFFS, targets, study)
-    thresholds = [logit(float(each)) for each in PROBABILITIES]
     for target in targets:
-        best = best_subset(whole, here, study.validation, costs, target, thresholds)
+        best = best_subset(whole, here, study.validation, costs, target, FINE_LOGITS)
         policy = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit, table)
         found.append(measured("p̂ on best exits", best.logit, policy, study))
     return found

@@ -142,7 +142,7 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
 def _canned(policy: Policy, study: Study) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
-        return np.empty((1, 0), np.float32)
+        return np.empty((CANNED_ROWS, 0), np.float32)
     tokens = len(study.validation)
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
     view = View(policy, study.validation)

@@ -63,7 +63,7 @@ class View:
             return np.asarray(self._traces.features_NEF[rows_M, index])
         if self._schema.name == "hidden":
             assert self._traces.state_NED is not None  # checked above
-            return self._traces.state_NED[rows_M, index].astype(np.float32)
+            return np.asarray(self._traces.state_NED[rows_M, index], np.float32)
         if self._schema == STATE_V1:
             return self._state(index, rows_M)
         return self._softmax(index, rows_M)

@@ -1,7 +1,7 @@
 """Do the parts of a cost table add up to what decoding really takes?
 
-Profiles a model, then decodes with nothing timed inside: full depth with no policy, every token
-leaving at one exit after asking at all before it, and full depth after asking at all. The price
+Profiles a model, then decodes with nothing timed inside: full depth with no policy, full depth
+after asking at every exit, and every token leaving at one exit. The price
 that ``CostTable`` puts on each is set against the seconds per step that it took. Ways of decoding
 take turns, run by run; medians with 95 % intervals.
 
@@ -27,7 +27,7 @@ from offramp.worker.actor import WorkerSpec, load_engine
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profile import measure_costs
 from offramp.worker.profile_probes import random_policy
-from offramp.worker.profiling.loop import SILENT, STAY, Clock, ScriptedPolicy, decode_steps
+from offramp.worker.profiling.loop import SILENT, STAY, Clock, Script, decode_steps
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import median_interval
 
@@ -70,20 +70,19 @@ def check(
 ) -> list[dict[str, Any]]:
     """What each way of decoding was to take, and took, in µs per launch."""
     prices = costs.at(rows)
-    *leaving, asked = prices.leaving_s(EXITS)
-    expected = {"full depth": prices.full_s, "full depth, asked": asked}
+    expected = {"full depth": prices.full_s, "full depth, asked": prices.leaving_s(EXITS)[-1]}
     acts = {"full depth": SILENT, "full depth, asked": STAY}
     for place, exit_layer in enumerate(EXITS):
-        expected[f"exit {exit_layer}"] = leaving[place]
+        expected[f"exit {exit_layer}"] = prices.leaving_s((exit_layer,))[0]
         acts[f"exit {exit_layer}"] = place
-    policy = ScriptedPolicy(random_policy(CANDIDATES_V1, EXITS, table_VK))
+    script = Script(random_policy(CANDIDATES_V1, EXITS, table_VK))
     rng = np.random.default_rng(rows)
     prompts = rng.integers(512, size=(rows, costs.context)).tolist()
     clock = Clock(engine.stack.device)
     taken: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(repeats):
         for name, act in acts.items():
-            steps = decode_steps(engine, clock, policy, prompts, [act] * STEPS)
+            steps = decode_steps(engine, clock, script, prompts, [act] * STEPS)
             taken[name].append(median(step.whole_s for step in steps))
     return [row_of(name, rows, expected[name], taken[name]) for name in acts]
 

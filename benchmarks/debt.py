@@ -3,8 +3,9 @@
 Documents are followed (teacher-forced) with the cache that random exits leave behind. For every
 token the debt that it reads is known (moving average of the layers skipped below its own exit), and
 whether that exit agrees with full depth under an exact cache, as recorded. The loss per unit of
-debt is fitted by least squares through the origin, on-policy = recorded · (1 − c · debt), and its
-interval bootstrapped over documents. It is ``debt_loss`` of ``offramp/SequenceExit-v0``.
+debt is fitted by least squares, on-policy = recorded · (1 − c · debt^p), for the p of a grid that
+leaves the smallest squared error; the interval of c is bootstrapped over documents. The two are
+``debt_loss`` and ``debt_power`` of ``offramp/SequenceExit-v0``.
 
 The same documents show how well features of jumps are recomputed from a recording of every exit.
 
@@ -43,6 +44,11 @@ PROMPT = 32
 """Tokens of each document read at full depth first."""
 
 RESAMPLES = 2000
+
+POWERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+EDGES = (1e-9, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 1.0)
+"""Bins of debt in the table; tokens that read none are left out."""
 
 
 @dataclass
@@ -135,55 +141,53 @@ def follow_one(
 
 
 def fitted(seen: list[Token], rng: np.random.Generator) -> dict[str, Any]:
-    """The slope with its interval, and what there is by debt and by exit."""
-    document_N = np.array([token.document for token in seen])
-    debt_N = np.array([token.debt for token in seen])
-    recorded_N = np.array([token.recorded for token in seen])
-    found_N = np.array([token.found for token in seen])
-    exit_N = np.array([token.exit_index for token in seen])
-    count = document_N.max() + 1
-    x_N, y_N = recorded_N * debt_N, recorded_N - found_N
-    above_D = np.bincount(document_N, x_N * y_N, count)
-    below_D = np.bincount(document_N, x_N * x_N, count)
-    draws = rng.integers(count, size=(RESAMPLES, count))
-    slopes = above_D[draws].sum(1) / below_D[draws].sum(1)
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    bins = [binned(debt_N, recorded_N, found_N, edge) for edge in np.arange(0, 0.8, 0.1)]
-    by_exit = [
-        {
-            "exit": int(column),
-            "tokens": int((exit_N == column).sum()),
-            "recorded": float(recorded_N[exit_N == column].mean()),
-            "found": float(found_N[exit_N == column].mean()),
-            "slope": float(
-                (x_N * y_N)[exit_N == column].sum() / max(1e-9, (x_N * x_N)[exit_N == column].sum())
-            ),
-        }
-        for column in np.unique(exit_N)
+    """The slopes with their intervals, and what there is by debt and by exit."""
+    columns = [
+        [getattr(token, name) for token in seen]
+        for name in ("document", "debt", "recorded", "found", "exit_index")
     ]
+    document_N, debt_N, recorded_N, found_N, exit_N = map(np.array, columns)
+    draws = rng.integers(document_N.max() + 1, size=(RESAMPLES, document_N.max() + 1))
+    powers = [slope(document_N, debt_N, recorded_N, found_N, p, draws) for p in POWERS]
+    bins = [
+        mean_of(debt_N, recorded_N, found_N, (debt_N >= low) & (debt_N < high))
+        for low, high in itertools.pairwise(EDGES)
+    ]
+    exits = {int(e): mean_of(debt_N, recorded_N, found_N, exit_N == e) for e in np.unique(exit_N)}
+    best = min(powers, key=lambda each: each["squared_error"])
+    sizes = {"documents": int(document_N.max() + 1), "tokens": len(seen)}
+    return {**best, **sizes, "powers": powers, "by_debt": bins, "by_exit": exits}
+
+
+def slope(
+    document_N: NDArray[Any],
+    debt_N: NDArray[Any],
+    recorded_N: NDArray[Any],
+    found_N: NDArray[Any],
+    power: float,
+    draws: NDArray[Any],
+) -> dict[str, float]:
+    """Least squares of recorded − found = c · recorded · debt^power."""
+    x_N, y_N = recorded_N * debt_N**power, recorded_N - found_N
+    above_D, below_D = np.bincount(document_N, x_N * y_N), np.bincount(document_N, x_N * x_N)
+    low, high = np.percentile(above_D[draws].sum(1) / below_D[draws].sum(1), [2.5, 97.5])
+    loss = float(above_D.sum() / below_D.sum())
     return {
-        "debt_loss": float(above_D.sum() / below_D.sum()),
+        "debt_power": power,
+        "debt_loss": loss,
         "low": float(low),
         "high": float(high),
-        "documents": int(count),
-        "tokens": len(seen),
-        "by_debt": [each for each in bins if each["tokens"]],
-        "by_exit": by_exit,
+        "squared_error": float(((y_N - loss * x_N) ** 2).sum()),
     }
 
 
-def binned(
-    debt_N: NDArray[Any], recorded_N: NDArray[Any], found_N: NDArray[Any], edge: float
-) -> dict[str, Any]:
-    inside_N = (debt_N >= edge) & (debt_N < edge + 0.1)
-    if not inside_N.any():
-        return {"tokens": 0}
-    return {
-        "debt": float(debt_N[inside_N].mean()),
-        "tokens": int(inside_N.sum()),
-        "recorded": float(recorded_N[inside_N].mean()),
-        "found": float(found_N[inside_N].mean()),
-    }
+def mean_of(
+    debt_N: NDArray[Any], recorded_N: NDArray[Any], found_N: NDArray[Any], inside_N: NDArray[Any]
+) -> dict[str, float]:
+    tokens = int(inside_N.sum())
+    columns = {"debt": debt_N, "recorded": recorded_N, "found": found_N}
+    means = {name: float(each[inside_N].sum() / max(1, tokens)) for name, each in columns.items()}
+    return {"tokens": tokens, **means}
 
 
 def jumps(
@@ -229,13 +233,18 @@ def recorded(
 
 
 def show(machine: str, fit: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
-    console = Console()
-    slope = f"debt_loss {fit['debt_loss']:.4f} [{fit['low']:.4f}, {fit['high']:.4f}]"
-    title = f"{slope}; {fit['documents']} documents, {fit['tokens']} tokens; {machine}"
-    table = Table("debt", "tokens", "recorded", "on-policy", title=title)
+    console = Console(width=100)
+    console.print(f"{fit['documents']} documents, {fit['tokens']} tokens; {machine}")
+    table = Table("power", "loss", "low", "high", "squared error")
+    for row in fit["powers"]:
+        table.add_row(*(f"{value:.4f}" for value in row.values()))
+    console.print(table)
+    loss, power = fit["debt_loss"], fit["debt_power"]
+    table = Table("debt", "tokens", "recorded", "on-policy", "model")
     for row in fit["by_debt"]:
-        shares = [f"{row[name]:.3f}" for name in ("recorded", "found")]
-        table.add_row(f"{row['debt']:.2f}", str(row["tokens"]), *shares)
+        model = row["recorded"] * (1 - loss * row["debt"] ** power)
+        shares = [f"{each:.3f}" for each in (row["recorded"], row["found"], model)]
+        table.add_row(f"{row['debt']:.3f}", str(row["tokens"]), *shares)
     console.print(table)
     console.print(fit["by_exit"])
     table = Table("from", "to", "column", "mean error", "worst", "bias", "real mean", "real std")

@@ -12,7 +12,7 @@ import numpy as np
 from offramp.controller.energy import EnergyMethod
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
-from offramp.controller.prices import PARTS, SPAN_PARTS, Batch, Prices
+from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch, Prices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class CostTable:
         machine: What it was measured on: processor, system.
         batches: Every part, by rows, ascending from 1 (``view_of_one`` gives the view).
         spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
-        probes: Parts ``probe`` and ``build`` of every feature schema, by its name, by rows.
+        probes: Parts that depend on the feature schema, by its name, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
         dtype: Of the weights.
@@ -73,7 +73,7 @@ class CostTable:
         _require_batches("batches", self.batches, PARTS)
         _require_batches("spans", self.spans, SPAN_PARTS)
         for name, batches in self.probes.items():
-            _require_batches(f"probes of {name}", batches, ("probe", "build"))
+            _require_batches(f"probes of {name}", batches, PROBE_PARTS)
             if [each.size for each in batches] != [each.size for each in self.batches]:
                 raise ConfigError(f"probes of {name}", "are at other numbers of rows than the rest")
         for part in PARTS if self.batches else ():

@@ -19,13 +19,20 @@ SPAN_PARTS = ("layer", "head")
 """What is timed over several tokens of one row, as a verifying pass takes them."""
 
 
+LEAST_REPEATS = 6
+"""Fewer cannot give a 95 % interval of a median: the range of five holds it 94 % of the time."""
+
+PROBE_PARTS = ("probe", "policy", "build")
+"""What is timed of every feature schema."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """One part at one number of rows, timed again and again.
 
     Attributes:
         median_s: Median seconds.
-        low_s, high_s: 95 % interval of the median.
+        low_s, high_s: 95 % interval of the median; below ``LEAST_REPEATS`` only their range.
         joules: Energy by the table's method; None where unknown.
         repeats: Timings it rests on.
     """
@@ -83,8 +90,8 @@ class Prices:
         layers: Number of layers L of the model.
         layer_s: Seconds of one decoder layer.
         head_s: Final norm, LM head and argmax over all the launch's tokens.
-        probe_s: One probe at an exit.
-        policy_s: One decision for all rows.
+        probe_s: One probe at an exit; where probe and decision are one compiled call, that call.
+        policy_s: The rest of one question to the policy, for all rows: with ``probe_s``, all of it.
         fill_s: Filling the KV of one skipped layer.
         step_s: What a launch pays besides (embedding, rotary, bookkeeping).
         build_s: Preparing the probe: paid once per token if its policy reads a probe at all.

@@ -17,10 +17,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from offramp.controller.prices import PARTS, SPAN_PARTS
+from offramp.controller.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS
 
 if TYPE_CHECKING:
-    from offramp.agents.evaluate import EvaluationRow
+    from offramp.agents.evaluation.rows import EvaluationRow
     from offramp.agents.tuning.quality import TuneReport
     from offramp.controller.costs import CostTable
     from offramp.controller.prices import Batch
@@ -121,7 +121,7 @@ def costs_table(costs: CostTable) -> Table:
     for part in PARTS:
         table.add_row(part, *_timings(costs.batches, part))
     for name in sorted(set(costs.probes) - {costs.schema}):
-        for part in ("probe", "build"):
+        for part in PROBE_PARTS:
             table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
     return table
 
@@ -140,7 +140,8 @@ def spans_table(costs: CostTable) -> Table:
 def _timings(batches: Sequence[Batch], part: str) -> list[str]:
     timings = [batch.parts[part] for batch in batches]
     return [
-        f"{each.median_s * 1e6:.1f} " + ("±?" if each.repeats < 6 else f"±{each.half_width:.0%}")
+        f"{each.median_s * 1e6:.1f} "
+        + ("±?" if each.repeats < LEAST_REPEATS else f"±{each.half_width:.0%}")
         for each in timings
     ]
 

@@ -86,9 +86,11 @@ class Actions:
             actions_B: Checked actions.
         """
         if not self.is_jump:
-            return here_B + (GO_ON + LEAVE - actions_B)
+            next_B: IndexArray = here_B + (LEAVE - actions_B)
+            return next_B
         ahead_B = np.maximum(self._ahead_A[actions_B], here_B < 0)
-        return np.minimum(here_B + ahead_B, self._exits)
+        target_B: IndexArray = np.minimum(here_B + ahead_B, self._exits)
+        return target_B
 
     def masks(self, here_B: IndexArray) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [B, A]; each step has one."""

@@ -17,8 +17,9 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import ActionKind, Actions
 from offramp.envs.batch import Finals, IndexArray, StepBatch
+from offramp.envs.pairs import schema_of
 from offramp.envs.qualities import Quality
-from offramp.envs.tariff import ENERGY, LATENCY, Tariff, require_same_model
+from offramp.envs.tariff import ENERGY, LATENCY, Tariff, costs_for
 from offramp.envs.tokens import TokenTraces
 from offramp.envs.walk import Walk
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
@@ -71,7 +72,7 @@ class TokenExitCore:
         ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
-        check_arguments(traces, costs, num_envs)
+        costs = checked_costs(traces, costs, num_envs)
         exits = traces.header.exits
         tariff = Tariff.of(costs, exits)
         self.num_envs = num_envs
@@ -189,18 +190,25 @@ def checked_tokens(tokens: ArrayLike, count: int) -> IndexArray:
     return values
 
 
-def check_arguments(traces: TokenTraces, costs: CostTable, num_envs: int) -> None:
-    """What every core asks of its arguments.
+def checked_costs(traces: TokenTraces, costs: CostTable, num_envs: int) -> CostTable:
+    """What every core asks of its arguments; the costs under the probe that was recorded.
 
     Raises:
-        ConfigError: no episode, or costs of another model.
-        TraceError: a feature that is NaN or beyond the declared bounds.
+        ConfigError: no episode, or costs of another model or other probes.
+        TraceError: an unknown schema, or a feature that is NaN or beyond the declared bounds.
     """
     if num_envs < 1:
         raise ConfigError("num_envs", f"{num_envs} is below 1")
-    require_same_model(costs, traces.header)
+    header, schema = traces.header, schema_of(traces.header)
+    if traces.features_NEF.shape[2] != schema.width:
+        raise TraceError(
+            "features_NEF",
+            f"have {traces.features_NEF.shape[2]} columns, {schema.name!r} has {schema.width}",
+            "Record them again",
+        )
     largest = max(traces.features_NEF.max(), -traces.features_NEF.min())
     if not largest <= FEATURE_LIMIT:
         raise TraceError(
             "features_NEF", f"reach {largest}, beyond ±{FEATURE_LIMIT:g}", "Record them again"
         )
+    return costs_for(costs, header.model, header.layers, schema.name)

@@ -21,6 +21,7 @@ from offramp.envs.batch import RewardArray
 from offramp.envs.live import LiveSession, LiveToken, Moment, Question
 from offramp.envs.meter import TokenMeter
 from offramp.envs.spaces import box_of, checked_options, reward_box
+from offramp.envs.tariff import costs_for
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
 
 LIVE_QUALITIES = ("agreement", "label")
@@ -142,8 +143,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
         session = open_session()
         self._session = session
         self._meter = TokenMeter(
-            costs,
-            session.model,
+            costs_for(costs, session.model, session.layers, session.schema.name),
             session.exits,
             session.layers,
             rider_share=rider_share,

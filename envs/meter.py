@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.costs import CostTable
-from offramp.controller.errors import ConfigError
 from offramp.envs.batch import RewardArray
 from offramp.envs.riders import Riders, added_by_riders
 from offramp.envs.tariff import Tariff
@@ -20,8 +19,7 @@ class TokenMeter:
     """The bill of one row at batch 1.
 
     Args:
-        costs: Measured costs of the model that decodes.
-        model: Its fingerprint.
+        costs: Measured costs of the model that decodes, under the probe that is asked with.
         exits: Layers after which tokens can leave.
         layers: Its number of layers.
         rider_share: What a put-off token adds to a layer; None reads the table's spans.
@@ -32,24 +30,18 @@ class TokenMeter:
         probes: Probes made of the present token.
 
     Raises:
-        ConfigError: the costs are of another model, or do not price put-off tokens.
+        ConfigError: the costs do not price put-off tokens.
     """
 
     def __init__(
         self,
         costs: CostTable,
-        model: str,
         exits: tuple[int, ...],
         layers: int,
         *,
         rider_share: float | None,
         max_pending: int | None,
     ) -> None:
-        if costs.layers != layers:
-            raise ConfigError(
-                "costs", f"are of a model with {costs.layers} layers, not {layers}", "Measure it"
-            )
-        costs.require_model(model)
         self._tariff = Tariff.of(costs, exits, fills=max_pending is None)
         self.objectives = self._tariff.objectives
         self._layers = (*exits, layers)

@@ -123,17 +123,22 @@ def _compared(
 
 
 def _cosine(way_NK: FloatArray, state_NED: HalfArray | None, before: int, here: int) -> FloatArray:
+    cosine_N: FloatArray
     if state_NED is None or before == 0:
-        return way_NK.prod(-1)
+        cosine_N = way_NK.prod(-1)
+        return cosine_N
     now_ND, last_ND = (state_NED[:, each].astype(np.float32) for each in (here, before - 1))
     lengths_N = np.linalg.norm(now_ND, axis=-1) * np.linalg.norm(last_ND, axis=-1)
-    cosine_N: FloatArray = np.einsum("nd,nd->n", now_ND, last_ND)
-    return cosine_N / np.maximum(lengths_N, np.float32(SMALLEST))
+    cosine_N = np.einsum("nd,nd->n", now_ND, last_ND)
+    cosine_N /= np.maximum(lengths_N, np.float32(SMALLEST))
+    return cosine_N
 
 
 def _agrees(way_NK: FloatArray, token_NE: IntArray, before: int, here: int) -> FloatArray:
     if before == 0:
         return np.zeros(len(way_NK), np.float32)  # a first probe agrees with nothing
     changes_N = (way_NK == 0).sum(-1)
+    agrees_N: FloatArray
     same_N = token_NE[:, here] == token_NE[:, before - 1]
-    return ((changes_N == 0) | ((changes_N > 1) & same_N)).astype(np.float32)
+    agrees_N = ((changes_N == 0) | ((changes_N > 1) & same_N)).astype(np.float32)
+    return agrees_N

@@ -19,7 +19,13 @@ from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.qualities import Quality
-from offramp.envs.sequence_core import DEBT_LOSS, MAX_PENDING, DebtMode, SequenceExitCore
+from offramp.envs.sequence_core import (
+    DEBT_LOSS,
+    DEBT_POWER,
+    MAX_PENDING,
+    DebtMode,
+    SequenceExitCore,
+)
 from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
 from offramp.envs.tokens import TokenTraces
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
@@ -179,6 +185,7 @@ class SequenceExitVecEnv(CoreVecEnv):
         horizon: int = 64,
         kv_mode: DebtMode = "project",
         debt_loss: float = DEBT_LOSS,
+        debt_power: float = DEBT_POWER,
         max_pending: int = MAX_PENDING,
         rider_share: float | None = None,
         rows: tuple[int, ...] = (1,),
@@ -197,6 +204,7 @@ class SequenceExitVecEnv(CoreVecEnv):
             horizon=horizon,
             kv_mode=kv_mode,
             debt_loss=debt_loss,
+            debt_power=debt_power,
             max_pending=max_pending,
             rider_share=rider_share,
             rows=rows,

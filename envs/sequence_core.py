@@ -7,6 +7,7 @@ reward vector.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +19,7 @@ from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs.actions import ActionKind, Actions
 from offramp.envs.batch import Finals, IndexArray, RewardArray, StepBatch
-from offramp.envs.core import check_arguments, checked_tokens
+from offramp.envs.core import checked_costs, checked_tokens
 from offramp.envs.history import ACTIVE, PENDING, History
 from offramp.envs.qualities import Quality
 from offramp.envs.riders import Riders, added_by_riders
@@ -30,8 +31,11 @@ from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
 
 DebtMode = Literal["project", "defer"]
 
-DEBT_LOSS = 0.05
-"""Share of its quality that a token loses per unit of debt, under projected keys and values."""
+DEBT_LOSS, DEBT_POWER = 0.215, 0.5
+"""Under projected keys and values a token loses loss · debt^power of its quality.
+
+Fitted on-policy to the reference model (benchmarks/debt.py; docs/environments.md has the fit).
+"""
 
 MAX_PENDING = 8
 """Tokens a row may put off, by default; the engine's default, too."""
@@ -49,7 +53,7 @@ class SequenceExitCore:
         num_envs: Number B of parallel episodes.
         horizon: Tokens of an episode at most.
         kv_mode: ``project`` or ``defer``.
-        debt_loss: Of ``project``: share of its quality that a token loses per unit of debt.
+        debt_loss, debt_power: Of ``project``: a token loses loss · debt^power of its quality.
         max_pending: Of ``defer``: tokens that may be put off.
         rider_share: Of ``defer``: what a put-off token adds to a layer, as a share of a layer;
             None reads it off the cost table's spans.
@@ -76,6 +80,7 @@ class SequenceExitCore:
         horizon: int = 64,
         kv_mode: DebtMode = "project",
         debt_loss: float = DEBT_LOSS,
+        debt_power: float = DEBT_POWER,
         max_pending: int = MAX_PENDING,
         rider_share: float | None = None,
         rows: tuple[int, ...] = (1,),
@@ -88,8 +93,8 @@ class SequenceExitCore:
         ends: bool = False,
         energy_range: Range | None = None,
     ) -> None:
-        check_arguments(traces, costs, num_envs)
-        _check_mode(kv_mode, debt_loss, max_pending, rows)
+        costs = checked_costs(traces, costs, num_envs)
+        _check_mode(kv_mode, (debt_loss, debt_power), max_pending, rows)
         header = traces.header
         is_deferred = kv_mode == "defer"
         tariffs = [Tariff.of(costs, header.exits, each, fills=not is_deferred) for each in rows]
@@ -105,7 +110,7 @@ class SequenceExitCore:
             self._riders = Riders(header.exits, header.layers, max_pending, added_MO, num_envs)
         self.num_columns = self._walk.width + OUTLOOK_V1.width + len(self.weights.names)
         self._autoreset = autoreset
-        self._debt_loss = 0.0 if is_deferred else debt_loss
+        self._debt_loss, self._debt_power = 0.0 if is_deferred else debt_loss, debt_power
         self._max_pending = max_pending
         self._active_C = np.array(rows, np.float64) / max(rows)
         self._sequences = Sequences(traces, horizon)
@@ -193,7 +198,8 @@ class SequenceExitCore:
     def _settle(self, place_K: IndexArray, column_K: IndexArray) -> RewardArray:
         """Tokens that came out at a column: note them, and return their qualities."""
         token_K = self._walk.token_B[place_K]
-        kept_K = 1 - self._debt_loss * self._history.debt_BE1[place_K, column_K]
+        debt_K = self._history.debt_BE1[place_K, column_K]
+        kept_K = 1 - self._debt_loss * debt_K**self._debt_power
         agree_K = kept_K * self._agree_NE1[token_K, column_K]
         layer_K = self._layer_E1[column_K]
         sums_B4 = self._sums_B4
@@ -270,11 +276,15 @@ class SequenceExitCore:
         return Finals(place_K, self._seen_BD[place_K], info)
 
 
-def _check_mode(kv_mode: str, debt_loss: float, max_pending: int, rows: tuple[int, ...]) -> None:
+def _check_mode(
+    kv_mode: str, debt: tuple[float, float], max_pending: int, rows: tuple[int, ...]
+) -> None:
     if kv_mode not in get_args(DebtMode):
         raise ConfigError("kv_mode", f"{kv_mode!r} is unknown here", "Use project or defer")
-    if not 0 <= debt_loss <= 1:
-        raise ConfigError("debt_loss", f"{debt_loss} is not from 0 to 1", "Give a share of quality")
+    if not 0 <= debt[0] <= 1:
+        raise ConfigError("debt_loss", f"{debt[0]} is not from 0 to 1", "Give a share of quality")
+    if not 0 < debt[1] < math.inf:
+        raise ConfigError("debt_power", f"{debt[1]} is no positive power", "Use 1 for a line")
     if max_pending < 1:
         raise ConfigError("max_pending", f"{max_pending} is below 1")
     if not rows or min(rows) < 1:

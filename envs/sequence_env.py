@@ -7,7 +7,13 @@ from pathlib import Path
 from offramp.controller.costs import CostTable
 from offramp.envs.actions import ActionKind
 from offramp.envs.qualities import Quality
-from offramp.envs.sequence_core import DEBT_LOSS, MAX_PENDING, DebtMode, SequenceExitCore
+from offramp.envs.sequence_core import (
+    DEBT_LOSS,
+    DEBT_POWER,
+    MAX_PENDING,
+    DebtMode,
+    SequenceExitCore,
+)
 from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
 from offramp.envs.tokens import TokenTraces
@@ -52,13 +58,13 @@ class SequenceExitEnv(CoreEnv):
     with quality and cost as of ``TokenExitEnv``, but for what debt does to them:
 
     - ``kv_mode="project"``: the traces were decoded with an exact cache, which exits do not leave.
-      Every quality, full depth's too, is multiplied by 1 − c · D, where c is ``debt_loss`` and D
-      the debt that this token reads: the moving average (0.9) of the layers skipped *below the
-      exit where it leaves*, over all layers. At the first exit D is 0, since every token ran the
-      layers up to there; at full depth it is the debt observed. This is a *model*: linear, blind
-      to attention and to what is further back than some ten tokens, and the features stay those
-      of the exact cache. Its one number is fitted on-policy (``benchmarks/debt.py``;
-      docs/environments.md has the fit and its errors).
+      Every quality, full depth's too, is multiplied by 1 − c · D^p, where c is ``debt_loss``, p
+      ``debt_power`` and D the debt that this token reads: the moving average (0.9) of the layers
+      skipped *below the exit where it leaves*, over all layers. At the first exit D is 0, since
+      every token ran the layers up to there; at full depth it is the debt observed. This is a
+      *model*: blind to attention and to what is further back than some ten tokens, and the
+      features stay those of the exact cache. Its two numbers are fitted on-policy
+      (``benchmarks/debt.py``; docs/environments.md has the fit and its errors).
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
       that left after layer e is put off, and runs its deeper layers with the row's next token
       that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
@@ -93,7 +99,7 @@ class SequenceExitEnv(CoreEnv):
     ## Arguments
 
     - ``horizon``: tokens of an episode at most.
-    - ``kv_mode``, ``debt_loss``, ``max_pending``, ``rider_share``: see Reward.
+    - ``kv_mode``, ``debt_loss``, ``debt_power``, ``max_pending``, ``rider_share``: see Reward.
     - ``rows``: numbers of rows in the batch, one drawn per episode; the cost table must hold them.
     - all others: as of ``TokenExitEnv``.
 
@@ -119,7 +125,7 @@ class SequenceExitEnv(CoreEnv):
     >>> costs = CostTable(layer_s=1.0, head_s=2.0, probe_s=0.0, policy_s=0.0, fill_s=0.0,
     ...                   step_s=0.0, layers=8, machine="example")
     >>> env = gym.make("offramp/SequenceExit-v0", traces=traces, costs=costs, horizon=2,
-    ...                debt_loss=0.5, lambda_range=(1, 1))
+    ...                debt_loss=0.5, debt_power=1, lambda_range=(1, 1))
     >>> obs, info = env.reset(seed=0)
     >>> obs.shape, info["action_mask"].tolist()
     ((20,), [1, 1, 1])
@@ -150,6 +156,7 @@ class SequenceExitEnv(CoreEnv):
         horizon: int = 64,
         kv_mode: DebtMode = "project",
         debt_loss: float = DEBT_LOSS,
+        debt_power: float = DEBT_POWER,
         max_pending: int = MAX_PENDING,
         rider_share: float | None = None,
         rows: tuple[int, ...] = (1,),
@@ -168,6 +175,7 @@ class SequenceExitEnv(CoreEnv):
             horizon=horizon,
             kv_mode=kv_mode,
             debt_loss=debt_loss,
+            debt_power=debt_power,
             max_pending=max_pending,
             rider_share=rider_share,
             rows=rows,

@@ -10,17 +10,24 @@ from typing import Any, Protocol
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import Actions
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import FEATURE_LIMIT
-from offramp.envs.weights import Weights, largest_log
+from offramp.envs.weights import largest_log
 
 OPTIONS = {"token": "tokens", "lambda": "lambdas", "mu": "mus"}
 """Names that Gymnasium's reset options have as arguments of a core's ``reset``."""
+
+
+class Weighed(Protocol):
+    """What observations end with: the logarithms of these weights."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 class Core(Protocol):
@@ -29,10 +36,19 @@ class Core(Protocol):
     num_envs: int
     num_columns: int
     actions: Actions
-    weights: Weights
     objectives: tuple[str, ...]
 
-    def reset(self, seed: int | np.random.Generator | None = None, **start: Any) -> FloatArray:
+    @property
+    def weights(self) -> Weighed: ...  # noqa: D102
+
+    def reset(
+        self,
+        seed: int | np.random.Generator | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+        lambdas: ArrayLike | None = None,
+        mus: ArrayLike | None = None,
+    ) -> FloatArray:
         """Start B episodes: observations [B, D]."""
         ...
 
@@ -55,7 +71,7 @@ def observation_space(core: Core) -> spaces.Box[np.float32]:
     return box_of(core.num_columns - len(core.weights.names), core.weights)
 
 
-def box_of(columns: int, weights: Weights) -> spaces.Box[np.float32]:
+def box_of(columns: int, weights: Weighed) -> spaces.Box[np.float32]:
     """That many columns, then logarithms of the weights.
 
     The bounds are the same for every trace and preference range, so that a policy trained on one

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.prices import PARTS, Prices
-from offramp.controller.traces import TraceHeader
 
 Float64Array = NDArray[np.float64]
 Unit = Literal["s", "j"]
@@ -93,16 +92,20 @@ def full_of(prices: Prices, unit: Unit) -> float:
     return full
 
 
-def require_same_model(costs: CostTable, header: TraceHeader) -> None:
-    """Costs and traces must be of one model.
+def costs_for(costs: CostTable, model: str, layers: int, schema: str) -> CostTable:
+    """The costs of a model under the probe of a schema (its name).
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are of another model, or hold no such probe. A table of constants fits
+            any schema, and any model of as many layers.
     """
-    if costs.layers != header.layers:
+    if costs.layers != layers:
         raise ConfigError(
             "costs",
-            f"are of a model with {costs.layers} layers, the traces of {header.layers}",
+            f"are of a model with {costs.layers} layers, not of one with {layers}",
             "Measure the model that was recorded",
         )
-    costs.require_model(header.model)
+    costs.require_model(model)
+    if costs.schema in ("", schema):
+        return costs
+    return costs.with_probe(schema)

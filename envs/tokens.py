@@ -6,7 +6,8 @@ Shape suffixes: N tokens, E exits, F feature columns, S softmax columns, D model
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -123,19 +124,15 @@ class TokenTraces:
         new_index[kept] = np.arange(len(kept), dtype=np.int32)
         document_N = new_index[self.document_N]
         rows = document_N >= 0
-        return TokenTraces(
-            header=self.header,
-            features_NEF=self.features_NEF[rows],
-            softmax_NES=self.softmax_NES[rows],
-            exit_token_NE=self.exit_token_NE[rows],
-            agree_NE=self.agree_NE[rows],
-            gap_NE=self.gap_NE[rows],
-            right_NE=self.right_NE[rows],
-            full_right_N=self.full_right_N[rows],
-            position_N=self.position_N[rows],
-            document_N=document_N[rows],
+        names = (each.name for each in fields(self))
+        arrays = {name: getattr(self, name) for name in names}
+        kept_rows: dict[str, Any] = {
+            name: array[rows] for name, array in arrays.items() if isinstance(array, np.ndarray)
+        }
+        return replace(
+            self,
+            **kept_rows | {"document_N": document_N[rows]},
             documents=tuple(self.documents[i] for i in kept),
-            state_NED=None if self.state_NED is None else self.state_NED[rows],
         )
 
     def quality(self, kind: Quality) -> FloatArray:

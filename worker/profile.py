@@ -16,7 +16,7 @@ import torch
 from offramp.controller.costs import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import PARTS, SPAN_PARTS, Batch
+from offramp.controller.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import Clock, clocked, most_tokens
@@ -62,7 +62,7 @@ def measure_costs(
     """
     config = _fitted(config or ProfileConfig(), engine)
     samples = Samples()
-    with clocked(engine) as clock, metered(engine) as energy:
+    with clocked(engine) as clock, metered(engine, clock) as energy:
         rounds = Rounds(engine, clock, candidates_VK, config, samples)
         rounds.warm_up()
         start = time.perf_counter()
@@ -113,7 +113,7 @@ def _table(
         batches=by_rows,
         spans=batches("tokens", config.tokens, SPAN_PARTS),
         probes={
-            schema.name: batches(schema.name, config.rows, ("probe", "build"))
+            schema.name: batches(schema.name, config.rows, PROBE_PARTS)
             for schema in SCHEMAS.values()
         },
         schema=CANDIDATES_V1.name,

@@ -18,7 +18,7 @@ from offramp.controller.errors import (
     RegistryUnavailableError,
 )
 from offramp.controller.manifest import Manifest
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.controller.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.trust import Mark, ReleaseVerifier
 from offramp.controller.weights import MAX_BLOB_BYTES, digest_of
@@ -124,7 +124,7 @@ class PolicyRefresher:
         state_dir: Path,
         worker_id: str,
         poll_s: float = POLL_S,
-        prepare: Callable[[ExitPolicy], None] = lambda _: None,
+        prepare: Callable[[Policy], None] = lambda _: None,
     ) -> None:
         self.current: PolicySnapshot = FULL_DEPTH
         self._registry = registry
@@ -275,7 +275,9 @@ class PolicyRefresher:
         self._mark_lost = False
         with self._swapping:
             self._tripped = ""
-            self.current = PolicySnapshot(manifest.generation, manifest.digest, policy)
+            self.current = PolicySnapshot(
+                manifest.generation, manifest.digest, policy, manifest.certificate
+            )
 
     def _ack(self, state: AckState, reason: str) -> Ack:
         return Ack(

@@ -40,10 +40,12 @@ def first_agreeing(traces: TokenTraces) -> IndexArray:
     return np.asarray(np.argmax(traces.quality("agreement") > 0, axis=1))
 
 
-def plan_of(traces: TokenTraces) -> PlannedExit:
+def plan_of(traces: TokenTraces, prompt_tokens: int = 1) -> PlannedExit:
     """The oracle of one document's tokens as a policy: its n-th token leaves where planned.
 
     Args:
-        traces: Tokens of one document, in order, from the first that is decoded.
+        traces: Tokens of one document, in order, from its first.
+        prompt_tokens: Tokens read as a prompt; the last one's row gives step 0.
     """
-    return PlannedExit(exits=traces.header.exits, plan_T=first_agreeing(traces))
+    plan_T = first_agreeing(traces)[prompt_tokens - 1 :]
+    return PlannedExit(exits=traces.header.exits, plan_T=plan_T)

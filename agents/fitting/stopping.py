@@ -13,7 +13,8 @@ from offramp.agents.pricing import leaving
 from offramp.controller.costs import CostTable
 from offramp.controller.features import SCHEMAS, IntArray
 from offramp.controller.rules.stopping import StoppingPolicy, terms
-from offramp.envs.tokens import Quality, TokenTraces
+from offramp.envs.qualities import Quality
+from offramp.envs.tokens import TokenTraces
 
 RIDGE = 1.0
 """Penalty on squared coefficients, per token: one token's worth of shrinkage."""

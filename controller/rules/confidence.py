@@ -20,7 +20,7 @@ from offramp.controller.strict import COUNT, NUMBER
 class EntropyExit:
     """Leave when the entropy of the exit's distribution is below a threshold.
 
-    Xin et al. 2020 (DeeBERT), section 3.2 and algorithm 1: exit at the first off-ramp whose entropy
+    Xin et al. 2020 (DeeBERT), section 3 and algorithm 1: exit at the first off-ramp whose entropy
     is below S. Theirs is in nats; ours is divided by ln V, or ln k with a schema of k tokens.
 
     Attributes:
@@ -50,7 +50,7 @@ class EntropyExit:
 class PatienceExit:
     """Leave when the exits have agreed on the best token often enough in a row.
 
-    Zhou et al. 2020 (BERT Loses Patience), section 3.2: a counter rises by one whenever an exit's
+    Zhou et al. 2020 (BERT Loses Patience), section 3: a counter rises by one whenever an exit's
     prediction is that of the exit before, falls to 0 otherwise, and the row leaves when it reaches
     the patience t. Only exits at which we ask are counted.
 

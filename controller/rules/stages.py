@@ -25,9 +25,9 @@ NEVER = 2.0
 class StageThresholds:
     """Leave at exit e when a column reaches that exit's own threshold, else be rejected onwards.
 
-    Valade, Hebiri and Gay 2024 (EERO), section 3: each exit is a classifier with a reject option
-    that keeps the share of instances whose score is highest. How the shares come from a budget is
-    ``agents/fitting/budget.py``.
+    Valade, Hebiri and Gay 2024 (EERO, arXiv 2402.03779): each exit is a classifier with a reject
+    option that keeps the share of instances whose score is highest. How the shares come from a
+    budget is ``agents/fitting/budget.py``.
 
     Attributes:
         exits: Layers to ask after, ascending.

@@ -13,6 +13,7 @@ from offramp.controller.cost_file import save_costs
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
+from offramp.controller.prices import LEAST_REPEATS
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
     Device,
@@ -29,7 +30,7 @@ from offramp.deploy.settings import Settings
 from offramp.worker.actor import WorkerSpec, load_engine
 from offramp.worker.config import EngineConfig
 from offramp.worker.loading import layers_and_vocab
-from offramp.worker.profile import measure_costs
+from offramp.worker.profile import Profile, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 
 
@@ -91,13 +92,20 @@ def profile(
         )
     save_costs(out, found.costs)
     _show(found.costs)
-    wide = ", ".join(f"{key.part} ({key.table} {key.size})" for key in found.loose)
-    if wide:
-        console.print(
-            f"[yellow]wider than ±{half_width:.0%}[/] after {found.rounds} rounds: {wide}",
-            soft_wrap=True,
-        )
+    _warn(found, half_width)
     console.print(f"{found.rounds} rounds in {found.seconds:.0f} s → {out}")
+
+
+def _warn(found: Profile, half_width: float) -> None:
+    """Say which intervals are not what was asked for."""
+    if found.rounds < LEAST_REPEATS:
+        warning = f"{found.rounds} rounds give no intervals: raise --limit-s or ask for fewer rows"
+    elif found.loose:
+        parts = ", ".join(f"{key.part} ({key.table} {key.size})" for key in found.loose)
+        warning = f"wider than ±{half_width:.0%} after {found.rounds} rounds: {parts}"
+    else:
+        return
+    console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
 
 
 def _show(costs: CostTable) -> None:

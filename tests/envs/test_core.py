@@ -224,7 +224,7 @@ def test_unusable_arguments_are_named(
 
 
 def test_costs_of_another_model_are_refused(traces: TokenTraces, costs: CostTable) -> None:
-    with pytest.raises(ConfigError, match="12 layers, the traces of 8"):
+    with pytest.raises(ConfigError, match="12 layers, not of one with 8"):
         TokenExitCore(traces, dataclasses.replace(costs, layers=12), num_envs=1)
 
 

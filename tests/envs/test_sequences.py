@@ -73,7 +73,7 @@ class Row:
             seconds += self.layer_s(riding) if self.kv_mode == "defer" else self.costs.layer_s
         if self.kv_mode == "project":
             seconds += (layers - depth) * self.costs.fill_s
-        kept = 1 - self.loss * self.read(depth) if self.kv_mode == "project" else 1.0
+        kept = 1 - self.loss * self.read(depth) ** 0.5 if self.kv_mode == "project" else 1.0
         quality = kept * float(self.traces.quality("agreement")[self.token, column])
         if self.kv_mode == "defer":
             self.open = [max(stands, depth) for stands in self.open]
@@ -111,7 +111,8 @@ def test_any_play_earns_and_sees_what_a_plain_loop_does(
     start = data.draw(st.integers(0, 59))
     paths = st.lists(st.integers(0, EXITS), min_size=1, max_size=5, unique=True).map(sorted)
     core = SequenceExitCore(
-        traces, costs, num_envs=1, horizon=horizon, kv_mode=mode, debt_loss=0.3, max_pending=2,
+        traces, costs, num_envs=1, horizon=horizon, kv_mode=mode, debt_loss=0.3, debt_power=0.5,
+        max_pending=2,
         rider_share=0.25, autoreset=False, lambda_range=(0.5, 0.5), quality="agreement",
         asks_first=True,
     )  # fmt: skip
@@ -304,6 +305,7 @@ def test_sb3_sees_the_cores_episodes(traces: TokenTraces, costs: CostTable) -> N
         ({"horizon": 0}, "horizon: 0 is below 1"),
         ({"kv_mode": "verify"}, "kv_mode: 'verify' is unknown here. Use project or defer"),
         ({"debt_loss": 1.5}, "debt_loss: 1.5 is not from 0 to 1"),
+        ({"debt_power": 0}, "debt_power: 0 is no positive power"),
         ({"max_pending": 0}, "max_pending: 0 is below 1"),
         ({"kv_mode": "defer"}, "rider_share: is needed"),
         ({"kv_mode": "defer", "rider_share": -0.1}, "rider_share: -0.1 is below 0"),

@@ -26,9 +26,9 @@ def batch(size: int, growth: float, parts: tuple[str, ...] = PARTS) -> Batch:
 def measured(model: str = "ab" * 32) -> CostTable:
     """Prices grow by a tenth a row, spans by a fifth a token; softmax probes cost a head."""
     batches = (batch(1, 0.1), batch(4, 0.1), batch(8, 0.1))
+    beside = {"policy": timing(0.5), "build": timing(0.25)}
     softmax = tuple(
-        Batch(size=each.size, parts={"probe": each.parts["head"], "build": timing(0.25)})
-        for each in batches
+        Batch(size=each.size, parts={"probe": each.parts["head"], **beside}) for each in batches
     )
     return CostTable(
         **view_of_one(batches),

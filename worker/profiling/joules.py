@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from offramp.controller.energy import EnergyMethod
-from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.prices import Timing
 from offramp.worker.energy import EnergyModel, open_meter
 from offramp.worker.energy.modelled import ModelledSource, weight_bytes
 from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.profiling.loop import PROCESSOR, Clock
+
+WHOLE_HEAD = "softmax"
+"""Name of the schemas whose probe reads the whole head."""
 
 
 @dataclass(slots=True)
@@ -40,14 +43,14 @@ class PartEnergy:
         """A part's timing with its joules."""
         if self.watts is None:
             return timing
-        reads_head = part == "probe" and table.startswith(SOFTMAX_V2.name)
+        reads_head = part == "probe" and table == WHOLE_HEAD
         read = self.bytes_by_part.get("head" if reads_head else part, 0)
         joules = self.watts * timing.median_s + self.per_byte * read
         return replace(timing, joules=joules)
 
 
 @contextmanager
-def metered(engine: AdaptiveEngine) -> Iterator[PartEnergy]:
+def metered(engine: AdaptiveEngine, clock: Clock) -> Iterator[PartEnergy]:
     """Read the engine's meter around a profile; what is yielded is complete afterwards."""
     energy = PartEnergy()
     meter = open_meter(engine)
@@ -55,7 +58,8 @@ def metered(engine: AdaptiveEngine) -> Iterator[PartEnergy]:
         busy, start = time.process_time(), time.perf_counter()
         yield energy
         cores = (time.process_time() - busy) / (time.perf_counter() - start)
-        _model(energy, engine, meter.source.model, cores)
+        # Processor time is the time of one busy core, however long it waited for it.
+        _model(energy, engine, meter.source.model, 1.0 if clock.kind == PROCESSOR else cores)
         return
     with meter.measure() as span:
         yield energy

@@ -4,11 +4,12 @@ Nothing is timed in isolation: an engine decodes, and a clock is put around the 
 anyway. A probe between two layers thus meets the caches that those layers leave, as it will in
 service.
 
-Shape suffixes: N rows, D width, F features.
+Shape suffixes: T tokens of one row, D width.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.engine import AdaptiveEngine
@@ -66,23 +65,13 @@ class Clock:
         self.calls.clear()
 
 
-class Timed:
-    """Something whose one method is timed, and that is otherwise itself."""
-
-    def __init__(self, inner: Any, method: str, part: str, clock: Clock) -> None:
-        self._inner = inner
-        setattr(self, method, clock.timed(part, getattr(inner, method)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
 @contextmanager
 def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
     """Time an engine's layers, heads, fills, and all that asking takes.
 
     ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
-    in which ``probe`` is contained.
+    in which ``probe`` is contained: reading the features, or, where probe and policy are one
+    compiled call, that call.
     """
     clock, decoder = Clock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
@@ -92,9 +81,11 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
         (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
         (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
-        (decoder.bench, "probe"): lambda *a: Timed(build_probe(*a), "features", "probe", clock),
+        (decoder.bench, "probe"): lambda *rest: _watched(
+            build_probe(*rest), ("features", "logit"), "probe", clock
+        ),
         (decoder.convener, "convene"): lambda *rest: [
-            Timed(asked, "ask", "ask", clock) for asked in convene(*rest)
+            _watched(asked, ("ask",), "ask", clock) for asked in convene(*rest)
         ],
     }
     with ExitStack() as restored:
@@ -104,43 +95,39 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
         yield clock
 
 
+def _watched(made: Any, methods: Sequence[str], part: str, clock: Clock) -> Any:
+    """An object with its methods timed, still of its own type: the engine looks at types."""
+    for name in methods:
+        if hasattr(made, name):
+            setattr(made, name, clock.timed(part, getattr(made, name)))
+    return made
+
+
 SILENT, STAY = -2, -1
 """What a policy does in a step: it has no exits; it is asked at each, and all rows stay."""
 
 
-class ScriptedPolicy:
-    """Decides as it is told, after paying for a decision.
+class Script:
+    """Makes a policy of the published kind do as it is told, at the price of its own decisions.
 
     Args:
-        inner: A policy of the size that is published; its opinion is not heard.
+        policy: Its exits and threshold are changed from step to step.
 
     Attributes:
-        act: ``SILENT``, ``STAY``, or the index of the exit at which all rows leave.
+        exits: At which it is asked.
     """
 
-    def __init__(self, inner: MlpPolicy) -> None:
-        self.schema = inner.schema
-        self.candidates_VK = inner.candidates_VK
-        self.act = STAY
-        self._inner = inner
-        self._asked = 0
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Those of the inner policy, unless it is silent."""
-        return () if self.act == SILENT else self._inner.exits
+    def __init__(self, policy: MlpPolicy) -> None:
+        self.policy = policy
+        self.exits = policy.exits
 
     def begin(self, act: int) -> None:
-        """Say what it does in the next step."""
-        self.act = act
-        self._asked = 0
-
-    def leave(self, features_NF: FloatArray) -> BoolArray:
-        """All rows, or none."""
-        self._inner.leave(features_NF)
-        leaves = self._asked == self.act
-        self._asked += 1
-        return np.full(len(features_NF), leaves, np.bool_)
+        """Say what it does in the next step: ``SILENT``, ``STAY``, or leave at exit ``act``."""
+        self.policy.exits = () if act == SILENT else self.exits
+        self.policy.threshold = math.inf
+        if act >= 0:
+            self.policy.exits = self.exits[act : act + 1]
+            self.policy.threshold = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +159,9 @@ class Step:
 def decode_steps(
     engine: AdaptiveEngine,
     clock: Clock,
-    policy: ScriptedPolicy,
+    script: Script,
     prompts: list[list[int]],
-    script: Sequence[int],
+    acts: Sequence[int],
 ) -> list[Step]:
     """Read prompts, then decode some steps of all of them together, each timed.
 
@@ -184,18 +171,18 @@ def decode_steps(
     Args:
         engine: Idle, in lock-step.
         clock: Around the engine's parts.
-        policy: Of all rows.
+        script: Of all rows' policy.
         prompts: One per row, all within the engine's slots.
-        script: What the policy does in each step.
+        acts: What the policy does in each step.
     """
-    sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(script)), ignore_eos=True)
-    requests = [engine.submit(p, sampling, policy, kv_mode="project") for p in prompts]
-    policy.begin(SILENT)
+    sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
+    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
+    script.begin(SILENT)
     while engine.is_prefilling:
         engine.step()
     steps = []
-    for act in script:
-        policy.begin(act)
+    for act in acts:
+        script.begin(act)
         clock.wipe()
         start = clock.now()
         engine.step()

@@ -19,7 +19,7 @@ from offramp.worker.profiling.loop import (
     SILENT,
     STAY,
     Clock,
-    ScriptedPolicy,
+    Script,
     Step,
     decode_steps,
     span_pass,
@@ -79,8 +79,8 @@ class Rounds:
     ) -> None:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
-        self.policies = {
-            schema.name: random_policy(schema, config.exits, candidates_VK)
+        self.scripts = {
+            schema.name: Script(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
         }
         rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ class Rounds:
             cell()
 
     def _cells(self) -> Iterator[Callable[[], None]]:
-        for rows, name in itertools.product(self.config.rows, self.policies):
+        for rows, name in itertools.product(self.config.rows, self.scripts):
             if name == CANDIDATES_V1.name:
                 yield partial(self._whole, rows)
             else:
@@ -126,7 +126,6 @@ class Rounds:
                 "layer": median(step.each("layer") for step in full),
                 "head": median(step.each("head") for step in full),
                 "step": median(step.rest_s for step in silent),
-                "policy": median(s.each("ask") - s.each("probe") for s in stays),
                 "fill": sum(step.parts_s["fill"] for step in fills) / skipped,
                 **self._asked(CANDIDATES_V1.name, rows, stays),
             },
@@ -137,6 +136,7 @@ class Rounds:
 
     def _asked(self, name: str, rows: int, stays: Sequence[Step]) -> dict[str, float]:
         parts = {part: median(step.each(part) for step in stays) for part in ("probe", "build")}
+        parts["policy"] = median(step.each("ask") - step.each("probe") for step in stays)
         self.samples.add(name, rows, parts)
         return parts
 
@@ -146,9 +146,9 @@ class Rounds:
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add("tokens", tokens, parts)
 
-    def _decode(self, rows: int, name: str, script: Sequence[int]) -> list[Step]:
-        policy = ScriptedPolicy(self.policies[name])
-        return decode_steps(self.engine, self.clock, policy, self.prompts[:rows], script)
+    def _decode(self, rows: int, name: str, acts: Sequence[int]) -> list[Step]:
+        script = self.scripts[name]
+        return decode_steps(self.engine, self.clock, script, self.prompts[:rows], acts)
 
 
 def whole_script(exits: int) -> list[int]:

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from offramp.controller.prices import Timing
+from offramp.controller.prices import LEAST_REPEATS, Timing
 
 CONFIDENCE = 0.95
-
-LEAST_VALUES = 6
-"""Fewer cannot give an interval of a median: the range of five holds it 94 % of the time."""
 
 
 class Key(NamedTuple):
@@ -56,7 +53,7 @@ class Samples:
         return [
             key
             for key, values in self._values.items()
-            if len(values) < LEAST_VALUES or self.timing(key).half_width > half_width
+            if len(values) < LEAST_REPEATS or self.timing(key).half_width > half_width
         ]
 
 
