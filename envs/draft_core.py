@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
+from offramp.envs.actions import Actions
 from offramp.envs.batch import Finals, IndexArray, StepBatch
 from offramp.envs.draft_tables import DraftActions, DraftPrices, DraftTables, require_same_model
 from offramp.envs.draft_view import COLUMNS, DraftView
@@ -67,12 +68,12 @@ class DraftExitCore:
         require_same_model(traces, costs)
         self.num_envs = num_envs
         self.num_columns = COLUMNS
-        self.objectives = ("tokens", "latency")
+        self.objectives: tuple[str, ...] = ("tokens", "latency")
         self.weights = Unweighed()
         self.exits = len(traces.header.exits)
         self.layers = traces.header.layers
         self.max_pending = max_pending
-        self.actions = DraftActions(self.exits)
+        self.actions: Actions = DraftActions(self.exits)
         self.tables = DraftTables.of(traces)
         self.prices = DraftPrices.of(costs, max_pending)
         self.set_rate(rate)

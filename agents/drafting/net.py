@@ -34,6 +34,9 @@ class DraftNets(nn.Module):
         hidden: Units of each hidden layer.
     """
 
+    uses_D: Tensor
+    mask_PA: Tensor
+
     def __init__(self, columns: int, exits: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.features, self.exits = SOFTMAX_V2.width, exits
@@ -84,7 +87,9 @@ class DraftPolicy(ActorCriticPolicy):  # type: ignore[misc]  # mypy skips stable
         super()._build(lr_schedule)
         self.action_net = nn.Identity()
         for net in (self.mlp_extractor.starter, self.mlp_extractor.router):
-            nn.init.orthogonal_(net[-1].weight, gain=0.01)
+            last = net[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.orthogonal_(last.weight, gain=0.01)
         self.optimizer = self.optimizer_class(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )

@@ -91,6 +91,6 @@ def _record(
         engine.stack, document.digest, [*prompt, *new], config.exits, table_VK, SOFTMAX_V2
     )
     kept = slice(len(prompt), None)
-    names = ("features_TEF", "softmax_TES", "exit_token_TE", "gap_TE")
-    names += ("position_T", "full_token_T", "next_token_T")
+    names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]
+    names += ["position_T", "full_token_T", "next_token_T"]
     return replace(whole, **{name: getattr(whole, name)[kept] for name in names})
