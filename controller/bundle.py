@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offramp.controller.certificate import Certificate
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.manifest import Manifest, Rollout
@@ -41,7 +42,7 @@ class PolicyBundle:
         training: Mapping[str, Any],
         metrics: Mapping[str, Any],
         created_at: float,
-        certificate: Mapping[str, Any] | None = None,
+        certificate: Certificate | None = None,
     ) -> PolicyBundle:
         """A trained policy that no publisher has released yet.
 
@@ -66,7 +67,7 @@ class PolicyBundle:
             shapes=packed.shapes,
             training=dict(training),
             metrics=dict(metrics),
-            certificate=None if certificate is None else dict(certificate),
+            certificate=certificate,
             created_at=created_at,
         )
         return cls(manifest, packed.blob)

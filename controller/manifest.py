@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
+from offramp.controller.certificate import Certificate
 from offramp.controller.errors import ConfigError
 from offramp.controller.kinds import KINDS
 from offramp.controller.strict import (
     COUNT,
     DIGEST,
+    FINGERPRINT,
     NUMBER,
     OBJECT,
     TEXT,
@@ -27,6 +28,9 @@ from offramp.controller.strict import (
 
 FORMAT_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""
+
+Guarantee = Literal["full depth", "certified", "uncertified"]
+"""Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Safetensors dtype and shape of each tensor, by name."""
@@ -65,7 +69,7 @@ class Manifest:
         shapes: Dtype and shape of each tensor in the blob.
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
-        certificate: The calibration's guarantee, or None if there is none.
+        certificate: The calibration's guarantee, of this very blob; None if there is none.
         rollout: Which requests it may serve. Workers refuse anything below 100 % for now.
         guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
         created_at: When it was signed, unix seconds.
@@ -88,12 +92,19 @@ class Manifest:
     shapes: Shapes
     training: dict[str, Any]
     metrics: dict[str, Any]
-    certificate: dict[str, Any] | None = None
+    certificate: Certificate | None = None
     rollout: Rollout = field(default_factory=Rollout)
     guardrails: dict[str, Any] = field(default_factory=dict)
     created_at: float
     expires_at: float | None = None
     rollback_of: int | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What stands behind it; a policy that never exits needs no certificate."""
+        if self.kind == "never":
+            return "full depth"
+        return "uncertified" if self.certificate is None else "certified"
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, no NaN; the same manifest, the same bytes.
@@ -104,6 +115,7 @@ class Manifest:
         # Only the top level is taken apart: asdict would also copy the free-form fields.
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["rollout"] = {"percent": self.rollout.percent, "salt": self.rollout.salt}
+        values["certificate"] = self.certificate and self.certificate.to_values()
         try:
             return canonical_json(values)
         except (TypeError, ValueError) as error:
@@ -124,11 +136,20 @@ class Manifest:
         values["exits"] = tuple(values["exits"])
         values["shapes"] = {k: (v[0], tuple(v[1])) for k, v in values["shapes"].items()}
         values["rollout"] = Rollout(**values["rollout"])
+        if values["certificate"] is not None:
+            values["certificate"] = Certificate.from_values(values["certificate"])
+            _require_own(values)
         return cls(**values)
 
 
-def _is_fingerprint(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]+", value) is not None
+def _require_own(values: dict[str, Any]) -> None:
+    """A certificate of another policy, model or tokenizer says nothing of this one."""
+    certificate = values["certificate"]
+    pairs = (("policy", "digest"), ("model", "model"), ("tokenizer", "tokenizer"))
+    for theirs, ours in pairs:
+        found = getattr(certificate, theirs)
+        if found != values[ours]:
+            refuse(f"the certificate is of {theirs} {found}, the manifest of {values[ours]}")
 
 
 def _is_exits(value: Any) -> bool:
@@ -153,8 +174,6 @@ def _is_rollout(value: Any) -> bool:
     return is_number(value["percent"]) and 0 <= value["percent"] <= 100 and is_text(value["salt"])
 
 
-_FINGERPRINT: Check = (_is_fingerprint, "lower-case hex digits")
-
 _FIELDS: dict[str, Check] = {
     "format_version": COUNT,
     "channel": TEXT,
@@ -164,8 +183,8 @@ _FIELDS: dict[str, Check] = {
     "exits": (_is_exits, "a list of layers from 1 on, ascending"),
     "params": OBJECT,
     "schema": or_null(DIGEST),
-    "model": _FINGERPRINT,
-    "tokenizer": _FINGERPRINT,
+    "model": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
     "digest": DIGEST,
     "size": COUNT,
     "shapes": (_is_shapes, "an object of [dtype, [lengths]]"),

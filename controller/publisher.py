@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offramp.controller.bundle import PolicyBundle
+from offramp.controller.certificate import Certificate
 from offramp.controller.errors import ConfigError
 from offramp.controller.ledger import Ledger
 from offramp.controller.manifest import Manifest, Rollout
@@ -77,7 +78,8 @@ class Publisher:
         tokenizer: str,
         training: Mapping[str, Any],
         metrics: Mapping[str, Any],
-        certificate: Mapping[str, Any] | None = None,
+        certificate: Certificate | None = None,
+        uncertified: bool = False,
         expires_in_s: float | None = None,
         rollout: Rollout | None = None,
         guardrails: Mapping[str, Any] | None = None,
@@ -91,16 +93,21 @@ class Publisher:
             training: Where the policy comes from.
             metrics: What was measured on held-out data.
             certificate: The calibration's guarantee, if there is one.
+            uncertified: Said of a policy that may exit and has no certificate; the release
+                records it among its metrics.
             expires_in_s: Seconds from now after which workers refuse it; None: never.
             rollout: Which requests it may serve; all by default.
             guardrails: Bounds at which a worker trips to full depth.
 
         Raises:
             PolicyRefusedError: no worker would take it; nothing was signed.
-            ConfigError: the ledger is behind the registry, or the manifest is unusable.
+            ConfigError: the ledger is behind the registry, the manifest is unusable, or
+                ``uncertified`` is not what the policy is.
             RegistryUnavailableError: the registry cannot be reached.
         """
         now = self._clock()
+        if uncertified:
+            metrics = {**metrics, "uncertified": True}
         bundle = PolicyBundle.draft(
             packed,
             model=model,
@@ -111,6 +118,7 @@ class Publisher:
             created_at=now,
         )
         bundle.policy()
+        require_said(bundle.manifest, uncertified)
         manifest = replace(
             bundle.manifest,
             expires_at=None if expires_in_s is None else now + expires_in_s,
@@ -230,3 +238,21 @@ class Publisher:
         if not good:
             raise ConfigError("rollback", f"no good release is older than {failed}")
         return good[-1]
+
+
+def require_said(manifest: Manifest, uncertified: bool) -> None:
+    """Refuse to release an uncertified policy without saying so, and to say so of any other.
+
+    Raises:
+        ConfigError: the policy may exit and has no certificate, or was wrongly said to have none.
+    """
+    if uncertified == (manifest.guarantee == "uncertified"):
+        return
+    if uncertified:
+        problem = f"was said of a policy that is {manifest.guarantee}"
+        raise ConfigError("uncertified", problem, "Leave it out")
+    raise ConfigError(
+        "certificate",
+        "the policy has none",
+        "Calibrate it (offramp calibrate) or say that it is uncertified (--uncertified)",
+    )

@@ -97,6 +97,11 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
+def is_fingerprint(value: Any) -> bool:
+    """Lower-case hex, of any length but none."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]+", value) is not None
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -124,5 +129,6 @@ COUNT: Check = (is_count, "an integer from 0 on")
 NUMBER: Check = (is_number, "a finite number")
 TEXT: Check = (is_text, "a string")
 DIGEST: Check = (is_digest, "64 lower-case hex digits")
+FINGERPRINT: Check = (is_fingerprint, "lower-case hex digits")
 SHARE: Check = (is_share, "a number in [0, 1]")
 OBJECT: Check = (_is_object, "an object")

@@ -16,7 +16,8 @@ from offramp.deploy.console import console
 TOPICS = {
     "record": "learning",
     "train": "learning",
-    "evaluate": "learning",
+    "evaluate": "evaluating",
+    "calibrate": "calibrating",
     "tune": "tuning",
     "profile": "profiling",
     "publish": "control",

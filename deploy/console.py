@@ -20,7 +20,7 @@ from rich.table import Table
 from offramp.controller.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS
 
 if TYPE_CHECKING:
-    from offramp.agents.evaluate import EvaluationRow
+    from offramp.agents.evaluation.rows import EvaluationRow
     from offramp.agents.tuning.quality import TuneReport
     from offramp.controller.costs import CostTable
     from offramp.controller.prices import Batch

@@ -19,13 +19,16 @@ from ray import serve
 
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.controller.redis_registry import RedisRegistry
+from offramp.controller.registry import Ack
 from offramp.controller.signing import load_public_key, trusted_keys
 from offramp.controller.trust import ReleaseVerifier
 from offramp.deploy.http_app import create_app
 from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.core import EngineCore
 from offramp.worker.loading import check_model
 from offramp.worker.refresh import PolicyRefresher
 from offramp.worker.service import EngineService
+from offramp.worker.snapshot import PolicySnapshot
 
 APP = "offramp"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -119,16 +122,41 @@ class ServedWorker:
 
     def policy_report(self) -> dict[str, Any]:
         """This worker's policy; other workers report through their acknowledgements."""
-        snapshot = self.refresher.current
-        report = self.refresher.report
-        return {
-            "worker": self.worker_id,
-            "generation": snapshot.generation,
-            "digest": snapshot.digest,
-            "exits": list(snapshot.policy.exits),
-            "state": report.state.value,
-            "reason": report.reason,
-        }
+        engine = self.service.engine
+        return describe_policy(
+            self.worker_id, self.refresher.current, self.refresher.report, engine
+        )
+
+
+def describe_policy(
+    worker: str, snapshot: PolicySnapshot, report: Ack, engine: EngineCore
+) -> dict[str, Any]:
+    """What ``/v1/policy`` answers.
+
+    ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
+    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does.
+    """
+    certificate = snapshot.certificate
+    gap = (
+        ""
+        if certificate is None
+        else certificate.gap(
+            kv_mode=engine.config.kv_mode,
+            dtype=str(engine.stack.dtype).removeprefix("torch."),
+            translators=engine.decoder.translators.digest,
+        )
+    )
+    return {
+        "worker": worker,
+        "generation": snapshot.generation,
+        "digest": snapshot.digest,
+        "exits": list(snapshot.policy.exits),
+        "guarantee": snapshot.guarantee,
+        "certificate": None if certificate is None else certificate.statement,
+        "gap": gap,
+        "state": report.state.value,
+        "reason": report.reason,
+    }
 
 
 ServedWorkerDeployment: Any = serve.deployment(serve.ingress()(ServedWorker))

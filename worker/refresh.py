@@ -275,7 +275,9 @@ class PolicyRefresher:
         self._mark_lost = False
         with self._swapping:
             self._tripped = ""
-            self.current = PolicySnapshot(manifest.generation, manifest.digest, policy)
+            self.current = PolicySnapshot(
+                manifest.generation, manifest.digest, policy, manifest.certificate
+            )
 
     def _ack(self, state: AckState, reason: str) -> Ack:
         return Ack(

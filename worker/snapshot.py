@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offramp.controller.certificate import Certificate
+from offramp.controller.manifest import Guarantee
 from offramp.controller.policy import NeverExit, Policy
 
 
@@ -15,11 +17,20 @@ class PolicySnapshot:
         generation: Generation of the release; 0 for one that was never published.
         digest: SHA-256 of the release's weights; "" if never published.
         policy: The policy itself.
+        certificate: What was guaranteed of it; None if nothing was.
     """
 
     generation: int
     digest: str
     policy: Policy
+    certificate: Certificate | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What stands behind it."""
+        if isinstance(self.policy, NeverExit):
+            return "full depth"
+        return "uncertified" if self.certificate is None else "certified"
 
 
 FULL_DEPTH = PolicySnapshot(0, "", NeverExit())

@@ -12,10 +12,14 @@ import typer
 from rich.table import Table
 
 from offramp.controller.bundle import PolicyBundle
-from offramp.controller.publisher import Publisher, Release
+from offramp.controller.errors import PolicyRefusedError
+from offramp.controller.manifest import Manifest
+from offramp.controller.publisher import Publisher, Release, require_said
 from offramp.controller.redis_registry import RedisRegistry
+from offramp.controller.registry import Head
+from offramp.controller.signing import load_public_key, open_envelope, trusted_keys
 from offramp.deploy.console import console
-from offramp.deploy.publishing import KEY, open_publisher, open_registry
+from offramp.deploy.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
 from offramp.deploy.settings import Settings
 
 
@@ -32,12 +36,23 @@ def publish(
     serve: Annotated[
         bool, typer.Option("--promote/--no-promote", help="Serve it at once.")
     ] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Publish it although no certificate bounds it.")
+    ] = False,
 ) -> None:
-    """Sign a trained policy as the next generation and upload it."""
+    """Sign a policy as the next generation and upload it.
+
+    It needs a certificate (`offramp calibrate`), or --uncertified; full depth needs neither.
+    """
     bundle = PolicyBundle.load(policy)
+    require_said(bundle.manifest, uncertified)
     with _publisher() as (publisher, _):
-        release = release_bundle(publisher, bundle)
-        console.print(f"generation {release.generation} published ({release.digest[:12]})")
+        release = release_bundle(publisher, bundle, uncertified=uncertified)
+        console.print(
+            f"generation {release.generation} published ({release.digest[:12]}), "
+            f"{standing(bundle.manifest)}",
+            soft_wrap=True,
+        )
         if serve:
             publisher.promote(release.generation)
             console.print(f"generation {release.generation} promoted")
@@ -65,13 +80,14 @@ def rollback(
 
 def status() -> None:
     """Show the head and what each worker says it runs."""
-    registry = open_registry(Settings.from_environment())
+    settings = Settings.from_environment()
+    registry = open_registry(settings)
     try:
         head = registry.head()
         acks = registry.acks()
     finally:
         registry.close()
-    console.print("head: none" if head is None else f"head: generation {head.generation}")
+    console.print("head: none" if head is None else _head_line(head, settings), soft_wrap=True)
     table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
     for ack in sorted(acks, key=lambda each: each.worker):
         age_s = f"{time.time() - ack.at:.1f}"
@@ -81,8 +97,34 @@ def status() -> None:
     console.print(table)
 
 
-def release_bundle(publisher: Publisher, bundle: PolicyBundle) -> Release:
-    """Sign a draft as it is."""
+def standing(manifest: Manifest) -> str:
+    """What stands behind a release, in one sentence."""
+    certificate = manifest.certificate
+    if certificate is None:
+        return manifest.guarantee
+    return f"{manifest.guarantee}: {certificate.statement}"
+
+
+def _head_line(head: Head, settings: Settings) -> str:
+    line = f"head: generation {head.generation}"
+    path = settings.home / PUBLIC_KEY
+    if not path.exists():
+        return f"{line}; {path} is not here to read what stands behind it"
+    try:
+        raw = open_envelope(head.envelope, trusted_keys(load_public_key(path)))
+        return f"{line}, {standing(Manifest.from_bytes(raw))}"
+    except PolicyRefusedError as error:
+        return f"{line}; {error}"
+
+
+def release_bundle(
+    publisher: Publisher, bundle: PolicyBundle, *, uncertified: bool = False
+) -> Release:
+    """Sign a draft as it is.
+
+    Raises:
+        ConfigError: it is uncertified without being called so, or the other way round.
+    """
     manifest = bundle.manifest
     return publisher.release(
         bundle.packed,
@@ -91,6 +133,7 @@ def release_bundle(publisher: Publisher, bundle: PolicyBundle) -> Release:
         training=manifest.training,
         metrics=manifest.metrics,
         certificate=manifest.certificate,
+        uncertified=uncertified,
     )
 
 

@@ -1,42 +1,31 @@
-"""``offramp record``, ``train`` and ``evaluate``."""
+"""``offramp record`` and ``train``."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from offramp.agents.assess import AssessConfig, Assessment, assess
-from offramp.agents.contenders import Contender
 from offramp.agents.corpus import load_corpus
 from offramp.agents.phat import PhatConfig
-from offramp.agents.plots import draw_exit_depths, draw_frontier
 from offramp.agents.ppo import PPOConfig
-from offramp.agents.record import SPLIT, RecordConfig, record_traces
-from offramp.agents.study import load_study
-from offramp.agents.train import TrainConfig, load_contenders, train
-from offramp.controller.bundle import PolicyBundle
-from offramp.controller.durable import write_durably
+from offramp.agents.record import RecordConfig, record_traces
+from offramp.agents.train import TrainConfig, train
 from offramp.controller.errors import ConfigError
 from offramp.deploy.commands.options import (
     DEFAULT_MODEL,
-    CacheMode,
     Corpus,
     Costs,
     Device,
     Documents,
     Dtype,
-    MaxPending,
     Model,
     Seed,
     SharedThreads,
     Threads,
     Translators,
-    parse_kv_mode,
     parse_layers,
     parse_shares,
     parse_threads,
@@ -44,23 +33,18 @@ from offramp.deploy.commands.options import (
     require_new_folder,
 )
 from offramp.deploy.commands.staged import train_by_file
-from offramp.deploy.console import console, evaluation_table, progress
+from offramp.deploy.console import console, progress
 from offramp.deploy.serve_app import ray_session
 from offramp.deploy.settings import Settings
-from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.actor import WorkerSpec
 from offramp.worker.config import EngineConfig
 from offramp.worker.loading import layers_and_vocab
-from offramp.worker.sequence import KVMode
-
-CHOSEN = "chosen"
-"""Folder, beside the contenders, of the bundle that an evaluation picked."""
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("record")(record)
     app.command("train")(train_policies)
-    app.command("evaluate")(evaluate_policies)
 
 
 def record(
@@ -151,75 +135,6 @@ def train_policies(
     console.print(f"{len(contenders)} policies → {out}")
 
 
-def evaluate_policies(
-    policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
-    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
-    model: Model = DEFAULT_MODEL,
-    corpus: Corpus = None,
-    documents: Documents = 320,
-    test_documents: Annotated[int, typer.Option(min=1, help="Documents reported on.")] = 24,
-    timed_documents: Annotated[int, typer.Option(min=1, help="Of those, timed.")] = 12,
-    target_agreement: Annotated[
-        float, typer.Option(help="Least on-policy agreement of what is chosen.")
-    ] = 0.93,
-    costs: Costs = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = 1,
-    kv_mode: CacheMode = "project",
-    max_pending: MaxPending = 8,
-    translators: Translators = None,
-    seed: Seed = 0,
-) -> None:
-    """Choose a policy on validation documents and report every policy on test documents."""
-    config = AssessConfig(
-        model=model,
-        corpus=corpus,
-        corpus_limit=documents,
-        test_documents=test_documents,
-        timed_documents=timed_documents,
-        target_agreement=target_agreement,
-        threads=threads,
-        seed=seed,
-    )
-    mode = parse_kv_mode(kv_mode)
-    spec = WorkerSpec(
-        model=model,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        slots=test_documents,
-        engine=EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators),
-    )
-    _require_open(mode)
-    contenders = load_contenders(policies)
-    if not contenders:
-        raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
-    study = load_study(traces, costs)
-    engine = load_engine(spec)
-    if engine.model_fingerprint != study.facts.model:
-        raise ConfigError(
-            "model", f"{model!r} is not the model of {traces}", "Name the one that was recorded"
-        )
-    require_recorded(corpus, documents, traces)
-    for difference in study.costs.differences(dtype=dtype, device=device, threads=threads):
-        console.print(f"[yellow]warning[/] costs: {difference}; prices are only a lead")
-    with progress("evaluate", "runs") as advance:
-        found = assess(config, engine, contenders, study.costs, lambda _, *count: advance(*count))
-    save_assessment(policies, contenders, found, study.costs.layers)
-    console.print(evaluation_table(found.test, contenders[found.chosen].name))
-    console.print(f"{found.reason} → {policies / CHOSEN}")
-
-
-def _require_open(mode: KVMode) -> None:
-    if mode == "verify":
-        raise ConfigError(
-            "kv_mode",
-            "verify emits what full depth would: there is no agreement to choose by",
-            "Use project or defer",
-        )
-
-
 def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> None:
     """Every check that needs no worker, before Ray is started."""
     require_new_folder("out", out)
@@ -234,48 +149,3 @@ def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> 
     if config.candidates > vocab:
         raise ConfigError("candidates", f"{config.candidates} exceed the vocabulary of {vocab}")
     load_corpus(config.corpus, limit=config.documents)
-
-
-def require_recorded(corpus: Path | None, documents: int, traces: Path) -> None:
-    """Refuse to evaluate on another corpus: its test documents may be among those trained on.
-
-    Raises:
-        ConfigError: the documents are not those whose split was recorded.
-        TraceError: the corpus cannot be read.
-    """
-    try:
-        recorded = json.loads((traces / SPLIT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
-    if {document.digest for document in load_corpus(corpus, limit=documents)} != set(recorded):
-        raise ConfigError(
-            "corpus",
-            f"is not the one whose split {traces / SPLIT} holds",
-            "Give the --corpus and --documents of offramp record",
-        )
-
-
-def save_assessment(
-    policies: Path, contenders: list[Contender], found: Assessment, layers: int
-) -> None:
-    """Write the rows, the pictures and the chosen policy's bundle with its measured metrics."""
-    chosen = contenders[found.chosen].name
-    rows = {"validation": found.validation, "test": found.test}
-    plain = {split: [asdict(row) for row in each] for split, each in rows.items()}
-    content = json.dumps({**plain, "chosen": chosen, "reason": found.reason}, indent=1)
-    write_durably(policies / "evaluation.json", content.encode())
-    draw_frontier(found.test, chosen, policies / "frontier.png")
-    depths = {row.policy: row.depths for row in found.test if row.family != "fixed exit"}
-    draw_exit_depths(depths, layers, policies / "exit_depths.png")
-    bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
-    row = found.test[found.chosen]
-    metrics = {
-        "agreement": row.agreement,
-        "accuracy": row.accuracy,
-        "mean_layers": row.mean_layers,
-        "wall_ratio": row.wall_ratio,
-        "tokens": row.tokens,
-        "reason": found.reason,
-    }
-    manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, **metrics})
-    PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)

@@ -26,6 +26,7 @@ class DemoConfig:
         tokens_per_document: Tokens recorded of each.
         ppo_steps: PPO environment steps.
         validation_documents, test_documents, timed_documents: See ``AssessConfig``.
+        lines: Lines completed in each.
         target_agreement: Least on-policy agreement of what is published.
         replicas: Workers in the pool, and recorders.
         threads: Torch threads of each, and of the evaluation; training has one of its own.
@@ -44,6 +45,7 @@ class DemoConfig:
     validation_documents: int = 16
     test_documents: int = 24
     timed_documents: int = 12
+    lines: int = 2
     target_agreement: float = 0.93
     replicas: int = 2
     threads: int = 1
@@ -61,6 +63,7 @@ class DemoConfig:
             validation_documents=2,
             test_documents=3,
             timed_documents=1,
+            lines=1,
             in_flight=4,
             prompts=2,
             new_tokens=32,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from offramp.agents.assess import AssessConfig, Assessment, assess
 from offramp.agents.contenders import Contender
 from offramp.agents.corpus import load_corpus
+from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
+from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.phat import PhatConfig
 from offramp.agents.ppo import PPOConfig
 from offramp.agents.record import RecordConfig, RecordReport, record_traces
 from offramp.agents.study import Study, load_study
 from offramp.agents.train import TrainConfig, train
-from offramp.deploy.commands.learning import save_assessment
+from offramp.deploy.commands.evaluating import SLOTS, save_assessment
 from offramp.deploy.console import console, evaluation_table, progress
 from offramp.deploy.demo.config import DemoConfig
 from offramp.worker.actor import WorkerSpec, load_engine
@@ -60,17 +61,11 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
         contenders = train(training, config.out / "traces", config.out / "policies", advance)
     console.rule("[bold]3  Evaluate[/]: held-out documents, exits really taken", align="left")
     study = load_study(config.out / "traces")
-    # As many rows as documents: quality is measured on all of them at once.
-    engine = load_engine(replace(spec, slots=config.test_documents))
+    engine = load_engine(replace(spec, slots=SLOTS))
+    how = assess_config(config, spec.model)
     with progress("evaluate", "runs") as advance:
-        found = assess(
-            assess_config(config, spec.model),
-            engine,
-            contenders,
-            study.costs,
-            lambda _, *count: advance(*count),
-        )
-    save_assessment(config.out / "policies", contenders, found, study.costs.layers)
+        found = assess(how, engine, contenders, lambda _, *count: advance(*count))
+    save_assessment(config.out / "policies", contenders, found, engine, how)
     learned = Learned(recorded, study, contenders, found)
     console.print(evaluation_table(found.test, learned.chosen.name))
     console.print(
@@ -89,6 +84,7 @@ def assess_config(config: DemoConfig, model: str) -> AssessConfig:
         validation_documents=config.validation_documents,
         test_documents=config.test_documents,
         timed_documents=config.timed_documents,
+        protocol=Protocol(lines=config.lines),
         target_agreement=config.target_agreement,
         threads=config.threads,
         seed=config.seed,

@@ -19,6 +19,7 @@ import torch
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.redis_registry import RedisRegistry
+from offramp.deploy.commands.evaluating import SLOTS
 from offramp.deploy.console import console
 from offramp.deploy.demo.config import DemoConfig, free_port, prepare_folder
 from offramp.deploy.demo.learn import SHOWN, Learned, assess_config, learn, prompts, traces_report
@@ -167,7 +168,7 @@ def _machine(learned: Learned) -> dict[str, Any]:
 
 
 def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
-    assessed = assess_config(config, config.model)
+    protocol = assess_config(config, config.model).protocol
     return {
         "path": config.model,
         **asdict(learned.study.facts),
@@ -175,12 +176,13 @@ def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
         "shapes": {
             "timing": {
                 "batch": 1,
-                "prompt_tokens": assessed.prompt_tokens,
-                "new_tokens": assessed.timed_tokens,
+                "prompt_tokens": protocol.prompt_tokens,
+                "new_tokens": protocol.timed_tokens,
             },
-            "quality": {"batch": config.test_documents, "prompt_tokens": assessed.prompt_tokens},
-            "new_tokens_per_document": assessed.new_tokens,
+            "quality": {"batch": SLOTS, "prompt_tokens": protocol.prompt_tokens},
+            "new_tokens_per_document": protocol.new_tokens,
             "test_documents": config.test_documents,
+            "lines_per_document": protocol.lines,
             "timed_documents": config.timed_documents,
             "request_tokens": config.new_tokens,
         },

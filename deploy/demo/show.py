@@ -30,7 +30,10 @@ def show_completion(record: StreamRecord) -> None:
 
 
 def show_swap(swap: dict[str, Any]) -> None:
-    """Acknowledgement times, and which generation each stream ran under."""
+    """What was published, acknowledgement times, and which generation each stream ran under."""
+    guarantee = swap["guarantee"]
+    hint = " (offramp calibrate certifies)" if guarantee == "uncertified" else ""
+    console.print(f"  generation {swap['generation']} is {guarantee}{hint}")
     for worker, ms in swap["ack_ms"].items():
         console.print(f"  {worker} acknowledged generation {swap['generation']} after {ms:.0f} ms")
     console.print(f"  streams in flight during the swap: {_each(swap['in_flight_generations'])}")

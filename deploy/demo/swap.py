@@ -71,7 +71,8 @@ class ControlPanel:
         """Sign a trained bundle, promote it, wait for every worker."""
         bundle = PolicyBundle.load(folder)
         started = time.time()
-        release = release_bundle(self.publisher, bundle)
+        uncertified = bundle.manifest.guarantee == "uncertified"
+        release = release_bundle(self.publisher, bundle, uncertified=uncertified)
         self.publisher.promote(release.generation)
         return self._moved(started, release.generation)
 
@@ -123,6 +124,7 @@ def swap_under_load(
     records = early + late
     return {
         **asdict(moved[0]),
+        "guarantee": PolicyBundle.load(folder).manifest.guarantee,
         "requests": len(records),
         "failed": sum(record.failed for record in records),
         "torn": sum(record.torn for record in records),

@@ -19,7 +19,7 @@ from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.ledger import Ledger
 from offramp.controller.manifest import Manifest
 from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import ExitPolicy, NeverExit
 from offramp.controller.publisher import Publisher, Release
 from offramp.controller.redis_registry import RedisRegistry
 from offramp.controller.registry import Head, InMemoryRegistry, PolicyRegistry
@@ -105,6 +105,8 @@ class Site:
             "tokenizer": TOKENIZER,
             "training": {"seed": 0},
             "metrics": {"speedup": 1.5},
+            # Only `offramp calibrate` certifies; these policies were made up.
+            "uncertified": "certificate" not in options and not isinstance(policy, NeverExit),
         }
         return self.publisher.release(pack_policy(policy, canned()), **(given | options))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.controller.certificate import Certificate
 from offramp.controller.errors import (
     ConfigError,
     PolicyRefusedError,
@@ -16,11 +17,13 @@ from offramp.controller.errors import (
 )
 from offramp.controller.ledger import Ledger
 from offramp.controller.manifest import Manifest, Rollout
+from offramp.controller.policy import NeverExit
 from offramp.controller.publisher import Publisher
 from offramp.controller.registry import AckState
 from offramp.controller.signing import STAMP_MAGIC, open_envelope, trusted_keys
 from offramp.controller.trust import Stamp
 from offramp.controller.weights import pack_policy
+from support.certificates import certificate
 
 Site = Any
 
@@ -36,9 +39,10 @@ def stamp_of(site: Site) -> Stamp:
 
 
 def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp: Any) -> None:
+    mine = _certificate(make_mlp(1))
     release = site.release(
         make_mlp(1),
-        certificate={"risk": 0.02},
+        certificate=mine,
         expires_in_s=60.0,
         rollout=Rollout(percent=5, salt="x"),
         guardrails={"max_exit_rate": 0.9},
@@ -48,7 +52,8 @@ def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp:
     assert site.registry.get_blob(release.digest, 10**6) is not None
     manifest = manifest_of(site, 1)
     assert (manifest.channel, manifest.epoch, manifest.digest) == ("demo", 1, release.digest)
-    assert manifest.certificate == {"risk": 0.02}
+    assert manifest.certificate == mine
+    assert manifest.metrics == {"speedup": 1.5}
     assert manifest.expires_at == site.clock() + 60.0
     assert manifest.rollout == Rollout(percent=5, salt="x")
     assert manifest.guardrails == {"max_exit_rate": 0.9}
@@ -208,7 +213,12 @@ def test_a_publisher_of_another_epoch_is_fenced_off(site: Site, make_mlp: Any) -
     ledger = Ledger(site.folder / "ledger")
     late = Publisher(site.registry, ledger, site.key, "demo", site.clock, epoch=2)
     release = late.release(
-        pack_policy(make_mlp(2), _canned()), model="aa11", tokenizer="bb22", training={}, metrics={}
+        pack_policy(make_mlp(2), _canned()),
+        model="aa11",
+        tokenizer="bb22",
+        training={},
+        metrics={},
+        uncertified=True,
     )
     with pytest.raises(PromoteConflictError, match="another epoch"):
         late.promote(release.generation)
@@ -237,8 +247,43 @@ def test_a_lost_ledger_goes_on_above_the_head(site: Site, make_mlp: Any) -> None
     assert site.serve(make_mlp(2)).generation == 6
 
 
-def _canned() -> Any:
-    return np.random.default_rng(0).normal(size=(8, 11)).astype(np.float32)
+def test_an_uncertified_policy_is_released_only_by_saying_so(site: Site, make_mlp: Any) -> None:
+    with pytest.raises(ConfigError, match=r"certificate: the policy has none.*--uncertified"):
+        site.release(make_mlp(1), uncertified=False)
+    assert Ledger(site.folder / "ledger").last() == 0
+    site.serve(make_mlp(1), uncertified=True)
+    assert manifest_of(site, 1).metrics == {"speedup": 1.5, "uncertified": True}
+    assert manifest_of(site, 1).guarantee == "uncertified"
+    site.serve(make_mlp(2))
+    rollback = site.publisher.rollback()
+    assert manifest_of(site, rollback.generation).metrics["uncertified"] is True
+
+
+def test_what_needs_no_saying_so_is_not_called_uncertified(site: Site, make_mlp: Any) -> None:
+    site.release(NeverExit())  # full depth needs no certificate
+    assert manifest_of(site, 1).guarantee == "full depth"
+    with pytest.raises(ConfigError, match="uncertified: was said of a policy that is full depth"):
+        site.release(NeverExit(), uncertified=True)
+    mine = _certificate(make_mlp(1))
+    with pytest.raises(ConfigError, match="uncertified: was said of a policy that is certified"):
+        site.release(make_mlp(1), certificate=mine, uncertified=True)
+    site.release(make_mlp(1), certificate=mine)
+    assert manifest_of(site, 2).guarantee == "certified"
+
+
+def test_a_certificate_of_another_policy_is_not_signed(site: Site, make_mlp: Any) -> None:
+    with pytest.raises(PolicyRefusedError, match="the certificate is of policy"):
+        site.release(make_mlp(2), certificate=_certificate(make_mlp(1)))
+    assert Ledger(site.folder / "ledger").last() == 0
+
+
+def _certificate(policy: Any) -> Certificate:
+    digest = pack_policy(policy, _canned(16)).digest
+    return certificate(digest, model="aa11", tokenizer="bb22")
+
+
+def _canned(rows: int = 8) -> Any:
+    return np.random.default_rng(0).normal(size=(rows, 11)).astype(np.float32)
 
 
 def test_a_worker_woken_by_the_first_promotion_finds_a_timestamp(

@@ -14,6 +14,7 @@ from offramp.controller.features import CANDIDATES_V1, FloatArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.signing import SigningKey, load_or_create_key
 from offramp.controller.weights import pack_policy
+from support.certificates import certificate
 
 
 @pytest.fixture
@@ -41,13 +42,14 @@ def make_mlp() -> Callable[..., MlpPolicy]:
 
 @pytest.fixture
 def bundle(make_mlp: Callable[..., MlpPolicy], canned_NF: FloatArray) -> PolicyBundle:
+    packed = pack_policy(make_mlp(), canned_NF)
     return PolicyBundle.draft(
-        pack_policy(make_mlp(), canned_NF),
+        packed,
         model="aa",
         tokenizer="bb",
         training={"seed": 1, "data": ["a", "b"]},
         metrics={"speedup": 1.25},
-        certificate={"risk": 0.02},
+        certificate=certificate(packed.digest),
         created_at=1_800_000_000.5,
     )
 

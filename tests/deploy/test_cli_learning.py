@@ -22,7 +22,7 @@ from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.controller.weights import pack_policy
-from offramp.deploy.commands.learning import require_recorded
+from offramp.deploy.commands.evaluating import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
 from support.costs import measured
@@ -211,6 +211,8 @@ def test_evaluate_refuses_another_model_than_the_recorded_one(
         ("--device", "tpu", "device"),
         ("--target-agreement", "1.5", "target_agreement"),
         ("--target-agreement", "nan", "target_agreement"),
+        ("--target-edit-loss", "nan", "target_edit_loss"),
+        ("--target-edit-loss", "-0.1", "target_edit_loss"),
     ],
 )
 def test_evaluate_names_the_bad_option(
@@ -227,14 +229,12 @@ def test_evaluate_names_the_bad_option(
     assert message.startswith(f"{field}: ")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_costs_of_another_model_are_refused(
-    cli: Any, tmp_path: Path, traces: Path, policies: Path, untouched: Untouched, command: str
+    cli: Any, tmp_path: Path, traces: Path, untouched: Untouched
 ) -> None:
     save_costs(tmp_path / "costs.json", measured(model="12" * 32))
     untouched()
-    target = ("--out", tmp_path / "out") if command == "train" else ("--policies", policies)
-    arguments = (command, "--traces", traces, *target, "--costs")
+    arguments = ("train", "--traces", traces, "--out", tmp_path / "out", "--costs")
     message = cli.refused(*arguments, tmp_path / "costs.json")
     assert message.startswith("costs: were measured on model 121212121212, not on another")
     message = cli.refused(*arguments, tmp_path / "none.json")

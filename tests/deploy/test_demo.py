@@ -69,6 +69,7 @@ def test_the_report_has_every_part(demo: tuple[Path, dict[str, Any], str]) -> No
 def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], str]) -> None:
     swap = demo[1]["swap"]
     assert swap["failed"] == swap["torn"] == 0
+    assert swap["guarantee"] == "uncertified"  # and the demo says so
     assert swap["in_flight_generations"] == [[1]] * 4
     assert swap["after_generations"] == [[2]] * 4
     # Full depth to the end: the new policy, which exits early, never decided for them.

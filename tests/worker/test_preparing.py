@@ -14,7 +14,7 @@ import pytest
 
 from offramp.controller.features import SKETCH_V1, IntArray
 from offramp.controller.ledger import Ledger
-from offramp.controller.policy import ExitPolicy, FixedExit, ThresholdPolicy
+from offramp.controller.policy import FixedExit, Policy, ThresholdPolicy
 from offramp.controller.publisher import Publisher
 from offramp.controller.registry import AckState, InMemoryRegistry
 from offramp.controller.signing import load_or_create_key, trusted_keys
@@ -48,7 +48,7 @@ class Line:
     def serve(self, layer: int) -> None:
         packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
         release = self.publisher.release(
-            packed, model="aa", tokenizer="bb", training={}, metrics={}
+            packed, model="aa", tokenizer="bb", training={}, metrics={}, uncertified=True
         )
         self.publisher.promote(release.generation)
 
@@ -59,9 +59,9 @@ def line(tmp_path: Path) -> Line:
 
 
 def test_a_policy_is_prepared_before_it_is_current_and_once(line: Line) -> None:
-    seen: list[tuple[ExitPolicy, int]] = []
+    seen: list[tuple[Policy, int]] = []
 
-    def prepare(policy: ExitPolicy) -> None:
+    def prepare(policy: Policy) -> None:
         seen.append((policy, worker.current.generation))
 
     worker = PolicyRefresher(*line.parts, prepare)
@@ -78,13 +78,13 @@ def test_a_policy_is_prepared_before_it_is_current_and_once(line: Line) -> None:
 def test_the_last_known_good_policy_is_prepared_at_the_start(line: Line) -> None:
     line.serve(3)
     PolicyRefresher(*line.parts).poll_once()
-    seen: list[ExitPolicy] = []
+    seen: list[Policy] = []
     assert PolicyRefresher(*line.parts, seen.append).current.policy == FixedExit(3)
     assert seen == [FixedExit(3)]
 
 
 def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(line: Line) -> None:
-    def prepare(policy: ExitPolicy) -> None:
+    def prepare(policy: Policy) -> None:
         if policy == FixedExit(5):
             raise MemoryError("no room")
 
@@ -98,7 +98,7 @@ def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(line:
     assert worker.current.policy == FixedExit(3)
     assert PolicyRefresher(*line.parts).current.policy == FixedExit(3)
 
-    def refuse(_: ExitPolicy) -> None:
+    def refuse(_: Policy) -> None:
         raise MemoryError("no room")
 
     assert PolicyRefresher(*line.parts, refuse).current is FULL_DEPTH

@@ -1,0 +1,218 @@
+"""From a family of policies to one with a certificate, or to the finding that none passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load
+
+from offramp.agents.calibration.families import Family
+from offramp.agents.calibration.losses import (
+    DISAGREEMENT,
+    CalibrationDocument,
+    LossSource,
+    by_unit,
+    data_digest,
+)
+from offramp.agents.calibration.pvalues import Losses, least_units
+from offramp.agents.calibration.walk import (
+    LossesOf,
+    OnStep,
+    Outcome,
+    conformal_risk_control,
+    learn_then_test,
+    require_share,
+)
+from offramp.controller.bundle import PolicyBundle
+from offramp.controller.certificate import Certificate, DecodeMode, Method, Unit
+from offramp.controller.errors import ConfigError
+from offramp.controller.weights import pack_policy
+from offramp.worker.engine import AdaptiveEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What is to be guaranteed, and how it is tested.
+
+    Attributes:
+        delta: Bound on the mean loss, in (0, 1).
+        epsilon: Probability that it may fail to hold, in (0, 1); None with "conformal" alone.
+        method: Which test.
+        unit: What counts as one independent draw.
+
+    Raises:
+        ConfigError: numbers outside their range, or a test that does not fit the unit.
+    """
+
+    delta: float = 0.05
+    epsilon: float | None = 0.05
+    method: Method = "hoeffding-bentkus"
+    unit: Unit = "document"
+
+    def __post_init__(self) -> None:
+        require_share("delta", self.delta)
+        if (self.epsilon is None) != (self.method == "conformal"):
+            raise ConfigError(
+                "epsilon",
+                f"{self.epsilon} does not go with {self.method}",
+                "Conformal risk control bounds the expected loss and has none; the others need one",
+            )
+        if self.epsilon is not None:
+            require_share("epsilon", self.epsilon)
+        if self.method == "binomial" and self.unit == "document":
+            raise ConfigError(
+                "method",
+                "binomial is for losses of 0 or 1, and a document's is a mean",
+                "Use hoeffding-bentkus or betting, or tokens as units",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What came out.
+
+    Attributes:
+        outcome: Every setting that was walked.
+        bundle: The certified policy with its certificate; None: nothing was certified, and full
+            depth, whose loss is none, is what remains.
+    """
+
+    outcome: Outcome
+    bundle: PolicyBundle | None
+
+
+def calibrate(
+    promise: Promise,
+    engine: AdaptiveEngine,
+    family: Family,
+    documents: Sequence[CalibrationDocument],
+    losses: LossSource,
+    prompt_tokens: int,
+    on_step: OnStep = lambda _: None,
+) -> Calibration:
+    """Walk a family and certify its last setting that passes.
+
+    Args:
+        promise: What is to be guaranteed.
+        engine: What the losses were, or will be, measured with.
+        family: The settings, safest first.
+        documents: What the losses are measured on.
+        losses: Measures them.
+        prompt_tokens: Tokens of each document left out of the losses.
+        on_step: Told each step.
+
+    Raises:
+        ConfigError: the family is of another model or tokenizer than the engine's.
+        TraceError: there is no document.
+    """
+    require_fingerprints(family.bundle, engine)
+
+    def losses_of(setting: float) -> Losses:
+        return by_unit(losses.disagreement(family.build(setting)), promise.unit)
+
+    outcome = _walk(promise, family, losses_of, on_step)
+    if outcome.certified is None:
+        return Calibration(outcome=outcome, bundle=None)
+    bundle = _bundle(family, outcome.certified.setting)
+    manifest = bundle.manifest
+    certificate = Certificate(
+        loss=DISAGREEMENT,
+        risk=outcome.certified.risk,
+        delta=promise.delta,
+        epsilon=promise.epsilon,
+        n=outcome.n,
+        unit=promise.unit,
+        method=promise.method,
+        p_value=outcome.certified.p_value,
+        family=family.name,
+        parameter=family.parameter,
+        setting=outcome.certified.setting,
+        walked=outcome.walked,
+        data=data_digest(documents),
+        decode_mode=losses.decode_mode,
+        prompt_tokens=prompt_tokens,
+        new_tokens=max(len(each.tokens) for each in documents) - prompt_tokens - 1,
+        policy=manifest.digest,
+        model=manifest.model,
+        tokenizer=manifest.tokenizer,
+        created_at=manifest.created_at,
+        **_decoding(engine, losses.decode_mode),
+    )
+    certified = replace(manifest, certificate=certificate)
+    return Calibration(outcome=outcome, bundle=PolicyBundle(certified, bundle.blob))
+
+
+def _decoding(engine: AdaptiveEngine, mode: DecodeMode) -> dict[str, Any]:
+    """How the losses were decoded, besides the mode."""
+    return {
+        "max_pending": engine.config.max_pending if mode == "defer" else None,
+        "dtype": str(engine.stack.dtype).removeprefix("torch."),
+        "translators": engine.decoder.translators.digest,
+    }
+
+
+def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
+    """Refuse a policy of another model or tokenizer.
+
+    Raises:
+        ConfigError: naming which.
+    """
+    manifest = bundle.manifest
+    pairs = {
+        "model": (manifest.model, engine.model_fingerprint),
+        "tokenizer": (manifest.tokenizer, engine.tokenizer_fingerprint),
+    }
+    for field, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ConfigError(
+                field,
+                f"the policies were made for {theirs[:12]}, {ours[:12]} is loaded",
+                "Name the model that was recorded",
+            )
+
+
+def require_enough(promise: Promise, documents: int) -> None:
+    """Refuse documents that could certify nothing, even if they showed no loss at all.
+
+    Raises:
+        ConfigError: naming how many it takes.
+    """
+    least = least_units(promise.delta, promise.epsilon)
+    if promise.unit == "document" and documents < least:
+        raise ConfigError(
+            "documents",
+            f"{documents} unseen ones can certify no bound of {promise.delta:g}, it takes {least}",
+            "Give more, in a larger --corpus, or relax --delta or --epsilon",
+        )
+
+
+def _walk(promise: Promise, family: Family, losses_of: LossesOf, on_step: OnStep) -> Outcome:
+    delta, epsilon = promise.delta, promise.epsilon
+    if epsilon is None:
+        return conformal_risk_control(family.settings, losses_of, delta=delta, on_step=on_step)
+    return learn_then_test(
+        family.settings,
+        losses_of,
+        delta=delta,
+        epsilon=epsilon,
+        method=promise.method,
+        on_step=on_step,
+    )
+
+
+def _bundle(family: Family, setting: float) -> PolicyBundle:
+    """The family's policy at a setting, on the canned inputs of the bundle it comes from."""
+    source = family.bundle
+    canned_NF: np.ndarray = load(source.blob)["canned.features"]
+    return PolicyBundle.draft(
+        pack_policy(family.build(setting), canned_NF),
+        model=source.manifest.model,
+        tokenizer=source.manifest.tokenizer,
+        training={**source.manifest.training, "setting": setting, "parameter": family.parameter},
+        metrics={},
+        created_at=time.time(),
+    )

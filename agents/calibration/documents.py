@@ -1,0 +1,72 @@
+"""Which documents a calibration may use: those that nothing was trained, chosen or reported on.
+
+``offramp record`` writes down which documents it took, of every split (``split.json``): training,
+validation, where hyper-parameters and operating points are chosen, and test. The corpus goes on
+beyond them, in the order of a hash, so the rest are draws from the same corpus that nobody has
+looked at. Calibration takes those, leaving out the ones that a larger recording would put into its
+test split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from offramp.agents.calibration.losses import CalibrationDocument
+from offramp.agents.corpus import Document, load_corpus
+from offramp.agents.record import SPLIT, tokenize, window
+from offramp.controller.errors import ConfigError, TraceError
+
+BATCH = 64
+"""Documents tokenised at a time: those beyond the last one needed stay unread."""
+
+
+def unseen_documents(corpus: Path | None, traces: Path) -> list[Document]:
+    """The documents of a corpus that a recording did not take, test documents left out.
+
+    Args:
+        corpus: Folder of documents; None: the standard library.
+        traces: Folder that ``offramp record`` wrote.
+
+    Raises:
+        ConfigError: the recording does not say which documents it took.
+        TraceError: the corpus cannot be read.
+    """
+    try:
+        recorded = set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
+    everything = load_corpus(corpus)
+    return [each for each in everything if each.digest not in recorded and each.split != "test"]
+
+
+def calibration_windows(
+    model: str, documents: Sequence[Document], length: int, count: int
+) -> list[CalibrationDocument]:
+    """A window of each document that is long enough, in the order of their digests.
+
+    Args:
+        model: Folder whose tokenizer to use.
+        documents: What may be used.
+        length: Tokens of each.
+        count: Documents to take at most.
+
+    Raises:
+        TraceError: no document is left that is long enough.
+    """
+    windows: list[CalibrationDocument] = []
+    for start in range(0, len(documents), BATCH):
+        for document, tokens in tokenize(model, documents[start : start + BATCH]):
+            if len(tokens) >= length:
+                drawn = window(document, tokens, length)
+                windows.append(CalibrationDocument(document.digest, tuple(drawn)))
+        if len(windows) >= count:
+            break
+    if not windows:
+        raise TraceError(
+            "calibration documents",
+            f"none of {len(documents)} unseen documents has {length} tokens",
+            "Give a larger --corpus, or record fewer of its --documents",
+        )
+    return windows[:count]

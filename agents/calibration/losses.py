@@ -1,0 +1,172 @@
+"""Losses of a policy on the calibration documents: decoded on-policy, or replayed from traces.
+
+A loss belongs to a *unit*. Tokens of one document share its style, its difficulty and, once exits
+have bent it, its cache: they are not independent draws, documents are. So a unit is a document by
+default, its loss the mean over its tokens, in [0, 1]. Taking tokens as units gives 0/1 losses, an
+exact binomial test and a far larger n, under an assumption that is false to the degree that losses
+cluster by document.
+
+Shape suffixes: N units, T tokens, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.agents.calibration.pvalues import Losses
+from offramp.agents.replay import exits_taken
+from offramp.controller.certificate import DecodeMode, Unit
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, IntArray
+from offramp.controller.policy import NeverExit, Policy
+from offramp.controller.traces import TraceHeader
+from offramp.envs.tokens import TokenTraces
+from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.follow import follow
+from offramp.worker.record import record_document
+
+DISAGREEMENT = "disagreement"
+"""1 where the token differs from full depth's under the same history, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationDocument:
+    """A window of a document that nothing was trained, chosen or reported on.
+
+    Attributes:
+        digest: SHA-256 of the document's text, hex.
+        tokens: Its token ids.
+    """
+
+    digest: str
+    tokens: tuple[int, ...]
+
+
+def data_digest(documents: Sequence[CalibrationDocument]) -> str:
+    """SHA-256 over digests and tokens, in order, hex."""
+    whole = hashlib.sha256()
+    for document in documents:
+        whole.update(f"{document.digest}:{','.join(map(str, document.tokens))}\n".encode())
+    return whole.hexdigest()
+
+
+class LossSource(Protocol):
+    """Measures a policy on the same documents each time.
+
+    Attributes:
+        decode_mode: How.
+    """
+
+    decode_mode: DecodeMode
+
+    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
+        """Per document, which tokens [T] differ from full depth's."""
+        ...
+
+
+class OnPolicy:
+    """Decodes with the exits really taken, and the cache that they leave behind.
+
+    Args:
+        engine: Idle, in mode ``project`` or ``defer``.
+        documents: Each longer than ``prompt_tokens`` + 1.
+        prompt_tokens: Tokens of each read at full depth first.
+
+    Raises:
+        ConfigError: the engine verifies: there is no loss to bound.
+    """
+
+    def __init__(
+        self,
+        engine: AdaptiveEngine,
+        documents: Sequence[CalibrationDocument],
+        prompt_tokens: int,
+    ) -> None:
+        mode = engine.config.kv_mode
+        if mode == "verify":
+            raise ConfigError(
+                "kv_mode",
+                "verify emits what full depth would: there is no loss to bound",
+                "Use project or defer",
+            )
+        self.decode_mode: DecodeMode = mode
+        self._engine = engine
+        self._tokens = [document.tokens for document in documents]
+        self._prompt_tokens = prompt_tokens
+        self._full = self._emitted(NeverExit())
+
+    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
+        """Per document, which tokens [T] differ from full depth's, teacher-forced."""
+        pairs = zip(self._emitted(policy), self._full, strict=True)
+        return [mine_T != full_T for mine_T, full_T in pairs]
+
+    def _emitted(self, policy: Policy) -> list[NDArray[np.int64]]:
+        runs, _ = follow(self._engine, self._tokens, self._prompt_tokens, policy)
+        return [np.asarray(run.emitted, np.int64) for run in runs]
+
+
+class Replayed:
+    """Replays one full-depth pass over each document.
+
+    Optimistic: its cache is exact, as after no exit at all. A certificate from it says "replay".
+
+    Args:
+        engine: Idle.
+        documents: As for ``OnPolicy``.
+        prompt_tokens: Tokens of each left out of the losses, as on-policy.
+        exits: Layers to probe: those that the family asks at.
+        candidates_VK: The candidate table of the recorded traces.
+    """
+
+    decode_mode: DecodeMode = "replay"
+
+    def __init__(
+        self,
+        engine: AdaptiveEngine,
+        documents: Sequence[CalibrationDocument],
+        prompt_tokens: int,
+        exits: Sequence[int],
+        candidates_VK: IntArray,
+    ) -> None:
+        stack, translators = engine.stack, engine.decoder.translators
+        chunks = [
+            record_document(
+                stack, each.digest, each.tokens, exits, candidates_VK, translators=translators
+            )
+            for each in documents
+        ]
+        header = TraceHeader(
+            model=engine.model_fingerprint,
+            schema=CANDIDATES_V1.digest,
+            exits=tuple(exits),
+            layers=stack.layers,
+            translators=translators.digest,
+        )
+        self._traces = TokenTraces.from_chunks(header, chunks)
+        # As on-policy: the token after the prompt comes from full depth.
+        counted = [np.arange(len(chunk)) >= prompt_tokens for chunk in chunks]
+        self._counted_N = np.concatenate(counted)
+
+    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
+        """Per document, which tokens [T] differ from full depth's."""
+        traces = self._traces
+        full_N1 = np.ones((len(traces), 1), np.float32)
+        agree_NE1 = np.concatenate([traces.agree_NE, full_N1], axis=1)
+        differs_N = agree_NE1[np.arange(len(traces)), exits_taken(policy, traces)] == 0
+        return [
+            differs_N[self._counted_N & (traces.document_N == index)]
+            for index in range(len(traces.documents))
+        ]
+
+
+def by_unit(differs: Sequence[NDArray[np.bool_]], unit: Unit) -> Losses:
+    """Losses [N]: one mean per document, or one 0/1 loss per token."""
+    if unit == "document":
+        return np.asarray([differs_T.mean() for differs_T in differs], np.float64)
+    return np.concatenate(list(differs)).astype(np.float64)

@@ -1,0 +1,219 @@
+"""On-policy measurement: the exits really taken, the cache really affected, time really spent.
+
+Shape suffixes: C contenders, D documents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.agents.corpus import Document
+from offramp.agents.evaluation.lines import (
+    Line,
+    complete,
+    cut_lines,
+    edit_similarity,
+    exact_match,
+)
+from offramp.agents.evaluation.scores import Scores, require_finite
+from offramp.agents.evaluation.statistics import Floats
+from offramp.agents.record import tokenize, window
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.policy import NeverExit, Policy
+from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.follow import Followed, follow
+
+BLOCK = 6
+"""Policies timed between two runs of full depth, so that both ends of a ratio are neighbours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """What is measured on each document.
+
+    Attributes:
+        prompt_tokens: Tokens read at full depth before the teacher-forced ones.
+        new_tokens: Teacher-forced tokens.
+        lines: Lines completed; 0 for none.
+        line_context: Tokens before a cut at most.
+        line_tokens: Tokens of a completion at most.
+        timed_tokens: Of the teacher-forced tokens, how many are timed.
+    """
+
+    prompt_tokens: int = 64
+    new_tokens: int = 96
+    lines: int = 4
+    line_context: int = 64
+    line_tokens: int = 24
+    timed_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("prompt_tokens", 1), ("new_tokens", 2), ("lines", 0), ("line_context", 1),
+            ("line_tokens", 1), ("timed_tokens", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(name, f"{getattr(self, name)} is below {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A document that policies are measured on: a window of its tokens, and unfinished lines."""
+
+    tokens: tuple[int, ...]
+    lines: tuple[Line, ...] = ()
+
+
+def held_out(
+    model: str,
+    documents: Sequence[Document],
+    split: str,
+    count: int,
+    protocol: Protocol,
+    tokenizer: object,
+) -> list[HeldOut]:
+    """The first documents of a split that are long enough, with their lines.
+
+    Raises:
+        TraceError: fewer than two are, and an interval over documents would mean nothing.
+    """
+    length = protocol.prompt_tokens + protocol.new_tokens
+    mine = [document for document in documents if document.split == split]
+    encoded = [each for each in tokenize(model, mine) if len(each[1]) >= length][:count]
+    if len(encoded) < 2:
+        raise TraceError(
+            "corpus",
+            f"{len(encoded)} {split} documents have {length} tokens; intervals need 2",
+            "Use more or longer documents",
+        )
+    return [
+        HeldOut(
+            tuple(window(document, tokens, length)),
+            tuple(
+                cut_lines(
+                    tokens,
+                    tokenizer,
+                    count=protocol.lines,
+                    context=protocol.line_context,
+                    longest=protocol.line_tokens,
+                    digest=document.digest,
+                )
+            ),
+        )
+        for document, tokens in encoded
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Documents with full depth's own tokens, which agreement is counted against."""
+
+    documents: Sequence[HeldOut]
+    full: list[Followed]
+
+    @classmethod
+    def of(cls, engine: AdaptiveEngine, documents: Sequence[HeldOut], protocol: Protocol) -> Split:
+        """Decode the documents at full depth."""
+        return cls(documents, _follow(engine, documents, NeverExit(), protocol))
+
+
+def measure_quality(
+    engine: AdaptiveEngine, policy: Policy, split: Split, protocol: Protocol, name: str
+) -> Scores:
+    """Decode every document teacher-forced and complete its lines, as many at a time as fit.
+
+    Args:
+        engine: Idle, with a tokenizer.
+        policy: The policy.
+        split: What to decode.
+        protocol: How much of it.
+        name: Of the policy, for messages.
+
+    Raises:
+        ConfigError: a probability was not finite.
+    """
+    runs = _follow(engine, split.documents, policy, protocol)
+    lines = [line for document in split.documents for line in document.lines]
+    texts = iter(complete(engine, lines, policy, protocol.line_tokens))
+    pairs = [[(next(texts), line.target) for line in doc.lines] for doc in split.documents]
+    scores = Scores(
+        tokens_D=_each(len(run.emitted) for run in runs),
+        agreeing_D=_each(
+            _matches(mine.emitted, full.emitted)
+            for mine, full in zip(runs, split.full, strict=True)
+        ),
+        right_D=_each(_matches(run.emitted, run.expected) for run in runs),
+        surprisal_D=_each(-sum(run.logprobs) for run in runs),
+        lines_D=_each(len(mine) for mine in pairs),
+        exact_D=_each(sum(exact_match(*pair) for pair in mine) for mine in pairs),
+        similarity_D=_each(sum(edit_similarity(*pair) for pair in mine) / 100 for mine in pairs),
+        depths=dict(sorted(Counter(k for run in runs for k in run.exit_layers).items())),
+    )
+    require_finite(scores, name)
+    return scores
+
+
+def timed_document(
+    engine: AdaptiveEngine,
+    policies: Sequence[Policy],
+    document: HeldOut,
+    protocol: Protocol,
+    turn: int,
+) -> Iterator[tuple[int, float, float]]:
+    """Time one document at batch 1 under every policy, in an order rotated by ``turn``.
+
+    Full depth runs before every ``BLOCK`` policies and after the last. Many short runs, because
+    a disturbance of the machine should hit few of them.
+
+    Yields:
+        (index of the policy, its seconds, those of full depth: the mean of the runs around it).
+    """
+    tokens = document.tokens[: protocol.prompt_tokens + 1 + protocol.timed_tokens]
+
+    def seconds(policy: Policy) -> float:
+        return follow(engine, [tokens], protocol.prompt_tokens, policy)[1]
+
+    order = [(index + turn) % len(policies) for index in range(len(policies))]
+    before = seconds(NeverExit())
+    for start in range(0, len(order), BLOCK):
+        block = [(index, seconds(policies[index])) for index in order[start : start + BLOCK]]
+        after = seconds(NeverExit())
+        for index, mine in block:
+            yield index, mine, (before + after) / 2
+        before = after
+
+
+def measure_time(
+    engine: AdaptiveEngine,
+    policies: Sequence[Policy],
+    documents: Sequence[HeldOut],
+    protocol: Protocol,
+    on_run: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[Floats, Floats]:
+    """Seconds of every policy on every document at batch 1, and of full depth beside it; [C, D]."""
+    mine_CD = np.zeros((len(policies), len(documents)))
+    full_CD = np.zeros_like(mine_CD)
+    for d, document in enumerate(documents):
+        for c, mine, full in timed_document(engine, policies, document, protocol, turn=d):
+            mine_CD[c, d], full_CD[c, d] = mine, full
+        on_run(d + 1, len(documents))
+    return mine_CD, full_CD
+
+
+def _follow(
+    engine: AdaptiveEngine, documents: Sequence[HeldOut], policy: Policy, protocol: Protocol
+) -> list[Followed]:
+    tokens = [document.tokens for document in documents]
+    return follow(engine, tokens, protocol.prompt_tokens, policy, with_logprobs=True)[0]
+
+
+def _each(values: Iterator[float]) -> Floats:
+    return np.fromiter(values, np.float64)
+
+
+def _matches(left: Sequence[int], right: Sequence[int]) -> int:
+    return sum(a == b for a, b in zip(left, right, strict=True))

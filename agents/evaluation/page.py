@@ -1,0 +1,240 @@
+"""From measurements to the parts of a report."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from offramp.agents.evaluation.bars import Gap, draw_energy
+from offramp.agents.evaluation.energy import Energy
+from offramp.agents.evaluation.matched import MatchedRow, saves_more, time_difference
+from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.plots import Point
+from offramp.agents.evaluation.report import Section, Table
+from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
+from offramp.agents.evaluation.statistics import Estimate, Resample
+from offramp.agents.evaluation.tournament import Outcome
+from offramp.controller.energy import EnergyMethod
+from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.profile import describe_machine
+
+NO_ENERGY = (
+    "Nothing on this machine measured energy, so nothing is said of it (method: unavailable). "
+    "Time saved is not energy saved."
+)
+
+NEAR = 0.97
+"""Promised agreement at which promises are compared."""
+
+
+def conditions(
+    engine: AdaptiveEngine, protocol: Protocol, documents: Mapping[str, int], **more: object
+) -> dict[str, str]:
+    """What a reader must know to judge or repeat the numbers, by name."""
+    stack = engine.stack
+    lines = (
+        f"CodeXGLUE's protocol, {protocol.lines} random cuts a document, ≤ {protocol.line_context} "
+        f"tokens before the cut, greedy to the end of the line, ≤ {protocol.line_tokens} tokens"
+    )
+    return {
+        "machine": describe_machine(stack.dtype),
+        "cores": f"{os.cpu_count()}",
+        "python": platform.python_version(),
+        "model": f"{stack.layers} layers, width {stack.width}, vocabulary {stack.vocab:,}, "
+        f"fingerprint {engine.model_fingerprint[:12]}",
+        "dtype": str(stack.dtype).removeprefix("torch."),
+        "skipped layers": engine.config.kv_mode,
+        "documents": ", ".join(f"{count} {split}" for split, count in documents.items()),
+        "quality": f"teacher-forced, {protocol.prompt_tokens} prompt tokens at full depth, then "
+        f"{protocol.new_tokens - 1} tokens decoded",
+        "line completion": lines if protocol.lines else "not measured",
+        "time": f"batch 1, {protocol.timed_tokens} tokens a document, policies in rotating order "
+        "with KV-cached full depth between them; probes, decisions, fill and head included",
+        "intervals": "95 %, percentile bootstrap over documents and seeds, paired, 2,000 resamples",
+        **{name: str(value) for name, value in more.items()},
+    }
+
+
+def frontier_point(
+    runs: Sequence[Measured], full: Measured, metric: Metric, *, is_chosen: bool = False
+) -> Point:
+    """One operating point, as the mean over its seeds."""
+    draws = Resample.draw(len(runs), len(full.scores.tokens_D))
+    loss = metric.estimate_loss([run.scores for run in runs], full.scores, draws)
+    wall = wall_ratio(runs)
+    assert wall is not None
+    quality = Estimate(1 - loss.value, 1 - loss.high, 1 - loss.low)
+    return Point(runs[0].contender.family, wall, quality, is_chosen)
+
+
+def single_points(measured: Sequence[Measured], chosen: int) -> dict[str, list[Point]]:
+    """Every contender of one training, by metric; full depth is the reference."""
+    full = measured[0]
+    return {
+        metric.name: [
+            frontier_point([each], full, metric, is_chosen=index == chosen)
+            for index, each in enumerate(measured)
+            if index and metric.is_measured(each.scores)
+        ]
+        for metric in (AGREEMENT, EDIT_SIMILARITY)
+    }
+
+
+def gaps(measured: Sequence[Measured]) -> list[Gap]:
+    """Per family, the operating point whose promise lies nearest to ``NEAR``."""
+    nearest: dict[str, Measured] = {}
+    for each in measured:
+        promised = each.contender.offline_agreement
+        if promised is None:
+            continue
+        best = nearest.get(each.contender.family)
+        if best is None or _distance(each) < _distance(best):
+            nearest[each.contender.family] = each
+    return [
+        Gap(
+            each.contender.name,
+            family,
+            each.contender.offline_agreement or 0.0,
+            AGREEMENT.of([each.scores]),
+        )
+        for family, each in nearest.items()
+    ]
+
+
+def _distance(measured: Measured) -> float:
+    return abs((measured.contender.offline_agreement or 0.0) - NEAR)
+
+
+def energy_section(names: Sequence[str], energy: Energy, documents: int, folder: Path) -> Section:
+    """What is known of energy, with a picture, and how it was come by; or that nothing is.
+
+    Args:
+        names: Of the policies metered.
+        energy: What was metered.
+        documents: How many were decoded for it.
+        folder: Where the picture goes.
+    """
+    known = {n: r for n, r in zip(names, energy.ratios, strict=True) if r is not None}
+    if energy.full_j is None or not known:
+        return Section("Energy", NO_ENERGY)
+    method = energy.method.value.replace("_", " ")
+    draw_energy(known, method, folder / "energy.png")
+    text = (
+        f"{method}: {energy.source}. Full depth takes {1000 * energy.full_j:.1f} mJ a token. "
+        f"{documents} documents, interleaved, metered apart from time."
+    )
+    if energy.method is EnergyMethod.MODELLED:
+        text += " A modelled figure tells policies apart by their work; nothing was measured."
+    return Section(f"Energy ({method})", text, "energy.png")
+
+
+def gap_headline(found: Sequence[Gap]) -> str:
+    """The offline-to-online gap in one sentence."""
+    if not found:
+        return "No policy was replayed offline, so there is no offline-to-online gap to report."
+    losses = [gap.promised - gap.kept for gap in found]
+    worst = max(found, key=lambda gap: gap.promised - gap.kept)
+    return (
+        f"Replay flatters: decoding kept {100 * sum(losses) / len(losses):.1f} points less "
+        f"agreement than replay had promised on average, {100 * max(losses):.1f} at worst "
+        f"({worst.name})."
+    )
+
+
+def volumes(measured: Sequence[Measured], metrics: Sequence[Metric]) -> Section:
+    """Hypervolume of each family's frontier."""
+    full = measured[0]
+    families = dict.fromkeys(each.contender.family for each in measured[1:])
+    head = ["family", *(metric.label for metric in metrics)]
+    rows = []
+    for family in families:
+        points = [each for each in measured if each.contender.family == family and each.clock]
+        cells = [frontier_volume(points, full, metric) for metric in metrics] if points else []
+        rows.append((family, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells)))
+    cost, quality = REFERENCE_POINT
+    text = (
+        "Share of the corner between no time at full quality and the reference point "
+        f"(wall ratio {cost:g}, {quality:g} of full depth's quality) that a family's points "
+        "dominate, on the timed documents. More is better; a family that never saves without "
+        "losing a tenth has 0."
+    )
+    rows.sort(key=lambda row: row[1], reverse=True)
+    return Section("Hypervolume", text, table=Table(head, rows))
+
+
+def comparisons(
+    runs: Mapping[str, Sequence[Measured]], pairs: Sequence[tuple[str, str]]
+) -> Section:
+    """Pairs of families at one target: who takes less time, and how surely.
+
+    Args:
+        runs: Each family's picks, measured on test documents.
+        pairs: Names of two families each; those that did not take part are left out.
+    """
+    rows = []
+    for mine, theirs in pairs:
+        if mine not in runs or theirs not in runs:
+            continue
+        apart = time_difference(runs[mine], runs[theirs])
+        chance = saves_more(runs[mine], runs[theirs])
+        rows.append(
+            (
+                f"{mine} – {theirs}",
+                f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]",
+                f"{chance.value:.2f} [{chance.low:.2f}, {chance.high:.2f}]",
+            )
+        )
+    text = (
+        "Difference of wall ratios (below 0: the first is faster), and the probability that a run "
+        "of the first takes less time than one of the second on a document (Agarwal et al. 2021; "
+        "0.5: as often as not)."
+    )
+    head = ("pair", "difference of wall ratios", "P(first is faster)")
+    return Section("Who is ahead at matched quality", text, table=Table(head, rows))
+
+
+def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: float) -> str:
+    """Who saves most at a target, in one sentence."""
+    mine = [r for r in rows if r.metric == metric.name and r.target_loss == target_loss]
+    timed = [row for row in mine if row.wall_ratio is not None]
+    if not timed:
+        return f"Nothing was timed at {100 * target_loss:g} % loss of {metric.label}."
+    best = min(timed, key=lambda row: row.wall_ratio or 1.0)
+    assert best.wall_ratio is not None
+    assert best.wall_ratio_low is not None
+    assert best.wall_ratio_high is not None
+    if best.wall_ratio >= 1:
+        return (
+            f"At ≤ {100 * target_loss:g} % loss of {metric.label} on validation no policy saves "
+            "any time."
+        )
+    kept = "and kept" if best.loss <= target_loss else "but missed"
+    return (
+        f"At ≤ {100 * target_loss:g} % loss of {metric.label} on validation, {best.policy} takes "
+        f"the least time: {best.wall_ratio:.3f} [{best.wall_ratio_low:.3f}, "
+        f"{best.wall_ratio_high:.3f}] of full depth's on test, {kept} the target there "
+        f"({100 * best.loss:+.1f} % [{100 * best.loss_low:+.1f}, {100 * best.loss_high:+.1f}])."
+    )
+
+
+def matched_points(outcome: Outcome, metrics: Sequence[Metric]) -> dict[str, list[Point]]:
+    """Everything picked for any target, on test documents; each point the mean over its seeds."""
+    groups = {
+        (family, picked): [outcome.test[index] for index in picked]
+        for families in outcome.picks.values()
+        for family, picked in families.items()
+        if any(picked)
+    }
+    full = outcome.test[0]
+    return {
+        metric.name: [
+            replace(frontier_point(runs, full, metric), family=family)
+            for (family, _), runs in groups.items()
+        ]
+        for metric in metrics
+        if metric.is_measured(full.scores)
+    }

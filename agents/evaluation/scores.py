@@ -1,0 +1,147 @@
+"""What a policy's output was worth, document by document, and the metrics that are read off it.
+
+Shape suffixes: D documents, S seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from offramp.agents.evaluation.statistics import Estimate, Floats, Resample, with_interval
+from offramp.controller.errors import ConfigError
+
+SUMS = ("tokens", "agreeing", "right", "surprisal", "lines", "exact", "similarity")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Sums over each document's tokens and lines.
+
+    Attributes:
+        tokens_D: Tokens decoded, teacher-forced.
+        agreeing_D: Those equal to full depth's, same history.
+        right_D: Those equal to the document's.
+        surprisal_D: −log p of the document's tokens at the layer each left from, nats.
+        lines_D: Lines completed.
+        exact_D: Those that match the document's.
+        similarity_D: Their edit similarities, each in 0 … 1.
+        depths: How many teacher-forced tokens left after each layer.
+    """
+
+    tokens_D: Floats
+    agreeing_D: Floats
+    right_D: Floats
+    surprisal_D: Floats
+    lines_D: Floats
+    exact_D: Floats
+    similarity_D: Floats
+    depths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def mean_layers(self) -> float:
+        """Mean layers executed per token."""
+        return sum(k * n for k, n in self.depths.items()) / sum(self.depths.values())
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        sums = {name: getattr(self, f"{name}_D").tolist() for name in SUMS}
+        return {**sums, "depths": {str(layer): n for layer, n in self.depths.items()}}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Scores:
+        """Back from JSON.
+
+        Raises:
+            KeyError, ValueError, TypeError: it is something else.
+        """
+        sums = {f"{name}_D": np.asarray(plain[name], np.float64) for name in SUMS}
+        return cls(**sums, depths={int(layer): int(n) for layer, n in plain["depths"].items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A quality: a ratio of two sums.
+
+    Attributes:
+        name: As in JSON.
+        label: In words.
+        above, below: Which sums of ``Scores``.
+        is_perplexity: Lower is better, and the ratio goes through exp.
+    """
+
+    name: str
+    label: str
+    above: str
+    below: str
+    is_perplexity: bool = False
+
+    def of(self, runs: Sequence[Scores]) -> float:
+        """Mean over seeds of the metric."""
+        above_SD, below_SD = self._stack(runs)
+        return float(self._read(above_SD.sum(1) / below_SD.sum(1)).mean())
+
+    def estimate(self, runs: Sequence[Scores], draws: Resample) -> Estimate:
+        """The metric with its interval over seeds and documents."""
+        sampled_B = self._sample(runs, draws).mean(1)
+        return with_interval(self.of(runs), sampled_B)
+
+    def loss(self, value: float, full: float) -> float:
+        """Share of full depth's quality that is lost; of perplexity, the relative rise."""
+        return value / full - 1 if self.is_perplexity else 1 - value / full
+
+    def estimate_loss(self, runs: Sequence[Scores], full: Scores, draws: Resample) -> Estimate:
+        """The relative loss against full depth, paired by document, with its interval."""
+        mine_B = self._sample(runs, draws).mean(1)
+        theirs_BS = self._read(self._sums(draws, full, len(runs)))
+        sampled = [self.loss(*pair) for pair in zip(mine_B, theirs_BS[:, 0], strict=True)]
+        return with_interval(self.loss(self.of(runs), self.of([full])), np.asarray(sampled))
+
+    def is_measured(self, scores: Scores) -> bool:
+        """Whether there is anything to divide by."""
+        return bool(getattr(scores, f"{self.below}_D").sum() > 0)
+
+    def _stack(self, runs: Sequence[Scores]) -> tuple[Floats, Floats]:
+        above_SD = np.stack([getattr(run, f"{self.above}_D") for run in runs])
+        return above_SD, np.stack([getattr(run, f"{self.below}_D") for run in runs])
+
+    def _sample(self, runs: Sequence[Scores], draws: Resample) -> Floats:
+        above_SD, below_SD = self._stack(runs)
+        with np.errstate(invalid="ignore"):
+            return self._read(draws.sums(above_SD) / draws.sums(below_SD))
+
+    def _sums(self, draws: Resample, full: Scores, seeds: int) -> Floats:
+        above_SD, below_SD = self._stack([full] * seeds)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(draws.sums(above_SD) / draws.sums(below_SD))
+
+    def _read(self, ratio: Floats) -> Floats:
+        return np.exp(ratio) if self.is_perplexity else ratio
+
+
+AGREEMENT = Metric("agreement", "token agreement with full depth", "agreeing", "tokens")
+ACCURACY = Metric("accuracy", "next-token accuracy", "right", "tokens")
+PERPLEXITY = Metric("perplexity", "perplexity", "surprisal", "tokens", is_perplexity=True)
+EXACT_MATCH = Metric("exact_match", "line-completion exact match", "exact", "lines")
+EDIT_SIMILARITY = Metric(
+    "edit_similarity", "line-completion edit similarity", "similarity", "lines"
+)
+METRICS = {
+    metric.name: metric
+    for metric in (AGREEMENT, ACCURACY, PERPLEXITY, EXACT_MATCH, EDIT_SIMILARITY)
+}
+
+
+def require_finite(scores: Scores, policy: str) -> None:
+    """Refuse sums that are not numbers: a broken model must not become a report.
+
+    Raises:
+        ConfigError: naming the sum.
+    """
+    for name in SUMS:
+        if not all(map(math.isfinite, getattr(scores, f"{name}_D"))):
+            raise ConfigError("model", f"gives {name} that is not finite under {policy}")

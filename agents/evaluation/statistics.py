@@ -1,0 +1,156 @@
+"""Intervals and aggregates over documents and seeds.
+
+Documents and seeds are resampled whole and paired: what is compared keeps its document. All
+intervals are 95 %, percentile bootstrap (Efron 1979).
+
+Shape suffixes: S seeds, D documents, B bootstrap resamples, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+"""Bootstrap resamples."""
+
+LEVEL = 0.95
+"""Coverage of every interval."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resample:
+    """Bootstrap draws that every compared quantity shares.
+
+    Attributes:
+        seeds_BS: Which seeds, per resample.
+        documents_BD: Which documents, per resample.
+    """
+
+    seeds_BS: NDArray[np.int64]
+    documents_BD: NDArray[np.int64]
+
+    @classmethod
+    def draw(cls, seeds: int, documents: int, seed: int = 0) -> Resample:
+        """Draw seeds and documents, each with replacement, independently of one another.
+
+        Policies trained from several seeds are as many runs on the same documents (a crossed
+        design), so both are resampled; with one seed only documents vary.
+        """
+        rng = np.random.default_rng(seed)
+        # Documents first: their draws are the same whatever the number of seeds.
+        documents_BD = rng.integers(documents, size=(RESAMPLES, documents))
+        return cls(rng.integers(seeds, size=(RESAMPLES, seeds)), documents_BD)
+
+    def sums(self, values_SD: Floats) -> Floats:
+        """Each resample's sum over its documents, for each of its seeds; [B, S]."""
+        count_BD = _counts(self.documents_BD, values_SD.shape[1])
+        sums_BS = count_BD @ values_SD.T
+        return np.take_along_axis(sums_BS, self.seeds_BS, axis=1)
+
+
+def ratio(above_SD: Floats, below_SD: Floats, draws: Resample) -> Estimate:
+    """Mean over seeds of Σ above / Σ below over documents.
+
+    Args:
+        above_SD: Numerators, such as seconds of a policy.
+        below_SD: Denominators, such as seconds of full depth on the same document.
+        draws: Resamples for S seeds and D documents.
+    """
+    value = (above_SD.sum(1) / below_SD.sum(1)).mean()
+    sampled_B = (draws.sums(above_SD) / draws.sums(below_SD)).mean(1)
+    return with_interval(float(value), sampled_B)
+
+
+def with_interval(value: float, sampled_B: Floats) -> Estimate:
+    """A value with the percentile interval of its resamples; those not finite are left out."""
+    finite = sampled_B[np.isfinite(sampled_B)]
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(finite, [tail, 100 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def bootstrap_ratio(above_D: Floats, below_D: Floats, seed: int = 0) -> Estimate:
+    """Σ above / Σ below over documents of one run, with its interval."""
+    return ratio(above_D[None], below_D[None], Resample.draw(1, len(above_D), seed))
+
+
+def probability_of_improvement(mine_SD: Floats, theirs_RD: Floats) -> float:
+    """P(a run of mine beats one of theirs on a document), averaged over documents.
+
+    Higher is better; ties count half: the Mann–Whitney statistic over all pairs of runs, per
+    document (Agarwal et al. 2021, §4.3, with documents as the tasks).
+
+    Args:
+        mine_SD: Scores of S runs.
+        theirs_RD: Scores of R runs on the same documents.
+    """
+    return float(_wins(mine_SD, theirs_RD).mean())
+
+
+def improvement(mine_SD: Floats, theirs_RD: Floats, seed: int = 0) -> Estimate:
+    """``probability_of_improvement`` with its interval over runs and documents."""
+    rng = np.random.default_rng(seed)
+    (runs, documents), others = mine_SD.shape, len(theirs_RD)
+    win_SRD = _wins(mine_SD, theirs_RD)
+    count_BS = _counts(rng.integers(runs, size=(RESAMPLES, runs)), runs)
+    count_BR = _counts(rng.integers(others, size=(RESAMPLES, others)), others)
+    count_BD = _counts(rng.integers(documents, size=(RESAMPLES, documents)), documents)
+    totals_B = np.einsum("bs,br,bd,srd->b", count_BS, count_BR, count_BD, win_SRD, optimize=True)
+    return with_interval(probability_of_improvement(mine_SD, theirs_RD), totals_B / win_SRD.size)
+
+
+def hypervolume(cost_P: Floats, quality_P: Floats, reference: tuple[float, float]) -> float:
+    """Area that points dominate within a reference point's corner, as a share of that corner.
+
+    A point dominates what costs more and is worth less. The corner spans costs from 0 to the
+    reference's and qualities from the reference's to 1 (Zitzler & Thiele 1999, in two
+    dimensions: the area of a staircase).
+
+    Args:
+        cost_P: Costs, lower is better, such as wall time relative to full depth.
+        quality_P: Qualities, higher is better, such as quality relative to full depth.
+        reference: (cost, quality) that a point must improve on to count.
+    """
+    worst_cost, worst_quality = reference
+    area, reached = 0.0, worst_quality
+    for index in np.lexsort((-quality_P, cost_P)):
+        cost, quality = cost_P[index], min(quality_P[index], 1.0)
+        if cost < worst_cost and quality > reached:
+            area += (worst_cost - cost) * (quality - reached)
+            reached = quality
+    return float(area / (worst_cost * (1 - worst_quality)))
+
+
+def resampled(statistic: Callable[[NDArray[np.int64]], float], documents: int, seed: int) -> Floats:
+    """A statistic of documents, recomputed on each resample of them; [B / 10]."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(documents, size=(RESAMPLES // 10, documents))
+    return np.asarray([statistic(draw_D) for draw_D in draws])
+
+
+def _wins(mine_SD: Floats, theirs_RD: Floats) -> Floats:
+    """1 where mine is higher, ½ where they are equal, [S, R, D]."""
+    difference_SRD = mine_SD[:, None] - theirs_RD[None]
+    return np.asarray((difference_SRD > 0) + 0.5 * (difference_SRD == 0))
+
+
+def _counts(drawn_BK: NDArray[np.int64], things: int) -> Floats:
+    """How often each thing was drawn, per resample; [B, things]."""
+    count = np.zeros((len(drawn_BK), things))
+    np.add.at(count, (np.arange(len(drawn_BK))[:, None], drawn_BK), 1.0)
+    return count

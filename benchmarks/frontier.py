@@ -1,0 +1,233 @@
+"""Every family of policies at matched quality, on-policy, on documents nothing was chosen on.
+
+    python benchmarks/frontier.py --json frontier.json
+    python benchmarks/frontier.py --quick --json frontier.json
+
+Records traces, trains every seed, scores all on validation documents, and what was picked there on
+test documents. Goes on where it was stopped if `--out` is the same. Needs `make setup`, and nothing
+from outside. The report is `OUT/report/report.html`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from offramp.agents.evaluation.assess import AssessConfig
+from offramp.agents.evaluation.energy import Energy, measure_energy
+from offramp.agents.evaluation.field import train_field
+from offramp.agents.evaluation.hindsight import FAMILY as ORACLE
+from offramp.agents.evaluation.hindsight import measure_oracle
+from offramp.agents.evaluation.matched import TARGETS, MatchedRow, matched_row
+from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.page import (
+    comparisons,
+    conditions,
+    energy_section,
+    gap_headline,
+    gaps,
+    matched_points,
+    savings_headline,
+    volumes,
+)
+from offramp.agents.evaluation.report import Report, write_report
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
+from offramp.agents.evaluation.tournament import (
+    TournamentConfig,
+    bench,
+    gather,
+    run_tournament,
+    runs_of,
+)
+from offramp.agents.phat import PhatConfig
+from offramp.agents.ppo import PPOConfig
+from offramp.agents.record import RecordConfig, record_traces
+from offramp.agents.study import load_study
+from offramp.agents.train import INDEX, TrainConfig
+from offramp.controller.durable import write_durably
+from offramp.deploy.serve_app import ray_session
+from offramp.worker.actor import WorkerSpec
+from offramp.worker.config import EngineConfig
+
+HEADLINE = (EDIT_SIMILARITY, 0.01)
+"""The question: at most 1 % relative loss of line-completion edit similarity."""
+PAIRS = (
+    ("PPO with jumps", "p̂ on best exits"),
+    ("PPO with jumps", "p̂"),
+    ("PPO", "p̂"),
+    ("p̂ on best exits", "p̂"),
+    ("p̂", "CALM"),
+    ("p̂", "fixed exit"),
+)
+OFFLINE_TARGETS = (0.93, 0.96, 0.98, 0.99, 0.997)
+"""Replayed agreements at which every family gets an operating point."""
+ENERGY_DOCUMENTS = 4
+STEPS = 1_500_000
+QUICK = {
+    "documents": 96, "tokens_per_document": 128, "seeds": 1, "steps": 200_000, "validation": 4,
+    "test": 6, "timed": 2, "lines": 2, "targets": (0.96, 0.99),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--quick", action="store_true", help="under 4 minutes: one small seed")
+    parser.add_argument("--model", default="models/reference")
+    parser.add_argument("--corpus", type=Path, help="default: the standard library")
+    parser.add_argument("--documents", type=int, default=320)
+    parser.add_argument("--tokens-per-document", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--validation", type=int, default=32, help="documents")
+    parser.add_argument("--test", type=int, default=48, help="documents")
+    parser.add_argument("--tokens", type=int, default=64, help="teacher-forced in each document")
+    parser.add_argument("--targets", type=float, nargs="+", default=OFFLINE_TARGETS,
+                        help="replayed agreements to place operating points at")  # fmt: skip
+    parser.add_argument("--timed", type=int, default=12, help="of the test documents")
+    parser.add_argument("--lines", type=int, default=6, help="completed in each document")
+    parser.add_argument("--processes", type=int, default=2, help="that score; timing runs alone")
+    parser.add_argument("--kv-mode", choices=("project", "defer"), default="project")
+    given = parser.parse_args()
+    if given.quick:
+        vars(given).update(QUICK)
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    start = time.perf_counter()
+
+    def tell(phase: str, done: int, total: int) -> None:
+        print(f"\r{time.perf_counter() - start:6.0f} s  {phase}: {done}/{total}   ", end="")
+        if done == total:
+            print()
+
+    prepare(given, tell)
+    config = tournament(given)
+    entrants = gather(given.out / "policies", range(given.seeds))
+    outcome, engine = run_tournament(config, entrants, given.out / "measured", tell)
+    metric, target = HEADLINE
+    families = outcome.picks[metric.name, target]
+    runs = {family: runs_of(outcome, metric, target, family) for family in families}
+    _, test = bench(config, "test")
+    exits = {family: mine for family, mine in runs.items() if mine[0].contender.setting is not None}
+    energy = measure_energy(
+        engine,
+        [mine[0].contender.policy for mine in exits.values()],
+        test.documents[:ENERGY_DOCUMENTS],
+        config.assess.protocol,
+    )
+    oracle = measure_oracle(
+        engine, test, config.assess.protocol, load_study(given.out / "traces").train.header.exits,
+        config.assess.timed_documents,
+    )  # fmt: skip
+    bound = [matched_row(ORACLE, [oracle], outcome.test[0], AGREEMENT, each) for each in TARGETS]
+    rows = with_energy([*outcome.matched, *bound], list(exits), energy)
+    folder = given.out / "report"
+    conditions_ = conditions(
+        engine,
+        config.assess.protocol,
+        {"validation": len(outcome.validation[0].scores.tokens_D), "test": len(test.documents)},
+        threads=config.spec.threads,
+        seeds=", ".join(map(str, range(given.seeds))),
+        training=f"{given.steps:,} PPO steps a seed",
+        timed=f"{config.assess.timed_documents} test documents; "
+        f"{config.choosing_documents} validation documents for the choice",
+    )
+    promises = gaps(list(outcome.test.values()))
+    report = Report(
+        title="Learned early exits at matched quality",
+        headlines=[
+            savings_headline(outcome.matched, metric, target),
+            savings_headline(outcome.matched, AGREEMENT, 0.05),
+            gap_headline(promises),
+        ],
+        conditions=conditions_,
+        matched=rows,
+        points=matched_points(outcome, (AGREEMENT, EDIT_SIMILARITY)),
+        gaps=promises,
+        depths={
+            family: dict(sum((Counter(run.scores.depths) for run in mine), Counter()))
+            for family, mine in exits.items()
+        },
+        layers=engine.stack.layers,
+        extra=[
+            energy_section(list(exits), energy, ENERGY_DOCUMENTS, folder),
+            comparisons(runs, PAIRS),
+            volumes(list(outcome.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
+        ],
+    )
+    write_report(report, folder)
+    for sentence in report.headlines:
+        print(sentence)
+    if given.json:
+        write_durably(
+            given.json, json.dumps([row.benchmark_row() for row in rows], indent=1).encode()
+        )
+    print(f"{time.perf_counter() - start:.0f} s → {folder / 'report.html'}")
+
+
+def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) -> None:
+    """Traces and policies, where they are not there yet."""
+    spec = WorkerSpec(model=given.model)
+    traces, policies = given.out / "traces", given.out / "policies"
+    if not (traces / "manifest.json").exists():
+        recording = RecordConfig(worker=spec, corpus=given.corpus, documents=given.documents,
+                                 tokens_per_document=given.tokens_per_document)  # fmt: skip
+        with ray_session(None, 2):
+            record_traces(recording, traces, lambda *count: tell("record", *count))
+    for seed in range(given.seeds):
+        folder = policies / f"seed-{seed}"
+        if not (folder / INDEX).exists():
+            config = TrainConfig(
+                phat=PhatConfig(seed=seed),
+                ppo=PPOConfig(steps=given.steps, seed=seed),
+                targets=tuple(given.targets),
+            )
+            train_field(
+                config, traces, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n)
+            )
+
+
+def tournament(given: argparse.Namespace) -> TournamentConfig:
+    protocol = Protocol(lines=given.lines, new_tokens=given.tokens)
+    assess = AssessConfig(
+        model=given.model, corpus=given.corpus, corpus_limit=given.documents,
+        validation_documents=given.validation, test_documents=given.test,
+        timed_documents=given.timed, protocol=protocol,
+    )  # fmt: skip
+    spec = WorkerSpec(
+        model=given.model, slots=16, threads=1, engine=EngineConfig(kv_mode=given.kv_mode)
+    )
+    return TournamentConfig(
+        assess=assess, spec=spec, processes=given.processes,
+        choosing_documents=2 if given.quick else 6,
+    )  # fmt: skip
+
+
+def with_energy(
+    rows: Sequence[MatchedRow], families: Sequence[str], energy: Energy
+) -> list[MatchedRow]:
+    """Rows of the headline's target, with what was metered."""
+    ratios = dict(zip(families, energy.ratios, strict=True))
+    metered = []
+    for row in rows:
+        ratio = ratios.get(row.policy)
+        if ratio is not None and (row.metric, row.target_loss) == (HEADLINE[0].name, HEADLINE[1]):
+            row = replace(row, energy_ratio=ratio.value, energy_method=energy.method.value)
+        metered.append(row)
+    return metered
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
