@@ -19,6 +19,7 @@ from offramp.controller.codec import (
     pack_layers,
     unpack_layers,
 )
+from offramp.controller.drafts.kinds import DRAFT_KINDS
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.mlp import MlpPolicy
@@ -119,6 +120,7 @@ _SHIPPED = (
         build=_build_mlp,
         clear=_clear_mlp,
     ),
+    *DRAFT_KINDS,
     Kind(
         name="router",
         type=MlpRouter,

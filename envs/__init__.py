@@ -1,14 +1,17 @@
 """Recorded tokens and the environments that replay them.
 
-Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0`` and
-``offramp/LiveExit-v0`` with Gymnasium. Stable-Baselines3 adapters of the former two are in
-``offramp.envs.sb3_vec_env``: apart, so that this import stays light.
+Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
+``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. Stable-Baselines3 adapters are
+in ``offramp.envs.sb3_vec_env`` and ``offramp.envs.draft_sb3``: apart, so that this import stays
+light.
 """
 
 import gymnasium as gym
 
 from offramp.envs.batch import Finals, StepBatch
 from offramp.envs.core import TokenExitCore
+from offramp.envs.draft_core import DraftExitCore
+from offramp.envs.draft_env import DraftExitEnv, DraftExitVectorEnv
 from offramp.envs.gym_env import TokenExitEnv
 from offramp.envs.live import LiveSession
 from offramp.envs.live_env import LiveExitEnv
@@ -20,9 +23,13 @@ from offramp.envs.tokens import TokenTraces
 from offramp.envs.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
 
 __all__ = [
+    "DRAFT_ENV_ID",
     "ENV_ID",
     "LIVE_ENV_ID",
     "SEQUENCE_ENV_ID",
+    "DraftExitCore",
+    "DraftExitEnv",
+    "DraftExitVectorEnv",
     "Finals",
     "LiveExitEnv",
     "LiveSession",
@@ -53,6 +60,15 @@ gym.register(
     id=ENV_ID,
     entry_point="offramp.envs.gym_env:TokenExitEnv",
     vector_entry_point="offramp.envs.vector_env:TokenExitVectorEnv",
+)
+
+DRAFT_ENV_ID = "offramp/DraftExit-v0"
+"""Likewise, of drafting and verifying."""
+
+gym.register(
+    id=DRAFT_ENV_ID,
+    entry_point="offramp.envs.draft_env:DraftExitEnv",
+    vector_entry_point="offramp.envs.draft_env:DraftExitVectorEnv",
 )
 gym.register(
     id=SEQUENCE_ENV_ID,

@@ -17,10 +17,17 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import Actions
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import FEATURE_LIMIT
-from offramp.envs.weights import Weights, largest_log
+from offramp.envs.weights import largest_log
 
 OPTIONS = {"token": "tokens", "lambda": "lambdas", "mu": "mus"}
 """Names that Gymnasium's reset options have as arguments of a core's ``reset``."""
+
+
+class Weighed(Protocol):
+    """What observations end with: the logarithms of these weights."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 class Core(Protocol):
@@ -29,8 +36,10 @@ class Core(Protocol):
     num_envs: int
     num_columns: int
     actions: Actions
-    weights: Weights
     objectives: tuple[str, ...]
+
+    @property
+    def weights(self) -> Weighed: ...  # noqa: D102
 
     def reset(
         self,
@@ -62,7 +71,7 @@ def observation_space(core: Core) -> spaces.Box[np.float32]:
     return box_of(core.num_columns - len(core.weights.names), core.weights)
 
 
-def box_of(columns: int, weights: Weights) -> spaces.Box[np.float32]:
+def box_of(columns: int, weights: Weighed) -> spaces.Box[np.float32]:
     """That many columns, then logarithms of the weights.
 
     The bounds are the same for every trace and preference range, so that a policy trained on one

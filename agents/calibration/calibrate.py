@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
@@ -27,7 +28,7 @@ from offramp.agents.calibration.walk import (
     require_share,
 )
 from offramp.controller.bundle import PolicyBundle
-from offramp.controller.certificate import Certificate, Method, Unit
+from offramp.controller.certificate import Certificate, DecodeMode, Method, Unit
 from offramp.controller.errors import ConfigError
 from offramp.controller.weights import pack_policy
 from offramp.worker.engine import AdaptiveEngine
@@ -117,7 +118,7 @@ def calibrate(
     if outcome.certified is None:
         return Calibration(outcome=outcome, bundle=None)
     bundle = _bundle(family, outcome.certified.setting)
-    defers = losses.decode_mode == "defer"
+    manifest = bundle.manifest
     certificate = Certificate(
         loss=DISAGREEMENT,
         risk=outcome.certified.risk,
@@ -133,18 +134,25 @@ def calibrate(
         walked=outcome.walked,
         data=data_digest(documents),
         decode_mode=losses.decode_mode,
-        max_pending=engine.config.max_pending if defers else None,
-        dtype=str(engine.stack.dtype).removeprefix("torch."),
         prompt_tokens=prompt_tokens,
         new_tokens=max(len(each.tokens) for each in documents) - prompt_tokens - 1,
-        policy=bundle.manifest.digest,
-        model=bundle.manifest.model,
-        tokenizer=bundle.manifest.tokenizer,
-        translators=engine.decoder.translators.digest,
-        created_at=bundle.manifest.created_at,
+        policy=manifest.digest,
+        model=manifest.model,
+        tokenizer=manifest.tokenizer,
+        created_at=manifest.created_at,
+        **_decoding(engine, losses.decode_mode),
     )
-    manifest = replace(bundle.manifest, certificate=certificate)
-    return Calibration(outcome=outcome, bundle=PolicyBundle(manifest, bundle.blob))
+    certified = replace(manifest, certificate=certificate)
+    return Calibration(outcome=outcome, bundle=PolicyBundle(certified, bundle.blob))
+
+
+def _decoding(engine: AdaptiveEngine, mode: DecodeMode) -> dict[str, Any]:
+    """How the losses were decoded, besides the mode."""
+    return {
+        "max_pending": engine.config.max_pending if mode == "defer" else None,
+        "dtype": str(engine.stack.dtype).removeprefix("torch."),
+        "translators": engine.decoder.translators.digest,
+    }
 
 
 def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:

@@ -50,8 +50,7 @@ def train_field(
     phat = train_phat(study.train, config.phat)
     contenders = rulebook(study, config.targets, seed=config.ppo.seed, phat=phat)
     contenders += _agents(study, config, on_steps)
-    settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
-    save_contenders(folder, contenders, study, settings)
+    save_contenders(folder, contenders, study, asdict(config))
     return contenders
 
 

@@ -59,33 +59,42 @@ def add_to(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate_policies)
 
 
+Delta = Annotated[float, typer.Option(help="Bound on the mean loss.")]
+Epsilon = Annotated[
+    float | None, typer.Option(help="Probability that it may not hold [default: 0.05].")
+]
+TestMethod = Annotated[str, typer.Option(help="hoeffding-bentkus|betting|binomial|conformal.")]
+Independent = Annotated[str, typer.Option(help="Independent draws: document|token.")]
+FamilyName = Annotated[
+    str, typer.Option(help="Whose settings to walk [default: that of the chosen policy].")
+]
+Quality = Annotated[
+    float | None, typer.Option(help="End at the cheapest measured point that agrees so much.")
+]
+LatencyBudget = Annotated[
+    float | None, typer.Option(help="Or at the best within this share of full depth's time.")
+]
+EnergyBudget = Annotated[
+    float | None, typer.Option(help="Or at the best within this share of its energy.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="New folder [default: certified, beside the policies].")
+]
+
+
 def calibrate_policies(
     policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
     traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
-    delta: Annotated[float, typer.Option(help="Bound on the mean loss.")] = 0.05,
-    epsilon: Annotated[
-        float | None, typer.Option(help="Probability that it may not hold [default: 0.05].")
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="hoeffding-bentkus|betting|binomial|conformal.")
-    ] = "hoeffding-bentkus",
-    unit: Annotated[str, typer.Option(help="Independent draws: document|token.")] = "document",
-    family: Annotated[
-        str, typer.Option(help="Whose settings to walk [default: that of the chosen policy].")
-    ] = "",
+    delta: Delta = 0.05,
+    epsilon: Epsilon = None,
+    method: TestMethod = "hoeffding-bentkus",
+    unit: Independent = "document",
+    family: FamilyName = "",
     steps: Annotated[int, typer.Option(min=2, help="Settings to walk at most.")] = 16,
-    quality: Annotated[
-        float | None, typer.Option(help="End at the cheapest measured point that agrees so much.")
-    ] = None,
-    latency_budget: Annotated[
-        float | None, typer.Option(help="Or at the best within this share of full depth's time.")
-    ] = None,
-    energy_budget: Annotated[
-        float | None, typer.Option(help="Or at the best within this share of its energy.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder [default: certified, beside the policies].")
-    ] = None,
+    quality: Quality = None,
+    latency_budget: LatencyBudget = None,
+    energy_budget: EnergyBudget = None,
+    out: Out = None,
     model: Model = DEFAULT_MODEL,
     corpus: Corpus = None,
     documents: Annotated[int, typer.Option(min=1, help="Calibration documents at most.")] = 200,
@@ -109,21 +118,14 @@ def calibrate_policies(
     promise = parse_promise(delta, epsilon, method, unit)
     out = out or policies / CERTIFIED
     require_new_folder("out", out)
-    picked, walked = _family(
-        policies, family, steps, parse_wish(quality, latency_budget, energy_budget)
+    wish = parse_wish(quality, latency_budget, energy_budget)
+    picked, walked = _family(policies, family, steps, wish)
+    mode = parse_kv_mode(kv_mode)
+    config = EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators)
+    spec = WorkerSpec(
+        model=model, dtype=dtype, device=device, threads=threads, slots=slots, engine=config
     )
-    engine = load_engine(
-        WorkerSpec(
-            model=model,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            slots=slots,
-            engine=EngineConfig(
-                kv_mode=parse_kv_mode(kv_mode), max_pending=max_pending, translators=translators
-            ),
-        )
-    )
+    engine = load_engine(spec)
     require_fingerprints(walked.bundle, engine)
     unseen = unseen_documents(corpus, traces)
     windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)

@@ -1,0 +1,1 @@
+"""Learning to draft: recording, training, choosing and measuring drafting policies."""
