@@ -54,7 +54,9 @@ class Contender:
         """Family and setting, such as ``p̂ τ=0.92``."""
         if self.setting is None:
             return self.family
-        return f"{self.family} {SYMBOLS.get(self.family, 'τ=')}{self.setting:.3g}"
+        # Thresholds crowd below 1, where three digits would not tell them apart.
+        digits = 6 if 0.99 < self.setting < 1 else 3
+        return f"{self.family} {SYMBOLS.get(self.family, 'τ=')}{self.setting:.{digits}g}"
 
 
 def measured(family: str, setting: float, policy: Policy, study: Study) -> Contender:
