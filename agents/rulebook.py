@@ -187,10 +187,13 @@ def _fitted(
     found += placed("SpecEE predictor", classifier(predictor, exits), PROBABILITIES, targets, study)
     found += placed("p̂", classifier(whole, exits), PROBABILITIES, targets, study)
     found += placed("backward induction", stopping, TRADE_OFFS, targets, study)
-    for target in targets:
-        best = best_subset(whole, here, study.validation, costs, target, FINE_LOGITS)
-        policy = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit, table)
-        found.append(measured("p̂ on best exits", best.logit, policy, study))
+    best = (
+        best_subset(whole, here, study.validation, costs, target, FINE_LOGITS) for target in targets
+    )
+    # Targets that nothing tells apart have one choice, and it takes part once.
+    for each in {(each.exits, each.logit): each for each in best}.values():
+        policy = MlpPolicy(each.exits, CANDIDATES_V1, each.weights, each.logit, table)
+        found.append(measured("p̂ on best exits", each.logit, policy, study))
     return found
 
 

@@ -83,7 +83,7 @@ def test_the_checkers_can_fail(
 def test_every_registered_id_of_ours_is_checked_here() -> None:
     ours = {name for name in gym.registry if name.startswith("offramp/")}
     # The live one needs an engine: tests/agents/test_live.py checks it; test_draft.py its own.
-    assert ours == {name for name, _ in VARIANTS} | {DRAFT_ENV_ID, LIVE_ENV_ID, DRAFT_ENV_ID}
+    assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID, DRAFT_ENV_ID}
 
 
 def test_the_docstring_example_runs() -> None:
