@@ -18,12 +18,12 @@ from offramp.agents.jumps import JumpAgent
 from offramp.agents.normaliser import Normaliser
 from offramp.agents.observe import StateObservations
 from offramp.agents.phat import PhatConfig, fit_classifier, logit
+from offramp.agents.placing import SUBSET
 from offramp.agents.study import Study
 from offramp.controller.mlp import MlpPolicy
 from offramp.envs.tokens import TokenTraces
 
 JUMPING = "PPO jumps"
-SUBSET = "p̂ on best exits"
 
 GRID = 41
 """Settings tried per family."""

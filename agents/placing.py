@@ -15,6 +15,9 @@ GRID = 41
 NEAR = 0.01
 """Agreements this far from a target still count as meeting it, when variants are compared."""
 
+SUBSET = "p̂ on best exits"
+"""A family whose members differ in their exits, too."""
+
 SYMBOLS = {
     "fixed exit": "layer ",
     "SkipDecode": "to layer ",
@@ -25,7 +28,7 @@ SYMBOLS = {
     "EERO budget": "B=",
     "FREE": "ζ=",
     "GREEN-CODE": "logit T=",
-    "p̂ on best exits": "logit τ=",
+    SUBSET: "logit τ=",
 }
 """What the setting of a family is called; τ elsewhere."""
 
@@ -56,7 +59,10 @@ class Contender:
             return self.family
         # Thresholds crowd below 1, where three digits would not tell them apart.
         digits = 6 if 0.99 < self.setting < 1 else 3
-        return f"{self.family} {SYMBOLS.get(self.family, 'τ=')}{self.setting:.{digits}g}"
+        name = f"{self.family} {SYMBOLS.get(self.family, 'τ=')}{self.setting:.{digits}g}"
+        if self.family == SUBSET:
+            return f"{name} at {','.join(map(str, self.policy.exits))}"
+        return name
 
 
 def measured(family: str, setting: float, policy: Policy, study: Study) -> Contender:

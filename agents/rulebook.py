@@ -23,6 +23,7 @@ from offramp.agents.fitting.subset import HERE_COLUMNS, best_subset
 from offramp.agents.phat import PhatConfig, logit, train_phat
 from offramp.agents.placing import (
     GRID,
+    SUBSET,
     Contender,
     cheapest_variant,
     measured,
@@ -193,7 +194,7 @@ def _fitted(
     # Targets that nothing tells apart have one choice, and it takes part once.
     for each in {(each.exits, each.logit): each for each in best}.values():
         policy = MlpPolicy(each.exits, CANDIDATES_V1, each.weights, each.logit, table)
-        found.append(measured("p̂ on best exits", each.logit, policy, study))
+        found.append(measured(SUBSET, each.logit, policy, study))
     return found
 
 

@@ -8,9 +8,10 @@ import torch
 
 from offramp.agents.chase import StateTable, SubsetGrid, subsets
 from offramp.agents.game import START, State
-from offramp.agents.jump_contenders import JUMPING, SUBSET, fit_state_phat, jump_contenders
+from offramp.agents.jump_contenders import JUMPING, fit_state_phat, jump_contenders
 from offramp.agents.jumps import JumpConfig, train_jumps
 from offramp.agents.phat import PhatConfig, logit
+from offramp.agents.placing import SUBSET
 from offramp.agents.ppo import PPOConfig
 from offramp.agents.study import Study
 from offramp.agents.warm import WarmConfig
