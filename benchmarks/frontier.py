@@ -141,7 +141,7 @@ def main() -> None:
         seeds=", ".join(map(str, range(given.seeds))),
         training=f"{given.steps:,} PPO steps a seed",
         timed=f"{config.assess.timed_documents} test documents; "
-        f"{config.choosing_documents} validation documents for the choice",
+        f"{min(config.choosing_documents, given.validation)} validation documents for the choice",
     )
     promises = gaps(list(outcome.test.values()))
     report = Report(

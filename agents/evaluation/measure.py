@@ -58,6 +58,12 @@ class Protocol:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(name, f"{getattr(self, name)} is below {least}")
+        if self.timed_tokens >= self.new_tokens:
+            raise ConfigError(
+                "timed_tokens",
+                f"{self.timed_tokens} exceed the {self.new_tokens - 1} that are decoded",
+                "Time fewer, or raise new_tokens",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,11 @@ def test_bad_settings_are_named(changes: dict[str, Any], field: str) -> None:
         config(**changes)
 
 
+def test_no_more_tokens_are_timed_than_decoded() -> None:
+    with pytest.raises(ConfigError, match=r"timed_tokens: 32 exceed the 31 that are decoded"):
+        Protocol(new_tokens=32, timed_tokens=32)
+
+
 def test_probabilities_that_are_not_finite_are_refused(documents: list[HeldOut]) -> None:
     model = load_model(REFERENCE, torch.float32, "cpu")
     model.model.norm.weight.data[0] = float("nan")
