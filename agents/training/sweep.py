@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from offramp.agents.training.checkpoint import CHECKPOINT
+from offramp.agents.resuming import CHECKPOINT
 from offramp.agents.training.config import RunConfig
 from offramp.agents.training.finish import finish
 from offramp.agents.training.run import train_staged

@@ -14,8 +14,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from offramp.agents.jumps import JumpConfig
 from offramp.agents.phat import PhatConfig
 from offramp.agents.ppo import PPOConfig
+from offramp.agents.resuming import CHECKPOINT
 from offramp.agents.study import Study
-from offramp.agents.training.checkpoint import CHECKPOINT, Checkpoint
+from offramp.agents.training.checkpoint import Checkpoint
 from offramp.agents.training.config import RunConfig, load_config, options_of
 from offramp.agents.training.run import StagedRun
 from offramp.agents.warm import WarmConfig

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from offramp.agents.corpus import Document
+from offramp.agents.resuming import CHECKPOINT
 from offramp.agents.tuning import tune as tune_module
-from offramp.agents.tuning.checkpoint import CHECKPOINT
 from offramp.agents.tuning.config import TuneConfig
 from offramp.agents.tuning.quality import TuneReport
 from offramp.agents.tuning.stream import WindowStream, data_digest

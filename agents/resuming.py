@@ -1,0 +1,71 @@
+"""Checkpoints: saved whole or not at all, read without running code, held to their settings."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+
+CHECKPOINT = "checkpoint.pt"
+FRESH = "Give the old value, or a new --out without --resume"
+
+
+class Resumable:
+    """What the checkpoints of all runs share; each is a dataclass of tensors and plain values."""
+
+    __slots__ = ()
+
+    command: ClassVar[str]
+    """Whose checkpoints they are."""
+
+    settings: Mapping[str, Any]
+    """Whatever changes the result, as JSON values."""
+
+    def save(self, folder: Path) -> None:
+        """Replace the folder's checkpoint durably.
+
+        Raises:
+            OSError: the folder cannot be written; the old checkpoint is untouched.
+        """
+        buffer = io.BytesIO()
+        torch.save({each.name: getattr(self, each.name) for each in fields(self)}, buffer)  # type: ignore[arg-type]  # every subclass is a dataclass
+        write_durably(folder / CHECKPOINT, buffer.getvalue())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the folder's checkpoint.
+
+        Raises:
+            ConfigError: there is none, or it is damaged (field ``resume``).
+        """
+        path = folder / CHECKPOINT
+        try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("no zip archive, which torch.save writes")
+            # weights_only: a checkpoint from elsewhere must not run code.
+            return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
+            raise ConfigError(
+                "resume",
+                f"{path} is missing or is no checkpoint of `{cls.command}`",
+                "Leave --resume out to start anew in an empty folder",
+            ) from error
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            ConfigError: the first setting that differs is the field.
+        """
+        for name, value in settings.items():
+            old = self.settings.get(name)
+            if old != value:
+                raise ConfigError(name, f"is {value}, and {old} in the checkpoint", FRESH)
