@@ -42,10 +42,10 @@ class DemoConfig:
     documents: int = 320
     tokens_per_document: int = 256
     ppo_steps: int = 1_500_000
-    validation_documents: int = 16
-    test_documents: int = 24
-    timed_documents: int = 12
-    lines: int = 2
+    validation_documents: int = 12
+    test_documents: int = 16
+    timed_documents: int = 8
+    lines: int = 1
     target_agreement: float = 0.93
     replicas: int = 2
     threads: int = 1
