@@ -133,7 +133,8 @@ def by_token(losses: Losses, tokens: int) -> LossesOf:
 
     def zero_one(setting: float) -> NDArray[np.float64]:
         wrong = np.rint(losses[setting] * tokens).astype(np.int64).sum()
-        return (np.arange(len(losses[setting]) * tokens) < wrong).astype(np.float64)
+        ones: NDArray[np.float64] = np.arange(len(losses[setting]) * tokens) < wrong
+        return ones.astype(np.float64)
 
     return zero_one
 

@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from workload import PROMPT_TOKENS
 
-from offramp.controller.policy import ExitPolicy
+from offramp.controller.policy import Policy
 from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
 from offramp.worker.attention import decode_window, ragged_window
 from offramp.worker.sequence import Sequence
@@ -37,7 +37,7 @@ def ours(
     engine: AdaptiveEngine,
     prompts: list[list[int]],
     new: int,
-    policy: ExitPolicy,
+    policy: Policy,
     kv_mode: KVMode = "project",
 ) -> Report:
     """The prompts are read, and the first tokens emitted, before the clock starts."""

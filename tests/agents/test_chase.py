@@ -72,12 +72,11 @@ def test_a_chased_router_goes_where_the_environment_takes_it(deep_study: Study, 
         ):
             ended.setdefault(int(place), (int(layer), int(probes), float(cost)))
     layers = np.asarray([2, 4, 6, 8])[chased.taken_N]
-    assert [ended[row][0] for row in rows] == layers.tolist()
-    assert [ended[row][1] for row in rows] == chased.probes_N.tolist()
-    begin = table.game.begin
-    np.testing.assert_allclose(
-        [ended[row][2] - begin for row in rows], chased.cost_N(table.game), atol=1e-6
-    )
+    ends = [ended[int(row)] for row in rows]
+    assert [end[0] for end in ends] == layers.tolist()
+    assert [end[1] for end in ends] == chased.probes_N.tolist()
+    cost_N = np.array([end[2] for end in ends]) - table.game.begin
+    np.testing.assert_allclose(cost_N, chased.cost_N(table.game), atol=1e-6)
     assert len(set(layers.tolist())) > 2
 
 

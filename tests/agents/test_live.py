@@ -147,7 +147,7 @@ def test_an_episode_is_what_the_engine_does_under_the_same_policy(
 ) -> None:
     document = documents[0]
     policy = Steady(table_VK, place)
-    [theirs], _ = follow(engine, [document], PROMPT, policy)  # type: ignore[arg-type]
+    [theirs], _ = follow(engine, [document], PROMPT, policy)
     [full], _ = follow(engine, [document], PROMPT, NeverExit())
     env = LiveExitEnv(
         open_session=lambda: open_session(documents=[document]), costs=COSTS,

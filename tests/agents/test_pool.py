@@ -68,7 +68,12 @@ def test_the_run_goes_on_when_collectors_are_killed(
 ) -> None:
     pools: list[CollectorPool] = []
     start = CollectorPool.start
-    monkeypatch.setattr(CollectorPool, "start", lambda pool: (pools.append(pool), start(pool)))
+
+    def starting(pool: CollectorPool) -> None:
+        pools.append(pool)
+        start(pool)
+
+    monkeypatch.setattr(CollectorPool, "start", starting)
     rounds: list[dict[str, float]] = []
 
     def on_round(number: int, summary: dict[str, float]) -> None:

@@ -79,7 +79,8 @@ def engine() -> AdaptiveEngine:
 
 @pytest.fixture(scope="module")
 def tokens() -> list[int]:
-    return np.random.default_rng(3).integers(1, VOCAB, size=48).tolist()
+    found: list[int] = np.random.default_rng(3).integers(1, VOCAB, size=48).tolist()
+    return found
 
 
 def decode(engine: AdaptiveEngine, tokens: Sequence[int], policy: Policy, mode: KVMode) -> Row:

@@ -150,7 +150,7 @@ def test_unknown_and_doubled_fields_are_refused() -> None:
     ],
 )
 def test_a_certificate_of_something_else_spoils_the_manifest(
-    bundle: PolicyBundle, change: dict[str, str], told: str
+    bundle: PolicyBundle, change: dict[str, Any], told: str
 ) -> None:
     assert bundle.manifest.certificate is not None
     borrowed = replace(bundle.manifest.certificate, **change)

@@ -42,7 +42,7 @@ def features(top1: float) -> FloatArray:
 
 
 def judged(*agreed: bool, exit_index: int = 0) -> list[Verdict]:
-    return [Verdict(exit_index, None, each) for each in agreed]
+    return [Verdict(exit_index, features(0.5)[0], each) for each in agreed]
 
 
 def net(inputs: int, outputs: int, seed: int) -> list[tuple[FloatArray, FloatArray]]:

@@ -132,7 +132,7 @@ def test_a_packed_router_comes_back_and_decides_the_same(first: Any) -> None:
     for here in range(len(EXITS)):
         routed = router.route(here, features_NF, outlook_NC)
         np.testing.assert_array_equal(again.route(here, features_NF, outlook_NC), routed)
-    kept = deserialize(packed.blob)
+    kept = deserialize(packed.blob)  # type: ignore[no-untyped-call]  # ships no types
     recorded = {name: entry["shape"] for name, entry in kept}["canned.route"]
     assert 0 < recorded[1] <= 200  # narrow decisions were left out
     assert recorded[0] == len(EXITS) + 1

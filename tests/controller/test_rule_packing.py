@@ -89,8 +89,8 @@ def test_a_rule_comes_back_and_decides_the_same(policy: Policy) -> None:
         assert isinstance(found, RoutingPolicy)
         np.testing.assert_array_equal(found.start(outlook_NC), policy.start(outlook_NC))
         for here in range(len(policy.exits)):
-            both = [each.route(here, features_NF, outlook_NC) for each in (found, policy)]
-            np.testing.assert_array_equal(*both)
+            one, other = (each.route(here, features_NF, outlook_NC) for each in (found, policy))
+            np.testing.assert_array_equal(one, other)
     else:
         assert isinstance(found, ExitPolicy)
         np.testing.assert_array_equal(found.leave(features_NF), policy.leave(features_NF))

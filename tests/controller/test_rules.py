@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def beta_draws(rng: np.random.Generator) -> tuple[FloatArray, np.ndarray]:
 
 def make_beta(rng: np.random.Generator, **changes: float) -> BetaThreshold:
     moments_23 = moments_of(*beta_draws(rng))
-    values = {"zeta": 0.4, **changes}
+    values: dict[str, Any] = {"zeta": 0.4, **changes}
     return BetaThreshold(
         exits=(6,), schema=SOFTMAX_V2, column="top1", moments_23=moments_23, **values
     )
@@ -166,7 +167,7 @@ def test_free_leaves_where_the_posterior_exceeds_zeta() -> None:
 
     def density(x: float, a: float, b: float) -> float:
         scale = math.gamma(a + b) / math.gamma(a) / math.gamma(b)
-        return scale * x ** (a - 1) * (1 - x) ** (b - 1)
+        return float(scale * x ** (a - 1) * (1 - x) ** (b - 1))
 
     posterior = [density(x, a1, b1) / (density(x, a1, b1) + density(x, a0, b0)) for x in GRID]
     place = list(GRID).index(policy.threshold)

@@ -9,7 +9,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1, FloatArray, IntArray
 from offramp.controller.manifest import Manifest, Rollout
-from offramp.controller.policy import ExitPolicy, FixedExit, ThresholdPolicy
+from offramp.controller.policy import ExitPolicy, FixedExit, Policy, ThresholdPolicy
 from offramp.controller.registry import Head
 from offramp.controller.signing import STAMP_MAGIC, SigningKey, trusted_keys
 from offramp.controller.trust import Mark, ReleaseVerifier, Stamp
@@ -152,7 +152,7 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(key: SigningKey) -> Non
     table_VK = np.zeros((20, 2), np.int32)
     rows = np.zeros((1, CANDIDATES_V1.width), np.float32)
 
-    def opened(policy: ExitPolicy, canned: FloatArray) -> ExitPolicy:
+    def opened(policy: ExitPolicy, canned: FloatArray) -> Policy:
         draft = PolicyBundle.draft(
             pack_policy(policy, canned),
             model="aa",

@@ -162,7 +162,8 @@ def test_sb3_vectors_say_what_an_ended_episode_was(traces: TokenTraces) -> None:
 
 
 def test_bad_arguments_are_refused(traces: TokenTraces) -> None:
-    for options in ({"num_envs": 0}, {"max_pending": 0}, {"cycles": 0}, {"rate": -1.0}):
+    bad: list[dict[str, Any]] = [{"num_envs": 0}, {"max_pending": 0}, {"cycles": 0}, {"rate": -1.0}]
+    for options in bad:
         with pytest.raises(ConfigError):
             DraftExitCore(traces, measured(MODEL), **{"num_envs": 1, **options})
     with pytest.raises(ConfigError, match="costs"):

@@ -37,14 +37,16 @@ def table() -> CostTable:
 def test_gates_cost_what_the_table_says_of_leaving(traces: TokenTraces, table: CostTable) -> None:
     core = TokenExitCore(traces, table, num_envs=1, autoreset=False)
     joules = table.at(1).leaving_j(EXITS)
+    full_j = table.at(1).full_j
     assert joules is not None
+    assert full_j is not None
     for leave_at in range(5):
         core.reset(tokens=0)
         for step in range(min(leave_at + 1, 4)):
             batch = core.step(np.array([int(step == leave_at)]))
         info = batch.finals.rows()[0]
         assert info["cost"] == pytest.approx(table.leaving(EXITS)[leave_at])
-        assert info["energy"] == pytest.approx(joules[leave_at] / table.at(1).full_j)
+        assert info["energy"] == pytest.approx(joules[leave_at] / full_j)
 
 
 def test_energy_is_weighed_observed_and_told(traces: TokenTraces, table: CostTable) -> None:

@@ -67,9 +67,10 @@ class Invented:
         tokens, exits = self.scores_TEK.shape[:2]
         rng = np.random.default_rng(seed)
         chance_TK = rng.dirichlet(np.ones(self.scores_TEK.shape[2]), tokens)
-        best_TE, full_T = self.scores_TEK.argmax(-1), chance_TK.argmax(-1)
+        best_TE = self.scores_TEK.argmax(-1)
+        full_T = chance_TK.argmax(-1)
         gap_TE = np.log(np.take_along_axis(chance_TK, best_TE, 1) / chance_TK.max(-1)[:, None])
-        next_T = rng.integers(self.scores_TEK.shape[2], size=tokens)
+        next_T: NDArray[np.int64] = rng.integers(self.scores_TEK.shape[2], size=(tokens,))
         document_T = np.arange(tokens) // self.tokens_per_document
         features = [
             [self.features(t, list(range(e + 1))) for e in range(exits)] for t in range(tokens)
@@ -87,7 +88,7 @@ class Invented:
             full_right_N=(full_T == next_T).astype(np.float32),
             position_N=(np.arange(tokens) % self.tokens_per_document).astype(np.int32),
             document_N=document_T.astype(np.int32),
-            documents=tuple(f"{i:064x}" for i in range(document_T[-1] + 1)),
+            documents=tuple(f"{i:064x}" for i in range(int(document_T.max()) + 1)),
         )
 
 

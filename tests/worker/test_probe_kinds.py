@@ -172,10 +172,10 @@ def test_compiled_features_equal_those_through_the_models_norm(
     readout = Readout(stack_for(make_model(family, dtype)))
     host, device = scorers(readout, table_VK[[5, 9, 11]], typed[0])
     # The model's norm rounds to bfloat16, the compiled one does not.
-    near = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    rtol, atol = (1e-4, 1e-4) if dtype is torch.float32 else (0.05, 0.02)
     for depth, x_ND in enumerate(typed[1:], 1):
         one, other = host.features(depth / 4, x_ND), device.features(depth / 4, x_ND)
-        np.testing.assert_allclose(one, other, **near)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def test_compiled_features_of_nan_are_nan(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from offramp.controller.router import MlpRouter
 from offramp.controller.weights import pack_policy
 
 EXITS = (2, 4, 6)
-Save = Callable[[list[tuple[str, Any, Any, Policy]]], Path]
+Save = Callable[[Sequence[tuple[str, Any, Any, Policy]]], Path]
 
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
     """Writes (family, setting, offline agreement, policy) as ``offramp train`` does."""
 
-    def save(entries: list[tuple[str, Any, Any, Policy]]) -> Path:
+    def save(entries: Sequence[tuple[str, Any, Any, Policy]]) -> Path:
         index = []
         for number, (family, setting, offline, policy) in enumerate(entries):
             width = 0 if policy.schema is None else policy.schema.width

@@ -111,7 +111,7 @@ def test_only_documents_that_nobody_has_seen_are_used(tmp_path: Path) -> None:
 
 
 def test_a_recording_that_took_everything_leaves_nothing(tmp_path: Path) -> None:
-    digests = {each.digest: {} for each in load_corpus(None)}
+    digests: dict[str, dict[str, str]] = {each.digest: {} for each in load_corpus(None)}
     (tmp_path / "split.json").write_text(json.dumps(digests))
     assert unseen_documents(None, tmp_path) == []
     with pytest.raises(TraceError, match=r"calibration documents: none of 0 .* larger --corpus"):

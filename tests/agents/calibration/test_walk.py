@@ -162,8 +162,9 @@ def test_no_setting_that_passes_is_an_outcome_and_no_error() -> None:
 @pytest.mark.parametrize("field", ["delta", "epsilon"])
 def test_shares_outside_their_range_are_named(field: str, value: float) -> None:
     options = {"delta": 0.05, "epsilon": 0.05} | {field: value}
+    delta, epsilon = options["delta"], options["epsilon"]
     with pytest.raises(ConfigError, match=rf"{field}: .* is not in \(0, 1\)"):
-        learn_then_test([1.0], lambda _: np.zeros(99), **options)
+        learn_then_test([1.0], lambda _: np.zeros(99), delta=delta, epsilon=epsilon)
     if field == "delta":
         with pytest.raises(ConfigError, match=r"delta: .* is not in \(0, 1\)"):
             conformal_risk_control([1.0], lambda _: np.zeros(99), delta=value)
