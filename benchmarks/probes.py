@@ -41,10 +41,10 @@ def main(
     costs = probe_costs(engine, table_VK.astype(np.int32), exits=layers, repeats=repeats)
     machine = describe_machine(engine.stack.dtype)
     title = f"{machine}; K={candidates}, batch 1, exits {exits}"
-    heads = ("warm", "loop", "build", "decide", "per token", "share", "layers")
-    table = Table("schema", *heads, title=title, caption="µs; layers: one decision in the loop")
+    heads = ("warm", "loop", "decide", "question", "build", "per token", "share", "layers")
+    table = Table("schema", *heads, title=title, caption="µs; layers: one question in the loop")
     for name, cost in costs.items():
-        parts = (cost.warm_s, cost.probe_s, cost.build_s, cost.decide_s, cost.token_s)
+        parts = (cost.warm_s, cost.probe_s, cost.decide_s, cost.ask_s, cost.build_s, cost.token_s)
         cells = [f"{part * 1e6:.1f}" for part in parts]
         table.add_row(name, *cells, f"{cost.share:.1%}", f"{cost.layers:.3f}")
     Console().print(table)
