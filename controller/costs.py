@@ -159,19 +159,6 @@ class CostTable:
                 "Run `offramp profile` for this model",
             )
 
-    def differences(self, *, dtype: str, device: str, threads: int) -> list[str]:
-        """How a run differs from what was measured, in words; prices then are only a lead."""
-        pairs = {
-            "dtype": (self.dtype, dtype),
-            "device": (self.device, device),
-            "threads": (self.threads, threads),
-        }
-        return [
-            f"{name} {mine} was profiled, {run} runs"
-            for name, (mine, run) in pairs.items()
-            if self.batches and mine != run
-        ]
-
     def _read(self, field_name: str, batches: tuple[Batch, ...], size: float) -> dict[str, float]:
         if not batches:
             return {}

@@ -102,7 +102,6 @@ def test_a_table_of_constants_is_the_same_at_any_number_of_rows() -> None:
     assert costs.at(64).full_s == costs.launch(9).full_s == costs.full_s == 10
     assert costs.at(64).full_j is None
     costs.require_model("any")
-    assert costs.differences(dtype="bfloat16", device="cuda", threads=7) == []
 
 
 @pytest.mark.parametrize(
@@ -130,13 +129,8 @@ def test_intervals_hold_their_median(low: float, middle: float, high: float) -> 
         Timing(median_s=middle, low_s=low, high_s=high)
 
 
-def test_another_model_is_refused_and_another_setting_named() -> None:
+def test_another_model_is_refused() -> None:
     costs = measured(model="12" * 32)
     costs.require_model("12" * 32)
     with pytest.raises(ConfigError, match=r"measured on model 121212121212, not on abab.* profile"):
         costs.require_model("ab" * 32)
-    assert costs.differences(dtype="float32", device="cpu", threads=2) == []
-    assert costs.differences(dtype="bfloat16", device="cpu", threads=1) == [
-        "dtype float32 was profiled, bfloat16 runs",
-        "threads 2 was profiled, 1 runs",
-    ]
