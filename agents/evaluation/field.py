@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from offramp.agents.export import ppo_weights
+from offramp.agents.fitting.greencode import GreenCodeConfig
 from offramp.agents.jumps import JumpConfig, train_jumps
 from offramp.agents.phat import train_phat
 from offramp.agents.placing import GRID, Contender, placed
@@ -38,7 +39,8 @@ def train_field(
 
     Args:
         config: How to train; the seed is that of ``config.ppo``.
-        traces: A folder that ``record_traces`` wrote.
+        traces: A folder that ``record_traces`` wrote. GREEN-CODE takes part if they hold hidden
+            states.
         folder: Where each contender's bundle is written, with an index.
         on_steps: Told (whose steps, steps done, steps in all).
 
@@ -48,7 +50,9 @@ def train_field(
     torch.set_num_threads(config.threads)
     study = load_study(traces)
     phat = train_phat(study.train, config.phat)
-    contenders = rulebook(study, config.targets, seed=config.ppo.seed, phat=phat)
+    seed = config.ppo.seed
+    greencode = None if study.train.state_NED is None else GreenCodeConfig(seed=seed)
+    contenders = rulebook(study, config.targets, seed=seed, phat=phat, greencode=greencode)
     contenders += _agents(study, config, on_steps)
     save_contenders(folder, contenders, study, asdict(config))
     return contenders
