@@ -181,8 +181,10 @@ def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) ->
     spec = WorkerSpec(model=given.model)
     traces, policies = given.out / "traces", given.out / "policies"
     if not (traces / "manifest.json").exists():
-        recording = RecordConfig(worker=spec, corpus=given.corpus, documents=given.documents,
-                                 tokens_per_document=given.tokens_per_document, states=True)  # fmt: skip
+        recording = RecordConfig(
+            worker=spec, corpus=given.corpus, documents=given.documents,
+            tokens_per_document=given.tokens_per_document, states=True,
+        )  # fmt: skip
         with ray_session(None, 2):
             record_traces(recording, traces, lambda *count: tell("record", *count))
     for seed in range(given.seeds):

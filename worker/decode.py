@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from offramp.worker.attention import prefill_window
+from offramp.worker.convener import Convener
 from offramp.worker.fill import KVProjector
-from offramp.worker.groups import Convener
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.kv import EXACT, SlotKV
 from offramp.worker.probes import ProbeBench

@@ -1,4 +1,4 @@
-"""Rows that are asked together because they run under one policy, and rows that are routed alone.
+"""Rows that are asked together because they run under one policy, and rows that are asked alone.
 
 Shape suffixes: N rows, D width, V vocabulary, F features.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,7 @@ from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.outlook import Load, outlook_of
-from offramp.worker.probes import CandidateProbe, Probe, ProbeBench
+from offramp.worker.probes import Probe, RowProbe
 from offramp.worker.sequence import Sequence
 
 Left = tuple[list[Sequence], Tensor | None]
@@ -30,11 +30,16 @@ class Asked(Protocol):
 
     rows: list[Sequence]
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Where any of them may be asked, as long as the wave lasts."""
+        ...
+
     def asks_at(self, executed: int) -> bool:
         """Whether any of them is asked after so many layers."""
         ...
 
-    def ask(self, guard: PolicyGuard, executed: int, x_ND: Tensor) -> Left:
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
         """Which rows leave; they are then forgotten.
 
         If the policy fails none leaves, and none is asked again until its request ends.
@@ -42,7 +47,7 @@ class Asked(Protocol):
         Args:
             guard: Survives the policy's failures.
             executed: Layers executed.
-            x_ND: The rows' hidden states.
+            x_N1D: The rows' hidden states.
         """
         ...
 
@@ -64,18 +69,19 @@ class Group:
         self.policy = policy
         self.rows = rows
         self.probe = probe
-        is_plain = type(policy) is MlpPolicy and len(rows) == 1
-        self._is_compiled = is_plain and type(probe) is CandidateProbe and probe.is_compiled
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Those of the policy."""
+        return self.policy.exits
 
     def asks_at(self, executed: int) -> bool:
         """At every exit of the policy."""
         return executed in self.policy.exits and bool(self.rows)
 
-    def ask(self, guard: PolicyGuard, executed: int, x_ND: Tensor) -> Left:
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
         """As ``Asked`` says."""
-        if self._is_compiled:
-            return self._ask_one(guard, executed, x_ND)
-        features_NF = self.probe.features(executed, x_ND)
+        features_NF = self.probe.features(executed, x_N1D[:, 0])
         leave_N = guard.decide(self.policy, features_NF)
         if leave_N is None:
             for row in self.rows:
@@ -96,20 +102,6 @@ class Group:
         self._keep(~leave_N)
         return leaving, known_NV
 
-    def _ask_one(self, guard: PolicyGuard, executed: int, x_1D: Tensor) -> Left:
-        """The same for the commonest case, probe and policy in one compiled call."""
-        policy, probe, rows = self.policy, self.probe, self.rows
-        assert isinstance(policy, MlpPolicy)
-        assert isinstance(probe, CandidateProbe)
-        logit = probe.logit(executed, x_1D, policy)
-        if not math.isfinite(logit):
-            guard.report(policy, PolicyFaultError("features or logit are not finite"))
-            rows[0].policy_failed = True
-        if logit <= policy.threshold:
-            return [], None
-        self.rows = []
-        return ([] if rows[0].policy_failed else rows), None
-
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
         stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
@@ -124,6 +116,42 @@ class Group:
     def _keep(self, stay_N: np.ndarray) -> None:
         self.probe.keep(stay_N)
         self.rows = [row for row, stays in zip(self.rows, stay_N, strict=True) if stays]
+
+
+class Solo:
+    """One row whose probe and policy are one compiled call.
+
+    Args:
+        policy: The row's.
+        row: The row.
+        probe: Computes the policy's logit.
+    """
+
+    def __init__(self, policy: MlpPolicy, row: Sequence, probe: RowProbe) -> None:
+        self.rows = [row]
+        self.exits = policy.exits
+        self._policy = policy
+        self._probe = probe
+
+    def asks_at(self, executed: int) -> bool:
+        """At every exit of the policy."""
+        return executed in self.exits and bool(self.rows)
+
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
+        """As ``Asked`` says."""
+        logit = self._probe.logit(executed, x_N1D)
+        if not math.isfinite(logit):
+            guard.report(self._policy, PolicyFaultError("features or logit are not finite"))
+            self.rows[0].policy_failed = True
+            self.rows = []
+        if not logit > self._policy.threshold:
+            return [], None
+        leaving, self.rows = self.rows, []
+        return leaving, None
+
+    def forget_all_but(self, rows: Rows[Sequence]) -> None:
+        """As ``Asked`` says."""
+        self.rows = [row for row in self.rows if row in rows]
 
 
 class Route:
@@ -156,15 +184,20 @@ class Route:
         self._load = load
         self._frame = frame
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Those of the policy."""
+        return self._policy.exits
+
     def asks_at(self, executed: int) -> bool:
         """At the exit it was sent to."""
         return bool(self.rows) and self._policy.exits[self._target] == executed
 
-    def ask(self, guard: PolicyGuard, executed: int, x_ND: Tensor) -> Left:
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
         """As ``Asked`` says."""
         [row] = self.rows
         here = self._target
-        features_1F = self._probe.features(executed, x_ND)
+        features_1F = self._probe.features(executed, x_N1D[:, 0])
         outlook_1C = outlook_of(row, self._load, *self._frame)
         target = guard.route(self._policy, here, features_1F, outlook_1C)
         if target is None:
@@ -183,75 +216,3 @@ class Route:
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
         self.rows = [row for row in self.rows if row in rows]
-
-
-class Convener:
-    """Puts rows that begin a token into the groups they are asked in.
-
-    Args:
-        bench: Builds probes.
-        guard: Survives policies that fail.
-        layers: Number of layers of the model.
-        max_pending: Tokens a row may put off.
-
-    Attributes:
-        load: Of the engine, as the routing policies see it.
-    """
-
-    def __init__(
-        self, bench: ProbeBench, guard: PolicyGuard, layers: int, max_pending: int
-    ) -> None:
-        self._bench = bench
-        self._guard = guard
-        self._frame = (layers, max_pending)
-        self.load = Load()
-
-    def convene(self, rows: Rows[Sequence], x_ND: Tensor) -> list[Asked]:
-        """One group per exit policy that asks at all, and one per routed row.
-
-        Args:
-            rows: Rows that begin a token and may leave early.
-            x_ND: Their embeddings.
-        """
-        if len(rows) == 1:
-            [row] = rows
-            if not row.policy.exits:
-                return []
-            return self._route([row], x_ND) if row.routes else self._group([row], x_ND)
-        by_policy: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            if row.policy.exits:
-                by_policy.setdefault(index if row.routes else ~id(row.policy), []).append(index)
-        found: list[Asked] = []
-        for indices in by_policy.values():
-            whole = len(indices) == len(rows)
-            members = list(rows) if whole else [rows[index] for index in indices]
-            states_ND = x_ND if whole else x_ND[indices]
-            asked = self._route if members[0].routes else self._group
-            found += asked(members, states_ND)
-        return found
-
-    def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
-        # A cast: to look whether an object has a protocol's methods takes longer than the rest.
-        policy = cast(ExitPolicy, rows[0].policy)
-        group = Group(policy, rows, self._probe(rows, x_ND))
-        for row in rows:
-            row.group = group
-        return [group]
-
-    def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
-        [row] = rows
-        policy = cast(RoutingPolicy, row.policy)
-        target = self._guard.start(policy, outlook_of(row, self.load, *self._frame))
-        if target is None:
-            row.policy_failed = True
-        if target is None or target == len(policy.exits):
-            return []
-        row.group = Route(policy, row, self._probe(rows, x_ND), target, self.load, self._frame)
-        return [row.group]
-
-    def _probe(self, rows: list[Sequence], x_ND: Tensor) -> Probe:
-        positions_N = np.array([row.position for row in rows], np.int32)
-        drafted = [[draft.token for draft in row.drafts] for row in rows]
-        ngrams = [row.ngrams for row in rows]
-        return self._bench.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)

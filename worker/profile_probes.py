@@ -22,7 +22,7 @@ from offramp.worker.attention import decode_window
 from offramp.worker.candidates import NgramIndex
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.guard import PolicyGuard
-from offramp.worker.probes import CandidateProbe, Probe, ProbeBench
+from offramp.worker.probes import Probe, ProbeBench, RowProbe
 from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
@@ -103,7 +103,13 @@ class _Walk:
     prompt: tuple[int, ...]
     passes: int = 0
     guard: PolicyGuard = field(default_factory=PolicyGuard)
+    ngrams: NgramIndex = field(init=False)
+    row_probe: RowProbe | None = field(init=False)
     times: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ngrams = NgramIndex(self.prompt)
+        self.row_probe = self.bench.row_probe(self.policy, self.ngrams)
 
     def run(self) -> None:
         """One pass."""
@@ -114,11 +120,7 @@ class _Walk:
         rotary = stack.rotary(x_11D, position_11)
         window = decode_window([0], [position], stack.heads_per_key, x_11D)
         self.engine.kv.open(window)
-        ngrams = NgramIndex(self.prompt)
-        positions_N = np.asarray([position], np.int32)
-        probe = self._timed(
-            "build", self.bench.probe, self.policy, [ngrams], x_11D[:, 0], positions_N
-        )
+        probe = self._timed("build", self._probe, x_11D[:, 0], position)
         for layer in range(1, stack.layers + 1):
             arguments = (layer - 1, x_11D, rotary, window, self.engine.kv)
             x_11D = self._timed("layer", stack.run_layer, *arguments)
@@ -126,10 +128,16 @@ class _Walk:
                 self._ask(probe, layer, x_11D[:, 0])
         self._timed("head", lambda: stack.logits(x_11D[:, 0]).argmax().item())
 
+    def _probe(self, x_1D: Tensor, position: int) -> Probe:
+        if self.row_probe is not None:
+            self.row_probe.begin((), x_1D, position)
+            return self.row_probe
+        return self.bench.probe(self.policy, [self.ngrams], x_1D, np.asarray([position], np.int32))
+
     def _ask(self, probe: Probe, layer: int, x_1D: Tensor) -> None:
         # In turn, since what is asked first drives the other's code into the caches.
-        if isinstance(probe, CandidateProbe) and probe.is_compiled and self.passes % 2:
-            self._timed("ask", probe.logit, layer, x_1D, self.policy)
+        if isinstance(probe, RowProbe) and self.passes % 2:
+            self._timed("ask", probe.logit, layer, x_1D)
             return
         features_NF = self._timed("probe", probe.features, layer, x_1D)
         self._timed("decide", self.guard.decide, self.policy, features_NF)

@@ -16,6 +16,7 @@ from offramp.worker.snapshot import PolicySnapshot
 
 if TYPE_CHECKING:
     from offramp.worker.groups import Asked
+    from offramp.worker.probes import RowProbe
 
 FinishReason = Literal["stop", "length"]
 
@@ -97,8 +98,7 @@ class CompletionStats:
         generation: Policy generation it ran under (0: built-in full depth).
         mean_exit_layer: Mean layers executed before each token was emitted or drafted (the first
             comes from the prompt's full-depth pass).
-        layer_calls: Layers executed after the prompt, summed over tokens, deferred ones and those
-            of rejected drafts included.
+        layer_calls: Layers executed after the prompt, those of rejected drafts included.
         exact_share: Share of its cache positions whose every layer was executed.
         drafts, drafts_accepted: Tokens that left early and waited for full depth's word, and those
             that it confirmed.
@@ -160,17 +160,16 @@ class Sequence:
     Attributes:
         prefilled: Prompt tokens in the cache.
         drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
-        open: Tokens whose deeper layers have not run, the oldest first; their depths never
-            increase, since a token runs a layer only after all earlier ones of its row.
+        open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
         undecided: Whether the last open token is still on its way, waiting at its depth.
         group: The rows it is probed with while it is on its way.
+        probe: Its own, for when it is alone; None if one is built per token.
         layer_calls: Layers executed for its tokens, deferred ones included.
         drafts_accepted: Drafts that full depth confirmed.
         drafts_made: Drafts in all.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
         debt: Moving average of the share of layers that its tokens skipped.
-        acceptance: Moving average of the early tokens that full depth agreed with, as far as it
-            was asked.
+        acceptance: Moving average of early tokens that full depth, where asked, agreed with.
         policy: The pinned one.
         routes, learns: What kind of policy it is.
     """
@@ -190,6 +189,7 @@ class Sequence:
     open: list[OpenToken] = field(default_factory=list)
     undecided: bool = False
     group: Asked | None = None
+    probe: RowProbe | None = None
     layer_calls: int = 0
     drafts_accepted: int = 0
     drafts_made: int = 0

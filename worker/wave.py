@@ -83,6 +83,7 @@ class Wave:
             self._begin_tokens()
         else:
             self._resume_groups()
+        self._exits = {layer for group in self.groups for layer in group.exits}
         self._join_depths = {token.depth for row in self.rows for token in row.open} | {first}
 
     def run(self, last: int) -> list[Arrival]:
@@ -179,25 +180,28 @@ class Wave:
         self.decoder.kv.open(self._window)
 
     def _let_leave(self, executed: int) -> None:
+        if executed not in self._exits:
+            return
         asking = [group for group in self.groups if group.asks_at(executed)]
         if not asking:
             return
         start = time.perf_counter()
         # Probes and head read the translated state, deeper layers and cache the state itself.
-        read_ND = self.decoder.translators.apply(executed, self._x[:, -1])
+        newest_N1D = self._x if self._x.shape[1] == 1 else self._x[:, -1:]
+        read_N1D = self.decoder.translators.apply(executed, newest_N1D)
         leaving: dict[int, Tensor | None] = {}
         for group in asking:
             asked = group.rows
             # Rows may have changed slots, and so their order, while they waited.
-            in_order = len(self.rows) == 1 or asked == self.rows
-            asked_ND = read_ND if in_order else read_ND[[self.rows.index(row) for row in asked]]
-            rows, known_NV = group.ask(self.decoder.guard, executed, asked_ND)
+            in_order = asked == self.rows
+            asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
+            rows, known_NV = group.ask(self.decoder.guard, executed, asked_N1D)
             self.decoder.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(rows):
                 leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
         self.decoder.spent.deciding_s += time.perf_counter() - start
         if leaving:
-            self._part_with(executed, leaving, read_ND)
+            self._part_with(executed, leaving, read_N1D[:, 0])
 
     def _part_with(self, executed: int, leaving: dict[int, Tensor | None], read_ND: Tensor) -> None:
         places = sorted(leaving)

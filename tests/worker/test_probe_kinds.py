@@ -37,7 +37,7 @@ from offramp.worker.probes import (
 )
 from offramp.worker.probes.readout import FinalNorm
 from offramp.worker.probes.scorers import DeviceScorer, HostScorer, Scorer
-from offramp.worker.profile_probes import probe_costs
+from offramp.worker.profile_probes import probe_costs, random_policy
 from offramp.worker.record import record_document
 from offramp.worker.stack import LayerStack
 from support.models import VOCAB, make_model
@@ -307,3 +307,35 @@ def test_the_bench_builds_what_the_policy_reads(stack: Any, table_VK: IntArray) 
     ngrams = [NgramIndex([1, 2]), NgramIndex([3])]
     probe = bench.probe(policy, ngrams, torch.randn(2, 48), POSITIONS[:2])
     assert probe.features(1, torch.randn(2, 48)).shape == (2, CANDIDATES_V1.width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_alone_is_probed_as_in_company(dtype: torch.dtype, table_VK: IntArray) -> None:
+    stack = stack_for(make_model("llama").to(dtype))
+    bench = ProbeBench(stack)
+    policy = random_policy(CANDIDATES_V1, (1, 2), table_VK)
+    ngrams = NgramIndex([1, 2, 3, 1, 2])
+    alone = bench.row_probe(policy, ngrams)
+    assert alone is not None
+    for token, position in enumerate((5, 6)):  # the second as if there had been no first
+        x_LND = torch.randn(3, 1, stack.width).to(dtype)
+        drafted = [7] * token
+        shared = bench.probe(policy, [ngrams], x_LND[0], np.array([position]), [drafted])
+        alone.begin(drafted, x_LND[0], position)
+        for layer in (1, 2):
+            expected_1F = shared.features(layer, x_LND[layer])
+            if layer == 1:
+                np.testing.assert_array_equal(alone.features(layer, x_LND[layer]), expected_1F)
+                continue
+            expected = float(policy.logits(expected_1F)[0])
+            logit = alone.logit(layer, x_LND[layer])
+            assert logit == pytest.approx(expected, abs=1e-5)  # it sums in another order
+
+
+def test_what_a_row_probe_cannot_read_is_left_to_the_others(table_VK: IntArray) -> None:
+    ngrams = NgramIndex([1])
+    bench = ProbeBench(stack_for(make_model("llama")))
+    assert bench.row_probe(ThresholdPolicy((1,), SOFTMAX_V2, "top1", 0.5), ngrams) is None
+    double = ProbeBench(stack_for(make_model("llama").to(torch.float64)))
+    policy = ThresholdPolicy((1,), CANDIDATES_V1, "top1", 0.5, table_VK)
+    assert double.row_probe(policy, ngrams) is None

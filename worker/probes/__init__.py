@@ -4,6 +4,7 @@ from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.registry import PROBES, ProbeBench, make_probe
+from offramp.worker.probes.row import RowProbe
 from offramp.worker.probes.sketch import Sketch, SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe, softmax_features
 from offramp.worker.probes.state import StateProbe
@@ -16,6 +17,7 @@ __all__ = [
     "ProbeBench",
     "ProbeInputs",
     "Readout",
+    "RowProbe",
     "Sketch",
     "SketchProbe",
     "SoftmaxProbe",

@@ -5,18 +5,12 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import Policy
-from offramp.worker.candidates import NgramIndex
 from offramp.worker.probes.base import ProbeInputs
-from offramp.worker.probes.readout import Readout
-from offramp.worker.probes.scorers import HostScorer, Scorer, make_scorer
+from offramp.worker.probes.scorers import Scorer, make_scorer
 
 
 class CandidateProbe:
@@ -30,8 +24,6 @@ class CandidateProbe:
     def __init__(self, layers: int, scorer: Scorer) -> None:
         self._layers = layers
         self._scorer = scorer
-        self.is_compiled = isinstance(scorer, HostScorer)
-        """Whether it has ``logit``."""
 
     @classmethod
     def of(cls, inputs: ProbeInputs) -> CandidateProbe:
@@ -44,37 +36,9 @@ class CandidateProbe:
         )
         return cls(stack.layers, scorer)
 
-    @classmethod
-    def of_row(
-        cls,
-        readout: Readout,
-        policy: Policy,
-        ngrams: NgramIndex,
-        drafted: Sequence[int],
-        x_1D: Tensor,
-        position: int,
-    ) -> CandidateProbe:
-        """The same for one row, in fewer steps; the readout shows its norm and head."""
-        assert policy.candidates_VK is not None
-        stack, exits = readout.stack, len(policy.exits)
-        place = position / stack.context
-        scorer = HostScorer.of_row(
-            readout, policy.candidates_VK, ngrams, drafted, x_1D, place, exits
-        )
-        return cls(stack.layers, scorer)
-
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
         return self._scorer.features(layer / self._layers, x_ND)
-
-    def logit(self, layer: int, x_1D: Tensor, policy: MlpPolicy) -> float:
-        """What a policy makes of the only row's columns, in one compiled call.
-
-        Returns:
-            NaN if the columns are not finite, or the logit is not.
-        """
-        assert isinstance(self._scorer, HostScorer)
-        return self._scorer.logit(layer / self._layers, x_1D, policy)
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""

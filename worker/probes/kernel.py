@@ -18,7 +18,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from offramp.controller.features import FloatArray
-from offramp.worker.merging import merge_row
 
 Bits = NDArray[np.uint16]
 """Of bfloat16 numbers, which numpy does not know."""
@@ -36,11 +35,11 @@ BEST, TOP1, RUN, SQUARE = range(4)
 with it, squared length of the last state."""
 
 # Sums may be reordered (so that they are vectorised), but NaN stays NaN: policies are guarded.
-_compiled = njit(cache=True, nogil=True, error_model="numpy",
+compiled = njit(cache=True, nogil=True, error_model="numpy",
                  fastmath={"reassoc", "contract", "arcp", "nsz"})  # fmt: skip
 
 
-@_compiled
+@compiled
 def _widen(row_D: Any, is_bits: bool, bits_D: Any, out_D: Any) -> None:
     """A row as float32; bits are bfloat16's, and ``bits_D`` shares its memory with ``out_D``."""
     if is_bits:
@@ -51,7 +50,7 @@ def _widen(row_D: Any, is_bits: bool, bits_D: Any, out_D: Any) -> None:
             out_D[d] = row_D[d]
 
 
-@_compiled
+@compiled
 def _dot(a_D: Any, b_D: Any) -> Any:
     total = np.float32(0)
     for d in range(a_D.size):
@@ -59,7 +58,7 @@ def _dot(a_D: Any, b_D: Any) -> Any:
     return total
 
 
-@_compiled
+@compiled
 def _normalise(x_D: Any, square: Any, norm_2D: Any, eps: float, is_centred: bool, y_D: Any) -> None:
     """The final norm: (x − mean?) / rms · weight + bias."""
     mean = np.float32(0)
@@ -72,7 +71,7 @@ def _normalise(x_D: Any, square: Any, norm_2D: Any, eps: float, is_centred: bool
         y_D[d] = (x_D[d] - mean) * scale * norm_2D[0, d] + norm_2D[1, d]
 
 
-@_compiled
+@compiled
 def _sure(scores_K: Any, out_F: Any) -> int:
     """top1, margin, entropy / ln K and top score of a softmax; the best one's place."""
     best = 0
@@ -95,7 +94,7 @@ def _sure(scores_K: Any, out_F: Any) -> int:
     return best
 
 
-@_compiled
+@compiled
 def _since(best: int, memory_4: Any, exits: int, out_F: Any) -> None:
     """agrees, run length / exits, change of top1; and remembers."""
     agrees = best == memory_4[BEST]
@@ -106,7 +105,7 @@ def _since(best: int, memory_4: Any, exits: int, out_F: Any) -> None:
     memory_4[BEST], memory_4[TOP1], memory_4[RUN] = best, out_F[0], run
 
 
-@_compiled
+@compiled
 def candidate_features(
     head_VD: Any,
     candidates_NK: Any,
@@ -168,96 +167,21 @@ def candidate_features(
     return out_NF
 
 
-@_compiled
-def _mlp(features_F: Any, flat: Any, sizes: Any) -> Any:
-    """A tanh MLP's single output; NaN unless all features are finite (tanh would hide infinity)."""
-    x_H, here = features_F, 0
-    total = np.float32(0)
-    for f in range(features_F.size):
-        total += features_F[f] * features_F[f]
-    if not np.isfinite(total):
-        return np.float32(np.nan)
-    last = sizes.size - 2
-    for layer in range(sizes.size - 1):
-        inputs, outputs = sizes[layer], sizes[layer + 1]
-        bias = here + inputs * outputs
-        out_H = flat[bias : bias + outputs].copy()
-        for i in range(inputs):
-            value = x_H[i]
-            for o in range(outputs):
-                out_H[o] += value * flat[here + i * outputs + o]
-        if layer < last:
-            for o in range(outputs):
-                out_H[o] = math.tanh(out_H[o])
-        x_H, here = out_H, bias + outputs
-    return x_H[0]
-
-
-@_compiled
-def candidate_logit(
-    head_VD: Any,
-    candidates_1K: Any,
-    x_1D: Any,
-    norm_2D: Any,
-    eps: float,
-    is_centred: bool,
-    last_1D: Any,
-    memory_14: Any,
-    place_1: Any,
-    depth: float,
-    exits: int,
-    are_bits: tuple[bool, bool],
-    flat: Any,
-    sizes: Any,
-) -> float:
-    """The logit of an ``MlpPolicy`` that reads the features of one row; NaN if they are unusable.
-
-    Several rows are better decided in numpy, whose tanh is vectorised.
-
-    Args:
-        head_VD, candidates_1K, x_1D, norm_2D, eps, is_centred, last_1D, memory_14, place_1, depth,
-            exits, are_bits: As ``candidate_features`` takes them.
-        flat, sizes: The policy's weights.
-    """
-    features_1F = candidate_features(
-        head_VD, candidates_1K, x_1D, norm_2D, eps, is_centred, last_1D, memory_14, place_1,
-        depth, exits, are_bits,
-    )  # fmt: skip
-    return float(_mlp(features_1F[0], flat, sizes))
-
-
-@_compiled
+@compiled
 def remember(x_ND: Any, is_bits: bool) -> Any:
     """The states as float32, and a fresh memory of rows that were never probed."""
     rows, width = x_ND.shape
     last_ND = np.empty((rows, width), np.float32)
-    memory_N4 = np.zeros((rows, 4), np.float32)
-    bits_ND = last_ND.view(np.uint32)
+    memory_N4 = np.empty((rows, 4), np.float32)
     for n in range(rows):
-        _widen(x_ND[n], is_bits, bits_ND[n], last_ND[n])
-        memory_N4[n, BEST] = -1
-        memory_N4[n, SQUARE] = _dot(last_ND[n], last_ND[n])
+        begin(x_ND[n], is_bits, last_ND[n], memory_N4[n])
     return last_ND, memory_N4
 
 
-@_compiled
-def begin_row(
-    table_VK: Any, last: int, followers_J: Any, x_1D: Any, is_bits: bool, place: float
-) -> Any:
-    """All that a probe of one row starts from, in one go.
-
-    Args:
-        table_VK: The successor table.
-        last: The row's last token.
-        followers_J: Its own candidates.
-        x_1D: Its embedding, float32 or bits.
-        is_bits: Which.
-        place: Position / context length.
-
-    Returns:
-        Candidates [1, K], last state [1, D], memory [1, 4], place [1].
-    """
-    candidates_1K = np.empty((1, table_VK.shape[1]), np.int32)
-    merge_row(table_VK[last], followers_J, candidates_1K[0])
-    last_1D, memory_14 = remember(x_1D, is_bits)
-    return candidates_1K, last_1D, memory_14, np.full(1, place, np.float32)
+@compiled
+def begin(x_D: Any, is_bits: bool, last_D: Any, memory_4: Any) -> None:
+    """Remember of a row the state before its first probe, and that there was none."""
+    _widen(x_D, is_bits, last_D.view(np.uint32), last_D)
+    memory_4[:] = 0
+    memory_4[BEST] = -1
+    memory_4[SQUARE] = _dot(last_D, last_D)

@@ -28,6 +28,7 @@ from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
 from offramp.worker.probes.hidden import HiddenProbe
 from offramp.worker.probes.readout import Readout
+from offramp.worker.probes.row import RowProbe
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
 from offramp.worker.probes.state import StateProbe
@@ -55,7 +56,8 @@ class ProbeBench:
 
     def __init__(self, stack: LayerStack) -> None:
         self.readout = Readout(stack)
-        self._shows = self.readout.norm is not None and self.readout.head_VD is not None
+        shows = self.readout.norm is not None and self.readout.head_VD is not None
+        self._is_compiled = shows and stack.dtype in (torch.float32, torch.bfloat16)
 
     def probe(
         self,
@@ -82,27 +84,39 @@ class ProbeBench:
             return BlankProbe()
         candidates_NK = None
         if policy.schema.digest == CANDIDATES_V1.digest:
-            if len(ngrams) == 1 and self._shows:
-                assert ngrams[0] is not None  # it is there if the policy has a table
-                tail = drafted[0] if drafted else ()
-                return CandidateProbe.of_row(
-                    self.readout, policy, ngrams[0], tail, x_ND, int(positions_N[0])
-                )
             candidates_NK = _candidates(ngrams, policy.candidates_VK, drafted)
         inputs = ProbeInputs(
             self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK
         )
         return make_probe(policy.schema, inputs)
 
+    def row_probe(self, policy: Policy, ngrams: NgramIndex | None) -> RowProbe | None:
+        """The probe of a row for all tokens at which it is alone; None: ``probe`` of each.
+
+        Args:
+            policy: The row's.
+            ngrams: Its index.
+        """
+        if ngrams is None or policy.schema is None or not self._is_compiled:
+            return None
+        if policy.schema.digest != CANDIDATES_V1.digest:
+            return None
+        return RowProbe(self.readout, policy, ngrams)
+
     def prepare(self, policy: Policy) -> None:
         """Compute now what the policy's probe would compute on its first use.
 
         Call it when a policy arrives, from any thread: a sketch takes tens of milliseconds.
         """
-        if policy.schema is not None:
-            stack = self.readout.stack
-            x_ND = torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)
-            self.probe(policy, [NgramIndex((0,))], x_ND, np.zeros(1, np.int32))
+        if policy.schema is None:
+            return
+        stack = self.readout.stack
+        x_1D = torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)
+        ngrams = NgramIndex((0,))
+        self.probe(policy, [ngrams], x_1D, np.zeros(1, np.int32))
+        row_probe = self.row_probe(policy, ngrams)
+        if row_probe is not None:
+            row_probe.compile(x_1D)
 
 
 def probe_of(schema: FeatureSchema) -> ProbeFactory | None:

@@ -5,7 +5,6 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,16 +12,8 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
-from offramp.controller.mlp import MlpPolicy
-from offramp.worker.candidates import NgramIndex
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.kernel import (
-    Rows,
-    begin_row,
-    candidate_features,
-    candidate_logit,
-    remember,
-)
+from offramp.worker.probes.kernel import Rows, candidate_features, remember
 from offramp.worker.probes.motion import motion_rows
 from offramp.worker.probes.readout import Readout, raw
 
@@ -79,46 +70,21 @@ class HostScorer:
             head_VD = readout.head_rows(candidates_NK).reshape(-1, readout.stack.width)
             places = np.arange(candidates_NK.size, dtype=np.int32)
             candidates_NK = places.reshape(candidates_NK.shape)
-        state_ND = _packed(x_ND)
+        state_ND = packed(x_ND)
         is_bits = state_ND.dtype == np.uint16
         start = (candidates_NK, *remember(state_ND, is_bits), place_N)
         return cls(readout, head_VD, start, exits, is_bits)
-
-    @classmethod
-    def of_row(
-        cls,
-        readout: Readout,
-        table_VK: IntArray,
-        ngrams: NgramIndex,
-        drafted: Sequence[int],
-        x_1D: Tensor,
-        place: float,
-        exits: int,
-    ) -> HostScorer:
-        """For one row, its candidates still to be merged: two compiled calls less."""
-        assert readout.head_VD is not None
-        last, followers = ngrams.followers(drafted)
-        state_1D = _packed(x_1D)
-        is_bits = state_1D.dtype == np.uint16
-        own_J = np.array(followers, np.int32)
-        start = begin_row(table_VK, last, own_J, state_1D, is_bits, place)
-        return cls(readout, readout.head_VD, start, exits, is_bits)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
         """All columns."""
         features_NF: FloatArray = candidate_features(*self._arguments(depth, x_ND))
         return features_NF
 
-    def logit(self, depth: float, x_1D: Tensor, policy: MlpPolicy) -> float:
-        """What the policy makes of the only row's columns, in one go; NaN if they are unusable."""
-        arguments = self._arguments(depth, x_1D)
-        return float(candidate_logit(*arguments, policy.flat, policy.sizes))
-
     def _arguments(self, depth: float, x_ND: Tensor) -> tuple[Any, ...]:
         return (
             self._head_VD,
             self._candidates_NK,
-            _packed(x_ND),
+            packed(x_ND),
             self._norm_2D,
             self._eps,
             self._is_centred,
@@ -202,6 +168,7 @@ def make_scorer(
     return DeviceScorer(readout, candidates_NK, x_ND, place_N, exits)
 
 
-def _packed(x_ND: Tensor) -> Rows:
+def packed(x_ND: Tensor) -> Rows:
+    """States without gaps, as compiled code reads them; may share memory with ``x_ND``."""
     states: Rows = raw(x_ND)
     return states if states.flags.c_contiguous else states.copy()
