@@ -79,8 +79,28 @@ class RoutingPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class HeadlessPolicy(Protocol):
+    """A routing policy of CANDIDATES_V1 that drafts the best candidate, which takes no head.
+
+    In ``verify`` a draft may be any token. Greedy requests there draft so; all others take the
+    token from the head, as they do under any policy.
+
+    Attributes:
+        headless: Whether it does.
+    """
+
+    @property
+    def headless(self) -> bool: ...  # noqa: D102
+
+
 Policy = ExitPolicy | RoutingPolicy
 """What a request can be pinned to."""
+
+
+def is_headless(policy: object) -> bool:
+    """Whether a policy drafts the best candidate."""
+    return isinstance(policy, HeadlessPolicy) and policy.headless
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.actions import Actions
 from offramp.envs.batch import Finals, IndexArray, StepBatch
-from offramp.envs.draft_tables import DraftActions, DraftPrices, DraftTables, require_same_model
+from offramp.envs.draft_tables import (
+    CandidateDrafts,
+    DraftActions,
+    DraftPrices,
+    DraftTables,
+    require_same_model,
+)
 from offramp.envs.draft_view import COLUMNS, DraftView
 from offramp.envs.tokens import TokenTraces
 
@@ -40,8 +46,9 @@ class DraftExitCore:
     at are drawn uniformly with replacement from one PCG64 generator, in order of place.
 
     Args:
-        traces: Recorded tokens, each document's contiguous and in order.
-        costs: Measured costs of the model that was recorded, whole-softmax probe included.
+        traces: Recorded tokens, each document's contiguous and in order. ``CandidateDrafts``
+            make drafting headless.
+        costs: Measured costs of the model that was recorded, with the probe that is asked.
         num_envs: Number B of parallel episodes.
         max_pending: Drafts that may be open before a token must run all layers.
         cycles: Cycles in an episode at most; None: to the end of the document.
@@ -75,7 +82,8 @@ class DraftExitCore:
         self.max_pending = max_pending
         self.actions: Actions = DraftActions(self.exits)
         self.tables = DraftTables.of(traces)
-        self.prices = DraftPrices.of(costs, max_pending)
+        headless = isinstance(traces, CandidateDrafts)
+        self.prices = DraftPrices.of(costs, max_pending, headless=headless)
         self.set_rate(rate)
         self.rng = np.random.default_rng()
         self.view = DraftView(num_envs, self.tables, max_pending)

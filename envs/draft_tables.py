@@ -14,12 +14,26 @@ from numpy.typing import NDArray
 
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray, IntArray
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SOFTMAX_V2,
+    BoolArray,
+    FloatArray,
+    IntArray,
+)
 from offramp.envs.actions import Actions
 from offramp.envs.batch import IndexArray
 from offramp.envs.tokens import TokenTraces
 
 SecondsArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CandidateDrafts(TokenTraces):
+    """Tokens as policies meet them that draft the best candidate, without the head.
+
+    An exit's token is its best candidate; top1, margin and entropy are those of the candidates.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +42,8 @@ class DraftPrices:
 
     Attributes:
         layer_W, head_W: One layer, and the head, over 1, 2, … tokens.
-        ask_s: One probe and one decision. The probe computes the head, so leaving costs no other.
+        ask_s: One probe and one decision. Leaving costs nothing more: the whole-softmax probe
+            computes the head, and the best candidate takes none.
         build_s: Preparing the probe, once per token that is asked at all.
         start_s: The decision before the first layer.
         step_s: What every token pays besides.
@@ -44,20 +59,25 @@ class DraftPrices:
     full_s: float
 
     @classmethod
-    def of(cls, costs: CostTable, max_pending: int, *, probes: bool = True) -> DraftPrices:
-        """From measured costs of whole-softmax probes.
+    def of(
+        cls, costs: CostTable, max_pending: int, *, probes: bool = True, headless: bool = False
+    ) -> DraftPrices:
+        """From measured costs.
 
         Args:
-            costs: Hold the probe of SOFTMAX_V2; a table of constants is taken as it is.
+            costs: Hold the probe of SOFTMAX_V2, or, if headless, of CANDIDATES_V1; a table of
+                constants is taken as it is.
             max_pending: Drafts that may be open.
             probes: Whether exits are probed; a policy that reads nothing still asks for the head
                 of each draft.
+            headless: Whether candidates are probed and drafted.
 
         Raises:
             ConfigError: that probe, or launches of ``max_pending`` + 1 tokens, were not measured.
         """
-        other_probe = costs.batches and costs.schema != SOFTMAX_V2.name
-        measured = costs.with_probe(SOFTMAX_V2.name) if other_probe else costs
+        schema = CANDIDATES_V1 if headless else SOFTMAX_V2
+        other_probe = costs.batches and costs.schema != schema.name
+        measured = costs.with_probe(schema.name) if other_probe else costs
         one = measured.at(1)
         spans = [measured.launch(tokens) for tokens in range(1, max_pending + 2)]
         return cls(
@@ -76,7 +96,7 @@ class DraftTables:
     """Recorded tokens as an episode reads them.
 
     Attributes:
-        sure_NES: Full-vocabulary top1, margin and entropy.
+        sure_NES: Top1, margin and entropy, of the full vocabulary or of the candidates.
         token_NE: The exit's token.
         right_NE: Whether it is full depth's.
         first_N, end_N: First token of each token's document, and the one after its last.

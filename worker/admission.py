@@ -8,8 +8,8 @@ from operator import index
 from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import TABLE_SCHEMAS
-from offramp.controller.policy import Policy
+from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
+from offramp.controller.policy import Policy, is_headless
 from offramp.worker.probes.registry import probe_of
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import KVMode
@@ -225,6 +225,9 @@ def require_policy(policy: Policy, layers: int) -> None:
         problem = f"{policy!r} is no exit policy"
         raise RequestError("policy", problem, "Give an ExitPolicy or a RoutingPolicy")
     schema = policy.schema
+    if is_headless(policy) and (schema is None or schema.digest != CANDIDATES_V1.digest):
+        problem = "drafts the best candidate and does not read candidates"
+        raise RequestError("schema", problem, "Read CANDIDATES_V1, or draft with the head")
     if schema is not None and probe_of(schema) is None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")

@@ -48,7 +48,7 @@ class Outcome:
         row: The row.
         exit_layer: Layers executed.
         logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
-            the row verifies and came to the end.
+            the row verifies and came to the end; none, if the successor takes no head.
         best_M: The most likely token after each.
         decides: Whether the last of them is to be followed by a new token.
         left: Of the tokens before the last, exits and features where they left, if the policy
@@ -101,6 +101,7 @@ class Decoder:
         self.guard = PolicyGuard()
         self.convener = Convener(self.bench, self.guard, stack.layers, max_pending)
         self.failures = 0
+        self._no_logits = torch.empty(0, stack.vocab, device=stack.device)
 
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""
@@ -147,19 +148,15 @@ class Decoder:
         arrivals = [each for each in arrivals if each.decides or each.row.drafts or each.left]
         if not arrivals:
             return []
-        logits = self._logits(arrivals)
+        logits = self._logits([each for each in arrivals if each.token is None])
         best = logits.argmax(-1).tolist()
         outcomes, start = [], 0
-        for arrival in arrivals:
-            end = start + _opinions(arrival)
+        for each in arrivals:
+            end = start + _opinions(each) * (each.token is None)
+            best_M = best[start:end] if each.token is None else [each.token]
             outcomes.append(
                 Outcome(
-                    arrival.row,
-                    arrival.exit_layer,
-                    logits[start:end],
-                    best[start:end],
-                    arrival.decides,
-                    arrival.left,
+                    each.row, each.exit_layer, logits[start:end], best_M, each.decides, each.left
                 )
             )
             start = end
@@ -167,6 +164,8 @@ class Decoder:
 
     def _logits(self, arrivals: list[Arrival]) -> Tensor:
         """Logits of all opinions, in order, [Σ M, V]."""
+        if not arrivals:
+            return self._no_logits
         unknown = [each for each in arrivals if each.logits_V is None]
         if not unknown:
             return torch.stack([each.logits_V for each in arrivals if each.logits_V is not None])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -18,11 +18,25 @@ from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.outlook import Load, outlook_of
-from offramp.worker.probes import Probe, RowProbe
+from offramp.worker.probes import Candidates, Probe, RowProbe
 from offramp.worker.sequence import Sequence
 
-Left = tuple[list[Sequence], Tensor | None]
-"""Rows that leave, and their whole logits [N, V] if a probe computed them anyway."""
+
+class Left(NamedTuple):
+    """Rows that leave, and what is known of their tokens.
+
+    Attributes:
+        rows: Which.
+        logits_NV: Their whole logits, if a probe computed them anyway.
+        token: Draft of the only row, if it takes no head.
+    """
+
+    rows: list[Sequence]
+    logits_NV: Tensor | None = None
+    token: int | None = None
+
+
+NOBODY = Left([])
 
 
 class Asked(Protocol):
@@ -87,20 +101,20 @@ class Group:
             for row in self.rows:
                 row.policy_failed = True
             self.rows = []
-            return [], None
+            return NOBODY
         if not leave_N.any():
-            return [], None
+            return NOBODY
         if self.rows[0].learns:
             self._note(self.policy.exits.index(executed), leave_N, features_NF)
         if leave_N.all():  # as always at batch 1: nothing is left to be sorted out
             leaving, self.rows = self.rows, []
-            return leaving, self.probe.logits()
+            return Left(leaving, self.probe.logits())
         leave_N = leave_N.copy()
         logits_NV = self.probe.logits()
         known_NV = None if logits_NV is None else logits_NV[np.flatnonzero(leave_N)]
         leaving = [row for row, leaves in zip(self.rows, leave_N, strict=True) if leaves]
         self._keep(~leave_N)
-        return leaving, known_NV
+        return Left(leaving, known_NV)
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
@@ -145,9 +159,9 @@ class Solo:
             self.rows[0].policy_failed = True
             self.rows = []
         if not logit > self._policy.threshold:
-            return [], None
+            return NOBODY
         leaving, self.rows = self.rows, []
-        return leaving, None
+        return Left(leaving)
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
@@ -204,14 +218,16 @@ class Route:
             row.policy_failed = True
         if target is None or target == len(self._policy.exits):
             self.rows = []
-            return [], None
+            return NOBODY
         self._target = target
         if target != here:
-            return [], None
+            return NOBODY
         if row.learns:
             row.open[-1].left_at = (here, features_1F[0].copy())
         self.rows = []
-        return [row], self._probe.logits()
+        if row.headless:
+            return Left([row], token=int(cast(Candidates, self._probe).best_N()[0]))
+        return Left([row], self._probe.logits())
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""

@@ -6,15 +6,22 @@ Shape suffixes: T tokens, D width, V vocabulary, K candidates, E exits, F featur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, FeatureSchema, IntArray
-from offramp.controller.traces import TraceChunk
+from offramp.controller.traces import SOFTMAX_COLUMNS, TraceChunk
 from offramp.worker.candidates import NgramIndex, candidates_of
-from offramp.worker.probes import ProbeInputs, Readout, make_probe, softmax_features
+from offramp.worker.probes import (
+    Candidates,
+    ProbeInputs,
+    Readout,
+    make_probe,
+    softmax_features,
+)
 from offramp.worker.stack import LayerStack
 from offramp.worker.translators import UNTRANSLATED, ExitTranslators
 
@@ -29,6 +36,7 @@ def record_document(
     schema: FeatureSchema = CANDIDATES_V1,
     translators: ExitTranslators = UNTRANSLATED,
     states: bool = False,
+    headless: bool = False,
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
@@ -44,6 +52,8 @@ def record_document(
         schema: The features to record.
         translators: What the model's exits are read through.
         states: Whether to keep the hidden states that norm and head read, as float16.
+        headless: Whether an exit's token is its best candidate, and how sure it is, it is among
+            the candidates (CANDIDATES_V1 only): what drafting without the head goes by.
     """
     inputs = list(tokens[:-1])
     positions_T = np.arange(len(inputs), dtype=np.int32)
@@ -55,19 +65,24 @@ def record_document(
         Readout(stack), x_TD[0], positions_T, len(exits), candidates_TK, candidates_VK
     )
     probe = make_probe(schema, offer)
-    features, exit_logits, read = [], [], []
+    features, sure, exit_tokens, read = [], [], [], []
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
         if index + 1 in exits:
             read_TD = translators.apply(index + 1, x_TD[0])
             features.append(probe.features(index + 1, read_TD))
-            exit_logits.append(stack.logits(read_TD))
+            if headless:
+                sure.append(features[-1][:, : len(SOFTMAX_COLUMNS)])
+                exit_tokens.append(cast(Candidates, probe).best_N())
+            else:
+                logits_TV = stack.logits(read_TD)
+                sure.append(softmax_features(logits_TV)[0])
+                exit_tokens.append(_int32(logits_TV.argmax(-1)))
             read.append(read_TD if states else read_TD[:0])
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
     full_token_T = full_TV.argmax(-1)
-    exit_token_TE = torch.stack([logits_TV.argmax(-1) for logits_TV in exit_logits], dim=-1)
+    exit_token_TE = torch.from_numpy(np.stack(exit_tokens, axis=-1)).long().to(stack.device)
     gap_TE = full_TV.gather(-1, exit_token_TE) - full_TV.gather(-1, full_token_T[:, None])
-    sure = [softmax_features(logits_TV)[0] for logits_TV in exit_logits]
     return TraceChunk(
         document=document,
         position_T=positions_T,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from offramp.controller.features import FloatArray
-from offramp.controller.policy import LearningPolicy, Policy, RoutingPolicy
+from offramp.controller.policy import LearningPolicy, Policy, RoutingPolicy, is_headless
 from offramp.worker.candidates import NgramIndex
 from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
@@ -96,12 +96,10 @@ class CompletionStats:
     Attributes:
         prompt_tokens: Tokens of the prompt.
         generation: Policy generation it ran under (0: built-in full depth).
-        mean_exit_layer: Mean layers executed before each token was emitted or drafted (the first
-            comes from the prompt's full-depth pass).
+        mean_exit_layer: Mean layers before each token was emitted or drafted (all for the first).
         layer_calls: Layers executed after the prompt, those of rejected drafts included.
         exact_share: Share of its cache positions whose every layer was executed.
-        drafts, drafts_accepted: Tokens that left early and waited for full depth's word, and those
-            that it confirmed.
+        drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
     """
 
     prompt_tokens: int
@@ -165,13 +163,12 @@ class Sequence:
         group: The rows it is probed with while it is on its way.
         probe: Its own, for when it is alone; None if one is built per token.
         layer_calls: Layers executed for its tokens, deferred ones included.
-        drafts_accepted: Drafts that full depth confirmed.
-        drafts_made: Drafts in all.
+        drafts_made, drafts_accepted: Drafts in all, and those that full depth confirmed.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
         debt: Moving average of the share of layers that its tokens skipped.
         acceptance: Moving average of early tokens that full depth, where asked, agreed with.
         policy: The pinned one.
-        routes, learns: What kind of policy it is.
+        routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
     """
 
     request: Request
@@ -199,11 +196,14 @@ class Sequence:
     policy: Policy = field(init=False)
     routes: bool = field(init=False)
     learns: bool = field(init=False)
+    headless: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.policy = self.request.snapshot.policy
         self.routes = isinstance(self.policy, RoutingPolicy)
         self.learns = isinstance(self.policy, LearningPolicy)
+        drafts_greedily = self.request.kv_mode == "verify" and self.sampler.is_plain_greedy
+        self.headless = drafts_greedily and is_headless(self.policy)
         if self.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Left = Rows[tuple[int, FloatArray]]
 """Per token: index of the exit where it left, and what was probed there."""
 
+Known = tuple[Tensor | None, int | None]
+"""Of a token that leaves: its whole logits [V], and its successor."""
+
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
 
@@ -43,6 +46,7 @@ class Arrival:
             of the tokens that were put off before.
         decides: Whether the last of them is a token on its way, which now gets its successor.
         logits_V: Of that last one, if a probe computed them anyway.
+        token: Its successor, if it is drafted without the head.
         left: Of the tokens that were put off, where they left, if their policy learns.
     """
 
@@ -51,6 +55,7 @@ class Arrival:
     states_MD: Tensor
     decides: bool
     logits_V: Tensor | None = None
+    token: int | None = None
     left: Left = ()
 
 
@@ -189,25 +194,26 @@ class Wave:
         # Probes and head read the translated state, deeper layers and cache the state itself.
         newest_N1D = self._x if self._x.shape[1] == 1 else self._x[:, -1:]
         read_N1D = self.decoder.translators.apply(executed, newest_N1D)
-        leaving: dict[int, Tensor | None] = {}
+        leaving: dict[int, Known] = {}
         for group in asking:
             asked = group.rows
             # Rows may have changed slots, and so their order, while they waited.
             in_order = asked == self.rows
             asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
-            rows, known_NV = group.ask(self.decoder.guard, executed, asked_N1D)
+            left = group.ask(self.decoder.guard, executed, asked_N1D)
             self.decoder.failures += sum(row.policy_failed for row in asked)
-            for n, row in enumerate(rows):
-                leaving[self.rows.index(row)] = None if known_NV is None else known_NV[n]
+            for n, row in enumerate(left.rows):
+                logits_V = None if left.logits_NV is None else left.logits_NV[n]
+                leaving[self.rows.index(row)] = (logits_V, left.token)
         self.decoder.spent.deciding_s += time.perf_counter() - start
         if leaving:
             self._part_with(executed, leaving, read_N1D[:, 0])
 
-    def _part_with(self, executed: int, leaving: dict[int, Tensor | None], read_ND: Tensor) -> None:
+    def _part_with(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
         places = sorted(leaving)
         for n in places:
             row = self._settle(n, executed)
-            self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, leaving[n]))
+            self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n]))
         full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
         self._fill([row for row in full if row.projects], executed)
         stay = [n for n in range(len(self.rows)) if n not in leaving]

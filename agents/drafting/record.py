@@ -15,9 +15,10 @@ import numpy as np
 
 from offramp.agents.corpus import Document
 from offramp.controller.errors import TraceError
-from offramp.controller.features import SOFTMAX_V2
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, IntArray
 from offramp.controller.policy import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.draft_tables import CandidateDrafts
 from offramp.envs.tokens import TokenTraces
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.record import record_document
@@ -47,6 +48,7 @@ def record_continuations(
     documents: Sequence[tuple[Document, Sequence[int]]],
     config: Continuations,
     on_document: Callable[[int, int], None] = lambda *_: None,
+    candidates_VK: IntArray | None = None,
 ) -> TokenTraces:
     """Continue every document greedily at full depth, and probe the new tokens at every exit.
 
@@ -55,6 +57,10 @@ def record_continuations(
         documents: With their token ids, the first ``prompt_tokens`` of which are the prompt.
         config: What to record.
         on_document: Told (documents recorded so far, documents in all).
+        candidates_VK: Candidate table of policies that draft without the head.
+
+    Returns:
+        ``CandidateDrafts`` if a table is given.
 
     Raises:
         TraceError: a document is shorter than its prompt.
@@ -67,30 +73,36 @@ def record_continuations(
     done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
     chunks = []
     for (document, _), prompt, completion in zip(documents, prompts, done, strict=True):
-        chunks.append(_record(engine, document, prompt, list(completion.token_ids), config))
+        new = list(completion.token_ids)
+        chunks.append(_record(engine, document, [*prompt, *new], config, candidates_VK))
         on_document(len(chunks), len(prompts))
     header = TraceHeader(
         model=engine.model_fingerprint,
-        schema=SOFTMAX_V2.digest,
+        schema=(SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).digest,
         exits=config.exits,
         layers=engine.stack.layers,
     )
-    return TokenTraces.from_chunks(header, chunks)
+    kind = TokenTraces if candidates_VK is None else CandidateDrafts
+    return kind.from_chunks(header, chunks)
 
 
 def _record(
     engine: AdaptiveEngine,
     document: Document,
-    prompt: list[int],
-    new: list[int],
+    tokens: list[int],
     config: Continuations,
+    candidates_VK: IntArray | None,
 ) -> TraceChunk:
     """The tokens after the prompt's own first one: those that a decode step begins with."""
-    table_VK = np.tile(np.arange(TABLE_WIDTH, dtype=np.int32), (engine.stack.vocab, 1))
+    headless = candidates_VK is not None
+    table_VK = candidates_VK
+    if table_VK is None:
+        table_VK = np.tile(np.arange(TABLE_WIDTH, dtype=np.int32), (engine.stack.vocab, 1))
+    schema = CANDIDATES_V1 if headless else SOFTMAX_V2
     whole = record_document(
-        engine.stack, document.digest, [*prompt, *new], config.exits, table_VK, SOFTMAX_V2
+        engine.stack, document.digest, tokens, config.exits, table_VK, schema, headless=headless
     )
-    kept = slice(len(prompt), None)
+    kept = slice(config.prompt_tokens, None)
     names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]
     names += ["position_T", "full_token_T", "next_token_T"]
     return replace(whole, **{name: getattr(whole, name)[kept] for name in names})

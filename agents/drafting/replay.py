@@ -15,10 +15,16 @@ import numpy as np
 from offramp.controller.costs import CostTable
 from offramp.controller.drafts.thompson import leading
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import FloatArray
-from offramp.controller.policy import IndexArray, LearningPolicy, RoutingPolicy, Verdict
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policy import (
+    IndexArray,
+    LearningPolicy,
+    RoutingPolicy,
+    Verdict,
+    is_headless,
+)
 from offramp.envs.draft_core import COUNTS, MAX_PENDING, DraftExitCore
-from offramp.envs.draft_tables import DraftPrices
+from offramp.envs.draft_tables import CandidateDrafts, DraftPrices
 from offramp.envs.draft_view import FEATURES
 from offramp.envs.tokens import TokenTraces
 
@@ -67,10 +73,15 @@ def replay_drafts(
     after each deep pass; any other decodes them side by side.
 
     Raises:
-        ConfigError: it asks at an exit that was not recorded.
+        ConfigError: it asks at an exit that was not recorded, or one of both is headless.
     """
     shown = at_exits(traces, policy.exits)
-    prices = DraftPrices.of(costs, max_pending, probes=policy.schema is not None)
+    headless = isinstance(traces, CandidateDrafts)
+    if is_headless(policy) != headless:
+        kind = "candidates" if headless else "the head's tokens"
+        raise ConfigError("traces", f"hold {kind}, which the policy does not draft")
+    probes = policy.schema is not None
+    prices = DraftPrices.of(costs, max_pending, probes=probes, headless=headless)
     firsts = _firsts(shown)
     if isinstance(policy, LearningPolicy):
         learner = copy.deepcopy(policy)
@@ -85,7 +96,8 @@ def replay_decisions(
     decide: Decide, traces: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
 ) -> DraftReplay:
     """Decode all documents side by side from their first token, as ``decide`` says."""
-    prices = DraftPrices.of(costs, max_pending)
+    headless = isinstance(traces, CandidateDrafts)
+    prices = DraftPrices.of(costs, max_pending, headless=headless)
     return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces)))
 
 
@@ -102,11 +114,21 @@ def decider(policy: RoutingPolicy) -> Decide:
             if here < 0:
                 actions_N[rows] = policy.start(outlook_NC[rows])
                 continue
-            target_N = policy.route(here, obs_ND[rows, :FEATURES], outlook_NC[rows])
+            features_NF = as_read(policy, obs_ND[rows, :FEATURES])
+            target_N = policy.route(here, features_NF, outlook_NC[rows])
             actions_N[rows] = np.where(target_N == exits, exits, target_N - here)
         return actions_N
 
     return decide
+
+
+def as_read(policy: RoutingPolicy, shown_NF: FloatArray) -> FloatArray:
+    """What the environment shows, SOFTMAX_V2's columns, as the policy reads it; others are 0."""
+    if not is_headless(policy):
+        return shown_NF
+    features_NF = np.zeros((len(shown_NF), CANDIDATES_V1.width), np.float32)
+    features_NF[:, [CANDIDATES_V1.index(name) for name in SOFTMAX_V2.columns]] = shown_NF
+    return features_NF
 
 
 def _side_by_side(decide: Decide, core: DraftExitCore) -> DraftReplay:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
 from offramp.controller.policy import IndexArray
 
 MAX_PENDING = 8
@@ -17,6 +17,9 @@ MAX_PENDING = 8
 PENDING = OUTLOOK_V1.index("pending")
 ACCEPTANCE = OUTLOOK_V1.index("acceptance")
 TOP1 = SOFTMAX_V2.index("top1")
+"""Of CANDIDATES_V1 as well."""
+
+assert CANDIDATES_V1.index("top1") == TOP1
 
 
 def open_drafts(outlook_NC: FloatArray, max_pending: int) -> IndexArray:

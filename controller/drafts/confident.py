@@ -17,7 +17,13 @@ from offramp.controller.drafts.common import (
     require_length,
     require_share,
 )
-from offramp.controller.features import SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SOFTMAX_V2,
+    FeatureSchema,
+    FloatArray,
+    IntArray,
+)
 from offramp.controller.policy import IndexArray
 
 
@@ -35,19 +41,30 @@ class ConfidentDraft:
         threshold: η, in [0, 1].
         length: γ, drafts per cycle at most.
         max_pending: The engine's.
+        candidates_VK: Candidate table. With it, confidence is that among the candidates and the
+            best of them is drafted, *headless*.
     """
 
     layer: int
     threshold: float
     length: int = MAX_PENDING
     max_pending: int = MAX_PENDING
-    schema: FeatureSchema = SOFTMAX_V2
     candidates_VK: IntArray | None = None
 
     def __post_init__(self) -> None:
         require_exits(self.exits)
         require_length(self.length, self.max_pending)
         require_share("threshold", self.threshold)
+
+    @property
+    def headless(self) -> bool:
+        """Whether it drafts the best candidate."""
+        return self.candidates_VK is not None
+
+    @property
+    def schema(self) -> FeatureSchema:
+        """What it reads."""
+        return CANDIDATES_V1 if self.headless else SOFTMAX_V2
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -40,7 +40,8 @@ def _describe_confident(policy: ConfidentDraft) -> tuple[Params, Tensors]:
 
 
 def _build_confident(parts: Parts) -> ConfidentDraft:
-    return ConfidentDraft(layer=_one_exit(parts), **parts.params)
+    table_VK = parts.candidates_VK
+    return ConfidentDraft(layer=_one_exit(parts), candidates_VK=table_VK, **parts.params)
 
 
 def _describe_thompson(policy: ThompsonDraft) -> tuple[Params, Tensors]:
@@ -76,7 +77,8 @@ def _describe_router(policy: DraftRouter) -> tuple[Params, Tensors]:
 
 def _build_router(parts: Parts) -> DraftRouter:
     nets = (unpacked(parts.tensors, "starter"), unpacked(parts.tensors, "router"))
-    return DraftRouter(parts.exits, *nets, max_pending=parts.params["max_pending"])
+    pending = parts.params["max_pending"]
+    return DraftRouter(parts.exits, *nets, max_pending=pending, candidates_VK=parts.candidates_VK)
 
 
 def _clear_router(

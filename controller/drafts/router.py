@@ -18,6 +18,7 @@ from offramp.controller.drafts.common import (
 )
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import (
+    CANDIDATES_V1,
     OUTLOOK_V1,
     SOFTMAX_V2,
     FeatureSchema,
@@ -46,12 +47,12 @@ class DraftRouter:
         starter: Of the net before the first layer, [C + 1] to [E + 1].
         router: Of the net at the exits, [F + C + 1] to [E + 1].
         max_pending: The engine's.
+        candidates_VK: Candidate table. With it, it reads CANDIDATES_V1 and drafts the best
+            candidate, *headless*; else SOFTMAX_V2, whose probe is the head.
 
     Raises:
         RequestError: shapes that do not chain.
     """
-
-    schema: FeatureSchema = SOFTMAX_V2
 
     def __init__(
         self,
@@ -60,15 +61,18 @@ class DraftRouter:
         router: Weights,
         *,
         max_pending: int = MAX_PENDING,
+        candidates_VK: IntArray | None = None,
     ) -> None:
         require_exits(exits)
         self.exits = exits
         self.max_pending = max_pending
-        self.candidates_VK: IntArray | None = None
+        self.candidates_VK = candidates_VK
+        self.headless = candidates_VK is not None
+        self.schema: FeatureSchema = CANDIDATES_V1 if self.headless else SOFTMAX_V2
         actions, seen = len(exits) + 1, OUTLOOK_V1.width + 1
         self.starter = TanhNet(starter, inputs=seen, outputs=actions, field="starter")
         self.router = TanhNet(
-            router, inputs=SOFTMAX_V2.width + seen, outputs=actions, field="router"
+            router, inputs=self.schema.width + seen, outputs=actions, field="router"
         )
         self._target_EA = targets(len(exits), len(exits) - 1, ends=True)
         self._mask_EA = np.where(self._target_EA < 0, -np.inf, 0).astype(np.float32)

@@ -13,12 +13,20 @@ import pytest
 from offramp.agents.corpus import Document
 from offramp.agents.drafting.record import Continuations, record_continuations
 from offramp.agents.drafting.replay import replay_drafts
-from offramp.controller.features import SOFTMAX_V2, FeatureSchema, FloatArray
-from offramp.controller.policy import IndexArray
+from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SOFTMAX_V2,
+    FeatureSchema,
+    FloatArray,
+    IntArray,
+)
+from offramp.controller.policy import IndexArray, NeverExit, is_headless
 from offramp.envs import TokenTraces
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from offramp.worker.candidates import successor_table
 from support.costs import measured
-from support.models import make_model
+from support.models import VOCAB, make_model
 
 EXITS = (1, 2, 4)
 PROMPT, NEW, PENDING = 9, 40, 5
@@ -30,10 +38,17 @@ class Script:
 
     salt: int
     exits: tuple[int, ...] = EXITS
-    schema: FeatureSchema = SOFTMAX_V2
-    candidates_VK: None = None
+    candidates_VK: IntArray | None = None
     outlooks: list[list[float]] = field(default_factory=list)
     fresh: list[list[float]] = field(default_factory=list)
+
+    @property
+    def headless(self) -> bool:
+        return self.candidates_VK is not None
+
+    @property
+    def schema(self) -> FeatureSchema:
+        return CANDIDATES_V1 if self.headless else SOFTMAX_V2
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         self.outlooks += outlook_NC.tolist()
@@ -42,7 +57,8 @@ class Script:
     def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         self.outlooks += outlook_NC.tolist()
         if outlook_NC[0, 2] == 0:  # no open draft: surely along the recorded text
-            self.fresh += features_NF[:, :-1].tolist()
+            names = SOFTMAX_V2.columns[:-1]  # all but the position
+            self.fresh += features_NF[:, [self.schema.index(name) for name in names]].tolist()
         low = [here if self._draw(row_C, 0, 2) else here + 1 for row_C in outlook_NC]
         return np.array([self._draw(r, a, len(self.exits)) for r, a in zip(outlook_NC, low)])  # noqa: B905
 
@@ -64,10 +80,22 @@ def documents() -> list[tuple[Document, list[int]]]:
     return [(text, rng.integers(1, 90, size=PROMPT).tolist()) for text in texts]
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["head", "headless"])
+def table_VK(request: pytest.FixtureRequest) -> IntArray | None:
+    if not request.param:
+        return None
+    tokens = np.random.default_rng(1).integers(1, 90, size=2000).tolist()
+    return successor_table([tokens], VOCAB, 64)
+
+
 @pytest.fixture(scope="module")
-def traces(engine: AdaptiveEngine, documents: list[tuple[Document, list[int]]]) -> TokenTraces:
+def traces(
+    engine: AdaptiveEngine,
+    documents: list[tuple[Document, list[int]]],
+    table_VK: IntArray | None,
+) -> TokenTraces:
     config = Continuations(exits=EXITS, prompt_tokens=PROMPT, new_tokens=NEW)
-    return record_continuations(engine, documents, config)
+    return record_continuations(engine, documents, config, candidates_VK=table_VK)
 
 
 @pytest.mark.parametrize("salt", range(6))
@@ -76,10 +104,11 @@ def test_engine_and_environment_do_the_same(
     engine: AdaptiveEngine,
     documents: list[tuple[Document, list[int]]],
     traces: TokenTraces,
+    table_VK: IntArray | None,
 ) -> None:
     sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
     for document, prompt in documents:
-        live, offline = Script(salt), Script(salt)
+        live, offline = (Script(salt, candidates_VK=table_VK) for _ in range(2))
         [done] = engine.generate([prompt], sampling, live, kv_mode="verify")
         mine = traces.select([document.digest])
         costs = replace(measured(engine.model_fingerprint), layers=engine.stack.layers)
@@ -92,3 +121,51 @@ def test_engine_and_environment_do_the_same(
         np.testing.assert_allclose(live.outlooks, offline.outlooks, atol=1e-6)
         np.testing.assert_allclose(live.fresh, offline.fresh, rtol=1e-4, atol=1e-6)
         assert 0 < done.stats.drafts_accepted < done.stats.drafts  # else nothing is compared
+
+
+def test_what_is_drafted_without_the_head_is_lossless_and_takes_none(
+    engine: AdaptiveEngine,
+    documents: list[tuple[Document, list[int]]],
+    table_VK: IntArray | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads: list[int] = []
+    logits = engine.stack.logits
+    monkeypatch.setattr(
+        engine.stack, "logits", lambda x_ND: (heads.append(len(x_ND)), logits(x_ND))[1]
+    )
+    sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
+    prompt = documents[0][1]
+    [full] = engine.generate([prompt], sampling, NeverExit())
+    heads.clear()
+    script = Script(0, candidates_VK=table_VK)
+    [done] = engine.generate([prompt], sampling, script, kv_mode="verify")
+    assert done.token_ids == full.token_ids
+    assert done.stats.drafts > 0
+    cycles = NEW - done.stats.drafts_accepted
+    # One head in each deep pass, over all that it confirms, and one after the prompt.
+    assert (len(heads) == cycles + 1) is script.headless
+
+
+def test_sampled_requests_draft_from_the_head(
+    engine: AdaptiveEngine, documents: list[tuple[Document, list[int]]], table_VK: IntArray | None
+) -> None:
+    sampling = SamplingParams(max_tokens=NEW, temperature=1.0, seed=3, ignore_eos=True)
+    script = Script(1, candidates_VK=table_VK)
+    [done] = engine.generate([documents[0][1]], sampling, script, kv_mode="verify")
+    assert len(done.token_ids) == NEW
+    assert done.stats.drafts > 0
+
+
+def test_a_policy_that_drafts_candidates_must_read_them(engine: AdaptiveEngine) -> None:
+    policy = Script(0)
+    wrong = type("Wrong", (Script,), {"headless": True, "schema": SOFTMAX_V2})(0)
+    assert not is_headless(policy)
+    with pytest.raises(RequestError, match=r"^schema: drafts the best candidate"):
+        engine.submit([1], policy=wrong, kv_mode="verify")
+
+
+def test_head_and_candidates_are_not_mixed(traces: TokenTraces, table_VK: IntArray | None) -> None:
+    wrong = Script(0, candidates_VK=np.zeros((VOCAB, 4), np.int32) if table_VK is None else None)
+    with pytest.raises(ConfigError, match=r"^traces: "):
+        replay_drafts(wrong, traces, measured(traces.header.model), PENDING)

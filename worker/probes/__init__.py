@@ -1,6 +1,6 @@
 """Probes: what a policy sees of a row at an exit, short of running the rest of the model."""
 
-from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
+from offramp.worker.probes.base import BlankProbe, Candidates, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.registry import PROBES, ProbeBench, make_probe
@@ -13,6 +13,7 @@ __all__ = [
     "PROBES",
     "BlankProbe",
     "CandidateProbe",
+    "Candidates",
     "Probe",
     "ProbeBench",
     "ProbeInputs",

@@ -33,6 +33,14 @@ class Probe(Protocol):
         ...
 
 
+class Candidates(Probe, Protocol):
+    """A probe that scores candidate tokens."""
+
+    def best_N(self) -> IntArray:
+        """The token of each row that the last ``features`` found best, [N]."""
+        ...
+
+
 class ProbeInputs(NamedTuple):
     """What some rows offer at the start of a step.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.features import BoolArray, FloatArray, IntArray
 from offramp.worker.probes.base import ProbeInputs
 from offramp.worker.probes.scorers import Scorer, make_scorer
 
@@ -39,6 +39,10 @@ class CandidateProbe:
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
         return self._scorer.features(layer / self._layers, x_ND)
+
+    def best_N(self) -> IntArray:
+        """The best candidate of each row, [N]."""
+        return self._scorer.best_N()
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""

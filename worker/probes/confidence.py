@@ -40,6 +40,11 @@ class Confidence:
         self._best_N, self._top1_N, self._run_N = [-1] * rows, [0.0] * rows, [0.0] * rows
         self._ones_K = _ones(scored)
 
+    @property
+    def best_N(self) -> list[int]:
+        """Each row's place of the best score; −1 before the first."""
+        return self._best_N
+
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
         stay = stay_N.tolist()

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.features import BoolArray, FloatArray, IntArray
 from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import Policy
 from offramp.worker.candidates import NgramIndex
+from offramp.worker.probes.kernel import BEST
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.row_kernel import begin_row, row_features, row_logit
 
@@ -86,6 +87,11 @@ class RowProbe:
     def _arguments(self, layer: int, x: Tensor) -> tuple[Any, ...]:
         depth = layer / self._layers
         return (*self._scored, _address(x), *self._read, depth, self._exits, self._bits)
+
+    def best_N(self) -> IntArray:
+        """The best candidate, [1]."""
+        best: IntArray = self._memory[0][0, int(self._memory[2][0, BEST])][None]
+        return best
 
     def keep(self, stay_N: BoolArray) -> None:
         """Nothing to forget: a row that leaves begins its next token anew."""

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.kernel import Rows, candidate_features, remember
+from offramp.worker.probes.kernel import BEST, Rows, candidate_features, remember
 from offramp.worker.probes.motion import motion_rows
 from offramp.worker.probes.readout import Readout, raw
 
@@ -27,6 +28,10 @@ class Scorer(Protocol):
         """All columns, [N, F]; ``x_ND`` is then the last state, and the caller may overwrite it."""
         ...
 
+    def best_N(self) -> IntArray:
+        """The candidate of each row that the last state found best, [N]."""
+        ...
+
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
         ...
@@ -38,20 +43,28 @@ class HostScorer:
     Args:
         readout: The model's norm and head.
         head_VD: The head, or what of it is scored.
-        start: Candidates [N, K], places in ``head_VD``; last state [N, D], memory [N, 4], and
+        candidates_NK: The candidates' tokens.
+        start: Their places in ``head_VD`` [N, K]; last state [N, D], memory [N, 4], and
             position / context length [N].
         exits: Number of exits the policy may ask at.
         x_is_bits: Whether states come as bits.
     """
 
     def __init__(
-        self, readout: Readout, head_VD: Rows, start: Start, exits: int, x_is_bits: bool
+        self,
+        readout: Readout,
+        head_VD: Rows,
+        candidates_NK: IntArray,
+        start: Start,
+        exits: int,
+        x_is_bits: bool,
     ) -> None:
         norm = readout.norm
         assert norm is not None  # another form is left to the model
         self._head_VD = head_VD
         self._norm_2D, self._eps, self._is_centred = readout.norm_2D, norm.eps, norm.is_centred
-        self._candidates_NK, self._last_ND, self._memory_N4, self._place_N = start
+        self._candidates_NK = candidates_NK
+        self._places_NK, self._last_ND, self._memory_N4, self._place_N = start
         self._exits = exits
         self._are_bits = (head_VD.dtype == np.uint16, x_is_bits)
 
@@ -65,15 +78,15 @@ class HostScorer:
         exits: int,
     ) -> HostScorer:
         """For rows with these candidates; ``x_ND`` is what comes before their first states."""
-        head_VD = readout.head_VD
+        head_VD, places_NK = readout.head_VD, candidates_NK
         if head_VD is None:
             head_VD = readout.head_rows(candidates_NK).reshape(-1, readout.stack.width)
             places = np.arange(candidates_NK.size, dtype=np.int32)
-            candidates_NK = places.reshape(candidates_NK.shape)
+            places_NK = places.reshape(candidates_NK.shape)
         state_ND = packed(x_ND)
         is_bits = state_ND.dtype == np.uint16
-        start = (candidates_NK, *remember(state_ND, is_bits), place_N)
-        return cls(readout, head_VD, start, exits, is_bits)
+        start = (places_NK, *remember(state_ND, is_bits), place_N)
+        return cls(readout, head_VD, candidates_NK, start, exits, is_bits)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
         """All columns."""
@@ -83,7 +96,7 @@ class HostScorer:
     def _arguments(self, depth: float, x_ND: Tensor) -> tuple[Any, ...]:
         return (
             self._head_VD,
-            self._candidates_NK,
+            self._places_NK,
             packed(x_ND),
             self._norm_2D,
             self._eps,
@@ -96,9 +109,15 @@ class HostScorer:
             self._are_bits,
         )
 
+    def best_N(self) -> IntArray:
+        """The best candidates."""
+        best_N: IntArray = _taken(self._candidates_NK, self._memory_N4[:, BEST])
+        return best_N
+
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
         self._candidates_NK = self._candidates_NK[stay_N]
+        self._places_NK = self._places_NK[stay_N]
         self._last_ND, self._memory_N4 = self._last_ND[stay_N], self._memory_N4[stay_N]
         self._place_N = self._place_N[stay_N]
 
@@ -118,6 +137,7 @@ class DeviceScorer:
         rows, self._scored = candidates_NK.shape
         tokens = torch.tensor(candidates_NK, device=self._stack.device)
         self._rows_NKD = self._stack.head_rows(tokens)
+        self._candidates_NK = candidates_NK
         self._last_ND = x_ND.float()
         self._confidence = Confidence(rows, self._scored, exits)
         self._place_N = place_N
@@ -132,8 +152,13 @@ class DeviceScorer:
         out_NF[:, 10] = self._place_N
         return out_NF
 
+    def best_N(self) -> IntArray:
+        """The best candidates."""
+        return _taken(self._candidates_NK, self._confidence.best_N)
+
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
+        self._candidates_NK = self._candidates_NK[stay_N]
         stay = torch.from_numpy(stay_N).to(self._stack.device)
         self._rows_NKD, self._last_ND = self._rows_NKD[stay], self._last_ND[stay]
         self._confidence.keep(stay_N)
@@ -166,6 +191,11 @@ def make_scorer(
     if readout.is_host and readout.norm is not None:
         return HostScorer.of_rows(readout, candidates_NK, x_ND, place_N, exits)
     return DeviceScorer(readout, candidates_NK, x_ND, place_N, exits)
+
+
+def _taken(candidates_NK: IntArray, best_N: ArrayLike) -> IntArray:
+    best_N1 = np.asarray(best_N, np.int64)[:, None]
+    return np.take_along_axis(candidates_NK, best_N1, axis=1)[:, 0]
 
 
 def packed(x_ND: Tensor) -> Rows:
