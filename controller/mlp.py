@@ -12,7 +12,6 @@ import numpy as np
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.net import MAX_ROWS, TanhNet, Weights
-from offramp.controller.policy import IndexArray
 
 
 class MlpPolicy:
@@ -21,8 +20,7 @@ class MlpPolicy:
     Buffers are preallocated, so a decision allocates nothing; one instance serves one thread.
 
     Attributes:
-        flat, sizes: The same weights for compiled code: each layer's weight, row by row, and then
-            its bias, float32; and the number of units from the input on, int64.
+        flat, sizes: The weights for compiled code, as ``TanhNet`` lays them out.
 
     Args:
         exits: Layers to ask after, ascending.
@@ -50,7 +48,7 @@ class MlpPolicy:
         self.candidates_VK = candidates_VK
         self._leave = np.empty(MAX_ROWS, np.bool_)
         self._leave_1 = self._leave[:1]
-        self.flat, self.sizes = _flattened(self.weights)
+        self.flat, self.sizes = self._net.flat, self._net.sizes
 
     @property
     def weights(self) -> list[tuple[FloatArray, FloatArray]]:
@@ -81,12 +79,6 @@ class MlpPolicy:
         # NaN or infinite wherever one of them is; a sum of squares costs less than np.isfinite.
         _require_finite(float(logits_N.dot(logits_N)))
         return np.greater(logits_N, self.threshold, out=self._leave[:rows])
-
-
-def _flattened(weights: Weights) -> tuple[FloatArray, IndexArray]:
-    parts = [part.ravel() for pair in weights for part in pair]
-    sizes = [len(weights[0][0]), *(bias.size for _, bias in weights)]
-    return np.concatenate(parts).astype(np.float32), np.array(sizes, np.int64)
 
 
 def _require_finite(value: float) -> None:

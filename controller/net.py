@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from offramp.controller.errors import RequestError
+from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import FloatArray
+from offramp.controller.net_kernel import best_of
 
 MAX_ROWS = 1024
 """Rows of one call at most."""
@@ -23,8 +25,12 @@ Weights = Sequence[tuple[FloatArray, FloatArray]]
 class TanhNet:
     """Linear layers with tanh between them.
 
-    Nothing is allocated after the start; one instance serves one thread. The inputs may come in
-    several parts, which are put side by side.
+    One instance serves one thread. The inputs may come in several parts, which are put side by
+    side.
+
+    Attributes:
+        flat, sizes: The weights for compiled code: each layer's weight, row by row, and then its
+            bias, float32; and the numbers of units from the input on, int64.
 
     Args:
         weights: One pair per layer.
@@ -42,6 +48,7 @@ class TanhNet:
         check_chain(weights, inputs, outputs, field)
         self.weights = [(np.ascontiguousarray(w), np.ascontiguousarray(b)) for w, b in weights]
         self.outputs = outputs
+        self.flat, self.sizes = _flattened(self.weights)
         self._input_NI = np.empty((MAX_ROWS, inputs), np.float32)
         self._buffers = [np.empty((MAX_ROWS, b.size), np.float32) for _, b in weights]
         self._input = np.ones(inputs + 1, np.float32)
@@ -52,6 +59,8 @@ class TanhNet:
             self._steps.append((x.dot, np.vstack((weight, bias)).astype(np.float32), out[:-1]))
             x = out
         *self._hidden, self._last = self._steps
+        # Compiled, if need be, when a policy arrives, not when a request does.
+        best_of(self._input[:-1], self.flat, self.sizes, np.zeros(outputs, np.float32))
 
     def rows(self, *parts_N: FloatArray) -> FloatArray:
         """Outputs [N, A] for up to MAX_ROWS rows; a view that the next call reuses."""
@@ -76,17 +85,32 @@ class TanhNet:
 
         A third of the time that the matrices take: vectors, and each bias as one more row.
         """
-        column = 0
-        for part in parts:
-            end = column + part.size
-            self._input[column:end] = part
-            column = end
+        self._fill(parts)
         for times, weight, out in self._hidden:
             times(weight, out)
             np.tanh(out, out)
         times, weight, out = self._last
         times(weight, out)
         return out
+
+    def best(self, mask_A: FloatArray, *parts: FloatArray) -> int:
+        """Place of one row's largest output, after adding a mask of 0 and −∞; compiled.
+
+        Raises:
+            PolicyFaultError: an output is not finite, so the inputs were not, or overflowed.
+        """
+        self._fill(parts)
+        best = int(best_of(self._input[:-1], self.flat, self.sizes, mask_A))
+        if best < 0:
+            raise PolicyFaultError("the logits are not finite")
+        return best
+
+    def _fill(self, parts: Sequence[FloatArray]) -> None:
+        column = 0
+        for part in parts:
+            end = column + part.size
+            self._input[column:end] = part
+            column = end
 
     def _joined(self, parts_N: tuple[FloatArray, ...]) -> FloatArray:
         x_NI = self._input_NI[: len(parts_N[0])]
@@ -95,6 +119,12 @@ class TanhNet:
             x_NI[:, column : column + part.shape[1]] = part
             column += part.shape[1]
         return x_NI
+
+
+def _flattened(weights: Weights) -> tuple[FloatArray, NDArray[np.int64]]:
+    parts = [part.ravel() for pair in weights for part in pair]
+    sizes = [len(weights[0][0]), *(bias.size for _, bias in weights)]
+    return np.concatenate(parts).astype(np.float32), np.array(sizes, np.int64)
 
 
 def _rebuild(weights: Weights, inputs: int, outputs: int) -> TanhNet:

@@ -65,7 +65,7 @@ class MlpRouter:
         self._target_EA = targets(len(exits), self.jumps, ends=ends)
         self._mask_EA = np.where(self._target_EA < 0, -np.inf, 0).astype(np.float32)
         self._masks = list(self._mask_EA)
-        self._targets = list(self._target_EA)
+        self._targets = self._target_EA.tolist()
         self._one = np.empty(1, np.int64)
 
     @property
@@ -96,11 +96,8 @@ class MlpRouter:
             PolicyFaultError: a logit is not finite, so the inputs were not, or overflowed.
         """
         if len(features_NF) == 1:
-            logits_A = self._net.row(features_NF[0], outlook_NC[0])
-            if not math.isfinite(logits_A.dot(logits_A)):
-                raise PolicyFaultError("the logits are not finite")
-            logits_A += self._masks[here]
-            self._one[0] = self._targets[here][logits_A.argmax()]
+            best = self._net.best(self._masks[here], features_NF[0], outlook_NC[0])
+            self._one[0] = self._targets[here][best]
             return self._one
         parts = zip(_slices(features_NF), _slices(outlook_NC), strict=True)
         best_N = np.concatenate([self._best(here, *part) for part in parts])

@@ -21,6 +21,7 @@ from offramp.envs.draft_tables import (
     DraftActions,
     DraftPrices,
     DraftTables,
+    require_arguments,
     require_same_model,
 )
 from offramp.envs.draft_view import COLUMNS, DraftView
@@ -71,7 +72,7 @@ class DraftExitCore:
         rate: float = 1.0,
         autoreset: bool = True,
     ) -> None:
-        _check_arguments(num_envs, max_pending, cycles)
+        require_arguments(num_envs, max_pending, cycles)
         require_same_model(traces, costs)
         self.num_envs = num_envs
         self.num_columns = COLUMNS
@@ -292,12 +293,3 @@ class DraftExitCore:
         if not np.isin(values, self.tables.startable_M).all():
             raise ConfigError("token", "is no recorded token, or the last of its document")
         return values
-
-
-def _check_arguments(num_envs: int, max_pending: int, cycles: int | None) -> None:
-    if num_envs < 1:
-        raise ConfigError("num_envs", f"{num_envs} is below 1")
-    if max_pending < 1:
-        raise ConfigError("max_pending", f"{max_pending} is below 1")
-    if cycles is not None and cycles < 1:
-        raise ConfigError("cycles", f"{cycles} is below 1", "None goes to the document's end")

@@ -151,6 +151,20 @@ def require_same_model(traces: TokenTraces, costs: CostTable) -> None:
         )
 
 
+def require_arguments(num_envs: int, max_pending: int, cycles: int | None) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ConfigError: naming the one.
+    """
+    if num_envs < 1:
+        raise ConfigError("num_envs", f"{num_envs} is below 1")
+    if max_pending < 1:
+        raise ConfigError("max_pending", f"{max_pending} is below 1")
+    if cycles is not None and cycles < 1:
+        raise ConfigError("cycles", f"{cycles} is below 1", "None goes to the document's end")
+
+
 class DraftActions(Actions):
     """Before the first layer, action a asks first at exit a. At exit i, 0 leaves and k asks next
     at exit i + k. The last one, E, verifies now: all layers, unasked, from anywhere.

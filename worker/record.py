@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import CANDIDATES_V1, FeatureSchema, IntArray
-from offramp.controller.traces import SOFTMAX_COLUMNS, TraceChunk
+from offramp.controller.features import CANDIDATES_V1, FeatureSchema, FloatArray, IntArray
+from offramp.controller.traces import TraceChunk
 from offramp.worker.candidates import NgramIndex, candidates_of
 from offramp.worker.probes import (
     Candidates,
@@ -52,19 +52,15 @@ def record_document(
         schema: The features to record.
         translators: What the model's exits are read through.
         states: Whether to keep the hidden states that norm and head read, as float16.
-        headless: Whether an exit's token is its best candidate, and how sure it is, it is among
-            the candidates (CANDIDATES_V1 only): what drafting without the head goes by.
+        headless: Whether an exit's token is the best candidate, as sure as it is among them.
     """
-    inputs = list(tokens[:-1])
+    inputs, device = list(tokens[:-1]), stack.device
     positions_T = np.arange(len(inputs), dtype=np.int32)
-    positions_1T = torch.from_numpy(positions_T)[None].to(stack.device)
-    x_TD = stack.embed(torch.tensor([inputs], device=stack.device), positions_1T)
+    positions_1T = torch.from_numpy(positions_T)[None].to(device)
+    x_TD = stack.embed(torch.tensor([inputs], device=device), positions_1T)
     rotary = stack.rotary(x_TD, positions_1T)
-    candidates_TK = _candidates(inputs, candidates_VK)
-    offer = ProbeInputs(
-        Readout(stack), x_TD[0], positions_T, len(exits), candidates_TK, candidates_VK
-    )
-    probe = make_probe(schema, offer)
+    scored = (len(exits), _candidates(inputs, candidates_VK), candidates_VK)
+    probe = make_probe(schema, ProbeInputs(Readout(stack), x_TD[0], positions_T, *scored))
     features, sure, exit_tokens, read = [], [], [], []
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
@@ -72,7 +68,7 @@ def record_document(
             read_TD = translators.apply(index + 1, x_TD[0])
             features.append(probe.features(index + 1, read_TD))
             if headless:
-                sure.append(features[-1][:, : len(SOFTMAX_COLUMNS)])
+                sure.append(features[-1][:, :3])
                 exit_tokens.append(cast(Candidates, probe).best_N())
             else:
                 logits_TV = stack.logits(read_TD)
@@ -80,20 +76,26 @@ def record_document(
                 exit_tokens.append(_int32(logits_TV.argmax(-1)))
             read.append(read_TD if states else read_TD[:0])
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
-    full_token_T = full_TV.argmax(-1)
-    exit_token_TE = torch.from_numpy(np.stack(exit_tokens, axis=-1)).long().to(stack.device)
-    gap_TE = full_TV.gather(-1, exit_token_TE) - full_TV.gather(-1, full_token_T[:, None])
+    exit_token_TE = np.stack(exit_tokens, axis=-1)
     return TraceChunk(
         document=document,
         position_T=positions_T,
         features_TEF=np.stack(features, axis=1),
         softmax_TES=np.stack(sure, axis=1),
-        exit_token_TE=_int32(exit_token_TE),
-        full_token_T=_int32(full_token_T),
+        exit_token_TE=exit_token_TE,
+        full_token_T=_int32(full_TV.argmax(-1)),
         next_token_T=np.asarray(tokens[1:], np.int32),
-        gap_TE=gap_TE.cpu().numpy(),
+        gap_TE=_gaps(full_TV, exit_token_TE),
         state_TED=torch.stack(read, dim=1).half().cpu().numpy() if states else None,
     )
+
+
+def _gaps(full_TV: Tensor, token_TE: IntArray) -> FloatArray:
+    """Log-probability of each token less that of the likeliest, at full depth."""
+    tokens = torch.from_numpy(token_TE).long().to(full_TV.device)
+    gap_TE = full_TV.gather(-1, tokens) - full_TV.max(-1, keepdim=True).values
+    gaps: FloatArray = gap_TE.cpu().numpy()
+    return gaps
 
 
 def _candidates(inputs: Sequence[int], table_VK: IntArray) -> IntArray:

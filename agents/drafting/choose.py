@@ -1,6 +1,6 @@
 """Which drafting policy of each family to run: by replay on validation documents.
 
-Shape suffixes: N tokens, E exits.
+Shape suffixes: N tokens, E exits, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from offramp.agents.drafting.replay import DraftReplay, at_exits, replay_drafts
 from offramp.controller.costs import CostTable
 from offramp.controller.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.features import IntArray
 from offramp.controller.policy import RoutingPolicy
 from offramp.envs.draft_core import MAX_PENDING, DraftExitCore
 from offramp.envs.tokens import TokenTraces
@@ -47,10 +48,16 @@ def static_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
     return ranked(tried, validation, costs)
 
 
-def confident_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """Every (exit, η) of Kangaroo's rule, the best first."""
+def confident_grid(
+    validation: TokenTraces, costs: CostTable, candidates_VK: IntArray | None = None
+) -> list[Chosen]:
+    """Every (exit, η) of Kangaroo's rule, the best first; headless if a table is given."""
+    name = "confidence stop" if candidates_VK is None else "headless confidence stop"
     tried = [
-        (f"confidence stop, exit {layer}, η {eta:g}", ConfidentDraft(layer=layer, threshold=eta))
+        (
+            f"{name}, exit {layer}, η {eta:g}",
+            ConfidentDraft(layer=layer, threshold=eta, candidates_VK=candidates_VK),
+        )
         for layer in validation.header.exits
         for eta in THRESHOLDS
     ]

@@ -12,6 +12,7 @@ import numpy as np
 from offramp.controller.drafts.common import (
     ACCEPTANCE,
     MAX_PENDING,
+    PENDING,
     TOP1,
     open_drafts,
     require_exits,
@@ -76,6 +77,9 @@ class DraftRouter:
         )
         self._target_EA = targets(len(exits), len(exits) - 1, ends=True)
         self._mask_EA = np.where(self._target_EA < 0, -np.inf, 0).astype(np.float32)
+        self._masks = list(self._mask_EA)
+        self._anywhere = np.zeros(actions, np.float32)
+        self._targets = self._target_EA.tolist()
         self._trust = np.ones(1, np.float32)
         self._drafts = 0
 
@@ -85,6 +89,9 @@ class DraftRouter:
         Raises:
             PolicyFaultError: a logit is not finite.
         """
+        if len(outlook_NC) == 1:
+            trust_1 = self._trust_of(outlook_NC)
+            return np.array([self.starter.best(self._anywhere, outlook_NC[0], trust_1)])
         best_N: IndexArray = self.start_logits(outlook_NC).argmax(1)
         return best_N
 
@@ -94,38 +101,42 @@ class DraftRouter:
         Raises:
             PolicyFaultError: a logit is not finite.
         """
+        if len(features_NF) == 1:
+            return np.array([self._route_one(here, features_NF[0], outlook_NC)])
         logits_NA = self.route_logits(here, features_NF, outlook_NC)
         target_N: IndexArray = self._target_EA[here, logits_NA.argmax(1)]
-        if len(target_N) == 1 and target_N[0] == here:
-            self._trust *= features_NF[0, TOP1]
-            self._drafts += 1
         return target_N
+
+    def _route_one(self, here: int, features_F: FloatArray, outlook_1C: FloatArray) -> int:
+        trust_1 = self._trust_of(outlook_1C)
+        best = self.router.best(self._masks[here], features_F, outlook_1C[0], trust_1)
+        target = int(self._targets[here][best])
+        if target == here:
+            self._trust *= features_F[TOP1]
+            self._drafts += 1
+        return target
 
     def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
         """Logits before the first layer, [N, A]."""
-        if len(outlook_NC) == 1:
-            return _finite(self.starter.row(outlook_NC[0], self._trust_of(outlook_NC)))[None]
         return _finite(self.starter.rows(outlook_NC, self._trust_of(outlook_NC)[:, None])).copy()
 
     def route_logits(
         self, here: int, features_NF: FloatArray, outlook_NC: FloatArray
     ) -> FloatArray:
         """Logits at an exit, −∞ where a jump leads past the last exit, [N, A]."""
-        trust_N = self._trust_of(outlook_NC)
-        if len(features_NF) == 1:
-            logits_NA = self.router.row(features_NF[0], outlook_NC[0], trust_N)[None]
-        else:
-            logits_NA = self.router.rows(features_NF, outlook_NC, trust_N[:, None])
+        trust_N1 = self._trust_of(outlook_NC)[:, None]
+        logits_NA = self.router.rows(features_NF, outlook_NC, trust_N1)
         masked_NA: FloatArray = _finite(logits_NA) + self._mask_EA[here]
         return masked_NA
 
     def _trust_of(self, outlook_NC: FloatArray) -> FloatArray:
-        drafts_N = open_drafts(outlook_NC, self.max_pending)
-        if len(drafts_N) == 1:
-            if drafts_N[0] == 0:
+        if len(outlook_NC) == 1:
+            drafts = round(float(outlook_NC[0, PENDING]) * self.max_pending)
+            if drafts == 0:
                 self._trust[0], self._drafts = 1.0, 0
-            if drafts_N[0] == self._drafts:
+            if drafts == self._drafts:
                 return self._trust
+        drafts_N = open_drafts(outlook_NC, self.max_pending)
         estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
         return estimate_N
 

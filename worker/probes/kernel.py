@@ -14,10 +14,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from offramp.controller.features import FloatArray
+from offramp.controller.net_kernel import compiled
 
 Bits = NDArray[np.uint16]
 """Of bfloat16 numbers, which numpy does not know."""
@@ -33,10 +33,6 @@ SMALLEST = 1e-36
 BEST, TOP1, RUN, SQUARE = range(4)
 """Remembered per row: place of the best candidate (-1: none yet), its probability, probes in a row
 with it, squared length of the last state."""
-
-# Sums may be reordered (so that they are vectorised), but NaN stays NaN: policies are guarded.
-compiled = njit(cache=True, nogil=True, error_model="numpy",
-                 fastmath={"reassoc", "contract", "arcp", "nsz"})  # fmt: skip
 
 
 @compiled

@@ -6,7 +6,6 @@ row, 2 a norm's weight and bias, 4 what is remembered of it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from offramp.controller.net_kernel import compiled, outputs_of
 from offramp.worker.merging import merge_row
-from offramp.worker.probes.kernel import begin, candidate_features, compiled
+from offramp.worker.probes.kernel import begin, candidate_features
 
 
 @intrinsic
@@ -26,31 +26,6 @@ def _pointer(_: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(address), to_pointer
-
-
-@compiled
-def _mlp(features_F: Any, flat: Any, sizes: Any) -> Any:
-    """A tanh MLP's single output; NaN unless all features are finite (tanh would hide infinity)."""
-    x_H, here = features_F, 0
-    total = np.float32(0)
-    for f in range(features_F.size):
-        total += features_F[f] * features_F[f]
-    if not np.isfinite(total):
-        return np.float32(np.nan)
-    last = sizes.size - 2
-    for layer in range(sizes.size - 1):
-        inputs, outputs = sizes[layer], sizes[layer + 1]
-        bias = here + inputs * outputs
-        out_H = flat[bias : bias + outputs].copy()
-        for i in range(inputs):
-            value = x_H[i]
-            for o in range(outputs):
-                out_H[o] += value * flat[here + i * outputs + o]
-        if layer < last:
-            for o in range(outputs):
-                out_H[o] = math.tanh(out_H[o])
-        x_H, here = out_H, bias + outputs
-    return x_H[0]
 
 
 @compiled
@@ -116,7 +91,7 @@ def row_logit(
         head_VD, candidates_1K, address, norm_2D, eps, is_centred, last_1D, memory_14, place_1,
         depth, exits, are_bits,
     )  # fmt: skip
-    return float(_mlp(features_1F[0], flat, sizes))
+    return float(outputs_of(features_1F[0], flat, sizes)[0])
 
 
 @compiled
