@@ -40,8 +40,7 @@ def record_document(
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
-    All positions run in one pass; a probe computes row by row what it computes in live decoding
-    (tested), so the features are the ones a policy will meet.
+    All positions run in one pass; a probe computes in each row what it computes live (tested).
 
     Args:
         stack: The model.
@@ -54,10 +53,10 @@ def record_document(
         states: Whether to keep the hidden states that norm and head read, as float16.
         headless: Whether an exit's token is the best candidate, as sure as it is among them.
     """
-    inputs, device = list(tokens[:-1]), stack.device
+    inputs = list(tokens[:-1])
     positions_T = np.arange(len(inputs), dtype=np.int32)
-    positions_1T = torch.from_numpy(positions_T)[None].to(device)
-    x_TD = stack.embed(torch.tensor([inputs], device=device), positions_1T)
+    positions_1T = torch.from_numpy(positions_T)[None].to(stack.device)
+    x_TD = stack.embed(torch.tensor([inputs], device=stack.device), positions_1T)
     rotary = stack.rotary(x_TD, positions_1T)
     scored = (len(exits), _candidates(inputs, candidates_VK), candidates_VK)
     probe = make_probe(schema, ProbeInputs(Readout(stack), x_TD[0], positions_T, *scored))
@@ -76,16 +75,16 @@ def record_document(
                 exit_tokens.append(_int32(logits_TV.argmax(-1)))
             read.append(read_TD if states else read_TD[:0])
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
-    exit_token_TE = np.stack(exit_tokens, axis=-1)
+    token_TE = np.stack(exit_tokens, axis=-1)
     return TraceChunk(
         document=document,
         position_T=positions_T,
         features_TEF=np.stack(features, axis=1),
         softmax_TES=np.stack(sure, axis=1),
-        exit_token_TE=exit_token_TE,
+        exit_token_TE=token_TE,
         full_token_T=_int32(full_TV.argmax(-1)),
         next_token_T=np.asarray(tokens[1:], np.int32),
-        gap_TE=_gaps(full_TV, exit_token_TE),
+        gap_TE=_gaps(full_TV, token_TE),
         state_TED=torch.stack(read, dim=1).half().cpu().numpy() if states else None,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from offramp.agents.corpus import Document
 from offramp.agents.drafting.record import Continuations, record_continuations
@@ -131,9 +132,12 @@ def test_what_is_drafted_without_the_head_is_lossless_and_takes_none(
 ) -> None:
     heads: list[int] = []
     logits = engine.stack.logits
-    monkeypatch.setattr(
-        engine.stack, "logits", lambda x_ND: (heads.append(len(x_ND)), logits(x_ND))[1]
-    )
+
+    def counted(x_ND: Tensor) -> Tensor:
+        heads.append(len(x_ND))
+        return logits(x_ND)
+
+    monkeypatch.setattr(engine.stack, "logits", counted)
     sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
     prompt = documents[0][1]
     [full] = engine.generate([prompt], sampling, NeverExit())
