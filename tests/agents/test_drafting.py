@@ -13,11 +13,12 @@ import pytest
 from offramp.agents.drafting.choose import del_rule, halfway_confidence, hindsight, static_grid
 from offramp.agents.drafting.export import router_of
 from offramp.agents.drafting.ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.replay import at_exits, replay_decisions, replay_drafts
+from offramp.agents.drafting.replay import as_read, at_exits, replay_decisions, replay_drafts
 from offramp.controller.drafts import ConfidentDraft, StaticDraft, ThompsonDraft
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SOFTMAX_V2
 from offramp.envs import DraftExitCore, TokenTraces
+from offramp.envs.draft_tables import CandidateDrafts
 from support.costs import measured
 from support.drafting import drafted_traces
 
@@ -31,17 +32,21 @@ def all_right(traces: TokenTraces) -> TokenTraces:
     return replace(traces, agree_NE=np.ones_like(traces.agree_NE))
 
 
-def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces) -> None:
+@pytest.mark.parametrize("headless", [False, True])
+def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: bool) -> None:
+    table_VK = np.zeros((4, 4), np.int32) if headless else None
+    if headless:
+        traces = CandidateDrafts(**{name: getattr(traces, name) for name in traces.__slots__})
     config = DraftPPOConfig(steps=2_000, envs=16, rollout=32, batch=256, hidden=(16,))
     model = train_drafter(traces, measured(), config)
-    router = router_of(model, traces.header.exits, 8)
+    router = router_of(model, traces.header.exits, 8, table_VK)
     core = DraftExitCore(traces, measured(), num_envs=32)
     obs_BD, rng = core.reset(0), np.random.default_rng(0)
     for _ in range(40):
         best_B = model.predict(obs_BD, deterministic=True)[0]
         parts = np.split(obs_BD, [SOFTMAX_V2.width, -1], axis=1)[:2]
         start_BA = router.starter.rows(parts[1]).copy()
-        route_BA = router.router.rows(*parts).copy()
+        route_BA = router.router.rows(as_read(router, parts[0]), parts[1]).copy()
         logits_BA = np.where(obs_BD[:, -1:] == 0, start_BA, route_BA)
         here_B = np.rint(obs_BD[:, -1] * 3).astype(np.int64) - 1
         reach_BA = np.maximum(here_B, 0)[:, None] + np.arange(4)
@@ -117,3 +122,13 @@ def test_halfway_is_between_right_and_wrong(traces: TokenTraces) -> None:
     top1_N = traces.softmax_NES[:, 0, 0]
     expected = (top1_N[right_N].mean() + top1_N[~right_N].mean()) / 2
     assert halfway_confidence(traces)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_ask_without_the_head_costs_a_candidate_probe(traces: TokenTraces) -> None:
+    mine = CandidateDrafts(**{name: getattr(traces, name) for name in traces.__slots__})
+    costs = measured()
+    asked, head = (DraftExitCore(each, costs, num_envs=1).prices for each in (mine, traces))
+    one, whole = costs.at(1), costs.with_probe("softmax").at(1)
+    assert asked.ask_s == one.probe_s + one.policy_s < head.ask_s == whole.probe_s + whole.policy_s
+    with pytest.raises(ConfigError, match=r"^traces: "):
+        replay_drafts(StaticDraft(layer=2, length=2), mine, costs)

@@ -20,9 +20,15 @@ from offramp.controller.drafts import (
 )
 from offramp.controller.drafts.del_rule import tokens_per_layer
 from offramp.controller.errors import PolicyFaultError, RequestError
-from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    OUTLOOK_V1,
+    SOFTMAX_V2,
+    FloatArray,
+    IntArray,
+)
 from offramp.controller.kinds import KINDS, kind_of
-from offramp.controller.policy import LearningPolicy, RoutingPolicy, Verdict
+from offramp.controller.policy import LearningPolicy, RoutingPolicy, Verdict, is_headless
 from offramp.controller.weights import pack_policy
 
 SEEN = OUTLOOK_V1.width + 1
@@ -53,8 +59,13 @@ def net(inputs: int, outputs: int, seed: int) -> list[tuple[FloatArray, FloatArr
     ]
 
 
-def drafter() -> DraftRouter:
-    return DraftRouter((3, 6), net(SEEN, 3, 0), net(SOFTMAX_V2.width + SEEN, 3, 1))
+TABLE_VK = np.arange(40, dtype=np.int32).reshape(10, 4) % 10
+
+
+def drafter(candidates_VK: IntArray | None = None) -> DraftRouter:
+    width = (SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).width
+    nets = net(SEEN, 3, 0), net(width + SEEN, 3, 1)
+    return DraftRouter((3, 6), *nets, candidates_VK=candidates_VK)
 
 
 EVERY: tuple[Any, ...] = (
@@ -63,6 +74,8 @@ EVERY: tuple[Any, ...] = (
     ThompsonDraft(6, alpha=3.0, length=5),
     DelDraft((3, 6), 12, (0.7, 0.9), (0.4, 0.5)),
     drafter(),
+    ConfidentDraft(layer=3, threshold=0.4, candidates_VK=TABLE_VK),
+    drafter(TABLE_VK),
 )
 
 
@@ -76,15 +89,17 @@ def test_all_route_and_only_the_adaptive_learn(policy: Any) -> None:
 def test_all_are_packed_and_built_again(policy: Any) -> None:
     kind = kind_of(policy)
     assert kind is KINDS[kind.name]
-    rows_NF = np.random.default_rng(0).random((32, SOFTMAX_V2.width), np.float32)
-    width = 0 if policy.schema is None else SOFTMAX_V2.width
-    packed = pack_policy(policy, rows_NF[:, :width])
+    width = 0 if policy.schema is None else policy.schema.width
+    rows_NF = np.random.default_rng(0).random((32, width), np.float32)
+    packed = pack_policy(policy, rows_NF)
     bundle = PolicyBundle.draft(
         packed, model="aa", tokenizer="bb", training={}, metrics={}, created_at=0.0
     )
     again = bundle.policy()  # decides the canned inputs anew
     assert type(again) is type(policy)
     assert kind.describe(again)[0] == kind.describe(policy)[0]
+    assert again.schema == policy.schema
+    assert is_headless(again) == is_headless(policy) == (policy.candidates_VK is not None)
 
 
 def test_static_drafts_so_many_and_verifies() -> None:
@@ -147,7 +162,7 @@ def test_a_router_follows_the_trust_in_its_own_drafts() -> None:
     policy.start(outlook(0))
     trusts = []
     for drafts, top1 in enumerate((0.9, 0.5)):
-        policy._target_EA[:] = 0  # whatever the logits say: leave
+        policy._targets = [[0] * 3] * 2  # whatever the logits say: leave
         policy.route(0, features(top1), outlook(drafts))
         trusts.append(float(policy._trust_of(outlook(drafts + 1))[0]))
     np.testing.assert_allclose(trusts, [0.9, 0.45], rtol=1e-6)
