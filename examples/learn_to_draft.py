@@ -79,11 +79,8 @@ def documents_of(model: str, limit: int) -> list[list[tuple[Document, list[int]]
     """Training documents, and ten validation documents, that are longer than a prompt."""
     pairs = tokenize(model, load_corpus(None, limit=limit))
     longer = [(document, tokens) for document, tokens in pairs if len(tokens) > PROMPT]
-    splits = (
-        [pair for pair in longer if pair[0].split == name] for name in ("train", "validation")
-    )
-    train, validation = splits
-    return [train, validation[:10]]
+    train = [pair for pair in longer if pair[0].split == "train"]
+    return [train, [pair for pair in longer if pair[0].split == "validation"][:10]]
 
 
 def spoken(
