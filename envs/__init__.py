@@ -12,6 +12,7 @@ from offramp.envs.batch import Finals, StepBatch
 from offramp.envs.core import TokenExitCore
 from offramp.envs.draft_core import DraftExitCore
 from offramp.envs.draft_env import DraftExitEnv, DraftExitVectorEnv
+from offramp.envs.draft_tables import CandidateDrafts
 from offramp.envs.gym_env import TokenExitEnv
 from offramp.envs.live import LiveSession
 from offramp.envs.live_env import LiveExitEnv
@@ -27,6 +28,7 @@ __all__ = [
     "ENV_ID",
     "LIVE_ENV_ID",
     "SEQUENCE_ENV_ID",
+    "CandidateDrafts",
     "DraftExitCore",
     "DraftExitEnv",
     "DraftExitVectorEnv",

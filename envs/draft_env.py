@@ -87,8 +87,11 @@ class DraftExitEnv(CoreEnv):
     ## Arguments
 
     - ``costs``: measured ``CostTable`` of the model that was recorded, with launches of up to
-      ``max_pending`` + 1 tokens and SOFTMAX_V2's probe; or a table of constants.
-    - ``traces`` or ``store``: tokens in memory, or the folder of a ``TraceStore``.
+      ``max_pending`` + 1 tokens and SOFTMAX_V2's probe (CANDIDATES_V1's, if headless); or a
+      table of constants.
+    - ``traces`` or ``store``: tokens in memory, or the folder of a ``TraceStore``. With
+      ``CandidateDrafts`` the problem is headless: an exit's token is its best candidate, the
+      first three features are confidence among the candidates, and no draft costs a head.
     - ``split``: with ``store``, which split; None takes all.
     - ``max_pending``: drafts that may be open.
     - ``cycles``: cycles in an episode at most; None: to the document's end.
