@@ -208,7 +208,8 @@ def _announce(
 ) -> None:
     if picked is not None:
         console.print(
-            f"walking up to {picked.policy}: {picked.value:.3f} on {picked.split} documents",
+            f"walking up to {picked.policy}: {picked.value:.3f}{picked.how} "
+            f"on {picked.split} documents",
             soft_wrap=True,
         )
     bound = f"disagreement ≤ {promise.delta:g}"
