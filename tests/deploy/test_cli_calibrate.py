@@ -239,6 +239,25 @@ def test_conformal_risk_control_has_no_epsilon(
     assert (certificate.epsilon, certificate.p_value) == (None, None)
 
 
+def test_line_completion_is_certified_by_documents(
+    cli: Any, given: tuple[object, ...], policies: Path
+) -> None:
+    lines = ("--loss", "edit-similarity", "--prompt-tokens", 32, "--new-tokens", 48)
+    status, output = cli(*given, *LOOSE, *lines)
+    assert status == 0, output
+    certificate = PolicyBundle.load(policies / "certified").manifest.certificate
+    assert certificate is not None
+    assert certificate.loss == "edit similarity lost in line completion"
+    assert (certificate.unit, certificate.prompt_tokens, certificate.new_tokens) == (
+        "document",
+        32,
+        4 * 24,
+    )
+    assert "edit similarity lost in line completion ≤ 0.5 with probability" in output
+    report = json.loads((policies / "certified" / "calibration.json").read_text())
+    assert report["loss"] == certificate.loss
+
+
 def test_a_quality_or_a_budget_says_where_the_walk_ends(
     calibrate: Callable[..., tuple[int, str]], policies: Path
 ) -> None:
@@ -293,6 +312,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--method", "binomial"), "method: binomial is for losses of 0 or 1"),
     (("--delta", 0.01), "documents: 8 unseen ones can certify no bound of 0.01, it takes 161"),
     (("--kv-mode", "verify"), "kv_mode: verify emits what full depth would"),
+    (("--loss", "rouge"), "loss: 'rouge' is unknown. Use one of disagreement, edit-similarity"),
+    (("--loss", "edit-similarity", "--unit", "token"), "unit: edit-similarity is not a token's"),
+    (("--loss", "edit-similarity", "--replay"), "replay: has no completions to take edit-simil"),
     (("--family", "PPO"), "family: 'PPO' was not trained. Trained: CALM, fixed exit"),
     (("--family", ""), "family: "),
     (("--quality", 0.99), "quality: no measured point keeps 0.99; the best 0.97"),
