@@ -70,6 +70,9 @@ def metered(pairs_CD: Sequence[Sequence[Pair]]) -> list[Metered]:
     if any(each is None for mine in joules_CD for each in mine):
         return [Metered(method, source, None)] * (1 + len(pairs_CD))
     both_CD2 = np.asarray(joules_CD, np.float64)
+    if not both_CD2.sum(1).all():
+        stuck = Metered(EnergyMethod.UNAVAILABLE, f"{source} is too coarse for these runs", None)
+        return [stuck] * (1 + len(pairs_CD))
     full_D = both_CD2[:, :, 1].mean(0)
     sides = [(full_D, full_D), *((mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)]
     return [Metered(method, source, each) for each in sides]

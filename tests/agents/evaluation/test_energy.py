@@ -73,10 +73,17 @@ def test_a_device_that_was_shared_for_a_while_is_called_shared() -> None:
     assert {each.method for each in found} == {SHARED}
 
 
+def test_a_counter_that_stood_still_told_nothing() -> None:
+    for still in (pair(0.0, 2.0, 2.0), pair(1.0, 0.0, 0.0)):
+        found = metered([[pair(1.0, 2.0, 2.0)] * 2, [still] * 2])
+        unclear = Metered(EnergyMethod.UNAVAILABLE, "a counter is too coarse for these runs", None)
+        assert found == [unclear] * 3
+    assert metered([[pair(0.0, 2.0, 2.0), pair(1.0, 2.0, 2.0)]])[1].joules is not None
+
+
 def unknown(policies: int) -> list[Metered]:
-    silent = Pair(unavailable(1.0, "no counter"), (unavailable(1.0, "no counter"), reading(1.0)))
-    nothing = replace(silent, around=(silent.mine, silent.mine))
-    return metered([[nothing]] * policies)
+    silent = unavailable(1.0, "no counter")
+    return metered([[Pair(silent, (silent, silent))]] * policies)
 
 
 def test_unknown_energy_has_a_method_and_no_number(tmp_path: Path) -> None:
