@@ -38,7 +38,7 @@ def engine() -> AdaptiveEngine:
 
 @pytest.fixture(scope="module")
 def cut(engine: AdaptiveEngine) -> Cut:
-    windows = calibration_windows(str(REFERENCE), load_corpus(None, limit=6), LENGTH, 4)
+    windows = calibration_windows(str(REFERENCE), load_corpus(None, limit=8), LENGTH, 2)
     return with_lines(windows, engine.tokenizer, CONTEXT)
 
 
