@@ -26,7 +26,7 @@ from rich.table import Table
 
 from offramp.agents.calibration.documents import calibration_windows, unseen_documents
 from offramp.agents.calibration.families import Family, family_of, load_points
-from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed, by_unit
+from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.walk import (
     LossesOf,
     Outcome,
@@ -115,7 +115,7 @@ def main(
 def measure(family: Family, source: LossSource) -> Losses:
     losses = {}
     for setting in family.settings:
-        losses[setting] = by_unit(source.disagreement(family.build(setting)), "document")
+        losses[setting] = source.losses(family.build(setting), "document")
         CONSOLE.print(f"  {source.decode_mode} λ {setting:.3f}: {losses[setting].mean():.4f}")
     return losses
 

@@ -161,7 +161,7 @@ def main() -> None:
         },
         layers=engine.stack.layers,
         extra=[
-            energy_section(list(exits), energy, ENERGY_DOCUMENTS, folder),
+            energy_section([(each, each) for each in exits], energy, ENERGY_DOCUMENTS, folder),
             comparisons(runs, PAIRS),
             volumes(list(outcome.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
         ],
@@ -225,7 +225,13 @@ def with_energy(
     for row in rows:
         ratio = ratios.get(row.policy)
         if ratio is not None and (row.metric, row.target_loss) == (HEADLINE[0].name, HEADLINE[1]):
-            row = replace(row, energy_ratio=ratio.value, energy_method=energy.method.value)
+            row = replace(
+                row,
+                energy_ratio=ratio.value,
+                energy_ratio_low=ratio.low,
+                energy_ratio_high=ratio.high,
+                energy_method=energy.method.value,
+            )
         metered.append(row)
     return metered
 

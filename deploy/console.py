@@ -63,7 +63,8 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
     """The table of an evaluation, with 95 % intervals; the arrow marks the published policy.
 
     Columns: token agreement with full depth, the agreement that replaying traces had promised,
-    next-token accuracy, mean layers executed, wall time per token over KV-cached full depth.
+    next-token accuracy, mean layers executed, wall time and energy per token over KV-cached full
+    depth.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy")
@@ -72,6 +73,7 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
     table.add_column("accuracy", justify="right")
     table.add_column("layers", justify="right")
     table.add_column("wall ratio", justify="right")
+    table.add_column("energy", justify="right")
     for row in rows:
         name = f"{row.policy} ←" if row.policy == chosen else row.policy
         promised = "" if row.offline_agreement is None else f"{row.offline_agreement:.3f}"
@@ -82,6 +84,7 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
             f"{row.accuracy:.3f}",
             f"{row.mean_layers:.2f}",
             _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
+            "–" if row.energy_ratio is None else f"{row.energy_ratio:.3f}",
             style="bold" if row.policy == chosen else None,
         )
     return table

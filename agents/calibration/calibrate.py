@@ -12,10 +12,8 @@ from safetensors.numpy import load
 
 from offramp.agents.calibration.families import Family
 from offramp.agents.calibration.losses import (
-    DISAGREEMENT,
     CalibrationDocument,
     LossSource,
-    by_unit,
     data_digest,
 )
 from offramp.agents.calibration.pvalues import Losses, least_units
@@ -76,11 +74,13 @@ class Calibration:
     """What came out.
 
     Attributes:
+        loss: What was bounded.
         outcome: Every setting that was walked.
         bundle: The certified policy with its certificate; None: nothing was certified, and full
             depth, whose loss is none, is what remains.
     """
 
+    loss: str
     outcome: Outcome
     bundle: PolicyBundle | None
 
@@ -112,15 +112,15 @@ def calibrate(
     require_fingerprints(family.bundle, engine)
 
     def losses_of(setting: float) -> Losses:
-        return by_unit(losses.disagreement(family.build(setting)), promise.unit)
+        return losses.losses(family.build(setting), promise.unit)
 
     outcome = _walk(promise, family, losses_of, on_step)
     if outcome.certified is None:
-        return Calibration(outcome=outcome, bundle=None)
+        return Calibration(loss=losses.loss, outcome=outcome, bundle=None)
     bundle = _bundle(family, outcome.certified.setting)
     manifest = bundle.manifest
     certificate = Certificate(
-        loss=DISAGREEMENT,
+        loss=losses.loss,
         risk=outcome.certified.risk,
         delta=promise.delta,
         epsilon=promise.epsilon,
@@ -135,7 +135,7 @@ def calibrate(
         data=data_digest(documents),
         decode_mode=losses.decode_mode,
         prompt_tokens=prompt_tokens,
-        new_tokens=max(len(each.tokens) for each in documents) - prompt_tokens - 1,
+        new_tokens=losses.new_tokens,
         policy=manifest.digest,
         model=manifest.model,
         tokenizer=manifest.tokenizer,
@@ -143,7 +143,8 @@ def calibrate(
         **_decoding(engine, losses.decode_mode),
     )
     certified = replace(manifest, certificate=certificate)
-    return Calibration(outcome=outcome, bundle=PolicyBundle(certified, bundle.blob))
+    whole = PolicyBundle(certified, bundle.blob)
+    return Calibration(loss=losses.loss, outcome=outcome, bundle=whole)
 
 
 def _decoding(engine: AdaptiveEngine, mode: DecodeMode) -> dict[str, Any]:

@@ -60,14 +60,34 @@ class LossSource(Protocol):
     """Measures a policy on the same documents each time.
 
     Attributes:
-        decode_mode: How.
+        loss: What is lost, as a certificate calls it; each loss lies in [0, 1].
+        decode_mode: How it is measured.
+        new_tokens: Tokens of each document that it is measured on, at most.
     """
 
+    loss: str
     decode_mode: DecodeMode
+    new_tokens: int
 
-    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
-        """Per document, which tokens [T] differ from full depth's."""
+    def losses(self, policy: Policy, unit: Unit) -> Losses:
+        """Losses of a policy, [N]."""
         ...
+
+
+def serving_mode(engine: AdaptiveEngine) -> DecodeMode:
+    """The mode of an engine whose exits can lose something.
+
+    Raises:
+        ConfigError: the engine verifies: there is no loss to bound.
+    """
+    mode = engine.config.kv_mode
+    if mode == "verify":
+        raise ConfigError(
+            "kv_mode",
+            "verify emits what full depth would: there is no loss to bound",
+            "Use project or defer",
+        )
+    return mode
 
 
 class OnPolicy:
@@ -82,24 +102,24 @@ class OnPolicy:
         ConfigError: the engine verifies: there is no loss to bound.
     """
 
+    loss = DISAGREEMENT
+
     def __init__(
         self,
         engine: AdaptiveEngine,
         documents: Sequence[CalibrationDocument],
         prompt_tokens: int,
     ) -> None:
-        mode = engine.config.kv_mode
-        if mode == "verify":
-            raise ConfigError(
-                "kv_mode",
-                "verify emits what full depth would: there is no loss to bound",
-                "Use project or defer",
-            )
-        self.decode_mode: DecodeMode = mode
+        self.decode_mode: DecodeMode = serving_mode(engine)
+        self.new_tokens = _counted(documents, prompt_tokens)
         self._engine = engine
         self._tokens = [document.tokens for document in documents]
         self._prompt_tokens = prompt_tokens
         self._full = self._emitted(NeverExit())
+
+    def losses(self, policy: Policy, unit: Unit) -> Losses:
+        """Of each document, or of each token; [N]."""
+        return by_unit(self.disagreement(policy), unit)
 
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's, teacher-forced."""
@@ -124,6 +144,7 @@ class Replayed:
         candidates_VK: The candidate table of the recorded traces.
     """
 
+    loss = DISAGREEMENT
     decode_mode: DecodeMode = "replay"
 
     def __init__(
@@ -152,6 +173,11 @@ class Replayed:
         # As on-policy: the token after the prompt comes from full depth.
         counted = [np.arange(len(chunk)) >= prompt_tokens for chunk in chunks]
         self._counted_N = np.concatenate(counted)
+        self.new_tokens = _counted(documents, prompt_tokens)
+
+    def losses(self, policy: Policy, unit: Unit) -> Losses:
+        """Of each document, or of each token; [N]."""
+        return by_unit(self.disagreement(policy), unit)
 
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's."""
@@ -163,6 +189,12 @@ class Replayed:
             differs_N[self._counted_N & (traces.document_N == index)]
             for index in range(len(traces.documents))
         ]
+
+
+def _counted(documents: Sequence[CalibrationDocument], prompt_tokens: int) -> int:
+    """Tokens of a document that losses count: all but the prompt and the last."""
+    lengths = [len(each.tokens) for each in documents]
+    return max(lengths, default=prompt_tokens + 1) - prompt_tokens - 1
 
 
 def by_unit(differs: Sequence[NDArray[np.bool_]], unit: Unit) -> Losses:

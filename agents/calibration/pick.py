@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offramp.controller.energy import EnergyMethod
 from offramp.controller.errors import ConfigError
 
 EVALUATION = "evaluation.json"
@@ -15,6 +16,9 @@ EVALUATION = "evaluation.json"
 
 QUALITY, LATENCY, ENERGY = "agreement", "wall_ratio", "energy_ratio"
 """Columns of an evaluation's rows that can be asked of."""
+
+UNAVAILABLE = EnergyMethod.UNAVAILABLE.value
+"""Method of rows whose energy was asked for, and could not be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +60,14 @@ class Picked:
         setting: Its λ.
         value: What was measured of what was asked.
         split: Documents it was measured on.
+        how: How an energy was come by, to be said after it; else "".
     """
 
     policy: str
     setting: float
     value: float
     split: str
+    how: str = ""
 
 
 def load_rows(policies: Path) -> dict[str, list[dict[str, Any]]]:
@@ -105,12 +111,28 @@ def pick(rows: Mapping[str, Sequence[Mapping[str, Any]]], family: str, wish: Wis
         ]
         if measured:
             best = _best(measured, wish, column)
-            return Picked(str(best["policy"]), float(best["setting"]), float(best[column]), split)
+            value, how = float(best[column]), _how(best, column)
+            return Picked(str(best["policy"]), float(best["setting"]), value, split, how)
     raise ConfigError(
         "policies",
         f"the evaluation has no {column} of {family!r}",
-        "Evaluate that family, or ask for something else",
+        _remedy([row for each in rows.values() for row in each if row["family"] == family], column),
     )
+
+
+def _remedy(mine: Sequence[Mapping[str, Any]], column: str) -> str:
+    """What to do where no row of a family holds what was asked for."""
+    if column != ENERGY or not mine:
+        return "Evaluate that family, or ask for something else"
+    if any(row.get("energy_method") == UNAVAILABLE for row in mine):
+        return "Evaluate where joules can be had (docs/costs.md), or ask for something else"
+    return "It is of an older version: run `offramp evaluate` again, or ask for something else"
+
+
+def _how(row: Mapping[str, Any], column: str) -> str:
+    """An energy's method, in words and brackets: no such figure is given without it."""
+    method = row.get("energy_method") if column == ENERGY else None
+    return f" (energy, {method})".replace("_", " ") if method else ""
 
 
 def _column(wish: Wish) -> str:
@@ -126,12 +148,21 @@ def _best(rows: Sequence[Mapping[str, Any]], wish: Wish, column: str) -> Mapping
         if keeping:
             return min(keeping, key=lambda row: row["mean_layers"])
         nearest = max(row[QUALITY] for row in rows)
-        raise ConfigError("quality", f"no measured point keeps {least:g}; the best {nearest:.4g}")
+        raise ConfigError(
+            "quality",
+            f"no measured point keeps {least:g}; the best {nearest:.4g}",
+            "Ask for less, or train points for higher --targets",
+        )
     most = wish.latency if wish.energy is None else wish.energy
     assert most is not None
     within = [row for row in rows if row[column] <= most]
     if within:
         return max(within, key=lambda row: row[QUALITY])
-    nearest = min(row[column] for row in rows)
+    nearest = min(rows, key=lambda row: row[column])
     name = "latency_budget" if column == LATENCY else "energy_budget"
-    raise ConfigError(name, f"no measured point is within {most:g}; the least is {nearest:.4g}")
+    raise ConfigError(
+        name,
+        f"no measured point is within {most:g}; "
+        f"the least is {nearest[column]:.4g}{_how(nearest, column)}",
+        "Allow more, or train points for lower --targets",
+    )

@@ -1,17 +1,20 @@
-"""From trained contenders to the one that is published: choose on validation, report on test."""
+"""From trained contenders to the one that is published: choose on validation, report on test.
+
+Shape suffixes: C policies, D documents.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from offramp.agents.contenders import LEARNED, Contender
 from offramp.agents.corpus import load_corpus
-from offramp.agents.evaluation.energy import Energy, measure_energy
+from offramp.agents.evaluation.energy import Energy, energy_of, metered
 from offramp.agents.evaluation.matched import (
     TARGETS,
     MatchedRow,
@@ -21,6 +24,7 @@ from offramp.agents.evaluation.matched import (
 )
 from offramp.agents.evaluation.measure import (
     HeldOut,
+    Pair,
     Protocol,
     Split,
     held_out,
@@ -30,6 +34,7 @@ from offramp.agents.evaluation.measure import (
 from offramp.agents.evaluation.rows import Clock, EvaluationRow, Measured, evaluation_row
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
 from offramp.controller.errors import ConfigError
+from offramp.worker.energy import open_meter
 from offramp.worker.engine import AdaptiveEngine
 
 OnRun = Callable[[str, int, int], None]
@@ -45,7 +50,7 @@ class AssessConfig:
         corpus_limit: As in recording, so that the splits are cut from the same documents.
         validation_documents: Documents the choice is made on.
         test_documents: Documents the report is made on.
-        timed_documents: Of the documents of either split, how many are timed.
+        timed_documents: Of the documents of either split, how many are timed and metered.
         protocol: What is measured on each document.
         target_agreement: Least on-policy agreement with full depth of what is published.
         target_edit_loss: Instead, the share of line-completion edit similarity that it may lose.
@@ -101,7 +106,7 @@ class Assessment:
         reason: Why, in words.
         measured: The test measurements behind the rows.
         documents: Validation and test documents measured.
-        energy: What the chosen one takes, metered on the timed documents of the test split.
+        energy: What every contender but full depth takes on the timed test documents.
     """
 
     validation: list[EvaluationRow]
@@ -157,12 +162,7 @@ def assess(
         reason=reason,
         measured=test,
         documents=(len(documents["validation"]), len(documents["test"])),
-        energy=measure_energy(
-            engine,
-            [contenders[chosen].policy],
-            documents["test"][: config.timed_documents],
-            config.protocol,
-        ),
+        energy=energy_of([each.energy for each in test[1:] if each.energy], tokens, config.seed),
     )
 
 
@@ -226,14 +226,20 @@ def _measure(
         measured.append(Measured(each, None, scores))
         on_run(split, number, total)
     policies = [each.policy for each in contenders[1:]]
-    mine_CD, full_CD = measure_time(
+    pairs_CD = measure_time(
         engine,
         policies,
         timed,
         config.protocol,
+        open_meter(engine),
         lambda done, _: on_run(split, len(contenders) + done, total),
     )
-    full_D = full_CD.mean(0)
-    clocks = [Clock(full_D, full_D), *map(Clock, mine_CD, full_CD)]
-    assert all(math.isfinite(value) for value in full_D)
-    return [replace(each, clock=clock) for each, clock in zip(measured, clocks, strict=True)]
+    taken = zip(measured, _clocks(pairs_CD), metered(pairs_CD), strict=True)
+    return [replace(each, clock=clock, energy=energy) for each, clock, energy in taken]
+
+
+def _clocks(pairs_CD: Sequence[Sequence[Pair]]) -> list[Clock]:
+    """Full depth's seconds, then each policy's."""
+    both_CD2 = np.asarray([[pair.seconds for pair in pairs] for pairs in pairs_CD])
+    full_D = both_CD2[:, :, 1].mean(0)
+    return [Clock(full_D, full_D), *(Clock(each[:, 0], each[:, 1]) for each in both_CD2)]

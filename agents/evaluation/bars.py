@@ -24,6 +24,15 @@ class Gap:
     kept: float
 
 
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Joules per token that a policy takes, over full depth's."""
+
+    name: str
+    family: str
+    ratio: Estimate
+
+
 def draw_gap(gaps: Sequence[Gap], path: Path) -> None:
     """What replay promised against what decoding kept: a dumbbell per policy."""
     ordered = sorted(gaps, key=lambda gap: gap.promised - gap.kept)
@@ -82,17 +91,17 @@ def draw_exit_depths(
         save(figure, path)
 
 
-def draw_energy(ratios: Mapping[str, Estimate], method: str, path: Path) -> None:
+def draw_energy(takes: Sequence[Take], method: str, path: Path) -> None:
     """Joules per token over full depth's, a dot with its interval per policy."""
-    order = sorted(ratios, key=lambda name: ratios[name].value)
+    order = sorted(takes, key=lambda take: take.ratio.value)
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 1.8 + 0.3 * len(order)))
-        for place, name in enumerate(order):
-            each, shade = ratios[name], colour(name)
+        for place, take in enumerate(order):
+            each, shade = take.ratio, colour(take.family)
             axes.plot([each.low, each.high], [place, place], color=shade, lw=1.6)
             axes.plot(each.value, place, "o", color=shade, ms=7)
         axes.axvline(1, color="#bbbbbb", lw=1, ls="--", zorder=0)
-        axes.set_yticks(range(len(order)), order)
+        axes.set_yticks(range(len(order)), [take.name for take in order])
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.25)
         axes.tick_params(axis="y", length=0)

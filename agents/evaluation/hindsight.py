@@ -57,7 +57,7 @@ def measure_oracle(
         for plan, one in zip(plans, alone, strict=True)
     ]
     pairs = [
-        next(timed_document(engine, [plan], one.documents[0], protocol, 0))[1:]
+        next(timed_document(engine, [plan], one.documents[0], protocol, 0))[1].seconds
         for plan, one in list(zip(plans, alone, strict=True))[:timed_documents]
     ]
     mine_D, full_D = np.asarray(pairs).T

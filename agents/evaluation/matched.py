@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.agents.evaluation.rows import Measured, wall_ratio
+from offramp.agents.evaluation.rows import Measured, energy_ratio, wall_ratio
 from offramp.agents.evaluation.scores import AGREEMENT, Metric
 from offramp.agents.evaluation.statistics import (
     Estimate,
@@ -46,7 +46,8 @@ class MatchedRow:
         certified: Whether every pick carries a certificate.
         picks: Names of the operating points, one per seed.
         energy_ratio: Joules per token over full depth's; None where nothing measured them.
-        energy_method: How; None where energy is.
+        energy_ratio_low, energy_ratio_high: Its interval over seeds and documents.
+        energy_method: How; None where nobody asked.
     """
 
     policy: str
@@ -67,6 +68,8 @@ class MatchedRow:
     certified: bool
     picks: tuple[str, ...]
     energy_ratio: float | None = None
+    energy_ratio_low: float | None = None
+    energy_ratio_high: float | None = None
     energy_method: str | None = None
 
     def benchmark_row(self) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def matched_row(
     scores = [run.scores for run in runs]
     draws = Resample.draw(len(runs), len(full.scores.tokens_D), seed)
     loss = metric.estimate_loss(scores, full.scores, draws)
-    wall = wall_ratio(runs, seed)
+    wall, energy = wall_ratio(runs, seed), energy_ratio(runs, seed)
     promised = [run.contender.offline_agreement for run in runs]
     return MatchedRow(
         policy=family,
@@ -159,6 +162,10 @@ def matched_row(
         agreement_online=AGREEMENT.of(scores),
         certified=all(run.certified for run in runs),
         picks=tuple(run.contender.name for run in runs),
+        energy_ratio=energy.value if energy else None,
+        energy_ratio_low=energy.low if energy else None,
+        energy_ratio_high=energy.high if energy else None,
+        energy_method=runs[0].energy.method.value if runs[0].energy else None,
     )
 
 

@@ -22,13 +22,20 @@ from offramp.agents.evaluation.lines import (
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
 from offramp.agents.record import tokenize, window
+from offramp.controller.energy import EnergyReading
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policy import NeverExit, Policy
+from offramp.worker.energy import Meter
+from offramp.worker.energy.meter import NoSource
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.follow import Followed, follow
+from offramp.worker.sequence import Sequence as Row
 
 BLOCK = 6
 """Policies timed between two runs of full depth, so that both ends of a ratio are neighbours."""
+
+TIME_ALONE = Meter(NoSource("only time was asked for"))
+"""A meter that reads nothing but the clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,33 +170,60 @@ def measure_quality(
     return scores
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a policy took on one document, and full depth just before and after it.
+
+    Attributes:
+        mine: The policy's run.
+        around: Full depth's.
+    """
+
+    mine: EnergyReading
+    around: tuple[EnergyReading, EnergyReading]
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of the policy, and the mean of full depth's."""
+        before, after = self.around
+        return self.mine.window_s, (before.window_s + after.window_s) / 2
+
+    @property
+    def joules(self) -> tuple[float, float] | None:
+        """The same; None where energy is unknown."""
+        mine, before, after = (each.joules for each in (self.mine, *self.around))
+        if mine is None or before is None or after is None:
+            return None
+        return mine, (before + after) / 2
+
+
 def timed_document(
     engine: AdaptiveEngine,
     policies: Sequence[Policy],
     document: HeldOut,
     protocol: Protocol,
     turn: int,
-) -> Iterator[tuple[int, float, float]]:
+    meter: Meter = TIME_ALONE,
+) -> Iterator[tuple[int, Pair]]:
     """Time one document at batch 1 under every policy, in an order rotated by ``turn``.
 
     Full depth runs before every ``BLOCK`` policies and after the last. Many short runs, because
     a disturbance of the machine should hit few of them.
 
     Yields:
-        (index of the policy, its seconds, those of full depth: the mean of the runs around it).
+        (index of the policy, what it and full depth took).
     """
-    tokens = document.tokens[: protocol.prompt_tokens + 1 + protocol.timed_tokens]
 
-    def seconds(policy: Policy) -> float:
-        return follow(engine, [tokens], protocol.prompt_tokens, policy)[1]
+    def run(policy: Policy) -> EnergyReading:
+        return _timed(engine, policy, document, protocol, meter)
 
     order = [(index + turn) % len(policies) for index in range(len(policies))]
-    before = seconds(NeverExit())
+    before = run(NeverExit())
     for start in range(0, len(order), BLOCK):
-        block = [(index, seconds(policies[index])) for index in order[start : start + BLOCK]]
-        after = seconds(NeverExit())
+        block = [(index, run(policies[index])) for index in order[start : start + BLOCK]]
+        after = run(NeverExit())
         for index, mine in block:
-            yield index, mine, (before + after) / 2
+            yield index, Pair(mine, (before, after))
         before = after
 
 
@@ -198,16 +232,32 @@ def measure_time(
     policies: Sequence[Policy],
     documents: Sequence[HeldOut],
     protocol: Protocol,
+    meter: Meter = TIME_ALONE,
     on_run: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[Floats, Floats]:
-    """Seconds of every policy on every document at batch 1, and of full depth beside it; [C, D]."""
-    mine_CD = np.zeros((len(policies), len(documents)))
-    full_CD = np.zeros_like(mine_CD)
+) -> list[list[Pair]]:
+    """What every policy takes on every document at batch 1, and full depth beside it; [C][D]."""
+    pairs_CD: list[list[Pair]] = [[] for _ in policies]
     for d, document in enumerate(documents):
-        for c, mine, full in timed_document(engine, policies, document, protocol, turn=d):
-            mine_CD[c, d], full_CD[c, d] = mine, full
+        for c, pair in timed_document(engine, policies, document, protocol, d, meter):
+            pairs_CD[c].append(pair)
         on_run(d + 1, len(documents))
-    return mine_CD, full_CD
+    return pairs_CD
+
+
+def _timed(
+    engine: AdaptiveEngine, policy: Policy, document: HeldOut, protocol: Protocol, meter: Meter
+) -> EnergyReading:
+    """One document, teacher-forced; its prompt is read before the clock starts."""
+    start = protocol.prompt_tokens
+    forced = document.tokens[start : start + 1 + protocol.timed_tokens]
+    engine.submit(list(document.tokens[:start]), policy=policy, forced=forced)
+    finished: dict[str, Row] = {}
+    while engine.is_prefilling:
+        engine.step(finished)
+    with meter.measure() as span:
+        while engine.load != (0, 0):
+            engine.step(finished)
+    return span.reading
 
 
 def _follow(

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from offramp.agents.evaluation.bars import Gap, draw_energy
+from offramp.agents.evaluation.bars import Gap, Take, draw_energy
 from offramp.agents.evaluation.energy import Energy
 from offramp.agents.evaluation.matched import MatchedRow, saves_more, time_difference
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.plots import Point
-from offramp.agents.evaluation.report import Section, Table
+from offramp.agents.evaluation.report import Section, Table, interval
 from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
 from offramp.agents.evaluation.statistics import Estimate, Resample
@@ -109,27 +109,32 @@ def _distance(measured: Measured) -> float:
     return abs((measured.contender.offline_agreement or 0.0) - NEAR)
 
 
-def energy_section(names: Sequence[str], energy: Energy, documents: int, folder: Path) -> Section:
+def energy_section(
+    policies: Sequence[tuple[str, str]], energy: Energy, documents: int, folder: Path
+) -> Section:
     """What is known of energy, with a picture, and how it was come by; or that nothing is.
 
     Args:
-        names: Of the policies metered.
+        policies: Name and family of those metered.
         energy: What was metered.
         documents: How many were decoded for it.
         folder: Where the picture goes.
     """
-    known = {n: r for n, r in zip(names, energy.ratios, strict=True) if r is not None}
+    pairs = zip(policies, energy.ratios, strict=True)
+    known = [Take(*policy, ratio) for policy, ratio in pairs if ratio is not None]
     if energy.full_j is None or not known:
-        return Section("Energy", NO_ENERGY)
+        return Section("Energy", f"{NO_ENERGY} The reason: {energy.source}.")
     method = energy.method.value.replace("_", " ")
     draw_energy(known, method, folder / "energy.png")
     text = (
-        f"{method}: {energy.source}. Full depth takes {1000 * energy.full_j:.1f} mJ a token. "
-        f"{documents} documents, interleaved, metered apart from time."
+        f"{energy.label}. Full depth takes {1000 * energy.full_j:.1f} mJ a token. "
+        f"{documents} documents at batch 1, interleaved with full depth."
     )
     if energy.method is EnergyMethod.MODELLED:
         text += " A modelled figure tells policies apart by their work; nothing was measured."
-    return Section(f"Energy ({method})", text, "energy.png")
+    rows = [(take.name, interval(take.ratio)) for take in known]
+    table = Table(("policy", f"energy ÷ full, {method}"), rows)
+    return Section(f"Energy ({method})", text, "energy.png", table)
 
 
 def gap_headline(found: Sequence[Gap]) -> str:
@@ -154,7 +159,7 @@ def volumes(measured: Sequence[Measured], metrics: Sequence[Metric]) -> Section:
     for family in families:
         points = [each for each in measured if each.contender.family == family and each.clock]
         cells = [frontier_volume(points, full, metric) for metric in metrics] if points else []
-        rows.append((family, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells)))
+        rows.append((family, *map(interval, cells)))
     cost, quality = REFERENCE_POINT
     text = (
         "Share of the corner between no time at full quality and the reference point "

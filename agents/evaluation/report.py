@@ -12,6 +12,7 @@ from offramp.agents.evaluation.bars import Gap, draw_exit_depths, draw_gap
 from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.plots import Point, draw_frontier, draw_savings
 from offramp.agents.evaluation.scores import AGREEMENT, METRICS
+from offramp.agents.evaluation.statistics import Estimate
 from offramp.controller.durable import write_durably
 
 STYLE = """
@@ -80,33 +81,33 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def matched_table(rows: Sequence[MatchedRow]) -> Table:
-    """Rows of one metric, as text."""
-    head = (
-        "policy",
-        "target",
-        "quality",
-        "loss on test",
-        "layers",
-        "wall ÷ full",
-        "promised",
-        "kept",
-    )
-    return Table(
-        head,
-        [
-            (
-                row.policy,
-                f"{100 * row.target_loss:g} %",
-                f"{row.quality:.3f}",
-                f"{100 * row.loss:+.1f} % [{100 * row.loss_low:+.1f}, {100 * row.loss_high:+.1f}]",
-                f"{row.mean_layers:.2f}",
-                _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
-                "–" if row.agreement_offline is None else f"{row.agreement_offline:.3f}",
-                f"{row.agreement_online:.3f}",
-            )
-            for row in rows
-        ],
-    )
+    """Rows of one metric, as text; with energy, under its method, where some row has it."""
+    head = ["policy", "target", "quality", "loss on test", "layers", "wall ÷ full"]
+    methods = [row.energy_method for row in rows if row.energy_ratio is not None]
+    if methods:
+        head.append(f"energy ÷ full, {methods[0]}".replace("_", " "))
+    cells = [_matched_cells(row, with_energy=bool(methods)) for row in rows]
+    return Table([*head, "promised", "kept"], cells)
+
+
+def _matched_cells(row: MatchedRow, *, with_energy: bool) -> list[str]:
+    energy = (row.energy_ratio, row.energy_ratio_low, row.energy_ratio_high)
+    return [
+        row.policy,
+        f"{100 * row.target_loss:g} %",
+        f"{row.quality:.3f}",
+        f"{100 * row.loss:+.1f} % [{100 * row.loss_low:+.1f}, {100 * row.loss_high:+.1f}]",
+        f"{row.mean_layers:.2f}",
+        _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
+        *([_interval(*energy)] if with_energy else []),
+        "–" if row.agreement_offline is None else f"{row.agreement_offline:.3f}",
+        f"{row.agreement_online:.3f}",
+    ]
+
+
+def interval(estimate: Estimate) -> str:
+    """A value with its interval, as text."""
+    return _interval(estimate.value, estimate.low, estimate.high)
 
 
 def _pictures(report: Report, folder: Path) -> list[Section]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.agents.evaluation.energy import Metered
 from offramp.agents.evaluation.scores import (
     ACCURACY,
     AGREEMENT,
@@ -53,6 +54,7 @@ class Measured:
         scores: What its output was worth.
         clock: What it took; None where time was not measured.
         certified: Whether its bundle carries a certificate.
+        energy: Its joules, and how they were come by; None where nobody asked.
     """
 
     contender: Contender
@@ -60,6 +62,7 @@ class Measured:
     scores: Scores
     clock: Clock | None = None
     certified: bool = False
+    energy: Metered | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,10 @@ class EvaluationRow:
         exact_match: Share of completed lines that match.
         lines: Lines completed.
         seed: Of its training; None for rules.
+        energy_ratio: Joules per token over full depth's, metered in the timed runs; None where
+            they are unknown.
+        energy_ratio_low, energy_ratio_high: Its interval.
+        energy_method: How the joules were come by, or "unavailable"; None where nobody asked.
     """
 
     policy: str
@@ -113,6 +120,10 @@ class EvaluationRow:
     exact_match: float | None = None
     lines: int = 0
     seed: int | None = None
+    energy_ratio: float | None = None
+    energy_ratio_low: float | None = None
+    energy_ratio_high: float | None = None
+    energy_method: str | None = None
 
 
 def evaluation_row(measured: Measured, timed_tokens: int, seed: int = 0) -> EvaluationRow:
@@ -126,7 +137,7 @@ def evaluation_row(measured: Measured, timed_tokens: int, seed: int = 0) -> Eval
     contender, scores = measured.contender, measured.scores
     draws = Resample.draw(1, len(scores.tokens_D), seed)
     agreement = AGREEMENT.estimate([scores], draws)
-    wall = wall_ratio([measured], seed)
+    wall, energy = wall_ratio([measured], seed), energy_ratio([measured], seed)
     has_lines = EDIT_SIMILARITY.is_measured(scores)
     edit = EDIT_SIMILARITY.estimate([scores], draws) if has_lines else None
     clock = measured.clock
@@ -154,6 +165,10 @@ def evaluation_row(measured: Measured, timed_tokens: int, seed: int = 0) -> Eval
         exact_match=EXACT_MATCH.of([scores]) if has_lines else None,
         lines=int(scores.lines_D.sum()),
         seed=measured.seed,
+        energy_ratio=energy.value if energy else None,
+        energy_ratio_low=energy.low if energy else None,
+        energy_ratio_high=energy.high if energy else None,
+        energy_method=measured.energy.method.value if measured.energy else None,
     )
 
 
@@ -164,6 +179,15 @@ def wall_ratio(runs: Sequence[Measured], seed: int = 0) -> Estimate | None:
         return None
     mine_SD = np.stack([clock.mine_D for clock in clocks])
     full_SD = np.stack([clock.full_D for clock in clocks])
+    return ratio(mine_SD, full_SD, Resample.draw(len(runs), mine_SD.shape[1], seed))
+
+
+def energy_ratio(runs: Sequence[Measured], seed: int = 0) -> Estimate | None:
+    """Joules over full depth's, likewise; None where those of some run are unknown."""
+    known = [run.energy.joules for run in runs if run.energy and run.energy.joules]
+    if len(known) < len(runs):
+        return None
+    mine_SD, full_SD = (np.stack(side) for side in zip(*known, strict=True))
     return ratio(mine_SD, full_SD, Resample.draw(len(runs), mine_SD.shape[1], seed))
 
 

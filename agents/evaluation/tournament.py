@@ -277,8 +277,8 @@ def _time_all(
         if missing:
             policies = [each.contender.policy for each in missing]
             protocol = config.assess.protocol
-            for c, mine, full in timed_document(engine, policies, document, protocol, index):
-                there[missing[c].key] = (mine, full)
+            for c, pair in timed_document(engine, policies, document, protocol, index):
+                there[missing[c].key] = pair.seconds
             archive.save_times(split, index, there)
         times.append(there)
         on_run(f"{split}: time", index + 1, len(timed))

@@ -16,6 +16,7 @@ from offramp.agents.calibration.calibrate import (
     require_enough,
     require_fingerprints,
 )
+from offramp.agents.calibration.completion import CompletedLines, with_lines
 from offramp.agents.calibration.documents import calibration_windows, unseen_documents
 from offramp.agents.calibration.families import Family, family_of, load_points
 from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
@@ -47,6 +48,10 @@ from offramp.worker.engine import AdaptiveEngine
 CERTIFIED = "certified"
 """Folder, beside the contenders, of the bundle that a calibration certified."""
 
+EDIT_SIMILARITY = "edit-similarity"
+LOSSES = ("disagreement", EDIT_SIMILARITY)
+"""What can be bounded."""
+
 REPORT = "calibration.json"
 NOTHING_CERTIFIED = 3
 """Exit status when no setting passed."""
@@ -64,6 +69,7 @@ Epsilon = Annotated[
     float | None, typer.Option(help="Probability that it may not hold [default: 0.05].")
 ]
 TestMethod = Annotated[str, typer.Option(help="hoeffding-bentkus|betting|binomial|conformal.")]
+LossName = Annotated[str, typer.Option("--loss", help="disagreement|edit-similarity.")]
 Independent = Annotated[str, typer.Option(help="Independent draws: document|token.")]
 FamilyName = Annotated[
     str, typer.Option(help="Whose settings to walk [default: that of the chosen policy].")
@@ -85,6 +91,7 @@ Out = Annotated[
 def calibrate_policies(
     policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
     traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
+    loss: LossName = "disagreement",
     delta: Delta = 0.05,
     epsilon: Epsilon = None,
     method: TestMethod = "hoeffding-bentkus",
@@ -116,6 +123,7 @@ def calibrate_policies(
     Exit status 3: no setting passed. Nothing is certified, and full depth remains.
     """
     promise = parse_promise(delta, epsilon, method, unit)
+    require_loss(loss, unit, replay=replay)
     out = out or policies / CERTIFIED
     require_new_folder("out", out)
     wish = parse_wish(quality, latency_budget, energy_budget)
@@ -129,8 +137,11 @@ def calibrate_policies(
     require_fingerprints(walked.bundle, engine)
     unseen = unseen_documents(corpus, traces)
     windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
-    require_enough(promise, len(windows))
-    losses = _losses(engine, windows, prompt_tokens, walked, traces if replay else None)
+    if loss == EDIT_SIMILARITY:
+        windows, losses = _line_losses(promise, engine, windows, prompt_tokens)
+    else:
+        require_enough(promise, len(windows))
+        losses = _losses(engine, windows, prompt_tokens, walked, traces if replay else None)
     _announce(walked, promise, windows, losses, picked)
     found = calibrate(promise, engine, walked, windows, losses, prompt_tokens, _show)
     save_calibration(out, promise, found)
@@ -152,6 +163,20 @@ def parse_promise(delta: float, epsilon: float | None, method: str, unit: str) -
     if epsilon is None and method != "conformal":
         epsilon = EPSILON
     return Promise(delta=delta, epsilon=epsilon, method=cast(Method, method), unit=cast(Unit, unit))
+
+
+def require_loss(loss: str, unit: str, *, replay: bool) -> None:
+    """Refuse a loss that is unknown, or that cannot be measured as asked.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if loss not in LOSSES:
+        raise ConfigError("loss", f"{loss!r} is unknown", f"Use one of {', '.join(LOSSES)}")
+    if loss == EDIT_SIMILARITY and unit != "document":
+        raise ConfigError("unit", f"{loss} is not a {unit}'s", "Use document")
+    if loss == EDIT_SIMILARITY and replay:
+        raise ConfigError("replay", f"has no completions to take {loss} of", "Leave it out")
 
 
 def parse_wish(
@@ -199,6 +224,18 @@ def _losses(
     return Replayed(engine, windows, prompt_tokens, exits, load_candidates(traces))
 
 
+def _line_losses(
+    promise: Promise,
+    engine: AdaptiveEngine,
+    windows: list[CalibrationDocument],
+    prompt_tokens: int,
+) -> tuple[list[CalibrationDocument], LossSource]:
+    """Losses in line completion, and the documents that hold a line."""
+    cut = with_lines(windows, engine.tokenizer, prompt_tokens)
+    require_enough(promise, len(cut))
+    return [each for each, _ in cut], CompletedLines(engine, [lines for _, lines in cut])
+
+
 def _announce(
     family: Family,
     promise: Promise,
@@ -208,10 +245,11 @@ def _announce(
 ) -> None:
     if picked is not None:
         console.print(
-            f"walking up to {picked.policy}: {picked.value:.3f} on {picked.split} documents",
+            f"walking up to {picked.policy}: {picked.value:.3f}{picked.how} "
+            f"on {picked.split} documents",
             soft_wrap=True,
         )
-    bound = f"disagreement ≤ {promise.delta:g}"
+    bound = f"{losses.loss} ≤ {promise.delta:g}"
     if promise.epsilon is not None:
         bound += f" with probability ≥ {1 - promise.epsilon:g}"
     console.print(
@@ -231,6 +269,7 @@ def save_calibration(out: Path, promise: Promise, found: Calibration) -> None:
     """Write what was walked, and the certified bundle if there is one."""
     bundle = found.bundle
     report = {
+        "loss": found.loss,
         **asdict(promise),
         "n": found.outcome.n,
         "walked": [asdict(step) for step in found.outcome.walked],

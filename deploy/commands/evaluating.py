@@ -72,7 +72,7 @@ def evaluate_policies(
         int, typer.Option(min=2, help="Documents the choice is made on.")
     ] = 16,
     test_documents: Annotated[int, typer.Option(min=2, help="Documents reported on.")] = 24,
-    timed_documents: Annotated[int, typer.Option(min=1, help="Of either, timed.")] = 12,
+    timed_documents: Annotated[int, typer.Option(min=1, help="Of either, timed and metered.")] = 12,
     lines: Annotated[int, typer.Option(min=0, help="Lines completed in each; 0 for none.")] = 4,
     target_agreement: Annotated[
         float, typer.Option(help="Least on-policy agreement of what is chosen.")
@@ -119,6 +119,7 @@ def evaluate_policies(
         found = assess(config, engine, contenders, lambda _, *count: advance(*count))
     save_assessment(policies, contenders, found, engine, config)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
+    console.print(f"energy: {found.energy.label}", soft_wrap=True)
     console.print(f"{found.reason} → {policies / CHOSEN}")
     console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
 
@@ -179,7 +180,7 @@ def save_assessment(
     rows = {"validation": found.validation, "test": found.test}
     plain = {name: [asdict(row) for row in each] for name, each in rows.items()}
     matched = [asdict(row) for row in found.matched]
-    [ratio] = found.energy.ratios
+    ratio = found.energy.ratios[found.chosen - 1]
     energy = {
         "policy": chosen,
         "method": found.energy.method.value,
@@ -230,7 +231,10 @@ def _report(
         layers=engine.stack.layers,
         extra=[
             energy_section(
-                [found.test[found.chosen].policy], found.energy, config.timed_documents, policies
+                [(row.policy, row.family) for row in found.test[1:]],
+                found.energy,
+                min(config.timed_documents, found.documents[1]),
+                policies,
             ),
             volumes(found.measured, metrics),
         ],

@@ -70,7 +70,8 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     console.print(evaluation_table(found.test, learned.chosen.name))
     console.print(
         "  agreement with full depth; promised by replay; next-token accuracy; mean layers;\n"
-        "  wall time per token over KV-cached full depth, interleaved at batch 1; 95 % intervals"
+        "  wall time per token over KV-cached full depth, interleaved at batch 1, 95 % intervals;\n"
+        f"  energy likewise ({found.energy.label})"
     )
     console.print(f"  {found.reason}", soft_wrap=True)
     return learned

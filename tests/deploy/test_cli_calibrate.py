@@ -13,12 +13,16 @@ import pytest
 import torch
 
 from offramp.agents.corpus import load_corpus
+from offramp.agents.evaluation.assess import AssessConfig, assess
+from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.study import save_candidates
+from offramp.agents.train import load_contenders
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policy import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.weights import pack_policy
 from offramp.deploy.commands.calibrating import NOTHING_CERTIFIED
+from offramp.deploy.commands.evaluating import save_assessment
 from offramp.deploy.redis_server import EmbeddedRedis
 from offramp.deploy.serve_app import describe_policy
 from offramp.worker import AdaptiveEngine
@@ -57,14 +61,30 @@ def traces(tmp_path: Path, corpus: Path) -> Path:
     return folder
 
 
+Named = tuple[str, float | None, float, Policy]
+"""Family, setting, offline agreement and policy of one operating point."""
+
+
 def contenders(folder: Path, model: str, tokenizer: str) -> Path:
     calm = [ThresholdPolicy(EXITS, SOFTMAX_V2, "margin", margin) for margin in (0.9, 0.5)]
-    named: list[tuple[str, float | None, float, Policy]] = [
+    named: list[Named] = [
         ("full depth", None, 1.0, NeverExit()),
         ("CALM", 0.9, 0.99, calm[0]),
         ("CALM", 0.5, 0.9, calm[1]),
         ("fixed exit", 3.0, 0.6, FixedExit(3)),
     ]
+    save_points(folder, named, model, tokenizer)
+    rows = [
+        {"policy": "CALM τ=0.9", "family": "CALM", "setting": 0.9, "agreement": 0.97},
+        {"policy": "CALM τ=0.5", "family": "CALM", "setting": 0.5, "agreement": 0.91},
+    ]
+    measured = [row | {"mean_layers": 9.0, "wall_ratio": 0.9} for row in rows]
+    (folder / "evaluation.json").write_text(json.dumps({"validation": measured, "test": []}))
+    return folder
+
+
+def save_points(folder: Path, named: list[Named], model: str, tokenizer: str) -> None:
+    """Bundles and their index, as training leaves them."""
     index = []
     for number, (family, setting, offline, policy) in enumerate(named):
         width = 0 if policy.schema is None else policy.schema.width
@@ -80,13 +100,6 @@ def contenders(folder: Path, model: str, tokenizer: str) -> Path:
         entry = {"folder": f"{number:02d}", "family": family, "setting": setting}
         index.append(entry | {"offline_agreement": offline})
     (folder / "contenders.json").write_text(json.dumps(index))
-    rows = [
-        {"policy": "CALM τ=0.9", "family": "CALM", "setting": 0.9, "agreement": 0.97},
-        {"policy": "CALM τ=0.5", "family": "CALM", "setting": 0.5, "agreement": 0.91},
-    ]
-    measured = [row | {"mean_layers": 9.0, "wall_ratio": 0.9} for row in rows]
-    (folder / "evaluation.json").write_text(json.dumps({"validation": measured, "test": []}))
-    return folder
 
 
 @pytest.fixture
@@ -226,6 +239,25 @@ def test_conformal_risk_control_has_no_epsilon(
     assert (certificate.epsilon, certificate.p_value) == (None, None)
 
 
+def test_line_completion_is_certified_by_documents(
+    cli: Any, given: tuple[object, ...], policies: Path
+) -> None:
+    lines = ("--loss", "edit-similarity", "--prompt-tokens", 32, "--new-tokens", 48)
+    status, output = cli(*given, *LOOSE, *lines)
+    assert status == 0, output
+    certificate = PolicyBundle.load(policies / "certified").manifest.certificate
+    assert certificate is not None
+    assert certificate.loss == "edit similarity lost in line completion"
+    assert (certificate.unit, certificate.prompt_tokens, certificate.new_tokens) == (
+        "document",
+        32,
+        4 * 24,
+    )
+    assert "edit similarity lost in line completion ≤ 0.5 with probability" in output
+    report = json.loads((policies / "certified" / "calibration.json").read_text())
+    assert report["loss"] == certificate.loss
+
+
 def test_a_quality_or_a_budget_says_where_the_walk_ends(
     calibrate: Callable[..., tuple[int, str]], policies: Path
 ) -> None:
@@ -237,6 +269,40 @@ def test_a_quality_or_a_budget_says_where_the_walk_ends(
     assert certificate.setting == pytest.approx(0.9)
 
 
+def test_an_energy_budget_picks_what_evaluate_metered(
+    cli: Any, given: tuple[object, ...], tmp_path: Path, corpus: Path, fingerprints: tuple[str, str]
+) -> None:
+    engine = AdaptiveEngine.from_pretrained(REFERENCE)
+    folder = tmp_path / "metered"
+    named: list[Named] = [("full depth", None, 1.0, NeverExit())]
+    named += [("p̂", float(layer), layer / 12, FixedExit(layer)) for layer in (11, 9, 3)]
+    save_points(folder, named, *fingerprints)
+    config = AssessConfig(
+        model=str(REFERENCE), corpus=corpus, validation_documents=2, test_documents=2,
+        timed_documents=1, protocol=Protocol(prompt_tokens=8, new_tokens=24, lines=0,
+        timed_tokens=16),
+    )  # fmt: skip
+    points = load_contenders(folder)
+    save_assessment(folder, points, assess(config, engine, points), engine, config)
+    told = json.loads((folder / "evaluation.json").read_text())
+    method = told["energy"]["method"]
+    assert method in ("modelled", "measured_shared", "measured_device")
+    assert {row["energy_method"] for row in (*told["validation"], *told["test"])} == {method}
+    assert told["energy"]["source"] in (folder / "report.md").read_text()
+    ratios = {row["setting"]: row["energy_ratio"] for row in told["validation"]}
+    assert ratios[3.0] < ratios[9.0]
+    options = ("--policies", folder, "--family", "p̂", *LOOSE)
+
+    status, output = cli(*given, *options, "--energy-budget", ratios[3.0])
+    assert status in (0, NOTHING_CERTIFIED), output
+    said = method.replace("_", " ")
+    place = f"walking up to p̂ τ=3: {ratios[3.0]:.3f} (energy, {said}) on validation documents"
+    assert place in output
+    message = cli.refused(*given, *options, "--energy-budget", 0.01, "--out", tmp_path / "none")
+    assert message.startswith("energy_budget: no measured point is within 0.01; the least is ")
+    assert f"{min(ratios[3.0], ratios[9.0]):.4g} (energy, {said}). Allow more" in message
+
+
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--delta", 0), "delta: 0.0 is not in (0, 1)"),
     (("--delta", "nan"), "delta: nan is not in (0, 1)"),
@@ -246,6 +312,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--method", "binomial"), "method: binomial is for losses of 0 or 1"),
     (("--delta", 0.01), "documents: 8 unseen ones can certify no bound of 0.01, it takes 161"),
     (("--kv-mode", "verify"), "kv_mode: verify emits what full depth would"),
+    (("--loss", "rouge"), "loss: 'rouge' is unknown. Use one of disagreement, edit-similarity"),
+    (("--loss", "edit-similarity", "--unit", "token"), "unit: edit-similarity is not a token's"),
+    (("--loss", "edit-similarity", "--replay"), "replay: has no completions to take edit-simil"),
     (("--family", "PPO"), "family: 'PPO' was not trained. Trained: CALM, fixed exit"),
     (("--family", ""), "family: "),
     (("--quality", 0.99), "quality: no measured point keeps 0.99; the best 0.97"),

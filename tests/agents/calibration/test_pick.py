@@ -48,6 +48,38 @@ def test_a_budget_buys_the_most_quality_and_names_the_documents(rows: Rows) -> N
     assert pick(rows, "PPO", Wish(energy=0.6)).setting == 0.5
 
 
+def test_an_energy_budget_reads_validation_and_says_the_method(rows: Rows) -> None:
+    for split, shares in (("validation", (0.9, 0.7, 0.5)), ("test", (0.8, 0.6, 0.4))):
+        for each, share in zip(rows[split], shares, strict=True):
+            each.update(energy_ratio=share, energy_method="measured_shared")
+    found = pick(rows, "PPO", Wish(energy=0.8))
+    assert (found.setting, found.value, found.split) == (0.5, 0.7, "validation")
+    assert found.how == " (energy, measured shared)"
+    assert pick(rows, "PPO", Wish(latency=0.85)).how == ""
+    with pytest.raises(ConfigError) as told:
+        pick(rows, "PPO", Wish(energy=0.3))
+    assert told.value.field == "energy_budget"
+    assert told.value.problem.endswith("within 0.3; the least is 0.5 (energy, measured shared)")
+    assert "--targets" in told.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({}, "run `offramp evaluate` again"),
+        ({"energy_ratio": None, "energy_method": "unavailable"}, "where joules can be had"),
+    ],
+)
+def test_an_evaluation_without_energy_says_what_to_do(
+    rows: Rows, more: dict[str, Any], remedy: str
+) -> None:
+    for each in (*rows["validation"], *rows["test"]):
+        each.update(more)
+    with pytest.raises(ConfigError, match="the evaluation has no energy_ratio of 'PPO'") as told:
+        pick(rows, "PPO", Wish(energy=0.9))
+    assert remedy in told.value.remedy
+
+
 def test_what_no_point_fulfils_is_said_with_the_nearest(rows: Rows) -> None:
     with pytest.raises(ConfigError, match=r"quality: no measured point keeps 0.99; the best 0.96"):
         pick(rows, "PPO", Wish(quality=0.99))

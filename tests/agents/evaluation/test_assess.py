@@ -75,6 +75,19 @@ def test_earlier_exits_run_fewer_layers_and_agree_less(found: Assessment) -> Non
     assert rows[3].perplexity > (rows[0].perplexity or 0)
 
 
+def test_both_splits_say_what_every_contender_takes_of_energy(found: Assessment) -> None:
+    for rows in (found.validation, found.test):
+        full, same, half, quarter = (row.energy_ratio for row in rows)
+        assert full == 1.0
+        assert None not in (same, half, quarter)
+        assert 0 < (quarter or 0) < (half or 0) < 1
+        assert len({row.energy_method for row in rows}) == 1
+        assert rows[0].energy_method in ("measured_shared", "measured_device", "modelled")
+    told = [ratio and ratio.value for ratio in found.energy.ratios]
+    assert told == [row.energy_ratio for row in found.test[1:]]
+    assert (found.energy.full_j or 0) > 0
+
+
 def test_accuracy_and_perplexity_equal_an_independent_pass(
     engine: AdaptiveEngine, documents: list[HeldOut]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ import pytest
 from offramp.agents.evaluation.bars import Gap
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow
 from offramp.agents.evaluation.plots import Point
-from offramp.agents.evaluation.report import Report, Section, Table, write_report
+from offramp.agents.evaluation.report import (
+    Report,
+    Section,
+    Table,
+    matched_table,
+    write_report,
+)
 from offramp.agents.evaluation.statistics import Estimate
 
 
@@ -54,6 +61,17 @@ def test_the_page_needs_nothing_else(report: Report, tmp_path: Path) -> None:
     assert 'name="viewport"' in page
     assert "A &lt;report&gt;" in page
     assert "&lt;small&gt;" in page
+
+
+def test_energy_is_a_column_under_its_method_where_it_is_known() -> None:
+    plain = [row("p̂", 0.01, 0.8), row("rule", 0.01, 0.9)]
+    assert not [name for name in matched_table(plain).head if "energy" in name]
+    energy = {"energy_ratio": 0.7, "energy_ratio_low": 0.6, "energy_ratio_high": 0.8}
+    known = replace(plain[0], energy_method="measured_shared", **energy)
+    table = matched_table([known, plain[1]])
+    place = list(table.head).index("energy ÷ full, measured shared")
+    assert [cells[place] for cells in table.rows] == ["0.700 [0.600, 0.800]", "–"]
+    assert {len(cells) for cells in table.rows} == {len(table.head)}
 
 
 def test_the_markdown_names_pictures_that_are_there(report: Report, tmp_path: Path) -> None:
