@@ -26,9 +26,7 @@ LAYERS, VOCAB = 12, 4096
 def make_recording(folder: Path, corpus: Path, tokens: int = 120) -> Path:
     """Traces of a corpus's training and validation documents, with costs, facts, candidates."""
     fingerprint = model_fingerprint(load_model(REFERENCE, torch.float32, "cpu"))
-    header = TraceHeader(
-        model=fingerprint, schema=CANDIDATES_V1.digest, exits=EXITS, layers=LAYERS
-    )
+    header = TraceHeader(model=fingerprint, schema=CANDIDATES_V1.digest, exits=EXITS, layers=LAYERS)
     store = TraceStore.create(folder, header)
     documents = load_corpus(corpus)
     for number, document in enumerate(documents):
