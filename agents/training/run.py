@@ -29,7 +29,7 @@ PLACES = ("traces", "costs", "tensorboard", "onpolicy")
 """Settings that do not change what the stages before the on-policy one come to."""
 
 ONPOLICY_PLACES = ("rounds", "collectors", "model", "corpus")
-"""Settings of the on-policy stage that do not change what one of its rounds is meant to come to."""
+"""Settings of the on-policy stage that may change between its rounds."""
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
