@@ -254,7 +254,7 @@ targets = [0.9]
 [phat]
 epochs = 1
 [jump]
-jumps = 1
+jumps = 2
 warm.steps = 5
 [jump.ppo]
 steps = 64
@@ -277,7 +277,7 @@ def test_a_finished_run_is_told_and_left_alone(
     status, said = cli(*arguments, "--resume")
     assert status == 0, said
     assert "this run is finished: nothing is trained again" in said
-    assert "policies → " in said
+    assert "policies →" in said
 
 
 def test_publish_asks_for_redis_url_and_makes_no_key_before(
