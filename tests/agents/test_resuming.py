@@ -177,7 +177,7 @@ def test_a_run_cut_off_before_its_first_weights_is_resumed(
 
 def test_a_sweep_trains_each_seed_once(config: RunConfig, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    found = sweep(config, (0, 1), tmp_path, lambda *done: told.append(done))
+    found = sweep(config, (0, 1), tmp_path, lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]
     assert list(found) == [0, 1]
     alone = run(config, tmp_path / "alone")

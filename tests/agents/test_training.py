@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_made_is_named_before_training(
 ) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    run = StagedRun(CONFIG, study, tmp_path / "file" / "out", lambda *now: told.append(now[0]))
+    run = StagedRun(CONFIG, study, tmp_path / "file" / "out", lambda stage, *_: told.append(stage))
     with pytest.raises(ConfigError, match=r"out: .*file/out/checkpoint\.pt cannot be written"):
         run.train()
     assert told == []
