@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 
 from offramp.controller.durable import write_durably
@@ -33,11 +34,19 @@ class Resumable:
         """Replace the folder's checkpoint durably.
 
         Raises:
-            OSError: the folder cannot be written; the old checkpoint is untouched.
+            ConfigError: it cannot be written (field ``out``: permission, full disk); the old
+                checkpoint is untouched.
         """
-        buffer = io.BytesIO()
+        path, buffer = folder / CHECKPOINT, io.BytesIO()
         torch.save({each.name: getattr(self, each.name) for each in fields(self)}, buffer)  # type: ignore[arg-type]  # every subclass is a dataclass
-        write_durably(folder / CHECKPOINT, buffer.getvalue())
+        try:
+            write_durably(path, buffer.getvalue())
+        except OSError as error:
+            raise ConfigError(
+                "out",
+                f"{path} cannot be written ({error.strerror or error})",
+                "Make room or give permission; then --resume goes on from the last checkpoint",
+            ) from error
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -69,3 +78,9 @@ class Resumable:
             old = self.settings.get(name)
             if old != value:
                 raise ConfigError(name, f"is {value}, and {old} in the checkpoint", FRESH)
+
+
+def segment_seed(seed: int, stage: str, number: int) -> int:
+    """Seed of all generators in one segment of a stage, below 2³²."""
+    words = [seed, *stage.encode(), number]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])

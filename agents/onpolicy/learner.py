@@ -6,8 +6,8 @@ log λ), F features, C columns of outlook, H hidden units, A actions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from offramp.agents.jumps import JumpAgent, invalid_actions
 from offramp.agents.normaliser import Normaliser
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
+from offramp.agents.resuming import segment_seed
 from offramp.agents.routers import folded_layers, router_of, start_layer
 from offramp.controller.features import OUTLOOK_V1, FloatArray, IntArray
 from offramp.controller.router import MlpRouter
@@ -154,11 +155,29 @@ class Learner:
         Raises:
             ValueError: no token of theirs was judged.
         """
+        # No checkpoint keeps a generator's state: what is drawn is a function of seed and version.
+        self.model.set_random_seed(segment_seed(self.config.seed, "onpolicy", self.version))
         judged = [judged_part(rollout) for rollout in rollouts]
         buffer = self._buffer([each for each in judged if len(each.action_K)])
         self.model.update(buffer)
         self.version += 1
         return self._summary(judged)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that an update changes, as a checkpoint holds it."""
+        policy = self.model.policy
+        return {
+            "version": self.version,
+            "updates": self.model._n_updates,
+            "actor": policy.state_dict(),
+            "optimiser": policy.optimizer.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where a state was taken."""
+        self.version, self.model._n_updates = state["version"], state["updates"]
+        self.model.policy.load_state_dict(state["actor"])
+        self.model.policy.optimizer.load_state_dict(state["optimiser"])
 
     def _buffer(self, rollouts: Sequence[Rollout]) -> RolloutBuffer:
         obs_KD = np.concatenate([each.obs_KD for each in rollouts])
@@ -204,11 +223,8 @@ def judged_part(rollout: Rollout) -> Rollout:
     if not len(unknown):
         return rollout
     kept_K = rollout.token_K < unknown[0]
-    return Rollout(
-        version=rollout.version,
-        task=rollout.task,
-        document=rollout.document,
-        preference=rollout.preference,
+    return replace(
+        rollout,
         obs_KD=rollout.obs_KD[kept_K],
         action_K=rollout.action_K[kept_K],
         log_prob_K=rollout.log_prob_K[kept_K],

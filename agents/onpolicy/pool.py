@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -89,10 +90,10 @@ class CollectorPool:
         self._policy = (policy.version, ray.put(policy))
 
     def collect(self, tasks: Iterator[Task], documents: int) -> list[Rollout]:
-        """At least so many fresh rollouts, in the order of arrival.
+        """At least so many fresh rollouts, in the order of their tasks.
 
         Args:
-            tasks: Without end; as many are taken as are needed.
+            tasks: As many are taken as are needed; collectors that find none wait.
             documents: Rollouts wanted.
 
         Raises:
@@ -106,7 +107,7 @@ class CollectorPool:
             for reference in done:
                 fresh += self._take(reference)
         self.counts.rollouts += len(fresh)
-        return fresh
+        return sorted(fresh, key=attrgetter("task"))
 
     def stop(self) -> None:
         """End the collectors and forget what they were doing."""
@@ -118,7 +119,9 @@ class CollectorPool:
         busy = {id(actor) for actor, _ in self._running.values()}
         for actor in self.actors:
             if id(actor) not in busy:
-                task = self._lost.popleft() if self._lost else next(tasks)
+                task = self._lost.popleft() if self._lost else next(tasks, None)
+                if task is None:
+                    return
                 reference = actor.collect.remote(self._policy[1], task)
                 self._running[reference] = (actor, task)
 

@@ -28,7 +28,8 @@ class OnPolicyConfig:
         tokens: Tokens decoded of each, after its prompt.
         prompt_tokens: Tokens of each read at full depth first.
         collectors: Ray actors at work.
-        max_lag: Versions by which a rollout may be older than the learner's.
+        max_lag: Versions by which a rollout may be older than the learner's. With 0 nobody works
+            ahead, and several collectors, too, repeat a run bit for bit.
         kv_mode: ``project`` or ``defer``.
         model: Folder of the model, as the collectors' machines see it.
         corpus: Folder of the documents; "" takes the interpreter's standard library.
@@ -71,11 +72,14 @@ def run_onpolicy(
     lambda_range: tuple[float, float],
     config: OnPolicyConfig,
     on_round: Callable[[int, dict[str, float]], None] = lambda *_: None,
+    done: int = 0,
 ) -> None:
-    """Collect and update, ``config.rounds`` times.
+    """Collect and update, until ``config.rounds`` rounds are done.
 
-    Ray must be up. The order in which rollouts arrive is the machine's, so this phase, unlike
-    training on traces, is not repeatable bit for bit.
+    Ray must be up. With one collector, or without lag, a round is a function of the learner's
+    state and its number: it decodes its own share of the tasks, under its own version, and learns
+    from them in their order. Otherwise collectors work ahead, and which rollouts a round gets is
+    the machine's doing. Tasks in hand after the last round are lost.
 
     Args:
         learner: Updated in place.
@@ -85,18 +89,21 @@ def run_onpolicy(
         lambda_range: Preferences are drawn log-uniformly, one per document.
         config: How.
         on_round: Told (rounds done, what the round was like).
+        done: Rounds that the learner has behind it.
 
     Raises:
         TraceError: no document is long enough.
         ConfigError: the cluster cannot hold the collectors, or they die again and again.
     """
     pool = CollectorPool(spec, candidates_VK, config.collectors, config.max_lag)
-    tasks = make_tasks(documents, lambda_range, config)
+    share = -(-config.documents // config.together)
+    tasks = itertools.islice(make_tasks(documents, lambda_range, config), done * share, None)
     pool.start()
     try:
-        for number in range(1, config.rounds + 1):
+        for number in range(done + 1, config.rounds + 1):
             pool.publish(learner.policy())
-            summary = learner.learn(pool.collect(tasks, config.documents))
+            now = tasks if config.max_lag else itertools.islice(tasks, share)
+            summary = learner.learn(pool.collect(now, config.documents))
             summary |= {"stale": pool.counts.stale, "reissued": pool.counts.reissued}
             on_round(number, summary)
     finally:

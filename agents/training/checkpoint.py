@@ -6,10 +6,9 @@ numpy's, the environment's) is seeded from the run's seed and the number of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from offramp.agents.resuming import Resumable
@@ -24,11 +23,12 @@ class Checkpoint(Resumable):
     Attributes:
         settings: Whatever changes the result, as JSON values.
         stage: What is under way.
-        step: Steps of that stage done.
+        step: Steps of that stage done; rounds, of the on-policy stage and when all is done.
         phat: The classifier's layers, as tensors (weight, bias).
         actor: State of SB3's policy.
         optimiser: State of the stage's Adam.
         updates: SB3's count of gradient passes.
+        learner: State of the on-policy stage's learner; empty before its first round.
     """
 
     command: ClassVar[str] = "offramp train"
@@ -40,9 +40,4 @@ class Checkpoint(Resumable):
     actor: dict[str, torch.Tensor]
     optimiser: dict[str, Any]
     updates: int = 0
-
-
-def segment_seed(seed: int, stage: str, number: int) -> int:
-    """Seed of all generators in one segment of a stage, below 2³²."""
-    words = [seed, *stage.encode(), number]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
+    learner: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner
 from offramp.agents.onpolicy.run import Tokens, run_onpolicy
 from offramp.agents.record import tokenize, window
-from offramp.agents.train import save_contenders
+from offramp.agents.train import load_contenders, save_contenders
 from offramp.agents.training.run import StagedRun
 from offramp.controller.errors import ConfigError
 from offramp.controller.policy import NeverExit
@@ -32,16 +32,21 @@ def finish(
 ) -> list[Contender]:
     """Place what was trained, go on on-policy if the settings say so, and save it all.
 
-    The on-policy phase needs Ray to be up. It begins from the agent of the PPO stage; it has no
-    checkpoints of its own, and another run of it gives other weights.
+    The on-policy phase needs Ray to be up. It begins from the agent of the PPO stage, or goes on
+    after the last round of the run's checkpoint. Of a finished run the policies that lie in its
+    folder are read back; nothing is trained, placed or written.
 
     Args:
         run: Trained.
         on_round: Told (on-policy rounds done, in all).
 
     Raises:
-        ConfigError: the model or the corpus is not the recorded one, or the cluster is too small.
+        ConfigError: the model or the corpus is not the recorded one, the cluster is too small, or
+            a checkpoint cannot be written.
+        PolicyRefusedError: a policy of a finished run is damaged.
     """
+    if run.finished:
+        return load_contenders(run.out)
     config, study = run.config, run.study
     phat = fit_state_phat(study.train, config.phat)
     placed = jump_contenders(study, run.agent, phat, config.targets)
@@ -64,14 +69,16 @@ def finish(
     training = asdict(config)
     del training["traces"]  # a place on one machine
     save_contenders(run.out, found, study, training)
+    run.reach("done", config.onpolicy.rounds)
     return found
 
 
 def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learner:
-    """The learner after its last round.
+    """The learner after its last round; a checkpoint after each.
 
     Raises:
-        ConfigError: no model is named, or it is another than was recorded.
+        ConfigError: no model is named, it is another than was recorded, or a checkpoint cannot be
+            written.
     """
     config, study = run.config.onpolicy, run.study
     if not config.model:
@@ -80,11 +87,16 @@ def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learne
     logger = configure(str(run.out / "onpolicy"), names)
     game = game_of(run.agent, study.costs, run.config.jump)
     learner = Learner(run.agent, game, config.learner, logger)
+    if run.learner:
+        learner.restore(run.learner)
+    if run.step == config.rounds:
+        return learner
 
     def report(number: int, summary: dict[str, float]) -> None:
         for name, value in summary.items():
             logger.record(f"onpolicy/{name}", value)
         logger.dump(number)
+        run.reach("onpolicy", number, learner.state())
         on_round(number, config.rounds)
 
     run_onpolicy(
@@ -95,6 +107,7 @@ def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learne
         run.config.jump.ppo.lambda_range,
         config,
         report,
+        run.step,
     )
     return learner
 

@@ -15,15 +15,21 @@ from offramp.agents.export import Weights
 from offramp.agents.jumps import JumpAgent, game_of, new_agent, warm_start
 from offramp.agents.phat import PhatConfig, train_phat
 from offramp.agents.ppo import learning_rate
+from offramp.agents.resuming import FRESH, segment_seed
 from offramp.agents.study import Study, load_study
-from offramp.agents.training.checkpoint import Checkpoint, Stage, segment_seed
+from offramp.agents.train import INDEX
+from offramp.agents.training.checkpoint import Checkpoint, Stage
 from offramp.agents.training.config import RunConfig
+from offramp.controller.errors import ConfigError
 
 WARM_STEPS = 100
 """Steps between checkpoints of the warm start, times ``checkpoint_every``."""
 
 PLACES = ("traces", "costs", "tensorboard", "onpolicy")
 """Settings that do not change what the stages before the on-policy one come to."""
+
+ONPOLICY_PLACES = ("rounds", "collectors", "model", "corpus")
+"""Settings of the on-policy stage that may change between its rounds."""
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
@@ -43,6 +49,7 @@ class StagedRun:
         agent: The agent.
         phat: The classifier's layers.
         stage, step: What is under way, and how far.
+        learner: State of the on-policy stage's learner; empty before its first round.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class StagedRun:
         self.callback = callback
         self.stage: Stage = "warm"
         self.step = 0
+        self.learner: dict[str, Any] = {}
         self.phat: Weights = []
         self.agent: JumpAgent = new_agent(study.train, study.costs, self.config.jump)
         self._warm = warm_start(self.agent, study.train, study.costs, self.config.jump)
@@ -75,10 +83,13 @@ class StagedRun:
         """Stand where a checkpoint was written.
 
         Raises:
-            ConfigError: it is of other settings.
+            ConfigError: it is of other settings, or has more on-policy rounds than are wanted.
         """
         checkpoint.require(self._settings())
+        if checkpoint.learner:
+            self._require_rounds(checkpoint)
         self.stage, self.step = checkpoint.stage, checkpoint.step
+        self.learner = checkpoint.learner
         self.phat = [(weight.numpy(), bias.numpy()) for weight, bias in checkpoint.phat]
         self.agent.model.policy.load_state_dict(checkpoint.actor)
         if self.stage != "warm":
@@ -87,16 +98,40 @@ class StagedRun:
         self._warm.step = self.step if self.stage == "warm" else self.config.jump.warm.steps
         self.agent.model._n_updates = checkpoint.updates
 
-    def train(self) -> JumpAgent:
-        """Go through the stages that are left; a checkpoint after each segment.
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: all rounds are done, and the policies lie there."""
+        rounds = self.config.onpolicy.rounds
+        return (self.stage, self.step) == ("done", rounds) and (self.out / INDEX).exists()
+
+    def reach(self, stage: Stage, step: int, learner: dict[str, Any] | None = None) -> None:
+        """Stand at a step of a stage, and write the checkpoint.
+
+        Args:
+            stage, step: Where.
+            learner: The learner's new state, if it has one.
 
         Raises:
-            OSError: a checkpoint cannot be written; the one before is whole, and can be resumed.
+            ConfigError: it cannot be written; the one before is whole, and can be resumed.
         """
-        logger = self._logger()
+        self.stage, self.step = stage, step
+        self.learner = learner or self.learner
+        self._save()
+
+    def train(self) -> JumpAgent:
+        """Go through the stages on traces that are left; a checkpoint after each segment.
+
+        Raises:
+            ConfigError: a checkpoint cannot be written; the one before is whole, and can be
+                resumed.
+        """
+        if self.stage not in ("warm", "ppo"):
+            return self.agent
         if not self.phat:
+            self._save()  # from here on there is something to resume
             self.phat = train_phat(self.study.train, self._phat_config())
             self._save()
+        logger = self._logger()
         if self.stage == "warm":
             self._warm_up(logger)
         if self.stage == "ppo":
@@ -113,9 +148,8 @@ class StagedRun:
             self.on_progress("warm", self.step, total)
             if self.step % (WARM_STEPS * self.config.checkpoint_every) == 0:
                 self._save()
-        self.stage, self.step = "ppo", 0
         self._optimiser = self.agent.model.policy.optimizer
-        self._save()
+        self.reach("ppo", 0)
 
     def _improve(self, logger: Logger) -> None:
         """SB3's own loop, segment by segment."""
@@ -134,18 +168,18 @@ class StagedRun:
             self.step = model.num_timesteps
             self.on_progress("ppo", min(self.step, total), total)
             self._save()
-        self.stage, self.step = "done", 0
-        self._save()
+        self.reach("onpolicy", 0)
 
     def _save(self) -> None:
         Checkpoint(
-            settings=self._settings(),
+            settings={**self._settings(), **self._onpolicy_settings()},
             stage=self.stage,
             step=self.step,
             phat=[[torch.from_numpy(w), torch.from_numpy(b)] for w, b in self.phat],
             actor=self.agent.model.policy.state_dict(),
             optimiser=self._optimiser.state_dict(),
             updates=self.agent.model._n_updates,
+            learner=self.learner,
         ).save(self.out)
 
     def _settings(self) -> dict[str, Any]:
@@ -157,6 +191,18 @@ class StagedRun:
         }
         kept = {k: v for k, v in options.items() if k not in PLACES}
         return {**kept, **facts}
+
+    def _onpolicy_settings(self) -> dict[str, Any]:
+        options = asdict(self.config.onpolicy)
+        return {f"onpolicy.{k}": v for k, v in options.items() if k not in ONPOLICY_PLACES}
+
+    def _require_rounds(self, checkpoint: Checkpoint) -> None:
+        checkpoint.require(self._onpolicy_settings())
+        rounds = self.config.onpolicy.rounds
+        if rounds < checkpoint.step:
+            raise ConfigError(
+                "onpolicy.rounds", f"is {rounds}, and {checkpoint.step} are done", FRESH
+            )
 
     def _prices(self) -> tuple[float, ...]:
         game = game_of(self.agent, self.study.costs, self.config.jump)

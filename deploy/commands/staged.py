@@ -70,6 +70,8 @@ def _train(config: RunConfig, out: Path, resume: bool) -> None:
         run = train_staged(
             config, out, resume=resume, on_progress=lambda _, done, total: advance(done, total)
         )
+    if run.finished:
+        console.print("this run is finished: nothing is trained again")
     with progress("on-policy", "rounds") as advance:
         contenders = finish(run, advance)
     console.print(f"{len(contenders)} policies → {out}")

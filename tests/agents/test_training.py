@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -122,13 +124,49 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(study: Study, tmp_path: Pa
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))  # no file may grow beyond
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(ConfigError, match="File too large") as caught:
             run._save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.field == "out"
+    assert str(tmp_path / CHECKPOINT) in caught.value.problem
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert resumed(study, tmp_path)
+
+
+def test_a_disk_that_fills_up_in_mid_run_costs_one_segment(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, full = finish(study, tmp_path / "straight"), tmp_path / "full"
+    real_replace = os.replace
+
+    def replace_until_full(source: str, target: Path) -> None:
+        if Checkpoint.load(full).step == SEGMENT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_replace(source, target)
+
+    stop_at(study, full, "ppo", SEGMENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_full)
+        with pytest.raises(ConfigError, match="No space left on device") as caught:
+            resumed(study, full)
+    assert str(full / CHECKPOINT) in str(caught.value)
+    assert (Checkpoint.load(full).stage, Checkpoint.load(full).step) == ("ppo", SEGMENT)
+    for left, right in zip(straight, resumed(study, full), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_training(
+    study: Study, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    told: list[str] = []
+    run = StagedRun(CONFIG, study, tmp_path / "file" / "out", lambda stage, *_: told.append(stage))
+    with pytest.raises(ConfigError, match=r"out: .*file/out/checkpoint\.pt cannot be written"):
+        run.train()
+    assert told == []
+    assert run.phat == []
 
 
 def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from offramp.deploy.commands.evaluating import require_recorded
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import ModelFacts
 from support.costs import measured
+from support.documents import make_corpus
+from support.recordings import make_recording
 
 FACTS = ModelFacts(
     model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9, width=4
@@ -244,6 +246,38 @@ def test_costs_of_another_model_are_refused(
 def test_another_tables_prices_replace_the_recordings(tmp_path: Path, traces: Path) -> None:
     save_costs(tmp_path / "costs.json", measured(model=FACTS.model))
     assert load_study(traces, tmp_path / "costs.json").costs == measured(model=FACTS.model)
+
+
+RUN = """
+checkpoint_every = 1
+targets = [0.9]
+[phat]
+epochs = 1
+[jump]
+jumps = 2
+warm.steps = 5
+[jump.ppo]
+steps = 64
+envs = 8
+rollout = 8
+batch = 64
+"""
+
+
+def test_a_finished_run_is_told_and_left_alone(
+    cli: Any, tmp_path: Path, untouched: Untouched
+) -> None:
+    traces = make_recording(tmp_path / "traces", make_corpus(tmp_path / "corpus"))
+    (tmp_path / "run.toml").write_text(f'traces = "{traces}"\n{RUN}')
+    arguments = ("train", "--config", tmp_path / "run.toml", "--out", tmp_path / "out")
+    status, said = cli(*arguments)
+    assert status == 0, said
+    assert "finished" not in said
+    untouched()
+    status, said = cli(*arguments, "--resume")
+    assert status == 0, said
+    assert "this run is finished: nothing is trained again" in said
+    assert "policies →" in said
 
 
 def test_publish_asks_for_redis_url_and_makes_no_key_before(

@@ -1,0 +1,61 @@
+"""A recording as the commands find it on disk: the reference model's, with invented features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from offramp.agents.corpus import Document, load_corpus
+from offramp.agents.record import tokenize
+from offramp.agents.study import save_candidates, save_measured
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.store import TraceStore
+from offramp.worker.actor import ModelFacts
+from offramp.worker.candidates import successor_table
+from offramp.worker.loading import load_model, model_fingerprint
+from support.costs import measured
+from support.models import REFERENCE
+
+EXITS = (3, 6, 9)
+LAYERS, VOCAB = 12, 4096
+
+
+def make_recording(folder: Path, corpus: Path, tokens: int = 120) -> Path:
+    """Traces of a corpus's training and validation documents, with costs, facts, candidates."""
+    fingerprint = model_fingerprint(load_model(REFERENCE, torch.float32, "cpu"))
+    header = TraceHeader(model=fingerprint, schema=CANDIDATES_V1.digest, exits=EXITS, layers=LAYERS)
+    store = TraceStore.create(folder, header)
+    documents = load_corpus(corpus)
+    for number, document in enumerate(documents):
+        if document.split != "test":
+            store.append(_chunk(document, tokens, number), document.split)
+    read = [ids for _, ids in tokenize(str(REFERENCE), documents)]
+    save_candidates(folder, successor_table(read, VOCAB, 16))
+    facts = ModelFacts(
+        model=fingerprint, tokenizer="cd", layers=LAYERS, vocab=VOCAB, context=512, width=256
+    )
+    save_measured(folder, measured(model=fingerprint), facts)
+    return folder
+
+
+def _chunk(document: Document, tokens: int, seed: int) -> TraceChunk:
+    rng = np.random.default_rng(seed)
+    shape = (tokens, len(EXITS))
+    ease_TE = rng.normal(size=(tokens, 1)) + np.asarray([-0.5, 0.3, 1.0])
+    features_TEF = rng.normal(size=(*shape, CANDIDATES_V1.width)).astype(np.float32)
+    features_TEF[:, :, 0] = ease_TE
+    features_TEF[:, :, CANDIDATES_V1.index("depth")] = np.asarray(EXITS) / LAYERS
+    features_TEF[:, :, CANDIDATES_V1.index("run_length")] = 0
+    return TraceChunk(
+        document=document.digest,
+        position_T=np.arange(tokens, dtype=np.int32),
+        features_TEF=features_TEF,
+        softmax_TES=rng.random((*shape, 3), dtype=np.float32),
+        exit_token_TE=(ease_TE + 0.5 * rng.normal(size=shape) < 0).astype(np.int32),
+        full_token_T=np.zeros(tokens, np.int32),
+        next_token_T=np.zeros(tokens, np.int32),
+        gap_TE=np.zeros(shape, np.float32),
+    )
