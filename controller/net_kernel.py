@@ -6,14 +6,27 @@ Shape suffixes: I inputs, H hidden units, A outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit
 
 # Sums may be reordered (so that they are vectorised), but NaN stays NaN: policies are guarded.
-compiled = njit(cache=True, nogil=True, error_model="numpy",
-                fastmath={"reassoc", "contract", "arcp", "nsz"})  # fmt: skip
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function compiled, and kept on disk where there is a folder for it.
+
+    numba stamps what it keeps with the function's own file: after changing a function that
+    compiled code of another file calls, remove ``__pycache__/*.nb?`` there.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor a home can be written
+        return njit(**options)(function)
 
 
 @compiled

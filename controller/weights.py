@@ -140,6 +140,9 @@ def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
         raise PolicyRefusedError(
             Refusal.BAD_SHAPE, f"no {manifest.kind} policy: {error}"
         ) from error
+    if (None if policy.schema is None else policy.schema.digest) != manifest.schema:
+        detail = "the policy reads other features than its manifest says"
+        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, detail)
     check_canned(policy, tensors)
     return policy
 

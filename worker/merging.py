@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from offramp.controller.net_kernel import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def merge_row(table_K: Any, followers_J: Any, out_K: Any) -> None:
     """K distinct candidates of one row: its own followers (-1 is none), then the table's.
 
@@ -34,7 +35,7 @@ def merge_row(table_K: Any, followers_J: Any, out_K: Any) -> None:
             count += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def merge_rows(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
     """The same of N rows with these last tokens, [N, K]."""
     out_NK = np.empty((last_N.size, table_VK.shape[1]), np.int32)
@@ -43,7 +44,7 @@ def merge_rows(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
     return out_NK
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _holds(tokens_K: Any, count: int, token: int) -> bool:
     for k in range(count):  # noqa: SIM110 - numba compiles loops, not generators
         if tokens_K[k] == token:

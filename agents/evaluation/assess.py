@@ -5,7 +5,7 @@ Shape suffixes: C policies, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -139,6 +139,7 @@ def assess(
     """
     if not contenders or contenders[0].setting is not None:
         raise ConfigError("policies", "do not begin with full depth", "Run `offramp train` again")
+    require_learned(each.family for each in contenders)
     torch.set_num_threads(config.threads)
     corpus = load_corpus(config.corpus, limit=config.corpus_limit)
     splits = {
@@ -166,6 +167,16 @@ def assess(
     )
 
 
+def require_learned(families: Iterable[str]) -> None:
+    """Refuse to choose where nothing was learned.
+
+    Raises:
+        ConfigError: no family is of those that learn.
+    """
+    if not set(LEARNED).intersection(families):
+        raise ConfigError("policies", "hold none that was learned", "Run `offramp train` again")
+
+
 def publishable(
     measured: Sequence[Measured], metric: Metric, target_loss: float
 ) -> tuple[int, str]:
@@ -176,8 +187,7 @@ def publishable(
         for index, each in enumerate(measured)
         if each.contender.family in LEARNED
     }
-    if not losses:
-        raise ConfigError("policies", "hold none that was learned", "Run `offramp train` again")
+    require_learned(measured[index].contender.family for index in losses)
     keeping = [index for index, loss in losses.items() if loss <= target_loss]
     best = min(
         keeping or losses, key=lambda i: typical_ratio(measured[i]) if keeping else losses[i]

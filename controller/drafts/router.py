@@ -36,9 +36,9 @@ class DraftRouter:
 
     Beside features and outlook it reads *trust*, the product of the open drafts' top-1
     probabilities, each at the exit where it left. A request asked one row at a time, under its
-    own policy object, has it followed here; where several rows are asked at once, or another
-    row's drafts got in between, trust is estimated as acceptance to the power of the open drafts.
-    Either way the output is full depth's; only the speed depends on it.
+    own policy object, has it followed here; where several rows are asked at once, or the count of
+    open drafts shows that another row's got in between, trust is estimated as acceptance to the
+    power of the open drafts. The output is full depth's in any case; only speed depends on it.
 
     Actions are the environment's: of E + 1 logits, before the first layer number a < E asks first
     at exit a; at an exit, 0 leaves and k asks next at the k-th exit from there; the last verifies.

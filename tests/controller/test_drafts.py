@@ -5,11 +5,13 @@ Shape suffixes: N rows, F features, C columns of outlook.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from offramp.controller import weights
 from offramp.controller.bundle import PolicyBundle
 from offramp.controller.drafts import (
     ConfidentDraft,
@@ -19,7 +21,7 @@ from offramp.controller.drafts import (
     ThompsonDraft,
 )
 from offramp.controller.drafts.del_rule import tokens_per_layer
-from offramp.controller.errors import PolicyFaultError, RequestError
+from offramp.controller.errors import PolicyFaultError, PolicyRefusedError, RequestError
 from offramp.controller.features import (
     CANDIDATES_V1,
     OUTLOOK_V1,
@@ -199,3 +201,21 @@ def test_bad_arguments_are_refused() -> None:
             build()
     with pytest.raises(PolicyFaultError):
         drafter().route(0, features(float("nan")), outlook(0))
+
+
+def test_a_manifest_that_names_other_features_is_refused() -> None:
+    policy = ConfidentDraft(layer=3, threshold=0.4, candidates_VK=TABLE_VK)
+    rows_NF = np.random.default_rng(0).random((32, CANDIDATES_V1.width), np.float32)
+    packed = pack_policy(policy, rows_NF)
+
+    class Liar(ConfidentDraft):
+        schema = SOFTMAX_V2
+
+    lying = replace(KINDS["draft-confident"], build=lambda parts: Liar(layer=3, threshold=0.4))
+    bundle = PolicyBundle.draft(
+        packed, model="aa", tokenizer="bb", training={}, metrics={}, created_at=0.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "KINDS", {**KINDS, "draft-confident": lying})
+        with pytest.raises(PolicyRefusedError, match="reads other features"):
+            bundle.policy()
