@@ -26,7 +26,7 @@ from offramp.agents.evaluation.page import energy_section
 from offramp.agents.evaluation.rows import Clock, Measured, energy_ratio, evaluation_row
 from offramp.agents.evaluation.scores import AGREEMENT, Scores
 from offramp.controller.energy import EnergyMethod, EnergyReading, unavailable
-from offramp.controller.policy import FixedExit, NeverExit
+from offramp.controller.policy import FixedExit, NeverExit, Policy
 from offramp.worker import AdaptiveEngine
 from offramp.worker.energy import Meter
 from offramp.worker.energy.modelled import Traffic, weight_bytes
@@ -173,7 +173,7 @@ def test_the_prompt_is_not_metered_and_every_timed_token_is(
 ) -> None:
     meter = Meter(Bytes(engine))
     told: list[int] = []
-    policies = [NeverExit(), FixedExit(6)]
+    policies: list[Policy] = [NeverExit(), FixedExit(6)]
     pairs_CD = measure_time(
         engine, policies, documents, PROTOCOL, meter, lambda done, _: told.append(done)
     )

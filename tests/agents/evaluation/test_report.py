@@ -66,8 +66,13 @@ def test_the_page_needs_nothing_else(report: Report, tmp_path: Path) -> None:
 def test_energy_is_a_column_under_its_method_where_it_is_known() -> None:
     plain = [row("p̂", 0.01, 0.8), row("rule", 0.01, 0.9)]
     assert not [name for name in matched_table(plain).head if "energy" in name]
-    energy = {"energy_ratio": 0.7, "energy_ratio_low": 0.6, "energy_ratio_high": 0.8}
-    known = replace(plain[0], energy_method="measured_shared", **energy)
+    known = replace(
+        plain[0],
+        energy_method="measured_shared",
+        energy_ratio=0.7,
+        energy_ratio_low=0.6,
+        energy_ratio_high=0.8,
+    )
     table = matched_table([known, plain[1]])
     place = list(table.head).index("energy ÷ full, measured shared")
     assert [cells[place] for cells in table.rows] == ["0.700 [0.600, 0.800]", "–"]
