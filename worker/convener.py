@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
-from offramp.worker.groups import Asked, Group, Route, Solo
+from offramp.worker.candidates import NgramIndex
+from offramp.worker.groups import Asked, FusedGroup, Group, Route
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.outlook import Load, outlook_of
-from offramp.worker.probes import Probe, ProbeBench, RowProbe
+from offramp.worker.probes import FusedProbe, Probe, ProbeBench
 from offramp.worker.sequence import Sequence
 
 
@@ -68,13 +69,14 @@ class Convener:
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
         probe = self._probe(rows, x_ND)
         group: Asked
-        if isinstance(probe, RowProbe) and probe.policy is not None:
-            group = Solo(probe.policy, rows[0], probe)
+        if isinstance(probe, FusedProbe) and probe.policy is not None:
+            group = FusedGroup(probe.policy, rows, probe)
         else:
             # A cast: to look whether an object has a protocol's methods takes longer than the rest.
             group = Group(cast(ExitPolicy, rows[0].policy), rows, probe)
         for row in rows:
             row.group = group
+        rows[0].led = group
         return [group]
 
     def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
@@ -85,18 +87,32 @@ class Convener:
             row.policy_failed = True
         if target is None or target == len(policy.exits):
             return []
-        row.group = Route(policy, row, self._probe(rows, x_ND), target, self.load, self._frame)
-        return [row.group]
+        route = Route(policy, row, self._probe(rows, x_ND), target, self.load, self._frame)
+        row.group = row.led = route
+        return [route]
 
     def _probe(self, rows: list[Sequence], x_ND: Tensor) -> Probe:
-        if len(rows) == 1:
-            [row] = rows
-            if row.probe is None:
-                row.probe = self._bench.row_probe(row.policy, row.ngrams)
-            if row.probe is not None:
-                row.probe.begin([draft.token for draft in row.drafts], x_ND, row.position)
-                return row.probe
-        positions_N = np.array([row.position for row in rows], np.int32)
-        drafted = [[draft.token for draft in row.drafts] for row in rows]
+        positions = [row.position for row in rows]
         ngrams = [row.ngrams for row in rows]
-        return self._bench.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)
+        # Of what was drafted, candidates depend on the last two.
+        drafted = [[draft.token for draft in row.drafts[-2:]] for row in rows]
+        fused = self._fused(rows)
+        if fused is None:
+            positions_N = np.array(positions, np.int32)
+            return self._bench.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)
+        fused.begin(cast(list[NgramIndex], ngrams), drafted, x_ND, positions)
+        return fused
+
+    def _fused(self, rows: list[Sequence]) -> FusedProbe | None:
+        """The last one that the first row led with, or a new one while others need that."""
+        led = rows[0].led
+        if led is not None and not _is_underway(led):
+            last = led.probe
+            if isinstance(last, FusedProbe) and last.places >= len(rows):
+                return last
+        return self._bench.fused_probe(rows[0].policy, len(rows))
+
+
+def _is_underway(group: Asked) -> bool:
+    """Whether some of its rows are still on their way."""
+    return any(row.group is group for row in group.rows)

@@ -5,7 +5,6 @@ Shape suffixes: N rows, D width, V vocabulary, F features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Rows
 from typing import NamedTuple, Protocol, cast
 
@@ -18,7 +17,7 @@ from offramp.controller.mlp import MlpPolicy
 from offramp.controller.policy import ExitPolicy, RoutingPolicy
 from offramp.worker.guard import PolicyGuard
 from offramp.worker.outlook import Load, outlook_of
-from offramp.worker.probes import Candidates, Probe, RowProbe
+from offramp.worker.probes import Candidates, FusedProbe, Probe
 from offramp.worker.sequence import Sequence
 
 
@@ -43,6 +42,11 @@ class Asked(Protocol):
     """Rows on their way through the stack that are asked, at some exits, whether they leave."""
 
     rows: list[Sequence]
+
+    @property
+    def probe(self) -> Probe:
+        """What reads their states."""
+        ...
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -132,40 +136,45 @@ class Group:
         self.rows = [row for row, stays in zip(self.rows, stay_N, strict=True) if stays]
 
 
-class Solo:
-    """One row whose probe and policy are one compiled call.
+class FusedGroup:
+    """Rows whose probe and policy are one compiled call.
 
     Args:
-        policy: The row's.
-        row: The row.
-        probe: Computes the policy's logit.
+        policy: Theirs.
+        rows: In the order of the probe's rows.
+        probe: Computes the policy's features and decides.
     """
 
-    def __init__(self, policy: MlpPolicy, row: Sequence, probe: RowProbe) -> None:
-        self.rows = [row]
+    def __init__(self, policy: MlpPolicy, rows: list[Sequence], probe: FusedProbe) -> None:
+        self.rows = rows
         self.exits = policy.exits
+        self.probe = probe
         self._policy = policy
-        self._probe = probe
 
     def asks_at(self, executed: int) -> bool:
         """At every exit of the policy."""
         return executed in self.exits and bool(self.rows)
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
-        """As ``Asked`` says."""
-        logit = self._probe.logit(executed, x_N1D)
-        if not math.isfinite(logit):
-            guard.report(self._policy, PolicyFaultError("features or logit are not finite"))
-            self.rows[0].policy_failed = True
-            self.rows = []
-        if not logit > self._policy.threshold:
+        """As ``Asked`` says, but that a row whose features are not finite fails alone."""
+        gone = self.probe.leaving(executed, x_N1D)
+        if not gone:
             return NOBODY
-        leaving, self.rows = self.rows, []
-        return Left(leaving)
+        rows = self.rows
+        self.rows = [row for n, row in enumerate(rows) if n not in gone and -1 - n not in gone]
+        failed = [rows[-1 - place] for place in gone if place < 0]
+        if failed:
+            guard.report(self._policy, PolicyFaultError("features or logit are not finite"))
+            for row in failed:
+                row.policy_failed = True
+        return Left([rows[place] for place in gone if place >= 0])
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""
-        self.rows = [row for row in self.rows if row in rows]
+        stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
+        if not stay_N.all():
+            self.probe.keep(stay_N)
+            self.rows = [row for row in self.rows if row in rows]
 
 
 class Route:
@@ -192,8 +201,8 @@ class Route:
         frame: tuple[int, int],
     ) -> None:
         self.rows = [row]
+        self.probe = probe
         self._policy = policy
-        self._probe = probe
         self._target = target
         self._load = load
         self._frame = frame
@@ -211,7 +220,7 @@ class Route:
         """As ``Asked`` says."""
         [row] = self.rows
         here = self._target
-        features_1F = self._probe.features(executed, x_N1D[:, 0])
+        features_1F = self.probe.features(executed, x_N1D[:, 0])
         outlook_1C = outlook_of(row, self._load, *self._frame)
         target = guard.route(self._policy, here, features_1F, outlook_1C)
         if target is None:
@@ -226,8 +235,8 @@ class Route:
             row.open[-1].left_at = (here, features_1F[0].copy())
         self.rows = []
         if row.headless:
-            return Left([row], token=int(cast(Candidates, self._probe).best_N()[0]))
-        return Left([row], self._probe.logits())
+            return Left([row], token=int(cast(Candidates, self.probe).best_N()[0]))
+        return Left([row], self.probe.logits())
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """As ``Asked`` says."""

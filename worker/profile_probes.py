@@ -6,6 +6,7 @@ Shape suffixes: N rows, D width, V vocabulary, K candidates.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from offramp.worker.attention import decode_window
 from offramp.worker.candidates import NgramIndex
 from offramp.worker.engine import AdaptiveEngine
 from offramp.worker.guard import PolicyGuard
-from offramp.worker.probes import Probe, ProbeBench, RowProbe
+from offramp.worker.probes import FusedProbe, Probe, ProbeBench
 from offramp.worker.sampler import Draw, Sampler
 from offramp.worker.sampling import SamplingParams
 from offramp.worker.sequence import Sequence
@@ -83,10 +84,11 @@ def probe_costs(
     prompt = tuple(index % engine.stack.vocab for index in range(context))
     prefilled_row(engine, prompt)
     bench = ProbeBench(engine.stack)
-    walks = {
-        schema.name: _Walk(engine, bench, random_policy(schema, chosen, candidates_VK), prompt)
-        for schema in SCHEMAS.values()
-    }
+    walks = {}
+    for schema in SCHEMAS.values():
+        policy = random_policy(schema, chosen, candidates_VK)
+        policy.threshold = math.inf
+        walks[schema.name] = _Walk(engine, bench, policy, prompt)
     for _ in range(repeats + 1):  # the first pass of each only warms up
         for walk in walks.values():
             walk.run()
@@ -104,12 +106,12 @@ class _Walk:
     passes: int = 0
     guard: PolicyGuard = field(default_factory=PolicyGuard)
     ngrams: NgramIndex = field(init=False)
-    row_probe: RowProbe | None = field(init=False)
+    fused: FusedProbe | None = field(init=False)
     times: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ngrams = NgramIndex(self.prompt)
-        self.row_probe = self.bench.row_probe(self.policy, self.ngrams)
+        self.fused = self.bench.fused_probe(self.policy, 1)
 
     def run(self) -> None:
         """One pass."""
@@ -129,15 +131,15 @@ class _Walk:
         self._timed("head", lambda: stack.logits(x_11D[:, 0]).argmax().item())
 
     def _probe(self, x_1D: Tensor, position: int) -> Probe:
-        if self.row_probe is not None:
-            self.row_probe.begin((), x_1D, position)
-            return self.row_probe
+        if self.fused is not None:
+            self.fused.begin([self.ngrams], [()], x_1D, [position])
+            return self.fused
         return self.bench.probe(self.policy, [self.ngrams], x_1D, np.asarray([position], np.int32))
 
     def _ask(self, probe: Probe, layer: int, x_1D: Tensor) -> None:
         # In turn, since what is asked first drives the other's code into the caches.
-        if isinstance(probe, RowProbe) and self.passes % 2:
-            self._timed("ask", probe.logit, layer, x_1D)
+        if isinstance(probe, FusedProbe) and self.passes % 2:
+            self._timed("ask", probe.leaving, layer, x_1D)
             return
         features_NF = self._timed("probe", probe.features, layer, x_1D)
         self._timed("decide", self.guard.decide, self.policy, features_NF)

@@ -16,7 +16,6 @@ from offramp.worker.snapshot import PolicySnapshot
 
 if TYPE_CHECKING:
     from offramp.worker.groups import Asked
-    from offramp.worker.probes import RowProbe
 
 FinishReason = Literal["stop", "length"]
 
@@ -161,7 +160,7 @@ class Sequence:
         open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
         undecided: Whether the last open token is still on its way, waiting at its depth.
         group: The rows it is probed with while it is on its way.
-        probe: Its own, for when it is alone; None if one is built per token.
+        led: The last group that it was the first row of.
         layer_calls: Layers executed for its tokens, deferred ones included.
         drafts_made, drafts_accepted: Drafts in all, and those that full depth confirmed.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
@@ -186,7 +185,7 @@ class Sequence:
     open: list[OpenToken] = field(default_factory=list)
     undecided: bool = False
     group: Asked | None = None
-    probe: RowProbe | None = None
+    led: Asked | None = None
     layer_calls: int = 0
     drafts_accepted: int = 0
     drafts_made: int = 0

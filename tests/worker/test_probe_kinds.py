@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from offramp.worker.candidates import NgramIndex, successor_table
 from offramp.worker.families import stack_for
 from offramp.worker.probes import (
     PROBES,
+    Candidates,
     Probe,
     ProbeBench,
     ProbeInputs,
@@ -310,32 +312,53 @@ def test_the_bench_builds_what_the_policy_reads(stack: Any, table_VK: IntArray) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_alone_is_probed_as_in_company(dtype: torch.dtype, table_VK: IntArray) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_fused_probe_computes_and_decides_as_probe_and_policy_do(
+    dtype: torch.dtype, rows: int, table_VK: IntArray
+) -> None:
     stack = stack_for(make_model("llama").to(dtype))
     bench = ProbeBench(stack)
+    policy = random_policy(CANDIDATES_V1, (1, 2, 3), table_VK)
+    ngrams = [NgramIndex([1, 2, 3, 1, 2]), NgramIndex([4]), NgramIndex([5, 4])][:rows]
+    fused = bench.fused_probe(policy, rows)
+    assert fused is not None
+    for token in range(12):  # each as if there had been none before
+        x_LND = torch.randn(4, rows, stack.width).to(dtype)
+        drafted: list[list[int]] = [[7] * (token % 2), [], [3, 9]][:rows]
+        positions = [5 + token, 1, 3][:rows]
+        probe = bench.probe(policy, ngrams, x_LND[0], np.array(positions), drafted)
+        fused.begin(ngrams, drafted, x_LND[0], positions)
+        expected_NF = probe.features(1, x_LND[1])
+        np.testing.assert_array_equal(fused.features(1, x_LND[1]), expected_NF)
+        np.testing.assert_array_equal(fused.best_N(), cast(Candidates, probe).best_N())
+        here = list(range(rows))
+        for layer in (2, 3):
+            x_ND = x_LND[layer, here]
+            logits_N = policy.logits(probe.features(layer, x_ND)).copy()
+            policy.threshold = float(np.sort(logits_N)[token % len(here)]) - 1e-3
+            leave_N = logits_N > policy.threshold
+            assert fused.leaving(layer, x_ND) == np.flatnonzero(leave_N).tolist()
+            probe.keep(~leave_N)
+            here = [row for row, leaves in zip(here, leave_N, strict=True) if not leaves]
+            if not here:
+                break
+
+
+def test_of_fused_rows_only_the_one_that_is_not_finite_fails(table_VK: IntArray) -> None:
+    stack = stack_for(make_model("llama"))
     policy = random_policy(CANDIDATES_V1, (1, 2), table_VK)
-    ngrams = NgramIndex([1, 2, 3, 1, 2])
-    alone = bench.row_probe(policy, ngrams)
-    assert alone is not None
-    for token, position in enumerate((5, 6)):  # the second as if there had been no first
-        x_LND = torch.randn(3, 1, stack.width).to(dtype)
-        drafted = [7] * token
-        shared = bench.probe(policy, [ngrams], x_LND[0], np.array([position]), [drafted])
-        alone.begin(drafted, x_LND[0], position)
-        for layer in (1, 2):
-            expected_1F = shared.features(layer, x_LND[layer])
-            if layer == 1:
-                np.testing.assert_array_equal(alone.features(layer, x_LND[layer]), expected_1F)
-                continue
-            expected = float(policy.logits(expected_1F)[0])
-            logit = alone.logit(layer, x_LND[layer])
-            assert logit == pytest.approx(expected, abs=1e-5)  # it sums in another order
+    fused = ProbeBench(stack).fused_probe(policy, 3)
+    assert fused is not None
+    x_ND = torch.randn(3, stack.width)
+    fused.begin([NgramIndex([1])] * 3, [()] * 3, x_ND, [1, 1, 1])
+    x_ND[1, 0] = float("nan")
+    policy.threshold = -math.inf
+    assert fused.leaving(1, x_ND) == [0, -2, 2]
 
 
-def test_what_a_row_probe_cannot_read_is_left_to_the_others(table_VK: IntArray) -> None:
-    ngrams = NgramIndex([1])
+def test_what_a_fused_probe_cannot_read_is_left_to_the_others(table_VK: IntArray) -> None:
     bench = ProbeBench(stack_for(make_model("llama")))
-    assert bench.row_probe(ThresholdPolicy((1,), SOFTMAX_V2, "top1", 0.5), ngrams) is None
+    assert bench.fused_probe(ThresholdPolicy((1,), SOFTMAX_V2, "top1", 0.5), 1) is None
     double = ProbeBench(stack_for(make_model("llama").to(torch.float64)))
     policy = ThresholdPolicy((1,), CANDIDATES_V1, "top1", 0.5, table_VK)
-    assert double.row_probe(policy, ngrams) is None
+    assert double.fused_probe(policy, 1) is None

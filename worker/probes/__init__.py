@@ -2,9 +2,9 @@
 
 from offramp.worker.probes.base import BlankProbe, Candidates, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
+from offramp.worker.probes.fused import FusedProbe
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.registry import PROBES, ProbeBench, make_probe
-from offramp.worker.probes.row import RowProbe
 from offramp.worker.probes.sketch import Sketch, SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe, softmax_features
 from offramp.worker.probes.state import StateProbe
@@ -14,11 +14,11 @@ __all__ = [
     "BlankProbe",
     "CandidateProbe",
     "Candidates",
+    "FusedProbe",
     "Probe",
     "ProbeBench",
     "ProbeInputs",
     "Readout",
-    "RowProbe",
     "Sketch",
     "SketchProbe",
     "SoftmaxProbe",

@@ -4,8 +4,8 @@ In numpy the same features take some forty small calls, and between two layers o
 step, whose weights have driven the interpreter's code and data out of the caches, each of them
 costs several times what it costs alone (docs/probes.md).
 
-Shape suffixes: N rows, K candidates, D width, V vocabulary, F features; 2 a norm's weight and
-bias, 4 what is remembered of a row.
+Shape suffixes: N rows, K candidates, D width, V vocabulary, F features, M numbers remembered of a
+row; 2 a norm's weight and bias.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.controller.features import FloatArray
+from offramp.controller.features import CANDIDATES_V1, FloatArray
 from offramp.controller.net_kernel import compiled
 
 Bits = NDArray[np.uint16]
@@ -30,13 +30,18 @@ LOGIT_SCALE = 10.0
 SMALLEST = 1e-36
 """A smaller squared length counts as this: the embedding of a padding token may be all zeros."""
 
-BEST, TOP1, RUN, SQUARE = range(4)
+BEST, TOP1, RUN, SQUARE, PLACE = range(5)
 """Remembered per row: place of the best candidate (-1: none yet), its probability, probes in a row
-with it, squared length of the last state."""
+with it, squared length of the last state; position / context length."""
+
+MEMORY = 5
+"""Numbers remembered per row, M."""
+
+COLUMNS = CANDIDATES_V1.width
 
 
 @compiled
-def _widen(row_D: Any, is_bits: bool, bits_D: Any, out_D: Any) -> None:
+def widen(row_D: Any, is_bits: bool, bits_D: Any, out_D: Any) -> None:
     """A row as float32; bits are bfloat16's, and ``bits_D`` shares its memory with ``out_D``."""
     if is_bits:
         for d in range(row_D.size):
@@ -91,14 +96,65 @@ def _sure(scores_K: Any, out_F: Any) -> int:
 
 
 @compiled
-def _since(best: int, memory_4: Any, exits: int, out_F: Any) -> None:
+def _since(best: int, memory_M: Any, exits: int, out_F: Any) -> None:
     """agrees, run length / exits, change of top1; and remembers."""
-    agrees = best == memory_4[BEST]
-    run = memory_4[RUN] + 1 if agrees else 0.0
+    agrees = best == memory_M[BEST]
+    run = memory_M[RUN] + 1 if agrees else 0.0
     out_F[6] = 1.0 if agrees else 0.0
     out_F[7] = run / exits
-    out_F[8] = 0.0 if memory_4[BEST] < 0 else out_F[0] - memory_4[TOP1]
-    memory_4[BEST], memory_4[TOP1], memory_4[RUN] = best, out_F[0], run
+    out_F[8] = 0.0 if memory_M[BEST] < 0 else out_F[0] - memory_M[TOP1]
+    memory_M[BEST], memory_M[TOP1], memory_M[RUN] = best, out_F[0], run
+
+
+@compiled
+def row_columns(
+    head_VD: Any,
+    head_bits: bool,
+    candidates_K: Any,
+    x_D: Any,
+    norm: tuple[Any, float, bool],
+    last_D: Any,
+    memory_M: Any,
+    depth: float,
+    exits: int,
+    spare: tuple[Any, Any, Any],
+    out_F: Any,
+) -> None:
+    """CANDIDATES_V1 of one row; ``last_D``, ``memory_M`` and ``out_F`` are written.
+
+    Args:
+        head_VD: The LM head, float32 or the bits of bfloat16 as uint16.
+        head_bits: Which.
+        candidates_K: Rows of it to score, int32.
+        x_D: The hidden state, float32.
+        norm: The final norm's weight and bias [2, D], its epsilon, and whether it is centred.
+        last_D: The state of the last probe.
+        memory_M: See BEST and its neighbours.
+        depth: Layer / number of layers.
+        exits: Number of exits the policy may ask at.
+        spare: Two arrays of D and one of K numbers, to compute in.
+        out_F: Where the columns go.
+    """
+    norm_2D, eps, is_centred = norm
+    # Arrays of their own: rows of one would not be known as contiguous, and not be vectorised.
+    y_D, row_D, scores_K = spare
+    row_u = row_D.view(np.uint32)
+    square, product = _dot(x_D, x_D), _dot(x_D, last_D)
+    _normalise(x_D, square, norm_2D, eps, is_centred, y_D)
+    for k in range(candidates_K.size):
+        if head_bits:
+            widen(head_VD[candidates_K[k]], True, row_u, row_D)
+            scores_K[k] = _dot(row_D, y_D)
+        else:
+            scores_K[k] = _dot(head_VD[candidates_K[k]], y_D)
+    best = _sure(scores_K, out_F)
+    here, before = max(square, SMALLEST), max(memory_M[SQUARE], SMALLEST)
+    out_F[4] = product / math.sqrt(here) / math.sqrt(before)
+    out_F[5] = 0.5 * math.log(here / before)
+    _since(best, memory_M, exits, out_F)
+    out_F[9], out_F[10] = depth, memory_M[PLACE]
+    memory_M[SQUARE] = square
+    last_D[:] = x_D
 
 
 @compiled
@@ -106,78 +162,50 @@ def candidate_features(
     head_VD: Any,
     candidates_NK: Any,
     x_ND: Any,
-    norm_2D: Any,
-    eps: float,
-    is_centred: bool,
+    norm: tuple[Any, float, bool],
     last_ND: Any,
-    memory_N4: Any,
-    place_N: Any,
+    memory_NM: Any,
     depth: float,
     exits: int,
     are_bits: tuple[bool, bool],
 ) -> FloatArray:
-    """CANDIDATES_V1 of N rows, [N, F]; updates ``last_ND`` and ``memory_N4``.
+    """CANDIDATES_V1 of N rows, [N, F]; updates ``last_ND`` and ``memory_NM``.
 
     Args:
-        head_VD: The LM head, float32 or the bits of bfloat16 as uint16.
-        candidates_NK: Rows of it to score, int32.
         x_ND: Hidden states, float32 or bits.
-        norm_2D: The final norm's weight and bias.
-        eps, is_centred: The rest of the final norm.
-        last_ND: The states of the last probe, float32.
-        memory_N4: See BEST and its neighbours.
-        place_N: Position / context length.
-        depth: Layer / number of layers.
-        exits: Number of exits the policy may ask at.
         are_bits: Of the head, of the states.
+        head_VD, candidates_NK, norm, last_ND, memory_NM, depth, exits: As ``row_columns`` takes
+            them, for N rows.
     """
     rows, scored = candidates_NK.shape
     width = x_ND.shape[1]
-    head_bits, x_bits = are_bits
-    out_NF = np.empty((rows, 11), np.float32)
-    scores_K = np.empty(scored, np.float32)
-    # Three arrays: rows of one would not be known as contiguous, and not be vectorised.
+    out_NF = np.empty((rows, COLUMNS), np.float32)
     x_D = np.empty(width, np.float32)
-    y_D = np.empty(width, np.float32)
-    row_D = np.empty(width, np.float32)
-    x_u, row_u = x_D.view(np.uint32), row_D.view(np.uint32)
+    spare = (np.empty(width, np.float32), np.empty(width, np.float32), np.empty(scored, np.float32))
     for n in range(rows):
-        _widen(x_ND[n], x_bits, x_u, x_D)
-        square, product = _dot(x_D, x_D), _dot(x_D, last_ND[n])
-        _normalise(x_D, square, norm_2D, eps, is_centred, y_D)
-        for k in range(scored):
-            if head_bits:
-                _widen(head_VD[candidates_NK[n, k]], True, row_u, row_D)
-                scores_K[k] = _dot(row_D, y_D)
-            else:
-                scores_K[k] = _dot(head_VD[candidates_NK[n, k]], y_D)
-        out_F, memory_4 = out_NF[n], memory_N4[n]
-        best = _sure(scores_K, out_F)
-        here, before = max(square, SMALLEST), max(memory_4[SQUARE], SMALLEST)
-        out_F[4] = product / math.sqrt(here) / math.sqrt(before)
-        out_F[5] = 0.5 * math.log(here / before)
-        _since(best, memory_4, exits, out_F)
-        out_F[9], out_F[10] = depth, place_N[n]
-        memory_4[SQUARE] = square
-        last_ND[n] = x_D
+        widen(x_ND[n], are_bits[1], x_D.view(np.uint32), x_D)
+        row_columns(
+            head_VD, are_bits[0], candidates_NK[n], x_D, norm, last_ND[n], memory_NM[n], depth,
+            exits, spare, out_NF[n],
+        )  # fmt: skip
     return out_NF
 
 
 @compiled
-def remember(x_ND: Any, is_bits: bool) -> Any:
+def remember(x_ND: Any, is_bits: bool, place_N: Any) -> Any:
     """The states as float32, and a fresh memory of rows that were never probed."""
     rows, width = x_ND.shape
     last_ND = np.empty((rows, width), np.float32)
-    memory_N4 = np.empty((rows, 4), np.float32)
+    memory_NM = np.empty((rows, MEMORY), np.float32)
     for n in range(rows):
-        begin(x_ND[n], is_bits, last_ND[n], memory_N4[n])
-    return last_ND, memory_N4
+        begin(x_ND[n], is_bits, place_N[n], last_ND[n], memory_NM[n])
+    return last_ND, memory_NM
 
 
 @compiled
-def begin(x_D: Any, is_bits: bool, last_D: Any, memory_4: Any) -> None:
+def begin(x_D: Any, is_bits: bool, place: Any, last_D: Any, memory_M: Any) -> None:
     """Remember of a row the state before its first probe, and that there was none."""
-    _widen(x_D, is_bits, last_D.view(np.uint32), last_D)
-    memory_4[:] = 0
-    memory_4[BEST] = -1
-    memory_4[SQUARE] = _dot(last_D, last_D)
+    widen(x_D, is_bits, last_D.view(np.uint32), last_D)
+    memory_M[:] = 0
+    memory_M[BEST], memory_M[PLACE] = -1, place
+    memory_M[SQUARE] = _dot(last_D, last_D)

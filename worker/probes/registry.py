@@ -26,9 +26,9 @@ from offramp.controller.policy import Policy
 from offramp.worker.candidates import NgramIndex, candidates_of
 from offramp.worker.probes.base import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.candidates import CandidateProbe
+from offramp.worker.probes.fused import FusedProbe
 from offramp.worker.probes.hidden import HiddenProbe
 from offramp.worker.probes.readout import Readout
-from offramp.worker.probes.row import RowProbe
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
 from offramp.worker.probes.state import StateProbe
@@ -90,18 +90,18 @@ class ProbeBench:
         )
         return make_probe(policy.schema, inputs)
 
-    def row_probe(self, policy: Policy, ngrams: NgramIndex | None) -> RowProbe | None:
-        """The probe of a row for all tokens at which it is alone; None: ``probe`` of each.
+    def fused_probe(self, policy: Policy, rows: int) -> FusedProbe | None:
+        """The probe of up to so many rows, for token after token; None: ``probe`` of each token.
 
         Args:
-            policy: The row's.
-            ngrams: Its index.
+            policy: The rows'.
+            rows: How many at most.
         """
-        if ngrams is None or policy.schema is None or not self._is_compiled:
+        if policy.schema is None or policy.candidates_VK is None or not self._is_compiled:
             return None
         if policy.schema.digest != CANDIDATES_V1.digest:
             return None
-        return RowProbe(self.readout, policy, ngrams)
+        return FusedProbe(self.readout, policy, rows)
 
     def prepare(self, policy: Policy) -> None:
         """Compute now what the policy's probe would compute on its first use.
@@ -112,11 +112,10 @@ class ProbeBench:
             return
         stack = self.readout.stack
         x_1D = torch.zeros(1, stack.width, dtype=stack.dtype, device=stack.device)
-        ngrams = NgramIndex((0,))
-        self.probe(policy, [ngrams], x_1D, np.zeros(1, np.int32))
-        row_probe = self.row_probe(policy, ngrams)
-        if row_probe is not None:
-            row_probe.compile(x_1D)
+        self.probe(policy, [NgramIndex((0,))], x_1D, np.zeros(1, np.int32))
+        fused = self.fused_probe(policy, 1)
+        if fused is not None:
+            fused.compile(x_1D)
 
 
 def probe_of(schema: FeatureSchema) -> ProbeFactory | None:

@@ -5,7 +5,7 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from offramp.worker.probes.kernel import BEST, Rows, candidate_features, remembe
 from offramp.worker.probes.motion import motion_rows
 from offramp.worker.probes.readout import Readout, raw
 
-Start = tuple[IntArray, FloatArray, FloatArray, FloatArray]
+Start = tuple[IntArray, FloatArray, FloatArray]
 
 
 class Scorer(Protocol):
@@ -44,8 +44,7 @@ class HostScorer:
         readout: The model's norm and head.
         head_VD: The head, or what of it is scored.
         candidates_NK: The candidates' tokens.
-        start: Their places in ``head_VD`` [N, K]; last state [N, D], memory [N, 4], and
-            position / context length [N].
+        start: Their places in ``head_VD`` [N, K]; last state [N, D], and memory [N, M].
         exits: Number of exits the policy may ask at.
         x_is_bits: Whether states come as bits.
     """
@@ -62,9 +61,9 @@ class HostScorer:
         norm = readout.norm
         assert norm is not None  # another form is left to the model
         self._head_VD = head_VD
-        self._norm_2D, self._eps, self._is_centred = readout.norm_2D, norm.eps, norm.is_centred
+        self._norm = (readout.norm_2D, norm.eps, norm.is_centred)
         self._candidates_NK = candidates_NK
-        self._places_NK, self._last_ND, self._memory_N4, self._place_N = start
+        self._places_NK, self._last_ND, self._memory_NM = start
         self._exits = exits
         self._are_bits = (head_VD.dtype == np.uint16, x_is_bits)
 
@@ -85,41 +84,27 @@ class HostScorer:
             places_NK = places.reshape(candidates_NK.shape)
         state_ND = packed(x_ND)
         is_bits = state_ND.dtype == np.uint16
-        start = (places_NK, *remember(state_ND, is_bits), place_N)
+        start = (places_NK, *remember(state_ND, is_bits, place_N))
         return cls(readout, head_VD, candidates_NK, start, exits, is_bits)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
         """All columns."""
-        features_NF: FloatArray = candidate_features(*self._arguments(depth, x_ND))
+        features_NF: FloatArray = candidate_features(
+            self._head_VD, self._places_NK, packed(x_ND), self._norm, self._last_ND,
+            self._memory_NM, depth, self._exits, self._are_bits,
+        )  # fmt: skip
         return features_NF
-
-    def _arguments(self, depth: float, x_ND: Tensor) -> tuple[Any, ...]:
-        return (
-            self._head_VD,
-            self._places_NK,
-            packed(x_ND),
-            self._norm_2D,
-            self._eps,
-            self._is_centred,
-            self._last_ND,
-            self._memory_N4,
-            self._place_N,
-            depth,
-            self._exits,
-            self._are_bits,
-        )
 
     def best_N(self) -> IntArray:
         """The best candidates."""
-        best_N: IntArray = _taken(self._candidates_NK, self._memory_N4[:, BEST])
+        best_N: IntArray = _taken(self._candidates_NK, self._memory_NM[:, BEST])
         return best_N
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
         self._candidates_NK = self._candidates_NK[stay_N]
         self._places_NK = self._places_NK[stay_N]
-        self._last_ND, self._memory_N4 = self._last_ND[stay_N], self._memory_N4[stay_N]
-        self._place_N = self._place_N[stay_N]
+        self._last_ND, self._memory_NM = self._last_ND[stay_N], self._memory_NM[stay_N]
 
 
 class DeviceScorer:

@@ -30,7 +30,7 @@ what a busy machine lends to others meanwhile is no cost of the model, and on an
 are the same. Several threads, or a GPU, are charged wall time."""
 
 
-PROBING = ("features", "logit")
+PROBING = ("features", "leaving")
 """Methods of a probe that read a state."""
 
 
@@ -80,14 +80,14 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
     clock, decoder = Clock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
     bench, convene = decoder.bench, clock.timed("build", decoder.convener.convene)
-    probe, row_probe = bench.probe, bench.row_probe
+    probe, fused = bench.probe, bench.fused_probe
     calls = {
         (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
         (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
         (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
         (bench, "probe"): lambda *rest: _watched(probe(*rest), PROBING, "probe", clock),
-        (bench, "row_probe"): lambda *rest: _watched(row_probe(*rest), PROBING, "probe", clock),
+        (bench, "fused_probe"): lambda *rest: _watched(fused(*rest), PROBING, "probe", clock),
         (decoder.convener, "convene"): lambda *rest: [
             _watched(asked, ("ask",), "ask", clock) for asked in convene(*rest)
         ],
