@@ -40,6 +40,7 @@ from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policy import ExitPolicy, NeverExit
 from offramp.worker import AdaptiveEngine, KVMode
+from offramp.worker.actor import freeze_heap
 from offramp.worker.config import EngineConfig
 from offramp.worker.profile import describe_machine
 from offramp.worker.profile_probes import random_policy
@@ -47,6 +48,9 @@ from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import Sequence
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
+
+SPREAD = 61
+"""Tokens between a row's candidates, so that they lie all over the head."""
 
 
 @dataclass
@@ -116,6 +120,7 @@ def main(
                     found = {"machine": machine, "rows": [asdict(row) for row in rows]}
                     json_file.write_text(json.dumps(found, indent=1))
             del model
+            gc.unfreeze()
             gc.collect()
 
 
@@ -135,7 +140,8 @@ def contenders(
                 found.append(Contender(f"exits {depth:.0%}", mode, schedule, scripted, share))
     exits = tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
     rng = np.random.default_rng(0)
-    table_VK = np.argsort(rng.random((vocab, 80)), axis=-1)[:, :64].astype(np.int32)
+    start_V1 = rng.integers(0, vocab, (vocab, 1))
+    table_VK = ((start_V1 + SPREAD * np.arange(64)) % vocab).astype(np.int32)
     asking = random_policy(CANDIDATES_V1, exits, table_VK)
     asking.threshold = float("inf")
     found.append(Contender("3 probes, no exit", "project", "lock-step", lambda: asking))
@@ -171,6 +177,7 @@ def measure(
         return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
 
     peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
+    freeze_heap()  # as a serving worker does
     reports: list[list[Report]] = [[] for _ in todo]
     prices = Prices(engine, batch, exit_layer(layers))
     for _ in range(repeats):

@@ -23,7 +23,7 @@ from offramp.controller.registry import Ack
 from offramp.controller.signing import load_public_key, trusted_keys
 from offramp.controller.trust import ReleaseVerifier
 from offramp.deploy.http_app import create_app
-from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.worker.actor import WorkerSpec, freeze_heap, load_engine
 from offramp.worker.core import EngineCore
 from offramp.worker.loading import check_model
 from offramp.worker.refresh import PolicyRefresher
@@ -108,6 +108,7 @@ class ServedWorker:
         )
         engine.current_policy = lambda: self.refresher.current
         self.service = EngineService(engine, max_waiting=config.max_waiting)
+        freeze_heap()
         self.refresher.start()
         self.service.start()
 

@@ -68,7 +68,9 @@ class NgramIndex:
 
     def followers(self, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """The last token, and what followed the last two and the last one before."""
-        before_last, last = (self._before_last, self._last, *drafted)[-2:]
+        before_last, last = self._before_last, self._last
+        if drafted:
+            before_last, last = (before_last, last, *drafted)[-2:]
         after = self._after_two.get((before_last, last), []) + self._after_one.get(last, [])
         return last, after
 

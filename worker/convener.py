@@ -48,22 +48,22 @@ class Convener:
             rows: Rows that begin a token and may leave early.
             x_ND: Their embeddings.
         """
-        if len(rows) == 1:
-            [row] = rows
-            if not row.policy.exits:
+        if not rows:
+            return []
+        first = rows[0]
+        if len(rows) == 1 or (not first.routes and all(row.policy is first.policy for row in rows)):
+            if not first.policy.exits:
                 return []
-            return self._route([row], x_ND) if row.routes else self._group([row], x_ND)
+            return self._route([first], x_ND) if first.routes else self._group(list(rows), x_ND)
         by_policy: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             if row.policy.exits:
                 by_policy.setdefault(index if row.routes else ~id(row.policy), []).append(index)
         found: list[Asked] = []
         for indices in by_policy.values():
-            whole = len(indices) == len(rows)
-            members = list(rows) if whole else [rows[index] for index in indices]
-            states_ND = x_ND if whole else x_ND[indices]
+            members = [rows[index] for index in indices]
             asked = self._route if members[0].routes else self._group
-            found += asked(members, states_ND)
+            found += asked(members, x_ND[indices])
         return found
 
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
@@ -95,7 +95,7 @@ class Convener:
         positions = [row.position for row in rows]
         ngrams = [row.ngrams for row in rows]
         # Of what was drafted, candidates depend on the last two.
-        drafted = [[draft.token for draft in row.drafts[-2:]] for row in rows]
+        drafted = [row.drafts and [draft.token for draft in row.drafts[-2:]] for row in rows]
         fused = self._fused(rows)
         if fused is None:
             positions_N = np.array(positions, np.int32)

@@ -201,7 +201,8 @@ class Wave:
             in_order = asked == self.rows
             asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
             left = group.ask(self.decoder.guard, executed, asked_N1D)
-            self.decoder.failures += sum(row.policy_failed for row in asked)
+            if len(group.rows) + len(left.rows) < len(asked):
+                self.decoder.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(left.rows):
                 logits_V = None if left.logits_NV is None else left.logits_NV[n]
                 leaving[self.rows.index(row)] = (logits_V, left.token)
