@@ -16,7 +16,8 @@ import ray
 from ray.util import ActorPool
 
 from offramp.agents.corpus import Document, load_corpus, write_split
-from offramp.agents.study import save_candidates, save_measured
+from offramp.agents.recording import Window, begun_store, is_whole, require_no_store
+from offramp.agents.study import save_measured
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
@@ -68,8 +69,8 @@ class RecordReport:
 
     Attributes:
         folder: The trace store.
-        documents: Documents recorded, by split.
-        tokens: Tokens recorded.
+        documents: Documents recorded by this run, by split.
+        tokens: Tokens recorded by it.
         seconds: Wall time of recording, model loading left out.
         exits: Layers probed.
     """
@@ -87,23 +88,35 @@ class RecordReport:
 
 
 def record_traces(
-    config: RecordConfig, folder: Path, on_chunk: Callable[[int, int], None] = lambda *_: None
+    config: RecordConfig,
+    folder: Path,
+    on_chunk: Callable[[int, int], None] = lambda *_: None,
+    *,
+    resume: bool = False,
 ) -> RecordReport:
-    """Record the training and validation documents of a corpus into a new trace store.
+    """Record the training and validation documents of a corpus into a trace store.
+
+    Each document is durable once recorded. A recording that is cut off (killed, full disk) keeps
+    them for ``resume``; with none it removes what it began.
 
     Args:
         config: What to record.
-        folder: Where the store is created, with candidates, costs and split beside it. A
-            recording that fails removes it again.
+        folder: Where the store is created, with candidates, costs and split beside it.
         on_chunk: Told (tokens recorded so far, tokens in all) after each chunk.
+        resume: Go on with what the folder holds, if it was recorded under these settings. A
+            finished recording is left alone.
 
     Raises:
-        TraceError: the corpus is empty, or the folder already holds traces.
+        TraceError: the corpus is empty; the folder already holds traces, or others than those to
+            go on with; or it cannot be written.
         ModelError: a recorder cannot load the model.
     """
     check_model(config.worker.model)
     documents = load_corpus(config.corpus, limit=config.documents)
     tokenized = tokenize(config.worker.model, documents)
+    if not resume:
+        require_no_store(folder)
+    begins = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
     try:
@@ -112,11 +125,13 @@ def record_traces(
         exits = config.exits or quarters(facts.layers)
         _require_exits(exits, facts.layers)
         windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_chunk)
-        write_split(documents, folder / SPLIT)
-        save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
+        if not is_whole(folder):
+            write_split(documents, folder / SPLIT)
+            save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
     except BaseException:
-        # Half a recording would only be in the way of the next one.
-        shutil.rmtree(folder, ignore_errors=True)
+        if begins and not any(folder.glob("*.parquet")):
+            # The beginning of a recording would only be in the way of the next one.
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         for recorder in recorders:
@@ -136,8 +151,8 @@ def _record(
     exits: tuple[int, ...],
     tokenized: list[tuple[Document, list[int]]],
     on_chunk: Callable[[int, int], None],
-) -> tuple[list[tuple[Document, list[int]]], float]:
-    """Create the store and fill it; the windows recorded, and the seconds it took."""
+) -> tuple[list[Window], float]:
+    """Create or open the store and fill it; the windows recorded, and the seconds it took."""
     train = [tokens for doc, tokens in tokenized if doc.split == "train"]
     candidates_VK = successor_table(train, facts.vocab, config.candidates)
     header = TraceHeader(
@@ -148,16 +163,21 @@ def _record(
         translators=facts.translators,
         width=facts.width if config.states else 0,
     )
-    store = TraceStore.create(folder, header)
-    save_candidates(folder, candidates_VK)
-    table = ray.put(candidates_VK)
-    ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
     windows = [
         (doc, window(doc, tokens, config.tokens_per_document + 1))
         for doc, tokens in tokenized
         if doc.split in RECORDED_SPLITS
     ]
-    return windows, _record_all(recorders, windows, store, on_chunk)
+    if not windows:
+        raise TraceError("corpus", "has no training document", "Use more documents")
+    store = begun_store(folder, header, candidates_VK, windows)
+    left = windows[len(store.chunks) :]
+    table = ray.put(candidates_VK)
+    ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
+    done = sum(chunk.rows for chunk in store.chunks)
+    return left, _record_all(
+        recorders, left, store, lambda new, more: on_chunk(done + new, done + more)
+    )
 
 
 def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
@@ -208,8 +228,6 @@ def _record_all(
     store: TraceStore,
     on_chunk: Callable[[int, int], None],
 ) -> float:
-    if not windows:
-        raise TraceError("corpus", "has no training document", "Use more documents")
     split = {doc.digest: doc.split for doc, _ in windows}
     total = sum(len(tokens) - 1 for _, tokens in windows)
     done = 0

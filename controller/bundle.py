@@ -95,10 +95,18 @@ class PolicyBundle:
         """Write manifest.json and weights.safetensors, weights first.
 
         Raises:
-            OSError: the folder cannot be written.
+            ConfigError: the folder cannot be written (permission, full disk); each file there is
+                old or new, and a new manifest never stands beside old weights.
         """
-        write_durably(folder / WEIGHTS_FILE, self.blob)
-        write_durably(folder / MANIFEST_FILE, self.manifest.to_bytes() + b"\n")
+        try:
+            write_durably(folder / WEIGHTS_FILE, self.blob)
+            write_durably(folder / MANIFEST_FILE, self.manifest.to_bytes() + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                "policy folder",
+                f"{str(folder)!r} cannot be written ({error.strerror or error})",
+                "Name a folder you may write to, on a disk with room",
+            ) from error
 
     @classmethod
     def load(cls, folder: Path) -> PolicyBundle:

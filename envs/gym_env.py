@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from offramp.controller.costs import CostTable
-from offramp.envs.actions import ActionKind
 from offramp.envs.core import TokenExitCore
-from offramp.envs.qualities import Quality
+from offramp.envs.options import TokenOptions
 from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
 class TokenExitEnv(CoreEnv):
@@ -104,11 +103,13 @@ class TokenExitEnv(CoreEnv):
     - ``costs``: measured ``CostTable`` of the model that was recorded.
     - ``traces`` or ``store``: tokens in memory, or the folder of a ``TraceStore``.
     - ``split``: with ``store``, which split; None takes all.
-    - ``lambda_range``: lowest and highest λ, within 1e-6 … 1e6; equal for a single one.
-    - ``quality``: name of a registered quality.
-    - ``actions``, ``jumps``, ``asks_first``, ``ends``: see Action.
-    - ``energy_range``: lowest and highest μ; None does not weigh energy. Refused if the cost table
-      holds no joules.
+    - ``lambda_range``: lowest and highest λ, within 1e-6 … 1e6; equal for a single one. By
+      default (0.01, 1.0).
+    - ``quality``: name of a registered quality, by default ``logprob_gap``.
+    - ``actions`` (``gate``), ``jumps`` (None: all), ``asks_first`` and ``ends`` (False): see
+      Action.
+    - ``energy_range``: lowest and highest μ; None, the default, does not weigh energy. Refused if
+      the cost table holds no joules.
 
     Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for unusable
     traces, and ``gymnasium.error.ResetNeeded`` for a step outside an episode.
@@ -157,25 +158,13 @@ class TokenExitEnv(CoreEnv):
         traces: TokenTraces | None = None,
         store: Path | str | None = None,
         split: str | None = None,
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "gate",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[TokenOptions],
     ) -> None:
         core = TokenExitCore(
             open_traces(traces, store, split),
             costs,
             num_envs=1,
-            lambda_range=lambda_range,
-            quality=quality,
             autoreset=False,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)

@@ -6,7 +6,7 @@ V objectives of a reward vector.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +15,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from offramp.controller.costs import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
-from offramp.envs.qualities import Quality
-from offramp.envs.sequence_core import (
-    DEBT_LOSS,
-    DEBT_POWER,
-    MAX_PENDING,
-    DebtMode,
-    SequenceExitCore,
-)
+from offramp.envs.options import SequenceOptions, TokenOptions
+from offramp.envs.sequence_core import SequenceExitCore
 from offramp.envs.spaces import Core, action_space, observation_space, start_arguments
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
 class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
@@ -146,25 +138,13 @@ class TokenExitVecEnv(CoreVecEnv):
         costs: CostTable,
         *,
         num_envs: int,
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "gate",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[TokenOptions],
     ) -> None:
         core = TokenExitCore(
             traces,
             costs,
             num_envs=num_envs,
-            lambda_range=lambda_range,
-            quality=quality,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)
 
@@ -182,39 +162,13 @@ class SequenceExitVecEnv(CoreVecEnv):
         costs: CostTable,
         *,
         num_envs: int,
-        horizon: int = 64,
-        kv_mode: DebtMode = "project",
-        debt_loss: float = DEBT_LOSS,
-        debt_power: float = DEBT_POWER,
-        max_pending: int = MAX_PENDING,
-        rider_share: float | None = None,
-        rows: tuple[int, ...] = (1,),
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "jump",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[SequenceOptions],
     ) -> None:
         core = SequenceExitCore(
             traces,
             costs,
             num_envs=num_envs,
-            horizon=horizon,
-            kv_mode=kv_mode,
-            debt_loss=debt_loss,
-            debt_power=debt_power,
-            max_pending=max_pending,
-            rider_share=rider_share,
-            rows=rows,
-            lambda_range=lambda_range,
-            quality=quality,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)
 

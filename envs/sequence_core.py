@@ -8,7 +8,7 @@ reward vector.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from offramp.envs.actions import ActionKind, Actions
 from offramp.envs.batch import Finals, IndexArray, RewardArray, StepBatch
 from offramp.envs.core import checked_costs, checked_tokens
 from offramp.envs.history import ACTIVE, PENDING, History
+from offramp.envs.options import DebtMode
 from offramp.envs.qualities import Quality
 from offramp.envs.riders import Riders, added_by_riders
 from offramp.envs.sequences import Sequences
@@ -28,8 +29,6 @@ from offramp.envs.tariff import Tariff
 from offramp.envs.tokens import TokenTraces
 from offramp.envs.walk import Walk
 from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range, Weights
-
-DebtMode = Literal["project", "defer"]
 
 DEBT_LOSS, DEBT_POWER = 0.215, 0.5
 """Under projected keys and values a token loses loss · debt^power of its quality.

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from offramp.controller.costs import CostTable
-from offramp.envs.actions import ActionKind
-from offramp.envs.qualities import Quality
-from offramp.envs.sequence_core import (
-    DEBT_LOSS,
-    DEBT_POWER,
-    MAX_PENDING,
-    DebtMode,
-    SequenceExitCore,
-)
+from offramp.envs.options import SequenceOptions
+from offramp.envs.sequence_core import SequenceExitCore
 from offramp.envs.single import CoreEnv
 from offramp.envs.store import open_traces
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
 class SequenceExitEnv(CoreEnv):
@@ -98,9 +91,11 @@ class SequenceExitEnv(CoreEnv):
 
     ## Arguments
 
-    - ``horizon``: tokens of an episode at most.
-    - ``kv_mode``, ``debt_loss``, ``debt_power``, ``max_pending``, ``rider_share``: see Reward.
-    - ``rows``: numbers of rows in the batch, one drawn per episode; the cost table must hold them.
+    - ``horizon``: tokens of an episode at most, by default 64.
+    - ``kv_mode`` (``project``), ``debt_loss`` (0.215), ``debt_power`` (0.5), ``max_pending`` (8),
+      ``rider_share`` (None): see Reward.
+    - ``rows``: numbers of rows in the batch, one drawn per episode, by default (1,); the cost table
+      must hold them.
     - all others: as of ``TokenExitEnv``.
 
     Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for traces
@@ -153,39 +148,13 @@ class SequenceExitEnv(CoreEnv):
         traces: TokenTraces | None = None,
         store: Path | str | None = None,
         split: str | None = None,
-        horizon: int = 64,
-        kv_mode: DebtMode = "project",
-        debt_loss: float = DEBT_LOSS,
-        debt_power: float = DEBT_POWER,
-        max_pending: int = MAX_PENDING,
-        rider_share: float | None = None,
-        rows: tuple[int, ...] = (1,),
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "jump",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[SequenceOptions],
     ) -> None:
         core = SequenceExitCore(
             open_traces(traces, store, split),
             costs,
             num_envs=1,
-            horizon=horizon,
-            kv_mode=kv_mode,
-            debt_loss=debt_loss,
-            debt_power=debt_power,
-            max_pending=max_pending,
-            rider_share=rider_share,
-            rows=rows,
-            lambda_range=lambda_range,
-            quality=quality,
             autoreset=False,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)

@@ -74,8 +74,8 @@ class TraceStore:
         """Start an empty store.
 
         Raises:
-            TraceError: the folder already holds a store, or the schema is unknown.
-            OSError: the folder cannot be written.
+            TraceError: the folder already holds a store or cannot be written, or the schema is
+                unknown.
         """
         path = Path(folder)
         if (path / MANIFEST).exists():
@@ -115,8 +115,8 @@ class TraceStore:
 
         Raises:
             TraceError: the chunk is empty or has other exits or features, or its document
-                already lies in another split.
-            OSError: the folder cannot be written; the store is as before.
+                already lies in another split; or the folder cannot be written (permission, full
+                disk), and the store is as before.
         """
         self._check_split(chunk.document, split)
         content = encode(chunk, self.header)
@@ -128,7 +128,7 @@ class TraceStore:
             sha256=digest,
             split=split,
         )
-        write_durably(self.folder / entry.name, content)
+        _write(self.folder / entry.name, content)
         self._commit(self._manifest.model_copy(update={"chunks": (*self.chunks, entry)}))
 
     def read(self, split: str | None = None) -> TokenTraces:
@@ -164,7 +164,7 @@ class TraceStore:
 
     def _commit(self, manifest: Manifest) -> None:
         content = manifest.model_dump_json(indent=1).encode()
-        write_durably(self.folder / MANIFEST, content)
+        _write(self.folder / MANIFEST, content)
         self._manifest = manifest
 
     def _check_split(self, document: str, split: str) -> None:
@@ -230,6 +230,17 @@ def _read_manifest(path: Path) -> Manifest:
             str(path),
             f"is no trace manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             "Restore it from a copy or record again",
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        raise TraceError(
+            str(path),
+            f"cannot be written ({error.strerror or error})",
+            "Make room, or name a folder you may write to; what lies there already is whole",
         ) from error
 
 

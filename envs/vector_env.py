@@ -7,7 +7,7 @@ V objectives of a reward vector.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -16,17 +16,10 @@ from numpy.typing import NDArray
 
 from offramp.controller.costs import CostTable
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.actions import ActionKind
 from offramp.envs.batch import StepBatch
 from offramp.envs.core import TokenExitCore
-from offramp.envs.qualities import Quality
-from offramp.envs.sequence_core import (
-    DEBT_LOSS,
-    DEBT_POWER,
-    MAX_PENDING,
-    DebtMode,
-    SequenceExitCore,
-)
+from offramp.envs.options import SequenceOptions, TokenOptions
+from offramp.envs.sequence_core import SequenceExitCore
 from offramp.envs.spaces import (
     Core,
     action_space,
@@ -36,7 +29,6 @@ from offramp.envs.spaces import (
 )
 from offramp.envs.store import open_traces
 from offramp.envs.tokens import TokenTraces
-from offramp.envs.weights import DEFAULT_LAMBDA_RANGE, Range
 
 
 class CoreVectorEnv(VectorEnv[FloatArray, NDArray[np.int64], NDArray[Any]]):
@@ -133,25 +125,13 @@ class TokenExitVectorEnv(CoreVectorEnv):
         traces: TokenTraces | None = None,
         store: Path | str | None = None,
         split: str | None = None,
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "gate",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[TokenOptions],
     ) -> None:
         core = TokenExitCore(
             open_traces(traces, store, split),
             costs,
             num_envs=num_envs,
-            lambda_range=lambda_range,
-            quality=quality,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)
 
@@ -171,39 +151,13 @@ class SequenceExitVectorEnv(CoreVectorEnv):
         traces: TokenTraces | None = None,
         store: Path | str | None = None,
         split: str | None = None,
-        horizon: int = 64,
-        kv_mode: DebtMode = "project",
-        debt_loss: float = DEBT_LOSS,
-        debt_power: float = DEBT_POWER,
-        max_pending: int = MAX_PENDING,
-        rider_share: float | None = None,
-        rows: tuple[int, ...] = (1,),
-        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
-        quality: Quality = "logprob_gap",
-        actions: ActionKind = "jump",
-        jumps: int | None = None,
-        asks_first: bool = False,
-        ends: bool = False,
-        energy_range: Range | None = None,
+        **options: Unpack[SequenceOptions],
     ) -> None:
         core = SequenceExitCore(
             open_traces(traces, store, split),
             costs,
             num_envs=num_envs,
-            horizon=horizon,
-            kv_mode=kv_mode,
-            debt_loss=debt_loss,
-            debt_power=debt_power,
-            max_pending=max_pending,
-            rider_share=rider_share,
-            rows=rows,
-            lambda_range=lambda_range,
-            quality=quality,
-            actions=actions,
-            jumps=jumps,
-            asks_first=asks_first,
-            ends=ends,
-            energy_range=energy_range,
+            **options,
         )
         super().__init__(core)
 

@@ -99,9 +99,9 @@ def pinned(
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
-        require_policy(policy.policy, stack.layers)
+        require_policy(policy.policy, stack.layers, stack.width)
         return policy
-    require_fit(policy, stack.layers, stack.vocab)
+    require_fit(policy, stack)
     return PolicySnapshot(0, "", policy)
 
 
@@ -214,7 +214,7 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
         )
 
 
-def require_policy(policy: Policy, layers: int) -> None:
+def require_policy(policy: Policy, layers: int, width: int) -> None:
     """Refuse what is no policy, or one whose exits or features the engine does not have.
 
     Raises:
@@ -231,6 +231,9 @@ def require_policy(policy: Policy, layers: int) -> None:
     if schema is not None and probe_of(schema) is None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.registry")
+    if schema is not None and schema.name == "hidden" and schema.width != width:
+        problem = f"reads states of {schema.width} columns, the model's have {width}"
+        raise RequestError("schema", problem, "Train the policy on traces of this model")
     exits: tuple[Any, ...] = tuple(policy.exits)
     inside = all(isinstance(layer, Integral) and 1 <= int(layer) <= layers for layer in exits)
     if not inside or list(exits) != sorted(set(exits)):
@@ -239,13 +242,14 @@ def require_policy(policy: Policy, layers: int) -> None:
         )
 
 
-def require_fit(policy: Policy, layers: int, vocab: int) -> None:
+def require_fit(policy: Policy, stack: LayerStack) -> None:
     """Refuse a policy made for another model.
 
     Raises:
         RequestError: exits out of order or range, or a candidate table that does not fit.
     """
-    require_policy(policy, layers)
+    require_policy(policy, stack.layers, stack.width)
+    vocab = stack.vocab
     if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
         return
     table = policy.candidates_VK

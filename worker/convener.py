@@ -95,7 +95,7 @@ class Convener:
         positions = [row.position for row in rows]
         ngrams = [row.ngrams for row in rows]
         # Of what was drafted, candidates depend on the last two.
-        drafted = [row.drafts and [draft.token for draft in row.drafts[-2:]] for row in rows]
+        drafted = [[draft.token for draft in row.drafts[-2:]] if row.drafts else () for row in rows]
         fused = self._fused(rows)
         if fused is None:
             positions_N = np.array(positions, np.int32)

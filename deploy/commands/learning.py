@@ -12,6 +12,7 @@ from offramp.agents.corpus import load_corpus
 from offramp.agents.phat import PhatConfig
 from offramp.agents.ppo import PPOConfig
 from offramp.agents.record import RecordConfig, record_traces
+from offramp.agents.recording import is_whole
 from offramp.agents.train import TrainConfig, train
 from offramp.controller.errors import ConfigError
 from offramp.deploy.commands.options import (
@@ -63,6 +64,9 @@ def record(
     threads: SharedThreads = "auto",
     translators: Translators = None,
     states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a recording that was cut off.")
+    ] = False,
 ) -> None:
     """Decode documents at full depth on Ray workers and store per-exit features."""
     settings = Settings.from_environment()
@@ -82,10 +86,15 @@ def record(
         recorders=recorders,
         states=states,
     )
-    _require_recordable(config, out, settings)
+    if not resume:
+        require_new_folder("out", out)
+    elif is_whole(out):
+        console.print(f"{out} holds a finished recording; it is left alone")
+        return
+    _require_recordable(config, settings)
     cpus = max(recorders, os.cpu_count() or 1)
     with ray_session(settings.ray_address, cpus), progress("record", "tokens") as advance:
-        report = record_traces(config, out, advance)
+        report = record_traces(config, out, advance, resume=resume)
     console.print(
         f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
         f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"
@@ -135,9 +144,8 @@ def train_policies(
     console.print(f"{len(contenders)} policies → {out}")
 
 
-def _require_recordable(config: RecordConfig, out: Path, settings: Settings) -> None:
+def _require_recordable(config: RecordConfig, settings: Settings) -> None:
     """Every check that needs no worker, before Ray is started."""
-    require_new_folder("out", out)
     require_loadable(config.worker, settings)
     layers, vocab = layers_and_vocab(config.worker.model)
     if config.exits and config.exits[-1] >= layers:

@@ -259,7 +259,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(TraceError, match="No space"):
             store.append(make_chunk("d", seed=4), "train")
     assert renames == failing_rename
     assert (store.folder / "manifest.json").read_bytes() == before
