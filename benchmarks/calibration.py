@@ -67,15 +67,9 @@ def main(
     if quick:
         documents, new_tokens, steps, draws = 64, 24, 5, 1000
     if measured is None:
-        engine = load_engine(WorkerSpec(model=model, slots=32))
-        walked = family_of(load_points(policies), family, steps)
-        unseen = unseen_documents(None, traces)
-        windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
-        exits = walked.bundle.manifest.exits
-        table_VK = load_candidates(traces)
-        replayed = measure(walked, Replayed(engine, windows, prompt_tokens, exits, table_VK))
-        decoded = measure(walked, OnPolicy(engine, windows, prompt_tokens))
-        machine = describe_machine(engine.stack.dtype)
+        machine, decoded, replayed = losses_of(
+            (policies, traces, model), family, steps, documents, (prompt_tokens, new_tokens)
+        )
     else:
         earlier = json.loads(measured.read_text())
         machine, family, new_tokens = (earlier[k] for k in ("machine", "family", "new_tokens"))
@@ -110,6 +104,23 @@ def main(
         }
         whole = {"machine": machine, "family": family, **shape, "delta": delta, "draws": draws}
         json_file.write_text(json.dumps({**whole, "rows": rows, "losses": plain}, indent=1))
+
+
+def losses_of(
+    places: tuple[Path, Path, str], family: str, steps: int, documents: int, tokens: tuple[int, int]
+) -> tuple[str, Losses, Losses]:
+    """The machine; losses decoded and replayed, of documents that training never saw."""
+    policies, traces, model = places
+    prompt_tokens, new_tokens = tokens
+    engine = load_engine(WorkerSpec(model=model, slots=32))
+    walked = family_of(load_points(policies), family, steps)
+    unseen = unseen_documents(None, traces)
+    windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
+    exits = walked.bundle.manifest.exits
+    table_VK = load_candidates(traces)
+    replayed = measure(walked, Replayed(engine, windows, prompt_tokens, exits, table_VK))
+    decoded = measure(walked, OnPolicy(engine, windows, prompt_tokens))
+    return describe_machine(engine.stack.dtype), decoded, replayed
 
 
 def measure(family: Family, source: LossSource) -> Losses:

@@ -40,6 +40,7 @@ from offramp.agents.evaluation.page import (
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.evaluation.tournament import (
+    Outcome,
     TournamentConfig,
     bench,
     gather,
@@ -55,6 +56,7 @@ from offramp.controller.durable import write_durably
 from offramp.deploy.serve_app import ray_session
 from offramp.worker.actor import WorkerSpec
 from offramp.worker.config import EngineConfig
+from offramp.worker.engine import AdaptiveEngine
 
 HEADLINE = (EDIT_SIMILARITY, 0.01)
 """The question: at most 1 % relative loss of line-completion edit similarity."""
@@ -115,44 +117,59 @@ def main() -> None:
     config = tournament(given)
     entrants = gather(given.out / "policies", range(given.seeds))
     outcome, engine = run_tournament(config, entrants, given.out / "measured", tell)
+    report = report_of(given, config, outcome, engine)
+    folder = given.out / "report"
+    write_report(report, folder)
+    for sentence in report.headlines:
+        print(sentence)
+    if given.json:
+        rows = [row.benchmark_row() for row in report.matched]
+        write_durably(given.json, json.dumps(rows, indent=1).encode())
+    print(f"{time.perf_counter() - start:.0f} s → {folder / 'report.html'}")
+
+
+def report_of(
+    given: argparse.Namespace, config: TournamentConfig, outcome: Outcome, engine: AdaptiveEngine
+) -> Report:
+    """All that the page says, energy and oracle measured for it."""
     metric, target = HEADLINE
+    protocol, timed = config.assess.protocol, config.assess.timed_documents
     families = outcome.picks[metric.name, target]
     runs = {family: runs_of(outcome, metric, target, family) for family in families}
-    _, test = bench(config, "test")
     exits = {family: mine for family, mine in runs.items() if mine[0].contender.setting is not None}
+    _, test = bench(config, "test")
     energy = measure_energy(
         engine,
         [mine[0].contender.policy for mine in exits.values()],
         test.documents[:ENERGY_DOCUMENTS],
-        config.assess.protocol,
+        protocol,
     )
-    oracle = measure_oracle(
-        engine, test, config.assess.protocol, load_study(given.out / "traces").train.header.exits,
-        config.assess.timed_documents,
-    )  # fmt: skip
+    recorded = load_study(given.out / "traces").train.header.exits
+    oracle = measure_oracle(engine, test, protocol, recorded, timed)
     bound = [matched_row(ORACLE, [oracle], outcome.test[0], AGREEMENT, each) for each in TARGETS]
-    rows = with_energy([*outcome.matched, *bound], list(exits), energy)
-    folder = given.out / "report"
-    conditions_ = conditions(
-        engine,
-        config.assess.protocol,
-        {"validation": len(outcome.validation[0].scores.tokens_D), "test": len(test.documents)},
-        threads=config.spec.threads,
-        seeds=", ".join(map(str, range(given.seeds))),
-        training=f"{given.steps:,} PPO steps a seed",
-        timed=f"{config.assess.timed_documents} test documents; "
-        f"{min(config.choosing_documents, given.validation)} validation documents for the choice",
-    )
     promises = gaps(list(outcome.test.values()))
-    report = Report(
+    folder = given.out / "report"
+    chosen = min(config.choosing_documents, given.validation)
+    return Report(
         title="Learned early exits at matched quality",
         headlines=[
             savings_headline(outcome.matched, metric, target),
             savings_headline(outcome.matched, AGREEMENT, 0.05),
             gap_headline(promises),
         ],
-        conditions=conditions_,
-        matched=rows,
+        conditions=conditions(
+            engine,
+            protocol,
+            {
+                "validation": len(outcome.validation[0].scores.tokens_D),
+                "test": len(test.documents),
+            },
+            threads=config.spec.threads,
+            seeds=", ".join(map(str, range(given.seeds))),
+            training=f"{given.steps:,} PPO steps a seed",
+            timed=f"{timed} test documents; {chosen} validation documents for the choice",
+        ),
+        matched=with_energy([*outcome.matched, *bound], list(exits), energy),
         points=matched_points(outcome, (AGREEMENT, EDIT_SIMILARITY)),
         gaps=promises,
         depths={
@@ -166,14 +183,6 @@ def main() -> None:
             volumes(list(outcome.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
         ],
     )
-    write_report(report, folder)
-    for sentence in report.headlines:
-        print(sentence)
-    if given.json:
-        write_durably(
-            given.json, json.dumps([row.benchmark_row() for row in rows], indent=1).encode()
-        )
-    print(f"{time.perf_counter() - start:.0f} s → {folder / 'report.html'}")
 
 
 def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) -> None:
