@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from offramp.agents.game import StoppingGame
@@ -20,6 +22,20 @@ from offramp.worker.actor import ModelFacts
 
 EXITS = (2, 4, 6)
 LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A real one of two cores, for the tests of one file."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
 
 
 def make_traces(tokens: int, seed: int) -> TokenTraces:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,8 @@ from offramp.controller.features import CANDIDATES_V1
 from offramp.worker.actor import WorkerSpec
 from offramp.worker.candidates import successor_table
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 EXITS = (3, 6, 9)
 DOCUMENTS = [(f"{n:064x}", tuple(range(100 + n, 180 + n))) for n in range(4)]
@@ -37,19 +38,6 @@ SPEC = CollectSpec(
     prompt_tokens=8,
 )
 TABLE = successor_table([list(tokens) for _, tokens in DOCUMENTS], 4096, 16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 
 from offramp.agents.record import RecordConfig, RecordReport, record_traces
 from offramp.agents.recording import is_whole
@@ -20,22 +18,11 @@ from offramp.worker.actor import WorkerSpec
 from support.documents import make_corpus
 from support.models import REFERENCE
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 
 class Interrupted(Exception):
     """What stops a recording, as Ctrl-C would."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

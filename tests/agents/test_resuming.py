@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from offramp.agents.contenders import Contender
@@ -31,22 +29,11 @@ from support.documents import make_corpus
 from support.models import REFERENCE
 from support.recordings import make_recording
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 
 class Interrupted(Exception):
     """What stops a run, as Ctrl-C would."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
