@@ -20,8 +20,8 @@ from offramp.controller.policy import ExitPolicy, FixedExit, NeverExit, Threshol
 
 __all__ = ["LEARNED", "Contender", "assemble"]
 
-LEARNED = ("p̂", "PPO")
-"""Families that may be published."""
+LEARNED = ("p̂", "PPO", "p̂ on best exits", "PPO jumps", "PPO on-policy")
+"""Families that both forms of ``offramp train`` teach, and that may be published."""
 
 
 def assemble(

@@ -11,11 +11,20 @@ import torch
 
 from offramp.agents.contenders import Contender
 from offramp.agents.corpus import load_corpus
-from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess, publishable
+from offramp.agents.evaluation.assess import (
+    AssessConfig,
+    Assessment,
+    assess,
+    publishable,
+    require_learned,
+)
 from offramp.agents.evaluation.measure import HeldOut, Protocol, Split, held_out, measure_quality
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY, Scores
+from offramp.agents.jump_contenders import JUMPING
+from offramp.agents.placing import SUBSET
 from offramp.agents.record import quarters
+from offramp.agents.training.finish import ONPOLICY
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policy import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine
@@ -203,3 +212,8 @@ def test_quarters_of_a_depth() -> None:
     assert quarters(12) == (3, 6, 9)
     assert quarters(30) == (7, 15, 22)
     assert quarters(2) == (1,)
+
+
+@pytest.mark.parametrize("family", ["PPO", SUBSET, JUMPING, ONPOLICY])
+def test_what_either_form_of_training_teaches_may_be_published(family: str) -> None:
+    require_learned(["full depth", family])
