@@ -43,11 +43,13 @@ def main() -> None:
     seeds = range(1 if arguments.quick else arguments.seeds)
     for factor in (1.0,) if arguments.quick else arguments.probe:
         priced = replace(study, costs=study.costs.scaled("probe", factor))
-        for row in compare(priced, seeds, arguments.quick):
+        for row in compare(priced, seeds, arguments.quick, arguments.warm_steps):
             print(json.dumps({"probe_price": factor, **row}), flush=True)
 
 
-def compare(study: Study, seeds: Sequence[int], quick: bool) -> Iterator[dict[str, Any]]:
+def compare(
+    study: Study, seeds: Sequence[int], quick: bool, warm_steps: int
+) -> Iterator[dict[str, Any]]:
     """Rows for every seed: warm start alone, and PPO after it, against p̂ on the best exits."""
     documents = study.validation.documents
     choose, report = (study.validation.select(documents[half::2]) for half in (0, 1))
@@ -57,17 +59,18 @@ def compare(study: Study, seeds: Sequence[int], quick: bool) -> Iterator[dict[st
         steps = 400_000 if quick else 1_500_000
         for name, ppo_steps in (("warm start", 0), ("PPO jumps", steps)):
             start = time.perf_counter()
-            agent = train_jumps(study.train, study.costs, configure(seed, ppo_steps, quick))
+            config = configure(seed, ppo_steps, 200 if quick else warm_steps)
+            agent = train_jumps(study.train, study.costs, config)
             seconds = time.perf_counter() - start
             rows = against(study, agent, phat, grid, report)
             for row in rows:
                 yield {"agent": name, "seed": seed, "train_s": round(seconds, 1), **row}
 
 
-def configure(seed: int, steps: int, quick: bool) -> JumpConfig:
-    """The settings of ``offramp train``, shorter if quick."""
+def configure(seed: int, steps: int, warm_steps: int) -> JumpConfig:
+    """The settings of ``offramp train``, but for the number of steps."""
     ppo = PPOConfig(steps=steps, seed=seed, learning_rate=5e-4, entropy=0.001)
-    return JumpConfig(warm=WarmConfig(steps=200 if quick else 500), ppo=ppo)
+    return JumpConfig(warm=WarmConfig(steps=warm_steps), ppo=ppo)
 
 
 def against(
@@ -132,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, default=None, help="file of `offramp profile`")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--probe", type=float, nargs="+", default=[1.0, 10.0], help="price factors")
+    parser.add_argument("--warm-steps", type=int, default=WarmConfig.steps, help="before PPO")
     parser.add_argument("--quick", action="store_true", help="one seed, under four minutes")
     parser.add_argument("--json", action="store_true", help="rows as JSON (there is no other form)")
     return parser.parse_args()

@@ -16,6 +16,8 @@ COLOURS = {
     "p̂ on best exits": "#0a8f6c",
     "PPO": "#7b3294",
     "PPO with jumps": "#c2185b",
+    "PPO jumps": "#c2185b",
+    "PPO on-policy": "#e69f00",
 }
 """What is followed by eye; every other family is grey."""
 
