@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--costs", type=Path, default=None, help="file of `offramp profile`")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--probe", type=float, nargs="+", default=[1.0, 10.0], help="price factors")
-    parser.add_argument("--warm-steps", type=int, default=WarmConfig.steps, help="before PPO")
+    parser.add_argument("--warm-steps", type=int, default=WarmConfig().steps, help="before PPO")
     parser.add_argument("--quick", action="store_true", help="one seed, under four minutes")
     parser.add_argument("--json", action="store_true", help="rows as JSON (there is no other form)")
     return parser.parse_args()
