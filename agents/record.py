@@ -84,7 +84,7 @@ class RecordReport:
     @property
     def tokens_per_s(self) -> float:
         """Throughput of all recorders together."""
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def record_traces(
@@ -111,12 +111,15 @@ def record_traces(
             go on with; or it cannot be written.
         ModelError: a recorder cannot load the model.
     """
+    if resume and is_whole(folder):
+        found = TraceStore.open(folder).header.exits
+        return RecordReport(folder=folder, documents={}, tokens=0, seconds=0.0, exits=found)
     check_model(config.worker.model)
     documents = load_corpus(config.corpus, limit=config.documents)
     tokenized = tokenize(config.worker.model, documents)
     if not resume:
         require_no_store(folder)
-    begins = not folder.exists()
+    begins = not folder.exists() or not any(folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
     recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
     try:
@@ -125,9 +128,8 @@ def record_traces(
         exits = config.exits or quarters(facts.layers)
         _require_exits(exits, facts.layers)
         windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_chunk)
-        if not is_whole(folder):
-            write_split(documents, folder / SPLIT)
-            save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
+        write_split(documents, folder / SPLIT)
+        save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
     except BaseException:
         if begins and not any(folder.glob("*.parquet")):
             # The beginning of a recording would only be in the way of the next one.
@@ -170,7 +172,7 @@ def _record(
     ]
     if not windows:
         raise TraceError("corpus", "has no training document", "Use more documents")
-    store = begun_store(folder, header, candidates_VK, windows)
+    store = begun_store(folder, header, config.worker.dtype, candidates_VK, windows)
     left = windows[len(store.chunks) :]
     table = ray.put(candidates_VK)
     ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])

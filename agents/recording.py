@@ -5,6 +5,7 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from offramp.agents.corpus import Document
 from offramp.agents.study import FACTS, load_candidates, save_candidates
+from offramp.controller.durable import write_durably
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader
@@ -19,6 +21,9 @@ from offramp.envs.store import MANIFEST, TraceStore
 
 Window = tuple[Document, list[int]]
 """A document, and the tokens of it that are decoded: one more than are recorded."""
+
+BEGUN = "recording.json"
+"""What a resumed recording must share, and traces do not tell."""
 
 REMEDY = "Resume with the settings it began with, or choose another folder"
 
@@ -43,28 +48,35 @@ def require_no_store(folder: Path) -> None:
 
 
 def begun_store(
-    folder: Path, header: TraceHeader, candidates_VK: IntArray, windows: Sequence[Window]
+    folder: Path,
+    header: TraceHeader,
+    dtype: str,
+    candidates_VK: IntArray,
+    windows: Sequence[Window],
 ) -> TraceStore:
     """A new store with its candidates, or the one there if it began just so.
 
     Args:
         folder: Where it lies.
         header: Of what is to be recorded.
+        dtype: Of the weights it is decoded with.
         candidates_VK: The table that is to be probed.
         windows: All that is to be recorded, in order.
 
     Raises:
         TraceError: what lies there was recorded under other settings or of other documents.
     """
-    if not (folder / MANIFEST).exists():
+    if not any(folder.glob("*.parquet")):  # nothing that was recorded under any settings
+        (folder / MANIFEST).unlink(missing_ok=True)
         store = TraceStore.create(folder, header)
         save_candidates(folder, candidates_VK)
+        write_durably(folder / BEGUN, json.dumps({"dtype": dtype}).encode())
         return store
     store = TraceStore.open(folder)
     if store.header != header:
         raise TraceError(str(folder), f"holds traces of {store.header}, not {header}", REMEDY)
-    if not store.chunks:
-        save_candidates(folder, candidates_VK)
+    if dtype != _begun_dtype(folder):
+        raise TraceError(str(folder), f"was not recorded in {dtype}", REMEDY)
     if not np.array_equal(load_candidates(folder), candidates_VK):
         raise TraceError(str(folder), "was recorded with other candidates", REMEDY)
     held = [(chunk.document, chunk.rows) for chunk in store.chunks]
@@ -72,3 +84,11 @@ def begun_store(
     if held != wanted[: len(held)]:
         raise TraceError(str(folder), "holds other documents, or more tokens of each", REMEDY)
     return store
+
+
+def _begun_dtype(folder: Path) -> str:
+    path = folder / BEGUN
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["dtype"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TraceError(str(path), f"is unreadable ({error})", "Record anew") from error

@@ -49,6 +49,7 @@ class Roster:
 
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
+        row.led = None  # which names the row again: a cycle would await garbage collection
         last = self.rows.pop()
         self.kv.clear(row.slot)
         if last is not row:

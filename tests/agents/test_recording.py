@@ -12,7 +12,9 @@ import pytest
 from offramp.agents.record import RecordConfig, RecordReport, record_traces
 from offramp.agents.recording import is_whole
 from offramp.agents.study import load_study
-from offramp.controller.errors import TraceError
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.traces import TraceHeader
 from offramp.envs.store import TraceStore
 from offramp.worker.actor import WorkerSpec
 from support.documents import make_corpus
@@ -93,6 +95,10 @@ def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path
     for other, told in (
         (replace(config, exits=(2, 4)), "holds traces of"),
         (replace(config, candidates=8), "other candidates"),
+        (
+            replace(config, worker=replace(config.worker, dtype="bfloat16")),
+            "not recorded in bfloat16",
+        ),
         (replace(config, tokens_per_document=10), "other documents"),
     ):
         with pytest.raises(TraceError, match=told):
@@ -103,10 +109,26 @@ def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path
     assert len(names(folder)) > len(held)
 
 
-def test_a_recording_that_kept_nothing_is_removed(config: RecordConfig, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="exits"):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_recording_that_kept_nothing_is_removed(
+    config: RecordConfig, tmp_path: Path, is_there: bool
+) -> None:
+    if is_there:
+        (tmp_path / "traces").mkdir()
+    with pytest.raises(ConfigError, match="exits"):
         record_traces(replace(config, exits=(99,)), tmp_path / "traces")
     assert not (tmp_path / "traces").exists()
+
+
+def test_what_was_begun_without_a_document_is_begun_anew(
+    config: RecordConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    header = TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4)
+    TraceStore.create(folder, header)  # as if killed right then
+    cut_after(config, folder, 1, resume=True)
+    assert TraceStore.open(folder).header.exits == (3, 6, 9)
 
 
 def _fill_disk_after(patch: pytest.MonkeyPatch, chunks: int) -> None:
