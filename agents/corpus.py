@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import TraceError
+from offramp.envs.store import write_traces
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -100,11 +100,11 @@ def write_split(documents: Iterable[Document], path: Path) -> None:
     """Record which document is in which split, durably, as JSON by digest.
 
     Raises:
-        OSError: the file cannot be written; an older one is untouched.
+        TraceError: the file cannot be written; an older one is untouched.
     """
     table = {each.digest: {"path": each.path, "split": each.split} for each in documents}
     content = json.dumps(table, indent=1, sort_keys=True) + "\n"
-    write_durably(path, content.encode())
+    write_traces(path, content.encode())
 
 
 def _standard_library() -> Path:

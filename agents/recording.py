@@ -13,11 +13,10 @@ import numpy as np
 
 from offramp.agents.corpus import Document
 from offramp.agents.study import FACTS, load_candidates, save_candidates
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader
-from offramp.envs.store import MANIFEST, TraceStore
+from offramp.envs.store import MANIFEST, TraceStore, write_traces
 
 Window = tuple[Document, list[int]]
 """A document, and the tokens of it that are decoded: one more than are recorded."""
@@ -70,7 +69,7 @@ def begun_store(
         (folder / MANIFEST).unlink(missing_ok=True)
         store = TraceStore.create(folder, header)
         save_candidates(folder, candidates_VK)
-        write_durably(folder / BEGUN, json.dumps({"dtype": dtype}).encode())
+        write_traces(folder / BEGUN, json.dumps({"dtype": dtype}).encode())
         return store
     store = TraceStore.open(folder)
     if store.header != header:

@@ -14,10 +14,9 @@ import numpy as np
 
 from offramp.controller.cost_file import load_costs, save_costs
 from offramp.controller.costs import CostTable
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
-from offramp.envs.store import TraceStore
+from offramp.envs.store import TraceStore, write_traces
 from offramp.envs.tokens import TokenTraces
 from offramp.worker.actor import ModelFacts
 
@@ -73,14 +72,14 @@ def load_study(folder: Path, costs: Path | None = None) -> Study:
 def save_measured(folder: Path, costs: CostTable, facts: ModelFacts) -> None:
     """Write the cost table and the model's facts beside the traces."""
     save_costs(folder / COSTS, costs)
-    write_durably(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
+    write_traces(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
 
 
 def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
     """Write a candidate table beside the traces."""
     buffer = io.BytesIO()
     np.save(buffer, candidates_VK, allow_pickle=False)
-    write_durably(folder / CANDIDATES, buffer.getvalue())
+    write_traces(folder / CANDIDATES, buffer.getvalue())
 
 
 def _load_facts(path: Path) -> ModelFacts:

@@ -128,7 +128,7 @@ class TraceStore:
             sha256=digest,
             split=split,
         )
-        _write(self.folder / entry.name, content)
+        write_traces(self.folder / entry.name, content)
         self._commit(self._manifest.model_copy(update={"chunks": (*self.chunks, entry)}))
 
     def read(self, split: str | None = None) -> TokenTraces:
@@ -164,7 +164,7 @@ class TraceStore:
 
     def _commit(self, manifest: Manifest) -> None:
         content = manifest.model_dump_json(indent=1).encode()
-        _write(self.folder / MANIFEST, content)
+        write_traces(self.folder / MANIFEST, content)
         self._manifest = manifest
 
     def _check_split(self, document: str, split: str) -> None:
@@ -206,6 +206,22 @@ def _check_schema(path: Path, header: TraceHeader) -> None:
         )
 
 
+def write_traces(path: Path, content: bytes) -> None:
+    """Replace a file of a trace folder durably.
+
+    Raises:
+        TraceError: it cannot be written (permission, full disk); an older one is untouched.
+    """
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        raise TraceError(
+            str(path),
+            f"cannot be written ({error.strerror or error})",
+            "Make room, or name a folder you may write to; what lies there already is whole",
+        ) from error
+
+
 def _read_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -230,17 +246,6 @@ def _read_manifest(path: Path) -> Manifest:
             str(path),
             f"is no trace manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             "Restore it from a copy or record again",
-        ) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_durably(path, content)
-    except OSError as error:
-        raise TraceError(
-            str(path),
-            f"cannot be written ({error.strerror or error})",
-            "Make room, or name a folder you may write to; what lies there already is whole",
         ) from error
 
 

@@ -64,7 +64,7 @@ def freeze_heap() -> None:
     """Exempt what lives now from cyclic garbage collection, for a process that only serves.
 
     A full collection looks at every object, some half a million once torch and transformers are
-    loaded: 0.2 s, in the middle of some token (measured on the machine of docs/decoding.md).
+    loaded: 0.2 s, in the middle of some token (timed by hand on the machine of docs/decoding.md).
     """
     gc.collect()
     gc.freeze()

@@ -7,11 +7,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from offramp.agents.corpus import write_split
 from offramp.agents.record import RecordConfig, RecordReport, record_traces
-from offramp.agents.recording import is_whole
-from offramp.agents.study import load_study
+from offramp.agents.recording import begun_store, is_whole
+from offramp.agents.study import load_study, save_candidates
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
@@ -142,3 +144,26 @@ def _fill_disk_after(patch: pytest.MonkeyPatch, chunks: int) -> None:
         real(source, target)
 
     patch.setattr(os, "replace", replace_)
+
+
+def test_a_full_disk_under_what_lies_beside_the_chunks_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (
+        lambda: save_candidates(tmp_path, np.zeros((2, 2), np.int32)),
+        lambda: write_split([], tmp_path / "split.json"),
+        lambda: begun_store(
+            tmp_path,
+            TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4),
+            "float32",
+            np.zeros((2, 2), np.int32),
+            [],
+        ),
+    ):
+        with pytest.raises(TraceError, match="No space left"):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.policy import ExitPolicy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
+from offramp.worker.profile_probes import random_policy
 from offramp.worker.schedule import Schedule
 from offramp.worker.sequence import KVMode, Request, Sequence
 from support.models import FAMILIES, LAYERS, VOCAB, make_model
@@ -50,7 +51,7 @@ plans = st.builds(
     prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple),
     max_tokens=st.integers(1, 16),
     kv_mode=st.sampled_from(["project", "defer", "verify"]),
-    policy=st.integers(0, 4),
+    policy=st.integers(0, 5),
     submitted=st.integers(0, 12),
     cancelled=st.none() | st.none() | st.integers(1, 25),
 )
@@ -72,6 +73,7 @@ def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
         RandomExit(0.7, seed + 2, exits=(LAYERS - 1,)),
         ThresholdPolicy((1, 2, 4), SOFTMAX_V2, "margin", 0.2),
         ThresholdPolicy((1, 3), CANDIDATES_V1, "margin", 0.3, CANDIDATES_VK),
+        random_policy(CANDIDATES_V1, (1, 2, 4), CANDIDATES_VK),
     ]
     finished: dict[str, Sequence] = {}
     requests: dict[Plan, Request] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from offramp.controller.errors import OverloadedError, RequestError
 from offramp.controller.policy import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker import service as service_module
+from offramp.worker.actor import freeze_heap
 from offramp.worker.sequence import TokenEvent
 from offramp.worker.service import DecodeFailedError, EngineService
 from offramp.worker.snapshot import PolicySnapshot
@@ -364,3 +366,11 @@ def test_a_client_whose_loop_is_gone_harms_nobody(
         seen = run(collect(service, PROMPTS[1], tokens(6)))
         assert [e.token for e in seen] == reference.generate(PROMPTS[1], tokens(6))[0].token_ids
         del events
+
+
+def test_a_frozen_heap_is_left_out_of_collection() -> None:
+    try:
+        freeze_heap()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.config import EngineConfig
-from offramp.worker.schedule import Schedule
+from offramp.worker.profile_probes import random_policy
+from offramp.worker.schedule import LOCKSTEP, Schedule
 from offramp.worker.sequence import KVMode
-from support.models import make_model
+from support.models import VOCAB, make_model
 from support.rows import ALL_EXITS, CLOSE, decode, drain, shortfalls
 
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -86,6 +87,43 @@ def test_rows_that_changed_slots_while_they_waited_are_judged_by_their_own_state
         )
         assert row.emitted == alone.emitted
         assert row.exit_layers == alone.exit_layers
+
+
+COMPANY = [[5, 17, 33, 2, 41], [60, 3, 60], [7, 8, 9, 7, 8], [12], [80, 4, 22, 80]]
+
+
+def parted(schedule: Schedule) -> list[tuple[bool, list[int]]]:
+    """Of rows under one MLP: whether each emits and leaves as it does alone, and its exits."""
+    model = make_model("llama")
+    table_VK = np.argsort(np.random.default_rng(3).random((VOCAB, VOCAB)))[:, :8].astype(np.int32)
+    policy = random_policy(CANDIDATES_V1, (1, 2, 3, 4), table_VK)
+    policy.threshold = 6.0
+    config = EngineConfig(schedule=schedule)
+    rows = decode(AdaptiveEngine.from_pretrained(model, config=config), COMPANY, SAMPLING, policy)
+    single = AdaptiveEngine.from_pretrained(model)
+    alone = [decode(single, [prompt], SAMPLING, policy)[0] for prompt in COMPANY]
+    return [
+        ((row.emitted, row.exit_layers) == (one.emitted, one.exit_layers), row.exit_layers)
+        for row, one in zip(rows, alone, strict=True)
+    ]
+
+
+COHORTS = Schedule(holds=(2,), rows=3, patience=2)
+
+
+@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS])
+def test_rows_decided_in_one_call_leave_where_each_leaves_alone(schedule: Schedule) -> None:
+    found = parted(schedule)
+    assert all(is_same for is_same, _ in found)
+    left = {layer for _, exits in found for layer in exits[1:]}
+    assert {2, 3, 4, 5} <= left, "they part at several depths"
+
+
+def test_a_probe_taken_from_rows_that_wait_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offramp.worker.convener._is_underway", lambda group: False)
+    assert not all(is_same for is_same, _ in parted(COHORTS))
 
 
 def test_a_row_cancelled_while_it_waits_leaves_its_company_alone() -> None:
