@@ -4,15 +4,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := controller worker envs agents deploy
+FOLDERS := controller worker envs agents deploy research
 PACKAGES := $(addprefix offramp.,$(FOLDERS))
 
 # The build suffix of torch's pin names the index that has it; see constraints.txt.
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
-
-# Strict editable installs link single files, so a new or renamed file needs a new (quick) install.
-LINKED := $(VENV)/.linked-$(shell (cat pyproject.toml; find $(FOLDERS) -name '*.py' | sort) | cksum | cut -d' ' -f1)
 
 .PHONY: demo test check setup format format-check lint types layers docs clean
 
@@ -24,20 +21,13 @@ test: setup
 
 check: format-check lint types layers docs test
 
-setup: $(LINKED)
+setup: $(VENV)/.packages
 
 $(VENV)/.packages: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--config-settings editable_mode=strict --editable ".[dev]"
-	touch $@
-
-$(LINKED): $(VENV)/.packages
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
-		--config-settings editable_mode=strict --editable .
-	rm -f $(VENV)/.linked-*
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
 format: setup
@@ -52,7 +42,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
-	MYPYPATH=tests:benchmarks $(BIN)/mypy --explicit-package-bases tests examples benchmarks
+	MYPYPATH=src:tests:benchmarks $(BIN)/mypy --explicit-package-bases tests examples benchmarks
 
 layers: setup
 	$(BIN)/lint-imports

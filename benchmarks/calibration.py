@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.agents.calibration.documents import calibration_windows, unseen_documents
-from offramp.agents.calibration.families import Family, family_of, load_points
-from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
-from offramp.agents.calibration.walk import (
+from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     Outcome,
     conformal_risk_control,
     learn_then_test,
 )
-from offramp.agents.study import load_candidates
-from offramp.controller.certificate import Method
-from offramp.worker.actor import WorkerSpec, load_engine
-from offramp.worker.profile import describe_machine
+from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
+from offramp.agents.calibration.setting_families import Family, family_of, load_points
+from offramp.agents.recording.study import load_candidates
+from offramp.controller.release.certificate import Method
+from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.spec import WorkerSpec, load_engine
 
 EPSILONS = (0.01, 0.05, 0.1, 0.2, 0.3)
 METHODS: tuple[Method, ...] = ("hoeffding-bentkus", "betting", "binomial")

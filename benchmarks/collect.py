@@ -16,16 +16,16 @@ import numpy as np
 import ray
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.corpus import load_corpus
-from offramp.agents.jumps import JumpConfig, game_of, new_agent
+from offramp.agents.learning.jump_ppo import JumpConfig, game_of, new_agent
+from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
+from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks
 from offramp.agents.onpolicy.pool import CollectorPool
-from offramp.agents.onpolicy.run import OnPolicyConfig, make_tasks
-from offramp.agents.ppo import PPOConfig
-from offramp.agents.record import tokenize
-from offramp.agents.study import load_study
-from offramp.worker.actor import WorkerSpec
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import tokenize
+from offramp.agents.recording.study import load_study
+from offramp.worker.spec import WorkerSpec
 
 LAMBDA_RANGE = (0.05, 0.5)
 

@@ -20,16 +20,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from offramp.controller.cost_file import load_costs
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.cost_file import load_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.worker.actor import WorkerSpec, load_engine
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.profile import measure_costs
-from offramp.worker.profile_probes import random_policy
+from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import SILENT, STAY, Clock, Script, decode_steps
+from offramp.worker.profiling.profile import measure_costs
+from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import median_interval
+from offramp.worker.spec import WorkerSpec, load_engine
 
 STEPS = 16
 EXITS = (3, 6, 9)

@@ -26,19 +26,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offramp.agents.corpus import load_corpus
-from offramp.agents.record import tokenize, window
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import tokenize, window
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
-from offramp.controller.policy import NeverExit
+from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
-from offramp.envs.pairs import COMPARED, PairFeatures
-from offramp.worker.actor import WorkerSpec, load_engine
-from offramp.worker.candidates import successor_table
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.follow import follow
-from offramp.worker.profile import describe_machine
-from offramp.worker.record import record_document
+from offramp.envs.traces.pairs import COMPARED, PairFeatures
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.follow import follow
+from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.recording.recorder import record_document
+from offramp.worker.spec import WorkerSpec, load_engine
 
 PROMPT = 32
 """Tokens of each document read at full depth first."""

@@ -36,16 +36,16 @@ from rich.table import Table
 from timing import Prices, Report, counted, hugging_face, ours, peak_mb
 from workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 
-from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.policy import ExitPolicy, NeverExit
+from offramp.controller.policies.protocols import ExitPolicy, NeverExit
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine, KVMode
-from offramp.worker.actor import freeze_heap
-from offramp.worker.config import EngineConfig
-from offramp.worker.profile import describe_machine
-from offramp.worker.profile_probes import random_policy
-from offramp.worker.schedule import LOCKSTEP, Schedule
-from offramp.worker.sequence import Sequence
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.profiling.profile_probes import random_policy
+from offramp.worker.spec import freeze_heap
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs import (
@@ -35,7 +35,7 @@ from offramp.envs import (
     TokenTraces,
     TraceStore,
 )
-from offramp.envs.sb3_vec_env import SequenceExitVecEnv, TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import SequenceExitVecEnv, TokenExitVecEnv
 
 Step = Callable[[NDArray[np.int64]], object]
 

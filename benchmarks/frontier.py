@@ -21,25 +21,30 @@ from pathlib import Path
 import torch
 
 from offramp.agents.evaluation.assess import AssessConfig
-from offramp.agents.evaluation.energy import Energy, measure_energy
-from offramp.agents.evaluation.field import train_field
-from offramp.agents.evaluation.hindsight import FAMILY as ORACLE
-from offramp.agents.evaluation.hindsight import measure_oracle
+from offramp.agents.evaluation.energy_ratios import Energy, measure_energy
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow, matched_row
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
-    comparisons,
     conditions,
     energy_section,
     gap_headline,
     gaps,
-    matched_points,
     savings_headline,
     volumes,
 )
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
-from offramp.agents.evaluation.tournament import (
+from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.recording.record import RecordConfig, record_traces
+from offramp.agents.recording.study import load_study
+from offramp.agents.training.train import INDEX, TrainConfig
+from offramp.controller.durable import write_durably
+from offramp.deploy.serve.serve_app import ray_session
+from offramp.research.field import train_field
+from offramp.research.hindsight import FAMILY as ORACLE
+from offramp.research.hindsight import measure_oracle
+from offramp.research.tournament import (
     Outcome,
     TournamentConfig,
     bench,
@@ -47,16 +52,10 @@ from offramp.agents.evaluation.tournament import (
     run_tournament,
     runs_of,
 )
-from offramp.agents.phat import PhatConfig
-from offramp.agents.ppo import PPOConfig
-from offramp.agents.record import RecordConfig, record_traces
-from offramp.agents.study import load_study
-from offramp.agents.train import INDEX, TrainConfig
-from offramp.controller.durable import write_durably
-from offramp.deploy.serve_app import ray_session
-from offramp.worker.actor import WorkerSpec
-from offramp.worker.config import EngineConfig
-from offramp.worker.engine import AdaptiveEngine
+from offramp.research.tournament_page import comparisons, matched_points
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.spec import WorkerSpec
 
 HEADLINE = (EDIT_SIMILARITY, 0.01)
 """The question: at most 1 % relative loss of line-completion edit similarity."""

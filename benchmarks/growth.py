@@ -23,9 +23,9 @@ from rich.table import Table
 from timing import hugging_face, ours
 from workload import ScriptedExit, build, exit_layer
 
-from offramp.controller.policy import NeverExit
+from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine, EngineConfig
-from offramp.worker.profile import describe_machine
+from offramp.worker.profiling.profile import describe_machine
 
 SHAPE = "smollm2-135m"
 NEW = 12

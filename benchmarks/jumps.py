@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.agents.chase import Chased, StateTable, SubsetGrid
-from offramp.agents.export import Weights
-from offramp.agents.jump_contenders import fit_state_phat
-from offramp.agents.jumps import JumpConfig, train_jumps
-from offramp.agents.phat import PhatConfig, logit
-from offramp.agents.ppo import PPOConfig
-from offramp.agents.study import Study, load_study
-from offramp.agents.warm import WarmConfig
-from offramp.envs.tokens import TokenTraces
+from offramp.agents.learning.export import Weights
+from offramp.agents.learning.jump_ppo import JumpConfig, train_jumps
+from offramp.agents.learning.phat import PhatConfig, logit
+from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.learning.warm import WarmConfig
+from offramp.agents.placing.chase import Chased, StateTable, SubsetGrid
+from offramp.agents.placing.jump_contenders import fit_state_phat
+from offramp.agents.recording.study import Study, load_study
+from offramp.envs.traces.tokens import TokenTraces
 
 PREFERENCES = (0.03, 0.06, 0.12, 0.25, 0.5)
 RESAMPLES = 2000

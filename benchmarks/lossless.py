@@ -26,7 +26,6 @@ from contest import Contender, compare, rows_of, show
 from rich.console import Console
 from timing import Report, hugging_face, ours
 
-from offramp.agents.corpus import Document, load_corpus
 from offramp.agents.drafting.choose import (
     Chosen,
     confident_grid,
@@ -35,19 +34,20 @@ from offramp.agents.drafting.choose import (
     static_grid,
     thompson_grid,
 )
-from offramp.agents.drafting.export import router_of
-from offramp.agents.drafting.ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.record import Continuations, record_continuations
-from offramp.agents.drafting.replay import at_exits, replay_decisions
-from offramp.agents.record import tokenize
-from offramp.controller.costs import CostTable
+from offramp.agents.drafting.continuations import Continuations, record_continuations
+from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
+from offramp.agents.drafting.draft_replay import at_exits, replay_decisions
+from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.record import tokenize
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray
-from offramp.controller.policy import NeverExit, Policy
-from offramp.envs.draft_core import MAX_PENDING
-from offramp.envs.tokens import TokenTraces
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.envs.cores.draft_core import MAX_PENDING
+from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.candidates import successor_table
-from offramp.worker.profile import describe_machine, measure_costs
+from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker.profiling.profile import describe_machine, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 
 MODEL = "models/reference"

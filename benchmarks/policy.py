@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3 import PPO
 
-from offramp.agents.export import ppo_weights
-from offramp.agents.normaliser import Normaliser
+from offramp.agents.learning.export import ppo_weights
+from offramp.agents.learning.normaliser import Normaliser
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
-from offramp.controller.mlp import MlpPolicy
-from offramp.worker.profile import describe_machine
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.profiling.samples import median_interval
 
 ROWS = (1, 8, 64, 1024)

@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from offramp.worker.actor import WorkerSpec, load_engine
-from offramp.worker.profile import describe_machine
-from offramp.worker.profile_probes import probe_costs
+from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.profiling.profile_probes import probe_costs
+from offramp.worker.spec import WorkerSpec, load_engine
 
 
 def main(

@@ -16,10 +16,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from workload import PROMPT_TOKENS
 
-from offramp.controller.policy import Policy
+from offramp.controller.policies.protocols import Policy
 from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
-from offramp.worker.attention import decode_window, ragged_window
-from offramp.worker.sequence import Sequence
+from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.model.attention import decode_window, ragged_window
 
 
 @dataclass

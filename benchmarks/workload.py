@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.worker.loading import load_model, load_tokenizer
+from offramp.worker.model.loading import load_model, load_tokenizer
 
 PROMPT_TOKENS = 64
 EXIT_AT = 1 / 6

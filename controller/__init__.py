@@ -1,6 +1,5 @@
 """The domain: policies, features, bundles, signatures, registry. Never loads torch or ray."""
 
-from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import OfframpError
 from offramp.controller.features import (
     CANDIDATES_V1,
@@ -10,9 +9,8 @@ from offramp.controller.features import (
     STATE_V1,
     FeatureSchema,
 )
-from offramp.controller.manifest import Manifest
-from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import (
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.protocols import (
     ExitPolicy,
     FixedExit,
     LearningPolicy,
@@ -21,9 +19,11 @@ from offramp.controller.policy import (
     ThresholdPolicy,
     Verdict,
 )
-from offramp.controller.publisher import Publisher
-from offramp.controller.redis_registry import RedisRegistry
-from offramp.controller.registry import InMemoryRegistry, PolicyRegistry
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import InMemoryRegistry, PolicyRegistry
 
 __all__ = [
     "CANDIDATES_V1",

@@ -2,26 +2,26 @@
 
 Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
 ``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. Stable-Baselines3 adapters are
-in ``offramp.envs.sb3_vec_env`` and ``offramp.envs.draft_sb3``: apart, so that this import stays
-light.
+in ``offramp.envs.adapters.sb3_vec_env`` and ``offramp.envs.adapters.draft_sb3``: apart, so that
+this import stays light.
 """
 
 import gymnasium as gym
 
-from offramp.envs.batch import Finals, StepBatch
-from offramp.envs.core import TokenExitCore
-from offramp.envs.draft_core import DraftExitCore
-from offramp.envs.draft_env import DraftExitEnv, DraftExitVectorEnv
-from offramp.envs.draft_tables import CandidateDrafts
-from offramp.envs.gym_env import TokenExitEnv
-from offramp.envs.live import LiveSession
-from offramp.envs.live_env import LiveExitEnv
-from offramp.envs.qualities import Quality, quality_names, register_quality
-from offramp.envs.sequence_core import SequenceExitCore
-from offramp.envs.sequence_env import SequenceExitEnv
-from offramp.envs.store import TraceStore
-from offramp.envs.tokens import TokenTraces
-from offramp.envs.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
+from offramp.envs.adapters.draft_env import DraftExitEnv, DraftExitVectorEnv
+from offramp.envs.adapters.sequence_env import SequenceExitEnv
+from offramp.envs.adapters.token_env import TokenExitEnv
+from offramp.envs.adapters.vector_env import SequenceExitVectorEnv, TokenExitVectorEnv
+from offramp.envs.cores.batch import Finals, StepBatch
+from offramp.envs.cores.draft_core import DraftExitCore
+from offramp.envs.cores.draft_tables import CandidateDrafts
+from offramp.envs.cores.sequence_core import SequenceExitCore
+from offramp.envs.cores.token_core import TokenExitCore
+from offramp.envs.live.live_env import LiveExitEnv
+from offramp.envs.live.session import LiveSession
+from offramp.envs.traces.qualities import Quality, quality_names, register_quality
+from offramp.envs.traces.store import TraceStore
+from offramp.envs.traces.tokens import TokenTraces
 
 __all__ = [
     "DRAFT_ENV_ID",
@@ -60,8 +60,8 @@ LIVE_ENV_ID = "offramp/LiveExit-v0"
 
 gym.register(
     id=ENV_ID,
-    entry_point="offramp.envs.gym_env:TokenExitEnv",
-    vector_entry_point="offramp.envs.vector_env:TokenExitVectorEnv",
+    entry_point="offramp.envs.adapters.token_env:TokenExitEnv",
+    vector_entry_point="offramp.envs.adapters.vector_env:TokenExitVectorEnv",
 )
 
 DRAFT_ENV_ID = "offramp/DraftExit-v0"
@@ -69,12 +69,12 @@ DRAFT_ENV_ID = "offramp/DraftExit-v0"
 
 gym.register(
     id=DRAFT_ENV_ID,
-    entry_point="offramp.envs.draft_env:DraftExitEnv",
-    vector_entry_point="offramp.envs.draft_env:DraftExitVectorEnv",
+    entry_point="offramp.envs.adapters.draft_env:DraftExitEnv",
+    vector_entry_point="offramp.envs.adapters.draft_env:DraftExitVectorEnv",
 )
 gym.register(
     id=SEQUENCE_ENV_ID,
-    entry_point="offramp.envs.sequence_env:SequenceExitEnv",
-    vector_entry_point="offramp.envs.vector_env:SequenceExitVectorEnv",
+    entry_point="offramp.envs.adapters.sequence_env:SequenceExitEnv",
+    vector_entry_point="offramp.envs.adapters.vector_env:SequenceExitVectorEnv",
 )
-gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live_env:LiveExitEnv")
+gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live.live_env:LiveExitEnv")

@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 from typer import Option
 
-from offramp.agents.corpus import load_corpus
-from offramp.worker.loading import load_model, load_tokenizer
+from offramp.agents.recording.corpus import load_corpus
+from offramp.worker.model.loading import load_model, load_tokenizer
 
 Curriculum = Literal["rotational", "gradual"]
 EVALUATED = 32  # held-out windows

@@ -18,18 +18,18 @@ import torch
 import typer
 from typer import Argument, Option
 
-from offramp.agents.corpus import Document, load_corpus
-from offramp.agents.drafting.export import router_of
-from offramp.agents.drafting.ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.record import Continuations, record_continuations
-from offramp.agents.drafting.replay import replay_drafts
-from offramp.agents.record import tokenize
-from offramp.controller.bundle import PolicyBundle
-from offramp.controller.policy import NeverExit, Policy
-from offramp.controller.weights import pack_policy
+from offramp.agents.drafting.continuations import Continuations, record_continuations
+from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
+from offramp.agents.drafting.draft_replay import replay_drafts
+from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.record import tokenize
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.candidates import successor_table
-from offramp.worker.profile import measure_costs
+from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 
 PROMPT = 64

@@ -1,13 +1,13 @@
 """Early-exit decoding of Hugging Face causal LMs."""
 
-from offramp.worker.completion import Completion
-from offramp.worker.config import EngineConfig
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.hf_generate import early_exit
-from offramp.worker.sampling import SamplingParams
-from offramp.worker.schedule import LOCKSTEP, Schedule
-from offramp.worker.sequence import CompletionStats, KVMode, TokenEvent
-from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.decoding.sequence import CompletionStats, KVMode, TokenEvent
+from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.engine.completion import Completion
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.hf.hf_generate import early_exit
 
 __all__ = [
     "FULL_DEPTH",

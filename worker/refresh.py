@@ -17,12 +17,12 @@ from offramp.controller.errors import (
     Refusal,
     RegistryUnavailableError,
 )
-from offramp.controller.manifest import Manifest
-from offramp.controller.policy import Policy
-from offramp.controller.registry import Ack, AckState, Head, PolicyRegistry
-from offramp.controller.trust import Mark, ReleaseVerifier
-from offramp.controller.weights import MAX_BLOB_BYTES, digest_of
-from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.weights import MAX_BLOB_BYTES, digest_of
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
+from offramp.controller.release.trust import Mark, ReleaseVerifier
+from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
 

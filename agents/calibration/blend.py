@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from offramp.controller.mlp import MlpPolicy
-from offramp.controller.net import Weights
-from offramp.controller.policy import Policy
-from offramp.controller.router import MlpRouter
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.net import Weights
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.router import MlpRouter
 
 
 def can_blend(first: Policy, last: Policy) -> bool:

@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load
 
-from offramp.agents.calibration.families import Family
-from offramp.agents.calibration.losses import (
-    CalibrationDocument,
-    LossSource,
-    data_digest,
-)
-from offramp.agents.calibration.pvalues import Losses, least_units
-from offramp.agents.calibration.walk import (
+from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     OnStep,
     Outcome,
@@ -25,11 +18,18 @@ from offramp.agents.calibration.walk import (
     learn_then_test,
     require_share,
 )
-from offramp.controller.bundle import PolicyBundle
-from offramp.controller.certificate import Certificate, DecodeMode, Method, Unit
+from offramp.agents.calibration.losses import (
+    CalibrationDocument,
+    LossSource,
+    data_digest,
+)
+from offramp.agents.calibration.pvalues import Losses, least_units
+from offramp.agents.calibration.setting_families import Family
 from offramp.controller.errors import ConfigError
-from offramp.controller.weights import pack_policy
-from offramp.worker.engine import AdaptiveEngine
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.certificate import Certificate, DecodeMode, Method, Unit
+from offramp.worker.engine.engine import AdaptiveEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,10 @@ from offramp.agents.calibration.losses import CalibrationDocument, serving_mode
 from offramp.agents.calibration.pvalues import Losses
 from offramp.agents.evaluation.lines import Line, complete, cut_lines, edit_similarity
 from offramp.agents.evaluation.statistics import Floats
-from offramp.controller.certificate import DecodeMode, Unit
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.policy import NeverExit, Policy
-from offramp.worker.engine import AdaptiveEngine
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.release.certificate import DecodeMode, Unit
+from offramp.worker.engine.engine import AdaptiveEngine
 
 LINES = 4
 """Lines completed in each document at most."""

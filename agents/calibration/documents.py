@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offramp.agents.calibration.losses import CalibrationDocument
-from offramp.agents.corpus import Document, load_corpus
-from offramp.agents.record import SPLIT, tokenize, window
+from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.record import SPLIT, tokenize, window
 from offramp.controller.errors import ConfigError, TraceError
 
 BATCH = 64

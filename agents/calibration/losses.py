@@ -20,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.agents.calibration.pvalues import Losses
-from offramp.agents.replay import exits_taken
-from offramp.controller.certificate import DecodeMode, Unit
+from offramp.agents.placing.replay import exits_taken
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, IntArray
-from offramp.controller.policy import NeverExit, Policy
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.release.certificate import DecodeMode, Unit
 from offramp.controller.traces import TraceHeader
-from offramp.envs.tokens import TokenTraces
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.follow import follow
-from offramp.worker.record import record_document
+from offramp.envs.traces.tokens import TokenTraces
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.follow import follow
+from offramp.worker.recording.recorder import record_document
 
 DISAGREEMENT = "disagreement"
 """1 where the token differs from full depth's under the same history, else 0."""

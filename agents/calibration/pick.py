@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.controller.energy import EnergyMethod
+from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
 
 EVALUATION = "evaluation.json"

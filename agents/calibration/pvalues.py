@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.controller.certificate import Method
 from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.release.certificate import Method
 
 Losses = NDArray[np.float64]
 PValue = Callable[[Losses, float], float]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.drafting.replay import DraftReplay, at_exits, replay_drafts
-from offramp.controller.costs import CostTable
-from offramp.controller.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.agents.drafting.draft_replay import DraftReplay, at_exits, replay_drafts
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray
-from offramp.controller.policy import RoutingPolicy
-from offramp.envs.draft_core import MAX_PENDING, DraftExitCore
-from offramp.envs.tokens import TokenTraces
+from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.policies.protocols import RoutingPolicy
+from offramp.envs.cores.draft_core import MAX_PENDING, DraftExitCore
+from offramp.envs.traces.tokens import TokenTraces
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """η tried for the confidence stop."""

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.contenders import LEARNED, Contender
-from offramp.agents.corpus import load_corpus
-from offramp.agents.evaluation.energy import Energy, energy_of, metered
+from offramp.agents.evaluation.energy_ratios import Energy, energy_of, metered
 from offramp.agents.evaluation.matched import (
     TARGETS,
     MatchedRow,
@@ -33,9 +31,11 @@ from offramp.agents.evaluation.measure import (
 )
 from offramp.agents.evaluation.rows import Clock, EvaluationRow, Measured, evaluation_row
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
+from offramp.agents.placing.contenders import LEARNED, Contender
+from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError
 from offramp.worker.energy import open_meter
-from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.engine.engine import AdaptiveEngine
 
 OnRun = Callable[[str, int, int], None]
 

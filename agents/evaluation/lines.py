@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from offramp.controller.policy import Policy
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.sampling import SamplingParams
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.engine import AdaptiveEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.agents.corpus import Document
 from offramp.agents.evaluation.lines import (
     Line,
     complete,
@@ -21,15 +20,16 @@ from offramp.agents.evaluation.lines import (
 )
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
-from offramp.agents.record import tokenize, window
-from offramp.controller.energy import EnergyReading
+from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.record import tokenize, window
+from offramp.controller.costs.readings import EnergyReading
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.policy import NeverExit, Policy
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.worker.decoding.sequence import Sequence as Row
 from offramp.worker.energy import Meter
 from offramp.worker.energy.meter import NoSource
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.follow import Followed, follow
-from offramp.worker.sequence import Sequence as Row
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.follow import Followed, follow
 
 BLOCK = 6
 """Policies timed between two runs of full depth, so that both ends of a ratio are neighbours."""

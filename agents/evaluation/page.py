@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from offramp.agents.evaluation.bars import Gap, Take, draw_energy
-from offramp.agents.evaluation.energy import Energy
-from offramp.agents.evaluation.matched import MatchedRow, saves_more, time_difference
+from offramp.agents.evaluation.energy_ratios import Energy
+from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.plots import Point
 from offramp.agents.evaluation.report import Section, Table, interval
 from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
 from offramp.agents.evaluation.statistics import Estimate, Resample
-from offramp.agents.evaluation.tournament import Outcome
-from offramp.controller.energy import EnergyMethod
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.profile import describe_machine
+from offramp.controller.costs.readings import EnergyMethod
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.profiling.profile import describe_machine
 
 NO_ENERGY = (
     "Nothing on this machine measured energy, so nothing is said of it (method: unavailable). "
@@ -171,37 +169,6 @@ def volumes(measured: Sequence[Measured], metrics: Sequence[Metric]) -> Section:
     return Section("Hypervolume", text, table=Table(head, rows))
 
 
-def comparisons(
-    runs: Mapping[str, Sequence[Measured]], pairs: Sequence[tuple[str, str]]
-) -> Section:
-    """Pairs of families at one target: who takes less time, and how surely.
-
-    Args:
-        runs: Each family's picks, measured on test documents.
-        pairs: Names of two families each; those that did not take part are left out.
-    """
-    rows = []
-    for mine, theirs in pairs:
-        if mine not in runs or theirs not in runs:
-            continue
-        apart = time_difference(runs[mine], runs[theirs])
-        chance = saves_more(runs[mine], runs[theirs])
-        rows.append(
-            (
-                f"{mine} – {theirs}",
-                f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]",
-                f"{chance.value:.2f} [{chance.low:.2f}, {chance.high:.2f}]",
-            )
-        )
-    text = (
-        "Difference of wall ratios (below 0: the first is faster), and the probability that a run "
-        "of the first takes less time than one of the second on a document (Agarwal et al. 2021; "
-        "0.5: as often as not)."
-    )
-    head = ("pair", "difference of wall ratios", "P(first is faster)")
-    return Section("Who is ahead at matched quality", text, table=Table(head, rows))
-
-
 def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: float) -> str:
     """Who saves most at a target, in one sentence."""
     mine = [r for r in rows if r.metric == metric.name and r.target_loss == target_loss]
@@ -224,22 +191,3 @@ def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: fl
         f"{best.wall_ratio_high:.3f}] of full depth's on test, {kept} the target there "
         f"({100 * best.loss:+.1f} % [{100 * best.loss_low:+.1f}, {100 * best.loss_high:+.1f}])."
     )
-
-
-def matched_points(outcome: Outcome, metrics: Sequence[Metric]) -> dict[str, list[Point]]:
-    """Everything picked for any target, on test documents; each point the mean over its seeds."""
-    groups = {
-        (family, picked): [outcome.test[index] for index in picked]
-        for families in outcome.picks.values()
-        for family, picked in families.items()
-        if any(picked)
-    }
-    full = outcome.test[0]
-    return {
-        metric.name: [
-            replace(frontier_point(runs, full, metric), family=family)
-            for (family, _), runs in groups.items()
-        ]
-        for metric in metrics
-        if metric.is_measured(full.scores)
-    }

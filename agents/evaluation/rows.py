@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.evaluation.energy import Metered
+from offramp.agents.evaluation.energy_ratios import Metered
 from offramp.agents.evaluation.scores import (
     ACCURACY,
     AGREEMENT,
@@ -30,7 +30,7 @@ from offramp.agents.evaluation.statistics import (
     resampled,
     with_interval,
 )
-from offramp.agents.placing import Contender
+from offramp.agents.placing.placing import Contender
 
 REFERENCE_POINT = (1.0, 0.9)
 """Of the hypervolume: full depth's own time, and nine tenths of its quality."""

@@ -14,15 +14,16 @@ import numpy as np
 import ray
 import torch
 
-from offramp.agents.export import Weights
+from offramp.agents.learning.export import Weights
 from offramp.agents.onpolicy.rollout import RecordingRouter, Rollout
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import FeatureSchema, IntArray
-from offramp.controller.router import MlpRouter
-from offramp.worker.actor import ModelFacts, WorkerSpec, describe, load_engine
-from offramp.worker.sequence import KVMode
-from offramp.worker.sequence import Sequence as Row
-from offramp.worker.stack import LayerStack
+from offramp.controller.policies.router import MlpRouter
+from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.sequence import Sequence as Row
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.recording.recording_actor import ModelFacts, describe
+from offramp.worker.spec import WorkerSpec, load_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

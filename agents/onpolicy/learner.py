@@ -17,17 +17,17 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 
-from offramp.agents.actor import JumpActor, actor_options
-from offramp.agents.export import Weights
-from offramp.agents.game import StoppingGame
-from offramp.agents.jumps import JumpAgent, invalid_actions
-from offramp.agents.normaliser import Normaliser
+from offramp.agents.learning.actor import JumpActor, actor_options
+from offramp.agents.learning.export import Weights
+from offramp.agents.learning.game import StoppingGame
+from offramp.agents.learning.jump_ppo import JumpAgent, invalid_actions
+from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.routers import folded_layers, router_of, start_layer
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
-from offramp.agents.resuming import segment_seed
-from offramp.agents.routers import folded_layers, router_of, start_layer
+from offramp.agents.training.resuming import segment_seed
 from offramp.controller.features import OUTLOOK_V1, FloatArray, IntArray
-from offramp.controller.router import MlpRouter
+from offramp.controller.policies.router import MlpRouter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

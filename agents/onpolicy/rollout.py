@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policy import IndexArray, Verdict
-from offramp.controller.router import MlpRouter
+from offramp.controller.policies.protocols import IndexArray, Verdict
+from offramp.controller.policies.router import MlpRouter
 
 UNKNOWN = -1
 """Of a token that full depth has not judged."""

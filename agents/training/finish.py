@@ -8,20 +8,20 @@ from pathlib import Path
 
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.contenders import Contender
-from offramp.agents.corpus import load_corpus
-from offramp.agents.jump_contenders import JUMPING, fit_state_phat, jump_contenders
-from offramp.agents.jumps import game_of
+from offramp.agents.learning.jump_ppo import game_of
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner
-from offramp.agents.onpolicy.run import Tokens, run_onpolicy
-from offramp.agents.record import tokenize, window
-from offramp.agents.train import load_contenders, save_contenders
-from offramp.agents.training.run import StagedRun
+from offramp.agents.onpolicy.onpolicy import Tokens, run_onpolicy
+from offramp.agents.placing.contenders import Contender
+from offramp.agents.placing.jump_contenders import JUMPING, fit_state_phat, jump_contenders
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import tokenize, window
+from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train import load_contenders, save_contenders
 from offramp.controller.errors import ConfigError
-from offramp.controller.policy import NeverExit
-from offramp.worker.actor import WorkerSpec
-from offramp.worker.config import EngineConfig
+from offramp.controller.policies.protocols import NeverExit
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.spec import WorkerSpec
 
 ONPOLICY = "PPO on-policy"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from offramp.agents.resuming import CHECKPOINT
-from offramp.agents.training.config import RunConfig
 from offramp.agents.training.finish import finish
-from offramp.agents.training.run import train_staged
+from offramp.agents.training.resuming import CHECKPOINT
+from offramp.agents.training.run_config import RunConfig
+from offramp.agents.training.staged import train_staged
 from offramp.controller.errors import ConfigError
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from offramp.worker.stack import LayerStack
-from offramp.worker.translators import ExitTranslators, Translator
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.translators import ExitTranslators, Translator
 
 BLOCK_VALUES = 2**23
 """Logits held at a time (32 MiB in float32); longer batches go through the head in blocks."""

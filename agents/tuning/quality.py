@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.agents.tuning.distil import blocks, kl_of_logits, states_at
-from offramp.worker.stack import LayerStack
-from offramp.worker.translators import ExitTranslators
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.translators import ExitTranslators
 
 RESAMPLES = 2000
 """Bootstrap draws of documents."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.agents.corpus import Document
+from offramp.agents.recording.corpus import Document
 from offramp.controller.errors import ConfigError, TraceError
 
 Encode = Callable[[str], list[int]]

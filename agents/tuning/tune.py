@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from offramp.agents.corpus import Document, load_corpus
-from offramp.agents.record import window
-from offramp.agents.study import save_candidates
-from offramp.agents.tuning.checkpoint import Checkpoint
-from offramp.agents.tuning.config import TuneConfig, require_exits, require_fit
+from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.record import window
+from offramp.agents.recording.study import save_candidates
 from offramp.agents.tuning.distil import (
     TrainableTranslator,
     backward,
@@ -27,18 +25,20 @@ from offramp.agents.tuning.distil import (
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
+from offramp.agents.tuning.tune_checkpoint import Checkpoint
+from offramp.agents.tuning.tune_config import TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.worker.candidates import successor_table
-from offramp.worker.families import stack_for
-from offramp.worker.loading import (
+from offramp.worker.model.families import stack_for
+from offramp.worker.model.loading import (
     load_model,
     load_tokenizer,
     model_fingerprint,
     parse_dtype,
     require_device,
 )
-from offramp.worker.stack import LayerStack
-from offramp.worker.translators import ExitTranslators
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.translators import ExitTranslators
+from offramp.worker.probes.candidates.successors import successor_table
 
 PLOT = "tune.png"
 WARM_UP_SHARE = 0.05

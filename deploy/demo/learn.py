@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from offramp.agents.contenders import Contender
-from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.phat import PhatConfig
-from offramp.agents.ppo import PPOConfig
-from offramp.agents.record import RecordConfig, RecordReport, record_traces
-from offramp.agents.study import Study, load_study
-from offramp.agents.train import TrainConfig, train
-from offramp.deploy.commands.evaluating import SLOTS, save_assessment
-from offramp.deploy.console import console, evaluation_table, progress
-from offramp.deploy.demo.config import DemoConfig
-from offramp.worker.actor import WorkerSpec, load_engine
+from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.placing.contenders import Contender
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
+from offramp.agents.recording.study import Study, load_study
+from offramp.agents.training.train import TrainConfig, train
+from offramp.deploy.cli.console import console, evaluation_table, progress
+from offramp.deploy.cli.evaluating import SLOTS, save_assessment
+from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.worker.spec import WorkerSpec, load_engine
 
 
 @dataclass(frozen=True, slots=True)

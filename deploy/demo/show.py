@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from offramp.deploy.console import console
+from offramp.deploy.cli.console import console
 from offramp.deploy.demo.traffic import StreamRecord, tokens_per_s
 
 DEPTH_STYLES = ("green", "cyan", "yellow", "magenta", "red")

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from offramp.controller.bundle import PolicyBundle
 from offramp.controller.errors import RegistryUnavailableError
-from offramp.controller.policy import NeverExit
-from offramp.controller.publisher import Publisher
-from offramp.controller.registry import AckState, PolicyRegistry
-from offramp.controller.weights import pack_policy
-from offramp.deploy.commands.control import release_bundle
+from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.registry import AckState, PolicyRegistry
+from offramp.deploy.cli.control import release_bundle
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
-from offramp.worker.actor import ModelFacts
+from offramp.worker.recording.recording_actor import ModelFacts
 
 ACK_DEADLINE_S = 60.0
 ACK_POLL_S = 0.005

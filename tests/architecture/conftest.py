@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("controller", "worker", "envs", "agents", "deploy")
+FOLDERS = ("controller", "worker", "envs", "agents", "deploy", "research")
 
 
 @pytest.fixture(scope="session")

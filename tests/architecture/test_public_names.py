@@ -13,7 +13,7 @@ TABLE: dict[str, list[str]] = json.loads(
 )
 PACKAGES = [
     f"offramp.{name}"
-    for name in ("agents", "controller", "deploy", "envs", "worker", "worker.families")
+    for name in ("agents", "controller", "deploy", "envs", "worker", "worker.model.families")
 ]
 
 

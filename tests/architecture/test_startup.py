@@ -12,7 +12,7 @@ def loaded_by(command: str) -> set[str]:
     """Heavy packages that a fresh process has loaded once the command's options are known."""
     program = (
         "import sys\n"
-        "from offramp.deploy.cli import build_app\n"
+        "from offramp.deploy.cli.main import build_app\n"
         f"build_app([{command!r}])\n"
         f"print(*[name for name in {HEAVY!r} if name in sys.modules])\n"
     )

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-FOLDERS = ("controller", "worker", "envs", "agents", "deploy")
+FOLDERS = ("controller", "worker", "envs", "agents", "deploy", "research")
 ROW = re.compile(r"^\| `([\w/]+\.py)` \| (.+) \|$", re.MULTILINE)
 PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w/]+\.py)`")
 

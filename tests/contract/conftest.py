@@ -13,20 +13,20 @@ import pytest
 import redis
 from safetensors.numpy import load, save
 
-from offramp.controller.bundle import PolicyBundle
-from offramp.controller.codec import Tensors
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.ledger import Ledger
-from offramp.controller.manifest import Manifest
-from offramp.controller.mlp import MlpPolicy
-from offramp.controller.policy import ExitPolicy, NeverExit
-from offramp.controller.publisher import Publisher, Release
-from offramp.controller.redis_registry import RedisRegistry
-from offramp.controller.registry import Head, InMemoryRegistry, PolicyRegistry
-from offramp.controller.signing import SigningKey, load_or_create_key, trusted_keys
-from offramp.controller.trust import ReleaseVerifier
-from offramp.controller.weights import digest_of, pack_policy
-from offramp.deploy.redis_server import EmbeddedRedis
+from offramp.controller.policies.codec import Tensors
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.protocols import ExitPolicy, NeverExit
+from offramp.controller.policies.weights import digest_of, pack_policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.publisher import Publisher, Release
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import Head, InMemoryRegistry, PolicyRegistry
+from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
+from offramp.controller.release.trust import ReleaseVerifier
+from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.refresh import PolicyRefresher
 
 MODEL, TOKENIZER = "aa11", "bb22"

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.controller.certificate import Certificate
 from offramp.controller.errors import (
     ConfigError,
     PolicyRefusedError,
     PromoteConflictError,
     Refusal,
 )
-from offramp.controller.ledger import Ledger
-from offramp.controller.manifest import Manifest, Rollout
-from offramp.controller.policy import NeverExit
-from offramp.controller.publisher import Publisher
-from offramp.controller.registry import AckState
-from offramp.controller.signing import STAMP_MAGIC, open_envelope, trusted_keys
-from offramp.controller.trust import Stamp
-from offramp.controller.weights import pack_policy
+from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.manifest import Manifest, Rollout
+from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.registry import AckState
+from offramp.controller.release.signing import STAMP_MAGIC, open_envelope, trusted_keys
+from offramp.controller.release.trust import Stamp
 from support.certificates import certificate
 
 Site = Any

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import PolicyRefusedError, PromoteConflictError, Refusal
-from offramp.controller.redis_registry import RedisRegistry
-from offramp.controller.registry import Ack, AckState, Head, PolicyRegistry
-from offramp.controller.weights import digest_of
+from offramp.controller.policies.weights import digest_of
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 
 BLOB = b"weights"
 DIGEST = digest_of(BLOB)

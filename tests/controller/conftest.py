@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.controller.bundle import PolicyBundle
 from offramp.controller.features import CANDIDATES_V1, FloatArray
-from offramp.controller.mlp import MlpPolicy
-from offramp.controller.signing import SigningKey, load_or_create_key
-from offramp.controller.weights import pack_policy
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.signing import SigningKey, load_or_create_key
 from support.certificates import certificate
 
 

@@ -9,8 +9,8 @@ import offramp.controller
 SCRIPT = """
 import importlib, pkgutil, sys
 import offramp.controller
-for module in pkgutil.iter_modules(offramp.controller.__path__):
-    importlib.import_module(f"offramp.controller.{module.name}")
+for module in pkgutil.walk_packages(offramp.controller.__path__, "offramp.controller."):
+    importlib.import_module(module.name)
 %s
 print(sorted({"torch", "ray", "transformers", "stable_baselines3"} & sys.modules.keys()))
 print(sum(name.startswith("offramp.controller.") for name in sys.modules))
@@ -25,7 +25,7 @@ def loaded(extra: str) -> list[str]:
 def test_the_controller_loads_neither_torch_nor_ray() -> None:
     heavy, count = loaded("")[:2]
     assert heavy == "[]"
-    files = list(Path(offramp.controller.__path__[0]).glob("[!_]*.py"))
+    files = list(Path(offramp.controller.__path__[0]).rglob("[!_]*.py"))
     assert int(count) >= len(files) > 10
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from offramp.controller.policy import FixedExit
-from offramp.deploy.cli import main
-from offramp.deploy.http_app import create_app
+from offramp.controller.policies.protocols import FixedExit
+from offramp.deploy.cli.main import main
+from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
-from offramp.worker.service import EngineService
-from offramp.worker.snapshot import PolicySnapshot
+from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.engine.service import EngineService
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 POLICY = PolicySnapshot(7, "d" * 64, FixedExit(6))

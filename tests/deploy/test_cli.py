@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from offramp.deploy.demo.config import MARKER
-from offramp.deploy.redis_server import EmbeddedRedis
+from offramp.deploy.demo.demo_config import MARKER
+from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 NOWHERE = "redis://127.0.0.1:1"
 BAD_MODELS = {

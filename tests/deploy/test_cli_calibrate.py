@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.assess import AssessConfig, assess
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.study import save_candidates
-from offramp.agents.train import load_contenders
-from offramp.controller.bundle import PolicyBundle
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.study import save_candidates
+from offramp.agents.training.train import load_contenders
 from offramp.controller.features import SOFTMAX_V2
-from offramp.controller.policy import FixedExit, NeverExit, Policy, ThresholdPolicy
-from offramp.controller.weights import pack_policy
-from offramp.deploy.commands.calibrating import NOTHING_CERTIFIED
-from offramp.deploy.commands.evaluating import save_assessment
-from offramp.deploy.redis_server import EmbeddedRedis
-from offramp.deploy.serve_app import describe_policy
+from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.deploy.cli.calibrating import NOTHING_CERTIFIED
+from offramp.deploy.cli.evaluating import save_assessment
+from offramp.deploy.serve.redis_server import EmbeddedRedis
+from offramp.deploy.serve.serve_app import describe_policy
 from offramp.worker import AdaptiveEngine
-from offramp.worker.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 EXITS = (3, 6, 9)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.deploy.commands import learning, options, serving
-from offramp.deploy.demo.config import DemoConfig
-from offramp.deploy.serve_app import PoolConfig
+from offramp.deploy.cli import learning, options, serving
+from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.deploy.serve.serve_app import PoolConfig
 from offramp.worker import AdaptiveEngine, EngineConfig, Schedule
-from offramp.worker.actor import WorkerSpec, load_engine
-from offramp.worker.translators import ExitTranslators, Translator
+from offramp.worker.model.translators import ExitTranslators, Translator
+from offramp.worker.spec import WorkerSpec, load_engine
 
 Untouched = Callable[[], None]
 

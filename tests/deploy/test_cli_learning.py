@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.agents.corpus import load_corpus, write_split
-from offramp.agents.record import SPLIT
-from offramp.agents.study import load_study, save_candidates, save_measured
-from offramp.agents.train import load_contenders
-from offramp.controller.bundle import PolicyBundle
-from offramp.controller.cost_file import save_costs
-from offramp.controller.costs import CostTable
+from offramp.agents.recording.corpus import load_corpus, write_split
+from offramp.agents.recording.record import SPLIT
+from offramp.agents.recording.study import load_study, save_candidates, save_measured
+from offramp.agents.training.train import load_contenders
+from offramp.controller.costs.cost_file import save_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.policy import NeverExit
+from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
-from offramp.controller.weights import pack_policy
-from offramp.deploy.commands.evaluating import require_recorded
-from offramp.envs.store import TraceStore
-from offramp.worker.actor import ModelFacts
-from support.costs import measured
+from offramp.deploy.cli.evaluating import require_recorded
+from offramp.envs.traces.store import TraceStore
+from offramp.worker.recording.recording_actor import ModelFacts
+from support.cost_tables import measured
 from support.documents import make_corpus
 from support.recordings import make_recording
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from offramp.deploy.http_app import create_app
+from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.service import EngineService
+from offramp.worker.engine.service import EngineService
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}

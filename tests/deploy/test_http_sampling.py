@@ -13,10 +13,10 @@ import pytest
 from fastapi import FastAPI
 
 from offramp.controller.errors import OverloadedError, RequestError
-from offramp.deploy.replies import legacy_logprobs, token_namer
+from offramp.deploy.http.replies import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine, Completion, PolicySnapshot, SamplingParams
-from offramp.worker.sequence import TokenEvent
-from offramp.worker.service import EngineService
+from offramp.worker.decoding.sequence import TokenEvent
+from offramp.worker.engine.service import EngineService
 
 PROMPT = "import os\n\ndef "
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}

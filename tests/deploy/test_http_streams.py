@@ -14,9 +14,9 @@ import pytest
 from fastapi import FastAPI
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.http_app import create_app
+from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.service import EngineService
+from offramp.worker.engine.service import EngineService
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}

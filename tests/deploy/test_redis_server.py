@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from offramp.controller.errors import ConfigError, RegistryUnavailableError
-from offramp.deploy.redis_server import EmbeddedRedis
+from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 
 def alive(pid: int) -> bool:

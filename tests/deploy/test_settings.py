@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.redis_registry import RedisRegistry
-from offramp.deploy.publishing import open_registry
-from offramp.deploy.settings import Settings
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.deploy.serve.publishing import open_registry
+from offramp.deploy.serve.settings import Settings
 
 
 def refused(**environment: str) -> ConfigError:

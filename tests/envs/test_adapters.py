@@ -19,10 +19,10 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import offramp.envs
-import offramp.envs.gym_env
-import offramp.envs.live_env
-import offramp.envs.sequence_env
-from offramp.controller.costs import CostTable
+import offramp.envs.adapters.sequence_env
+import offramp.envs.adapters.token_env
+import offramp.envs.live.live_env
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray
 from offramp.controller.traces import TraceChunk, TraceHeader
@@ -37,7 +37,7 @@ from offramp.envs import (
     TokenTraces,
     TraceStore,
 )
-from offramp.envs.sb3_vec_env import TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (ENV_ID, {}),
@@ -82,12 +82,16 @@ def test_the_checkers_can_fail(
 
 def test_every_registered_id_of_ours_is_checked_here() -> None:
     ours = {name for name in gym.registry if name.startswith("offramp/")}
-    # The live one needs an engine: tests/agents/test_live.py checks it; test_draft.py its own.
+    # The live one needs an engine: test_live.py checks it; test_draft.py checks its own.
     assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID, DRAFT_ENV_ID}
 
 
 def test_the_docstring_example_runs() -> None:
-    for module in (offramp.envs.gym_env, offramp.envs.sequence_env, offramp.envs.live_env):
+    for module in (
+        offramp.envs.adapters.token_env,
+        offramp.envs.adapters.sequence_env,
+        offramp.envs.live.live_env,
+    ):
         results = doctest.testmod(module)
         assert results.attempted > 10
         assert not results.failed

@@ -16,8 +16,8 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
-from offramp.envs.draft_sb3 import DraftExitVecEnv
-from support.costs import measured
+from offramp.envs.adapters.draft_sb3 import DraftExitVecEnv
+from support.cost_tables import measured
 from support.drafting import SlowEpisode, drafted_traces
 
 MODEL = "ab" * 32

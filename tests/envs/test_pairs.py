@@ -13,10 +13,10 @@ import pytest
 from offramp.controller.features import CANDIDATES_V1, FloatArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
-from offramp.envs.pairs import PairFeatures
+from offramp.envs.traces.pairs import PairFeatures
 from offramp.worker import AdaptiveEngine
-from offramp.worker.candidates import successor_table
-from offramp.worker.record import record_document
+from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker.recording.recorder import record_document
 from support.models import VOCAB, make_model
 
 EXITS = (1, 2, 3, 4)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SKETCH_V1
 from offramp.envs import SequenceExitCore, TokenExitCore, TokenExitEnv, TokenTraces
-from offramp.envs.tariff import Tariff
-from support.costs import measured
+from offramp.envs.charges.tariff import Tariff
+from support.cost_tables import measured
 from support.probing import Invented, invent
 
 EXITS = (2, 4, 5, 7)

@@ -15,11 +15,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecMonitor
 
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.envs import TokenTraces
-from offramp.envs.sb3_vec_env import TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
 
 ENVS, STEPS = 6, 16
 

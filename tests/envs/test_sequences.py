@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.envs import SequenceExitCore, TokenTraces
-from offramp.envs.sb3_vec_env import SequenceExitVecEnv
-from support.costs import measured
+from offramp.envs.adapters.sb3_vec_env import SequenceExitVecEnv
+from support.cost_tables import measured
 from support.probing import Invented, invent
 
 EXITS = 4

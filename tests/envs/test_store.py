@@ -18,7 +18,7 @@ import pytest
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs import TokenTraces, TraceStore
-from offramp.envs.store import open_traces
+from offramp.envs.traces.store import open_traces
 
 
 @pytest.fixture

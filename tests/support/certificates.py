@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.controller.certificate import Certificate, Walked
+from offramp.controller.release.certificate import Certificate, Walked
 
 WALKED = (
     Walked(setting=4.0, risk=0.001, p_value=1e-9, passed=True),

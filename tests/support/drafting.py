@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from offramp.controller.costs import CostTable
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs import TokenTraces

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.corpus import Document, load_corpus
-from offramp.agents.record import tokenize
-from offramp.agents.study import save_candidates, save_measured
+from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.record import tokenize
+from offramp.agents.recording.study import save_candidates, save_measured
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
-from offramp.envs.store import TraceStore
-from offramp.worker.actor import ModelFacts
-from offramp.worker.candidates import successor_table
-from offramp.worker.loading import load_model, model_fingerprint
-from support.costs import measured
+from offramp.envs.traces.store import TraceStore
+from offramp.worker.model.loading import load_model, model_fingerprint
+from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker.recording.recording_actor import ModelFacts
+from support.cost_tables import measured
 from support.models import REFERENCE
 
 EXITS = (3, 6, 9)

@@ -16,8 +16,8 @@ import torch
 
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.worker import AdaptiveEngine, SamplingParams, TokenEvent
-from offramp.worker.sequence import KVMode, Request
-from offramp.worker.sequence import Sequence as Row
+from offramp.worker.decoding.sequence import KVMode, Request
+from offramp.worker.decoding.sequence import Sequence as Row
 from support.models import LAYERS
 
 RAGGED = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from offramp.controller.errors import RequestError
-from offramp.controller.policy import FixedExit
+from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import (
     AdaptiveEngine,
     EngineConfig,

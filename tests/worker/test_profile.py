@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.energy import EnergyMethod
+from offramp.controller.costs.prices import LEAST_REPEATS, Timing
+from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import LEAST_REPEATS, Timing
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.actor import TraceRecorder, WorkerSpec
-from offramp.worker.config import EngineConfig
+from offramp.worker.decoding.schedule import Schedule
 from offramp.worker.energy import COEFFICIENTS
-from offramp.worker.profile import measure_costs
-from offramp.worker.profile_probes import random_policy
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.joules import PartEnergy
 from offramp.worker.profiling.loop import (
     PROCESSOR,
@@ -33,9 +31,12 @@ from offramp.worker.profiling.loop import (
     decode_steps,
     span_pass,
 )
+from offramp.worker.profiling.profile import measure_costs
+from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import Key, Samples, median_interval
-from offramp.worker.schedule import Schedule
+from offramp.worker.recording.recording_actor import TraceRecorder
+from offramp.worker.spec import WorkerSpec
 from support.models import LAYERS, REFERENCE, VOCAB, make_model
 
 EXITS = (1, 3)
@@ -161,7 +162,7 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
 def test_a_recorder_measures_what_its_slots_and_exits_allow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offramp.worker.actor.RECORD_S", 0.0)
+    monkeypatch.setattr("offramp.worker.recording.recording_actor.RECORD_S", 0.0)
     recorder = TraceRecorder(WorkerSpec(model=str(REFERENCE), slots=2))
     table_VK = np.tile(np.arange(8, dtype=np.int32), (recorder.engine.stack.vocab, 1))
     recorder.prepare((6,), table_VK)

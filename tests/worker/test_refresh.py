@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import RegistryUnavailableError
-from offramp.controller.ledger import Ledger
-from offramp.controller.policy import FixedExit
-from offramp.controller.publisher import Publisher, Release
-from offramp.controller.redis_registry import RedisRegistry
-from offramp.controller.registry import AckState, InMemoryRegistry, PolicyRegistry
-from offramp.controller.signing import SigningKey, load_or_create_key, trusted_keys
-from offramp.controller.trust import ReleaseVerifier
-from offramp.controller.weights import pack_policy
-from offramp.deploy.redis_server import EmbeddedRedis
+from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.publisher import Publisher, Release
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import AckState, InMemoryRegistry, PolicyRegistry
+from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
+from offramp.controller.release.trust import ReleaseVerifier
+from offramp.deploy.serve.redis_server import EmbeddedRedis
+from offramp.worker.decoding.snapshot import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 from offramp.worker.refresh import FULL_DEPTH, PolicyRefresher
-from offramp.worker.snapshot import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 
 MODEL, TOKENIZER = "aa", "bb"
 

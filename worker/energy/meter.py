@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from offramp.controller.energy import EnergyReading, unavailable
-from offramp.worker.core import EngineCore
+from offramp.controller.costs.readings import EnergyReading, unavailable
 from offramp.worker.energy.modelled import ModelledSource
 from offramp.worker.energy.nvml import open_nvml
 from offramp.worker.energy.rapl import open_rapl
+from offramp.worker.engine.core import EngineCore
 
 
 class EnergySource(Protocol):

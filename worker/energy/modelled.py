@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from offramp.controller.energy import EnergyMethod, EnergyReading
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from offramp.worker.core import EngineCore
+    from offramp.worker.engine.core import EngineCore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

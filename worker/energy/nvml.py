@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from offramp.controller.energy import EnergyMethod, EnergyReading
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 
 
 class NvmlSource:

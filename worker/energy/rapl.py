@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.controller.energy import EnergyMethod, EnergyReading
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 
 POWERCAP = Path("/sys/class/powercap")
 

@@ -1,10 +1,10 @@
 """Probes: what a policy sees of a row at an exit, short of running the rest of the model."""
 
-from offramp.worker.probes.base import BlankProbe, Candidates, Probe, ProbeInputs
-from offramp.worker.probes.candidates import CandidateProbe
-from offramp.worker.probes.fused import FusedProbe
+from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
+from offramp.worker.probes.candidates.fused import FusedProbe
+from offramp.worker.probes.factory import PROBES, ProbeBench, make_probe
+from offramp.worker.probes.probe import BlankProbe, Candidates, Probe, ProbeInputs
 from offramp.worker.probes.readout import Readout
-from offramp.worker.probes.registry import PROBES, ProbeBench, make_probe
 from offramp.worker.probes.sketch import Sketch, SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe, softmax_features
 from offramp.worker.probes.state import StateProbe

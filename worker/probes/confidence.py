@@ -15,7 +15,7 @@ from itertools import compress
 import numpy as np
 
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.worker.probes.kernel import LOGIT_SCALE
+from offramp.worker.probes.candidates.kernel import LOGIT_SCALE
 
 Sure = tuple[float, float, float, float]
 """top1, margin, entropy / ln K, best score / LOGIT_SCALE."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.worker.probes.base import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs
 
 
 class HiddenProbe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.features import FloatArray
-from offramp.worker.probes.kernel import SMALLEST
+from offramp.worker.probes.candidates.kernel import SMALLEST
 
 
 def motion_rows(

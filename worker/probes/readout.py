@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import FloatArray, IntArray
-from offramp.worker.probes.kernel import Bits, Rows
-from offramp.worker.stack import LayerStack
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.probes.candidates.kernel import Bits, Rows
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import SKETCH_V1, BoolArray, FloatArray, IntArray
-from offramp.worker.probes.base import ProbeInputs
 from offramp.worker.probes.confidence import Confidence
+from offramp.worker.probes.probe import ProbeInputs
 from offramp.worker.probes.readout import Readout
 
 TOKENS = 1024

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray, IntArray
 from offramp.controller.traces import SOFTMAX_COLUMNS
-from offramp.worker.probes.base import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs
 
 
 class SoftmaxProbe:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import STATE_V1, BoolArray, FloatArray
-from offramp.worker.probes.base import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs
 
 TINY = 1e-30
 """Added to squares that divide or whose logarithm is taken: an update may be all zeros."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from offramp.controller.energy import EnergyMethod
-from offramp.controller.prices import Timing
+from offramp.controller.costs.prices import Timing
+from offramp.controller.costs.readings import EnergyMethod
 from offramp.worker.energy import EnergyModel, open_meter
 from offramp.worker.energy.modelled import ModelledSource, weight_bytes
-from offramp.worker.engine import AdaptiveEngine
+from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import PROCESSOR, Clock
 
 WHOLE_HEAD = "softmax"

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from offramp.controller.mlp import MlpPolicy
-from offramp.worker.attention import decode_window, ragged_window
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.sampling import SamplingParams
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.model.attention import decode_window, ragged_window
 
 PROCESSOR, WALL = "processor time of one thread", "wall time"
 """What the seconds are. One thread on a CPU that does all the work is charged its processor time:

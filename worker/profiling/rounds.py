@@ -10,11 +10,10 @@ from statistics import median
 
 import numpy as np
 
+from offramp.controller.costs.prices import SPAN_PARTS
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
-from offramp.controller.prices import SPAN_PARTS
-from offramp.worker.engine import AdaptiveEngine
-from offramp.worker.profile_probes import random_policy
+from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import (
     SILENT,
     STAY,
@@ -24,6 +23,7 @@ from offramp.worker.profiling.loop import (
     decode_steps,
     span_pass,
 )
+from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.samples import Samples
 
 REPEATS = 6

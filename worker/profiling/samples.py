@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from offramp.controller.prices import LEAST_REPEATS, Timing
+from offramp.controller.costs.prices import LEAST_REPEATS, Timing
 
 CONFIDENCE = 0.95
 

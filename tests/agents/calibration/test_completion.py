@@ -17,12 +17,12 @@ from offramp.agents.calibration.completion import (
 )
 from offramp.agents.calibration.documents import calibration_windows
 from offramp.agents.calibration.losses import CalibrationDocument
-from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.lines import Line
+from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.policy import FixedExit, NeverExit, Policy
+from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.config import EngineConfig
+from offramp.worker.engine.engine_config import EngineConfig
 
 REFERENCE = Path(__file__).parents[3] / "models" / "reference"
 CONTEXT, LENGTH = 24, 81

@@ -17,12 +17,12 @@ from offramp.agents.calibration.losses import (
     by_unit,
     data_digest,
 )
-from offramp.agents.corpus import load_corpus
+from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SOFTMAX_V2
-from offramp.controller.policy import FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine
-from offramp.worker.config import EngineConfig
+from offramp.worker.engine.engine_config import EngineConfig
 
 REFERENCE = Path(__file__).parents[3] / "models" / "reference"
 PROMPT, LENGTH = 16, 41

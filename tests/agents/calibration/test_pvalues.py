@@ -17,8 +17,8 @@ from offramp.agents.calibration.pvalues import (
     least_units,
     require_losses,
 )
-from offramp.controller.certificate import Method
 from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.release.certificate import Method
 
 shares = st.floats(0.01, 0.99)
 some_losses = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(np.asarray)

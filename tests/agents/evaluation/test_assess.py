@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.contenders import Contender
-from offramp.agents.corpus import load_corpus
 from offramp.agents.evaluation.assess import (
     AssessConfig,
     Assessment,
@@ -21,14 +19,16 @@ from offramp.agents.evaluation.assess import (
 from offramp.agents.evaluation.measure import HeldOut, Protocol, Split, held_out, measure_quality
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY, Scores
-from offramp.agents.jump_contenders import JUMPING
-from offramp.agents.placing import SUBSET
-from offramp.agents.record import quarters
+from offramp.agents.placing.contenders import Contender
+from offramp.agents.placing.jump_contenders import JUMPING
+from offramp.agents.placing.placing import SUBSET
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import quarters
 from offramp.agents.training.finish import ONPOLICY
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.policy import FixedExit, NeverExit
+from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine
-from offramp.worker.loading import load_model, load_tokenizer
+from offramp.worker.model.loading import load_model, load_tokenizer
 from support.models import REFERENCE
 
 PROTOCOL = Protocol(prompt_tokens=24, new_tokens=40, lines=2, line_context=32, timed_tokens=16)

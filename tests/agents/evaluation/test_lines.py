@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from offramp.agents.evaluation.lines import Line, complete, cut_lines, edit_similarity, exact_match
-from offramp.controller.policy import NeverExit
+from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine
-from offramp.worker.loading import load_tokenizer
+from offramp.worker.model.loading import load_tokenizer
 from support.models import REFERENCE
 
 TEXT = "".join(f"def function_{n}(argument):\n    return argument + {n}\n\n\n" for n in range(40))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.agents.contenders import Contender
 from offramp.agents.evaluation.matched import (
     BENCHMARK_KEYS,
     choose,
@@ -24,8 +23,9 @@ from offramp.agents.evaluation.scores import (
     require_finite,
 )
 from offramp.agents.evaluation.statistics import Resample
+from offramp.agents.placing.contenders import Contender
 from offramp.controller.errors import ConfigError
-from offramp.controller.policy import FixedExit, NeverExit
+from offramp.controller.policies.protocols import FixedExit, NeverExit
 
 DOCUMENTS = 6
 

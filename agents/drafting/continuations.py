@@ -1,0 +1,108 @@
+"""Record what drafts are trained on: the model's own greedy continuations of documents.
+
+Lossless decoding emits what full depth says, so its text is the model's own, and along that text
+a recorded token is exactly what the engine would meet: keys and values are exact in ``verify``.
+
+Shape suffixes: T tokens, E exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from offramp.agents.recording.corpus import Document
+from offramp.controller.errors import TraceError
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, IntArray
+from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.cores.draft_tables import CandidateDrafts
+from offramp.envs.traces.tokens import TokenTraces
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.recording.recorder import record_document
+
+TABLE_WIDTH = 2
+"""Of the candidate table that recording asks for and the softmax probe never reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuations:
+    """What to record.
+
+    Attributes:
+        exits: Layers to probe, ascending.
+        prompt_tokens: Tokens of each document that are read first.
+        new_tokens: Tokens that the model goes on for.
+    """
+
+    exits: tuple[int, ...]
+    prompt_tokens: int = 64
+    new_tokens: int = 192
+
+
+def record_continuations(
+    engine: AdaptiveEngine,
+    documents: Sequence[tuple[Document, Sequence[int]]],
+    config: Continuations,
+    on_document: Callable[[int, int], None] = lambda *_: None,
+    candidates_VK: IntArray | None = None,
+) -> TokenTraces:
+    """Continue every document greedily at full depth, and probe the new tokens at every exit.
+
+    Args:
+        engine: Idle; its slots continue as many documents at a time.
+        documents: With their token ids, the first ``prompt_tokens`` of which are the prompt.
+        config: What to record.
+        on_document: Told (documents recorded so far, documents in all).
+        candidates_VK: Candidate table of policies that draft without the head.
+
+    Returns:
+        ``CandidateDrafts`` if a table is given.
+
+    Raises:
+        TraceError: a document is shorter than its prompt.
+    """
+    prompts = [list(tokens[: config.prompt_tokens]) for _, tokens in documents]
+    if any(len(prompt) < config.prompt_tokens for prompt in prompts):
+        problem = f"hold one of fewer than {config.prompt_tokens} tokens"
+        raise TraceError("documents", problem, "Leave it out, or ask for shorter prompts")
+    sampling = SamplingParams(max_tokens=config.new_tokens + 1, ignore_eos=True)
+    done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
+    chunks = []
+    for (document, _), prompt, completion in zip(documents, prompts, done, strict=True):
+        new = list(completion.token_ids)
+        chunks.append(_record(engine, document, [*prompt, *new], config, candidates_VK))
+        on_document(len(chunks), len(prompts))
+    header = TraceHeader(
+        model=engine.model_fingerprint,
+        schema=(SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).digest,
+        exits=config.exits,
+        layers=engine.stack.layers,
+    )
+    kind = TokenTraces if candidates_VK is None else CandidateDrafts
+    return kind.from_chunks(header, chunks)
+
+
+def _record(
+    engine: AdaptiveEngine,
+    document: Document,
+    tokens: list[int],
+    config: Continuations,
+    candidates_VK: IntArray | None,
+) -> TraceChunk:
+    """The tokens after the prompt's own first one: those that a decode step begins with."""
+    headless = candidates_VK is not None
+    table_VK = candidates_VK
+    if table_VK is None:
+        table_VK = np.tile(np.arange(TABLE_WIDTH, dtype=np.int32), (engine.stack.vocab, 1))
+    schema = CANDIDATES_V1 if headless else SOFTMAX_V2
+    whole = record_document(
+        engine.stack, document.digest, tokens, config.exits, table_VK, schema, headless=headless
+    )
+    kept = slice(config.prompt_tokens, None)
+    names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]
+    names += ["position_T", "full_token_T", "next_token_T"]
+    return replace(whole, **{name: getattr(whole, name)[kept] for name in names})

@@ -1,0 +1,119 @@
+"""Energy per decoded token, with the way it was come by.
+
+Metered in the runs that are timed. A modelled source counts the engine's launches there, which
+costs about as much per layer under any policy: docs/evaluation.md says how much.
+
+Shape suffixes: C policies, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.agents.evaluation.measure import HeldOut, Pair, Protocol, measure_time
+from offramp.agents.evaluation.statistics import Estimate, Floats, bootstrap_ratio
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.energy import open_meter
+from offramp.worker.engine.engine import AdaptiveEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """Joules of one policy, and of full depth beside it.
+
+    Attributes:
+        method: How they were come by.
+        source: Which counter, or which model and coefficients.
+        joules: Per document, of the policy and of full depth; [D] each. None where unknown.
+    """
+
+    method: EnergyMethod
+    source: str
+    joules: tuple[Floats, Floats] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """What decoding took.
+
+    Attributes:
+        method: How the figures were come by.
+        source: Which counter, or which model and coefficients.
+        ratios: Joules per token over full depth's, one per policy; None where unknown.
+        full_j: Joules per token at full depth; None where unknown.
+    """
+
+    method: EnergyMethod
+    source: str
+    ratios: list[Estimate | None]
+    full_j: float | None
+
+    @property
+    def label(self) -> str:
+        """Method and source, in words."""
+        return f"{self.method.value.replace('_', ' ')}: {self.source}"
+
+
+def metered(pairs_CD: Sequence[Sequence[Pair]]) -> list[Metered]:
+    """Full depth's joules, then each policy's: what the meter told of timed runs.
+
+    Args:
+        pairs_CD: Of one policy or more, as ``measure_time`` gives them.
+    """
+    readings = [run for pairs in pairs_CD for pair in pairs for run in (pair.mine, *pair.around)]
+    method, source = _weakest(readings), readings[0].source
+    joules_CD = [[pair.joules for pair in pairs] for pairs in pairs_CD]
+    if any(each is None for mine in joules_CD for each in mine):
+        return [Metered(method, source, None)] * (1 + len(pairs_CD))
+    both_CD2 = np.asarray(joules_CD, np.float64)
+    if not both_CD2.sum(1).all():
+        stuck = Metered(EnergyMethod.UNAVAILABLE, f"{source} is too coarse for these runs", None)
+        return [stuck] * (1 + len(pairs_CD))
+    full_D = both_CD2[:, :, 1].mean(0)
+    sides = [(full_D, full_D), *((mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)]
+    return [Metered(method, source, each) for each in sides]
+
+
+def energy_of(policies: Sequence[Metered], timed_tokens: int, seed: int = 0) -> Energy:
+    """Ratios of policies to full depth, from one pass over the same documents.
+
+    Args:
+        policies: One or more, without full depth.
+        timed_tokens: Tokens decoded of each document.
+        seed: Of the bootstrap.
+    """
+    known = [each.joules for each in policies if each.joules is not None]
+    ratios = [each.joules and bootstrap_ratio(*each.joules, seed) for each in policies]
+    full_j = float(np.mean([full_D for _, full_D in known])) / timed_tokens if known else None
+    return Energy(policies[0].method, policies[0].source, ratios, full_j)
+
+
+def measure_energy(
+    engine: AdaptiveEngine,
+    policies: Sequence[Policy],
+    documents: Sequence[HeldOut],
+    protocol: Protocol,
+) -> Energy:
+    """Joules of decoding the timed tokens of each document at batch 1, interleaved.
+
+    Args:
+        engine: Idle.
+        policies: One or more, without full depth, which is metered beside them.
+        documents: What to decode.
+        protocol: How much of it.
+    """
+    pairs_CD = measure_time(engine, policies, documents, protocol, open_meter(engine))
+    return energy_of(metered(pairs_CD)[1:], protocol.timed_tokens)
+
+
+def _weakest(readings: Sequence[EnergyReading]) -> EnergyMethod:
+    """One label for all: a GPU that others used for some of the runs counts as shared."""
+    methods = {each.method for each in readings}
+    if len(methods) > 1:
+        assert methods == {EnergyMethod.MEASURED_DEVICE, EnergyMethod.MEASURED_SHARED}
+        return EnergyMethod.MEASURED_SHARED
+    return methods.pop()

@@ -1,0 +1,124 @@
+"""Stable-Baselines3's actor-critic with the two things it lacks here: masks, fixed normalisation.
+
+Shape suffixes: N rows, D observation columns, A actions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from offramp.agents.learning.normaliser import Normaliser
+
+NEVER = -1e8
+"""Logit of an invalid action: finite, so that entropies stay so."""
+
+PI, VF = [32, 32], [64, 64]
+"""Hidden units of actor and critic: about 1.9k and 5k parameters."""
+
+
+class Normalised(BaseFeaturesExtractor):  # type: ignore[misc]  # mypy skips stable_baselines3
+    """Fixed normalisation inside the policy, so that export can fold it (no VecNormalize)."""
+
+    def __init__(self, space: Box, normaliser: Normaliser) -> None:
+        super().__init__(space, features_dim=int(space.shape[0]))
+        self.register_buffer("mean", torch.from_numpy(normaliser.mean_F))
+        self.register_buffer("std", torch.from_numpy(normaliser.std_F))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """(observation − mean) / deviation."""
+        return (observations - self.mean) / self.std  # type: ignore[no-any-return]
+
+
+class JumpActor(ActorCriticPolicy):  # type: ignore[misc]  # mypy skips stable_baselines3
+    """An actor that jumps: where a row stands is read off its depth, and with it the mask.
+
+    SB3's own PPO knows no masks. Without them an exported router, which masks, would decide other
+    than the policy it came from.
+
+    Args:
+        args: As for ``ActorCriticPolicy``.
+        depth_column: Of the observation: layer / number of layers, 0 before the first.
+        depths: That of each exit, ascending.
+        invalid_SA: Row s + 1 says which actions are invalid at exit s, row 0 before the first
+            layer.
+        kwargs: As for ``ActorCriticPolicy``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        depth_column: int,
+        depths: tuple[float, ...],
+        invalid_SA: tuple[tuple[bool, ...], ...],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.depth_column = depth_column
+        middles = np.asarray(depths) - np.diff([0, *depths]) / 2
+        self.register_buffer("_edges", torch.tensor(middles, dtype=torch.float32))
+        self.register_buffer("_invalid_SA", torch.tensor(invalid_SA))
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions, values and log-probabilities, as SB3's."""
+        values, distribution = self._both(obs)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, values, distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, log-probabilities and entropies, as SB3's."""
+        values, distribution = self._both(obs)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Tensor) -> CategoricalDistribution:
+        """Over the valid actions."""
+        return CategoricalDistribution(self.action_space.n).proba_distribution(self.logits(obs))
+
+    def logits(self, obs: Tensor) -> Tensor:
+        """Masked logits, [N, A]."""
+        latent = self.mlp_extractor.forward_actor(self.extract_features(obs))
+        return self._masked(self.action_net(latent), obs)
+
+    def _both(self, obs: Tensor) -> tuple[Tensor, CategoricalDistribution]:
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        logits = self._masked(self.action_net(latent_pi), obs)
+        distribution = CategoricalDistribution(self.action_space.n).proba_distribution(logits)
+        return self.value_net(latent_vf), distribution
+
+    def _masked(self, logits_NA: Tensor, obs_ND: Tensor) -> Tensor:
+        place_N = torch.bucketize(obs_ND[:, self.depth_column].contiguous(), self._edges)
+        return logits_NA.masked_fill(self._invalid_SA[place_N], NEVER)
+
+
+def actor_options(
+    normaliser: Normaliser,
+    depth_column: int,
+    exits: tuple[int, ...],
+    layers: int,
+    invalid_SA: np.ndarray,
+) -> dict[str, Any]:
+    """``policy_kwargs`` of a ``JumpActor``.
+
+    Args:
+        normaliser: Of the observation.
+        depth_column: As for the class.
+        exits: Layers probed.
+        layers: Number of layers.
+        invalid_SA: As for the class.
+    """
+    return {
+        "net_arch": {"pi": PI, "vf": VF},
+        "activation_fn": nn.Tanh,
+        "features_extractor_class": Normalised,
+        "features_extractor_kwargs": {"normaliser": normaliser},
+        "depth_column": depth_column,
+        "depths": tuple(layer / layers for layer in exits),
+        "invalid_SA": tuple(map(tuple, invalid_SA.tolist())),
+    }

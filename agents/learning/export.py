@@ -1,0 +1,47 @@
+"""From trained nets to plain weights that the controller's numpy policy runs.
+
+Shape suffixes: F features, H hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from offramp.agents.learning.normaliser import Normaliser
+from offramp.controller.features import FloatArray
+
+Weights = list[tuple[FloatArray, FloatArray]]
+"""One (weight [in, out], bias [out]) pair per layer, float32."""
+
+
+def linear_weights(layer: nn.Linear) -> tuple[FloatArray, FloatArray]:
+    """Weight [in, out] and bias [out] of a linear layer, copied."""
+    weight = layer.weight.detach().numpy().T.copy()
+    return weight, layer.bias.detach().numpy().copy()
+
+
+def ppo_weights(model: Any, normaliser: Normaliser, preference: float) -> Weights:
+    """A PPO actor as an MLP on raw features whose output is logit(leave) − logit(go on).
+
+    The normaliser is folded into the first layer, and so is the preference: log λ is a constant
+    of the published policy, not an input. Output > 0 is SB3's deterministic choice to leave.
+
+    Args:
+        model: A ``stable_baselines3.PPO`` that ``train_ppo`` built.
+        normaliser: Of the F + 1 observation columns, the last being log λ.
+        preference: λ to fix.
+    """
+    hidden = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
+    first, *rest = [linear_weights(layer) for layer in hidden]
+    weight_FH, bias_H = normaliser.fold(*first)
+    bias_H = bias_H + np.float32(math.log(preference)) * weight_FH[-1]
+    action_weight, action_bias = linear_weights(model.policy.action_net)
+    leave = (
+        np.ascontiguousarray(action_weight[:, 1:] - action_weight[:, :1]),
+        action_bias[1:] - action_bias[:1],
+    )
+    return [(np.ascontiguousarray(weight_FH[:-1]), bias_H), *rest, leave]

@@ -1,0 +1,1 @@
+"""Placing: every family of policies at the operating points that are compared."""

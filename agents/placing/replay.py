@@ -1,0 +1,201 @@
+"""Offline replay: which exit a policy would take on recorded tokens.
+
+Shape suffixes: N tokens, M rows asked, E the policy's exits, F features, C outlook columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.agents.placing.pricing import token_costs
+from offramp.agents.placing.view import View, documents, outlook
+from offramp.controller.costs.table import CostTable
+from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import FloatArray
+from offramp.controller.policies.protocols import (
+    IndexArray,
+    LearningPolicy,
+    Policy,
+    RoutingPolicy,
+    Verdict,
+)
+from offramp.envs.traces.tokens import TokenTraces
+
+VERDICT_TOKENS = 8
+"""Tokens after which a learning policy gets its verdicts: the engine's default ``max_pending``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a policy would have done.
+
+    Attributes:
+        agreement: Share of tokens equal to the full-depth token.
+        mean_layers: Mean layers executed.
+        cost: Mean cost in units of a full-depth token's time, probes made included.
+    """
+
+    agreement: float
+    mean_layers: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """Where each token would have gone.
+
+    Attributes:
+        taken_N: Index into the recorded exits of where it leaves; their number for full depth.
+        probes_N: Exits at which it was asked.
+    """
+
+    taken_N: IndexArray
+    probes_N: IndexArray
+
+
+def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
+    """Walk every recorded token through a policy.
+
+    Offline numbers are optimistic: the cache the traces were recorded with is exact. Use them to
+    place operating points, never to report one.
+
+    Raises:
+        ConfigError: the policy asks at a layer, or reads a schema, that was not recorded.
+        PolicyFaultError: it routes a row to no exit ahead.
+    """
+    walked = walk(policy, traces)
+    rows_N = np.arange(len(traces))
+    full_N = np.ones((len(traces), 1), np.float32)
+    agree_NE1 = np.concatenate([traces.agree_NE, full_N], axis=1)
+    layer_E1 = np.asarray([*traces.header.exits, traces.header.layers])
+    return Replay(
+        agreement=float(agree_NE1[rows_N, walked.taken_N].mean()),
+        mean_layers=float(layer_E1[walked.taken_N].mean()),
+        cost=mean_cost(policy, walked, traces, costs),
+    )
+
+
+def mean_cost(policy: Policy, walked: Walk, traces: TokenTraces, costs: CostTable) -> float:
+    """Mean cost of a walk, in units of a full-depth token's time."""
+    exits = traces.header.exits
+    priced_N = token_costs(policy.schema, exits, walked.taken_N, walked.probes_N, costs)
+    return float(priced_N.mean())
+
+
+def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
+    """Index of the recorded exit each token leaves at, their number for full depth; [N].
+
+    Raises:
+        ConfigError, PolicyFaultError: as ``replay``.
+    """
+    return walk(policy, traces).taken_N
+
+
+def walk(policy: Policy, traces: TokenTraces) -> Walk:
+    """Where each token leaves, and how often it is asked.
+
+    A learning policy is copied first, decides the tokens in order, and is told how they compare
+    to full depth every VERDICT_TOKENS tokens of a document.
+
+    Raises:
+        ConfigError, PolicyFaultError: as ``replay``.
+    """
+    view = View(policy, traces)
+    walked = Walk(
+        taken_N=np.full(len(traces), len(traces.header.exits)),
+        probes_N=np.zeros(len(traces), np.int64),
+    )
+    outlook_NC = outlook(traces)
+    if not isinstance(policy, LearningPolicy):
+        _walk(_decider(policy), view, outlook_NC, np.arange(len(traces)), walked)
+        return walked
+    learner = copy.deepcopy(policy)
+    decide = _decider(learner)
+    for rows_M in _blocks(traces):
+        seen: dict[int, FloatArray] = {}
+        _walk(decide, view, outlook_NC, rows_M, walked, seen)
+        learner.learn([_verdict(traces, view, row, walked, seen[row]) for row in sorted(seen)])
+    return walked
+
+
+Decider = Callable[[int, FloatArray, FloatArray], IndexArray]
+"""Of exit (−1: before the first layer), features and outlook: where rows are asked next."""
+
+
+def _decider(policy: Policy) -> Decider:
+    exits = len(policy.exits)
+
+    # Asked here once: isinstance on a protocol costs more than a small decision.
+    if isinstance(policy, RoutingPolicy):
+        router = policy
+
+        def route(here: int, features_MF: FloatArray, outlook_MC: FloatArray) -> IndexArray:
+            if here < 0:
+                return _checked(router.start(outlook_MC), 0, exits)
+            return _checked(router.route(here, features_MF, outlook_MC), here, exits)
+
+        return route
+    leaver = policy
+
+    def ask_in_order(here: int, features_MF: FloatArray, outlook_MC: FloatArray) -> IndexArray:
+        if here < 0:
+            return np.zeros(len(outlook_MC), np.int64)
+        return np.where(leaver.leave(features_MF), here, here + 1)
+
+    return ask_in_order
+
+
+def _walk(
+    decide: Decider,
+    view: View,
+    outlook_NC: FloatArray,
+    rows_M: IndexArray,
+    walked: Walk,
+    seen: dict[int, FloatArray] | None = None,
+) -> None:
+    """Walk some rows; ``seen`` takes, by row, what was probed of each where it left."""
+    blank_MF = np.empty((len(rows_M), 0), np.float32)
+    ask_M = decide(-1, blank_MF, outlook_NC[rows_M])
+    for here, recorded in enumerate(view.recorded):
+        asked = np.flatnonzero(ask_M == here)
+        if not len(asked):
+            continue
+        rows = rows_M[asked]
+        features_MF = view.features(here, rows)
+        next_M = decide(here, features_MF, outlook_NC[rows])
+        leaves_M = next_M == here
+        walked.probes_N[rows] += 1
+        walked.taken_N[rows[leaves_M]] = recorded
+        if seen is not None:
+            seen.update(zip(rows[leaves_M].tolist(), features_MF[leaves_M], strict=True))
+        ask_M[asked] = np.where(leaves_M, -1, next_M)
+
+
+def _checked(next_M: IndexArray, here: int, exits: int) -> IndexArray:
+    if len(next_M) and not (here <= next_M.min() and next_M.max() <= exits):
+        raise PolicyFaultError(f"it routes rows from exit {here} to {next_M.min()}…{next_M.max()}")
+    return next_M.astype(np.int64)
+
+
+def _blocks(traces: TokenTraces) -> list[IndexArray]:
+    """Rows in order, at most VERDICT_TOKENS of one document at a time."""
+    return [
+        rows[start : start + VERDICT_TOKENS]
+        for rows in documents(traces)
+        for start in range(0, len(rows), VERDICT_TOKENS)
+    ]
+
+
+def _verdict(
+    traces: TokenTraces, view: View, row: int, walked: Walk, features_F: FloatArray
+) -> Verdict:
+    recorded = int(walked.taken_N[row])
+    return Verdict(
+        exit_index=view.recorded.index(recorded),
+        features_F=features_F,
+        agreed=bool(traces.agree_NE[row, recorded]),
+    )

@@ -1,0 +1,109 @@
+"""A recorded folder, read back: traces by split, measured costs, candidate table.
+
+Shape suffixes: V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from offramp.controller.costs.cost_file import load_costs, save_costs
+from offramp.controller.costs.table import CostTable
+from offramp.controller.errors import TraceError
+from offramp.controller.features import IntArray
+from offramp.envs.traces.store import TraceStore, write_traces
+from offramp.envs.traces.tokens import TokenTraces
+from offramp.worker.recording.recording_actor import ModelFacts
+
+COSTS = "costs.json"
+FACTS = "model.json"
+CANDIDATES = "candidates.npy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What training works on.
+
+    Attributes:
+        train: Tokens to learn from.
+        validation: Tokens to choose by.
+        costs: Measured on the machine that recorded.
+        candidates_VK: The table whose probe was recorded.
+        facts: The model that was recorded.
+    """
+
+    train: TokenTraces
+    validation: TokenTraces
+    costs: CostTable
+    candidates_VK: IntArray
+    facts: ModelFacts
+
+
+def load_study(folder: Path, costs: Path | None = None) -> Study:
+    """Read a folder that ``record_traces`` wrote.
+
+    Args:
+        folder: The folder.
+        costs: A table that ``offramp profile`` wrote, of another machine or with more care than
+            the recording took; None takes the recording's own.
+
+    Raises:
+        TraceError: a part is missing or damaged.
+        ConfigError: the costs are, or they are of another model.
+    """
+    store = TraceStore.open(folder)
+    facts = _load_facts(folder / FACTS)
+    prices = load_costs(costs or folder / COSTS)
+    prices.require_model(facts.model)
+    return Study(
+        train=store.read("train"),
+        validation=store.read("validation"),
+        costs=prices,
+        candidates_VK=load_candidates(folder),
+        facts=facts,
+    )
+
+
+def save_measured(folder: Path, costs: CostTable, facts: ModelFacts) -> None:
+    """Write the cost table and the model's facts beside the traces."""
+    save_costs(folder / COSTS, costs)
+    write_traces(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
+
+
+def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
+    """Write a candidate table beside the traces."""
+    buffer = io.BytesIO()
+    np.save(buffer, candidates_VK, allow_pickle=False)
+    write_traces(folder / CANDIDATES, buffer.getvalue())
+
+
+def _load_facts(path: Path) -> ModelFacts:
+    try:
+        return ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TraceError(
+            str(path), f"is unreadable ({error})", "Record the traces again"
+        ) from error
+
+
+def load_candidates(folder: Path) -> IntArray:
+    """The candidate table of a recording.
+
+    Raises:
+        TraceError: it is missing or damaged.
+    """
+    path = folder / CANDIDATES
+    try:
+        table: IntArray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise TraceError(
+            str(path), f"is no readable candidate table ({error})", "Record the traces again"
+        ) from error
+    if table.ndim != 2 or table.dtype != np.int32:
+        raise TraceError(str(path), f"holds {table.dtype} of shape {table.shape}, not int32 [V, K]")
+    return table

@@ -1,0 +1,149 @@
+"""A training run's settings, read from TOML; every option is described here and in the docs."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from offramp.agents.learning.jump_ppo import JumpConfig
+from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
+from offramp.controller.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        traces: Folder that ``offramp record`` wrote.
+        costs: File that ``offramp profile`` wrote; "" takes the costs measured when recording.
+        seed: Of everything random; it replaces the stages' own.
+        threads: Torch threads; part of what makes a run repeatable.
+        targets: Offline agreements with full depth at which every family gets a point.
+        checkpoint_every: PPO rollouts (and hundreds of warm-up steps) between checkpoints. What is
+            drawn in between starts from seed and count, so it is part of the result.
+        tensorboard: Whether scalars are written, to the folder ``tensorboard``.
+        phat: Stage (a), the classifier.
+        jump: Stages (b), warm start, and (c), PPO.
+        onpolicy: Stage (c) continued in the engine, through Ray.
+    """
+
+    traces: str
+    costs: str = ""
+    seed: int = 0
+    threads: int = 1
+    targets: tuple[float, ...] = (0.92, 0.95, 0.97, 0.985)
+    checkpoint_every: int = 4
+    tensorboard: bool = True
+    phat: PhatConfig = field(default_factory=PhatConfig)
+    jump: JumpConfig = field(default_factory=JumpConfig)
+    onpolicy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(0 < target < 1 for target in self.targets):
+            raise ConfigError("targets", f"{self.targets} are not all in (0, 1)")
+        for name in ("threads", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is below 1")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read and check a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or a key is unknown, missing or of another type.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("config", f"{path} is unreadable ({error})", "Write TOML") from error
+    config = parse(RunConfig, table)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def parse(kind: type[Any], table: Mapping[str, Any], prefix: str = "", base: Any = None) -> Any:
+    """A dataclass from a TOML table, its own dataclasses from tables within.
+
+    Args:
+        kind: The dataclass.
+        table: What the file says; what it leaves out stays as in ``base``.
+        prefix: Dotted name of the table, for errors.
+        base: A value of that kind; None takes the dataclass's defaults.
+
+    Raises:
+        ConfigError: naming the key, with the nearest known one.
+    """
+    hints = get_type_hints(kind)
+    known = [each.name for each in fields(kind)]
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}", "is no known option", _suggestion(key, known))
+        values[key] = _value(hints[key], value, f"{prefix}{key}", _default(kind, key, base))
+    try:
+        return kind(**values) if base is None else replace(base, **values)
+    except TypeError as error:
+        raise ConfigError(f"{prefix}{known[0]}", f"is missing ({error})", "Add it") from error
+
+
+def options_of(kind: type[Any], prefix: str = "") -> list[str]:
+    """Every option's dotted name."""
+    hints = get_type_hints(kind)
+    names = []
+    for each in fields(kind):
+        nested = hints[each.name]
+        name = f"{prefix}{each.name}"
+        inner = nested if isinstance(nested, type) and is_dataclass(nested) else None
+        names += [name] if inner is None else options_of(inner, f"{name}.")
+    return names
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1)
+    return f"Did you mean {close[0]}" if close else f"Use one of {', '.join(known)}"
+
+
+def _default(kind: type[Any], key: str, base: Any) -> Any:
+    """What a nested table starts from: a stage's own defaults, not those of its type."""
+    if base is not None:
+        return getattr(base, key)
+    [found] = [each for each in fields(kind) if each.name == key]
+    return None if found.default_factory is MISSING else found.default_factory()
+
+
+def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(name, f"{value!r} is no table", f"Write [{name}]")
+        assert isinstance(hint, type)
+        return parse(hint, value, f"{name}.", base)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        if not all(isinstance(each, int | float) for each in value):
+            raise ConfigError(name, f"{value} is no list of numbers", "Correct its type")
+        return tuple(float(each) for each in value)
+    allowed = _types(hint)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in allowed:
+        raise ConfigError(name, f"{value!r} is no {_names(allowed)}", "Correct its type")
+    return value
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for each in get_args(hint) for kind in _types(each))
+    args = get_args(hint)
+    if args and all(isinstance(each, str) for each in args):  # a Literal of names
+        return (str,)
+    return (get_origin(hint) or hint,)
+
+
+def _names(allowed: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)

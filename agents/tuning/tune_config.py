@@ -1,0 +1,105 @@
+"""How to fit exit translators, and what can be refused before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offramp.agents.recording.record import quarters
+from offramp.controller.errors import ConfigError
+from offramp.worker.model.loading import layers_and_vocab, parse_dtype
+from offramp.worker.model.stack import LayerStack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """How to fit translators.
+
+    Attributes:
+        model: Folder in Hugging Face format.
+        corpus: Folder of documents; None takes the interpreter's standard library.
+        documents: Documents to take from the corpus, over all splits; None takes all.
+        exits: Layers to fit; () places three at the quarters of the depth.
+        rank: r of each translator.
+        steps: Optimizer steps.
+        batch_tokens: Tokens per step, a multiple of ``length``.
+        length: Tokens per window.
+        learning_rate: Peak rate of Adam.
+        held_out: Validation documents measured, at most.
+        candidates: Candidate tokens per token in the successor table.
+        checkpoint_every: Steps between checkpoints.
+        dtype: Of the frozen model; translators are always trained in float32.
+        device: Where the model runs.
+        threads: Torch threads; part of what makes a run reproducible.
+        seed: Of the translators' start and the order of the documents.
+    """
+
+    model: str
+    corpus: Path | None = None
+    documents: int | None = 320
+    exits: tuple[int, ...] = ()
+    rank: int = 32
+    steps: int = 300
+    batch_tokens: int = 2048
+    length: int = 256
+    learning_rate: float = 1e-3
+    held_out: int = 48
+    candidates: int = 64
+    checkpoint_every: int = 50
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")
+        if not 0 < self.learning_rate <= 1:
+            raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1]", "Try 1e-3")
+        if self.length < 2 or self.batch_tokens < 1 or self.batch_tokens % self.length:
+            raise ConfigError(
+                "batch_tokens",
+                f"{self.batch_tokens} is no multiple of the window's {self.length} tokens",
+                "Use a whole number of windows of 2 tokens or more",
+            )
+
+
+def require_exits(config: TuneConfig) -> tuple[int, ...]:
+    """The layers to fit, after every check that needs only the model's config.json.
+
+    Raises:
+        ModelError: there is no such model.
+        ConfigError: exits that are not below the model's depth, or a table wider than its
+            vocabulary.
+    """
+    layers, vocab = layers_and_vocab(config.model)
+    parse_dtype(config.dtype)
+    exits = config.exits or quarters(layers)
+    if list(exits) != sorted(set(exits)) or not all(1 <= layer < layers for layer in exits):
+        raise ConfigError(
+            "exits",
+            f"{','.join(map(str, exits))} do not ascend within 1 to {layers - 1}",
+            f"The model has {layers} layers, and the last needs no translator",
+        )
+    if not 2 <= config.candidates <= vocab:
+        raise ConfigError(
+            "candidates", f"{config.candidates} is not between 2 and {vocab}", "Try 64"
+        )
+    return exits
+
+
+def require_fit(config: TuneConfig, stack: LayerStack) -> None:
+    """Checks that need the loaded model.
+
+    Raises:
+        ConfigError: windows longer than its context, or a rank above its width.
+    """
+    if config.length > stack.context:
+        raise ConfigError(
+            "length", f"{config.length} exceeds the model's context of {stack.context}"
+        )
+    if config.rank > stack.width:
+        raise ConfigError(
+            "rank", f"{config.rank} exceeds the model's width of {stack.width}", "Try 32"
+        )

@@ -1,0 +1,210 @@
+"""Measured costs of a decode step's parts: workers measure them, envs charge them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from offramp.controller.costs.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch, Prices
+from offramp.controller.costs.readings import EnergyMethod
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTable:
+    """Seconds and joules per part of a decode step, by the number of rows in the launch.
+
+    The seven ``*_s`` fields are the view at batch 1. A table without ``batches`` is one of
+    constants, written by hand: the same price at any number of rows, and no energy.
+
+    Attributes:
+        layer_s, head_s, probe_s, policy_s, fill_s, step_s, build_s: As in ``Prices``, at one row.
+        layers: Number of layers L of the model measured.
+        machine: What it was measured on: processor, system.
+        batches: Every part, by rows, ascending from 1 (``view_of_one`` gives the view).
+        spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
+        probes: Parts that depend on the feature schema, by its name, by rows.
+        schema: Name of the schema that ``batches`` hold the probe of.
+        model: Fingerprint of the model's weights; "" only in tables of constants.
+        dtype: Of the weights.
+        device: "cpu" or "cuda".
+        threads: Torch threads.
+        context: Tokens in the cache while timing.
+        clock: Whether seconds are wall time or processor time.
+        created_at: Seconds since 1970.
+        energy_method: How the joules were come by.
+        energy_source: By which counter, or which model and coefficients.
+    """
+
+    layer_s: float
+    head_s: float
+    probe_s: float
+    policy_s: float
+    fill_s: float
+    step_s: float
+    build_s: float = 0.0
+    layers: int
+    machine: str
+    batches: tuple[Batch, ...] = ()
+    spans: tuple[Batch, ...] = ()
+    probes: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
+    schema: str = ""
+    model: str = ""
+    dtype: str = ""
+    device: str = "cpu"
+    threads: int = 0
+    context: int = 0
+    clock: str = ""
+    created_at: float = 0.0
+    energy_method: EnergyMethod = EnergyMethod.UNAVAILABLE
+    energy_source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("layer_s", "head_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, "must be a positive number of seconds")
+        if self.layers < 1:
+            raise ConfigError("layers", f"{self.layers} is below 1")
+        _require_batches("batches", self.batches, PARTS)
+        _require_batches("spans", self.spans, SPAN_PARTS)
+        for name, batches in self.probes.items():
+            _require_batches(f"probes of {name}", batches, PROBE_PARTS)
+            if [each.size for each in batches] != [each.size for each in self.batches]:
+                raise ConfigError(f"probes of {name}", "are at other numbers of rows than the rest")
+        for part in PARTS if self.batches else ():
+            if self.batches[0].parts[part].median_s != getattr(self, f"{part}_s"):
+                raise ConfigError(
+                    f"{part}_s", "is not what the batches say of one row", "Use CostTable.scaled"
+                )
+
+    @property
+    def full_s(self) -> float:
+        """Seconds of one token at full depth with no probe: the KV-cached baseline."""
+        return self.at(1).full_s
+
+    @property
+    def largest(self) -> float:
+        """Most rows that ``at`` has a price for; infinite for a table of constants."""
+        return self.batches[-1].size if self.batches else math.inf
+
+    def at(self, rows: float) -> Prices:
+        """Prices of a launch of that many rows, one token each.
+
+        Between two measured numbers of rows each price is interpolated linearly.
+
+        Raises:
+            ConfigError: outside of what was measured; a guess would be no measurement.
+        """
+        return self._prices(rows, 1, self._read("rows", self.batches, rows))
+
+    def launch(self, tokens: float) -> Prices:
+        """Prices of a launch of that many tokens of one row, as a verifying pass takes them.
+
+        ``full_s`` is the whole pass; layer and head are those of all its tokens, the other parts
+        those of one row. Raises as ``at`` does.
+        """
+        one = self._read("rows", self.batches, 1)
+        return self._prices(1, tokens, one | self._read("tokens", self.spans, tokens))
+
+    def leaving(self, exits: tuple[int, ...], rows: float = 1) -> FloatArray:
+        """Cost of leaving at each exit, and of full depth after probing them all, [E + 1].
+
+        In units of ``full_s`` at that many rows (dimensionless). Leaving at exit i has paid i + 1
+        probes and decisions:
+        step + build + e·layer + (i+1)·(probe + policy) + (L−e)·fill + head.
+        """
+        prices = self.at(rows)
+        return np.asarray(prices.leaving_s(exits), np.float32) / np.float32(prices.full_s)
+
+    def with_probe(self, schema: str) -> CostTable:
+        """The same table with the probe of another feature schema.
+
+        Raises:
+            ConfigError: that schema's probe was not measured.
+        """
+        if schema not in self.probes:
+            raise ConfigError(
+                "schema",
+                f"the costs of {schema!r} probes were not measured",
+                f"Profile again; measured are: {', '.join(sorted(self.probes)) or 'none'}",
+            )
+        batches = tuple(
+            replace(batch, parts={**batch.parts, **probe.parts})
+            for batch, probe in zip(self.batches, self.probes[schema], strict=True)
+        )
+        return replace(self, schema=schema, batches=batches, **view_of_one(batches))
+
+    def scaled(self, part: str, factor: float) -> CostTable:
+        """The same table with one part at ``factor`` times its price: for what-if questions."""
+        changes: dict[str, Any] = {f"{part}_s": getattr(self, f"{part}_s") * factor}
+        for name in ("batches", "spans"):
+            changes[name] = tuple(_scaled(batch, part, factor) for batch in getattr(self, name))
+        return replace(self, **changes)
+
+    def require_model(self, model: str) -> None:
+        """Refuse to price another model than the one measured.
+
+        Raises:
+            ConfigError: the fingerprints differ. A table of constants fits any model.
+        """
+        if self.model and self.model != model:
+            raise ConfigError(
+                "costs",
+                f"were measured on model {self.model[:12]}, not on {model[:12]}",
+                "Run `offramp profile` for this model",
+            )
+
+    def _read(self, field_name: str, batches: tuple[Batch, ...], size: float) -> dict[str, float]:
+        if not batches:
+            return {}
+        sizes = [batch.size for batch in batches]
+        if not sizes[0] <= size <= sizes[-1]:
+            raise ConfigError(
+                field_name,
+                f"{size} is outside of the {sizes[0]} to {sizes[-1]} that were profiled",
+                f"Run `offramp profile` with larger --{field_name}",
+            )
+        values = {}
+        for part in batches[0].parts:
+            timings = [batch.parts[part] for batch in batches]
+            seconds = [timing.median_s for timing in timings]
+            values[f"{part}_s"] = float(np.interp(size, sizes, seconds))
+            joules = [timing.joules for timing in timings]
+            if None not in joules:
+                values[f"{part}_j"] = float(np.interp(size, sizes, np.asarray(joules, np.float64)))
+        return values
+
+    def _prices(self, rows: float, tokens: float, values: dict[str, float]) -> Prices:
+        view = {f"{part}_s": getattr(self, f"{part}_s") for part in PARTS}
+        return Prices(
+            rows=rows,
+            tokens=tokens,
+            layers=self.layers,
+            energy_method=self.energy_method,
+            **(view | values),
+        )
+
+
+def view_of_one(batches: Sequence[Batch]) -> dict[str, Any]:
+    """The fields of a ``CostTable`` that repeat what its first batch says."""
+    return {f"{part}_s": batches[0].parts[part].median_s for part in PARTS}
+
+
+def _scaled(batch: Batch, part: str, factor: float) -> Batch:
+    if part not in batch.parts:
+        return batch
+    return replace(batch, parts={**batch.parts, part: batch.parts[part].scaled(factor)})
+
+
+def _require_batches(name: str, batches: Sequence[Batch], parts: Sequence[str]) -> None:
+    sizes = [batch.size for batch in batches]
+    if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
+        raise ConfigError(name, f"have sizes {sizes}, which do not ascend from 1")
+    for batch in batches:
+        if set(batch.parts) != set(parts):
+            raise ConfigError(name, f"hold {sorted(batch.parts)}, not {sorted(parts)}")

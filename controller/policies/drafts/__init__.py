@@ -1,0 +1,14 @@
+"""Drafting policies for the lossless mode (``verify``): static, confident, adaptive, learned.
+
+All route: ``start`` says at which exit a token is asked first, or that it runs all layers now and
+so verifies the open drafts; ``route`` leaves with a draft, goes deeper, or verifies. None changes
+what is emitted: that is full depth's in every case.
+"""
+
+from offramp.controller.policies.drafts.confident import ConfidentDraft
+from offramp.controller.policies.drafts.del_rule import DelDraft
+from offramp.controller.policies.drafts.draft_router import DraftRouter
+from offramp.controller.policies.drafts.static_draft import StaticDraft
+from offramp.controller.policies.drafts.thompson import ThompsonDraft
+
+__all__ = ["ConfidentDraft", "DelDraft", "DraftRouter", "StaticDraft", "ThompsonDraft"]

@@ -1,0 +1,149 @@
+"""The learned drafter: one small net before the first layer, one at the exits.
+
+Shape suffixes: N rows, F features, C columns of outlook, A actions, E exits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    OUTLOOK_V1,
+    SOFTMAX_V2,
+    FeatureSchema,
+    FloatArray,
+    IntArray,
+)
+from offramp.controller.policies.drafts.drafter import (
+    ACCEPTANCE,
+    MAX_PENDING,
+    PENDING,
+    TOP1,
+    open_drafts,
+    require_exits,
+)
+from offramp.controller.policies.net import TanhNet, Weights
+from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.policies.router import targets
+
+
+class DraftRouter:
+    """What ``offramp/DraftExit-v0`` trains: the largest logit of a tanh MLP decides.
+
+    Beside features and outlook it reads *trust*, the product of the open drafts' top-1
+    probabilities, each at the exit where it left. A request asked one row at a time, under its
+    own policy object, has it followed here; where several rows are asked at once, or the count of
+    open drafts shows that another row's got in between, trust is estimated as acceptance to the
+    power of the open drafts. The output is full depth's in any case; only speed depends on it.
+
+    Actions are the environment's: of E + 1 logits, before the first layer number a < E asks first
+    at exit a; at an exit, 0 leaves and k asks next at the k-th exit from there; the last verifies.
+
+    Args:
+        exits: Layers to ask after, ascending; E = len(exits).
+        starter: Of the net before the first layer, [C + 1] to [E + 1].
+        router: Of the net at the exits, [F + C + 1] to [E + 1].
+        max_pending: The engine's.
+        candidates_VK: Candidate table. With it, it reads CANDIDATES_V1 and drafts the best
+            candidate, *headless*; else SOFTMAX_V2, whose probe is the head.
+
+    Raises:
+        RequestError: shapes that do not chain.
+    """
+
+    def __init__(
+        self,
+        exits: tuple[int, ...],
+        starter: Weights,
+        router: Weights,
+        *,
+        max_pending: int = MAX_PENDING,
+        candidates_VK: IntArray | None = None,
+    ) -> None:
+        require_exits(exits)
+        self.exits = exits
+        self.max_pending = max_pending
+        self.candidates_VK = candidates_VK
+        self.headless = candidates_VK is not None
+        self.schema: FeatureSchema = CANDIDATES_V1 if self.headless else SOFTMAX_V2
+        actions, seen = len(exits) + 1, OUTLOOK_V1.width + 1
+        self.starter = TanhNet(starter, inputs=seen, outputs=actions, field="starter")
+        self.router = TanhNet(
+            router, inputs=self.schema.width + seen, outputs=actions, field="router"
+        )
+        self._target_EA = targets(len(exits), len(exits) - 1, ends=True)
+        self._mask_EA = np.where(self._target_EA < 0, -np.inf, 0).astype(np.float32)
+        self._masks = list(self._mask_EA)
+        self._anywhere = np.zeros(actions, np.float32)
+        self._targets = self._target_EA.tolist()
+        self._trust = np.ones(1, np.float32)
+        self._drafts = 0
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        """Exit first asked at, E to verify now, [N].
+
+        Raises:
+            PolicyFaultError: a logit is not finite.
+        """
+        if len(outlook_NC) == 1:
+            trust_1 = self._trust_of(outlook_NC)
+            return np.array([self.starter.best(self._anywhere, outlook_NC[0], trust_1)])
+        best_N: IndexArray = self.start_logits(outlook_NC).argmax(1)
+        return best_N
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        """Leave, go deeper or verify, [N].
+
+        Raises:
+            PolicyFaultError: a logit is not finite.
+        """
+        if len(features_NF) == 1:
+            return np.array([self._route_one(here, features_NF[0], outlook_NC)])
+        logits_NA = self.route_logits(here, features_NF, outlook_NC)
+        target_N: IndexArray = self._target_EA[here, logits_NA.argmax(1)]
+        return target_N
+
+    def _route_one(self, here: int, features_F: FloatArray, outlook_1C: FloatArray) -> int:
+        trust_1 = self._trust_of(outlook_1C)
+        best = self.router.best(self._masks[here], features_F, outlook_1C[0], trust_1)
+        target = int(self._targets[here][best])
+        if target == here:
+            self._trust *= features_F[TOP1]
+            self._drafts += 1
+        return target
+
+    def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
+        """Logits before the first layer, [N, A]."""
+        return _finite(self.starter.rows(outlook_NC, self._trust_of(outlook_NC)[:, None])).copy()
+
+    def route_logits(
+        self, here: int, features_NF: FloatArray, outlook_NC: FloatArray
+    ) -> FloatArray:
+        """Logits at an exit, −∞ where a jump leads past the last exit, [N, A]."""
+        trust_N1 = self._trust_of(outlook_NC)[:, None]
+        logits_NA = self.router.rows(features_NF, outlook_NC, trust_N1)
+        masked_NA: FloatArray = _finite(logits_NA) + self._mask_EA[here]
+        return masked_NA
+
+    def _trust_of(self, outlook_NC: FloatArray) -> FloatArray:
+        if len(outlook_NC) == 1:
+            drafts = round(float(outlook_NC[0, PENDING]) * self.max_pending)
+            if drafts == 0:
+                self._trust[0], self._drafts = 1.0, 0
+            if drafts == self._drafts:
+                return self._trust
+        drafts_N = open_drafts(outlook_NC, self.max_pending)
+        estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
+        return estimate_N
+
+
+def _finite(logits: FloatArray) -> FloatArray:
+    flat = logits.ravel()
+    # Finite only if all are; np.isfinite(...).all() takes three times as long.
+    if not math.isfinite(flat.dot(flat)):
+        raise PolicyFaultError("the logits are not finite")
+    return logits

@@ -1,0 +1,226 @@
+"""A policy's weights as safetensors bytes: packed once, checked from every side before use.
+
+Tensors: ``policy`` (uint8, canonical JSON of kind, exits, params and schema, so the digest pins the
+whole policy and not only its matrices), ``candidates`` (int32), those of the kind
+(``controller/policies/kinds.py``) and the canned inputs (``controller/policies/canned.py``).
+
+Shape suffixes: N canned rows, F features, V vocabulary, K candidates per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
+from offramp.controller.features import FeatureSchema, FloatArray, schema_of
+from offramp.controller.policies.canned import canned_tensors, check_canned
+from offramp.controller.policies.codec import Params, Parts, Tensors
+from offramp.controller.policies.kinds import KINDS, kind_of
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.release.manifest import Manifest, Shapes
+from offramp.controller.strict import canonical_json
+
+MAX_BLOB_BYTES = 8 * 1024 * 1024
+"""Larger blobs are neither packed nor fetched."""
+
+_DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "I32": np.int32, "U8": np.uint8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPolicy:
+    """A policy as plain values and bytes.
+
+    Attributes:
+        kind: One of ``kinds.KINDS``.
+        exits: Layers to ask after, ascending.
+        params: What the kind needs besides tensors.
+        schema_digest: Of the feature schema read; None if none is.
+        blob: The tensors, as safetensors.
+    """
+
+    kind: str
+    exits: tuple[int, ...]
+    params: Params
+    schema_digest: str | None
+    blob: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the blob, hex."""
+        return digest_of(self.blob)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Dtype and shape of each tensor in the blob."""
+        return _shapes(_parse(self.blob))
+
+
+def digest_of(blob: bytes) -> str:
+    """SHA-256 of a blob, hex."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
+    """Turn a policy into bytes; the same policy and canned inputs give the same bytes.
+
+    Args:
+        policy: Of a type that ``controller.kinds`` knows.
+        canned_features_NF: Inputs whose decisions are recorded, for workers to reproduce. Rows
+            that the policy decides too narrowly are left out.
+
+    Raises:
+        RequestError: another type of policy, parameters that its kind does not allow, weights
+            that are not finite, or canned inputs that it cannot read or that are all too close.
+        ConfigError: the blob would exceed MAX_BLOB_BYTES.
+    """
+    kind = kind_of(policy)
+    params, tensors = kind.describe(policy)
+    assert params.keys() == kind.params.keys()  # what a kind describes, it also checks
+    for name, (holds, expected) in kind.params.items():
+        if not holds(params[name]):
+            raise RequestError(name, f"{params[name]!r} is not {expected}", "Train it again")
+    schema_digest = None if policy.schema is None else policy.schema.digest
+    tensors = tensors | canned_tensors(policy, kind, canned_features_NF)
+    tensors["policy"] = _descriptor(kind.name, policy.exits, params, schema_digest)
+    if policy.candidates_VK is not None:
+        tensors["candidates"] = np.ascontiguousarray(policy.candidates_VK, np.int32)
+    return PackedPolicy(
+        kind=kind.name,
+        exits=tuple(policy.exits),
+        params=params,
+        schema_digest=schema_digest,
+        blob=_blob(tensors),
+    )
+
+
+def _blob(tensors: Tensors) -> bytes:
+    for name, each in tensors.items():
+        if not np.isfinite(each).all():
+            raise RequestError(name, "holds NaN or infinite values", "Train the policy again")
+    blob: bytes = save(dict(sorted(tensors.items())))
+    if len(blob) > MAX_BLOB_BYTES:
+        raise ConfigError("policy", f"packs to {len(blob)} bytes, over {MAX_BLOB_BYTES}")
+    return blob
+
+
+def _descriptor(
+    kind: str, exits: tuple[int, ...], params: Params, schema_digest: str | None
+) -> NDArray[np.uint8]:
+    values = {
+        "kind": kind,
+        "exits": [int(layer) for layer in exits],
+        "params": params,
+        "schema": schema_digest,
+    }
+    return np.frombuffer(canonical_json(values), np.uint8)
+
+
+def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
+    """Rebuild the policy of a verified manifest from bytes that nobody vouches for yet.
+
+    Raises:
+        PolicyRefusedError: TOO_LARGE, DIGEST_MISMATCH, NOT_SAFETENSORS, BAD_SHAPE, NOT_FINITE,
+            WRONG_SCHEMA, BAD_FORMAT or CANNED_INPUTS, checked in this order.
+    """
+    _check_bytes(manifest, blob)
+    tensors = _parse(blob)
+    _check_shapes(manifest, tensors)
+    _check_finite(tensors)
+    schema = _schema(manifest.schema, tensors)
+    _check_candidates(tensors)
+    try:
+        policy = _build(manifest, schema, tensors)
+    except (KeyError, RequestError) as error:
+        raise PolicyRefusedError(
+            Refusal.BAD_SHAPE, f"no {manifest.kind} policy: {error}"
+        ) from error
+    if (None if policy.schema is None else policy.schema.digest) != manifest.schema:
+        detail = "the policy reads other features than its manifest says"
+        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, detail)
+    check_canned(policy, tensors)
+    return policy
+
+
+def _check_bytes(manifest: Manifest, blob: bytes) -> None:
+    if len(blob) > MAX_BLOB_BYTES:
+        detail = f"the blob has {len(blob)} bytes, over {MAX_BLOB_BYTES}"
+        raise PolicyRefusedError(Refusal.TOO_LARGE, detail)
+    found = digest_of(blob)
+    if len(blob) != manifest.size or found != manifest.digest:
+        detail = f"{len(blob)} bytes of digest {found}, not {manifest.size} of {manifest.digest}"
+        raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
+
+
+def _parse(blob: bytes) -> Tensors:
+    try:
+        entries = deserialize(blob)  # type: ignore[no-untyped-call]  # ships no types
+    except SafetensorError as error:
+        raise PolicyRefusedError(Refusal.NOT_SAFETENSORS, str(error)) from error
+    tensors: Tensors = {}
+    for name, entry in entries:
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            detail = f"{name} has dtype {entry['dtype']}, none of {', '.join(_DTYPES)}"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return tensors
+
+
+def _shapes(tensors: Tensors) -> Shapes:
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    return {name: (names[each.dtype], each.shape) for name, each in tensors.items()}
+
+
+def _check_shapes(manifest: Manifest, tensors: Tensors) -> None:
+    found = _shapes(tensors)
+    for name in sorted(manifest.shapes.keys() | found.keys()):
+        if manifest.shapes.get(name) != found.get(name):
+            detail = f"{name} is {found.get(name)}, signed as {manifest.shapes.get(name)}"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+
+
+def _check_finite(tensors: Tensors) -> None:
+    for name, each in tensors.items():
+        if not np.isfinite(each).all():
+            raise PolicyRefusedError(Refusal.NOT_FINITE, f"{name} holds NaN or infinite values")
+
+
+def _schema(digest: str | None, tensors: Tensors) -> FeatureSchema | None:
+    if digest is None:
+        return None
+    canned = tensors.get("canned.features")
+    schema = schema_of(digest, 0 if canned is None or canned.ndim != 2 else canned.shape[1])
+    if schema is None:
+        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, f"schema {digest} is unknown here")
+    return schema
+
+
+def _check_candidates(tensors: Tensors) -> None:
+    table_VK = tensors.get("candidates")
+    if table_VK is None:
+        return
+    if table_VK.dtype != np.int32 or table_VK.ndim != 2 or not table_VK.size:
+        raise PolicyRefusedError(Refusal.BAD_SHAPE, f"candidates has shape {table_VK.shape}")
+    if table_VK.min() < 0 or table_VK.max() >= len(table_VK):
+        detail = f"candidates names tokens outside [0, {len(table_VK)})"
+        raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+
+
+def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -> Policy:
+    signed = _descriptor(manifest.kind, manifest.exits, manifest.params, manifest.schema)
+    if tensors["policy"].tobytes() != signed.tobytes():
+        raise PolicyRefusedError(Refusal.BAD_FORMAT, "the blob was packed for another manifest")
+    parts = Parts(
+        exits=manifest.exits,
+        schema=schema,
+        candidates_VK=tensors.get("candidates"),
+        params=manifest.params,
+        tensors=tensors,
+    )
+    return KINDS[manifest.kind].build(parts)

@@ -1,0 +1,1 @@
+"""Releases: bundles, signatures, the ledger, and registries that carry a channel's head."""

@@ -1,0 +1,141 @@
+"""The publisher's truth: every release ever signed, in order, never rewritten.
+
+Layout: ``00000001.release`` (the signed envelope), ``blobs/<sha256>``, ``promoted`` (the
+generations served, in order, one a line) and ``lock``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+from offramp.controller.policies.weights import digest_of
+
+
+class Ledger:
+    """An append-only folder of releases; one publisher at a time writes to it.
+
+    Args:
+        folder: Made if missing.
+
+    Raises:
+        ConfigError: a generation between the first and the last is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        self.generations()
+
+    def append(self, generation: int, envelope: bytes, blob: bytes) -> None:
+        """Record a release for good. An empty ledger may begin at any generation.
+
+        Raises:
+            ConfigError: the generation is there already, or would leave a gap.
+        """
+        with self._locked():
+            last = self.last()
+            if generation <= last:
+                raise _refused(f"generation {generation} is recorded already; nothing is rewritten")
+            if last and generation != last + 1:
+                raise _refused(f"generation {generation} would leave a gap after {last}")
+            write_durably(self._blob_path(digest_of(blob)), blob)
+            write_durably(self._release_path(generation), envelope)
+
+    def generations(self) -> list[int]:
+        """Every generation recorded, ascending.
+
+        Raises:
+            ConfigError: one between the first and the last is missing.
+        """
+        found = sorted(int(path.stem) for path in self._folder.glob("[0-9]*.release"))
+        for before, after in pairwise(found):
+            if after != before + 1:
+                raise _refused(f"generation {before + 1} is missing")
+        return found
+
+    def last(self) -> int:
+        """The newest generation recorded; 0 if there is none.
+
+        Raises:
+            ConfigError: a generation is missing.
+        """
+        generations = self.generations()
+        return generations[-1] if generations else 0
+
+    def get(self, generation: int) -> bytes:
+        """The signed envelope of a generation.
+
+        Raises:
+            ConfigError: it is not recorded.
+        """
+        return _read(self._release_path(generation), f"generation {generation}")
+
+    def blob(self, digest: str) -> bytes:
+        """The blob of a digest.
+
+        Raises:
+            ConfigError: it is not recorded, or damaged.
+        """
+        blob = _read(self._blob_path(digest), f"blob {digest}")
+        if digest_of(blob) != digest:
+            raise _refused(f"blob {digest} is damaged")
+        return blob
+
+    def promotions(self) -> list[int]:
+        """Every generation promoted, in order.
+
+        Raises:
+            ConfigError: the record is unreadable.
+        """
+        path = self._folder / "promoted"
+        try:
+            return [int(line) for line in path.read_text().split()] if path.exists() else []
+        except (OSError, ValueError) as error:
+            raise _refused(f"{path}: {error}") from error
+
+    def promoted(self) -> int:
+        """The generation promoted last; 0 if there is none.
+
+        Raises:
+            ConfigError: the record is unreadable.
+        """
+        return (self.promotions() or [0])[-1]
+
+    def record_promotion(self, generation: int) -> None:
+        """Remember that a generation is served, so that an older head can be told apart."""
+        with self._locked():
+            lines = [f"{each}\n" for each in (*self.promotions(), generation)]
+            write_durably(self._folder / "promoted", "".join(lines).encode())
+
+    def _release_path(self, generation: int) -> Path:
+        return self._folder / f"{generation:08d}.release"
+
+    def _blob_path(self, digest: str) -> Path:
+        return self._folder / "blobs" / digest
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused(f"{what} is not recorded ({error})") from error
+
+
+def _refused(problem: str) -> ConfigError:
+    return ConfigError("ledger", problem, "Use the ledger folder of this channel's publisher")

@@ -1,0 +1,199 @@
+"""The signed description of one release, and its strict JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.policies.kinds import KINDS
+from offramp.controller.release.certificate import Certificate
+from offramp.controller.strict import (
+    COUNT,
+    DIGEST,
+    FINGERPRINT,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    Check,
+    canonical_json,
+    check_fields,
+    is_count,
+    is_number,
+    is_text,
+    or_null,
+    parse_strictly,
+    refuse,
+)
+
+FORMAT_VERSION = 2
+"""Raised whenever a field is added, removed or changes its meaning."""
+
+Guarantee = Literal["full depth", "certified", "uncertified"]
+"""Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Safetensors dtype and shape of each tensor, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Which requests the release may serve.
+
+    Attributes:
+        percent: Share of requests, in [0, 100].
+        salt: Mixed into the hash of the request id, so releases pick different requests.
+    """
+
+    percent: float = 100
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about a release but its weights.
+
+    Attributes:
+        format_version: Version of this list of fields.
+        channel: The channel it was signed for; "" for a draft not yet released.
+        epoch: Incarnation of the channel; 0 for a draft.
+        generation: Number of the release, from 1 on; 0 for a draft.
+        kind: One of ``controller.kinds.KINDS``.
+        exits: Numbers of executed layers after which the policy is asked, ascending.
+        params: What the kind needs besides tensors; its fields are the kind's.
+        schema: Digest of the feature schema read; None if none is.
+        model: Fingerprint of the model it was trained for, hex.
+        tokenizer: Fingerprint of that model's tokenizer, hex.
+        digest: SHA-256 of the blob, hex.
+        size: Length of the blob, bytes.
+        shapes: Dtype and shape of each tensor in the blob.
+        training: Where the policy comes from.
+        metrics: What was measured on held-out data.
+        certificate: The calibration's guarantee, of this very blob; None if there is none.
+        rollout: Which requests it may serve. Workers refuse anything below 100 % for now.
+        guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
+        created_at: When it was signed, unix seconds.
+        expires_at: From when on it is refused, unix seconds; None: never.
+        rollback_of: The generation this one replaces because it failed; None otherwise.
+    """
+
+    format_version: int = FORMAT_VERSION
+    channel: str = ""
+    epoch: int = 0
+    generation: int = 0
+    kind: str
+    exits: tuple[int, ...]
+    params: dict[str, Any]
+    schema: str | None
+    model: str
+    tokenizer: str
+    digest: str
+    size: int
+    shapes: Shapes
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    certificate: Certificate | None = None
+    rollout: Rollout = field(default_factory=Rollout)
+    guardrails: dict[str, Any] = field(default_factory=dict)
+    created_at: float
+    expires_at: float | None = None
+    rollback_of: int | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What stands behind it; a policy that never exits needs no certificate."""
+        if self.kind == "never":
+            return "full depth"
+        return "uncertified" if self.certificate is None else "certified"
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, no NaN; the same manifest, the same bytes.
+
+        Raises:
+            ConfigError: a free-form field holds what JSON cannot say.
+        """
+        # Only the top level is taken apart: asdict would also copy the free-form fields.
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["rollout"] = {"percent": self.rollout.percent, "salt": self.rollout.salt}
+        values["certificate"] = self.certificate and self.certificate.to_values()
+        try:
+            return canonical_json(values)
+        except (TypeError, ValueError) as error:
+            remedy = "Give finite numbers, strings, lists and dicts"
+            raise ConfigError("manifest", str(error), remedy) from error
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """Parse strictly.
+
+        Raises:
+            PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing or ill-typed.
+        """
+        values = parse_strictly(raw, _FIELDS)
+        if values["format_version"] != FORMAT_VERSION:
+            refuse(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
+        check_fields(values["params"], KINDS[values["kind"]].params, "params.")
+        values["exits"] = tuple(values["exits"])
+        values["shapes"] = {k: (v[0], tuple(v[1])) for k, v in values["shapes"].items()}
+        values["rollout"] = Rollout(**values["rollout"])
+        if values["certificate"] is not None:
+            values["certificate"] = Certificate.from_values(values["certificate"])
+            _require_own(values)
+        return cls(**values)
+
+
+def _require_own(values: dict[str, Any]) -> None:
+    """A certificate of another policy, model or tokenizer says nothing of this one."""
+    certificate = values["certificate"]
+    pairs = (("policy", "digest"), ("model", "model"), ("tokenizer", "tokenizer"))
+    for theirs, ours in pairs:
+        found = getattr(certificate, theirs)
+        if found != values[ours]:
+            refuse(f"the certificate is of {theirs} {found}, the manifest of {values[ours]}")
+
+
+def _is_exits(value: Any) -> bool:
+    if not isinstance(value, list) or not all(is_count(layer) for layer in value):
+        return False
+    return value == sorted(set(value)) and 0 not in value
+
+
+def _is_shape(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return is_text(value[0]) and isinstance(value[1], list) and all(map(is_count, value[1]))
+
+
+def _is_shapes(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_shape, value.values()))
+
+
+def _is_rollout(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"percent", "salt"}:
+        return False
+    return is_number(value["percent"]) and 0 <= value["percent"] <= 100 and is_text(value["salt"])
+
+
+_FIELDS: dict[str, Check] = {
+    "format_version": COUNT,
+    "channel": TEXT,
+    "epoch": COUNT,
+    "generation": COUNT,
+    "kind": (lambda value: is_text(value) and value in KINDS, f"one of {', '.join(KINDS)}"),
+    "exits": (_is_exits, "a list of layers from 1 on, ascending"),
+    "params": OBJECT,
+    "schema": or_null(DIGEST),
+    "model": FINGERPRINT,
+    "tokenizer": FINGERPRINT,
+    "digest": DIGEST,
+    "size": COUNT,
+    "shapes": (_is_shapes, "an object of [dtype, [lengths]]"),
+    "training": OBJECT,
+    "metrics": OBJECT,
+    "certificate": or_null(OBJECT),
+    "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}"),
+    "guardrails": OBJECT,
+    "created_at": NUMBER,
+    "expires_at": or_null(NUMBER),
+    "rollback_of": or_null(COUNT),
+}

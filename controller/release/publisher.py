@@ -1,0 +1,258 @@
+"""Signs releases, writes them to the ledger, and moves the head of a channel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.policies.weights import PackedPolicy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.manifest import Manifest, Rollout
+from offramp.controller.release.registry import Head, PolicyRegistry
+from offramp.controller.release.signing import STAMP_MAGIC, SigningKey, open_envelope, trusted_keys
+from offramp.controller.release.trust import Stamp
+
+STAMP_TTL_S = 24 * 3600.0
+"""How long a timestamp vouches for the head unless it is renewed (a publisher may be a one-shot
+command, so a day by default; a publisher that runs on should say less)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A signed release.
+
+    Attributes:
+        generation: Its number.
+        digest: SHA-256 of its blob, hex.
+        envelope: The signed manifest.
+    """
+
+    generation: int
+    digest: str
+    envelope: bytes
+
+
+class Publisher:
+    """The one writer of a channel.
+
+    Args:
+        registry: Where workers look.
+        ledger: The truth about what was released.
+        key: Signs releases and timestamps.
+        channel: The channel written to.
+        clock: Unix seconds.
+        epoch: Incarnation of the channel. Raise it when the channel is begun anew on an empty
+            registry: a publisher left over from before can then no longer promote.
+        stamp_ttl_s: How long a timestamp vouches for the head.
+    """
+
+    def __init__(
+        self,
+        registry: PolicyRegistry,
+        ledger: Ledger,
+        key: SigningKey,
+        channel: str,
+        clock: Callable[[], float] = time.time,
+        *,
+        epoch: int = 1,
+        stamp_ttl_s: float = STAMP_TTL_S,
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._key = key
+        self._channel = channel
+        self._clock = clock
+        self._epoch = epoch
+        self._stamp_ttl_s = stamp_ttl_s
+
+    def release(
+        self,
+        packed: PackedPolicy,
+        *,
+        model: str,
+        tokenizer: str,
+        training: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        certificate: Certificate | None = None,
+        uncertified: bool = False,
+        expires_in_s: float | None = None,
+        rollout: Rollout | None = None,
+        guardrails: Mapping[str, Any] | None = None,
+    ) -> Release:
+        """Sign a policy as the next generation, record it and upload it. It is not served yet.
+
+        Args:
+            packed: The policy.
+            model: Fingerprint of the model it was trained for, hex.
+            tokenizer: Fingerprint of that model's tokenizer, hex.
+            training: Where the policy comes from.
+            metrics: What was measured on held-out data.
+            certificate: The calibration's guarantee, if there is one.
+            uncertified: Said of a policy that may exit and has no certificate; the release
+                records it among its metrics.
+            expires_in_s: Seconds from now after which workers refuse it; None: never.
+            rollout: Which requests it may serve; all by default.
+            guardrails: Bounds at which a worker trips to full depth.
+
+        Raises:
+            PolicyRefusedError: no worker would take it; nothing was signed.
+            ConfigError: the ledger is behind the registry, the manifest is unusable, or
+                ``uncertified`` is not what the policy is.
+            RegistryUnavailableError: the registry cannot be reached.
+        """
+        now = self._clock()
+        if uncertified:
+            metrics = {**metrics, "uncertified": True}
+        bundle = PolicyBundle.draft(
+            packed,
+            model=model,
+            tokenizer=tokenizer,
+            training=training,
+            metrics=metrics,
+            certificate=certificate,
+            created_at=now,
+        )
+        bundle.policy()
+        require_said(bundle.manifest, uncertified)
+        manifest = replace(
+            bundle.manifest,
+            expires_at=None if expires_in_s is None else now + expires_in_s,
+            rollout=rollout or Rollout(),
+            guardrails=dict(guardrails or {}),
+        )
+        return self._append(manifest, packed.blob)
+
+    def promote(self, generation: int) -> None:
+        """Make a recorded release the head, uploading its blob again if the registry lost it.
+
+        Promoting what is served already only renews its timestamp.
+
+        Raises:
+            ConfigError: the generation is not in the ledger, or older than one promoted before.
+            PromoteConflictError: the head moved meanwhile, or is not below this generation.
+            RegistryUnavailableError: the registry cannot be reached.
+        """
+        release = self._recorded(generation)
+        self._catch_up()
+        if generation == self._ledger.promoted() == self._served():
+            self.heartbeat()
+            return
+        if generation < self._ledger.promoted():
+            problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
+            raise ConfigError("generation", problem, "Roll back instead: workers never go back")
+        self._registry.put_blob(self._ledger.blob(release.digest))
+        # A worker woken by the promotion must find a living timestamp: renew the old one first.
+        self.heartbeat()
+        head = Head(generation, release.epoch, self._ledger.get(generation), release.digest)
+        self._registry.promote(head, self._served())
+        self._ledger.record_promotion(generation)
+        self.heartbeat()
+
+    def rollback(self, to: int | None = None) -> Release:
+        """Serve an older policy again, as a new and higher generation, at once and to everybody.
+
+        Args:
+            to: The generation whose policy to serve; None: the last one promoted whose policy is
+                neither served now nor was rolled back before.
+
+        Raises:
+            ConfigError: nothing was promoted yet, or there is no such older release.
+            PromoteConflictError: the head moved meanwhile.
+            RegistryUnavailableError: the registry cannot be reached.
+        """
+        self._catch_up()
+        failed = self._ledger.promoted()
+        if not failed:
+            raise ConfigError("rollback", "nothing was promoted yet")
+        target = self._recorded(self._last_good(failed) if to is None else to)
+        if target.generation >= failed:
+            raise ConfigError("to", f"generation {target.generation} is not older than {failed}")
+        now = self._clock()
+        lifetime_s = None if target.expires_at is None else target.expires_at - target.created_at
+        manifest = replace(
+            target,
+            created_at=now,
+            expires_at=None if lifetime_s is None else now + lifetime_s,
+            rollout=Rollout(percent=100, salt=target.rollout.salt),
+            rollback_of=failed,
+        )
+        release = self._append(manifest, self._ledger.blob(target.digest))
+        self.promote(release.generation)
+        return release
+
+    def heartbeat(self) -> None:
+        """Renew the signed timestamp of what was promoted last, by the ledger and not the registry.
+
+        Raises:
+            RegistryUnavailableError: the registry cannot be reached.
+        """
+        now = self._clock()
+        stamp = Stamp(
+            channel=self._channel,
+            generation=self._ledger.promoted(),
+            issued_at=now,
+            expires_at=now + self._stamp_ttl_s,
+        )
+        self._registry.stamp(self._key.sign(stamp.to_bytes(), STAMP_MAGIC), self._stamp_ttl_s)
+
+    def _append(self, manifest: Manifest, blob: bytes) -> Release:
+        generation = max(self._ledger.last(), self._served()) + 1
+        manifest = replace(
+            manifest, channel=self._channel, epoch=self._epoch, generation=generation
+        )
+        payload = manifest.to_bytes()
+        Manifest.from_bytes(payload)  # what no worker can parse is not signed
+        envelope = self._key.sign(payload)
+        self._ledger.append(generation, envelope, blob)
+        self._registry.put_blob(blob)
+        return Release(generation, manifest.digest, envelope)
+
+    def _catch_up(self) -> None:
+        """Record a promotion that reached the registry, though its answer never came back."""
+        head = self._registry.head()
+        if head is None or head.generation <= self._ledger.promoted():
+            return
+        mine = head.generation in self._ledger.generations()
+        if mine and self._ledger.get(head.generation) == head.envelope:
+            self._ledger.record_promotion(head.generation)
+
+    def _served(self) -> int:
+        head = self._registry.head()
+        return head.generation if head else 0
+
+    def _recorded(self, generation: int) -> Manifest:
+        envelope = self._ledger.get(generation)
+        trusted = trusted_keys(self._key.public_bytes)
+        return Manifest.from_bytes(open_envelope(envelope, trusted))
+
+    def _last_good(self, failed: int) -> int:
+        served = [self._recorded(each) for each in self._ledger.promotions()]
+        culprits = {failed} | {each.rollback_of for each in served}
+        bad = {each.digest for each in served if each.generation in culprits}
+        good = [each.generation for each in served if each.digest not in bad]
+        if not good:
+            raise ConfigError("rollback", f"no good release is older than {failed}")
+        return good[-1]
+
+
+def require_said(manifest: Manifest, uncertified: bool) -> None:
+    """Refuse to release an uncertified policy without saying so, and to say so of any other.
+
+    Raises:
+        ConfigError: the policy may exit and has no certificate, or was wrongly said to have none.
+    """
+    if uncertified == (manifest.guarantee == "uncertified"):
+        return
+    if uncertified:
+        problem = f"was said of a policy that is {manifest.guarantee}"
+        raise ConfigError("uncertified", problem, "Leave it out")
+    raise ConfigError(
+        "certificate",
+        "the policy has none",
+        "Calibrate it (offramp calibrate) or say that it is uncertified (--uncertified)",
+    )

@@ -1,0 +1,220 @@
+"""What a worker checks before it believes a release. Pure: no file, no network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from offramp.controller.errors import PolicyRefusedError, Refusal
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.weights import unpack_policy
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.registry import Head
+from offramp.controller.release.signing import STAMP_MAGIC, open_envelope
+from offramp.controller.strict import (
+    COUNT,
+    DIGEST,
+    NUMBER,
+    TEXT,
+    Check,
+    canonical_json,
+    parse_strictly,
+)
+
+_STAMP_FIELDS: dict[str, Check] = {
+    "channel": TEXT,
+    "generation": COUNT,
+    "issued_at": NUMBER,
+    "expires_at": NUMBER,
+}
+_MARK_FIELDS: dict[str, Check] = {"generation": COUNT, "digest": DIGEST}
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The highest release a worker has accepted: nothing below it is accepted again.
+
+    Attributes:
+        generation: Its number.
+        digest: SHA-256 of its blob, hex.
+    """
+
+    generation: int
+    digest: str
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json({"generation": self.generation, "digest": self.digest})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Mark:
+        """Parse strictly.
+
+        Raises:
+            PolicyRefusedError: BAD_FORMAT.
+        """
+        return cls(**parse_strictly(raw, _MARK_FIELDS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """The publisher's word on which generation it had promoted at a time.
+
+    Attributes:
+        channel: The channel spoken of.
+        generation: The generation promoted last; 0 if none was.
+        issued_at: Unix seconds.
+        expires_at: Unix seconds after which the word says nothing.
+    """
+
+    channel: str
+    generation: int
+    issued_at: float
+    expires_at: float
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON, to be signed with STAMP_MAGIC."""
+        return canonical_json({name: getattr(self, name) for name in _STAMP_FIELDS})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Stamp:
+        """Parse strictly.
+
+        Raises:
+            PolicyRefusedError: BAD_FORMAT.
+        """
+        return cls(**parse_strictly(raw, _STAMP_FIELDS))
+
+
+class ReleaseVerifier:
+    """Decides whether a release is meant for this worker.
+
+    Args:
+        trusted: Raw public keys by key id (``signing.trusted_keys``).
+        channel: The only channel listened to.
+        model: Fingerprint of the model loaded, hex.
+        tokenizer: Fingerprint of its tokenizer, hex.
+        clock: Unix seconds.
+        layers: Number of layers of the model; None leaves exits unchecked.
+        vocab: Number of its tokens; None leaves candidate tables unchecked.
+    """
+
+    def __init__(
+        self,
+        trusted: Mapping[str, bytes],
+        channel: str,
+        model: str,
+        tokenizer: str,
+        clock: Callable[[], float] = time.time,
+        *,
+        layers: int | None = None,
+        vocab: int | None = None,
+    ) -> None:
+        self._layers = layers
+        self._vocab = vocab
+        self._trusted = dict(trusted)
+        self._channel = channel
+        self._model = model
+        self._tokenizer = tokenizer
+        self._clock = clock
+
+    def verify(self, head: Head, mark: Mark | None) -> Manifest:
+        """Check a head before its blob is fetched; the signature before anything is parsed.
+
+        Raises:
+            PolicyRefusedError: with the first check that failed.
+        """
+        manifest = self._signed(head.envelope)
+        unsigned = (head.generation, head.epoch, head.digest)
+        signed = (manifest.generation, manifest.epoch, manifest.digest)
+        if unsigned != signed:
+            detail = f"the head says {unsigned}, the signed manifest {signed}"
+            raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
+        self._check(manifest, mark)
+        return manifest
+
+    def verify_stored(self, envelope: bytes, mark: Mark | None) -> Manifest:
+        """Check an envelope from the worker's own disk just as strictly.
+
+        Raises:
+            PolicyRefusedError: with the first check that failed.
+        """
+        manifest = self._signed(envelope)
+        self._check(manifest, mark)
+        return manifest
+
+    def open(self, manifest: Manifest, blob: bytes) -> Policy:
+        """Rebuild the policy of a verified manifest from its blob.
+
+        Raises:
+            PolicyRefusedError: see ``unpack_policy``; or the policy does not fit the model.
+        """
+        policy = unpack_policy(manifest, blob)
+        if self._layers is not None and any(layer > self._layers for layer in policy.exits):
+            detail = f"exits {policy.exits} of a model with {self._layers} layers"
+            raise PolicyRefusedError(Refusal.WRONG_DEPTH, detail)
+        table_VK = policy.candidates_VK
+        if policy.schema == CANDIDATES_V1 and (
+            table_VK is None or self._vocab not in (None, len(table_VK))
+        ):
+            rows = "no" if table_VK is None else len(table_VK)
+            detail = f"{rows} candidate rows, the model has {self._vocab} tokens"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+        return policy
+
+    def staleness(self, raw: bytes | None, generation: int) -> str:
+        """Why the signed timestamp does not vouch for the head; "" if it does.
+
+        Args:
+            raw: The timestamp's envelope, or None if there is none.
+            generation: The head's. A timestamp of an earlier head vouches too, until it expires:
+                the publisher renews it just after it promotes.
+        """
+        if raw is None:
+            return "the publisher's timestamp is missing"
+        try:
+            stamp = Stamp.from_bytes(open_envelope(raw, self._trusted, STAMP_MAGIC))
+        except PolicyRefusedError as error:
+            return f"the publisher's timestamp is worthless: {error.reason.value}: {error.detail}"
+        if stamp.channel != self._channel:
+            return f"the publisher's timestamp is for channel {stamp.channel!r}"
+        if stamp.expires_at <= self._clock():
+            return f"the publisher's timestamp expired at {stamp.expires_at:.0f}"
+        if stamp.generation > generation:
+            return f"the publisher has promoted {stamp.generation}, the head is {generation}"
+        return ""
+
+    def _signed(self, envelope: bytes) -> Manifest:
+        manifest = Manifest.from_bytes(open_envelope(envelope, self._trusted))
+        if manifest.channel != self._channel:
+            detail = f"signed for {manifest.channel!r}, this worker listens to {self._channel!r}"
+            raise PolicyRefusedError(Refusal.WRONG_CHANNEL, detail)
+        return manifest
+
+    def _check(self, manifest: Manifest, mark: Mark | None) -> None:
+        if manifest.expires_at is not None and manifest.expires_at <= self._clock():
+            detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
+            raise PolicyRefusedError(Refusal.EXPIRED, detail)
+        if manifest.rollout.percent < 100 or manifest.guardrails:
+            # Serving everybody unguarded would break what the publisher signed.
+            detail = "partial rollouts and guardrails are not supported by this worker yet"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
+        if mark is not None:
+            _check_mark(manifest, mark)
+        if manifest.model != self._model:
+            detail = f"made for model {manifest.model}, {self._model} is loaded"
+            raise PolicyRefusedError(Refusal.WRONG_MODEL, detail)
+        if manifest.tokenizer != self._tokenizer:
+            detail = f"made for tokenizer {manifest.tokenizer}, {self._tokenizer} is loaded"
+            raise PolicyRefusedError(Refusal.WRONG_TOKENIZER, detail)
+
+
+def _check_mark(manifest: Manifest, mark: Mark) -> None:
+    if manifest.generation < mark.generation:
+        detail = f"generation {manifest.generation} is below the mark {mark.generation}"
+        raise PolicyRefusedError(Refusal.ROLLBACK, detail)
+    if manifest.generation == mark.generation and manifest.digest != mark.digest:
+        detail = f"generation {mark.generation} came with digest {mark.digest} before"
+        raise PolicyRefusedError(Refusal.EQUIVOCATION, f"{detail}, now with {manifest.digest}")

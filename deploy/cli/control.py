@@ -1,0 +1,149 @@
+"""``offramp publish``, ``promote``, ``rollback`` and ``status``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from offramp.controller.errors import PolicyRefusedError
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.publisher import Publisher, Release, require_said
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import Head
+from offramp.controller.release.signing import load_public_key, open_envelope, trusted_keys
+from offramp.deploy.cli.console import console
+from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
+from offramp.deploy.serve.settings import Settings
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(publish)
+    app.command()(promote)
+    app.command()(rollback)
+    app.command()(status)
+
+
+def publish(
+    policy: Annotated[Path, typer.Argument(help="Bundle folder, such as runs/x/policies/chosen.")],
+    serve: Annotated[
+        bool, typer.Option("--promote/--no-promote", help="Serve it at once.")
+    ] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Publish it although no certificate bounds it.")
+    ] = False,
+) -> None:
+    """Sign a policy as the next generation and upload it.
+
+    It needs a certificate (`offramp calibrate`), or --uncertified; full depth needs neither.
+    """
+    bundle = PolicyBundle.load(policy)
+    require_said(bundle.manifest, uncertified)
+    with _publisher() as (publisher, _):
+        release = release_bundle(publisher, bundle, uncertified=uncertified)
+        console.print(
+            f"generation {release.generation} published ({release.digest[:12]}), "
+            f"{standing(bundle.manifest)}",
+            soft_wrap=True,
+        )
+        if serve:
+            publisher.promote(release.generation)
+            console.print(f"generation {release.generation} promoted")
+
+
+def promote(
+    generation: Annotated[int, typer.Argument(min=1, help="A published generation.")],
+) -> None:
+    """Make a published generation the one that workers run."""
+    with _publisher() as (publisher, _):
+        publisher.promote(generation)
+    console.print(f"generation {generation} promoted")
+
+
+def rollback(
+    to: Annotated[
+        int | None, typer.Option(min=1, help="Generation to return to [default: the last good].")
+    ] = None,
+) -> None:
+    """Serve an older policy again, as a new generation."""
+    with _publisher() as (publisher, _):
+        release = publisher.rollback(to)
+    console.print(f"generation {release.generation} serves policy {release.digest[:12]} again")
+
+
+def status() -> None:
+    """Show the head and what each worker says it runs."""
+    settings = Settings.from_environment()
+    registry = open_registry(settings)
+    try:
+        head = registry.head()
+        acks = registry.acks()
+    finally:
+        registry.close()
+    console.print("head: none" if head is None else _head_line(head, settings), soft_wrap=True)
+    table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
+    for ack in sorted(acks, key=lambda each: each.worker):
+        age_s = f"{time.time() - ack.at:.1f}"
+        table.add_row(
+            ack.worker, ack.state.value, str(ack.generation), ack.digest[:12], age_s, ack.reason
+        )
+    console.print(table)
+
+
+def standing(manifest: Manifest) -> str:
+    """What stands behind a release, in one sentence."""
+    certificate = manifest.certificate
+    if certificate is None:
+        return manifest.guarantee
+    return f"{manifest.guarantee}: {certificate.statement}"
+
+
+def _head_line(head: Head, settings: Settings) -> str:
+    line = f"head: generation {head.generation}"
+    path = settings.home / PUBLIC_KEY
+    if not path.exists():
+        return f"{line}; {path} is not here to read what stands behind it"
+    try:
+        raw = open_envelope(head.envelope, trusted_keys(load_public_key(path)))
+        return f"{line}, {standing(Manifest.from_bytes(raw))}"
+    except PolicyRefusedError as error:
+        return f"{line}; {error}"
+
+
+def release_bundle(
+    publisher: Publisher, bundle: PolicyBundle, *, uncertified: bool = False
+) -> Release:
+    """Sign a draft as it is.
+
+    Raises:
+        ConfigError: it is uncertified without being called so, or the other way round.
+    """
+    manifest = bundle.manifest
+    return publisher.release(
+        bundle.packed,
+        model=manifest.model,
+        tokenizer=manifest.tokenizer,
+        training=manifest.training,
+        metrics=manifest.metrics,
+        certificate=manifest.certificate,
+        uncertified=uncertified,
+    )
+
+
+@contextmanager
+def _publisher() -> Iterator[tuple[Publisher, RedisRegistry]]:
+    settings = Settings.from_environment()
+    registry = open_registry(settings)
+    if not (settings.home / KEY).exists():
+        console.print(f"new signing key in {settings.home}; workers must trust it (serve --trust)")
+    try:
+        yield open_publisher(settings, registry), registry
+    finally:
+        registry.close()

@@ -1,0 +1,241 @@
+"""``offramp evaluate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
+from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.page import (
+    conditions,
+    energy_section,
+    gap_headline,
+    gaps,
+    savings_headline,
+    single_points,
+    volumes,
+)
+from offramp.agents.evaluation.report import Report, write_report
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
+from offramp.agents.placing.contenders import Contender
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import SPLIT
+from offramp.agents.recording.study import load_study
+from offramp.agents.training.train import load_contenders
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.deploy.cli.console import console, evaluation_table, progress
+from offramp.deploy.cli.options import (
+    DEFAULT_MODEL,
+    CacheMode,
+    Corpus,
+    Device,
+    Documents,
+    Dtype,
+    MaxPending,
+    Model,
+    Seed,
+    Threads,
+    Translators,
+    parse_kv_mode,
+)
+from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.spec import WorkerSpec, load_engine
+
+CHOSEN = "chosen"
+"""Folder, beside the contenders, of the bundle that an evaluation picked."""
+
+SLOTS = 16
+"""Rows decoded together where only quality is measured."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("evaluate")(evaluate_policies)
+
+
+def evaluate_policies(
+    policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
+    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
+    model: Model = DEFAULT_MODEL,
+    corpus: Corpus = None,
+    documents: Documents = 320,
+    validation_documents: Annotated[
+        int, typer.Option(min=2, help="Documents the choice is made on.")
+    ] = 16,
+    test_documents: Annotated[int, typer.Option(min=2, help="Documents reported on.")] = 24,
+    timed_documents: Annotated[int, typer.Option(min=1, help="Of either, timed and metered.")] = 12,
+    lines: Annotated[int, typer.Option(min=0, help="Lines completed in each; 0 for none.")] = 4,
+    target_agreement: Annotated[
+        float, typer.Option(help="Least on-policy agreement of what is chosen.")
+    ] = 0.93,
+    target_edit_loss: Annotated[
+        float | None,
+        typer.Option(help="Choose by this relative loss of line-completion edit similarity."),
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+    kv_mode: CacheMode = "project",
+    max_pending: MaxPending = 8,
+    translators: Translators = None,
+    seed: Seed = 0,
+) -> None:
+    """Choose a policy on validation documents and report every policy on test documents."""
+    config = AssessConfig(
+        model=model,
+        corpus=corpus,
+        corpus_limit=documents,
+        validation_documents=validation_documents,
+        test_documents=test_documents,
+        timed_documents=timed_documents,
+        protocol=Protocol(lines=lines),
+        target_agreement=target_agreement,
+        target_edit_loss=target_edit_loss,
+        threads=threads,
+        seed=seed,
+    )
+    mode = parse_kv_mode(kv_mode)
+    spec = WorkerSpec(
+        model=model,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        slots=SLOTS,
+        engine=EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators),
+    )
+    _require_open(mode)
+    contenders, engine = _load(policies, traces, spec)
+    require_recorded(corpus, documents, traces)
+    with progress("evaluate", "runs") as advance:
+        found = assess(config, engine, contenders, lambda _, *count: advance(*count))
+    save_assessment(policies, contenders, found, engine, config)
+    console.print(evaluation_table(found.test, contenders[found.chosen].name))
+    console.print(f"energy: {found.energy.label}", soft_wrap=True)
+    console.print(f"{found.reason} → {policies / CHOSEN}")
+    console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
+
+
+def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contender], AdaptiveEngine]:
+    """The contenders, and the engine of the model that they were trained for."""
+    contenders = load_contenders(policies)
+    if not contenders:
+        raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
+    facts = load_study(traces).facts
+    engine = load_engine(spec)
+    if engine.model_fingerprint != facts.model:
+        raise ConfigError(
+            "model",
+            f"{spec.model!r} is not the model of {traces}",
+            "Name the one that was recorded",
+        )
+    return contenders, engine
+
+
+def _require_open(mode: KVMode) -> None:
+    if mode == "verify":
+        raise ConfigError(
+            "kv_mode",
+            "verify emits what full depth would: there is no agreement to choose by",
+            "Use project or defer",
+        )
+
+
+def require_recorded(corpus: Path | None, documents: int, traces: Path) -> None:
+    """Refuse to evaluate on another corpus: its test documents may be among those trained on.
+
+    Raises:
+        ConfigError: the documents are not those whose split was recorded.
+        TraceError: the corpus cannot be read.
+    """
+    try:
+        recorded = json.loads((traces / SPLIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
+    if {document.digest for document in load_corpus(corpus, limit=documents)} != set(recorded):
+        raise ConfigError(
+            "corpus",
+            f"is not the one whose split {traces / SPLIT} holds",
+            "Give the --corpus and --documents of offramp record",
+        )
+
+
+def save_assessment(
+    policies: Path,
+    contenders: list[Contender],
+    found: Assessment,
+    engine: AdaptiveEngine,
+    config: AssessConfig,
+) -> None:
+    """Write the rows, the report with its pictures, and the chosen policy's bundle."""
+    chosen = contenders[found.chosen].name
+    rows = {"validation": found.validation, "test": found.test}
+    plain = {name: [asdict(row) for row in each] for name, each in rows.items()}
+    matched = [asdict(row) for row in found.matched]
+    ratio = found.energy.ratios[found.chosen - 1]
+    energy = {
+        "policy": chosen,
+        "method": found.energy.method.value,
+        "source": found.energy.source,
+        "full_depth_j_per_token": found.energy.full_j,
+        "ratio": ratio and asdict(ratio),
+    }
+    told = {**plain, "matched": matched, "chosen": chosen, "reason": found.reason, "energy": energy}
+    content = json.dumps(told, indent=1)
+    write_durably(policies / "evaluation.json", content.encode())
+    write_report(_report(found, engine, config, policies), policies)
+    bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
+    row = found.test[found.chosen]
+    metrics = {
+        "agreement": row.agreement,
+        "accuracy": row.accuracy,
+        "perplexity": row.perplexity,
+        "edit_similarity": row.edit_similarity,
+        "mean_layers": row.mean_layers,
+        "wall_ratio": row.wall_ratio,
+        "tokens": row.tokens,
+        "reason": found.reason,
+    }
+    manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, **metrics})
+    PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)
+
+
+def _report(
+    found: Assessment, engine: AdaptiveEngine, config: AssessConfig, policies: Path
+) -> Report:
+    metrics = [m for m in (AGREEMENT, EDIT_SIMILARITY) if m.is_measured(found.measured[0].scores)]
+    promises = gaps(found.measured)
+    counts = {"validation": found.documents[0], "test": found.documents[1]}
+    return Report(
+        title="Early-exit policies on held-out documents",
+        headlines=[
+            f"{found.reason[0].upper()}{found.reason[1:]}.",
+            *(savings_headline(found.matched, metric, 0.01) for metric in metrics),
+            gap_headline(promises),
+        ],
+        conditions=conditions(
+            engine, config.protocol, counts, threads=config.threads, seed=config.seed
+        ),
+        matched=found.matched,
+        points=single_points(found.measured, found.chosen),
+        gaps=promises,
+        depths={row.policy: row.depths for row in found.test if row.family != "fixed exit"},
+        layers=engine.stack.layers,
+        extra=[
+            energy_section(
+                [(row.policy, row.family) for row in found.test[1:]],
+                found.energy,
+                min(config.timed_documents, found.documents[1]),
+                policies,
+            ),
+            volumes(found.measured, metrics),
+        ],
+    )

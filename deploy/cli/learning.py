@@ -1,0 +1,159 @@
+"""``offramp record`` and ``train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.record import RecordConfig, record_traces
+from offramp.agents.recording.recording import is_whole
+from offramp.agents.training.train import TrainConfig, train
+from offramp.controller.errors import ConfigError
+from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.options import (
+    DEFAULT_MODEL,
+    Corpus,
+    Costs,
+    Device,
+    Documents,
+    Dtype,
+    Model,
+    Seed,
+    SharedThreads,
+    Threads,
+    Translators,
+    parse_layers,
+    parse_shares,
+    parse_threads,
+    require_loadable,
+    require_new_folder,
+)
+from offramp.deploy.cli.train_by_file import train_by_file
+from offramp.deploy.serve.serve_app import ray_session
+from offramp.deploy.serve.settings import Settings
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import layers_and_vocab
+from offramp.worker.spec import WorkerSpec
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("record")(record)
+    app.command("train")(train_policies)
+
+
+def record(
+    out: Annotated[Path, typer.Option(help="New folder for the traces.")],
+    model: Model = DEFAULT_MODEL,
+    corpus: Corpus = None,
+    documents: Documents = 320,
+    tokens_per_document: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
+    exits: Annotated[
+        str, typer.Option(help="Layers to probe, like 3,6,9 [default: quarters of the depth].")
+    ] = "",
+    candidates: Annotated[int, typer.Option(min=2, help="Candidate tokens per token.")] = 64,
+    recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: SharedThreads = "auto",
+    translators: Translators = None,
+    states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a recording that was cut off.")
+    ] = False,
+) -> None:
+    """Decode documents at full depth on Ray workers and store per-exit features."""
+    settings = Settings.from_environment()
+    config = RecordConfig(
+        worker=WorkerSpec(
+            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            dtype=dtype,
+            device=device,
+            threads=parse_threads(threads, recorders),
+            engine=EngineConfig(translators=translators and translators.resolve()),
+        ),
+        corpus=corpus,
+        documents=documents,
+        tokens_per_document=tokens_per_document,
+        exits=parse_layers("exits", exits),
+        candidates=candidates,
+        recorders=recorders,
+        states=states,
+    )
+    if not resume:
+        require_new_folder("out", out)
+    elif is_whole(out):
+        console.print(f"{out} holds a finished recording; it is left alone")
+        return
+    _require_recordable(config, settings)
+    cpus = max(recorders, os.cpu_count() or 1)
+    with ray_session(settings.ray_address, cpus), progress("record", "tokens") as advance:
+        report = record_traces(config, out, advance, resume=resume)
+    console.print(
+        f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
+        f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"
+    )
+
+
+def train_policies(
+    out: Annotated[Path, typer.Option(help="Folder for the trained policies.")],
+    traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
+    targets: Annotated[
+        str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
+    ] = ".92,.95,.97,.985",
+    costs: Costs = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file: the staged method; see docs/training.md.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --config: go on from the checkpoint in --out.")
+    ] = False,
+    seeds: Annotated[
+        str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
+    ] = "",
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --config: cluster to join [default: RAY_ADDRESS].")
+    ] = None,
+) -> None:
+    """Train p̂ and PPO on recorded traces, and place them and the baselines."""
+    if config is not None:
+        train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
+        return
+    if traces is None:
+        raise ConfigError("traces", "is not given", "Name the folder, or give --config")
+    if resume or seeds or ray_address:
+        raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
+    require_new_folder("out", out)
+    settings = TrainConfig(
+        phat=PhatConfig(seed=seed),
+        ppo=PPOConfig(steps=steps, seed=seed),
+        targets=parse_shares("targets", targets),
+        threads=threads,
+    )
+    with progress("PPO", "steps") as advance:
+        contenders = train(settings, traces, out, advance, costs)
+    console.print(f"{len(contenders)} policies → {out}")
+
+
+def _require_recordable(config: RecordConfig, settings: Settings) -> None:
+    """Every check that needs no worker, before Ray is started."""
+    require_loadable(config.worker, settings)
+    layers, vocab = layers_and_vocab(config.worker.model)
+    if config.exits and config.exits[-1] >= layers:
+        raise ConfigError(
+            "exits",
+            f"{config.exits[-1]} is not below the model's {layers} layers",
+            f"Name layers from 1 to {layers - 1}",
+        )
+    if config.candidates > vocab:
+        raise ConfigError("candidates", f"{config.candidates} exceed the vocabulary of {vocab}")
+    load_corpus(config.corpus, limit=config.documents)

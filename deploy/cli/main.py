@@ -1,0 +1,59 @@
+"""The ``offramp`` command."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.markup import escape
+
+from offramp.controller.errors import OfframpError
+from offramp.deploy.cli.console import console
+
+TOPICS = {
+    "record": "learning",
+    "train": "learning",
+    "evaluate": "evaluating",
+    "calibrate": "calibrating",
+    "tune": "tuning",
+    "profile": "profiling",
+    "publish": "control",
+    "promote": "control",
+    "rollback": "control",
+    "status": "control",
+    "serve": "serving",
+    "demo": "serving",
+    "doctor": "serving",
+}
+"""Module of each command. Only the one in use is imported: ``status`` must not wait for torch."""
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The command line, with the commands of the topic that is asked for, or all of them."""
+    app = typer.Typer(
+        name="offramp",
+        help="Learned early exits for transformer serving: record, learn, publish, query.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    # Typer makes an app of a single command that command; with a callback it stays a group.
+    app.callback()(lambda: None)
+    asked = TOPICS.get(arguments[0]) if arguments else None
+    for topic in dict.fromkeys(TOPICS.values()) if asked is None else (asked,):
+        importlib.import_module(f"offramp.deploy.cli.{topic}").add_to(app)
+    return app
+
+
+def main() -> None:
+    """Run the command; expected failures end in one sentence and exit status 1."""
+    # Told to end, clean up just as on Ctrl-C: what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        build_app(sys.argv[1:])()
+    except (OfframpError, OSError) as error:
+        console.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)

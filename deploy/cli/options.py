@@ -1,0 +1,193 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from offramp.controller.errors import ConfigError
+from offramp.deploy.serve.settings import Settings
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.model.loading import check_model, layers_and_vocab, parse_dtype, require_device
+from offramp.worker.spec import WorkerSpec, load_engine
+
+Model = Annotated[str, typer.Option(help="Model folder in Hugging Face format.")]
+Corpus = Annotated[
+    Path | None,
+    typer.Option(help="Folder of *.py and *.txt documents [default: the standard library]."),
+]
+Documents = Annotated[
+    int, typer.Option(min=3, help="Documents taken from the corpus, over all splits.")
+]
+Dtype = Annotated[str, typer.Option(help="Weights' dtype: float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
+SharedThreads = Annotated[
+    str,
+    typer.Option(help="Torch threads per worker; auto: this machine's usable cores / workers."),
+]
+CacheMode = Annotated[
+    str, typer.Option(help="Layers that tokens skip, unless a request says: project|defer|verify.")
+]
+Holds = Annotated[
+    list[str] | None,
+    typer.Option(help="Depths where rows wait for company, like 6,9; may be repeated."),
+]
+HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
+HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
+PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
+MaxPending = Annotated[int, typer.Option(help="Tokens a row may put off (defer, verify).")]
+CacheBudget = Annotated[
+    float | None, typer.Option(help="MiB the cache may grow to [default: as the context asks].")
+]
+Translators = Annotated[
+    Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
+]
+Costs = Annotated[
+    Path | None,
+    typer.Option(help="Cost table of `offramp profile` [default: as measured when recording]."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+
+DEFAULT_MODEL = "models/reference"
+
+
+def parse_layers(field: str, text: str) -> tuple[int, ...]:
+    """Comma-separated layer numbers.
+
+    >>> parse_layers("exits", "3,6")
+    (3, 6)
+
+    Raises:
+        ConfigError: something else is in the list, or the layers do not ascend from 1 on.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(field, f"{text!r} is no list of layers", "Write it like 3,6,9") from error
+    if list(layers) != sorted(set(layers)) or any(layer < 1 for layer in layers):
+        raise ConfigError(field, f"{text!r} does not ascend from 1 on", "Write it like 3,6,9")
+    return layers
+
+
+def parse_shares(field: str, text: str) -> tuple[float, ...]:
+    """Comma-separated numbers in (0, 1).
+
+    Raises:
+        ConfigError: something else is in the list.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(
+            field, f"{text!r} is no list of numbers", "Write it like .9,.97"
+        ) from error
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def parse_threads(text: str, workers: int) -> int:
+    """Torch threads of each of some workers on this machine.
+
+    >>> parse_threads("3", workers=2)
+    3
+    >>> parse_threads("auto", workers=10_000)
+    1
+
+    Raises:
+        ConfigError: neither ``auto`` nor a number from 1 on.
+    """
+    if text == "auto":
+        return max(1, usable_cores() // workers)
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6 and int(text)):
+        raise ConfigError("threads", f"{text!r} is no number of threads", "Use auto, or 1 or more")
+    return int(text)
+
+
+def parse_schedule(holds: Sequence[str] | None, rows: int, patience: int) -> Schedule:
+    """Lock-step, or cohorts.
+
+    >>> parse_schedule(["3", "6,9"], 2, 4).holds
+    (3, 6, 9)
+
+    Raises:
+        ConfigError: holds that do not ascend, a number below its bound, or numbers without holds.
+    """
+    depths = parse_layers("hold", ",".join(holds or ()))
+    try:
+        schedule = Schedule(holds=depths, rows=rows, patience=patience)
+    except ConfigError as error:
+        raise ConfigError(f"hold_{error.field}", error.problem, error.remedy) from error
+    if not depths and schedule != LOCKSTEP:
+        field = "hold_rows" if rows != LOCKSTEP.rows else "hold_patience"
+        raise ConfigError(field, "does nothing without a hold", "Give --hold, too")
+    return schedule
+
+
+def parse_kv_mode(text: str) -> KVMode:
+    """For the type checker: ``EngineConfig`` is what refuses an unknown mode."""
+    return cast(KVMode, text)
+
+
+def require_new_folder(field: str, folder: Path) -> None:
+    """Refuse to write among files that are there already.
+
+    Raises:
+        ConfigError: there is a file, or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(field, f"{folder} is not a new or empty folder", "Name another")
+
+
+def require_writable(field: str, file: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent on what goes into it.
+
+    Raises:
+        ConfigError: it is a folder, or no file can be made where it is to be.
+    """
+    place = next(path for path in (file.parent, *file.parent.parents) if path.exists())
+    if file.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(field, f"{file} cannot be written", "Name a file in a writable folder")
+
+
+def require_folder(field: str, folder: Path) -> None:
+    """Refuse to write a folder where a file is.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(field, f"{folder} is no folder", "Name another")
+
+
+def require_loadable(spec: WorkerSpec, settings: Settings) -> None:
+    """Refuse what no worker could load, before Ray is started for it.
+
+    Raises:
+        ModelError: the model cannot be served.
+        ConfigError: the dtype is unknown, the device is not there, or the engine's settings do
+            not fit the model.
+    """
+    check_model(spec.model)
+    parse_dtype(spec.dtype)
+    if settings.ray_address is None:  # a cluster's workers may have devices that we lack
+        require_device(spec.device)
+    layers, holds = layers_and_vocab(spec.model)[0], spec.engine.schedule.holds
+    if holds and holds[-1] >= layers:
+        raise ConfigError(
+            "hold", f"{holds[-1]} is not below the model's {layers} layers", "Hold earlier"
+        )
+    if spec.engine.translators is not None or spec.engine.kv_budget_mb is not None:
+        # Only the weights tell whether translators are theirs, and only the cache its block's size.
+        load_engine(replace(spec, device="cpu"))

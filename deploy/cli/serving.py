@@ -1,0 +1,198 @@
+"""``offramp serve``, ``demo`` and ``doctor``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from offramp.controller.release.signing import load_public_key
+from offramp.deploy.cli.console import console
+from offramp.deploy.cli.doctor import examine
+from offramp.deploy.cli.options import (
+    DEFAULT_MODEL,
+    CacheBudget,
+    CacheMode,
+    Device,
+    Dtype,
+    HoldPatience,
+    HoldRows,
+    Holds,
+    MaxPending,
+    Model,
+    PrefillTokens,
+    Seed,
+    SharedThreads,
+    Translators,
+    parse_kv_mode,
+    parse_schedule,
+    parse_threads,
+    require_folder,
+    require_loadable,
+)
+from offramp.deploy.demo.closed_loop import run_demo
+from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
+from offramp.deploy.serve.redis_server import EmbeddedRedis
+from offramp.deploy.serve.serve_app import (
+    LOOPBACK,
+    PoolConfig,
+    ray_session,
+    require_free,
+    running_pool,
+)
+from offramp.deploy.serve.settings import Settings
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.spec import WorkerSpec
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(serve)
+    app.command()(demo)
+    app.command()(doctor)
+
+
+def serve(
+    model: Model = DEFAULT_MODEL,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name clients ask for [default: the folder's name].")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    redis_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
+    ] = 6390,
+    slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
+    trust: Annotated[
+        Path | None,
+        typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME]."),
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: SharedThreads = "auto",
+    kv_mode: CacheMode = "project",
+    hold: Holds = None,
+    hold_rows: HoldRows = 4,
+    hold_patience: HoldPatience = 4,
+    prefill_tokens: PrefillTokens = 256,
+    max_pending: MaxPending = 8,
+    kv_budget_mb: CacheBudget = None,
+    translators: Translators = None,
+) -> None:
+    """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
+    settings = Settings.from_environment()
+    config = PoolConfig(
+        worker=WorkerSpec(
+            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            dtype=dtype,
+            device=device,
+            threads=parse_threads(threads, replicas),
+            slots=slots,
+            engine=EngineConfig(
+                kv_mode=parse_kv_mode(kv_mode),
+                schedule=parse_schedule(hold, hold_rows, hold_patience),
+                prefill_tokens=prefill_tokens,
+                max_pending=max_pending,
+                kv_budget_mb=kv_budget_mb,
+                translators=translators and translators.resolve(),
+            ),
+        ),
+        model_id=served_model_name or Path(model).resolve().name,
+        redis_url=settings.redis_url or "",
+        channel=settings.channel,
+        trusted=(trust or settings.home / PUBLIC_KEY).resolve(),
+        state_dir=(settings.home / "workers").resolve(),
+        replicas=replicas,
+        host=host,
+        port=port,
+        api_key=settings.api_key,
+        max_waiting=max_waiting,
+    )
+    _require_servable(config, settings, trust, redis_port)
+    _serve(config, settings, trust, redis_port)
+
+
+def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
+    """Serve until told to stop."""
+    with contextlib.ExitStack() as stack:
+        if settings.redis_url is None:
+            redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))
+            config = replace(config, redis_url=redis.url)
+            console.print(f"embedded Redis: export REDIS_URL={redis.url}")
+        if trust is None:
+            public_key_path(settings)
+        cpus = max(config.replicas, os.cpu_count() or 1)
+        stack.enter_context(ray_session(settings.ray_address, cpus))
+        url = stack.enter_context(running_pool(config))
+        workers = f"{config.replicas} workers, threads: {config.worker.threads} each"
+        console.print(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
+        _wait_for_a_signal()
+
+
+def _require_servable(
+    config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
+) -> None:
+    """Every check that needs no worker, before anything is written or started."""
+    require_loadable(config.worker, settings)
+    require_free(config.host, config.port)
+    if trust is not None:
+        load_public_key(trust)
+    if settings.redis_url is None:
+        require_free("127.0.0.1", redis_port, "redis_port")
+    else:
+        open_registry(settings).close()
+
+
+def demo(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
+    threads: SharedThreads = "auto",
+    seed: Seed = 0,
+) -> None:
+    """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
+    settings = Settings.from_environment()
+    config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    config = replace(config, threads=parse_threads(threads, config.replicas))
+    require_folder("out", out)
+    if port:
+        require_free(LOOPBACK[0], port)
+    if settings.redis_url is not None:
+        open_registry(settings).close()
+    run_demo(config.shortened() if quick else config, settings)
+
+
+def doctor(model: Model = DEFAULT_MODEL) -> None:
+    """Check what offramp needs on this machine, and say what is missing."""
+    problems = 0
+    for check in examine(model, Settings.from_environment()):
+        mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
+        console.print(f"{mark} {check.name}: {escape(check.detail)}", soft_wrap=True)
+        problems += not check.passed
+    if problems:
+        raise typer.Exit(1)
+
+
+def _wait_for_a_signal() -> None:
+    # SIGTERM raises KeyboardInterrupt too (see cli.main). No lock is taken in a handler: a second
+    # signal inside Event.set would wait for the first forever.
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,119 @@
+"""``offramp train --config``: the staged method, one run or one per seed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from offramp.agents.training.finish import finish
+from offramp.agents.training.run_config import RunConfig, load_config
+from offramp.agents.training.staged import train_staged
+from offramp.agents.training.sweep import sweep
+from offramp.controller.errors import ConfigError
+from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.options import require_new_folder
+from offramp.deploy.serve.serve_app import ray_session
+from offramp.deploy.serve.settings import Settings
+
+REACH_S = 3.0
+"""Seconds that a cluster's address has to answer; Ray itself tries for a minute."""
+
+
+def train_by_file(
+    path: Path,
+    traces: Path | None,
+    out: Path,
+    *,
+    resume: bool = False,
+    seeds: str = "",
+    ray_address: str | None = None,
+) -> None:
+    """Run what a TOML file says.
+
+    Args:
+        path: The file.
+        traces: Replaces the file's.
+        out: Folder of checkpoints, scalars and policies.
+        resume: Go on from its checkpoint.
+        seeds: One run for each; "" runs the file's seed, here.
+        ray_address: Cluster to join; None takes RAY_ADDRESS, or starts a local one.
+
+    Raises:
+        ConfigError: an option is unusable, or nobody answers at the address.
+        TraceError: the traces are missing or damaged.
+    """
+    config = load_config(path)
+    config = config if traces is None else replace(config, traces=str(traces))
+    address = ray_address or Settings.from_environment().ray_address
+    numbers = parse_seeds(seeds)
+    if not resume:
+        require_new_folder("out", out)
+    needs_ray = bool(numbers) or config.onpolicy.rounds > 0
+    if needs_ray:
+        require_reachable(address)
+    session = ray_session(address, _cpus(config)) if needs_ray else contextlib.nullcontext()
+    with session:
+        if numbers:
+            with progress("seeds", "runs") as advance:
+                sweep(config, numbers, out.resolve(), advance)
+            console.print(f"{len(numbers)} runs → {out}")
+            return
+        _train(config, out, resume)
+
+
+def _train(config: RunConfig, out: Path, resume: bool) -> None:
+    with progress("train", "steps") as advance:
+        run = train_staged(
+            config, out, resume=resume, on_progress=lambda _, done, total: advance(done, total)
+        )
+    if run.finished:
+        console.print("this run is finished: nothing is trained again")
+    with progress("on-policy", "rounds") as advance:
+        contenders = finish(run, advance)
+    console.print(f"{len(contenders)} policies → {out}")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Comma-separated seeds.
+
+    >>> parse_seeds("0,1")
+    (0, 1)
+
+    Raises:
+        ConfigError: something else is in the list.
+    """
+    try:
+        seeds = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError("seeds", f"{text!r} is no list of seeds", "Write it like 0,1") from error
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError("seeds", f"{text!r} holds a negative one", "Write it like 0,1")
+    return seeds
+
+
+def require_reachable(address: str | None) -> None:
+    """Refuse a cluster's address at which nobody answers.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if address is None or address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 6379), timeout=REACH_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "ray_address",
+            f"nobody answers at {address!r} ({error})",
+            "Start a cluster there (`ray start --head`), or unset RAY_ADDRESS for a local one",
+        ) from error
+
+
+def _cpus(config: RunConfig) -> int:
+    return max(config.onpolicy.collectors, os.cpu_count() or 1)

@@ -1,0 +1,81 @@
+"""``offramp tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.agents.tuning.tune import tune
+from offramp.agents.tuning.tune_config import TuneConfig, require_exits
+from offramp.deploy.cli.console import console, progress, tuning_table
+from offramp.deploy.cli.options import (
+    DEFAULT_MODEL,
+    Corpus,
+    Device,
+    Documents,
+    Dtype,
+    Model,
+    Seed,
+    Threads,
+    parse_layers,
+    require_new_folder,
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("tune")(tune_exits)
+
+
+def tune_exits(
+    out: Annotated[Path, typer.Option(help="Folder for the translators.")],
+    model: Model = DEFAULT_MODEL,
+    corpus: Corpus = None,
+    documents: Documents = 320,
+    exits: Annotated[
+        str, typer.Option(help="Layers to fit, like 3,6,9 [default: quarters of the depth].")
+    ] = "",
+    rank: Annotated[int, typer.Option(help="Rank of each translator.")] = 32,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
+    candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """Fit exit translators to a model that was not trained to exit; full depth stays as it is."""
+    config = TuneConfig(
+        model=model,
+        corpus=corpus,
+        documents=documents,
+        exits=parse_layers("exits", exits),
+        rank=rank,
+        steps=steps,
+        batch_tokens=batch_tokens,
+        length=length,
+        learning_rate=lr,
+        held_out=held_out,
+        candidates=candidates,
+        checkpoint_every=checkpoint_every,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    require_exits(config)
+    if not resume:
+        require_new_folder("out", out)
+    with progress("tune", "tokens") as advance:
+        report = tune(config, out, resume=resume, on_tokens=advance)
+    console.print(tuning_table(report))
+    console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")

@@ -1,0 +1,1 @@
+"""The Ray Serve pool, its settings and its Redis."""

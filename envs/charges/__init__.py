@@ -1,0 +1,1 @@
+"""What decoding costs, as environments charge it."""

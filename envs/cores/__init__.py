@@ -1,0 +1,1 @@
+"""The vectorised environments in numpy: one implementation behind every adapter."""

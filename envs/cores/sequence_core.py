@@ -1,0 +1,290 @@
+"""Many sequences at once, in numpy: tokens in order, with the debt that exits leave behind.
+
+Shape suffixes: B parallel episodes, K of them, D = F + C + W observation columns (features,
+outlook, weights), E1 = exits and full depth, O objectives that cost, V = 1 + O objectives of a
+reward vector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offramp.controller.costs.table import CostTable
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
+from offramp.controller.traces import TraceHeader
+from offramp.envs.adapters.options import DebtMode
+from offramp.envs.charges.riders import Riders, added_by_riders
+from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
+from offramp.envs.cores.actions import ActionKind, Actions
+from offramp.envs.cores.batch import Finals, IndexArray, RewardArray, StepBatch
+from offramp.envs.cores.history import ACTIVE, PENDING, History
+from offramp.envs.cores.token_core import checked_costs, checked_tokens
+from offramp.envs.cores.walk import Walk
+from offramp.envs.traces.qualities import Quality
+from offramp.envs.traces.sequences import Sequences
+from offramp.envs.traces.tokens import TokenTraces
+
+DEBT_LOSS, DEBT_POWER = 0.215, 0.5
+"""Under projected keys and values a token loses loss · debt^power of its quality.
+
+Fitted on-policy to the reference model (benchmarks/debt.py; docs/environments.md has the fit).
+"""
+
+MAX_PENDING = 8
+"""Tokens a row may put off, by default; the engine's default, too."""
+
+
+class SequenceExitCore:
+    """B parallel episodes, each a run of recorded tokens of one document.
+
+    ``SequenceExitEnv`` documents observations, actions and reward. Runs are drawn uniformly from
+    those that fit, then the number of rows, then the weights, from one PCG64 generator.
+
+    Args:
+        traces: Recorded tokens of two documents or more.
+        costs: Measured costs of the model that was recorded.
+        num_envs: Number B of parallel episodes.
+        horizon: Tokens of an episode at most.
+        kv_mode: ``project`` or ``defer``.
+        debt_loss, debt_power: Of ``project``: a token loses loss · debt^power of its quality.
+        max_pending: Of ``defer``: tokens that may be put off.
+        rider_share: Of ``defer``: what a put-off token adds to a layer, as a share of a layer;
+            None reads it off the cost table's spans.
+        rows: Numbers of rows in the batch to draw from.
+        lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: As of
+            ``TokenExitCore``.
+
+    Attributes:
+        actions: What can be done.
+        num_columns: Number D of observation columns.
+        objectives: Names of the V entries of a reward vector.
+
+    Raises:
+        ConfigError: an argument is out of range, or the costs are of another model.
+        TraceError: the traces are unusable (see ``Sequences`` and ``TokenExitCore``).
+    """
+
+    def __init__(
+        self,
+        traces: TokenTraces,
+        costs: CostTable,
+        *,
+        num_envs: int,
+        horizon: int = 64,
+        kv_mode: DebtMode = "project",
+        debt_loss: float = DEBT_LOSS,
+        debt_power: float = DEBT_POWER,
+        max_pending: int = MAX_PENDING,
+        rider_share: float | None = None,
+        rows: tuple[int, ...] = (1,),
+        lambda_range: Range = DEFAULT_LAMBDA_RANGE,
+        quality: Quality = "logprob_gap",
+        autoreset: bool = True,
+        actions: ActionKind = "jump",
+        jumps: int | None = None,
+        asks_first: bool = False,
+        ends: bool = False,
+        energy_range: Range | None = None,
+    ) -> None:
+        costs = checked_costs(traces, costs, num_envs)
+        _check_mode(kv_mode, (debt_loss, debt_power), max_pending, rows)
+        header = traces.header
+        is_deferred = kv_mode == "defer"
+        tariffs = [Tariff.of(costs, header.exits, each, fills=not is_deferred) for each in rows]
+        self.num_envs = num_envs
+        self.objectives = tariffs[0].objectives
+        self.rng = np.random.default_rng()
+        self.actions = Actions(actions, len(header.exits), jumps, asks_first, ends)
+        self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
+        self._walk = Walk(traces, tariffs, self.actions, num_envs)
+        self._riders: Riders | None = None
+        if is_deferred:
+            added_MO = added_by_riders(costs, max_pending, rider_share)
+            self._riders = Riders(header.exits, header.layers, max_pending, added_MO, num_envs)
+        self.num_columns = self._walk.width + OUTLOOK_V1.width + len(self.weights.names)
+        self._autoreset = autoreset
+        self._debt_loss, self._debt_power = 0.0 if is_deferred else debt_loss, debt_power
+        self._max_pending = max_pending
+        self._active_C = np.array(rows, np.float64) / max(rows)
+        self._sequences = Sequences(traces, horizon)
+        self._set_tables(traces, header, quality)
+        self._history = History(num_envs, self._layer_E1)
+        self.reset()
+
+    def _set_tables(self, traces: TokenTraces, header: TraceHeader, quality: Quality) -> None:
+        self._quality_NE1 = traces.quality(quality)
+        self._agree_NE1 = traces.quality("agreement")
+        self._full = len(header.exits)
+        self._layer_E1 = np.array([*header.exits, header.layers], np.float64)
+        self._layers = header.layers
+
+    def reset(
+        self,
+        seed: int | np.random.Generator | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+        lambdas: ArrayLike | None = None,
+        mus: ArrayLike | None = None,
+    ) -> FloatArray:
+        """Start B new episodes and return their observations [B, D].
+
+        Args:
+            seed: New seed or generator; None goes on with the present one.
+            tokens: Rows of the traces where runs start, one or B; None draws them.
+            lambdas: Weights of latency to start with, one or B; None draws them.
+            mus: Weights of energy.
+
+        Raises:
+            ConfigError: a token or weight is out of range.
+        """
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        everyone = np.arange(self.num_envs)
+        self._total_BV = np.zeros((self.num_envs, len(self.objectives)), np.float64)
+        # Sums over an episode's tokens: layers, agreement, probes, tokens never asked.
+        self._sums_B4 = np.zeros((self.num_envs, 4), np.float64)
+        self._start_B = np.zeros(self.num_envs, np.int64)
+        self._begin(everyone)
+        if tokens is not None:
+            given = checked_tokens(tokens, len(self._quality_NE1))
+            self._place(everyone, np.broadcast_to(given, self.num_envs))
+        if lambdas is not None:
+            self.weights.assign("lambda", lambdas)
+        if mus is not None:
+            self.weights.assign("mu", mus)
+        return self._observe()
+
+    def action_masks(self) -> BoolArray:
+        """Which actions lead somewhere that no lower action does, [B, A]."""
+        return self.actions.masks(self._walk.here_B)
+
+    def step(self, actions_B: NDArray[Any]) -> StepBatch:
+        """Act in every episode.
+
+        Raises:
+            ConfigError: not B whole numbers within the actions.
+        """
+        target_B, column_B, is_done_B = self._walk.targets(actions_B)
+        paid_BO = self._walk.pay(column_B)
+        if self._riders is not None:
+            paid_BO += self._walk.way(self._riders.way_BPO, np.arange(self.num_envs), column_B)
+        vector_BV = np.zeros((self.num_envs, len(self.objectives)), np.float64)
+        vector_BV[:, 1:] = -paid_BO
+        done_K = np.flatnonzero(is_done_B)
+        vector_BV[done_K, 0] = self._settle(done_K, column_B[done_K])
+        self._walk.advance(target_B)
+        self._next(done_K)
+        self._run_unasked(done_K, vector_BV)
+        self._total_BV += vector_BV
+        ended_K = done_K[self._history.left_B[done_K] == 0]
+        finals = self._end(ended_K)
+        terminated_B = np.zeros(self.num_envs, np.bool_)
+        terminated_B[ended_K] = True
+        reward_B = self.weights.reward(vector_BV)
+        if self._autoreset:
+            self._begin(ended_K)
+        obs_BD = self._observe()
+        if not self._autoreset:
+            obs_BD[ended_K] = finals.obs_KD
+        return StepBatch(obs_BD, reward_B, terminated_B, finals, vector_BV)
+
+    def _settle(self, place_K: IndexArray, column_K: IndexArray) -> RewardArray:
+        """Tokens that came out at a column: note them, and return their qualities."""
+        token_K = self._walk.token_B[place_K]
+        debt_K = self._history.debt_BE1[place_K, column_K]
+        kept_K = 1 - self._debt_loss * debt_K**self._debt_power
+        agree_K = kept_K * self._agree_NE1[token_K, column_K]
+        layer_K = self._layer_E1[column_K]
+        sums_B4 = self._sums_B4
+        sums_B4[place_K, 0] += layer_K
+        sums_B4[place_K, 1] += agree_K
+        sums_B4[place_K, 2] += self._walk.probes_B[place_K]
+        self._history.add(place_K, layer_K / self._layers)
+        if self._riders is not None:
+            self._riders.settle(place_K, column_K)
+        quality_K: RewardArray = kept_K * self._quality_NE1[token_K, column_K]
+        return quality_K
+
+    def _run_unasked(self, done_K: IndexArray, vector_BV: RewardArray) -> None:
+        """Rows that can put off no more: their next token runs all layers, unasked."""
+        if self._riders is None:
+            return
+        forced_K = done_K[self._riders.are_full(done_K) & (self._history.left_B[done_K] > 0)]
+        vector_BV[forced_K, 1:] -= self._walk.unasked(forced_K) + self._riders.way_BPO[forced_K, -1]
+        vector_BV[forced_K, 0] += self._settle(forced_K, np.full(len(forced_K), self._full))
+        self._sums_B4[forced_K, 3] += 1
+        self._next(forced_K)
+
+    def _next(self, place_K: IndexArray) -> None:
+        """Go on to the next token, where there is one."""
+        going_K = place_K[self._history.left_B[place_K] > 0]
+        self._walk.begin(going_K, self._walk.token_B[going_K] + 1)
+
+    def _begin(self, place_K: IndexArray) -> None:
+        drawn_K = self.rng.integers(len(self._sequences.starts), size=len(place_K))
+        self._walk.crowd_B[place_K] = self.rng.integers(len(self._active_C), size=len(place_K))
+        self.weights.draw(self.rng, place_K)
+        self._place(place_K, self._sequences.starts[drawn_K])
+
+    def _place(self, place_K: IndexArray, token_K: IndexArray) -> None:
+        self._start_B[place_K] = token_K
+        self._total_BV[place_K] = 0
+        self._sums_B4[place_K] = 0
+        self._walk.begin(place_K, token_K)
+        self._history.begin(place_K, self._sequences.length_N[token_K])
+        self._history.outlook_BC[place_K, ACTIVE] = self._active_C[self._walk.crowd_B[place_K]]
+        if self._riders is not None:
+            self._riders.begin(place_K)
+
+    def _observe(self) -> FloatArray:
+        obs_BD = np.empty((self.num_envs, self.num_columns), np.float32)
+        self._walk.observe(obs_BD, np.arange(self.num_envs))
+        outlook_BC = self._history.outlook_BC
+        if self._riders is not None:
+            outlook_BC[:, PENDING] = self._riders.count_B / self._max_pending
+        width, weights = self._walk.width, len(self.weights.names)
+        obs_BD[:, width:-weights] = outlook_BC
+        obs_BD[:, -weights:] = self.weights.log_BW
+        self._seen_BD = obs_BD.copy()  # what is returned is the caller's
+        return obs_BD
+
+    def _end(self, place_K: IndexArray) -> Finals:
+        tokens_K = self._history.step_B[place_K]
+        means_KV = self._total_BV[place_K] / tokens_K[:, None]
+        sums_K4 = self._sums_B4[place_K]
+        info: dict[str, NDArray[Any]] = {
+            "quality": means_KV[:, 0],
+            "cost": -means_KV[:, 1],
+            "exit_layer": sums_K4[:, 0] / tokens_K,
+            "probes": sums_K4[:, 2] / tokens_K,
+            "agree": sums_K4[:, 1] / tokens_K,
+            "unasked": sums_K4[:, 3].astype(np.int64),
+            "tokens": tokens_K,
+            "token": self._start_B[place_K],
+        }
+        if "energy" in self.objectives:
+            info["energy"] = -means_KV[:, 2]
+        for w, name in enumerate(self.weights.names):
+            info[name] = self.weights.value_BW[place_K, w]
+        return Finals(place_K, self._seen_BD[place_K], info)
+
+
+def _check_mode(
+    kv_mode: str, debt: tuple[float, float], max_pending: int, rows: tuple[int, ...]
+) -> None:
+    if kv_mode not in get_args(DebtMode):
+        raise ConfigError("kv_mode", f"{kv_mode!r} is unknown here", "Use project or defer")
+    if not 0 <= debt[0] <= 1:
+        raise ConfigError("debt_loss", f"{debt[0]} is not from 0 to 1", "Give a share of quality")
+    if not 0 < debt[1] < math.inf:
+        raise ConfigError("debt_power", f"{debt[1]} is no positive power", "Use 1 for a line")
+    if max_pending < 1:
+        raise ConfigError("max_pending", f"{max_pending} is below 1")
+    if not rows or min(rows) < 1:
+        raise ConfigError("rows", f"{rows} are no numbers of rows from 1 on", "Use (1,) for one")

@@ -1,0 +1,118 @@
+"""Many tokens on their way through the exits: where each stands, what it sees, what it pays.
+
+Shape suffixes: B parallel episodes, K of them, N tokens, E exits, F features, R = N · E rows of
+features, O objectives that cost, P = E + 2 places, C crowds (numbers of rows in the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.controller.features import BoolArray, FloatArray
+from offramp.envs.charges.tariff import Tariff
+from offramp.envs.cores.actions import Actions
+from offramp.envs.cores.batch import IndexArray, RewardArray
+from offramp.envs.traces.pairs import PairFeatures
+from offramp.envs.traces.tokens import TokenTraces
+
+
+class Walk:
+    """B tokens, each at an exit or before the first layer.
+
+    Args:
+        traces: Recorded tokens.
+        tariffs: What the way costs, one per crowd.
+        actions: What can be done.
+        num_envs: Number B.
+
+    Attributes:
+        token_B: Which recorded token.
+        crowd_B: Under which tariff.
+        here_B: Exit where it stands, −1 before the first layer.
+        probes_B: Probes made of it.
+    """
+
+    def __init__(
+        self, traces: TokenTraces, tariffs: Sequence[Tariff], actions: Actions, num_envs: int
+    ) -> None:
+        _, self._exits, self.width = traces.features_NEF.shape
+        self.actions = actions
+        self._features_RF = traces.features_NEF.reshape(-1, self.width)
+        self._pairs = PairFeatures(traces) if actions.is_jump else None
+        self._first = -1 if actions.asks_first else 0
+        self._leave_CPO = np.stack([each.leave_OP.T for each in tariffs])
+        self._policy_CO = np.stack([each.policy_O for each in tariffs])
+        self._probed_CO = np.stack([each.probe_O + each.policy_O for each in tariffs])
+        self._build_CO = np.stack([each.build_O for each in tariffs])
+        self.token_B = np.zeros(num_envs, np.int64)
+        self.crowd_B = np.zeros(num_envs, np.int64)
+        self.here_B = np.zeros(num_envs, np.int64)
+        self.probes_B = np.zeros(num_envs, np.int64)
+        self._before_B = np.zeros(num_envs, np.int64)  # what was probed before, −1 for nothing
+        self._run_B = np.zeros(num_envs, np.int64)
+
+    def begin(self, place_K: IndexArray, token_K: IndexArray) -> None:
+        """Stand at the start of new tokens."""
+        self.token_B[place_K] = token_K
+        self.here_B[place_K] = self._first
+        self.probes_B[place_K] = 0
+        self._before_B[place_K] = -1
+        self._run_B[place_K] = 0
+
+    def targets(self, actions_B: NDArray[Any]) -> tuple[IndexArray, IndexArray, BoolArray]:
+        """Where checked actions lead, the column it is paid up to, and which tokens end.
+
+        Raises:
+            ConfigError: not B whole numbers within the actions.
+        """
+        actions_B = self.actions.checked(actions_B, len(self.here_B))
+        target_B = self.actions.targets(self.here_B, actions_B)
+        is_full_B = target_B == self._exits
+        column_B = np.where(is_full_B, target_B, self.here_B)
+        return target_B, column_B, is_full_B | (target_B == self.here_B)
+
+    def pay(self, column_B: IndexArray) -> RewardArray:
+        """For the way since the last decision, the probe and this one, up to a column, [B, O]."""
+        is_probed_B = self.here_B >= 0
+        paid_BO = self.way(self._leave_CPO, self.crowd_B, column_B)
+        paid_BO += np.where(
+            is_probed_B[:, None], self._probed_CO[self.crowd_B], self._policy_CO[self.crowd_B]
+        )
+        is_first_B = is_probed_B & (self.probes_B == 0)
+        paid_BO[is_first_B] += self._build_CO[self.crowd_B[is_first_B]]
+        self.probes_B += is_probed_B
+        return paid_BO
+
+    def way(self, sums_GPO: RewardArray, group_B: IndexArray, column_B: IndexArray) -> RewardArray:
+        """Sums up to a column less those up to the last decision, [B, O]."""
+        sums_BO: RewardArray = sums_GPO[group_B, column_B + 1]
+        return sums_BO - sums_GPO[group_B, self._before_B + 1]
+
+    def unasked(self, place_K: IndexArray) -> RewardArray:
+        """What a whole token costs that is never asked, [K, O]."""
+        cost_KO: RewardArray = self._leave_CPO[self.crowd_B[place_K], -1]
+        return cost_KO
+
+    def advance(self, target_B: IndexArray) -> None:
+        """Go where the actions lead; tokens that end must begin anew."""
+        self._before_B = self.here_B
+        self.here_B = np.minimum(target_B, self._exits - 1)
+        if self._pairs is not None:
+            self._run_B += 1
+            self._run_B *= self._pairs.agrees_NPE[self.token_B, self._before_B + 1, self.here_B]
+
+    def observe(self, obs_KD: FloatArray, place_K: IndexArray) -> None:
+        """Write the features of some tokens into the first F columns."""
+        token_K, here_K = self.token_B[place_K], self.here_B[place_K]
+        obs_KD[:, : self.width] = self._features_RF[token_K * self._exits + here_K]
+        if self._pairs is None:
+            return
+        pairs, before_K = self._pairs, self._before_B[place_K]
+        obs_KD[:, pairs.columns] = pairs.values_NPEQ[token_K, before_K + 1, here_K]
+        if pairs.run_column is not None:
+            obs_KD[:, pairs.run_column] = self._run_B[place_K] / self._exits
+        obs_KD[here_K < 0, : self.width] = 0

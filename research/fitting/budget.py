@@ -1,0 +1,104 @@
+"""EERO-like: how many tokens leave at each exit under a budget, and the thresholds that do it.
+
+Shape suffixes: N tokens, E exits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.agents.placing.pricing import leaving
+from offramp.controller.costs.table import CostTable
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import SOFTMAX_V2, FloatArray
+from offramp.controller.policies.rules.stages import NEVER, StageThresholds
+from offramp.controller.traces import SOFTMAX_COLUMNS
+from offramp.envs.traces.tokens import TokenTraces
+
+SHARPNESS = 50.0
+"""β: weights fall by e for every 1/50 of risk."""
+
+LARGEST_PRICE = 1e6
+"""Beyond this price of cost the cheapest exit takes everything."""
+
+
+def fit_budget(
+    traces: TokenTraces, costs: CostTable, budget: float, column: str = "top1"
+) -> StageThresholds:
+    """Shares by exponential weights under a budget, then one quantile per exit.
+
+    Valade, Hebiri and Gay 2024 (EERO, arXiv 2402.03779): exits are classifiers with a reject
+    option, and the probabilities of leaving at each come from aggregation with exponential
+    weights of their risks under the budget. A share of the tokens that reach an exit leaves
+    there: those with the highest score.
+
+    Args:
+        traces: Training tokens.
+        costs: Measured costs, probes included.
+        budget: Mean cost allowed, in units of a full-depth token's time.
+        column: Score, one of SOFTMAX_COLUMNS without ``entropy``.
+
+    Raises:
+        ConfigError: leaving at the cheapest exit already costs more than the budget.
+    """
+    risk_E1 = np.append(1.0 - traces.agree_NE.mean(axis=0, dtype=np.float64), 0.0)
+    cost_E1 = leaving(SOFTMAX_V2, traces.header.exits, costs)
+    share_E1 = gibbs_shares(risk_E1, cost_E1, budget)
+    score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]
+    return StageThresholds(
+        exits=traces.header.exits,
+        schema=SOFTMAX_V2,
+        column=column,
+        thresholds=stage_thresholds(score_NE, share_E1),
+    )
+
+
+def gibbs_shares(
+    risk_E1: NDArray[np.float64],
+    cost_E1: NDArray[np.float64],
+    budget: float,
+    sharpness: float = SHARPNESS,
+) -> NDArray[np.float64]:
+    """π_k ∝ exp(−β (risk_k + μ cost_k)) with the least μ ≥ 0 that keeps the budget, [E + 1].
+
+    This is the distribution that minimises mean risk + KL(π, uniform) / β under the budget.
+
+    Raises:
+        ConfigError: no μ keeps the budget.
+    """
+
+    def shares(price: float) -> NDArray[np.float64]:
+        exponent_E1 = -sharpness * (risk_E1 + price * cost_E1)
+        weight_E1 = np.exp(exponent_E1 - exponent_E1.max())
+        return np.asarray(weight_E1 / weight_E1.sum())
+
+    def is_kept(price: float) -> bool:
+        return float(shares(price) @ cost_E1) <= budget
+
+    if not is_kept(LARGEST_PRICE):
+        raise ConfigError(
+            "budget",
+            f"{budget:.3f} is below the cheapest exit's cost, {cost_E1.min():.3f}",
+            "Allow more, or record a shallower exit",
+        )
+    low, high = 0.0, LARGEST_PRICE
+    if is_kept(low):
+        return shares(low)
+    for _ in range(80):  # halvings: far below what a double resolves
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_kept(middle) else (middle, high)
+    return shares(high)
+
+
+def stage_thresholds(score_NE: FloatArray, share_E1: NDArray[np.float64]) -> tuple[float, ...]:
+    """At each exit the score that lets its share of all tokens leave there, of those that came."""
+    here_N = np.ones(len(score_NE), np.bool_)
+    thresholds = []
+    for exit_index, share in enumerate(share_E1[:-1]):
+        scores_M = np.sort(score_NE[here_N, exit_index])
+        count = min(round(share * len(score_NE)), len(scores_M))
+        threshold = float(scores_M[len(scores_M) - count]) if count else NEVER
+        thresholds.append(threshold)
+        here_N &= score_NE[:, exit_index] < np.float32(threshold)
+    return tuple(thresholds)

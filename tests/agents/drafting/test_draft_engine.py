@@ -1,0 +1,175 @@
+"""The environment of drafts against the engine: same layers, drafts, cycles, and same views.
+
+Shape suffixes: N rows, F features, C columns of outlook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from offramp.agents.drafting.continuations import Continuations, record_continuations
+from offramp.agents.drafting.draft_replay import replay_drafts
+from offramp.agents.recording.corpus import Document
+from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    SOFTMAX_V2,
+    FeatureSchema,
+    FloatArray,
+    IntArray,
+)
+from offramp.controller.policies.protocols import IndexArray, NeverExit, is_headless
+from offramp.envs import TokenTraces
+from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from offramp.worker.probes.candidates.successors import successor_table
+from support.cost_tables import measured
+from support.models import VOCAB, make_model
+
+EXITS = (1, 2, 4)
+PROMPT, NEW, PENDING = 9, 40, 5
+
+
+@dataclass
+class Script:
+    """Goes where a hash of the token's place says, and writes down what it is shown."""
+
+    salt: int
+    exits: tuple[int, ...] = EXITS
+    candidates_VK: IntArray | None = None
+    outlooks: list[list[float]] = field(default_factory=list)
+    fresh: list[list[float]] = field(default_factory=list)
+
+    @property
+    def headless(self) -> bool:
+        return self.candidates_VK is not None
+
+    @property
+    def schema(self) -> FeatureSchema:
+        return CANDIDATES_V1 if self.headless else SOFTMAX_V2
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        self.outlooks += outlook_NC.tolist()
+        return np.array([self._draw(row_C, 0, len(self.exits)) for row_C in outlook_NC])
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        self.outlooks += outlook_NC.tolist()
+        if outlook_NC[0, 2] == 0:  # no open draft: surely along the recorded text
+            names = SOFTMAX_V2.columns[:-1]  # all but the position
+            self.fresh += features_NF[:, [self.schema.index(name) for name in names]].tolist()
+        low = [here if self._draw(row_C, 0, 2) else here + 1 for row_C in outlook_NC]
+        return np.array([self._draw(r, a, len(self.exits)) for r, a in zip(outlook_NC, low)])  # noqa: B905
+
+    def _draw(self, outlook_C: FloatArray, low: int, high: int) -> int:
+        step = round(float(outlook_C[0]) * 256)
+        return low + (step * 2654435761 + self.salt * 97 + low * 13) % 1009 % (high - low + 1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> AdaptiveEngine:
+    config = EngineConfig(max_pending=PENDING)
+    return AdaptiveEngine(make_model("llama"), slots=1, config=config)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[tuple[Document, list[int]]]:
+    rng = np.random.default_rng(0)
+    texts = [Document.of(f"document {index}", f"{index}.py") for index in range(3)]
+    return [(text, rng.integers(1, 90, size=PROMPT).tolist()) for text in texts]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head", "headless"])
+def table_VK(request: pytest.FixtureRequest) -> IntArray | None:
+    if not request.param:
+        return None
+    tokens = np.random.default_rng(1).integers(1, 90, size=2000).tolist()
+    return successor_table([tokens], VOCAB, 64)
+
+
+@pytest.fixture(scope="module")
+def traces(
+    engine: AdaptiveEngine,
+    documents: list[tuple[Document, list[int]]],
+    table_VK: IntArray | None,
+) -> TokenTraces:
+    config = Continuations(exits=EXITS, prompt_tokens=PROMPT, new_tokens=NEW)
+    return record_continuations(engine, documents, config, candidates_VK=table_VK)
+
+
+@pytest.mark.parametrize("salt", range(6))
+def test_engine_and_environment_do_the_same(
+    salt: int,
+    engine: AdaptiveEngine,
+    documents: list[tuple[Document, list[int]]],
+    traces: TokenTraces,
+    table_VK: IntArray | None,
+) -> None:
+    sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
+    for document, prompt in documents:
+        live, offline = (Script(salt, candidates_VK=table_VK) for _ in range(2))
+        [done] = engine.generate([prompt], sampling, live, kv_mode="verify")
+        mine = traces.select([document.digest])
+        costs = replace(measured(engine.model_fingerprint), layers=engine.stack.layers)
+        counts = replay_drafts(offline, mine, costs, PENDING).counts
+        assert counts["tokens"] == len(done.token_ids) - 1 == NEW
+        assert counts["layer_calls"] == done.stats.layer_calls
+        assert counts["drafts"] == done.stats.drafts
+        assert counts["accepted"] == done.stats.drafts_accepted
+        assert counts["cycles"] == NEW - done.stats.drafts_accepted
+        np.testing.assert_allclose(live.outlooks, offline.outlooks, atol=1e-6)
+        np.testing.assert_allclose(live.fresh, offline.fresh, rtol=1e-4, atol=1e-6)
+        assert 0 < done.stats.drafts_accepted < done.stats.drafts  # else nothing is compared
+
+
+def test_what_is_drafted_without_the_head_is_lossless_and_takes_none(
+    engine: AdaptiveEngine,
+    documents: list[tuple[Document, list[int]]],
+    table_VK: IntArray | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads: list[int] = []
+    logits = engine.stack.logits
+
+    def counted(x_ND: Tensor) -> Tensor:
+        heads.append(len(x_ND))
+        return logits(x_ND)
+
+    monkeypatch.setattr(engine.stack, "logits", counted)
+    sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
+    prompt = documents[0][1]
+    [full] = engine.generate([prompt], sampling, NeverExit())
+    heads.clear()
+    script = Script(0, candidates_VK=table_VK)
+    [done] = engine.generate([prompt], sampling, script, kv_mode="verify")
+    assert done.token_ids == full.token_ids
+    assert done.stats.drafts > 0
+    cycles = NEW - done.stats.drafts_accepted
+    # One head in each deep pass, over all that it confirms, and one after the prompt.
+    assert (len(heads) == cycles + 1) is script.headless
+
+
+def test_sampled_requests_draft_from_the_head(
+    engine: AdaptiveEngine, documents: list[tuple[Document, list[int]]], table_VK: IntArray | None
+) -> None:
+    sampling = SamplingParams(max_tokens=NEW, temperature=1.0, seed=3, ignore_eos=True)
+    script = Script(1, candidates_VK=table_VK)
+    [done] = engine.generate([documents[0][1]], sampling, script, kv_mode="verify")
+    assert len(done.token_ids) == NEW
+    assert done.stats.drafts > 0
+
+
+def test_a_policy_that_drafts_candidates_must_read_them(engine: AdaptiveEngine) -> None:
+    policy = Script(0)
+    wrong = type("Wrong", (Script,), {"headless": True, "schema": SOFTMAX_V2})(0)
+    assert not is_headless(policy)
+    with pytest.raises(RequestError, match=r"^schema: drafts the best candidate"):
+        engine.submit([1], policy=wrong, kv_mode="verify")
+
+
+def test_head_and_candidates_are_not_mixed(traces: TokenTraces, table_VK: IntArray | None) -> None:
+    wrong = Script(0, candidates_VK=np.zeros((VOCAB, 4), np.int32) if table_VK is None else None)
+    with pytest.raises(ConfigError, match=r"^traces: "):
+        replay_drafts(wrong, traces, measured(traces.header.model), PENDING)

@@ -1,0 +1,169 @@
+"""A recording that is cut off keeps what is whole, and goes on from there. Ray is real."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offramp.agents.recording.corpus import write_split
+from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
+from offramp.agents.recording.recording import begun_store, is_whole
+from offramp.agents.recording.study import load_study, save_candidates
+from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.traces import TraceHeader
+from offramp.envs.traces.store import TraceStore
+from offramp.worker.spec import WorkerSpec
+from support.documents import make_corpus
+from support.models import REFERENCE
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class Interrupted(Exception):
+    """What stops a recording, as Ctrl-C would."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
+    corpus = make_corpus(tmp_path_factory.mktemp("recording") / "corpus")
+    return RecordConfig(
+        worker=WorkerSpec(model=str(REFERENCE)),
+        corpus=corpus,
+        tokens_per_document=12,
+        candidates=16,
+        recorders=1,
+    )
+
+
+def cut_after(config: RecordConfig, folder: Path, tokens: int, *, resume: bool = False) -> None:
+    def stop(done: int, total: int) -> None:
+        if done >= min(tokens, total):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        record_traces(config, folder, stop, resume=resume)
+
+
+def names(folder: Path) -> list[str]:
+    """Of the chunks, which end in the digest of what they hold."""
+    return [chunk.name for chunk in TraceStore.open(folder).chunks]
+
+
+def test_resumed_it_equals_the_uninterrupted_recording(
+    config: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_after(config, tmp_path / "straight", 10**6)
+    expected = names(tmp_path / "straight")
+    folder = tmp_path / "traces"
+    with monkeypatch.context() as patch:
+        _fill_disk_after(patch, 5)
+        with pytest.raises(TraceError, match="No space left") as full:
+            record_traces(config, folder)
+    assert str(folder) in full.value.field
+    held = names(folder)
+    assert 0 < len(held) < len(expected)
+    assert not is_whole(folder)
+    with pytest.raises(TraceError, match="already holds"):
+        record_traces(config, folder)
+    assert names(folder) == held, "refused, it is left as it was"
+    seen: list[tuple[int, int]] = []
+    report = record_traces(config, folder, lambda *count: seen.append(count), resume=True)
+    assert names(folder) == expected
+    assert seen[0][0] > len(held) * 12
+    assert seen[-1][0] == seen[-1][1] == len(expected) * 12
+    assert report.tokens == (len(expected) - len(held)) * 12
+    assert is_whole(folder)
+    assert len(load_study(folder).train) > 0
+    _leaves_a_finished_one_alone(config, folder)
+
+
+def _leaves_a_finished_one_alone(config: RecordConfig, folder: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    report: RecordReport = record_traces(config, folder, resume=True)
+    assert report.tokens == 0
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    cut_after(config, folder, 30)
+    held = names(folder)
+    for other, told in (
+        (replace(config, exits=(2, 4)), "holds traces of"),
+        (replace(config, candidates=8), "other candidates"),
+        (
+            replace(config, worker=replace(config.worker, dtype="bfloat16")),
+            "not recorded in bfloat16",
+        ),
+        (replace(config, tokens_per_document=10), "other documents"),
+    ):
+        with pytest.raises(TraceError, match=told):
+            record_traces(other, folder, resume=True)
+    assert names(folder) == held
+    cut_after(config, folder, 60, resume=True)
+    assert names(folder)[: len(held)] == held
+    assert len(names(folder)) > len(held)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_recording_that_kept_nothing_is_removed(
+    config: RecordConfig, tmp_path: Path, is_there: bool
+) -> None:
+    if is_there:
+        (tmp_path / "traces").mkdir()
+    with pytest.raises(ConfigError, match="exits"):
+        record_traces(replace(config, exits=(99,)), tmp_path / "traces")
+    assert not (tmp_path / "traces").exists()
+
+
+def test_what_was_begun_without_a_document_is_begun_anew(
+    config: RecordConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    header = TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4)
+    TraceStore.create(folder, header)  # as if killed right then
+    cut_after(config, folder, 1, resume=True)
+    assert TraceStore.open(folder).header.exits == (3, 6, 9)
+
+
+def _fill_disk_after(patch: pytest.MonkeyPatch, chunks: int) -> None:
+    real, written = os.replace, 0
+
+    def replace_(source: str | Path, target: str | Path) -> None:
+        nonlocal written
+        written += str(target).endswith(".parquet")
+        if written > chunks:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    patch.setattr(os, "replace", replace_)
+
+
+def test_a_full_disk_under_what_lies_beside_the_chunks_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (
+        lambda: save_candidates(tmp_path, np.zeros((2, 2), np.int32)),
+        lambda: write_split([], tmp_path / "split.json"),
+        lambda: begun_store(
+            tmp_path,
+            TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4),
+            "float32",
+            np.zeros((2, 2), np.int32),
+            [],
+        ),
+    ):
+        with pytest.raises(TraceError, match="No space left"):
+            write()
+    assert not list(tmp_path.iterdir())

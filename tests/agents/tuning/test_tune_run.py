@@ -1,0 +1,201 @@
+"""A whole run: its files, and that stopping and resuming does not change a byte of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.agents.recording.corpus import Document
+from offramp.agents.training.resuming import CHECKPOINT
+from offramp.agents.tuning import tune as tune_module
+from offramp.agents.tuning.quality import TuneReport
+from offramp.agents.tuning.stream import WindowStream, data_digest
+from offramp.agents.tuning.tune import PLOT, tune
+from offramp.agents.tuning.tune_config import TuneConfig
+from offramp.controller.errors import ConfigError, FieldError, TraceError
+from offramp.worker.model.loading import load_model, model_fingerprint
+from offramp.worker.model.translators import DESCRIPTION, WEIGHTS, ExitTranslators
+from support.documents import make_corpus
+from support.models import REFERENCE
+
+CONFIG = TuneConfig(
+    model=str(REFERENCE),
+    documents=None,
+    exits=(3, 6),
+    rank=4,
+    steps=6,
+    batch_tokens=128,
+    length=32,
+    held_out=3,
+    candidates=8,
+    checkpoint_every=2,
+)
+
+
+class Stopped(Exception):
+    """The run was killed."""
+
+
+def stop_after(steps: int) -> object:
+    def on_tokens(done: int, _: int) -> None:
+        if done == steps * CONFIG.batch_tokens:
+            raise Stopped
+
+    return on_tokens
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TuneConfig:
+    return replace(CONFIG, corpus=make_corpus(tmp_path_factory.mktemp("corpus") / "documents"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: TuneConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TuneReport]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, tune(config, folder)
+
+
+def test_a_run_leaves_what_decoding_needs(whole: tuple[Path, TuneReport]) -> None:
+    folder, report = whole
+    model = load_model(REFERENCE, torch.bfloat16, "cpu")
+    loaded = ExitTranslators.load(folder, model_fingerprint(model), 12, 256, torch.bfloat16, "cpu")
+    assert loaded.exits == (3, 6)
+    table = np.load(folder / "candidates.npy")
+    assert (table.shape, table.dtype) == ((4096, 8), np.int32)
+    assert (folder / PLOT).read_bytes().startswith(b"\x89PNG")
+    described = json.loads((folder / DESCRIPTION).read_text())
+    assert described["rank"] == 4
+    assert described["dtype"] == "float32"
+    assert len(described["data"]) == 64
+    assert [row["layer"] for row in described["report"]["before"]] == [3, 6, 12]
+    assert report.tokens == 32 * report.documents > 0
+    assert report.before[-1] == report.after[-1], "full depth changed"
+    assert report.before[0] != report.after[0]
+
+
+def test_a_resumed_run_writes_the_same_bytes(
+    config: TuneConfig, whole: tuple[Path, TuneReport], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        tune(config, tmp_path, on_tokens=stop_after(3))  # type: ignore[arg-type]  # between two checkpoints
+    assert not (tmp_path / WEIGHTS).exists()
+    tune(config, tmp_path, resume=True)
+    for name in (WEIGHTS, DESCRIPTION, "candidates.npy"):
+        assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [("rank", {"rank": 8}), ("lr", {"learning_rate": 1e-2}), ("data", {"documents": 20})],
+)
+def test_other_settings_do_not_resume(
+    config: TuneConfig, whole: tuple[Path, TuneReport], field: str, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tune(replace(config, **changes), whole[0], resume=True)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"\x80\x04."])
+def test_a_foreign_folder_does_not_resume(
+    config: TuneConfig, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        tune(config, tmp_path, resume=True)
+    assert caught.value.field == "resume"
+
+
+def test_divergence_is_named(
+    config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_module, "backward", lambda *_: {3: 0.5, 6: float("nan")})
+    with pytest.raises(ConfigError) as caught:
+        tune(config, tmp_path)
+    assert caught.value.field == "lr"
+    assert "exit 6" in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("rank", {"rank": 0}),
+        ("rank", {"rank": 257}),
+        ("steps", {"steps": 0}),
+        ("lr", {"learning_rate": 0.0}),
+        ("lr", {"learning_rate": float("nan")}),
+        ("lr", {"learning_rate": 1e300}),
+        ("batch_tokens", {"batch_tokens": 100}),
+        ("batch_tokens", {"length": 1}),
+        ("length", {"length": 2048, "batch_tokens": 2048}),
+        ("exits", {"exits": (12,)}),
+        ("exits", {"exits": (6, 3)}),
+        ("candidates", {"candidates": 5000}),
+        ("dtype", {"dtype": "int8"}),
+        ("device", {"device": "tpu"}),
+        ("limit", {"documents": 2}),
+    ],
+)
+def test_unusable_options_are_named(
+    config: TuneConfig, tmp_path: Path, field: str, changes: dict[str, object]
+) -> None:
+    with pytest.raises(FieldError) as caught:
+        tune(replace(config, **changes), tmp_path / "out")  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert not (tmp_path / "out").exists()
+
+
+DOCUMENTS = [Document.of(chr(ord("a") + i) * (3 * i + 1), f"{i}.py") for i in range(5)]
+
+
+def stream(documents: Sequence[Document] = DOCUMENTS, separator: int | None = 0) -> WindowStream:
+    return WindowStream(
+        documents, lambda text: [ord(c) for c in text], separator, rows=2, length=4, seed=0
+    )
+
+
+def test_rows_read_whole_documents_each_once_a_pass() -> None:
+    windows = stream()
+    rows = torch.cat([windows.next() for _ in range(40)], dim=1)
+    read = [chr(token) for row in rows.tolist() for token in row]
+    parts = [part for part in "".join(read).split("\0") if part]
+    texts = {document.text for document in DOCUMENTS}
+    whole = [part for part in parts if part in texts]
+    assert len(parts) - len(whole) <= 4, "documents are torn only where a row begins or ends"
+    counts = [whole.count(text) for text in texts]
+    assert max(counts) - min(counts) <= 2
+
+
+def test_a_stream_goes_on_from_its_position() -> None:
+    first, second = stream(), stream()
+    for _ in range(7):
+        first.next()
+    second.seek(json.loads(json.dumps(first.position)))
+    assert all(torch.equal(first.next(), second.next()) for _ in range(20))
+
+
+def test_passes_differ_in_order() -> None:
+    windows = stream()
+    batches = [windows.next().tolist() for _ in range(30)]
+    assert any(batches[i : i + 5] != batches[:5] for i in range(5, 25))
+
+
+def test_no_documents_and_no_tokens_are_named() -> None:
+    with pytest.raises(TraceError):
+        stream([])
+    with pytest.raises(TraceError):
+        stream([Document.of("", "empty.py")], separator=None).next()
+
+
+def test_the_data_digest_tells_the_documents_and_their_use_apart() -> None:
+    a, b = DOCUMENTS[:2]
+    digests = {data_digest([a], [b]), data_digest([b], [a]), data_digest([a, b], [])}
+    assert len(digests) == 3
+    assert data_digest([a, b], []) == data_digest([b, a], [])

@@ -1,0 +1,48 @@
+"""An invented cost table with batches, spans, probes and energy."""
+
+from __future__ import annotations
+
+from offramp.controller.costs.prices import PARTS, SPAN_PARTS, Batch, Timing
+from offramp.controller.costs.readings import EnergyMethod
+from offramp.controller.costs.table import CostTable, view_of_one
+
+SECONDS = {"layer": 10.0, "head": 20.0, "probe": 3.0, "policy": 1.0, "fill": 0.5, "step": 2.0}
+SECONDS["build"] = 4.0
+
+
+def timing(seconds: float, joules: float | None = None) -> Timing:
+    return Timing(
+        median_s=seconds, low_s=0.9 * seconds, high_s=1.2 * seconds, joules=joules, repeats=9
+    )
+
+
+def batch(size: int, growth: float, parts: tuple[str, ...] = PARTS) -> Batch:
+    scale = 1 + growth * (size - 1)
+    return Batch(
+        size=size, parts={part: timing(SECONDS[part] * scale, 5 * scale) for part in parts}
+    )
+
+
+def measured(model: str = "ab" * 32) -> CostTable:
+    """Prices grow by a tenth a row, spans by a fifth a token; softmax probes cost a head."""
+    batches = (batch(1, 0.1), batch(4, 0.1), batch(8, 0.1))
+    beside = {"policy": timing(0.5), "build": timing(0.25)}
+    softmax = tuple(
+        Batch(size=each.size, parts={"probe": each.parts["head"], **beside}) for each in batches
+    )
+    return CostTable(
+        **view_of_one(batches),
+        layers=12,
+        machine="invented",
+        batches=batches,
+        spans=(batch(1, 0.2, SPAN_PARTS), batch(9, 0.2, SPAN_PARTS)),
+        probes={"softmax": softmax},
+        schema="candidates",
+        model=model,
+        dtype="float32",
+        threads=2,
+        context=128,
+        created_at=1.8e9,
+        energy_method=EnergyMethod.MODELLED,
+        energy_source="invented coefficients",
+    )

@@ -1,0 +1,117 @@
+"""A small synthetic study in which the features tell, imperfectly, whether an exit is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from offramp.agents.learning.game import StoppingGame
+from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, game_of, new_agent
+from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.recording.study import Study
+from offramp.controller.costs.table import CostTable
+from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.traces import TraceHeader
+from offramp.envs import TokenTraces
+from offramp.worker.recording.recording_actor import ModelFacts
+
+EXITS = (2, 4, 6)
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A real one of two cores, for the tests of one file."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def make_traces(tokens: int, seed: int) -> TokenTraces:
+    rng = np.random.default_rng(seed)
+    shape = (tokens, len(EXITS))
+    ease = rng.normal(size=(tokens, 1)) + np.asarray([-0.5, 0.3, 1.0])
+    agree = (ease + 0.5 * rng.normal(size=shape) > 0).astype(np.float32)
+    features = rng.normal(size=(*shape, CANDIDATES_V1.width)).astype(np.float32)
+    features[:, :, 0] = ease
+    features[:, :, 1] = 1 / (1 + np.exp(-2 * ease))
+    # Rows of one document are contiguous and in order, as a recording leaves them.
+    documents = 8
+    document_N = (np.arange(tokens) * documents // tokens).astype(np.int32)
+    softmax_NES = np.stack([features[:, :, 0], features[:, :, 1], 1 - features[:, :, 1]], axis=-1)
+    return TokenTraces(
+        header=TraceHeader(model="ab", schema=CANDIDATES_V1.digest, exits=EXITS, layers=LAYERS),
+        features_NEF=features,
+        softmax_NES=softmax_NES,
+        exit_token_NE=np.where(agree > 0, 0, 1).astype(np.int32),
+        agree_NE=agree,
+        gap_NE=np.where(agree > 0, 0, -rng.exponential(2, size=shape)).astype(np.float32),
+        right_NE=agree,
+        full_right_N=np.ones(tokens, np.float32),
+        position_N=np.arange(tokens, dtype=np.int32) - np.searchsorted(document_N, document_N),
+        document_N=document_N,
+        documents=tuple(f"{n:064x}" for n in range(documents)),
+    )
+
+
+@pytest.fixture(scope="session")
+def study() -> Study:
+    return Study(
+        train=make_traces(4000, seed=0),
+        validation=make_traces(1500, seed=1),
+        costs=CostTable(
+            layer_s=1.0,
+            head_s=0.5,
+            probe_s=0.1,
+            policy_s=0.02,
+            fill_s=0.02,
+            step_s=0.1,
+            layers=LAYERS,
+            machine="invented",
+        ),
+        candidates_VK=np.tile(np.arange(4, dtype=np.int32), (20, 1)),
+        facts=ModelFacts(model="ab", tokenizer="cd", layers=LAYERS, vocab=20, context=64, width=4),
+    )
+
+
+def with_depth(traces: TokenTraces) -> TokenTraces:
+    """The invented features, with the columns that jumping agents rest on as a probe has them."""
+    features_NEF = traces.features_NEF.copy()
+    depth = CANDIDATES_V1.index("depth")
+    features_NEF[:, :, depth] = np.asarray(traces.header.exits) / traces.header.layers
+    features_NEF[:, :, CANDIDATES_V1.index("run_length")] = 0
+    return replace(traces, features_NEF=features_NEF)
+
+
+@pytest.fixture(scope="session")
+def deep_study(study: Study) -> Study:
+    """The same study with real depths."""
+    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+
+
+JUMP_CONFIG = JumpConfig(ppo=PPOConfig(envs=8, rollout=8, batch=64, lambda_range=(0.05, 2.0)))
+"""Of an agent for the reference model's exits 3, 6 and 9, untrained."""
+
+
+@pytest.fixture(scope="session")
+def agent(study: Study) -> JumpAgent:
+    torch.set_num_threads(1)
+    header = replace(study.train.header, exits=(3, 6, 9), layers=12)
+    traces = with_depth(replace(study.train, header=header))
+    return new_agent(traces, replace(study.costs, layers=12), JUMP_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def game(agent: JumpAgent, study: Study) -> StoppingGame:
+    return game_of(agent, replace(study.costs, layers=12), JUMP_CONFIG)

@@ -1,0 +1,118 @@
+"""What is wrong with one request stays with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.features import BoolArray, FeatureSchema, FloatArray
+from offramp.controller.policies.protocols import FixedExit
+from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, PolicySnapshot, SamplingParams
+from support.models import make_model
+
+POISON = 50
+LONG = SamplingParams(max_tokens=60, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def poisonous() -> Any:
+    """A model that gives NaN from one token on."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[POISON] = float("nan")
+    return model
+
+
+def drained(engine: AdaptiveEngine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while engine.load != (0, 0):
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).append(event.token)
+    return tokens
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_no_other_request(
+    poisonous: Any, temperature: float, kv_mode: KVMode
+) -> None:
+    engine = AdaptiveEngine(poisonous)
+    alone = engine.generate([[1, 2, 3]], LONG)[0].token_ids
+    good = engine.submit([1, 2, 3], LONG)
+    asked = SamplingParams(max_tokens=6, temperature=temperature, top_p=0.9, ignore_eos=True)
+    bad = engine.submit([1, POISON, 3], asked, FixedExit(2), kv_mode=kv_mode)
+    tokens = drained(engine)
+    assert tokens[good.id] == alone
+    assert len(tokens[bad.id]) == 6
+
+
+def test_a_slot_is_clean_after_a_request_of_nan(poisonous: Any) -> None:
+    engine = AdaptiveEngine(poisonous, slots=2)
+    alone = engine.generate([[3, 4]], SamplingParams(max_tokens=12, ignore_eos=True))[0].token_ids
+    engine.submit([1] * 4, LONG)
+    bad = engine.submit([2] * 30 + [POISON], SamplingParams(max_tokens=4, ignore_eos=True))
+    while not any(e.request_id == bad.id and e.finish_reason for e in engine.step()):
+        pass
+    # In the slot of NaN, beside a longer row: its mask covers what the last row left there.
+    after = engine.submit([3, 4], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert drained(engine)[after.id] == alone
+
+
+class Exits:
+    """A policy with the given exits."""
+
+    candidates_VK = None
+
+    def __init__(self, exits: tuple[Any, ...], schema: FeatureSchema | None = None) -> None:
+        self.exits = exits
+        self.schema = schema
+
+    def leave(self, features_NF: FloatArray) -> BoolArray:
+        return np.zeros(len(features_NF), np.bool_)
+
+
+UNKNOWN = FeatureSchema("unknown", 1, ("one",))
+UNFIT: dict[str, tuple[Any, str]] = {
+    "text": ("never", "policy"),
+    "letters": (Exits(("a",)), "exits"),
+    "halves": (Exits((2.5,)), "exits"),
+    "beyond": (Exits((9,)), "exits"),
+    "descending": (Exits((3, 2)), "exits"),
+    "published beyond": (PolicySnapshot(1, "", FixedExit(9)), "exits"),
+    "published nothing": (PolicySnapshot(1, "", None), "policy"),  # type: ignore[arg-type]
+    "unknown schema": (Exits((2,), UNKNOWN), "schema"),
+    "published unknown schema": (PolicySnapshot(1, "", Exits((2,), UNKNOWN)), "schema"),
+}
+
+
+@pytest.mark.parametrize(("policy", "field"), UNFIT.values(), ids=UNFIT)
+def test_an_unfit_policy_is_refused_before_it_runs(policy: Any, field: str) -> None:
+    engine = AdaptiveEngine(make_model("llama"))
+    good = engine.submit([1, 2])
+    engine.step()
+    with pytest.raises(RequestError) as caught:
+        engine.submit([1], None, policy)
+    assert caught.value.field == field
+    assert engine.load == (1, 0)
+    assert drained(engine)[good.id]
+
+
+def test_what_is_no_sampling_and_no_prompt_is_refused() -> None:
+    engine = AdaptiveEngine(make_model("llama"))
+    with pytest.raises(RequestError, match="sampling"):
+        engine.submit([1], {"max_tokens": 2})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="prompts"):
+        engine.generate(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prefill_tokens": 1.5}, {"max_pending": "x"}, {"kv_budget_mb": float("nan")}],
+)
+def test_settings_that_are_no_numbers_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EngineConfig(**settings)

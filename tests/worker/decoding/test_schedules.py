@@ -1,0 +1,157 @@
+"""Whatever rows join, leave and wait, each emits what it emits alone with the same exits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
+from offramp.controller.policies.protocols import ExitPolicy, ThresholdPolicy
+from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.schedule import Schedule
+from offramp.worker.decoding.sequence import KVMode, Request, Sequence
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.profiling.profile_probes import random_policy
+from support.models import FAMILIES, LAYERS, VOCAB, make_model
+from support.rows import (
+    ALL_EXITS,
+    CLOSE,
+    RandomExit,
+    ReplayedExits,
+    drain,
+    ends_right,
+    shortfalls,
+)
+
+END_TOKENS = frozenset({4, 21, 46, 77, 90})
+CANDIDATES_VK = np.tile(np.arange(6, dtype=np.int32), (VOCAB, 1))
+model_of = cache(make_model)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, and when it comes and perhaps goes."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    kv_mode: KVMode
+    policy: int
+    submitted: int
+    cancelled: int | None
+
+
+plans = st.builds(
+    Plan,
+    prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple),
+    max_tokens=st.integers(1, 16),
+    kv_mode=st.sampled_from(["project", "defer", "verify"]),
+    policy=st.integers(0, 5),
+    submitted=st.integers(0, 12),
+    cancelled=st.none() | st.none() | st.integers(1, 25),
+)
+schedules = st.builds(
+    lambda holds, rows, patience: Schedule(
+        holds=tuple(sorted(holds)), rows=rows, patience=patience
+    ),
+    st.sets(st.sampled_from(ALL_EXITS)),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+
+
+def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
+    """The rows of the requests that were not cancelled in time."""
+    policies: list[ExitPolicy] = [
+        RandomExit(0.2, seed),
+        RandomExit(0.4, seed + 1),
+        RandomExit(0.7, seed + 2, exits=(LAYERS - 1,)),
+        ThresholdPolicy((1, 2, 4), SOFTMAX_V2, "margin", 0.2),
+        ThresholdPolicy((1, 3), CANDIDATES_V1, "margin", 0.3, CANDIDATES_VK),
+        random_policy(CANDIDATES_V1, (1, 2, 4), CANDIDATES_VK),
+    ]
+    finished: dict[str, Sequence] = {}
+    requests: dict[Plan, Request] = {}
+    step = 0
+    while step < 26 or engine.load != (0, 0):
+        for each in plan:
+            if each.submitted == step:
+                requests[each] = engine.submit(
+                    list(each.prompt),
+                    SamplingParams(max_tokens=each.max_tokens),
+                    policies[each.policy],
+                    kv_mode=each.kv_mode,
+                )
+            if each.cancelled == step and each in requests:
+                engine.cancel(requests[each].id)
+        engine.step(finished)
+        step += 1
+        assert step < 3000
+    return list(finished.values())
+
+
+def alone(model: Any, row: Sequence) -> tuple[Sequence, list[torch.Tensor]]:
+    """The same request with the same exits in an engine of its own, and its logits."""
+    engine = AdaptiveEngine(model, slots=1, config=EngineConfig(max_pending=1000))
+    engine.stack.eos_tokens = END_TOKENS
+    logits: list[torch.Tensor] = []
+    plain = engine.stack.logits
+
+    def spied(x_ND: torch.Tensor) -> torch.Tensor:
+        logits.append(plain(x_ND)[-1])
+        return logits[-1][None]
+
+    engine.stack.logits = spied  # type: ignore[method-assign]
+    request = row.request
+    policy = ReplayedExits(row.exit_layers)
+    again = engine.submit(request.prompt, request.sampling, policy, kv_mode=request.kv_mode)
+    return drain(engine, [again])[0], logits
+
+
+def assert_as_alone(model: Any, row: Sequence) -> None:
+    """Equal tokens, up to a tie of two float32 logits within 1e-4."""
+    other, logits = alone(model, row)
+    for index, (ours, theirs) in enumerate(zip(row.emitted, other.emitted, strict=False)):
+        if ours != theirs:
+            assert float(logits[index][theirs] - logits[index][ours]) <= CLOSE
+            return
+    assert (row.emitted, row.exit_layers) == (other.emitted, other.exit_layers)
+    assert row.finish_reason == other.finish_reason
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    family=st.sampled_from(list(FAMILIES)),
+    plan=st.lists(plans, min_size=1, max_size=7, unique=True),
+    schedule=schedules,
+    slots=st.integers(1, 4),
+    prefill_tokens=st.integers(1, 7),
+    max_pending=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_no_row_is_disturbed_by_the_others(
+    family: str,
+    plan: list[Plan],
+    schedule: Schedule,
+    slots: int,
+    prefill_tokens: int,
+    max_pending: int,
+    seed: int,
+) -> None:
+    model = model_of(family)
+    config = EngineConfig(schedule=schedule, prefill_tokens=prefill_tokens, max_pending=max_pending)
+    engine = AdaptiveEngine(model, slots=slots, config=config)
+    engine.stack.eos_tokens = END_TOKENS
+    rows = run(engine, plan, seed)
+    assert len(rows) >= sum(each.cancelled is None for each in plan)
+    for row in rows:
+        assert ends_right(row, END_TOKENS)
+        if row.request.kv_mode == "verify":
+            assert float(shortfalls(model, row).max()) <= CLOSE
+        else:
+            assert_as_alone(model, row)

@@ -1,0 +1,95 @@
+"""Verified sampling draws from full depth's own distribution (a chi-square test)."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.engine.engine_config import EngineConfig
+from support.models import SHAPE
+from support.rows import RandomExit, drain
+
+VOCAB, LAYERS = 4, 2
+PROMPT = [1, 3, 0]
+WARM: dict[str, Any] = {"temperature": 3.0, "top_p": 0.9, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(3)
+    shape = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "initializer_range": 0.3}
+    config = LlamaConfig(**{**SHAPE, **shape, "eos_token_id": None})
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def nucleus(logits_V: np.ndarray) -> np.ndarray:
+    chances_V = np.exp((logits_V - logits_V.max()) / WARM["temperature"])
+    chances_V /= chances_V.sum()
+    order = np.argsort(-chances_V)
+    before = np.cumsum(chances_V[order]) - chances_V[order]
+    chances_V[order[before >= WARM["top_p"]]] = 0
+    return np.asarray(chances_V / chances_V.sum())
+
+
+@torch.inference_mode()
+def exact_chances(model: Any) -> dict[tuple[int, ...], float]:
+    """Of every sequence of three tokens, from Hugging Face's logits."""
+    chances = {}
+    for tokens in itertools.product(range(VOCAB), repeat=3):
+        logits_TV = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 :].numpy()
+        steps = [nucleus(logits_TV[t].astype(np.float64))[tokens[t]] for t in range(3)]
+        chances[tokens] = float(np.prod(steps))
+    return chances
+
+
+def sampled(model: Any, schedule: Schedule, samples: int) -> Counter[tuple[int, ...]]:
+    """The first three of four tokens; the last one is full depth's in any case."""
+    config = EngineConfig(kv_mode="verify", schedule=schedule)
+    engine = AdaptiveEngine.from_pretrained(model, slots=32, config=config)
+    policy = RandomExit(0.7, exits=(1,))
+    requests = [
+        engine.submit(PROMPT, SamplingParams(max_tokens=4, seed=seed, **WARM), policy)
+        for seed in range(samples)
+    ]
+    return Counter(tuple(row.emitted[:3]) for row in drain(engine, requests))
+
+
+def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], float]) -> float:
+    """Standard deviations above the expectation; sequences expected fewer than 5 times as one."""
+    samples = sum(counts.values())
+    pairs = [(samples * chance, counts[tokens]) for tokens, chance in chances.items()]
+    rare = [pair for pair in pairs if pair[0] < 5]
+    cells = [pair for pair in pairs if pair[0] >= 5]
+    if sum(expected for expected, _ in rare) >= 5:
+        cells.append((sum(e for e, _ in rare), sum(c for _, c in rare)))
+    square = sum((count - expected) ** 2 / expected for expected, count in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 10
+    return float((square - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "samples"), [(LOCKSTEP, 3000), (Schedule(holds=(1,), rows=8, patience=2), 1000)]
+)
+def test_verified_samples_follow_full_depths_distribution(
+    model: Any, schedule: Schedule, samples: int
+) -> None:
+    counts, chances = sampled(model, schedule, samples), exact_chances(model)
+    assert all(chances[tokens] > 0 for tokens in counts)
+    assert chi_square(counts, chances) < 4
+
+
+def test_accepting_every_sample_follows_another_distribution(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control."""
+    monkeypatch.setattr("offramp.worker.decoding.emit.is_accepted", lambda *_: True)
+    assert chi_square(sampled(model, LOCKSTEP, 800), exact_chances(model)) > 15

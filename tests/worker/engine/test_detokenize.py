@@ -1,0 +1,149 @@
+"""Streamed text against the tokenizer's own decoding of all tokens at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from offramp.worker import AdaptiveEngine
+from offramp.worker.engine.detokenize import UNFINISHED, StreamDecoder
+
+quick = settings(deadline=None, max_examples=150)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference: AdaptiveEngine) -> Any:
+    return reference.tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Any:
+    """Like Llama 2's: ▁ for spaces, single bytes for what is in no word, first space dropped."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁b", "a"]
+    core = Tokenizer(
+        models.BPE(
+            vocab={word: index for index, word in enumerate(words)},
+            merges=[("▁", "a"), ("▁", "b")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def word_piece() -> Any:
+    """Like BERT's: its clean-up takes back the space before a comma."""
+    words = ["[UNK]", "well", ",", "he", "do", "n", "'", "t", ".", "##ly"]
+    core = Tokenizer(
+        models.WordPiece(vocab={word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    core.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", clean_up_tokenization_spaces=True
+    )
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    last = len(tokens) - 1
+    return [decoder.push(token, last=index == last) for index, token in enumerate(tokens)]
+
+
+def whole(tokenizer: Any, tokens: list[int]) -> str:
+    return str(
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "naïve Größe, Übermut",
+        "日本語のテキスト",
+        "👩‍👩‍👧‍👦 and 🇩🇪",
+        "e\u0301 \u200d \u202e",
+        "a\ufffdb\ufffd",
+        "\n\t  \n",
+    ],
+)
+def test_pieces_make_up_the_text(tokenizer: Any, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert "".join(pieces(tokenizer, tokens)) == text
+
+
+def test_a_character_comes_whole_with_its_last_byte(tokenizer: Any) -> None:
+    tokens = tokenizer.encode("🦩")
+    assert len(tokens) > 1
+    assert pieces(tokenizer, tokens) == [""] * (len(tokens) - 1) + ["🦩"]
+
+
+def test_half_a_character_at_the_end_is_marked(tokenizer: Any) -> None:
+    tokens = tokenizer.encode("ok 🦩")[:-1]
+    streamed = pieces(tokenizer, tokens)
+    assert "".join(streamed) == whole(tokenizer, tokens)
+    assert streamed[-1].endswith(UNFINISHED)
+
+
+def test_special_tokens_are_left_out(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    tokens = [*tokenizer.encode("x = 1"), end]
+    assert pieces(tokenizer, tokens)[-1] == ""
+    assert "".join(pieces(tokenizer, tokens)) == "x = 1"
+
+
+@quick
+@given(text=st.text(max_size=60))
+@example("ß" * 40)
+@example("🦩" * 20)
+def test_any_text_streams_whole(tokenizer: Any, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    streamed = pieces(tokenizer, tokens)
+    assert "".join(streamed) == text
+    if UNFINISHED not in text:
+        assert not any(UNFINISHED in piece for piece in streamed)
+
+
+@quick
+@given(tokens=st.lists(st.integers(0, 4095), max_size=40))
+def test_any_tokens_stream_as_they_decode(tokenizer: Any, tokens: list[int]) -> None:
+    assert "".join(pieces(tokenizer, tokens)) == whole(tokenizer, tokens)
+
+
+@quick
+@given(text=st.text(alphabet="ab é🦩", max_size=30))
+@example("  a  b")
+def test_spaces_survive_a_decoder_that_drops_the_first(byte_fallback: Any, text: str) -> None:
+    tokens = byte_fallback.encode(text)
+    streamed = pieces(byte_fallback, tokens)
+    assert "".join(streamed) == whole(byte_fallback, tokens)
+    if tokens:
+        assert "".join(streamed) == text
+
+
+@quick
+@given(tokens=st.lists(st.integers(1, 9), max_size=25))
+@example([1, 2, 3, 4, 5, 6, 7, 8])
+def test_no_clean_up_takes_back_what_was_shown(word_piece: Any, tokens: list[int]) -> None:
+    assert "".join(pieces(word_piece, tokens)) == whole(word_piece, tokens)
+
+
+def test_generate_returns_the_text_of_its_tokens(reference: AdaptiveEngine) -> None:
+    for completion in reference.generate(["# Ü", "🦩🦩", "def f("]):
+        assert completion.text == whole(reference.tokenizer, completion.token_ids)

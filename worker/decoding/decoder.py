@@ -1,0 +1,184 @@
+"""Prompts and waves over the slot cache, and one LM head for all that comes out.
+
+Shape suffixes: M tokens of one row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.worker.decoding.convener import Convener
+from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.schedule import Launch
+from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.decoding.wave import Arrival, Left, Wave
+from offramp.worker.model.attention import prefill_window
+from offramp.worker.model.fill import KVProjector
+from offramp.worker.model.kv import EXACT, SlotKV
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
+from offramp.worker.probes import ProbeBench
+
+MAX_PENDING = 8
+"""Tokens a row may put off before its next one runs all layers."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds spent beside the model, since the start.
+
+    Attributes:
+        deciding_s: Probes and policies.
+        filling_s: Projecting keys and values of skipped layers.
+    """
+
+    deciding_s: float = 0.0
+    filling_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a row in a wave.
+
+    Attributes:
+        row: The row.
+        exit_layer: Layers executed.
+        logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
+            the row verifies and came to the end; none, if the successor takes no head.
+        best_M: The most likely token after each.
+        decides: Whether the last of them is to be followed by a new token.
+        left: Of the tokens before the last, exits and features where they left, if the policy
+            learns.
+    """
+
+    row: Sequence
+    exit_layer: int
+    logits_MV: Tensor
+    best_M: list[int]
+    decides: bool
+    left: Left = ()
+
+
+class Decoder:
+    """Runs the stack over rows of the cache.
+
+    Args:
+        stack: The model.
+        kv: Its cache.
+        max_pending: Tokens a row may put off (``defer``, ``verify``).
+        translators: What exits are read through.
+        fills: Whether skipped layers get projected keys and values. False breaks the cache's
+            invariant; it exists as the tests' negative control.
+
+    Attributes:
+        spent: Seconds spent beside the model.
+        bench: Builds probes.
+        convener: Puts rows into the groups they are asked in.
+        guard: Asks policies, and survives those that fail.
+        failures: Requests whose policy failed and that went on at full depth.
+    """
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        kv: SlotKV,
+        *,
+        max_pending: int = MAX_PENDING,
+        translators: ExitTranslators = UNTRANSLATED,
+        fills: bool = True,
+    ) -> None:
+        self.stack = stack
+        self.kv = kv
+        self.max_pending = max_pending
+        self.projector = KVProjector(stack) if fills else None
+        self.translators = translators
+        self.spent = Spent()
+        self.bench = ProbeBench(stack)
+        self.guard = PolicyGuard()
+        self.convener = Convener(self.bench, self.guard, stack.layers, max_pending)
+        self.failures = 0
+        self._no_logits = torch.empty(0, stack.vocab, device=stack.device)
+
+    def must_go_deep(self, row: Sequence) -> bool:
+        """Whether a row's new token may not leave early."""
+        return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
+
+    @torch.inference_mode()
+    def prefill(self, row: Sequence, tokens: int) -> Tensor | None:
+        """Run the next tokens of a row's prompt at full depth.
+
+        Returns:
+            Logits [V] after the whole prompt; None while some of it is left.
+        """
+        first = row.prefilled
+        chunk = row.request.prompt[first : first + tokens]
+        device = self.stack.device
+        tokens_BT = torch.tensor([chunk], device=device)
+        positions_BT = torch.arange(first, first + len(chunk), device=device)[None]
+        x_BTD = self.stack.embed(tokens_BT, positions_BT)
+        rotary = self.stack.rotary(x_BTD, positions_BT)
+        window = prefill_window(row.slot, first, len(chunk), self.stack.heads_per_key, x_BTD)
+        self.kv.open(window)
+        for index in range(self.stack.layers):
+            x_BTD = self.stack.run_layer(index, x_BTD, rotary, window, self.kv)
+        self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
+        row.prefilled += len(chunk)
+        return self.stack.logits(x_BTD[:, -1])[0] if row.is_prefilled else None
+
+    @torch.inference_mode()
+    def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[Outcome]:
+        """Run launches one after the other, and one head for all; rows leave as policies say.
+
+        Args:
+            waves: Launches without common members, each with its riders: rows whose put-off
+                tokens come along.
+        """
+        arrivals: list[Arrival] = []
+        for launch, riders in waves:
+            arrivals += Wave(self, launch.members, launch.first, riders).run(launch.last)
+        return self._outcomes(arrivals)
+
+    def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:
+        """One head for all tokens whose logits are asked for and not known."""
+        # Other riders ask for nothing: their cache entries were what was missing.
+        arrivals = [each for each in arrivals if each.decides or each.row.drafts or each.left]
+        if not arrivals:
+            return []
+        logits = self._logits([each for each in arrivals if each.token is None])
+        best = logits.argmax(-1).tolist()
+        outcomes, start = [], 0
+        for each in arrivals:
+            end = start + _opinions(each) * (each.token is None)
+            best_M = best[start:end] if each.token is None else [each.token]
+            outcomes.append(
+                Outcome(
+                    each.row, each.exit_layer, logits[start:end], best_M, each.decides, each.left
+                )
+            )
+            start = end
+        return outcomes
+
+    def _logits(self, arrivals: list[Arrival]) -> Tensor:
+        """Logits of all opinions, in order, [Σ M, V]."""
+        if not arrivals:
+            return self._no_logits
+        unknown = [each for each in arrivals if each.logits_V is None]
+        if not unknown:
+            return torch.stack([each.logits_V for each in arrivals if each.logits_V is not None])
+        states = [each.states_MD[-_opinions(each) :] for each in unknown]
+        logits = self.stack.logits(torch.cat(states))
+        if len(unknown) == len(arrivals):
+            return logits
+        computed = iter(torch.split(logits, [len(part) for part in states]))
+        return torch.cat(
+            [next(computed) if a.logits_V is None else a.logits_V[None] for a in arrivals]
+        )
+
+
+def _opinions(arrival: Arrival) -> int:
+    """Tokens whose successors are of interest: all, if something is to be confirmed or learnt."""
+    return len(arrival.states_MD) if arrival.row.drafts or arrival.left else 1

@@ -1,0 +1,299 @@
+"""One request's way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from offramp.controller.features import FloatArray
+from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
+from offramp.worker.decoding.sampler import Draw, Sampler
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.probes.candidates.successors import NgramIndex
+
+if TYPE_CHECKING:
+    from offramp.worker.decoding.groups import Asked
+
+FinishReason = Literal["stop", "length"]
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, best first."""
+
+REMEMBERED = 0.9
+"""Weight of the past in a row's moving averages."""
+
+KVMode = Literal["project", "defer", "verify"]
+"""What becomes of the layers that an exited token skipped.
+
+project: their keys and values are projected from the exit state, at once and for good.
+defer: they run later, together with the row's next deep token; no projected entry is ever read.
+verify: as defer, and what full depth says of the tokens is the law: the output is full depth's.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a caller submits.
+
+    Attributes:
+        id: Unique within the engine.
+        prompt: Token ids, at least one.
+        sampling: How to draw tokens, and how many.
+        snapshot: The policy, pinned until the request ends.
+        kv_mode: What becomes of skipped layers.
+        forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
+        sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    snapshot: PolicySnapshot
+    kv_mode: KVMode = "project"
+    forced: tuple[int, ...] = ()
+    sampler: Sampler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One emitted token.
+
+    Attributes:
+        request_id: Whose token.
+        token: Its id.
+        text: The text that became readable with it ("" inside a multi-byte character, or while
+            it could begin a stop string).
+        exit_layer: Layers executed before it was emitted (or drafted).
+        generation: Generation of the policy that decided it (0: built-in full depth).
+        finish_reason: Set on the last token only.
+        logprob: Its log-probability (natural) at the layer it left from (``verify``: at full
+            depth), under the logits as the model gave them; None if not asked for.
+        top_logprobs: The most likely tokens there and their log-probabilities, best first.
+        text_offset: Characters of the completion's text before the token's own.
+        stats: What the completion cost; set on the last token only.
+    """
+
+    request_id: str
+    token: int
+    text: str
+    exit_layer: int
+    generation: int
+    finish_reason: FinishReason | None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs = ()
+    text_offset: int = 0
+    stats: CompletionStats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionStats:
+    """What one completion cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        generation: Policy generation it ran under (0: built-in full depth).
+        mean_exit_layer: Mean layers before each token was emitted or drafted (all for the first).
+        layer_calls: Layers executed after the prompt, those of rejected drafts included.
+        exact_share: Share of its cache positions whose every layer was executed.
+        drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
+    """
+
+    prompt_tokens: int
+    generation: int
+    mean_exit_layer: float
+    layer_calls: int = 0
+    exact_share: float = 1.0
+    drafts: int = 0
+    drafts_accepted: int = 0
+
+
+@dataclass(slots=True)
+class OpenToken:
+    """A token some of whose layers have not run.
+
+    Attributes:
+        position: Where it stands in its row.
+        depth: Layers executed.
+        state_D: Its hidden state there; None before the embedding.
+        is_underway: Whether it may yet go on by itself: it has not left.
+        left_at: Index of the exit where it left and what was probed there, if its policy learns.
+    """
+
+    position: int
+    depth: int
+    state_D: Tensor | None
+    is_underway: bool = True
+    left_at: tuple[int, FloatArray] | None = None
+
+    def has_left(self, index: int) -> bool:
+        """Whether it left the stack before the layer with this index; 0 is no exit."""
+        return 0 < self.depth <= index and not self.is_underway
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token that full depth has yet to confirm.
+
+    Attributes:
+        token: Its id.
+        exit_layer: Layers executed before it was drafted.
+        chances_V: The distribution it was drawn from; None if decoding is greedy.
+    """
+
+    token: int
+    exit_layer: int
+    chances_V: Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A running request: its row in the cache, what it has emitted, and what is still open.
+
+    ``finish_reason`` is also set from outside, once the text is seen to hold a stop string.
+
+    Attributes:
+        prefilled: Prompt tokens in the cache.
+        drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
+        open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
+        undecided: Whether the last open token is still on its way, waiting at its depth.
+        group: The rows it is probed with while it is on its way.
+        led: The last group that it was the first row of.
+        layer_calls: Layers executed for its tokens, deferred ones included.
+        drafts_made, drafts_accepted: Drafts in all, and those that full depth confirmed.
+        policy_failed: Whether its policy raised or made no sense; it is not asked again.
+        debt: Moving average of the share of layers that its tokens skipped.
+        acceptance: Moving average of early tokens that full depth, where asked, agreed with.
+        policy: The pinned one.
+        routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
+    """
+
+    request: Request
+    slot: int
+    sampler: Sampler
+    emitted: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    ngrams: NgramIndex | None = None
+    prefilled: int = 0
+    drafts: list[Draft] = field(default_factory=list)
+    open: list[OpenToken] = field(default_factory=list)
+    undecided: bool = False
+    group: Asked | None = None
+    led: Asked | None = None
+    layer_calls: int = 0
+    drafts_accepted: int = 0
+    drafts_made: int = 0
+    policy_failed: bool = False
+    debt: float = 0.0
+    acceptance: float = 1.0
+    policy: Policy = field(init=False)
+    routes: bool = field(init=False)
+    learns: bool = field(init=False)
+    headless: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.policy = self.request.snapshot.policy
+        self.routes = isinstance(self.policy, RoutingPolicy)
+        self.learns = isinstance(self.policy, LearningPolicy)
+        drafts_greedily = self.request.kv_mode == "verify" and self.sampler.is_plain_greedy
+        self.headless = drafts_greedily and is_headless(self.policy)
+        if self.policy.candidates_VK is not None:
+            self.ngrams = NgramIndex(self.request.prompt)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the layers its exited tokens skipped are projected."""
+        return self.request.kv_mode == "project"
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.prefilled == len(self.request.prompt)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token to feed."""
+        return len(self.request.prompt) + len(self.emitted) + len(self.drafts) - 1
+
+    @property
+    def next_input(self) -> int:
+        """The token to feed next."""
+        if self.request.forced:
+            return self.request.forced[len(self.emitted) - 1]
+        return self.drafts[-1].token if self.drafts else self.emitted[-1]
+
+    @property
+    def depth(self) -> int:
+        """Where its newest token stands: 0, or the depth it waits at."""
+        return self.open[-1].depth if self.undecided else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last token was emitted."""
+        return self.finish_reason is not None
+
+    @property
+    def entries(self) -> int:
+        """Positions of the cache that hold something of this row."""
+        return max(self.prefilled, self.position + 1)
+
+    def emit(self, drawn: Draw, exit_layer: int, eos_tokens: frozenset[int]) -> None:
+        """Record an emitted token and see whether it is the last."""
+        token = drawn.token
+        self.emitted.append(token)
+        self.logprobs.append(drawn.logprob)
+        self.top_logprobs.append(drawn.top)
+        self.exit_layers.append(exit_layer)
+        self.generations.append(self.request.snapshot.generation)
+        self.finish_reason = self._reason(token, eos_tokens)
+        if self.ngrams is not None and not self.is_finished:
+            fed = self.request.forced[len(self.emitted) - 1] if self.request.forced else token
+            self.ngrams.push(fed)
+
+    def note_depth(self, share: float) -> None:
+        """A token came out after this share of the layers."""
+        self.debt += (1 - REMEMBERED) * (1 - share - self.debt)
+
+    def note_verdict(self, agreed: bool) -> None:
+        """Full depth agreed with an early token, or did not."""
+        self.acceptance += (1 - REMEMBERED) * (agreed - self.acceptance)
+
+    def cut(self, tokens: int) -> None:
+        """Forget what was emitted after the first tokens."""
+        for items in (
+            self.emitted,
+            self.exit_layers,
+            self.generations,
+            self.logprobs,
+            self.top_logprobs,
+        ):
+            del items[tokens:]
+
+    def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
+        """Whether its newest token may not leave early: nothing can be put off any longer."""
+        if self.request.kv_mode == "project":
+            return False
+        if len(self.open) > max_pending:  # the newest one is open, too
+            return True
+        if self.request.kv_mode == "defer":
+            return False
+        drafted = len(self.emitted) + len(self.drafts)
+        last = drafted + 1 >= self.request.sampling.max_tokens
+        return last or bool(self.drafts and self._ends(self.drafts[-1].token, eos_tokens))
+
+    def _reason(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
+        if self._ends(token, eos_tokens):
+            return "stop"
+        return "length" if len(self.emitted) >= self.request.sampling.max_tokens else None
+
+    def _ends(self, token: int, eos_tokens: frozenset[int]) -> bool:
+        sampling = self.request.sampling
+        if token in sampling.stop_token_ids:
+            return True
+        return token in eos_tokens and not (sampling.ignore_eos or self.request.forced)

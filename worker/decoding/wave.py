@@ -1,0 +1,295 @@
+"""A wave: rows that move through layers together, one or several tokens each.
+
+Shape suffixes: N rows still in the wave, T columns (tokens per row, right-aligned), D width,
+M tokens that came to an end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offramp.controller.features import FloatArray
+from offramp.worker.decoding.groups import Asked
+from offramp.worker.decoding.sequence import OpenToken, Sequence
+from offramp.worker.model.attention import decode_window, ragged_window
+from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
+from offramp.worker.model.stack import Rotary
+
+if TYPE_CHECKING:
+    from offramp.worker.decoding.decoder import Decoder
+
+
+Left = Rows[tuple[int, FloatArray]]
+"""Per token: index of the exit where it left, and what was probed there."""
+
+Known = tuple[Tensor | None, int | None]
+"""Of a token that leaves: its whole logits [V], and its successor."""
+
+FILL_AT = 16
+"""Exited tokens of a row that are projected together at the latest."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Tokens of a row that came out of the wave, by an exit or at the end.
+
+    Attributes:
+        row: Whose.
+        exit_layer: Layers executed.
+        states_MD: Their hidden states, the oldest first: one at an exit, at the end also those
+            of the tokens that were put off before.
+        decides: Whether the last of them is a token on its way, which now gets its successor.
+        logits_V: Of that last one, if a probe computed them anyway.
+        token: Its successor, if it is drafted without the head.
+        left: Of the tokens that were put off, where they left, if their policy learns.
+    """
+
+    row: Sequence
+    exit_layer: int
+    states_MD: Tensor
+    decides: bool
+    logits_V: Tensor | None = None
+    token: int | None = None
+    left: Left = ()
+
+
+class Wave:
+    """Runs some rows from one depth to another.
+
+    Tokens that were put off join at their own depth, to the left of their row's newest token, so
+    that every token runs every layer exactly once and in order.
+
+    Args:
+        decoder: Stack, cache and settings.
+        rows: Rows whose newest token stands at ``first``; at 0 they begin a token.
+        first: Index of the first layer to run.
+        riders: Rows without a token on its way, whose put-off tokens come along to the end.
+    """
+
+    def __init__(
+        self, decoder: Decoder, rows: Rows[Sequence], first: int, riders: Rows[Sequence] = ()
+    ) -> None:
+        self.decoder = decoder
+        self.stack = decoder.stack
+        self.rows = sorted((*rows, *riders), key=lambda row: row.slot)
+        self.arrivals: list[Arrival] = []
+        self._at = first
+        self._joined = [0] * len(self.rows)
+        self._x_NTD: Tensor | None = None
+        self._rotary: Rotary = ()
+        self.groups: list[Asked] = []
+        if first == 0:
+            self._begin_tokens()
+        else:
+            self._resume_groups()
+        self._exits = {layer for group in self.groups for layer in group.exits}
+        self._join_depths = {token.depth for row in self.rows for token in row.open} | {first}
+
+    def run(self, last: int) -> list[Arrival]:
+        """Advance to depth ``last``, where the rows that stay are left standing."""
+        for index in range(self._at, last):
+            if index in self._join_depths:
+                self._join(index)
+            if self._x_NTD is None:
+                continue  # those left are riders, and stand deeper
+            self._x_NTD = self.stack.run_layer(
+                index, self._x, self._rotary, self._window, self.decoder.kv
+            )
+            for row, joined in zip(self.rows, self._joined, strict=True):
+                row.layer_calls += joined
+            if index + 1 < self.stack.layers:
+                self._let_leave(index + 1)
+                if not self.rows:
+                    return self.arrivals
+        if last == self.stack.layers:
+            self._finish()
+        else:
+            self._hold(last)
+        return self.arrivals
+
+    @property
+    def _x(self) -> Tensor:
+        assert self._x_NTD is not None
+        return self._x_NTD
+
+    def _begin_tokens(self) -> None:
+        device = self.stack.device
+        for row in self.rows:
+            row.open.append(OpenToken(row.position, 0, None))
+            row.undecided = True
+            self.decoder.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
+        self._joined = [1] * len(self.rows)
+        tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
+        positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
+        self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
+        free = [n for n, row in enumerate(self.rows) if not self.decoder.must_go_deep(row)]
+        x_ND = self._x_NTD[:, 0]
+        states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
+        start = time.perf_counter()
+        free_rows = [self.rows[n] for n in free]
+        self.groups = self.decoder.convener.convene(free_rows, states_ND)
+        self.decoder.failures += sum(row.policy_failed for row in free_rows)
+        self.decoder.spent.deciding_s += time.perf_counter() - start
+
+    def _resume_groups(self) -> None:
+        self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
+        for group in self.groups:
+            group.forget_all_but(self.rows)
+
+    def _join(self, index: int) -> None:
+        """Take in, or project, the tokens that stand at this depth."""
+        self._fill([row for row in self.rows if row.projects], index)
+        counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
+        columns = max(counts)
+        if columns == 0 or (counts == self._joined and self._rotary):
+            return
+        if self._x_NTD is None or counts != self._joined:
+            self._widen(counts, columns)
+        self._joined = counts
+        self._place()
+        positions = [
+            [max(0, row.open[-1].position - back) for back in range(columns - 1, -1, -1)]
+            for row in self.rows
+        ]
+        positions_NT = torch.tensor(positions, device=self.stack.device)
+        self._rotary = self.stack.rotary(self._x, positions_NT)
+
+    def _widen(self, counts: list[int], columns: int) -> None:
+        old = self._x_NTD
+        shape = (len(self.rows), columns, self.stack.width)
+        new_NTD = torch.zeros(shape, dtype=self.stack.dtype, device=self.stack.device)
+        if old is not None:
+            new_NTD[:, columns - old.shape[1] :] = old
+        for n, row in enumerate(self.rows):
+            fresh = row.open[len(row.open) - counts[n] : len(row.open) - self._joined[n]]
+            for offset, token in enumerate(fresh):
+                if token.state_D is not None:
+                    new_NTD[n, columns - counts[n] + offset] = token.state_D
+        self._x_NTD = new_NTD
+
+    def _place(self) -> None:
+        """Where the rows' tokens are written and what they see."""
+        slots = [row.slot for row in self.rows]
+        positions = [row.open[-1].position for row in self.rows]
+        heads = self.stack.heads_per_key
+        if self._x.shape[1] == 1 and all(self._joined):
+            self._window = decode_window(slots, positions, heads, self._x)
+        else:
+            self._window = ragged_window(slots, positions, self._joined, heads, self._x)
+        self.decoder.kv.open(self._window)
+
+    def _let_leave(self, executed: int) -> None:
+        if executed not in self._exits:
+            return
+        asking = [group for group in self.groups if group.asks_at(executed)]
+        if not asking:
+            return
+        start = time.perf_counter()
+        # Probes and head read the translated state, deeper layers and cache the state itself.
+        newest_N1D = self._x if self._x.shape[1] == 1 else self._x[:, -1:]
+        read_N1D = self.decoder.translators.apply(executed, newest_N1D)
+        leaving: dict[int, Known] = {}
+        for group in asking:
+            asked = group.rows
+            # Rows may have changed slots, and so their order, while they waited.
+            in_order = asked == self.rows
+            asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
+            left = group.ask(self.decoder.guard, executed, asked_N1D)
+            if len(group.rows) + len(left.rows) < len(asked):
+                self.decoder.failures += sum(row.policy_failed for row in asked)
+            for n, row in enumerate(left.rows):
+                logits_V = None if left.logits_NV is None else left.logits_NV[n]
+                leaving[self.rows.index(row)] = (logits_V, left.token)
+        self.decoder.spent.deciding_s += time.perf_counter() - start
+        if leaving:
+            self._part_with(executed, leaving, read_N1D[:, 0])
+
+    def _part_with(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
+        places = sorted(leaving)
+        for n in places:
+            row = self._settle(n, executed)
+            self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n]))
+        full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
+        self._fill([row for row in full if row.projects], executed)
+        stay = [n for n in range(len(self.rows)) if n not in leaving]
+        self.rows = [self.rows[n] for n in stay]
+        self._joined = [self._joined[n] for n in stay]
+        if not stay:
+            return
+        columns = max(self._joined)
+        if columns == 0:
+            self._x_NTD = None
+            return
+        self._x_NTD = self._x[stay][:, -columns:]
+        self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
+        self._place()
+
+    def _settle(self, n: int, executed: int) -> Sequence:
+        """Note how far a row's tokens have come; its newest one is now decided."""
+        row = self.rows[n]
+        self._note_depth(n, executed)
+        row.undecided = False
+        row.group = None
+        row.open[-1].is_underway = False
+        row.note_depth(executed / self.stack.layers)
+        if row.projects:
+            position = row.open[-1].position
+            self.decoder.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
+        return row
+
+    def _note_depth(self, n: int, executed: int) -> None:
+        row, joined = self.rows[n], self._joined[n]
+        for offset, token in enumerate(row.open[-joined:]):
+            token.depth = executed
+            token.state_D = self._x[n, offset - joined]
+
+    def _fill(self, rows: Rows[Sequence], index: int) -> None:
+        """Project what a layer will read of exited tokens: all that left at or before it.
+
+        Put off until then, since one product fills many tokens for the price of one.
+        """
+        exited = [(row, token) for row in rows for token in row.open if token.has_left(index)]
+        if not exited:
+            return
+        start = time.perf_counter()
+        for depth in {token.depth for _, token in exited}:
+            self._project(depth, [(row, token) for row, token in exited if token.depth == depth])
+        for row in rows:
+            row.open = [token for token in row.open if not token.has_left(index)]
+        self.decoder.spent.filling_s += time.perf_counter() - start
+
+    def _project(self, depth: int, tokens: Rows[tuple[Sequence, OpenToken]]) -> None:
+        if self.decoder.projector is None:
+            return
+        device = self.stack.device
+        x_ND = torch.stack([token.state_D for _, token in tokens if token.state_D is not None])
+        positions_N = torch.tensor([token.position for _, token in tokens], device=device)
+        slots_N = torch.tensor([row.slot for row, _ in tokens], device=device)
+        rotary = self.stack.rotary(x_ND[:, None], positions_N[:, None])
+        keys, values = self.decoder.projector.project(x_ND, depth, rotary)
+        self.decoder.kv.fill(depth, slots_N, positions_N, keys, values)
+
+    def _hold(self, depth: int) -> None:
+        for n in range(len(self.rows)):
+            self._note_depth(n, depth)
+
+    def _finish(self) -> None:
+        for n, row in enumerate(self.rows):
+            joined = self._joined[n]
+            last = row.open[-1].position
+            self.decoder.kv.mark(row.slot, slice(last - joined + 1, last + 1), EXACT)
+            left = tuple(token.left_at for token in row.open if token.left_at is not None)
+            self.arrivals.append(
+                Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided, left=left)
+            )
+            if row.undecided:
+                row.note_depth(1.0)
+            row.open.clear()
+            row.undecided = False
+            row.group = None

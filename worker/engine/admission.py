@@ -1,0 +1,261 @@
+"""What a request must be before it may wait in line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
+from operator import index
+from typing import Any, get_args
+
+from offramp.controller.errors import RequestError
+from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
+from offramp.controller.policies.protocols import Policy, is_headless
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.probes.factory import probe_of
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one alone or several.
+
+    Raises:
+        RequestError: token ids and whole prompts side by side, or no prompts at all.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    given: object = prompts  # callers need not keep to the annotation
+    if not isinstance(given, Iterable):
+        problem = f"{prompts!r} is neither text nor a list"
+        raise RequestError("prompts", problem, "Use strings or lists of token ids")
+    items = list(prompts)
+    tokens = [int(item) for item in items if isinstance(item, Integral)]
+    if tokens and len(tokens) == len(items):
+        return [tokens]
+    if tokens:
+        raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
+    return [item for item in items if not isinstance(item, int)]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt.
+
+    Raises:
+        RequestError: it is empty, or a string that cannot be encoded, or holds no token ids.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError("prompt", "is a string, but the engine has no tokenizer")
+        prompt = _encode(prompt, tokenizer)
+    try:
+        tokens = tuple(index(token) for token in prompt)
+    except TypeError as error:
+        problem = f"{prompt!r} is neither text nor a list of token ids"
+        raise RequestError("prompt", problem, "Use a string or integers") from error
+    if not tokens:
+        raise RequestError("prompt", "is empty", "Give at least one token")
+    return tokens
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "prompt", f"holds half of a surrogate pair at index {error.start}", "Send valid Unicode"
+        ) from error
+    return list(tokenizer.encode(text))
+
+
+def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+    """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
+
+    Raises:
+        RequestError: it is token ids, and there is no tokenizer.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
+    return str(
+        tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def pinned(
+    policy: Policy | PolicySnapshot | None,
+    current: Callable[[], PolicySnapshot],
+    stack: LayerStack,
+) -> PolicySnapshot:
+    """The snapshot that a request runs under: of its own policy, or the current one.
+
+    Raises:
+        RequestError: the policy was made for another model.
+    """
+    if policy is None:
+        return current()
+    if isinstance(policy, PolicySnapshot):
+        require_policy(policy.policy, stack.layers, stack.width)
+        return policy
+    require_fit(policy, stack)
+    return PolicySnapshot(0, "", policy)
+
+
+def require_request(
+    prompt: Sequence[int],
+    forced: Sequence[int],
+    sampling: SamplingParams,
+    stack: LayerStack,
+    tokenizer: Any,
+) -> None:
+    """Refuse what the model, or an engine without a tokenizer, cannot serve.
+
+    Raises:
+        RequestError: naming what.
+    """
+    require_tokens("prompt", prompt, stack.vocab)
+    require_tokens("forced", forced, stack.vocab)
+    require_context(len(prompt), sampling.max_tokens, stack.context)
+    require_sampling(sampling, stack.vocab, stack.eos_tokens, tokenizer)
+
+
+def require_sampling(
+    sampling: SamplingParams, vocab: int, eos_tokens: frozenset[int], tokenizer: Any
+) -> None:
+    """Refuse what cannot be drawn or cannot be stopped at.
+
+    Raises:
+        RequestError: several completions, token ids outside the vocabulary, stop strings without
+            a tokenizer, or ``min_tokens`` where every token is one that it holds off.
+    """
+    if sampling.n != 1:
+        raise RequestError(
+            "n", f"{sampling.n} completions of one request", "Submit each of sampling.each()"
+        )
+    if sampling.stop and tokenizer is None:
+        raise RequestError(
+            "stop", "needs a tokenizer, and the engine has none", "Use stop_token_ids"
+        )
+    require_tokens("stop_token_ids", sampling.stop_token_ids, vocab)
+    require_tokens("logit_bias", list(sampling.logit_bias), vocab)
+    if sampling.min_tokens and len({*eos_tokens, *sampling.stop_token_ids}) >= vocab:
+        raise RequestError(
+            "stop_token_ids", "are all tokens there are, and min_tokens forbids them", "Name fewer"
+        )
+
+
+def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
+    """Refuse token ids outside the vocabulary.
+
+    Raises:
+        RequestError: naming the first such token.
+    """
+    for place, token in enumerate(tokens):
+        if not 0 <= token < vocab:
+            raise RequestError(
+                field, f"token {token} at index {place} is not in [0, {vocab})", "Use other ids"
+            )
+
+
+def require_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
+    """Refuse what the model's context cannot hold.
+
+    Raises:
+        RequestError: naming the prompt if it alone is too long, else the three numbers.
+    """
+    if prompt_tokens >= context:
+        raise RequestError(
+            "prompt",
+            f"has {prompt_tokens} tokens, and the context is {context}",
+            f"Shorten it to at most {context - 1}",
+        )
+    if prompt_tokens + max_tokens > context:
+        raise RequestError(
+            "max_tokens",
+            f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the context "
+            f"of {context}",
+            f"Ask for at most {context - prompt_tokens} or shorten the prompt",
+        )
+
+
+def require_memory(prompt_tokens: int, max_tokens: int, row_tokens: int) -> None:
+    """Refuse what the cache's memory budget cannot hold.
+
+    Raises:
+        RequestError: naming the numbers.
+    """
+    if prompt_tokens + max_tokens > row_tokens:
+        raise RequestError(
+            "max_tokens",
+            f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the {row_tokens} "
+            "that the cache's memory budget leaves to a request",
+            "Ask for fewer, or start the engine with a larger kv_budget_mb or fewer slots",
+        )
+
+
+def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
+    """Refuse an unknown cache mode, or one that cannot be combined with teacher forcing.
+
+    Raises:
+        RequestError: naming the mode.
+    """
+    if kv_mode not in get_args(KVMode):
+        known = ", ".join(get_args(KVMode))
+        raise RequestError("kv_mode", f"{kv_mode!r} is unknown", f"Use one of {known}")
+    if kv_mode == "verify" and forced:
+        raise RequestError(
+            "kv_mode",
+            "verify confirms drafts against their successors, and forced tokens are no drafts",
+            "Use project or defer with forced tokens",
+        )
+
+
+def require_policy(policy: Policy, layers: int, width: int) -> None:
+    """Refuse what is no policy, or one whose exits or features the engine does not have.
+
+    Raises:
+        RequestError: naming what was given.
+    """
+    given: object = policy  # callers need not keep to the annotation
+    if not isinstance(given, Policy):
+        problem = f"{policy!r} is no exit policy"
+        raise RequestError("policy", problem, "Give an ExitPolicy or a RoutingPolicy")
+    schema = policy.schema
+    if is_headless(policy) and (schema is None or schema.digest != CANDIDATES_V1.digest):
+        problem = "drafts the best candidate and does not read candidates"
+        raise RequestError("schema", problem, "Read CANDIDATES_V1, or draft with the head")
+    if schema is not None and probe_of(schema) is None:
+        problem = f"no probe computes {schema.name!r} version {schema.version}"
+        raise RequestError("schema", problem, "Add one to offramp.worker.probes.factory")
+    if schema is not None and schema.name == "hidden" and schema.width != width:
+        problem = f"reads states of {schema.width} columns, the model's have {width}"
+        raise RequestError("schema", problem, "Train the policy on traces of this model")
+    exits: tuple[Any, ...] = tuple(policy.exits)
+    inside = all(isinstance(layer, Integral) and 1 <= int(layer) <= layers for layer in exits)
+    if not inside or list(exits) != sorted(set(exits)):
+        raise RequestError(
+            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
+        )
+
+
+def require_fit(policy: Policy, stack: LayerStack) -> None:
+    """Refuse a policy made for another model.
+
+    Raises:
+        RequestError: exits out of order or range, or a candidate table that does not fit.
+    """
+    require_policy(policy, stack.layers, stack.width)
+    vocab = stack.vocab
+    if policy.schema is None or policy.schema.digest not in TABLE_SCHEMAS:
+        return
+    table = policy.candidates_VK
+    if table is None or table.shape[0] != vocab or table.min() < 0 or table.max() >= vocab:
+        raise RequestError(
+            "candidates",
+            f"the policy's candidate table does not fit a vocabulary of {vocab}",
+            "Train the policy on traces of this model",
+        )

@@ -1,0 +1,251 @@
+"""The core of the engine: requests join and leave between launches, each under its pinned policy.
+
+Shape suffix: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from typing import Any
+
+from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.decoder import Decoder
+from offramp.worker.decoding.emit import Emitter
+from offramp.worker.decoding.outlook import Load
+from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
+from offramp.worker.decoding.sequence import KVMode, Request, Sequence, TokenEvent
+from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.engine.admission import (
+    Prompt,
+    encode_prompt,
+    pinned,
+    require_memory,
+    require_mode,
+    require_request,
+)
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.engine.outbox import Outbox
+from offramp.worker.engine.roster import Roster
+from offramp.worker.model.families import stack_for
+from offramp.worker.model.kv import SlotKV
+from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
+from offramp.worker.model.prepared import prepare
+from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
+
+
+class EngineCore:
+    """Early-exit decoding of a Hugging Face causal LM, launch by launch.
+
+    One thread drives it by ``submit``, ``step`` and ``cancel``.
+
+    Args:
+        model: A supported ``*ForCausalLM`` in evaluation mode.
+        tokenizer: Its tokenizer; None if prompts and completions are token ids only.
+        slots: Rows decoded together at most; the rest wait in line.
+        current_policy: Asked at each admission for the policy to pin; full depth by default.
+        config: How rows share the machine.
+
+    Raises:
+        ModelError: the architecture is unsupported.
+        ConfigError: fewer than one slot, or a setting or translators that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        slots: int = 8,
+        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
+        config: EngineConfig | None = None,
+    ) -> None:
+        require_supported(model)
+        if not isinstance(slots, int) or slots < 1:
+            raise ConfigError("slots", f"{slots!r} is no integer from 1 on", "Ask for 1 or more")
+        self.model = model
+        self.config = config or EngineConfig()
+        self.stack = prepare(stack_for(model))
+        self.tokenizer = tokenizer
+        self.kv = SlotKV(self.stack, slots)
+        self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
+        self.model_fingerprint = model_fingerprint(model)
+        self.decoder = Decoder(
+            self.stack,
+            self.kv,
+            max_pending=self.config.max_pending,
+            translators=self._translators(),
+        )
+        self.current_policy = current_policy
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
+        self._roster = Roster(self.kv, self.stack)
+        self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
+        self._emitter = Emitter(self.stack, self.decoder.guard)
+        self._outbox = Outbox(tokenizer, self.kv)
+        self._ids = itertools.count()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        policy: Policy | PolicySnapshot | None = None,
+        *,
+        kv_mode: KVMode | None = None,
+        forced: Items[int] = (),
+        sampler: Sampler | None = None,
+    ) -> Request:
+        """Queue a request and pin its policy.
+
+        Args:
+            prompt: A string or token ids.
+            sampling: How to draw tokens; greedy, 64 tokens by default.
+            policy: The engine's current one by default.
+            kv_mode: What becomes of skipped layers; the engine's own mode by default.
+            forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
+                tokens are emitted as are given.
+            sampler: Draws this request's tokens, in place of one made from ``sampling``.
+
+        Raises:
+            RequestError: a prompt, sampling value, mode or policy that cannot be served.
+        """
+        tokens = encode_prompt(prompt, self.tokenizer)
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
+        if forced:
+            sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
+        require_request(tokens, forced, sampling, self.stack, self.tokenizer)
+        require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
+        kv_mode = kv_mode or self.config.kv_mode
+        require_mode(kv_mode, forced)
+        request = Request(
+            id=f"r{next(self._ids)}",
+            prompt=tokens,
+            sampling=sampling,
+            snapshot=pinned(policy, self.current_policy, self.stack),
+            kv_mode=kv_mode,
+            forced=tuple(forced),
+            sampler=sampler,
+        )
+        self._roster.waiting.append(request)
+        return request
+
+    def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
+        """Admit what fits, read some of its prompts, and launch the rows that are due.
+
+        Between two launches at most ``config.prefill_tokens`` prompt tokens are read, whatever
+        the length of the prompts that wait.
+
+        Args:
+            finished: Takes the sequences that ended in this step, by request id.
+        """
+        launches = self._launches()
+        self._roster.admit()
+        self.decoder.convener.load = Load(*self.load, self.kv.slots)
+        emitted = {row: len(row.emitted) for row in self._roster.rows}
+        self._prefill()
+        self._run(launches)
+        events = [
+            event for row, before in emitted.items() for event in self._outbox.events(row, before)
+        ]
+        self._release(finished if finished is not None else {})
+        return events
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, running or waiting; its slot is free at the next step."""
+        self._roster.remove(request_id)
+        self._outbox.forget(request_id)
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Change how rows share launches.
+
+        Raises:
+            ConfigError: rows are running, or a hold is not below the last layer.
+        """
+        if self._roster.rows:
+            raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
+        self._scheduler = Scheduler(schedule, self.stack.layers)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Rows running, requests waiting."""
+        return len(self._roster.rows), len(self._roster.waiting)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some prompt is still to be read."""
+        return bool(self._roster.waiting) or any(not r.is_prefilled for r in self._roster.rows)
+
+    def _translators(self) -> ExitTranslators:
+        folder, stack = self.config.translators, self.stack
+        if folder is None:
+            return UNTRANSLATED
+        return ExitTranslators.load(
+            folder, self.model_fingerprint, stack.layers, stack.width, stack.dtype, stack.device
+        )
+
+    def _prefill(self) -> None:
+        budget = self.config.prefill_tokens
+        for row in [row for row in self._roster.rows if not row.is_prefilled]:
+            tokens = min(budget, len(row.request.prompt) - row.prefilled)
+            if tokens == 0:
+                return
+            budget -= tokens
+            self.kv.reserve(row.prefilled + tokens)
+            logits_V = self.decoder.prefill(row, tokens)
+            if logits_V is not None:
+                self._emitter.emit(row, logits_V, int(logits_V.argmax()), self.stack.layers)
+
+    def _launches(self) -> list[Launch[Sequence]]:
+        """What runs now: the stages that are due, and then the next tokens of all other rows.
+
+        They share one LM head, which costs as much for few rows as for many.
+        """
+        standing = self._roster.standing()
+        launches: list[Launch[Sequence]] = []
+        while not launches or (launches[-1].first > 0 and 0 in standing):
+            launch = self._scheduler.next(standing)
+            if launch is None:
+                break
+            standing.pop(launch.first)
+            launches.append(launch)
+        return launches
+
+    def _run(self, launches: list[Launch[Sequence]]) -> None:
+        rows = [row for launch in launches for row in launch.members]
+        if not rows:
+            return
+        self.kv.reserve(1 + max(row.position for row in rows))
+        waves = []
+        judged: set[Sequence] = set()
+        for launch in launches:
+            riders = self._riders(launch)
+            # What full depth says of a rider's drafts decides what its next token is.
+            judged |= {row for row in riders if row.drafts}
+            members = tuple(row for row in launch.members if row not in judged)
+            if members:
+                waves.append((replace(launch, members=members), riders))
+        self._emitter.conclude(self.decoder.launch(waves))
+
+    def _riders(self, launch: Launch[Sequence]) -> list[Sequence]:
+        """Rows whose put-off tokens all stand within a stage that runs to the end."""
+        if launch.first == 0 or launch.last < self.stack.layers:
+            return []
+        return [
+            row
+            for row in self._roster.rows
+            if row.open
+            and not (row.projects or row.undecided)
+            and row.open[-1].depth >= launch.first
+        ]
+
+    def _release(self, finished: dict[str, Sequence]) -> None:
+        for row in [row for row in self._roster.rows if row.is_finished]:
+            finished[row.request.id] = row
+            self._roster.vacate(row)
+            self._outbox.forget(row.request.id)

@@ -1,0 +1,185 @@
+"""The engine as scripts use it: whole completions, or a stream of tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.sequence import KVMode, Request, TokenEvent
+from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text
+from offramp.worker.engine.completion import Completion, completion_of
+from offramp.worker.engine.core import EngineCore
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
+
+
+class AdaptiveEngine(EngineCore):
+    """Early-exit decoding of a Hugging Face causal LM.
+
+    One thread drives it: scripts by ``generate`` and ``stream``, a server by ``submit``,
+    ``step`` and ``cancel``. Arguments and errors are those of the core.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        slots: int = 8,
+        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
+        config: EngineConfig | None = None,
+    ) -> None:
+        super().__init__(
+            model, tokenizer, slots=slots, current_policy=current_policy, config=config
+        )
+        self._inboxes: dict[str, deque[TokenEvent]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_model: str | Path | Any,
+        *,
+        tokenizer: Any = None,
+        dtype: str | torch.dtype = torch.float32,
+        device: str = "cpu",
+        slots: int = 8,
+        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
+        config: EngineConfig | None = None,
+    ) -> AdaptiveEngine:
+        """Load a model folder (or wrap a loaded model) with its tokenizer.
+
+        Args:
+            path_or_model: A folder in Hugging Face format, a hub id, or a model object.
+            tokenizer: Overrides the folder's; optional for a model object.
+            dtype: "float32" or "bfloat16"; ignored, like device, for a model object.
+            device: "cpu" or "cuda".
+            slots, current_policy, config: As for the class.
+
+        Raises:
+            ModelError: missing folder, not a causal LM, unsupported architecture.
+            ConfigError: an unknown dtype.
+        """
+        model = path_or_model
+        if isinstance(path_or_model, str | Path):
+            model = load_model(path_or_model, parse_dtype(dtype), device)
+            tokenizer = tokenizer or load_tokenizer(path_or_model)
+        return cls(model, tokenizer, slots=slots, current_policy=current_policy, config=config)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling: SamplingParams | None = None,
+        policy: Policy | PolicySnapshot | None = None,
+        *,
+        kv_mode: KVMode | None = None,
+        echo: bool = False,
+    ) -> list[Completion]:
+        """Complete some prompts together: ``sampling.n`` completions per prompt, in order.
+
+        Args:
+            prompts: Strings or lists of token ids; one prompt alone is allowed.
+            sampling: For all of them; greedy, 64 tokens by default.
+            policy: For all of them; the engine's current one by default.
+            kv_mode: For all of them; the engine's own by default.
+            echo: Put the prompt's text before the completion's.
+
+        Raises:
+            RequestError: a prompt, sampling value or policy that cannot be served.
+        """
+        samples = (sampling or SamplingParams()).each()
+        prompts = as_prompts(prompts)
+        requests = self._submit_all(prompts, samples, policy, kv_mode)
+        try:
+            prefixes = [prompt_text(prompt, self.tokenizer) if echo else "" for prompt in prompts]
+            places = itertools.product(prefixes, range(len(samples)))
+            return [
+                completion_of(request, list(self._await(request)), index=index, prefix=prefix)
+                for request, (prefix, index) in zip(requests, places, strict=True)
+            ]
+        finally:
+            for request in requests:
+                self.cancel(request.id)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        policy: Policy | PolicySnapshot | None = None,
+        *,
+        kv_mode: KVMode | None = None,
+    ) -> Generator[TokenEvent, None, None]:
+        """Complete one prompt, yielding each token as it is emitted.
+
+        Closing the iterator early frees its slot. Raises as ``generate`` does.
+        """
+        [request] = self._submit_all([prompt], [sampling or SamplingParams()], policy, kv_mode)
+        try:
+            yield from self._await(request)
+        finally:
+            self.cancel(request.id)
+
+    def follow(self, requests: Items[Request]) -> Iterator[TokenEvent]:
+        """Step until requests that were just submitted have ended; their events as they come.
+
+        One that is cancelled in between has no further events.
+        """
+        self._inboxes.update((request.id, deque()) for request in requests)
+        while following := [each.id for each in requests if each.id in self._inboxes]:
+            self._pump()
+            for request_id in following:
+                while inbox := self._inboxes.get(request_id):
+                    event = inbox.popleft()
+                    if event.finish_reason is not None:
+                        del self._inboxes[request_id]
+                    yield event
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, running or waiting; its slot is free at the next step."""
+        super().cancel(request_id)
+        self._inboxes.pop(request_id, None)
+
+    def _submit_all(
+        self,
+        prompts: list[Prompt],
+        samples: Items[SamplingParams],
+        policy: Policy | PolicySnapshot | None,
+        kv_mode: KVMode | None,
+    ) -> list[Request]:
+        """All of the prompts, each with all of the samples, or, if one is refused, none."""
+        requests: list[Request] = []
+        policy = pinned(policy, self.current_policy, self.stack)
+        try:
+            for prompt, sampling in itertools.product(prompts, samples):
+                request = self.submit(prompt, sampling, policy, kv_mode=kv_mode)
+                requests.append(request)
+                self._inboxes[request.id] = deque()
+        except BaseException:
+            for request in requests:
+                self.cancel(request.id)
+            raise
+        return requests
+
+    def _await(self, request: Request) -> Iterator[TokenEvent]:
+        """One request's events; those of other requests wait in their own inboxes."""
+        inbox = self._inboxes[request.id]
+        while True:
+            while inbox:
+                event = inbox.popleft()
+                yield event
+                if event.finish_reason is not None:
+                    return
+            self._pump()
+
+    def _pump(self) -> None:
+        for event in self.step():
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].append(event)

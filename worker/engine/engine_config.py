@@ -1,0 +1,78 @@
+"""How an engine shares the machine among its rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from offramp.controller.errors import ConfigError
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.model.kv import BLOCK_TOKENS
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Attributes:
+        kv_mode: What becomes of the layers that exited tokens skipped, unless a request says.
+        schedule: Lock-step, or cohorts with holds.
+        prefill_tokens: Prompt tokens read between two launches at most: a running row never
+            waits longer for other rows' prompts.
+        max_pending: Tokens a row may put off before its next one runs all layers.
+        translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
+            they are.
+        kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
+            it grows, the keys or the values exist twice.
+
+    Raises:
+        ConfigError: an unknown mode, or a number below its bound.
+    """
+
+    kv_mode: KVMode = "project"
+    schedule: Schedule = LOCKSTEP
+    prefill_tokens: int = 256
+    max_pending: int = 8
+    translators: Path | None = None
+    kv_budget_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_mode not in get_args(KVMode):
+            known = ", ".join(get_args(KVMode))
+            raise ConfigError("kv_mode", f"{self.kv_mode!r} is unknown", f"Use one of {known}")
+        for name in ("prefill_tokens", "max_pending"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ConfigError(name, f"{value!r} is no integer from 1 on", "Use 1 or more")
+            if value < 1:
+                raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
+        budget = self.kv_budget_mb
+        if budget is not None and not 0 < budget < math.inf:
+            raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
+
+    def row_tokens(self, context: int, bytes_per_token: int) -> int:
+        """Tokens that one request may hold.
+
+        Args:
+            context: The model's.
+            bytes_per_token: Of one position in all slots.
+
+        Raises:
+            ConfigError: the budget does not even hold the first block.
+        """
+        if self.kv_budget_mb is None:
+            return context
+        blocks = int(self.kv_budget_mb * MIB) // (bytes_per_token * BLOCK_TOKENS)
+        if blocks < 1:
+            least = bytes_per_token * BLOCK_TOKENS / MIB
+            raise ConfigError(
+                "kv_budget_mb",
+                f"{self.kv_budget_mb} MiB hold less than {BLOCK_TOKENS} tokens in every slot",
+                f"Give at least {least:.1f} MiB or use fewer slots",
+            )
+        return min(context, blocks * BLOCK_TOKENS)

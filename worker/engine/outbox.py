@@ -1,0 +1,99 @@
+"""Emitted tokens on their way out: as events, with the text that became readable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offramp.worker.decoding.sequence import CompletionStats, Sequence, TokenEvent
+from offramp.worker.engine.detokenize import StreamDecoder
+from offramp.worker.engine.stop_strings import StopStrings
+from offramp.worker.model.kv import SlotKV
+
+
+class Outbox:
+    """Makes the events of running requests.
+
+    Args:
+        tokenizer: None leaves every event's text empty.
+        kv: Knows how exact a row's entries are.
+    """
+
+    def __init__(self, tokenizer: Any, kv: SlotKV) -> None:
+        self._tokenizer = tokenizer
+        self._kv = kv
+        self._texts: dict[str, _Text] = {}
+
+    def events(self, row: Sequence, before: int) -> list[TokenEvent]:
+        """The events of a row's tokens from index ``before`` on; to be asked once per token.
+
+        A stop string that a token completes ends the row: its ``finish_reason`` is set here, and
+        tokens after it are dropped.
+        """
+        events = []
+        for index in range(before, len(row.emitted)):
+            offset, text = self._text(row, index)
+            is_last = index == len(row.emitted) - 1
+            events.append(
+                TokenEvent(
+                    request_id=row.request.id,
+                    token=row.emitted[index],
+                    text=text,
+                    exit_layer=row.exit_layers[index],
+                    generation=row.generations[index],
+                    finish_reason=row.finish_reason if is_last else None,
+                    logprob=row.logprobs[index],
+                    top_logprobs=row.top_logprobs[index],
+                    text_offset=offset,
+                    stats=self._stats(row) if is_last and row.is_finished else None,
+                )
+            )
+            if is_last:
+                break
+        return events
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that ended or was cancelled."""
+        self._texts.pop(request_id, None)
+
+    def _stats(self, row: Sequence) -> CompletionStats:
+        return CompletionStats(
+            prompt_tokens=len(row.request.prompt),
+            generation=row.request.snapshot.generation,
+            mean_exit_layer=sum(row.exit_layers) / len(row.exit_layers),
+            layer_calls=row.layer_calls,
+            exact_share=self._kv.exact_share(row.slot, row.position),
+            drafts=row.drafts_made,
+            drafts_accepted=row.drafts_accepted,
+        )
+
+    def _text(self, row: Sequence, index: int) -> tuple[int, str]:
+        if self._tokenizer is None:
+            return 0, ""
+        if row.request.id not in self._texts:
+            self._texts[row.request.id] = _Text(self._tokenizer, row.request.sampling.stop)
+        text = self._texts[row.request.id]
+        return text.length, text.push(row, index)
+
+
+class _Text:
+    """One request's text: decoded, and cut at a stop string."""
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopStrings(stops)
+        self.length = 0
+
+    def push(self, row: Sequence, index: int) -> str:
+        """Text to show with the row's token at an index; ends the row there at a stop string."""
+        is_end = row.is_finished and index == len(row.emitted) - 1
+        if is_end and row.finish_reason == "stop":  # at a token, which is no part of the text
+            piece = self._decoder.flush()
+        else:
+            piece = self._decoder.push(row.emitted[index], last=is_end)
+        self.length += len(piece)
+        muted = index < row.request.sampling.min_tokens
+        shown, stopped = self._stops.push(piece, is_end, muted=muted)
+        if stopped:
+            row.finish_reason = "stop"
+            row.cut(index + 1)
+        return shown

@@ -1,0 +1,59 @@
+"""Who runs and who waits: rows occupy the first slots of the cache, without holes."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.sequence import Request, Sequence
+from offramp.worker.model.kv import SlotKV
+from offramp.worker.model.stack import LayerStack
+
+
+class Roster:
+    """Requests in line, and rows in slots.
+
+    Args:
+        kv: The cache whose slots are given out.
+        stack: The model.
+    """
+
+    def __init__(self, kv: SlotKV, stack: LayerStack) -> None:
+        self.kv = kv
+        self.stack = stack
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Sequence] = []
+
+    def admit(self) -> None:
+        """Seat waiting requests while there are slots, first come, first served."""
+        while self.waiting and len(self.rows) < self.kv.slots:
+            request, stack = self.waiting.popleft(), self.stack
+            sampler = request.sampler or Sampler(
+                request.sampling, request.prompt, stack.eos_tokens, stack.vocab
+            )
+            self.rows.append(Sequence(request, len(self.rows), sampler))
+
+    def standing(self) -> dict[int, list[Sequence]]:
+        """Rows that can go on, by the depth at which they stand."""
+        standing: dict[int, list[Sequence]] = {}
+        for row in self.rows:
+            if row.is_prefilled:
+                standing.setdefault(row.depth, []).append(row)
+        return standing
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request, running or waiting."""
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        for row in [row for row in self.rows if row.request.id == request_id]:
+            self.vacate(row)
+
+    def vacate(self, row: Sequence) -> None:
+        """Free a row's slot; the last row moves into the hole."""
+        row.led = None  # which names the row again: a cycle would await garbage collection
+        last = self.rows.pop()
+        self.kv.clear(row.slot)
+        if last is not row:
+            self.rows[row.slot] = last
+            self.kv.move(last.slot, row.slot, last.entries)
+            self.kv.clear(last.slot)
+            last.slot = row.slot

@@ -1,0 +1,250 @@
+"""The engine behind an asyncio front: one thread decodes, coroutines await their tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.sequence import KVMode, Request, TokenEvent
+from offramp.worker.engine.admission import Prompt
+from offramp.worker.engine.engine import AdaptiveEngine
+
+log = logging.getLogger(__name__)
+
+STUCK_AFTER_S = 30.0
+"""A busy engine that finished no step for this long is reported unhealthy."""
+
+RETRY_AFTER_S = 1
+"""What an overloaded service tells its clients to wait."""
+
+
+STOPPED = "the worker is shutting down"
+"""What open streams and late requests are told once the service stops."""
+
+
+class DecodeFailedError(OfframpError):
+    """The engine raised in the middle of a step; the cause is chained."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[TokenEvent | Exception]
+
+    def tell(self, event: TokenEvent | Exception) -> None:
+        # A client whose loop is closed, perhaps this moment, can no longer be told anything.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    prompt: Prompt
+    sampling: SamplingParams
+    kv_mode: KVMode | None
+    listener: _Listener
+    accepted: Future[list[Request]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_ids: tuple[str, ...]
+
+
+class EngineService:
+    """Runs an engine in its own thread.
+
+    Args:
+        engine: Used by this service's thread only, from ``start`` on.
+        max_waiting: Requests that may wait for a slot; one more is refused.
+    """
+
+    def __init__(self, engine: AdaptiveEngine, *, max_waiting: int = 64) -> None:
+        self.engine = engine
+        self.max_waiting = max_waiting
+        self.tokens_emitted = 0
+        self._commands: queue.Queue[_Submit | _Cancel | None] = queue.Queue()
+        self._listeners: dict[str, _Listener] = {}
+        self._last_step_s = time.monotonic()
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start decoding."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the step under way; streams still open end with an error."""
+        self._commands.put(None)
+        self._thread.join()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the thread lives and, if it has work, makes progress."""
+        idle = self.engine.load == (0, 0)
+        recent = time.monotonic() - self._last_step_s < STUCK_AFTER_S
+        return self._thread.is_alive() and (idle or recent)
+
+    async def submit(
+        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
+    ) -> tuple[Request, AsyncIterator[TokenEvent]]:
+        """Queue a request; its policy is pinned when this returns.
+
+        Closing the iterator frees the request's slot within one step.
+
+        Args:
+            prompt: A string or token ids.
+            sampling: How to draw tokens.
+            kv_mode: What becomes of skipped layers; the engine's own mode by default.
+
+        Raises:
+            RequestError: the request cannot be served.
+            OverloadedError: every slot is taken and the line is full.
+            DecodeFailedError: the service has stopped.
+        """
+        requests, events = await self.submit_all(prompt, sampling, kv_mode=kv_mode)
+        return requests[0], events
+
+    async def submit_all(
+        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
+    ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
+        """Queue the ``sampling.n`` requests of one prompt; all of them run under one policy.
+
+        Their events come from one iterator, as they are emitted. Arguments and errors are those of
+        ``submit``, and it is closed as that is.
+        """
+        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
+        accepted: Future[list[Request]] = Future()
+        self._commands.put(_Submit(prompt, sampling, kv_mode, listener, accepted))
+        if self._has_ended:
+            self._refuse_queued()
+        try:
+            requests = await asyncio.wrap_future(accepted)
+        except asyncio.CancelledError:
+            # The thread may have accepted it meanwhile, and nobody will read its tokens.
+            accepted.add_done_callback(self._abandon)
+            raise
+        return requests, self._listen(_ids(requests), listener)
+
+    async def _listen(
+        self, request_ids: tuple[str, ...], listener: _Listener
+    ) -> AsyncIterator[TokenEvent]:
+        unfinished = len(request_ids)
+        try:
+            while unfinished:
+                event = await listener.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                unfinished -= event.finish_reason is not None
+                yield event
+        finally:
+            self._commands.put(_Cancel(request_ids))
+
+    def _abandon(self, accepted: Future[list[Request]]) -> None:
+        if not accepted.cancelled() and accepted.exception() is None:
+            self._commands.put(_Cancel(_ids(accepted.result())))
+
+    def _run(self) -> None:
+        while True:
+            idle = self.engine.load == (0, 0)
+            if not self._obey(block=idle):
+                self._fail_all(DecodeFailedError(STOPPED))
+                self._has_ended = True
+                self._refuse_queued()
+                return
+            try:
+                self._deliver(self.engine.step())
+            except Exception as error:
+                log.exception("decoding failed; the requests under way are ended")
+                failure = DecodeFailedError("decoding failed")
+                failure.__cause__ = error
+                self._fail_all(failure)
+            self._last_step_s = time.monotonic()
+
+    def _obey(self, *, block: bool) -> bool:
+        """Carry out queued commands; False once told to stop."""
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if command is None:
+                return False
+            if isinstance(command, _Cancel):
+                for request_id in command.request_ids:
+                    self.engine.cancel(request_id)
+                    self._listeners.pop(request_id, None)
+            else:
+                self._accept(command)
+
+    def _accept(self, command: _Submit) -> None:
+        if not command.accepted.set_running_or_notify_cancel():
+            return
+        try:
+            self._require_room(command.sampling.n)
+            requests = self._submit_each(command)
+        except Exception as error:
+            command.accepted.set_exception(error)
+            return
+        self._last_step_s = time.monotonic()
+        self._listeners.update(dict.fromkeys(_ids(requests), command.listener))
+        command.accepted.set_result(requests)
+
+    def _submit_each(self, command: _Submit) -> list[Request]:
+        first, *others = command.sampling.each()
+        prompt, mode = command.prompt, command.kv_mode
+        # They differ in their seeds only: if the first can be served, all can.
+        request = self.engine.submit(prompt, first, kv_mode=mode)
+        pinned = request.snapshot
+        more = (self.engine.submit(prompt, other, pinned, kv_mode=mode) for other in others)
+        return [request, *more]
+
+    def _require_room(self, count: int) -> None:
+        # Counted with the free slots: requests of one burst all wait until the next step.
+        room = self.engine.kv.slots + self.max_waiting
+        if count > room:
+            raise RequestError(
+                "n", f"{count} completions exceed the room for {room}", "Ask for fewer"
+            )
+        if sum(self.engine.load) + count > room:
+            raise OverloadedError(RETRY_AFTER_S)
+
+    def _refuse_queued(self) -> None:
+        """Answer what came too late for the thread; called by it and by late callers."""
+        while True:
+            try:
+                command = self._commands.get(block=False)
+            except queue.Empty:
+                return
+            if isinstance(command, _Submit) and command.accepted.set_running_or_notify_cancel():
+                command.accepted.set_exception(DecodeFailedError(STOPPED))
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        self.tokens_emitted += len(events)
+        for event in events:
+            self._tell(event.request_id, event)
+
+    def _tell(self, request_id: str, event: TokenEvent | Exception) -> None:
+        listener = self._listeners.get(request_id)
+        if listener is not None:
+            listener.tell(event)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request_id in list(self._listeners):
+            self.engine.cancel(request_id)
+            self._tell(request_id, error)
+            del self._listeners[request_id]
+
+
+def _ids(requests: Sequence[Request]) -> tuple[str, ...]:
+    return tuple(request.id for request in requests)

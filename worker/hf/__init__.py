@@ -1,0 +1,1 @@
+"""Early exits behind Hugging Face's ``model.generate``."""

@@ -1,0 +1,139 @@
+"""Keys and values of skipped layers from an exit state: one GEMM for all remaining layers.
+
+Shape suffixes: N rows, L layers filled, D width, G key/value heads, H head_dim,
+R = L·2·G·H stacked output rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from offramp.controller.errors import ModelError
+from offramp.worker.model.prepared import PackedWeight, can_pack
+from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
+
+
+class KVProjector:
+    """The ``project`` mode of the cache: what each skipped layer would have stored, had the
+    hidden state reached it unchanged (Schuster et al. 2022, CALM, section 3.2, state propagation).
+
+    Every layer's input norm shares one root mean square (or one mean and variance), so its weight
+    is folded into the stacked key and value matrices, and its bias into theirs.
+
+    Raises:
+        ModelError: the layers' norms differ in kind or epsilon, so no single one serves all.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        weights = [stack.kv_weights(index) for index in range(stack.layers)]
+        _require_one_norm(weights)
+        self.heads = stack.kv_heads
+        self.head_dim = stack.head_dim
+        self.centres = weights[0].norm == "layer"
+        self.eps = weights[0].eps
+        self.rows = 2 * stack.kv_heads * stack.head_dim
+        self.weight_RD = torch.cat([_folded(w) for w in weights]).to(stack.dtype)
+        self.bias_R = _stacked_bias(weights, stack.dtype)
+        self._packed: dict[int, PackedWeight] = {}
+        self.key_norm_LH = _stacked_key_norm(weights)
+        self.key_norm_eps = weights[0].key_norm_eps
+        rotates_L = torch.tensor([w.rotates for w in weights], device=stack.device)
+        self.rotates_L11 = None if rotates_L.all() else rotates_L[:, None, None]
+
+    def project(self, x_ND: Tensor, first_layer: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Keys and values for the layers from ``first_layer`` (index) on.
+
+        Args:
+            x_ND: Exit states.
+            first_layer: Index of the first layer not executed.
+            rotary: Cosines and sines of the rows' positions, each [N, 1, rotated part of H]; empty
+                for a family without rotary embeddings.
+
+        Returns:
+            Keys (rotated) and values, each [N, L, G, H].
+        """
+        start = first_layer * self.rows
+        bias_R = None if self.bias_R is None else self.bias_R[start:]
+        out = self._linear(first_layer)(self._unit(x_ND), bias_R)
+        keys, values = out.view(len(x_ND), -1, 2, self.heads, self.head_dim).unbind(2)
+        if self.key_norm_LH is not None:
+            keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
+        return self._rotated(keys, first_layer, rotary), values
+
+    def _linear(self, first_layer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The product with the weights from a layer on; packed for each exit that occurs."""
+        weight_RD = self.weight_RD[first_layer * self.rows :]
+        if not can_pack(weight_RD):
+            return lambda x_ND, bias_R: nn.functional.linear(x_ND, weight_RD, bias_R)
+        if first_layer not in self._packed:
+            self._packed[first_layer] = PackedWeight(weight_RD)
+        return self._packed[first_layer]
+
+    def _unit(self, x_ND: Tensor) -> Tensor:
+        """The norm that all layers share, without weight and bias; in float32 inside."""
+        if self.centres:
+            x32 = x_ND.float()
+            return nn.functional.layer_norm(x32, x32.shape[-1:], eps=self.eps).to(x_ND.dtype)
+        return _rms(x_ND, self.eps)
+
+    def _rotated(self, keys_NLGH: Tensor, first_layer: int, rotary: Rotary) -> Tensor:
+        if not rotary:
+            return keys_NLGH
+        rotated_NLGH = _rotate(keys_NLGH, rotary)
+        if self.rotates_L11 is None:
+            return rotated_NLGH
+        return torch.where(self.rotates_L11[first_layer:], rotated_NLGH, keys_NLGH)
+
+
+def _require_one_norm(weights: list[KVWeights]) -> None:
+    kinds = {(w.norm, w.eps) for w in weights}
+    key_kinds = {("no norm" if w.key_norm_H is None else "rms", w.key_norm_eps) for w in weights}
+    for what, found in (("input", kinds), ("key", key_kinds)):
+        if len(found) > 1:
+            names = " and ".join(f"{name} ({eps:g})" for name, eps in sorted(found))
+            raise ModelError(
+                "model",
+                f"has {what} norms whose kind or epsilon differs between layers: {names}",
+                "Use a model whose layers share one kind of norm and one epsilon",
+            )
+
+
+def _folded(weights: KVWeights) -> Tensor:
+    return weights.weight_RD.float() * weights.scale_D.float()
+
+
+def _stacked_bias(weights: list[KVWeights], dtype: torch.dtype) -> Tensor | None:
+    if all(w.bias_R is None and w.shift_D is None for w in weights):
+        return None
+    return torch.cat([_folded_bias(w) for w in weights]).to(dtype)
+
+
+def _folded_bias(weights: KVWeights) -> Tensor:
+    bias_R = weights.weight_RD.new_zeros(len(weights.weight_RD), dtype=torch.float32)
+    if weights.bias_R is not None:
+        bias_R = bias_R + weights.bias_R.float()
+    if weights.shift_D is not None:
+        bias_R = bias_R + weights.weight_RD.float() @ weights.shift_D.float()
+    return bias_R
+
+
+def _stacked_key_norm(weights: list[KVWeights]) -> Tensor | None:
+    norms = [w.key_norm_H for w in weights if w.key_norm_H is not None]
+    return torch.stack(norms) if norms else None
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotate(keys_NLGH: Tensor, rotary: Rotary) -> Tensor:
+    """Keys turned by position, in the leading part of each head that cosines are given for."""
+    cos, sin = (part[:, :, None] for part in rotary)
+    turned, kept = keys_NLGH.tensor_split([cos.shape[-1]], dim=-1)
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

@@ -1,0 +1,124 @@
+"""Preallocated key/value cache with a slot and a write position per row.
+
+Shape suffixes: L layers, S slots, B rows of a step, G key/value heads, C capacity in tokens,
+H head_dim, T tokens, N rows filled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.worker.model.attention import Window
+from offramp.worker.model.stack import LayerStack
+
+BLOCK_TOKENS = 128
+"""Capacity grows by this many tokens at a time."""
+
+EXACT, PROJECTED, PENDING = 0, 1, 2
+"""Provenance of a position: every layer executed; some projected; some still to be executed."""
+
+
+class SlotKV:
+    """Keys and values of every layer, slot and position.
+
+    Invariant: when a layer runs a token, that layer has an entry at every earlier position of the
+    row, executed or projected, so one window serves all layers of a step.
+
+    Args:
+        stack: The model whose cache this is.
+        slots: Rows that can be held at once.
+    """
+
+    def __init__(self, stack: LayerStack, slots: int) -> None:
+        self.slots = slots
+        self.capacity = BLOCK_TOKENS
+        shape = (stack.layers, slots, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
+        self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
+        self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
+        self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
+        self._used = [0] * slots
+        self._window = Window((), ())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position in all slots."""
+        return 2 * self.keys_LSGCH.nbytes // self.capacity
+
+    def reserve(self, tokens: int) -> None:
+        """Grow in whole blocks until every slot can hold this many tokens."""
+        if tokens <= self.capacity:
+            return
+        capacity = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        self.keys_LSGCH = _grown(self.keys_LSGCH, capacity)
+        self.values_LSGCH = _grown(self.values_LSGCH, capacity)
+        self.provenance_SC = np.pad(self.provenance_SC, ((0, 0), (0, capacity - self.capacity)))
+        self.capacity = capacity
+
+    def open(self, window: Window) -> None:
+        """Say where the next layers write."""
+        self._window = window
+
+    def update(
+        self, keys_BGTH: Tensor, values_BGTH: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the window's new entries; return the layer's whole keys and values [S, G, C, H]."""
+        keys_SGCH = self.keys_LSGCH[layer]
+        values_SGCH = self.values_LSGCH[layer]
+        write = self._window.write
+        keys_SGCH[write] = self._entries(keys_BGTH)
+        values_SGCH[write] = self._entries(values_BGTH)
+        return keys_SGCH, values_SGCH
+
+    def fill(
+        self,
+        first_layer: int,
+        slots_N: Tensor,
+        positions_N: Tensor,
+        keys_NLGH: Tensor,
+        values_NLGH: Tensor,
+    ) -> None:
+        """Write projected entries of the layers from ``first_layer`` (index) on, one per token."""
+        where = (slice(first_layer, None), slots_N, slice(None), positions_N)
+        self.keys_LSGCH[where] = keys_NLGH
+        self.values_LSGCH[where] = values_NLGH
+
+    def mark(self, slot: int, positions: slice, provenance: int) -> None:
+        """Note where a row's entries come from."""
+        self.provenance_SC[slot, positions] = provenance
+        self._used[slot] = max(self._used[slot], positions.stop)
+
+    def exact_share(self, slot: int, tokens: int) -> float:
+        """Share of a row's first positions whose every layer was executed."""
+        return float((self.provenance_SC[slot, :tokens] == EXACT).mean()) if tokens else 1.0
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy one row's entries to another slot (done once per finished request)."""
+        self.keys_LSGCH[:, target, :, :tokens] = self.keys_LSGCH[:, source, :, :tokens]
+        self.values_LSGCH[:, target, :, :tokens] = self.values_LSGCH[:, source, :, :tokens]
+        self.provenance_SC[target] = self.provenance_SC[source]
+        self._used[target] = max(self._used[target], tokens)
+
+    def clear(self, slot: int) -> None:
+        """Wipe a slot that its row has left: a masked entry still spoils a sum if it is NaN."""
+        used = self._used[slot]
+        self.keys_LSGCH[:, slot, :, :used] = 0
+        self.values_LSGCH[:, slot, :, :used] = 0
+        self._used[slot] = 0
+
+    def _entries(self, new_BGTH: Tensor) -> Tensor:
+        """New entries in the order of the write index."""
+        chosen = self._window.chosen
+        if chosen is not None:
+            return new_BGTH.transpose(1, 2)[chosen]
+        return new_BGTH[0] if isinstance(self._window.write[0], int) else new_BGTH[:, :, 0]
+
+
+def _grown(old: Tensor, capacity: int) -> Tensor:
+    layers, slots, heads, used, width = old.shape
+    new = old.new_zeros((layers, slots, heads, capacity, width))
+    new[:, :, :, :used] = old
+    return new

@@ -1,0 +1,109 @@
+"""The same layers, prepared for decoding: weights packed for few rows, attention over slots.
+
+Layers are cloned without their weights being copied; the caller's model stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from offramp.worker.model import attention
+
+
+class Preparable(Protocol):
+    """A stack whose modules can be exchanged."""
+
+    blocks: list[nn.Module]
+    head: nn.Module
+
+
+S = TypeVar("S", bound=Preparable)
+
+
+class PackedWeight:
+    """A matrix in oneDNN's blocked layout.
+
+    For 2 to 16 rows in float32 a product with it is 2 to 4 times as fast as with a plain matrix
+    (benchmarks/decode.py), at the price of a second copy of the weight.
+
+    Args:
+        weight_OI: [out, in].
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous())
+
+    def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x Wᵀ + b."""
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            x, self._packed, bias_O, "none", [], ""
+        )
+
+
+class PackedLinear(nn.Module):
+    """A linear map whose weight is packed.
+
+    Args:
+        plain: The module it stands in for; its parameters stay in reach under their names.
+        weight_OI: The plain module's weight as [out, in].
+    """
+
+    def __init__(self, plain: Any, weight_OI: Tensor) -> None:
+        super().__init__()
+        self.weight = plain.weight
+        self.bias = plain.bias
+        # What was hooked to the plain module must go on being called.
+        self._forward_hooks = plain._forward_hooks
+        self._forward_pre_hooks = plain._forward_pre_hooks
+        self.packed = PackedWeight(weight_OI)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
+        return self.packed(x, self.bias)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this torch, on this processor, has the packed kernels for the weight."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32
+
+
+def prepare(stack: S) -> S:
+    """Let a stack run layers that compute the same over a slot cache, and faster for few rows."""
+    stack.blocks = [_clone(block) for block in stack.blocks]
+    stack.head = _faster(stack.head) or stack.head
+    return stack
+
+
+def _clone(module: nn.Module) -> nn.Module:
+    # Copied shallowly: parameters and hooks stay the original's own objects.
+    twin = copy.copy(module)
+    twin._modules = {
+        name: None if child is None else _faster(child) or _clone(child)
+        for name, child in module._modules.items()
+    }
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        twin.config = copy.copy(config)
+        twin.config._attn_implementation_internal = attention.NAME  # type: ignore[union-attr]  # nn.Module attributes are untyped
+    return twin
+
+
+def _faster(module: nn.Module) -> nn.Module | None:
+    # Subclasses may compute something else.
+    if type(module) not in (nn.Linear, Conv1D):
+        return None
+    weight: Any = module.weight
+    if not can_pack(weight):
+        return None
+    return PackedLinear(module, weight.T if type(module) is Conv1D else weight)

@@ -1,0 +1,164 @@
+"""Measure what a token's parts cost on this machine, in the loop and by the size of a launch.
+
+Shape suffixes: V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from offramp.controller.costs.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch
+from offramp.controller.costs.table import CostTable, view_of_one
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.profiling.joules import PartEnergy, metered
+from offramp.worker.profiling.loop import Clock, clocked, most_tokens
+from offramp.worker.profiling.rounds import ProfileConfig, Rounds, whole_script
+from offramp.worker.profiling.samples import Key, Samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What was found.
+
+    Attributes:
+        costs: The table.
+        loose: Parts whose interval stayed wider than was asked for.
+        rounds: Samples of each part.
+        seconds: Wall time.
+    """
+
+    costs: CostTable
+    loose: tuple[Key, ...]
+    rounds: int
+    seconds: float
+
+
+def measure_costs(
+    engine: AdaptiveEngine,
+    candidates_VK: IntArray,
+    config: ProfileConfig | None = None,
+    on_round: Callable[[float, float], None] = lambda *_: None,
+) -> Profile:
+    """Profile an engine's model with its dtype, device, translators and torch's threads.
+
+    Rounds go on until every interval is tight, or the time is up.
+
+    Args:
+        engine: Idle, in lock-step, with slots for all rows.
+        candidates_VK: The candidate table whose probes are timed.
+        config: How to profile.
+        on_round: Told (seconds so far, limit) after each round; the first may pass the limit.
+
+    Raises:
+        ConfigError: the context, rows or exits do not fit the engine.
+    """
+    config = _fitted(config or ProfileConfig(), engine)
+    samples = Samples()
+    with clocked(engine) as clock, metered(engine, clock) as energy:
+        rounds = Rounds(engine, clock, candidates_VK, config, samples)
+        rounds.warm_up()
+        start = time.perf_counter()
+        for number in itertools.count(1):
+            rounds.run(number)
+            seconds = time.perf_counter() - start
+            on_round(min(seconds, config.limit_s), config.limit_s)
+            if seconds > config.limit_s or not samples.loose(config.half_width):
+                break
+    return Profile(
+        costs=_table(engine, config, samples, energy, clock),
+        loose=tuple(samples.loose(config.half_width)),
+        rounds=number,
+        seconds=seconds,
+    )
+
+
+def describe_machine(dtype: torch.dtype) -> str:
+    """Processor, operating system, dtype and threads, on one line."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{_processor()}, {platform.system()}, {name}, {torch.get_num_threads()} threads"
+
+
+def _table(
+    engine: AdaptiveEngine,
+    config: ProfileConfig,
+    samples: Samples,
+    energy: PartEnergy,
+    clock: Clock,
+) -> CostTable:
+    def batches(table: str, sizes: Sequence[int], parts: Sequence[str]) -> tuple[Batch, ...]:
+        return tuple(
+            Batch(
+                size=size,
+                parts={
+                    part: energy.priced(table, part, samples.timing(Key(table, size, part)))
+                    for part in parts
+                },
+            )
+            for size in sizes
+        )
+
+    by_rows = batches("rows", config.rows, PARTS)
+    return CostTable(
+        **view_of_one(by_rows),
+        layers=engine.stack.layers,
+        machine=describe_machine(engine.stack.dtype),
+        batches=by_rows,
+        spans=batches("tokens", config.tokens, SPAN_PARTS),
+        probes={
+            schema.name: batches(schema.name, config.rows, PROBE_PARTS)
+            for schema in SCHEMAS.values()
+        },
+        schema=CANDIDATES_V1.name,
+        model=engine.model_fingerprint,
+        dtype=str(engine.stack.dtype).removeprefix("torch."),
+        device=engine.stack.device.type,
+        threads=torch.get_num_threads(),
+        context=config.context,
+        clock=clock.kind,
+        created_at=time.time(),
+        energy_method=energy.method,
+        energy_source=energy.source,
+    )
+
+
+def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:
+    stack = engine.stack
+    exits = config.exits or tuple(sorted({max(1, stack.layers * n // 4) for n in (1, 2, 3)}))
+    if list(exits) != sorted(set(exits)) or not all(1 <= e < stack.layers for e in exits):
+        raise ConfigError(
+            "exits", f"{exits} do not ascend within [1, {stack.layers - 1}]", "Name other layers"
+        )
+    if config.rows[-1] > engine.kv.slots:
+        raise ConfigError(
+            "rows", f"{config.rows[-1]} exceed the engine's {engine.kv.slots} slots", "Use fewer"
+        )
+    if engine.config.schedule.holds:
+        raise ConfigError("holds", "make cohorts; parts are timed in lock-step", "Use none")
+    steps = most_tokens(config.rows[-1], len(whole_script(len(exits))))
+    longest = config.context + max(config.tokens[-1], steps)
+    if longest > stack.context:
+        raise ConfigError(
+            "context",
+            f"{config.context} and what is decoded after it exceed the model's {stack.context}",
+            f"Use at most {stack.context - longest + config.context}",
+        )
+    return replace(config, exits=exits)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,110 @@
+"""Ray actors that hold an engine and record traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from offramp.controller.costs.table import CostTable
+from offramp.controller.features import IntArray
+from offramp.controller.traces import TraceChunk
+from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.profiling.profile import measure_costs
+from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.recording.recorder import record_document
+from offramp.worker.spec import WorkerSpec, load_engine
+
+RECORD_S = 20.0
+"""Seconds after which a recording stops measuring costs; `offramp profile` takes more care."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a loaded model says of itself.
+
+    Attributes:
+        model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the vocabulary.
+        layers: Number of layers L.
+        vocab: Number of tokens V.
+        context: Most tokens of a sequence.
+        width: Columns D of its hidden state.
+        translators: Digest of the translators its exits are read through; "" for none.
+    """
+
+    model: str
+    tokenizer: str
+    layers: int
+    vocab: int
+    context: int
+    width: int
+    translators: str = ""
+
+
+def describe(engine: AdaptiveEngine) -> ModelFacts:
+    """The facts of an engine's model."""
+    return ModelFacts(
+        model=engine.model_fingerprint,
+        tokenizer=engine.tokenizer_fingerprint,
+        layers=engine.stack.layers,
+        vocab=engine.stack.vocab,
+        context=engine.stack.context,
+        width=engine.stack.width,
+        translators=engine.decoder.translators.digest,
+    )
+
+
+class TraceRecorder:
+    """Decodes documents at full depth and returns their per-exit features.
+
+    Call ``prepare`` before ``record``.
+
+    Args:
+        spec: What to load.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.engine = load_engine(spec)
+        self.exits: tuple[int, ...] = ()
+        self.candidates_VK: IntArray = np.empty((0, 0), np.int32)
+        self.states = False
+
+    def describe(self) -> ModelFacts:
+        """The model's facts."""
+        return describe(self.engine)
+
+    def prepare(self, exits: Sequence[int], candidates_VK: IntArray, states: bool = False) -> None:
+        """Set the layers to probe, the candidate table, and whether hidden states are kept."""
+        self.states = states
+        self.exits = tuple(exits)
+        self.candidates_VK = candidates_VK
+
+    def record(self, document: str, tokens: Sequence[int]) -> TraceChunk:
+        """One document's chunk; see ``record_document``."""
+        return record_document(
+            self.engine.stack,
+            document,
+            tokens,
+            self.exits,
+            self.candidates_VK,
+            translators=self.engine.decoder.translators,
+            states=self.states,
+        )
+
+    def measure(self) -> CostTable:
+        """This process's costs, in half a minute; call it while no other actor works."""
+        config = ProfileConfig(
+            rows=tuple(rows for rows in (1, 2, 4) if rows <= self.engine.kv.slots),
+            context=min(ProfileConfig().context, self.engine.stack.context // 2),
+            exits=self.exits,
+            limit_s=RECORD_S,
+        )
+        return measure_costs(self.engine, self.candidates_VK, config).costs
+
+
+TraceRecorderActor: Any = ray.remote(TraceRecorder)
+"""The same as a Ray actor; each call is ``.remote(…)``."""
