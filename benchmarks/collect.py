@@ -24,7 +24,7 @@ from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks
 from offramp.agents.onpolicy.pool import CollectorPool
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import tokenize
-from offramp.agents.recording.study import load_study
+from offramp.agents.recording.training_data import load_training_data
 from offramp.worker.spec import WorkerSpec
 
 LAMBDA_RANGE = (0.05, 0.5)
@@ -33,13 +33,13 @@ LAMBDA_RANGE = (0.05, 0.5)
 def main() -> None:
     """Print one JSON row per number of collectors."""
     arguments = parse()
-    study = load_study(arguments.traces, arguments.costs)
+    data = load_training_data(arguments.traces, arguments.costs)
     config = JumpConfig(ppo=PPOConfig(envs=2, batch=32, lambda_range=LAMBDA_RANGE))
-    agent = new_agent(study.train, study.costs, config)
+    agent = new_agent(data.train, data.costs, config)
     learner = Learner(
-        agent, game_of(agent, study.costs, config), LearnerConfig(), configure(None, [])
+        agent, game_of(agent, data.costs, config), LearnerConfig(), configure(None, [])
     )
-    recorded = set(study.train.documents)
+    recorded = set(data.train.documents)
     documents = [
         (document.digest, tuple(tokens))
         for document, tokens in tokenize(arguments.model, load_corpus(None, limit=320))
@@ -51,7 +51,7 @@ def main() -> None:
     settings = OnPolicyConfig(documents=arguments.documents, together=4)
     ray.init(address="local", num_cpus=max(arguments.collectors), log_to_driver=False)
     for size in arguments.collectors:
-        pool = CollectorPool(spec, study.candidates_VK, size)
+        pool = CollectorPool(spec, data.candidates_VK, size)
         pool.start()
         pool.publish(learner.policy())
         tasks = make_tasks(documents, LAMBDA_RANGE, settings)

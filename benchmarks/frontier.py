@@ -37,7 +37,7 @@ from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.record import RecordConfig, record_traces
-from offramp.agents.recording.study import load_study
+from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.train import INDEX, TrainConfig
 from offramp.controller.durable import write_durably
 from offramp.deploy.serve.serve_app import ray_session
@@ -143,7 +143,7 @@ def report_of(
         test.documents[:ENERGY_DOCUMENTS],
         protocol,
     )
-    recorded = load_study(given.out / "traces").train.header.exits
+    recorded = load_training_data(given.out / "traces").train.header.exits
     oracle = measure_oracle(engine, test, protocol, recorded, timed)
     bound = [matched_row(ORACLE, [oracle], outcome.test[0], AGREEMENT, each) for each in TARGETS]
     promises = gaps(list(outcome.test.values()))

@@ -27,7 +27,7 @@ from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.placing.chase import Chased, StateTable, SubsetGrid
 from offramp.agents.placing.jump_contenders import fit_state_phat
-from offramp.agents.recording.study import Study, load_study
+from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.envs.traces.tokens import TokenTraces
 
 PREFERENCES = (0.03, 0.06, 0.12, 0.25, 0.5)
@@ -39,30 +39,30 @@ def main() -> None:
     """Print one JSON row per probe price, seed, preference and agent."""
     arguments = parse()
     torch.set_num_threads(1)
-    study = load_study(arguments.traces, arguments.costs)
+    data = load_training_data(arguments.traces, arguments.costs)
     seeds = range(1 if arguments.quick else arguments.seeds)
     for factor in (1.0,) if arguments.quick else arguments.probe:
-        priced = replace(study, costs=study.costs.scaled("probe", factor))
+        priced = replace(data, costs=data.costs.scaled("probe", factor))
         for row in compare(priced, seeds, arguments.quick, arguments.warm_steps):
             print(json.dumps({"probe_price": factor, **row}), flush=True)
 
 
 def compare(
-    study: Study, seeds: Sequence[int], quick: bool, warm_steps: int
+    data: TrainingData, seeds: Sequence[int], quick: bool, warm_steps: int
 ) -> Iterator[dict[str, Any]]:
     """Rows for every seed: warm start alone, and PPO after it, against p̂ on the best exits."""
-    documents = study.validation.documents
-    choose, report = (study.validation.select(documents[half::2]) for half in (0, 1))
+    documents = data.validation.documents
+    choose, report = (data.validation.select(documents[half::2]) for half in (0, 1))
     for seed in seeds:
-        phat = fit_state_phat(study.train, PhatConfig(seed=seed, epochs=6 if quick else 12))
-        grid = SubsetGrid.of(StateTable(choose, study.costs), phat, THRESHOLDS)
+        phat = fit_state_phat(data.train, PhatConfig(seed=seed, epochs=6 if quick else 12))
+        grid = SubsetGrid.of(StateTable(choose, data.costs), phat, THRESHOLDS)
         steps = 400_000 if quick else 1_500_000
         for name, ppo_steps in (("warm start", 0), ("PPO jumps", steps)):
             start = time.perf_counter()
             config = configure(seed, ppo_steps, 200 if quick else warm_steps)
-            agent = train_jumps(study.train, study.costs, config)
+            agent = train_jumps(data.train, data.costs, config)
             seconds = time.perf_counter() - start
-            rows = against(study, agent, phat, grid, report)
+            rows = against(data, agent, phat, grid, report)
             for row in rows:
                 yield {"agent": name, "seed": seed, "train_s": round(seconds, 1), **row}
 
@@ -74,10 +74,10 @@ def configure(seed: int, steps: int, warm_steps: int) -> JumpConfig:
 
 
 def against(
-    study: Study, agent: Any, phat: Weights, grid: SubsetGrid, report: TokenTraces
+    data: TrainingData, agent: Any, phat: Weights, grid: SubsetGrid, report: TokenTraces
 ) -> list[dict[str, Any]]:
     """One row per preference, on documents that chose nothing."""
-    table = StateTable(report, study.costs)
+    table = StateTable(report, data.costs)
     logits = table.logits(phat)
     rng = np.random.default_rng(0)
     rows = []

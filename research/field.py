@@ -17,7 +17,7 @@ from offramp.agents.learning.jump_ppo import JumpConfig, train_jumps
 from offramp.agents.learning.phat import train_phat
 from offramp.agents.learning.ppo import train_ppo
 from offramp.agents.placing.placing import GRID, Contender, placed
-from offramp.agents.recording.study import Study, load_study
+from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.train import TrainConfig, save_contenders
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.mlp import MlpPolicy
@@ -48,30 +48,28 @@ def train_field(
         TraceError: the traces are missing or damaged.
     """
     torch.set_num_threads(config.threads)
-    study = load_study(traces)
-    phat = train_phat(study.train, config.phat)
+    data = load_training_data(traces)
+    phat = train_phat(data.train, config.phat)
     seed = config.ppo.seed
-    greencode = None if study.train.state_NED is None else GreenCodeConfig(seed=seed)
-    contenders = rulebook(study, config.targets, seed=seed, phat=phat, greencode=greencode)
-    contenders += _agents(study, config, on_steps)
-    save_contenders(folder, contenders, study, asdict(config))
+    greencode = None if data.train.state_NED is None else GreenCodeConfig(seed=seed)
+    contenders = rulebook(data, config.targets, seed=seed, phat=phat, greencode=greencode)
+    contenders += _agents(data, config, on_steps)
+    save_contenders(folder, contenders, data, asdict(config))
     return contenders
 
 
 def _agents(
-    study: Study, config: TrainConfig, on_steps: Callable[[str, int, int], None]
+    data: TrainingData, config: TrainConfig, on_steps: Callable[[str, int, int], None]
 ) -> list[Contender]:
     """PPO at the gate, and PPO with jumps, each along its preferences."""
-    ppo, table = config.ppo, study.candidates_VK
+    ppo, table = config.ppo, data.candidates_VK
     low, high = ppo.lambda_range
     preferences: Sequence[float] = np.geomspace(low, high, GRID).tolist()
-    exits = study.train.header.exits
-    gate = train_ppo(study.train, study.costs, ppo, lambda *n: on_steps("PPO", *n))
+    exits = data.train.header.exits
+    gate = train_ppo(data.train, data.costs, ppo, lambda *n: on_steps("PPO", *n))
     jumping = JumpConfig()
     jumping = replace(jumping, ppo=replace(jumping.ppo, steps=ppo.steps, seed=ppo.seed))
-    jumps = train_jumps(
-        study.train, study.costs, jumping, lambda *n: on_steps("PPO with jumps", *n)
-    )
+    jumps = train_jumps(data.train, data.costs, jumping, lambda *n: on_steps("PPO with jumps", *n))
 
     def stays_or_leaves(preference: float) -> Policy:
         weights = ppo_weights(gate.model, gate.normaliser, preference)
@@ -81,6 +79,6 @@ def _agents(
         return jumps.router(preference, table)
 
     return [
-        *placed("PPO", stays_or_leaves, preferences, config.targets, study),
-        *placed("PPO with jumps", jumping_at, preferences, config.targets, study),
+        *placed("PPO", stays_or_leaves, preferences, config.targets, data),
+        *placed("PPO with jumps", jumping_at, preferences, config.targets, data),
     ]

@@ -22,7 +22,7 @@ from offramp.agents.placing.placing import (
     placed,
 )
 from offramp.agents.placing.pricing import leaving
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.features import (
     CANDIDATES_V1,
     SOFTMAX_V2,
@@ -61,7 +61,7 @@ the probability changed since the last probe."""
 
 
 def rulebook(
-    study: Study,
+    data: TrainingData,
     targets: Sequence[float],
     *,
     seed: int = 0,
@@ -70,11 +70,11 @@ def rulebook(
 ) -> list[Contender]:
     """Full depth, then every rule, each placed at the offline agreements asked for.
 
-    What is fitted is fitted on the study's training split; operating points are placed on its
+    What is fitted is fitted on the data's training split; operating points are placed on its
     validation split. The hindsight oracle is no policy: see ``research/fitting/oracle.py``.
 
     Args:
-        study: Recorded with CANDIDATES_V1.
+        data: Recorded with CANDIDATES_V1.
         targets: Agreements with full depth, each in (0, 1). A family that cannot meet a target
             gives its nearest setting, and no setting twice.
         seed: Of everything trained.
@@ -88,17 +88,17 @@ def rulebook(
     contenders = [
         Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit())
     ]
-    contenders += _unfitted(study, targets)
-    contenders += _online(study, targets)
-    contenders += _fitted(study, targets, seed, phat)
+    contenders += _unfitted(data, targets)
+    contenders += _online(data, targets)
+    contenders += _fitted(data, targets, seed, phat)
     if greencode is not None:
-        contenders += _greencode(study, targets, greencode)
+        contenders += _greencode(data, targets, greencode)
     return contenders
 
 
-def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
+def _unfitted(data: TrainingData, targets: Sequence[float]) -> list[Contender]:
     """Rules with nothing but a threshold."""
-    exits, table = study.train.header.exits, study.candidates_VK
+    exits, table = data.train.header.exits, data.candidates_VK
 
     def calm(
         schema: FeatureSchema, column: str, decay: float, candidates_VK: IntArray | None = None
@@ -122,10 +122,10 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
         return PositionSchedule(exits=exits, deepest=layers, shallowest=shallowest)
 
     def place(family: str, build: Callable[[float], Policy], settings: Settings) -> list[Contender]:
-        return placed(family, build, settings, targets, study)
+        return placed(family, build, settings, targets, data)
 
-    layers = study.train.header.layers
-    found = [measured("fixed exit", layer, FixedExit(layer), study) for layer in exits]
+    layers = data.train.header.layers
+    found = [measured("fixed exit", layer, FixedExit(layer), data) for layer in exits]
     found += place("CALM", calm(SOFTMAX_V2, "margin", 0.0), PROBABILITIES)
     found += place("CALM decaying", calm(SOFTMAX_V2, "margin", 4.0), PROBABILITIES)
     found += place("softmax max decaying", calm(SOFTMAX_V2, "top1", 4.0), PROBABILITIES)
@@ -134,25 +134,22 @@ def _unfitted(study: Study, targets: Sequence[float]) -> list[Contender]:
     found += place("DeeBERT entropy", entropy, np.geomspace(1e-4, 1, GRID))
     found += place("SkipDecode", schedule, np.linspace(1, layers, GRID))
     found += [
-        measured("PABEE patience", each, PatienceExit(exits=exits, patience=each), study)
+        measured("PABEE patience", each, PatienceExit(exits=exits, patience=each), data)
         for each in range(1, len(exits))
     ]
     return found
 
 
-def _online(study: Study, targets: Sequence[float]) -> list[Contender]:
+def _online(data: TrainingData, targets: Sequence[float]) -> list[Contender]:
     """Rules that go on learning while they serve."""
-    train, costs = study.train, study.costs
+    train, costs = data.train, data.costs
     arms = np.linspace(0.1, 0.99, 9).tolist()
     free = [
-        [
-            measured("FREE", float(zeta), fit_beta(train, layer, float(zeta)), study)
-            for zeta in ZETAS
-        ]
+        [measured("FREE", float(zeta), fit_beta(train, layer, float(zeta)), data) for zeta in ZETAS]
         for layer in train.header.exits
     ]
     bandits = [
-        measured("UCB bandit", float(each), fit_bandit(train, costs, float(each), arms), study)
+        measured("UCB bandit", float(each), fit_bandit(train, costs, float(each), arms), data)
         for each in TRADE_OFFS[::2]
     ]
     found = {id(each): each for each in (cheapest_variant(free, t) for t in targets)}
@@ -160,10 +157,10 @@ def _online(study: Study, targets: Sequence[float]) -> list[Contender]:
 
 
 def _fitted(
-    study: Study, targets: Sequence[float], seed: int, phat: Weights | None
+    data: TrainingData, targets: Sequence[float], seed: int, phat: Weights | None
 ) -> list[Contender]:
     """Rules fitted on the training split."""
-    train, costs, table = study.train, study.costs, study.candidates_VK
+    train, costs, table = data.train, data.costs, data.candidates_VK
     config = PhatConfig(seed=seed)
     whole = phat or train_phat(train, config)
     predictor = train_phat(train, config, PREDICTOR_COLUMNS)
@@ -184,25 +181,27 @@ def _fitted(
     exits = train.header.exits
     cheapest = float(leaving(SOFTMAX_V2, exits, costs).min())
     budgets = np.linspace(cheapest * 1.001, max(1.0, cheapest * 1.1), GRID)
-    found = placed("EERO budget", budget, budgets, targets, study)
-    found += placed("SpecEE predictor", classifier(predictor, exits), PROBABILITIES, targets, study)
-    found += placed("p̂", classifier(whole, exits), PROBABILITIES, targets, study)
-    found += placed("backward induction", stopping, TRADE_OFFS, targets, study)
+    found = placed("EERO budget", budget, budgets, targets, data)
+    found += placed("SpecEE predictor", classifier(predictor, exits), PROBABILITIES, targets, data)
+    found += placed("p̂", classifier(whole, exits), PROBABILITIES, targets, data)
+    found += placed("backward induction", stopping, TRADE_OFFS, targets, data)
     best = (
-        best_subset(whole, here, study.validation, costs, target, FINE_LOGITS) for target in targets
+        best_subset(whole, here, data.validation, costs, target, FINE_LOGITS) for target in targets
     )
     # Targets that nothing tells apart have one choice, and it takes part once.
     for each in {(each.exits, each.logit): each for each in best}.values():
         policy = MlpPolicy(each.exits, CANDIDATES_V1, each.weights, each.logit, table)
-        found.append(measured(SUBSET, each.logit, policy, study))
+        found.append(measured(SUBSET, each.logit, policy, data))
     return found
 
 
-def _greencode(study: Study, targets: Sequence[float], config: GreenCodeConfig) -> list[Contender]:
-    weights = train_greencode(study.train, config)
+def _greencode(
+    data: TrainingData, targets: Sequence[float], config: GreenCodeConfig
+) -> list[Contender]:
+    weights = train_greencode(data.train, config)
 
     def agent(threshold: float) -> Policy:
-        return greencode_policy(weights, study.train.header.exits, threshold)
+        return greencode_policy(weights, data.train.header.exits, threshold)
 
     # Its probabilities saturate: the thresholds lie evenly in logits, not in probabilities.
-    return placed("GREEN-CODE", agent, LOGITS, targets, study)
+    return placed("GREEN-CODE", agent, LOGITS, targets, data)

@@ -13,7 +13,7 @@ from offramp.agents.learning.export import Weights, ppo_weights
 from offramp.agents.learning.phat import logit
 from offramp.agents.learning.ppo import TrainedAgent
 from offramp.agents.placing.placing import GRID, Contender, measured, placed
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
@@ -25,7 +25,7 @@ LEARNED = ("p̂", "PPO", "p̂ on best exits", "PPO jumps", "PPO on-policy")
 
 
 def assemble(
-    study: Study,
+    data: TrainingData,
     phat: Weights,
     agent: TrainedAgent,
     targets: Sequence[float],
@@ -34,14 +34,14 @@ def assemble(
     """Every contender: each adjustable family placed at the same offline agreements.
 
     Args:
-        study: Traces to place the operating points on (its validation split).
+        data: Traces to place the operating points on (its validation split).
         phat: Weights of the classifier.
         agent: The trained agent.
         targets: Agreements with full depth to place points at, each in (0, 1).
         lambdas: Lowest and highest preference the agent was trained for.
     """
-    exits = study.train.header.exits
-    table = study.candidates_VK
+    exits = data.train.header.exits
+    table = data.candidates_VK
 
     def calm(threshold: float) -> ExitPolicy:
         return ThresholdPolicy(exits, SOFTMAX_V2, "margin", threshold)
@@ -61,9 +61,9 @@ def assemble(
     contenders = [
         Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit())
     ]
-    contenders += [measured("fixed exit", layer, FixedExit(layer), study) for layer in exits]
-    contenders += placed("CALM", calm, probabilities, targets, study)
-    contenders += placed("CALM on candidates", calm_on_candidates, probabilities, targets, study)
-    contenders += placed("p̂", classifier, probabilities, targets, study)
-    contenders += placed("PPO", actor, preferences, targets, study)
+    contenders += [measured("fixed exit", layer, FixedExit(layer), data) for layer in exits]
+    contenders += placed("CALM", calm, probabilities, targets, data)
+    contenders += placed("CALM on candidates", calm_on_candidates, probabilities, targets, data)
+    contenders += placed("p̂", classifier, probabilities, targets, data)
+    contenders += placed("PPO", actor, preferences, targets, data)
     return contenders

@@ -19,7 +19,7 @@ from offramp.agents.learning.phat import PhatConfig, fit_classifier, logit
 from offramp.agents.placing.chase import StateTable, SubsetGrid
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.placing.placing import SUBSET
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -55,39 +55,41 @@ def fit_state_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
 
 
 def jump_contenders(
-    study: Study, agent: JumpAgent, phat: Weights, targets: Sequence[float]
+    data: TrainingData, agent: JumpAgent, phat: Weights, targets: Sequence[float]
 ) -> list[Contender]:
     """The agent's routers, and p̂ on best exits, each at some offline agreements on validation.
 
     Args:
-        study: Traces to place the operating points on (its validation split).
+        data: Traces to place the operating points on (its validation split).
         agent: A trained agent.
         phat: Of ``fit_state_phat``.
         targets: Agreements with full depth to place points at, each in (0, 1).
     """
-    table = StateTable(study.validation, study.costs)
-    tried = [_routed(study, table, agent, each) for each in np.geomspace(*agent.lambda_range, GRID)]
+    table = StateTable(data.validation, data.costs)
+    tried = [_routed(data, table, agent, each) for each in np.geomspace(*agent.lambda_range, GRID)]
     nearest = {}
     for target in targets:
         best = min(tried, key=lambda each: abs((each.offline_agreement or 0.0) - target))
         nearest[best.setting] = best
     thresholds = [logit(each) for each in np.linspace(0.3, 0.999, GRID)]
     grid = SubsetGrid.of(table, phat, thresholds)
-    return [*nearest.values(), *_on_subsets(study, table, grid, phat, targets)]
+    return [*nearest.values(), *_on_subsets(data, table, grid, phat, targets)]
 
 
-def _routed(study: Study, table: StateTable, agent: JumpAgent, preference: float) -> Contender:
-    router = agent.router(preference, study.candidates_VK)
-    agreement = float(table.chase_router(router).agreement_N(study.validation).mean())
+def _routed(
+    data: TrainingData, table: StateTable, agent: JumpAgent, preference: float
+) -> Contender:
+    router = agent.router(preference, data.candidates_VK)
+    agreement = float(table.chase_router(router).agreement_N(data.validation).mean())
     return Contender(
         family=JUMPING, setting=float(preference), offline_agreement=agreement, policy=router
     )
 
 
 def _on_subsets(
-    study: Study, table: StateTable, grid: SubsetGrid, phat: Weights, targets: Sequence[float]
+    data: TrainingData, table: StateTable, grid: SubsetGrid, phat: Weights, targets: Sequence[float]
 ) -> list[Contender]:
-    exits, found = study.validation.header.exits, []
+    exits, found = data.validation.header.exits, []
     logits = table.logits(phat)
     for target in targets:
         subset, threshold = grid.cheapest(target)
@@ -97,8 +99,8 @@ def _on_subsets(
             Contender(
                 family=SUBSET,
                 setting=float(1 / (1 + np.exp(-threshold))),
-                offline_agreement=float(chased.agreement_N(study.validation).mean()),
-                policy=MlpPolicy(layers, table.schema, phat, threshold, study.candidates_VK),
+                offline_agreement=float(chased.agreement_N(data.validation).mean()),
+                policy=MlpPolicy(layers, table.schema, phat, threshold, data.candidates_VK),
             )
         )
     return found

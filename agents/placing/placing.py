@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from offramp.agents.placing.replay import replay
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.policies.protocols import Policy
 
 GRID = 41
@@ -65,13 +65,13 @@ class Contender:
         return name
 
 
-def measured(family: str, setting: float, policy: Policy, study: Study) -> Contender:
+def measured(family: str, setting: float, policy: Policy, data: TrainingData) -> Contender:
     """A contender with its agreement on the validation traces.
 
     Raises:
         ConfigError: the policy asks at a layer, or reads a schema, that was not recorded.
     """
-    found = replay(policy, study.validation, study.costs)
+    found = replay(policy, data.validation, data.costs)
     return Contender(
         family=family,
         setting=setting,
@@ -86,10 +86,10 @@ def placed(
     build: Callable[[float], Policy],
     settings: Iterable[float],
     targets: Sequence[float],
-    study: Study,
+    data: TrainingData,
 ) -> list[Contender]:
     """For each target the setting whose offline agreement is nearest; each setting once."""
-    tried = [measured(family, float(s), build(float(s)), study) for s in settings]
+    tried = [measured(family, float(s), build(float(s)), data) for s in settings]
     return nearest(tried, targets)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.agents.placing.pricing import token_costs
-from offramp.agents.placing.view import View, documents, outlook
+from offramp.agents.placing.view import RecordedFeatures, documents, outlook
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
@@ -104,7 +104,7 @@ def walk(policy: Policy, traces: TokenTraces) -> Walk:
     Raises:
         ConfigError, PolicyFaultError: as ``replay``.
     """
-    view = View(policy, traces)
+    view = RecordedFeatures(policy, traces)
     walked = Walk(
         taken_N=np.full(len(traces), len(traces.header.exits)),
         probes_N=np.zeros(len(traces), np.int64),
@@ -151,7 +151,7 @@ def _decider(policy: Policy) -> Decider:
 
 def _walk(
     decide: Decider,
-    view: View,
+    view: RecordedFeatures,
     outlook_NC: FloatArray,
     rows_M: IndexArray,
     walked: Walk,
@@ -191,7 +191,7 @@ def _blocks(traces: TokenTraces) -> list[IndexArray]:
 
 
 def _verdict(
-    traces: TokenTraces, view: View, row: int, walked: Walk, features_F: FloatArray
+    traces: TokenTraces, view: RecordedFeatures, row: int, walked: Walk, features_F: FloatArray
 ) -> Verdict:
     recorded = int(walked.taken_N[row])
     return Verdict(

@@ -23,7 +23,7 @@ OUTLOOK_TOKENS = 256.0
 """Divides token counts in OUTLOOK_V1."""
 
 
-class View:
+class RecordedFeatures:
     """Recorded tokens as one policy's probe shows them.
 
     SOFTMAX_V2 is exact for any exits and jumps. The recorded schema is shown as recorded: its

@@ -17,7 +17,7 @@ from ray.util import ActorPool
 
 from offramp.agents.recording.corpus import Document, load_corpus, write_split
 from offramp.agents.recording.recording import Window, begun_store, is_whole, require_no_store
-from offramp.agents.recording.study import save_measured
+from offramp.agents.recording.training_data import save_measured
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader

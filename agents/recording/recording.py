@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from offramp.agents.recording.corpus import Document
-from offramp.agents.recording.study import FACTS, load_candidates, save_candidates
+from offramp.agents.recording.training_data import FACTS, load_candidates, save_candidates
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader

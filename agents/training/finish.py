@@ -47,9 +47,9 @@ def finish(
     """
     if run.finished:
         return load_contenders(run.out)
-    config, study = run.config, run.study
-    phat = fit_state_phat(study.train, config.phat)
-    placed = jump_contenders(study, run.agent, phat, config.targets)
+    config, data = run.config, run.data
+    phat = fit_state_phat(data.train, config.phat)
+    placed = jump_contenders(data, run.agent, phat, config.targets)
     found = [
         Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit()),
         *placed,
@@ -61,14 +61,14 @@ def finish(
                 family=ONPOLICY,
                 setting=each.setting,
                 offline_agreement=None,  # its cache is not the one that was recorded
-                policy=learner.router(each.setting, study.candidates_VK),
+                policy=learner.router(each.setting, data.candidates_VK),
             )
             for each in placed
             if each.family == JUMPING and each.setting is not None
         ]
     training = asdict(config)
     del training["traces"]  # a place on one machine
-    save_contenders(run.out, found, study, training)
+    save_contenders(run.out, found, data, training)
     run.reach("done", config.onpolicy.rounds)
     return found
 
@@ -80,12 +80,12 @@ def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learne
         ConfigError: no model is named, it is another than was recorded, or a checkpoint cannot be
             written.
     """
-    config, study = run.config.onpolicy, run.study
+    config, data = run.config.onpolicy, run.data
     if not config.model:
         raise ConfigError("onpolicy.model", "is not named", "Give the folder that was recorded")
     names = [] if not run.config.tensorboard else ["tensorboard"]
     logger = configure(str(run.out / "onpolicy"), names)
-    game = game_of(run.agent, study.costs, run.config.jump)
+    game = game_of(run.agent, data.costs, run.config.jump)
     learner = Learner(run.agent, game, config.learner, logger)
     if run.learner:
         learner.restore(run.learner)
@@ -102,7 +102,7 @@ def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learne
     run_onpolicy(
         learner,
         _spec(run),
-        study.candidates_VK,
+        data.candidates_VK,
         training_documents(run),
         run.config.jump.ppo.lambda_range,
         config,
@@ -121,7 +121,7 @@ def training_documents(run: StagedRun) -> list[tuple[str, Tokens]]:
     """
     config = run.config.onpolicy
     corpus = load_corpus(Path(config.corpus) if config.corpus else None, config.corpus_documents)
-    recorded = set(run.study.train.documents)
+    recorded = set(run.data.train.documents)
     ours = [document for document in corpus if document.digest in recorded]
     if not ours:
         raise ConfigError(
@@ -147,6 +147,6 @@ def _spec(run: StagedRun) -> CollectSpec:
         schema=run.agent.schema,
         kv_mode="defer" if config.kv_mode == "defer" else "project",
         prompt_tokens=config.prompt_tokens,
-        model=run.study.facts.model,
+        model=run.data.facts.model,
         seed=run.config.seed,
     )

@@ -15,7 +15,7 @@ from offramp.agents.learning.export import Weights
 from offramp.agents.learning.jump_ppo import JumpAgent, game_of, new_agent, warm_start
 from offramp.agents.learning.phat import PhatConfig, train_phat
 from offramp.agents.learning.ppo import learning_rate
-from offramp.agents.recording.study import Study, load_study
+from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.resuming import FRESH, segment_seed
 from offramp.agents.training.run_checkpoint import Checkpoint, Stage
 from offramp.agents.training.run_config import RunConfig
@@ -40,7 +40,7 @@ class StagedRun:
 
     Args:
         config: Its settings.
-        study: What it learns from.
+        data: What it learns from.
         out: Where checkpoints and scalars go.
         on_progress: Told as it advances.
         callback: One of SB3's or a user's (Weights & Biases, MLflow), for the PPO stage.
@@ -55,7 +55,7 @@ class StagedRun:
     def __init__(
         self,
         config: RunConfig,
-        study: Study,
+        data: TrainingData,
         out: Path,
         on_progress: Progress = lambda *_: None,
         callback: BaseCallback | None = None,
@@ -67,7 +67,7 @@ class StagedRun:
             jump=replace(config.jump, ppo=ppo),
             onpolicy=replace(config.onpolicy, learner=learner),
         )
-        self.study = study
+        self.data = data
         self.out = out
         self.on_progress = on_progress
         self.callback = callback
@@ -75,8 +75,8 @@ class StagedRun:
         self.step = 0
         self.learner: dict[str, Any] = {}
         self.phat: Weights = []
-        self.agent: JumpAgent = new_agent(study.train, study.costs, self.config.jump)
-        self._warm = warm_start(self.agent, study.train, study.costs, self.config.jump)
+        self.agent: JumpAgent = new_agent(data.train, data.costs, self.config.jump)
+        self._warm = warm_start(self.agent, data.train, data.costs, self.config.jump)
         self._optimiser: torch.optim.Optimizer = self._warm.optimiser
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -129,7 +129,7 @@ class StagedRun:
             return self.agent
         if not self.phat:
             self._save()  # from here on there is something to resume
-            self.phat = train_phat(self.study.train, self._phat_config())
+            self.phat = train_phat(self.data.train, self._phat_config())
             self._save()
         logger = self._logger()
         if self.stage == "warm":
@@ -185,8 +185,8 @@ class StagedRun:
     def _settings(self) -> dict[str, Any]:
         options = asdict(self.config)
         facts = {
-            "model": self.study.facts.model,
-            "tokens": len(self.study.train),
+            "model": self.data.facts.model,
+            "tokens": len(self.data.train),
             "prices": list(self._prices()),
         }
         kept = {k: v for k, v in options.items() if k not in PLACES}
@@ -205,7 +205,7 @@ class StagedRun:
             )
 
     def _prices(self) -> tuple[float, ...]:
-        game = game_of(self.agent, self.study.costs, self.config.jump)
+        game = game_of(self.agent, self.data.costs, self.config.jump)
         return (*game.leave_E1, game.decide, game.build)
 
     def _logger(self) -> Logger:
@@ -241,8 +241,8 @@ def train_staged(
         ConfigError: the options do not fit them, or not the checkpoint.
     """
     torch.set_num_threads(config.threads)
-    study = load_study(Path(config.traces), Path(config.costs) if config.costs else None)
-    run = StagedRun(config, study, out, on_progress, callback)
+    data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
+    run = StagedRun(config, data, out, on_progress, callback)
     if resume:
         run.restore(Checkpoint.load(out))
     run.train()

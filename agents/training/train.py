@@ -15,8 +15,8 @@ import torch
 from offramp.agents.learning.phat import PhatConfig, train_phat
 from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.placing.contenders import Contender, assemble
-from offramp.agents.placing.view import View
-from offramp.agents.recording.study import Study, load_study
+from offramp.agents.placing.view import RecordedFeatures
+from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
@@ -73,31 +73,31 @@ def train(
         ConfigError: the costs are, or they are of another model.
     """
     torch.set_num_threads(config.threads)
-    study = load_study(traces, costs)
-    phat = train_phat(study.train, config.phat)
-    agent = train_ppo(study.train, study.costs, config.ppo, on_steps)
-    contenders = assemble(study, phat, agent, config.targets, config.ppo.lambda_range)
+    data = load_training_data(traces, costs)
+    phat = train_phat(data.train, config.phat)
+    agent = train_ppo(data.train, data.costs, config.ppo, on_steps)
+    contenders = assemble(data, phat, agent, config.targets, config.ppo.lambda_range)
     settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
-    save_contenders(folder, contenders, study, settings)
+    save_contenders(folder, contenders, data, settings)
     return contenders
 
 
 def save_contenders(
-    folder: Path, contenders: list[Contender], study: Study, settings: Mapping[str, Any]
+    folder: Path, contenders: list[Contender], data: TrainingData, settings: Mapping[str, Any]
 ) -> None:
     """Write one unsigned bundle per contender, with its settings, then the index of them all."""
     training = {
-        "tokens": len(study.train),
-        "documents": len(study.train.documents),
+        "tokens": len(data.train),
+        "documents": len(data.train.documents),
         **settings,
     }
     index = []
     for number, contender in enumerate(contenders):
         name = f"{number:02d}"
         bundle = PolicyBundle.draft(
-            pack_policy(contender.policy, _canned(contender.policy, study)),
-            model=study.facts.model,
-            tokenizer=study.facts.tokenizer,
+            pack_policy(contender.policy, _canned(contender.policy, data)),
+            model=data.facts.model,
+            tokenizer=data.facts.tokenizer,
             training={**training, "family": contender.family, "setting": contender.setting},
             metrics={"offline_agreement": contender.offline_agreement},
             created_at=time.time(),
@@ -139,13 +139,13 @@ def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
     )
 
 
-def _canned(policy: Policy, study: Study) -> FloatArray:
+def _canned(policy: Policy, data: TrainingData) -> FloatArray:
     """Evenly spaced validation rows, of the columns that the policy reads."""
     if policy.schema is None:
         return np.empty((CANNED_ROWS, 0), np.float32)
-    tokens = len(study.validation)
+    tokens = len(data.validation)
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
-    view = View(policy, study.validation)
+    view = RecordedFeatures(policy, data.validation)
     seen = [view.features(here, rows) for here in range(len(policy.exits))]
     # Columns that were not recorded are NaN there; as canned inputs any number serves.
     return np.nan_to_num(np.concatenate(seen)[:CANNED_ROWS])

@@ -15,7 +15,7 @@ import torch
 
 from offramp.agents.recording.corpus import Document, load_corpus
 from offramp.agents.recording.record import window
-from offramp.agents.recording.study import save_candidates
+from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.tuning.distil import (
     TrainableTranslator,
     backward,

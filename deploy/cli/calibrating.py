@@ -21,7 +21,7 @@ from offramp.agents.calibration.documents import calibration_windows, unseen_doc
 from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
 from offramp.agents.calibration.setting_families import Family, family_of, load_points
-from offramp.agents.recording.study import load_candidates
+from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle

@@ -25,7 +25,7 @@ from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import SPLIT
-from offramp.agents.recording.study import load_study
+from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.train import load_contenders
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
@@ -129,7 +129,7 @@ def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contende
     contenders = load_contenders(policies)
     if not contenders:
         raise ConfigError("policies", f"{policies} holds no policy", "Run `offramp train` first")
-    facts = load_study(traces).facts
+    facts = load_training_data(traces).facts
     engine = load_engine(spec)
     if engine.model_fingerprint != facts.model:
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from offramp.agents.recording.study import load_candidates
+from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.prices import LEAST_REPEATS
 from offramp.controller.costs.table import CostTable

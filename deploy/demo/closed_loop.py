@@ -78,7 +78,7 @@ def _serve(
     console.rule("[bold]4  Serve[/]: a Ray Serve pool under the full-depth policy", align="left")
     registry = open_registry(settings)
     publisher = open_publisher(settings, registry)
-    panel = ControlPanel(publisher, registry, config.replicas, learned.study.facts)
+    panel = ControlPanel(publisher, registry, config.replicas, learned.data.facts)
     first = panel.publish_full_depth()
     with contextlib.closing(registry), running_pool(_pool(config, settings, spec)) as url:
         panel.await_workers(first)
@@ -159,7 +159,7 @@ def _model_id(config: DemoConfig) -> str:
 
 def _machine(learned: Learned) -> dict[str, Any]:
     return {
-        "description": learned.study.costs.machine,
+        "description": learned.data.costs.machine,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
@@ -171,7 +171,7 @@ def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
     protocol = assess_config(config, config.model).protocol
     return {
         "path": config.model,
-        **asdict(learned.study.facts),
+        **asdict(learned.data.facts),
         "dtype": "float32",
         "shapes": {
             "timing": {

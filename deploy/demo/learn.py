@@ -11,7 +11,7 @@ from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
-from offramp.agents.recording.study import Study, load_study
+from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.train import TrainConfig, train
 from offramp.deploy.cli.console import console, evaluation_table, progress
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
@@ -24,7 +24,7 @@ class Learned:
     """What the first half found."""
 
     recorded: RecordReport
-    study: Study
+    data: TrainingData
     contenders: list[Contender]
     assessment: Assessment
 
@@ -60,13 +60,13 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     with progress("PPO", "steps") as advance:
         contenders = train(training, config.out / "traces", config.out / "policies", advance)
     console.rule("[bold]3  Evaluate[/]: held-out documents, exits really taken", align="left")
-    study = load_study(config.out / "traces")
+    data = load_training_data(config.out / "traces")
     engine = load_engine(replace(spec, slots=SLOTS))
     how = assess_config(config, spec.model)
     with progress("evaluate", "runs") as advance:
         found = assess(how, engine, contenders, lambda _, *count: advance(*count))
     save_assessment(config.out / "policies", contenders, found, engine, how)
-    learned = Learned(recorded, study, contenders, found)
+    learned = Learned(recorded, data, contenders, found)
     console.print(evaluation_table(found.test, learned.chosen.name))
     console.print(
         "  agreement with full depth; promised by replay; next-token accuracy; mean layers;\n"
@@ -121,5 +121,5 @@ def traces_report(learned: Learned) -> dict[str, object]:
         "seconds": learned.recorded.seconds,
         "tokens_per_s": learned.recorded.tokens_per_s,
         "exits": list(learned.recorded.exits),
-        "costs": asdict(learned.study.costs),
+        "costs": asdict(learned.data.costs),
     }

@@ -15,7 +15,7 @@ import torch
 from offramp.agents.evaluation.assess import AssessConfig, assess
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.study import save_candidates
+from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.train import load_contenders
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy

@@ -12,7 +12,11 @@ import pytest
 
 from offramp.agents.recording.corpus import load_corpus, write_split
 from offramp.agents.recording.record import SPLIT
-from offramp.agents.recording.study import load_study, save_candidates, save_measured
+from offramp.agents.recording.training_data import (
+    load_training_data,
+    save_candidates,
+    save_measured,
+)
 from offramp.agents.training.train import load_contenders
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
@@ -73,7 +77,7 @@ def traces(tmp_path: Path) -> Path:
     store.append(chunk("b" * 64), "validation")
     save_candidates(folder, np.zeros((FACTS.vocab, 4), np.int32))
     save_measured(folder, COSTS, FACTS)
-    assert load_study(folder).facts == FACTS
+    assert load_training_data(folder).facts == FACTS
     return folder
 
 
@@ -245,7 +249,7 @@ def test_costs_of_another_model_are_refused(
 
 def test_another_tables_prices_replace_the_recordings(tmp_path: Path, traces: Path) -> None:
     save_costs(tmp_path / "costs.json", measured(model=FACTS.model))
-    assert load_study(traces, tmp_path / "costs.json").costs == measured(model=FACTS.model)
+    assert load_training_data(traces, tmp_path / "costs.json").costs == measured(model=FACTS.model)
 
 
 RUN = """
@@ -318,9 +322,9 @@ def test_publish_names_a_missing_folder(cli: Any, tmp_path: Path, untouched: Unt
 
 
 def test_the_recording_above_is_whole(traces: Path) -> None:
-    study = load_study(traces)
-    assert study.costs.at(1) == COSTS.at(1)
-    assert len(study.train) == len(study.validation) == 20
+    data = load_training_data(traces)
+    assert data.costs.at(1) == COSTS.at(1)
+    assert len(data.train) == len(data.validation) == 20
 
 
 def test_another_corpus_than_the_recorded_one_is_refused(traces: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from support.studies import agent, deep_study, game, ray_cluster, study
+from support.training_sets import agent, data, deep_data, game, ray_cluster
 
-__all__ = ["agent", "deep_study", "game", "ray_cluster", "study"]
+__all__ = ["agent", "data", "deep_data", "game", "ray_cluster"]

@@ -11,7 +11,7 @@ from offramp.agents.learning.normaliser import Normaliser
 from offramp.agents.learning.phat import PhatConfig, train_phat
 from offramp.agents.placing.pricing import leaving, token_costs
 from offramp.agents.placing.replay import mean_cost, replay, walk
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
@@ -34,8 +34,8 @@ from offramp.research.fitting.subset import HERE_COLUMNS, best_subset, subsets
 from offramp.worker.recording.recording_actor import ModelFacts
 
 
-def test_prices_charge_the_probe_of_the_schema(study: Study) -> None:
-    costs, exits = study.costs, (2, 4, 6)
+def test_prices_charge_the_probe_of_the_schema(data: TrainingData) -> None:
+    costs, exits = data.costs, (2, 4, 6)
     full_s = 0.1 + 8 * 1.0 + 0.5
     candidates_E1 = leaving(CANDIDATES_V1, exits, costs)
     np.testing.assert_allclose(candidates_E1, costs.leaving(exits), rtol=1e-6)
@@ -79,21 +79,21 @@ def test_stage_thresholds_let_the_shares_leave() -> None:
     np.testing.assert_allclose(found, share_E1, atol=1e-3)
 
 
-def test_a_fitted_budget_is_kept_on_its_own_tokens(study: Study) -> None:
-    policy = fit_budget(study.train, study.costs, 0.75)
-    assert replay(policy, study.train, study.costs).cost == pytest.approx(0.75, abs=0.03)
+def test_a_fitted_budget_is_kept_on_its_own_tokens(data: TrainingData) -> None:
+    policy = fit_budget(data.train, data.costs, 0.75)
+    assert replay(policy, data.train, data.costs).cost == pytest.approx(0.75, abs=0.03)
 
 
-def test_backward_induction_beats_any_threshold_it_contains(study: Study) -> None:
+def test_backward_induction_beats_any_threshold_it_contains(data: TrainingData) -> None:
     trade_off = 1.0
-    policy = fit_stopping(study.train, study.costs, trade_off)
-    return_NE1 = returns(study.validation, study.costs, trade_off, "agreement")
-    rows = np.arange(len(study.validation))
-    mine = return_NE1[rows, walk(policy, study.validation).taken_N].mean()
+    policy = fit_stopping(data.train, data.costs, trade_off)
+    return_NE1 = returns(data.validation, data.costs, trade_off, "agreement")
+    rows = np.arange(len(data.validation))
+    mine = return_NE1[rows, walk(policy, data.validation).taken_N].mean()
     for fixed in range(4):
         assert mine > return_NE1[:, fixed].mean()
     for threshold in np.linspace(0.05, 0.95, 10):
-        sure_NE = study.validation.margin_NE > threshold
+        sure_NE = data.validation.margin_NE > threshold
         taken_N = np.where(sure_NE.any(axis=1), sure_NE.argmax(axis=1), 3)
         assert mine > return_NE1[rows, taken_N].mean() - 0.003
 
@@ -101,15 +101,15 @@ def test_backward_induction_beats_any_threshold_it_contains(study: Study) -> Non
 def test_backward_induction_carries_realised_returns_back() -> None:
     # Two exits, one feature that decides both: the closed form is to leave where it says so.
     rng = np.random.default_rng(2)
-    study = make_two_exits(rng)
-    policy = fit_stopping(study.train, study.costs, 0.5)
-    walked = walk(policy, study.train)
-    return_NE1 = returns(study.train, study.costs, 0.5, "agreement")
+    data = make_two_exits(rng)
+    policy = fit_stopping(data.train, data.costs, 0.5)
+    walked = walk(policy, data.train)
+    return_NE1 = returns(data.train, data.costs, 0.5, "agreement")
     agreement = (walked.taken_N == return_NE1.argmax(axis=1)).mean()
     assert agreement > 0.97
 
 
-def make_two_exits(rng: np.random.Generator) -> Study:
+def make_two_exits(rng: np.random.Generator) -> TrainingData:
     tokens = 4000
     features = np.zeros((tokens, 2, CANDIDATES_V1.width), np.float32)
     sign_NE = rng.choice([-1.0, 1.0], size=(tokens, 2))
@@ -134,13 +134,15 @@ def make_two_exits(rng: np.random.Generator) -> Study:
     )  # fmt: skip
     facts = ModelFacts(model="ab", tokenizer="cd", layers=8, vocab=4, context=64, width=4)
     table = np.zeros((4, 2), np.int32)
-    return Study(train=traces, validation=traces, costs=costs, candidates_VK=table, facts=facts)
+    return TrainingData(
+        train=traces, validation=traces, costs=costs, candidates_VK=table, facts=facts
+    )
 
 
-def test_hidden_columns_do_not_reach_a_classifier(study: Study) -> None:
-    weights = train_phat(study.train, PhatConfig(epochs=1), HERE_COLUMNS)
+def test_hidden_columns_do_not_reach_a_classifier(data: TrainingData) -> None:
+    weights = train_phat(data.train, PhatConfig(epochs=1), HERE_COLUMNS)
     policy = MlpPolicy((2,), CANDIDATES_V1, weights)
-    features = study.validation.features_NEF[:64, 0].copy()
+    features = data.validation.features_NEF[:64, 0].copy()
     before = policy.logits(features).copy()
     for column in set(CANDIDATES_V1.columns) - set(HERE_COLUMNS):
         features[:, CANDIDATES_V1.index(column)] += 3.0
@@ -148,31 +150,31 @@ def test_hidden_columns_do_not_reach_a_classifier(study: Study) -> None:
     features[:, 0] += 1.0
     assert np.abs(policy.logits(features) - before).max() > 1e-3
     with pytest.raises(ConfigError, match="bogus"):
-        train_phat(study.train, PhatConfig(), ["bogus"])
+        train_phat(data.train, PhatConfig(), ["bogus"])
 
 
-def test_the_best_subset_is_the_cheapest_that_reaches_the_target(study: Study) -> None:
-    whole = train_phat(study.train, PhatConfig(epochs=3))
-    here = train_phat(study.train, PhatConfig(epochs=3), HERE_COLUMNS)
-    costly = study.costs.scaled("probe", 10.0)  # one layer per probe
+def test_the_best_subset_is_the_cheapest_that_reaches_the_target(data: TrainingData) -> None:
+    whole = train_phat(data.train, PhatConfig(epochs=3))
+    here = train_phat(data.train, PhatConfig(epochs=3), HERE_COLUMNS)
+    costly = data.costs.scaled("probe", 10.0)  # one layer per probe
     logits = np.linspace(-2, 6, 17).tolist()
-    best = best_subset(whole, here, study.validation, costly, 0.95, logits)
+    best = best_subset(whole, here, data.validation, costly, 0.95, logits)
     assert best.agreement >= 0.95
     mine = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit)
-    found = replay(mine, study.validation, costly)
+    found = replay(mine, data.validation, costly)
     assert found.agreement == pytest.approx(best.agreement)
     assert found.cost == pytest.approx(best.cost, rel=1e-5)
     for exits, weights in (((2, 4, 6), whole), ((4, 6), here), ((6,), here)):
         for threshold in logits:
             rival = MlpPolicy(exits, CANDIDATES_V1, weights, threshold)
-            other = replay(rival, study.validation, costly)
+            other = replay(rival, data.validation, costly)
             assert other.agreement < 0.95 or other.cost >= best.cost - 1e-6
     assert list(subsets(3)) == [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
     assert max(map(len, subsets(11))) == 3
 
 
-def test_free_starts_from_training_tokens(study: Study) -> None:
-    train = replace(study.train, softmax_NES=np.clip(study.train.softmax_NES, 0.01, 0.99))
+def test_free_starts_from_training_tokens(data: TrainingData) -> None:
+    train = replace(data.train, softmax_NES=np.clip(data.train.softmax_NES, 0.01, 0.99))
     policy = fit_beta(train, 4, 0.4, "margin")
     confidence_N, agreed_N = train.margin_NE[:, 1], train.agree_NE[:, 1] > 0
     means = policy.moments_23[:, 1] / policy.moments_23[:, 0]
@@ -182,18 +184,18 @@ def test_free_starts_from_training_tokens(study: Study) -> None:
     assert policy.exits == (4,)
 
 
-def test_a_bandit_starts_from_training_rewards(study: Study) -> None:
-    policy = fit_bandit(study.train, study.costs, 0.5, [0.2, 0.9])
+def test_a_bandit_starts_from_training_rewards(data: TrainingData) -> None:
+    policy = fit_bandit(data.train, data.costs, 0.5, [0.2, 0.9])
     assert policy.counts_A.tolist() == [5.0, 5.0]
     means = policy.sums_A / policy.counts_A
     assert (means < 1).all()
     assert policy.arm == int(np.argmax(means))
-    walked = walk(policy, study.validation)
+    walked = walk(policy, data.validation)
     assert set(walked.taken_N.tolist()) == {0, 1, 2, 3}
 
 
-def test_the_oracle_is_cheapest_and_never_wrong(study: Study) -> None:
-    traces, costs = study.validation, study.costs
+def test_the_oracle_is_cheapest_and_never_wrong(data: TrainingData) -> None:
+    traces, costs = data.validation, data.costs
     walked = oracle(traces, costs)
     quality = traces.quality("agreement")[np.arange(len(traces)), walked.taken_N]
     assert quality.min() == 1
@@ -204,8 +206,8 @@ def test_the_oracle_is_cheapest_and_never_wrong(study: Study) -> None:
     assert mean_cost(NeverExit(), bold, traces, costs) < cheapest
 
 
-def test_an_oracle_runs_as_a_plan_on_its_own_document(study: Study) -> None:
-    one = study.validation.select(study.validation.documents[:1])
+def test_an_oracle_runs_as_a_plan_on_its_own_document(data: TrainingData) -> None:
+    one = data.validation.select(data.validation.documents[:1])
     walked = walk(plan_of(one), one)
     np.testing.assert_array_equal(walked.taken_N, first_agreeing(one))
 
@@ -218,11 +220,11 @@ def with_states(traces: TokenTraces) -> TokenTraces:
     return replace(traces, header=header, state_NED=state_NED)
 
 
-def test_greencode_pays_as_its_authors_do(study: Study) -> None:
+def test_greencode_pays_as_its_authors_do(data: TrainingData) -> None:
     exits, layers = (2, 4, 6), 8
-    reward_NE2 = rewards(study.train)
+    reward_NE2 = rewards(data.train)
     for row in range(300):
-        right = study.train.agree_NE[row] > 0
+        right = data.train.agree_NE[row] > 0
         best = next((layer for layer, yes in zip(exits, right, strict=True) if yes), layers)
         for index, layer in enumerate(exits):
             position = index / 2
@@ -240,8 +242,8 @@ def test_greencode_pays_as_its_authors_do(study: Study) -> None:
             np.testing.assert_allclose(reward_NE2[row, index], expected, atol=1e-6)
 
 
-def test_greencode_walks_a_token_from_exit_to_exit(study: Study) -> None:
-    traces = with_states(study.train)
+def test_greencode_walks_a_token_from_exit_to_exit(data: TrainingData) -> None:
+    traces = with_states(data.train)
     assert traces.state_NED is not None
     normaliser = Normaliser(np.zeros(16, np.float32), np.ones(16, np.float32))
     env = HiddenStateVecEnv(traces, normaliser, envs=4, seed=1)
@@ -257,17 +259,17 @@ def test_greencode_walks_a_token_from_exit_to_exit(study: Study) -> None:
     assert ["terminal_observation" in info for info in infos] == [False, True, False, True]
 
 
-def test_greencode_learns_what_the_state_says(study: Study) -> None:
-    traces = with_states(study.train)
+def test_greencode_learns_what_the_state_says(data: TrainingData) -> None:
+    traces = with_states(data.train)
     config = GreenCodeConfig(steps=40_000, envs=64)
     weights = train_greencode(traces, config)
     policy = greencode_policy(weights, (2, 4, 6), 0.0)
-    held_out = with_states(study.validation)
+    held_out = with_states(data.validation)
     assert policy.schema.width == 16
-    found = replay(policy, held_out, study.costs)
+    found = replay(policy, held_out, data.costs)
     assert found.agreement > 0.9
     assert found.mean_layers < 7
     with pytest.raises(TraceError, match="--states"):
-        train_greencode(study.train, config)
+        train_greencode(data.train, config)
     with pytest.raises(ConfigError, match="'hidden' version 1 was not recorded"):
-        replay(policy, study.validation, study.costs)
+        replay(policy, data.validation, data.costs)

@@ -10,7 +10,7 @@ import pytest
 
 from offramp.agents.placing.placing import Contender, cheapest_variant, nearest
 from offramp.agents.placing.replay import replay, walk
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.train import load_contenders, save_contenders
 from offramp.controller.errors import TraceError
 from offramp.controller.policies.protocols import NeverExit
@@ -34,16 +34,16 @@ def with_states(traces: TokenTraces) -> TokenTraces:
 
 
 @pytest.fixture(scope="module")
-def states(study: Study) -> Study:
-    """A quarter of the study, with states."""
+def states(data: TrainingData) -> TrainingData:
+    """A quarter of the data, with states."""
     train, validation = (
-        with_states(each.select(each.documents[:2])) for each in (study.train, study.validation)
+        with_states(each.select(each.documents[:2])) for each in (data.train, data.validation)
     )
-    return replace(study, train=train, validation=validation)
+    return replace(data, train=train, validation=validation)
 
 
 @pytest.fixture(scope="module")
-def contenders(states: Study) -> list[Contender]:
+def contenders(states: TrainingData) -> list[Contender]:
     return rulebook(states, TARGETS, greencode=GreenCodeConfig(steps=20_000, envs=64))
 
 
@@ -63,7 +63,7 @@ def test_every_family_is_there_and_meets_a_target_if_it_can(
 
 
 def test_every_rule_goes_through_a_bundle(
-    contenders: Sequence[Contender], states: Study, tmp_path_factory: pytest.TempPathFactory
+    contenders: Sequence[Contender], states: TrainingData, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("policies")
     save_contenders(folder, list(contenders), states, {})
@@ -78,9 +78,9 @@ def test_every_rule_goes_through_a_bundle(
             assert replayed.cost == pytest.approx(mine.offline_cost)
 
 
-def test_hidden_states_are_asked_for_when_needed(study: Study) -> None:
+def test_hidden_states_are_asked_for_when_needed(data: TrainingData) -> None:
     with pytest.raises(TraceError, match="--states"):
-        rulebook(study, (0.9,), phat=[], greencode=GreenCodeConfig())
+        rulebook(data, (0.9,), phat=[], greencode=GreenCodeConfig())
 
 
 def contender(agreement: float, cost: float) -> Contender:

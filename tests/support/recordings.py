@@ -9,7 +9,7 @@ import torch
 
 from offramp.agents.recording.corpus import Document, load_corpus
 from offramp.agents.recording.record import tokenize
-from offramp.agents.recording.study import save_candidates, save_measured
+from offramp.agents.recording.training_data import save_candidates, save_measured
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore

@@ -14,7 +14,7 @@ import torch
 from offramp.agents.calibration.setting_families import Family, family_of, load_points
 from offramp.agents.learning.export import ppo_weights
 from offramp.agents.learning.ppo import PPOConfig, train_ppo
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2
 from offramp.controller.policies.mlp import MlpPolicy
@@ -110,10 +110,10 @@ def test_a_classifier_walks_along_its_logit(save: Save) -> None:
     assert np.array_equal(built.logits(rows), mlp(0.0).logits(rows))
 
 
-def test_two_saved_preferences_give_every_other_one(study: Study, save: Save) -> None:
+def test_two_saved_preferences_give_every_other_one(data: TrainingData, save: Save) -> None:
     torch.set_num_threads(1)
     config = PPOConfig(steps=512, envs=8, batch=64, lambda_range=(0.05, 2.0))
-    agent = train_ppo(study.train, study.costs, config)
+    agent = train_ppo(data.train, data.costs, config)
 
     def actor(preference: float) -> MlpPolicy:
         weights = ppo_weights(agent.model, agent.normaliser, preference)

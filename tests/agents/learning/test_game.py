@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offramp.agents.learning.game import START, State, StoppingGame, states_of
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.envs.charges.tariff import Tariff
 
@@ -20,8 +20,8 @@ EXITS = (2, 4, 6)
 N = 5
 
 
-def make_game(study: Study, jumps: int) -> StoppingGame:
-    return StoppingGame.of(Tariff.of(replace(study.costs, build_s=0.05), EXITS), jumps)
+def make_game(data: TrainingData, jumps: int) -> StoppingGame:
+    return StoppingGame.of(Tariff.of(replace(data.costs, build_s=0.05), EXITS), jumps)
 
 
 def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, lam: float) -> float:
@@ -63,8 +63,8 @@ def test_states_are_those_that_jumps_reach() -> None:
 
 
 @pytest.mark.parametrize("jumps", [1, 2, 3, 4])
-def test_the_value_is_the_mean_over_all_paths(study: Study, jumps: int) -> None:
-    game = make_game(study, jumps)
+def test_the_value_is_the_mean_over_all_paths(data: TrainingData, jumps: int) -> None:
+    game = make_game(data, jumps)
     logits, quality, lam = draw(game)
     log_pi = log_chances(game, logits)
     found = game.expected_return(log_pi, quality, lam)
@@ -75,12 +75,12 @@ def test_the_value_is_the_mean_over_all_paths(study: Study, jumps: int) -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
-def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(study: Study) -> None:
-    game = make_game(study, 1)
+def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(data: TrainingData) -> None:
+    game = make_game(data, 1)
     logits, quality, lam = draw(game)
     log_pi = log_chances(game, logits)
     found = game.expected_return(log_pi, quality, lam)
-    costs = torch.from_numpy(replace(study.costs, build_s=0.05).leaving(EXITS)) + game.begin
+    costs = torch.from_numpy(replace(data.costs, build_s=0.05).leaving(EXITS)) + game.begin
     leave_NE = log_pi[:, 1:, 0].exp()
     survive = torch.cumprod(1 - leave_NE, dim=1)
     before = torch.cat([torch.ones(N, 1), survive], dim=1)
@@ -90,8 +90,8 @@ def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(study: Study) -
 
 
 @pytest.mark.parametrize("jumps", [1, 4])
-def test_the_gradient_is_that_of_finite_differences(study: Study, jumps: int) -> None:
-    game = make_game(study, jumps)
+def test_the_gradient_is_that_of_finite_differences(data: TrainingData, jumps: int) -> None:
+    game = make_game(data, jumps)
     logits, quality, lam = (each.double() for each in draw(game))  # differences of 1e-6 need it
 
     def mean(logits: torch.Tensor) -> torch.Tensor:
@@ -108,6 +108,6 @@ def test_the_gradient_is_that_of_finite_differences(study: Study, jumps: int) ->
     assert logits.grad.abs().max() > 1e-3
 
 
-def test_more_jumps_than_exits_are_refused(study: Study) -> None:
+def test_more_jumps_than_exits_are_refused(data: TrainingData) -> None:
     with pytest.raises(ConfigError, match="jumps: 5 is not from 1 to 4: 3 exits were recorded"):
-        make_game(study, 5)
+        make_game(data, 5)

@@ -21,7 +21,7 @@ from offramp.agents.learning.jump_ppo import (
 from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig, exact_return
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import OUTLOOK_V1
 from offramp.envs.cores.token_core import TokenExitCore
@@ -40,24 +40,24 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def agent(deep_study: Study) -> JumpAgent:
-    return train_jumps(deep_study.train, deep_study.costs, CONFIG)
+def agent(deep_data: TrainingData) -> JumpAgent:
+    return train_jumps(deep_data.train, deep_data.costs, CONFIG)
 
 
-def mean_return(agent: JumpAgent, deep_study: Study, preference: float) -> float:
-    game = game_of(agent, deep_study.costs, CONFIG)
+def mean_return(agent: JumpAgent, deep_data: TrainingData, preference: float) -> float:
+    game = game_of(agent, deep_data.costs, CONFIG)
     actor = agent.model.policy
-    return float(exact_return(actor, game, deep_study.validation, "agreement", preference).mean())
+    return float(exact_return(actor, game, deep_data.validation, "agreement", preference).mean())
 
 
 def test_the_exact_value_is_the_mean_reward_of_the_environment(
-    deep_study: Study, agent: JumpAgent
+    deep_data: TrainingData, agent: JumpAgent
 ) -> None:
     """Independent: the environment samples what the dynamic programme sums up."""
     rows = np.tile(np.arange(500), 40)
     core = TokenExitCore(
-        deep_study.validation,
-        deep_study.costs,
+        deep_data.validation,
+        deep_data.costs,
         num_envs=len(rows),
         quality="agreement",
         actions="jump",
@@ -75,23 +75,23 @@ def test_the_exact_value_is_the_mean_reward_of_the_environment(
         alive &= ~batch.terminated_B
         obs = batch.obs_BD
     assert not alive.any()
-    game = game_of(agent, deep_study.costs, CONFIG)
+    game = game_of(agent, deep_data.costs, CONFIG)
     expected = exact_return(
-        agent.model.policy, game, deep_study.validation, "agreement", 0.3, np.arange(500)
+        agent.model.policy, game, deep_data.validation, "agreement", 0.3, np.arange(500)
     )
     error = (total.reshape(40, 500) - expected).mean(0)
     assert abs(error.mean()) < 4 * error.std() / np.sqrt(500)
     assert error.std() < 0.2
 
 
-def test_the_warm_start_finds_more_than_any_fixed_exit(deep_study: Study) -> None:
-    agent = new_agent(deep_study.train, deep_study.costs, CONFIG)
-    before = [mean_return(agent, deep_study, preference) for preference in PREFERENCES]
-    game = game_of(agent, deep_study.costs, CONFIG)
-    warm_start(agent, deep_study.train, deep_study.costs, CONFIG).run(CONFIG.warm.steps)
-    after = [mean_return(agent, deep_study, preference) for preference in PREFERENCES]
+def test_the_warm_start_finds_more_than_any_fixed_exit(deep_data: TrainingData) -> None:
+    agent = new_agent(deep_data.train, deep_data.costs, CONFIG)
+    before = [mean_return(agent, deep_data, preference) for preference in PREFERENCES]
+    game = game_of(agent, deep_data.costs, CONFIG)
+    warm_start(agent, deep_data.train, deep_data.costs, CONFIG).run(CONFIG.warm.steps)
+    after = [mean_return(agent, deep_data, preference) for preference in PREFERENCES]
     assert all(new > old for old, new in zip(before, after, strict=True))
-    quality = deep_study.validation.quality("agreement").mean(0)
+    quality = deep_data.validation.quality("agreement").mean(0)
     probed = np.asarray(game.leave_E1) + game.decide + game.begin  # nobody leaves unasked
     fixed = [
         ((quality - preference * probed) / (1 + preference)).max() for preference in PREFERENCES
@@ -101,11 +101,11 @@ def test_the_warm_start_finds_more_than_any_fixed_exit(deep_study: Study) -> Non
 
 
 def test_exported_decisions_are_sb3s_in_every_recorded_state(
-    deep_study: Study, agent: JumpAgent
+    deep_data: TrainingData, agent: JumpAgent
 ) -> None:
-    game = game_of(agent, deep_study.costs, CONFIG)
-    observations = StateObservations(deep_study.validation, game.states)
-    rows = np.arange(len(deep_study.validation))
+    game = game_of(agent, deep_data.costs, CONFIG)
+    observations = StateObservations(deep_data.validation, game.states)
+    rows = np.arange(len(deep_data.validation))
     nothing = np.zeros((len(rows), OUTLOOK_V1.width), np.float32)
     seen: set[int] = set()
     for preference in PREFERENCES:
@@ -124,14 +124,14 @@ def test_exported_decisions_are_sb3s_in_every_recorded_state(
     assert seen == {0, 1, 2}
 
 
-def test_the_same_seed_gives_the_same_router(deep_study: Study, agent: JumpAgent) -> None:
-    again = train_jumps(deep_study.train, deep_study.costs, CONFIG)
+def test_the_same_seed_gives_the_same_router(deep_data: TrainingData, agent: JumpAgent) -> None:
+    again = train_jumps(deep_data.train, deep_data.costs, CONFIG)
     pairs = zip(agent.router(0.3).weights, again.router(0.3).weights, strict=True)
     for (weight, bias), (weight_again, bias_again) in pairs:
         np.testing.assert_array_equal(weight, weight_again)
         np.testing.assert_array_equal(bias, bias_again)
 
 
-def test_jumps_beyond_the_recorded_exits_are_refused(deep_study: Study) -> None:
+def test_jumps_beyond_the_recorded_exits_are_refused(deep_data: TrainingData) -> None:
     with pytest.raises(ConfigError, match="jumps: 9 is not from 1 to 4: 3 exits were recorded"):
-        new_agent(deep_study.train, deep_study.costs, JumpConfig(jumps=9))
+        new_agent(deep_data.train, deep_data.costs, JumpConfig(jumps=9))

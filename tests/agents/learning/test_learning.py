@@ -1,4 +1,4 @@
-"""Training, export and placement of policies, on a synthetic study."""
+"""Training, export and placement of policies, on synthetic data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offramp.agents.learning.phat import PhatConfig, logit, train_phat
 from offramp.agents.learning.ppo import PPOConfig, TrainedAgent, observation_normaliser, train_ppo
 from offramp.agents.placing.contenders import assemble
 from offramp.agents.placing.replay import exits_taken, replay
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.train import TrainConfig, load_contenders, save_contenders
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
@@ -33,14 +33,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def agent(study: Study) -> TrainedAgent:
-    return train_ppo(study.train, study.costs, PPO_CONFIG)
+def agent(data: TrainingData) -> TrainedAgent:
+    return train_ppo(data.train, data.costs, PPO_CONFIG)
 
 
 def test_exported_decisions_equal_sb3_predict_on_every_observation(
-    study: Study, agent: TrainedAgent
+    data: TrainingData, agent: TrainedAgent
 ) -> None:
-    features_MF = study.validation.features_NEF.reshape(-1, CANDIDATES_V1.width)
+    features_MF = data.validation.features_NEF.reshape(-1, CANDIDATES_V1.width)
     leaves = []
     for preference in (0.05, 0.3, 2.0):
         weights = ppo_weights(agent.model, agent.normaliser, preference)
@@ -65,33 +65,33 @@ def test_folding_equals_normalising_first() -> None:
     np.testing.assert_allclose(rows @ folded_weight + folded_bias, expected, atol=1e-4)
 
 
-def test_the_preference_is_normalised_as_a_uniform_draw(study: Study) -> None:
+def test_the_preference_is_normalised_as_a_uniform_draw(data: TrainingData) -> None:
     low, high = 0.02, 2.0
     draws = np.log(low) + np.random.default_rng(0).random(200_000) * np.log(high / low)
-    normaliser = observation_normaliser(study.train, (low, high))
+    normaliser = observation_normaliser(data.train, (low, high))
     assert normaliser.mean_F[-1] == pytest.approx(draws.mean(), abs=0.02)
     assert normaliser.std_F[-1] == pytest.approx(draws.std(), abs=0.02)
 
 
-def test_the_classifier_is_calibrated(study: Study) -> None:
-    weights = train_phat(study.train, PhatConfig(epochs=30))
+def test_the_classifier_is_calibrated(data: TrainingData) -> None:
+    weights = train_phat(data.train, PhatConfig(epochs=30))
     policy = MlpPolicy((2,), CANDIDATES_V1, weights)
-    features_MF = study.validation.features_NEF.reshape(-1, CANDIDATES_V1.width)
+    features_MF = data.validation.features_NEF.reshape(-1, CANDIDATES_V1.width)
     logits = np.concatenate([policy.logits(part).copy() for part in np.split(features_MF, 6)])
     probability = 1 / (1 + np.exp(-logits))
-    right = study.validation.agree_NE.reshape(-1)
+    right = data.validation.agree_NE.reshape(-1)
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
         chosen = (probability >= low) & (probability < low + 0.2)
         gap = abs(probability[chosen].mean() - right[chosen].mean())
         assert gap < 3 * 0.5 / np.sqrt(chosen.sum()) + 0.03, low
 
 
-def test_same_seed_same_policy_bytes(study: Study) -> None:
+def test_same_seed_same_policy_bytes(data: TrainingData) -> None:
     def blobs(seed: int) -> list[bytes]:
         config = replace(PPO_CONFIG, steps=8_000, seed=seed)
-        phat = train_phat(study.train, PhatConfig(epochs=1, seed=seed))
-        trained = train_ppo(study.train, study.costs, config)
-        rows = study.validation.features_NEF[:32, 0]
+        phat = train_phat(data.train, PhatConfig(epochs=1, seed=seed))
+        trained = train_ppo(data.train, data.costs, config)
+        rows = data.validation.features_NEF[:32, 0]
         weights = (phat, ppo_weights(trained.model, trained.normaliser, 0.3))
         return [pack_policy(MlpPolicy((2,), CANDIDATES_V1, w), rows).blob for w in weights]
 
@@ -102,17 +102,17 @@ def test_same_seed_same_policy_bytes(study: Study) -> None:
 
 
 def test_replay_takes_the_exits_that_the_environment_would(
-    study: Study, agent: TrainedAgent
+    data: TrainingData, agent: TrainedAgent
 ) -> None:
     """Independent loop: step the core with the policy's own decisions."""
     preference = 0.3
     weights = ppo_weights(agent.model, agent.normaliser, preference)
     policy = MlpPolicy((2, 4, 6), CANDIDATES_V1, weights)
-    taken = exits_taken(policy, study.validation)
+    taken = exits_taken(policy, data.validation)
     rows = np.arange(200)
     core = TokenExitCore(
-        study.validation,
-        study.costs,
+        data.validation,
+        data.costs,
         num_envs=len(rows),
         quality="agreement",
         lambda_range=(preference, preference),
@@ -137,35 +137,35 @@ def test_replay_takes_the_exits_that_the_environment_would(
     np.testing.assert_array_equal(ended, layers)
 
 
-def test_replay_of_fixed_policies_is_known_in_closed_form(study: Study) -> None:
-    full = replay(NeverExit(), study.validation, study.costs)
+def test_replay_of_fixed_policies_is_known_in_closed_form(data: TrainingData) -> None:
+    full = replay(NeverExit(), data.validation, data.costs)
     assert (full.agreement, full.mean_layers) == (1.0, 8.0)
-    early = replay(FixedExit(4), study.validation, study.costs)
-    assert early.agreement == pytest.approx(study.validation.agree_NE[:, 1].mean())
+    early = replay(FixedExit(4), data.validation, data.costs)
+    assert early.agreement == pytest.approx(data.validation.agree_NE[:, 1].mean())
     assert early.mean_layers == 4.0
     with pytest.raises(ConfigError, match="exits"):
-        replay(FixedExit(5), study.validation, study.costs)
+        replay(FixedExit(5), data.validation, data.costs)
 
 
 def test_contenders_are_placed_saved_and_read_back(
-    study: Study, agent: TrainedAgent, tmp_path: Path
+    data: TrainingData, agent: TrainedAgent, tmp_path: Path
 ) -> None:
-    phat = train_phat(study.train, PhatConfig(epochs=5))
+    phat = train_phat(data.train, PhatConfig(epochs=5))
     targets = (0.85, 0.95)
-    contenders = assemble(study, phat, agent, targets, PPO_CONFIG.lambda_range)
+    contenders = assemble(data, phat, agent, targets, PPO_CONFIG.lambda_range)
     assert contenders[0].setting is None
     families = [c.family for c in contenders]
     assert families.count("p̂") == families.count("PPO") == 2
     for contender in contenders:
         if contender.family == "p̂":
             assert min(abs((contender.offline_agreement or 0) - t) for t in targets) < 0.03
-    save_contenders(tmp_path, contenders, study, {"seed": 0})
+    save_contenders(tmp_path, contenders, data, {"seed": 0})
     again = load_contenders(tmp_path)
     assert [c.name for c in again] == [c.name for c in contenders]
     for before, after in zip(contenders, again, strict=True):
         np.testing.assert_array_equal(
-            exits_taken(before.policy, study.validation),
-            exits_taken(after.policy, study.validation),
+            exits_taken(before.policy, data.validation),
+            exits_taken(after.policy, data.validation),
         )
 
 

@@ -14,7 +14,7 @@ from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.placing.chase import StateTable, SubsetGrid, subsets
 from offramp.agents.placing.jump_contenders import JUMPING, fit_state_phat, jump_contenders
 from offramp.agents.placing.placing import SUBSET
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.router import MlpRouter
@@ -38,15 +38,17 @@ def random_router(seed: int) -> MlpRouter:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_chased_router_goes_where_the_environment_takes_it(deep_study: Study, seed: int) -> None:
+def test_a_chased_router_goes_where_the_environment_takes_it(
+    deep_data: TrainingData, seed: int
+) -> None:
     """The environment is stepped with the router's own decisions."""
     router = random_router(seed)
-    table = StateTable(deep_study.validation, deep_study.costs)
+    table = StateTable(deep_data.validation, deep_data.costs)
     chased = table.chase_router(router)
-    rows = np.arange(len(deep_study.validation))
+    rows = np.arange(len(deep_data.validation))
     core = TokenExitCore(
-        deep_study.validation,
-        deep_study.costs,
+        deep_data.validation,
+        deep_data.costs,
         num_envs=len(rows),
         actions="jump",
         quality="agreement",
@@ -80,9 +82,9 @@ def test_a_chased_router_goes_where_the_environment_takes_it(deep_study: Study, 
     assert len(set(layers.tolist())) > 2
 
 
-def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_study: Study) -> None:
-    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
-    table = StateTable(deep_study.validation, deep_study.costs)
+def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_data: TrainingData) -> None:
+    phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
+    table = StateTable(deep_data.validation, deep_data.costs)
     chased = table.chase_subset(table.logits(phat), (0, 2), logit(0.8))
     policy = MlpPolicy((2, 6), CANDIDATES_V1, phat, logit(0.8))
     for row in range(150):
@@ -96,9 +98,9 @@ def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_study: Study
     assert len(set(chased.taken_N.tolist())) == 3
 
 
-def test_the_grid_finds_the_cheapest_and_the_best(deep_study: Study) -> None:
-    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
-    table = StateTable(deep_study.validation, deep_study.costs)
+def test_the_grid_finds_the_cheapest_and_the_best(deep_data: TrainingData) -> None:
+    phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
+    table = StateTable(deep_data.validation, deep_data.costs)
     thresholds = [logit(each) for each in (0.5, 0.8, 0.95)]
     grid = SubsetGrid.of(table, phat, thresholds)
     assert len(grid.subsets) == len(list(subsets(3))) == 7
@@ -113,13 +115,13 @@ def test_the_grid_finds_the_cheapest_and_the_best(deep_study: Study) -> None:
     assert worth[q, z] == worth.max()
 
 
-def test_contenders_are_placed_near_their_targets(deep_study: Study) -> None:
+def test_contenders_are_placed_near_their_targets(deep_data: TrainingData) -> None:
     config = JumpConfig(
         warm=WarmConfig(steps=250), ppo=PPOConfig(steps=0, envs=2, lambda_range=(0.05, 2.0))
     )
-    agent = train_jumps(deep_study.train, deep_study.costs, config)
-    phat = fit_state_phat(deep_study.train, PhatConfig(epochs=24))
-    found = jump_contenders(deep_study, agent, phat, (0.85, 0.95))
+    agent = train_jumps(deep_data.train, deep_data.costs, config)
+    phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
+    found = jump_contenders(deep_data, agent, phat, (0.85, 0.95))
     assert [each.family for each in found] == [JUMPING, JUMPING, SUBSET, SUBSET]
     for contender, target in zip(found, (0.85, 0.95) * 2, strict=True):
         assert contender.offline_agreement == pytest.approx(target, abs=0.04)

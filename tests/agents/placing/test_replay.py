@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from offramp.agents.placing.replay import replay, walk
-from offramp.agents.placing.view import View, outlook
-from offramp.agents.recording.study import Study
+from offramp.agents.placing.view import RecordedFeatures, outlook
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import (
     CANDIDATES_V1,
@@ -67,8 +67,8 @@ class Learner:
         self.told.extend(verdicts)
 
 
-def test_full_depth_and_fixed_exits_cost_what_they_say(study: Study) -> None:
-    traces, costs = study.validation, study.costs
+def test_full_depth_and_fixed_exits_cost_what_they_say(data: TrainingData) -> None:
+    traces, costs = data.validation, data.costs
     full = replay(NeverExit(), traces, costs)
     assert (full.agreement, full.mean_layers, full.cost) == (1.0, 8.0, 1.0)
     fixed = replay(FixedExit(4), traces, costs)
@@ -77,8 +77,8 @@ def test_full_depth_and_fixed_exits_cost_what_they_say(study: Study) -> None:
     assert fixed.cost == pytest.approx(seconds / costs.full_s, rel=1e-6)
 
 
-def test_a_threshold_costs_what_the_table_says_of_every_exit(study: Study) -> None:
-    traces, costs = study.validation, study.costs
+def test_a_threshold_costs_what_the_table_says_of_every_exit(data: TrainingData) -> None:
+    traces, costs = data.validation, data.costs
     policy = ThresholdPolicy(EXITS, CANDIDATES_V1, "margin", 0.8)
     walked = walk(policy, traces)
     expected = 0.0
@@ -89,8 +89,8 @@ def test_a_threshold_costs_what_the_table_says_of_every_exit(study: Study) -> No
     assert set(walked.taken_N.tolist()) == {0, 1, 2, 3}
 
 
-def test_jumps_are_walked_as_routed(study: Study) -> None:
-    traces = study.validation
+def test_jumps_are_walked_as_routed(data: TrainingData) -> None:
+    traces = data.validation
     walked = walk(Jumper(), traces)
     step_N = (outlook(traces)[:, OUTLOOK_V1.index("step")] * 256).round().astype(int)
     for row in range(200):
@@ -104,9 +104,9 @@ def test_jumps_are_walked_as_routed(study: Study) -> None:
         assert (walked.taken_N[row], walked.probes_N[row]) == expected
 
 
-def test_softmax_features_know_the_last_probe_of_this_policy(study: Study) -> None:
-    traces = study.validation
-    view = View(Jumper(exits=(2, 6)), traces)
+def test_softmax_features_know_the_last_probe_of_this_policy(data: TrainingData) -> None:
+    traces = data.validation
+    view = RecordedFeatures(Jumper(exits=(2, 6)), traces)
     rows = np.arange(50)
     first, second = view.features(0, rows), view.features(1, rows)
     assert not first[:, 3].any()
@@ -116,19 +116,19 @@ def test_softmax_features_know_the_last_probe_of_this_policy(study: Study) -> No
     np.testing.assert_array_equal(second[:, :3], traces.softmax_NES[:50, 2])
 
 
-def test_a_learning_policy_is_told_and_left_as_it_was(study: Study) -> None:
+def test_a_learning_policy_is_told_and_left_as_it_was(data: TrainingData) -> None:
     policy = Learner()
-    walked = walk(policy, study.validation)
+    walked = walk(policy, data.validation)
     assert policy.told == []
     # One block of eight tokens leaves; a wrong one among them ends it.
     early = np.flatnonzero(walked.taken_N == 1)
     assert len(early) % 8 == 0
-    assert study.validation.agree_NE[early, 1].min() == 0
+    assert data.validation.agree_NE[early, 1].min() == 0
     assert (walked.taken_N[len(early) :] == 3).all()
 
 
-def test_outlook_counts_each_document_afresh(study: Study) -> None:
-    traces: TokenTraces = study.validation
+def test_outlook_counts_each_document_afresh(data: TrainingData) -> None:
+    traces: TokenTraces = data.validation
     outlook_NC = outlook(traces)
     step_N, left_N = outlook_NC[:, 0] * 256, outlook_NC[:, 1] * 256
     for name in range(len(traces.documents)):
@@ -137,10 +137,10 @@ def test_outlook_counts_each_document_afresh(study: Study) -> None:
         np.testing.assert_allclose(left_N[rows], len(rows) - np.arange(len(rows)), atol=1e-3)
 
 
-def test_what_was_not_recorded_is_refused(study: Study) -> None:
+def test_what_was_not_recorded_is_refused(data: TrainingData) -> None:
     with pytest.raises(ConfigError, match=r"\[5\] were not recorded"):
-        walk(FixedExit(5), study.validation)
+        walk(FixedExit(5), data.validation)
     with pytest.raises(ConfigError, match="'sketch' version 1 was not recorded"):
-        walk(ThresholdPolicy((2,), SKETCH_V1, "top1", 0.5), study.validation)
+        walk(ThresholdPolicy((2,), SKETCH_V1, "top1", 0.5), data.validation)
     with pytest.raises(PolicyFaultError, match="from exit 0 to -1"):
-        walk(Jumper(hop=-1), study.validation)
+        walk(Jumper(hop=-1), data.validation)

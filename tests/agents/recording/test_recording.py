@@ -13,7 +13,7 @@ import pytest
 from offramp.agents.recording.corpus import write_split
 from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
 from offramp.agents.recording.recording import begun_store, is_whole
-from offramp.agents.recording.study import load_study, save_candidates
+from offramp.agents.recording.training_data import load_training_data, save_candidates
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
@@ -79,7 +79,7 @@ def test_resumed_it_equals_the_uninterrupted_recording(
     assert seen[-1][0] == seen[-1][1] == len(expected) * 12
     assert report.tokens == (len(expected) - len(held)) * 12
     assert is_whole(folder)
-    assert len(load_study(folder).train) > 0
+    assert len(load_training_data(folder).train) > 0
     _leaves_a_finished_one_alone(config, folder)
 
 

@@ -17,7 +17,7 @@ from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.resuming import CHECKPOINT
 from offramp.agents.training.run_checkpoint import Checkpoint
 from offramp.agents.training.run_config import RunConfig, load_config, options_of
@@ -51,13 +51,13 @@ def weights_of(run: StagedRun) -> list[np.ndarray]:
     return [array for pair in [*router.weights, *run.phat] for array in pair]
 
 
-def finish(study: Study, out: Path, config: RunConfig = CONFIG) -> list[np.ndarray]:
-    run = StagedRun(config, study, out)
+def finish(data: TrainingData, out: Path, config: RunConfig = CONFIG) -> list[np.ndarray]:
+    run = StagedRun(config, data, out)
     run.train()
     return weights_of(run)
 
 
-def stop_at(study: Study, out: Path, stage: str, step: int) -> None:
+def stop_at(data: TrainingData, out: Path, stage: str, step: int) -> None:
     """A run of its own that is cut off before the segment's checkpoint is written."""
 
     def interrupt(now: str, done: int, total: int) -> None:
@@ -65,11 +65,11 @@ def stop_at(study: Study, out: Path, stage: str, step: int) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        StagedRun(CONFIG, study, out, interrupt).train()
+        StagedRun(CONFIG, data, out, interrupt).train()
 
 
-def resumed(study: Study, out: Path) -> list[np.ndarray]:
-    run = StagedRun(CONFIG, study, out)
+def resumed(data: TrainingData, out: Path) -> list[np.ndarray]:
+    run = StagedRun(CONFIG, data, out)
     run.restore(Checkpoint.load(out))
     torch.manual_seed(99)  # another process has other generators
     np.random.seed(99)
@@ -79,18 +79,18 @@ def resumed(study: Study, out: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("stage", "step"), [("warm", 120), ("ppo", 2 * SEGMENT)])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    study: Study, tmp_path: Path, stage: str, step: int
+    data: TrainingData, tmp_path: Path, stage: str, step: int
 ) -> None:
-    straight = finish(study, tmp_path / "straight")
-    stop_at(study, tmp_path / "cut", stage, step)
-    again = resumed(study, tmp_path / "cut")
+    straight = finish(data, tmp_path / "straight")
+    stop_at(data, tmp_path / "cut", stage, step)
+    again = resumed(data, tmp_path / "cut")
     for left, right in zip(straight, again, strict=True):
         np.testing.assert_array_equal(left, right)
-    other = finish(study, tmp_path / "other", replace(CONFIG, seed=1))
+    other = finish(data, tmp_path / "other", replace(CONFIG, seed=1))
     assert any(not np.array_equal(a, b) for a, b in zip(straight, other, strict=True))
 
 
-def test_scalars_and_callbacks_come_from_sb3s_own_hooks(study: Study, tmp_path: Path) -> None:
+def test_scalars_and_callbacks_come_from_sb3s_own_hooks(data: TrainingData, tmp_path: Path) -> None:
     class Counting(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
         steps = 0
 
@@ -99,16 +99,16 @@ def test_scalars_and_callbacks_come_from_sb3s_own_hooks(study: Study, tmp_path: 
             return True
 
     counting = Counting()
-    StagedRun(CONFIG, study, tmp_path, callback=counting).train()
+    StagedRun(CONFIG, data, tmp_path, callback=counting).train()
     assert counting.steps == 3 * 8
     events = list((tmp_path / "tensorboard").glob("events.*"))
     assert events
     assert sum(file.stat().st_size for file in events) > 500
 
 
-def test_other_settings_do_not_go_on_from_a_checkpoint(study: Study, tmp_path: Path) -> None:
-    stop_at(study, tmp_path, "ppo", SEGMENT)
-    other = StagedRun(replace(CONFIG, seed=5), study, tmp_path)
+def test_other_settings_do_not_go_on_from_a_checkpoint(data: TrainingData, tmp_path: Path) -> None:
+    stop_at(data, tmp_path, "ppo", SEGMENT)
+    other = StagedRun(replace(CONFIG, seed=5), data, tmp_path)
     with pytest.raises(ConfigError, match="seed: is 5, and 0 in the checkpoint"):
         other.restore(Checkpoint.load(tmp_path))
     (tmp_path / CHECKPOINT).write_bytes(b"half")
@@ -116,10 +116,10 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(study: Study, tmp_path: P
         Checkpoint.load(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(study: Study, tmp_path: Path) -> None:
-    stop_at(study, tmp_path, "ppo", 2 * SEGMENT)
+def test_a_full_disk_leaves_the_last_checkpoint_whole(data: TrainingData, tmp_path: Path) -> None:
+    stop_at(data, tmp_path, "ppo", 2 * SEGMENT)
     before = (tmp_path / CHECKPOINT).read_bytes()
-    run = StagedRun(CONFIG, study, tmp_path)
+    run = StagedRun(CONFIG, data, tmp_path)
     run.restore(Checkpoint.load(tmp_path))
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))  # no file may grow beyond
@@ -132,13 +132,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(study: Study, tmp_path: Pa
     assert str(tmp_path / CHECKPOINT) in caught.value.problem
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    assert resumed(study, tmp_path)
+    assert resumed(data, tmp_path)
 
 
 def test_a_disk_that_fills_up_in_mid_run_costs_one_segment(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight, full = finish(study, tmp_path / "straight"), tmp_path / "full"
+    straight, full = finish(data, tmp_path / "straight"), tmp_path / "full"
     real_replace = os.replace
 
     def replace_until_full(source: str, target: Path) -> None:
@@ -146,23 +146,23 @@ def test_a_disk_that_fills_up_in_mid_run_costs_one_segment(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real_replace(source, target)
 
-    stop_at(study, full, "ppo", SEGMENT)
+    stop_at(data, full, "ppo", SEGMENT)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_until_full)
         with pytest.raises(ConfigError, match="No space left on device") as caught:
-            resumed(study, full)
+            resumed(data, full)
     assert str(full / CHECKPOINT) in str(caught.value)
     assert (Checkpoint.load(full).stage, Checkpoint.load(full).step) == ("ppo", SEGMENT)
-    for left, right in zip(straight, resumed(study, full), strict=True):
+    for left, right in zip(straight, resumed(data, full), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_training(
-    study: Study, tmp_path: Path
+    data: TrainingData, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    run = StagedRun(CONFIG, study, tmp_path / "file" / "out", lambda stage, *_: told.append(stage))
+    run = StagedRun(CONFIG, data, tmp_path / "file" / "out", lambda stage, *_: told.append(stage))
     with pytest.raises(ConfigError, match=r"out: .*file/out/checkpoint\.pt cannot be written"):
         run.train()
     assert told == []

@@ -1,4 +1,4 @@
-"""A small synthetic study in which the features tell, imperfectly, whether an exit is right."""
+"""Synthetic training data in which the features tell, imperfectly, whether an exit is right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, game_of, new_agent
 from offramp.agents.learning.ppo import PPOConfig
-from offramp.agents.recording.study import Study
+from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
@@ -66,8 +66,8 @@ def make_traces(tokens: int, seed: int) -> TokenTraces:
 
 
 @pytest.fixture(scope="session")
-def study() -> Study:
-    return Study(
+def data() -> TrainingData:
+    return TrainingData(
         train=make_traces(4000, seed=0),
         validation=make_traces(1500, seed=1),
         costs=CostTable(
@@ -95,9 +95,9 @@ def with_depth(traces: TokenTraces) -> TokenTraces:
 
 
 @pytest.fixture(scope="session")
-def deep_study(study: Study) -> Study:
-    """The same study with real depths."""
-    return replace(study, train=with_depth(study.train), validation=with_depth(study.validation))
+def deep_data(data: TrainingData) -> TrainingData:
+    """The same data with real depths."""
+    return replace(data, train=with_depth(data.train), validation=with_depth(data.validation))
 
 
 JUMP_CONFIG = JumpConfig(ppo=PPOConfig(envs=8, rollout=8, batch=64, lambda_range=(0.05, 2.0)))
@@ -105,13 +105,13 @@ JUMP_CONFIG = JumpConfig(ppo=PPOConfig(envs=8, rollout=8, batch=64, lambda_range
 
 
 @pytest.fixture(scope="session")
-def agent(study: Study) -> JumpAgent:
+def agent(data: TrainingData) -> JumpAgent:
     torch.set_num_threads(1)
-    header = replace(study.train.header, exits=(3, 6, 9), layers=12)
-    traces = with_depth(replace(study.train, header=header))
-    return new_agent(traces, replace(study.costs, layers=12), JUMP_CONFIG)
+    header = replace(data.train.header, exits=(3, 6, 9), layers=12)
+    traces = with_depth(replace(data.train, header=header))
+    return new_agent(traces, replace(data.costs, layers=12), JUMP_CONFIG)
 
 
 @pytest.fixture(scope="session")
-def game(agent: JumpAgent, study: Study) -> StoppingGame:
-    return game_of(agent, replace(study.costs, layers=12), JUMP_CONFIG)
+def game(agent: JumpAgent, data: TrainingData) -> StoppingGame:
+    return game_of(agent, replace(data.costs, layers=12), JUMP_CONFIG)

@@ -1,4 +1,4 @@
-"""A recorded folder, read back: traces by split, measured costs, candidate table.
+"""Training data: a recorded folder read back, with its traces by split, costs and candidates.
 
 Shape suffixes: V vocabulary, K candidates.
 """
@@ -26,8 +26,8 @@ CANDIDATES = "candidates.npy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """What training works on.
+class TrainingData:
+    """What training reads.
 
     Attributes:
         train: Tokens to learn from.
@@ -44,7 +44,7 @@ class Study:
     facts: ModelFacts
 
 
-def load_study(folder: Path, costs: Path | None = None) -> Study:
+def load_training_data(folder: Path, costs: Path | None = None) -> TrainingData:
     """Read a folder that ``record_traces`` wrote.
 
     Args:
@@ -60,7 +60,7 @@ def load_study(folder: Path, costs: Path | None = None) -> Study:
     facts = _load_facts(folder / FACTS)
     prices = load_costs(costs or folder / COSTS)
     prices.require_model(facts.model)
-    return Study(
+    return TrainingData(
         train=store.read("train"),
         validation=store.read("validation"),
         costs=prices,
