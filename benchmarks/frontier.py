@@ -34,11 +34,12 @@ from offramp.agents.evaluation.page import (
 )
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
-from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.placing.contenders import INDEX
 from offramp.agents.recording.record import RecordConfig, record_traces
 from offramp.agents.recording.training_data import load_training_data
-from offramp.agents.training.train import INDEX, TrainConfig
+from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.durable import write_durably
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.research.field import train_field
@@ -60,8 +61,8 @@ from offramp.worker.spec import WorkerSpec
 HEADLINE = (EDIT_SIMILARITY, 0.01)
 """The question: at most 1 % relative loss of line-completion edit similarity."""
 PAIRS = (
-    ("PPO with jumps", "p̂ on best exits"),
-    ("PPO with jumps", "p̂"),
+    ("PPO jumps", "p̂ on best exits"),
+    ("PPO jumps", "p̂"),
     ("PPO", "p̂"),
     ("p̂ on best exits", "p̂"),
     ("p̂", "CALM"),
@@ -198,14 +199,15 @@ def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) ->
     for seed in range(given.seeds):
         folder = policies / f"seed-{seed}"
         if not (folder / INDEX).exists():
+            jump = JumpConfig()
             config = TrainConfig(
-                phat=PhatConfig(seed=seed),
-                ppo=PPOConfig(steps=given.steps, seed=seed),
+                traces=str(traces),
+                seed=seed,
                 targets=tuple(given.targets),
+                gate=PPOConfig(steps=given.steps),
+                jump=replace(jump, ppo=replace(jump.ppo, steps=given.steps)),
             )
-            train_field(
-                config, traces, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n)
-            )
+            train_field(config, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n))
 
 
 def tournament(given: argparse.Namespace) -> TournamentConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from offramp.agents.learning.export import Weights
-from offramp.agents.learning.jump_ppo import JumpConfig, train_jumps
-from offramp.agents.learning.phat import PhatConfig, logit
+from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig
+from offramp.agents.learning.phat import PhatConfig, fit_state_phat, logit
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.placing.chase import Chased, StateTable, SubsetGrid
-from offramp.agents.placing.jump_contenders import fit_state_phat
 from offramp.agents.recording.training_data import TrainingData, load_training_data
+from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train_config import TrainConfig
 from offramp.envs.traces.tokens import TokenTraces
 
 PREFERENCES = (0.03, 0.06, 0.12, 0.25, 0.5)
@@ -60,11 +62,18 @@ def compare(
         for name, ppo_steps in (("warm start", 0), ("PPO jumps", steps)):
             start = time.perf_counter()
             config = configure(seed, ppo_steps, 200 if quick else warm_steps)
-            agent = train_jumps(data.train, data.costs, config)
+            agent = trained(data, config, seed)
             seconds = time.perf_counter() - start
             rows = against(data, agent, phat, grid, report)
             for row in rows:
                 yield {"agent": name, "seed": seed, "train_s": round(seconds, 1), **row}
+
+
+def trained(data: TrainingData, jump: JumpConfig, seed: int) -> JumpAgent:
+    """An agent that went through its stages."""
+    config = TrainConfig(traces="", tensorboard=False, seed=seed, jump=jump)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        return StagedRun(config, data, Path(checkpoints)).train()
 
 
 def configure(seed: int, steps: int, warm_steps: int) -> JumpConfig:

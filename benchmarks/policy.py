@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3 import PPO
 
-from offramp.agents.learning.export import ppo_weights
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, ppo_weights
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.profiling.profile import describe_machine

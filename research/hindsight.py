@@ -19,7 +19,7 @@ from offramp.agents.evaluation.measure import (
 )
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import Scores
-from offramp.agents.placing.placing import Contender
+from offramp.agents.placing.contenders import Contender
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.tokens import TokenTraces

@@ -27,12 +27,11 @@ from offramp.agents.evaluation.matched import (
 from offramp.agents.evaluation.measure import Split, held_out, measure_quality, timed_document
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, METRICS, Metric, Scores
-from offramp.agents.placing.placing import Contender
+from offramp.agents.placing.contenders import Contender, load_contenders
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.training.train import load_contenders
+from offramp.agents.training.families import is_seeded
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.research.archive import Archive, Times
-from offramp.research.field import SEEDED
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.spec import WorkerSpec, load_engine
 
@@ -102,7 +101,7 @@ def gather(policies: Path, seeds: Sequence[int]) -> list[Entrant]:
     for seed in seeds:
         folder = policies / f"seed-{seed}"
         for number, contender in enumerate(load_contenders(folder)):
-            learned = contender.family in SEEDED
+            learned = is_seeded(contender.family)
             if learned or seed == seeds[0]:
                 place = folder / f"{number:02d}"
                 key = f"{folder.name}/{number:02d}"

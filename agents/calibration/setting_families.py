@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from offramp.agents.calibration.blend import blend, can_blend, same_net
-from offramp.agents.training.train import INDEX
+from offramp.agents.placing.contenders import INDEX
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import LearningPolicy, NeverExit, Policy, ThresholdPolicy

@@ -31,8 +31,9 @@ from offramp.agents.evaluation.measure import (
 )
 from offramp.agents.evaluation.rows import Clock, EvaluationRow, Measured, evaluation_row
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
-from offramp.agents.placing.contenders import LEARNED, Contender
+from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.training.families import is_learned
 from offramp.controller.errors import ConfigError
 from offramp.worker.energy import open_meter
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -173,7 +174,7 @@ def require_learned(families: Iterable[str]) -> None:
     Raises:
         ConfigError: no family is of those that learn.
     """
-    if not set(LEARNED).intersection(families):
+    if not any(map(is_learned, families)):
         raise ConfigError("policies", "hold none that was learned", "Run `offramp train` again")
 
 
@@ -185,7 +186,7 @@ def publishable(
     losses = {
         index: metric.loss(metric.of([each.scores]), full)
         for index, each in enumerate(measured)
-        if each.contender.family in LEARNED
+        if is_learned(each.contender.family)
     }
     require_learned(measured[index].contender.family for index in losses)
     keeping = [index for index, loss in losses.items() if loss <= target_loss]

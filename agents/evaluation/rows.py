@@ -30,7 +30,7 @@ from offramp.agents.evaluation.statistics import (
     resampled,
     with_interval,
 )
-from offramp.agents.placing.placing import Contender
+from offramp.agents.placing.contenders import Contender
 
 REFERENCE_POINT = (1.0, 0.9)
 """Of the hypervolume: full depth's own time, and nine tenths of its quality."""

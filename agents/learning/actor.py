@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser
 
 NEVER = -1e8
 """Logit of an invalid action: finite, so that entropies stay so."""

@@ -5,19 +5,16 @@ Shape suffixes: S states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger
 
 from offramp.agents.learning.actor import JumpActor, actor_options
+from offramp.agents.learning.export import Normaliser
 from offramp.agents.learning.game import START, StoppingGame
-from offramp.agents.learning.normaliser import Normaliser
 from offramp.agents.learning.observe import StateObservations
-from offramp.agents.learning.ppo import PPOConfig, Report, ppo_arguments
+from offramp.agents.learning.ppo import PPOConfig, ppo_arguments
 from offramp.agents.learning.routers import router_of
 from offramp.agents.learning.warm import WarmConfig, WarmStart
 from offramp.controller.costs.table import CostTable
@@ -97,40 +94,6 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     )
     model = PPO(JumpActor, env, policy_kwargs=options, **ppo_arguments(ppo))
     return JumpAgent(model, normaliser, exits, layers, schema, ppo.lambda_range)
-
-
-def train_jumps(
-    traces: TokenTraces,
-    costs: CostTable,
-    config: JumpConfig,
-    on_steps: Callable[[int, int], None] = lambda *_: None,
-    callback: BaseCallback | None = None,
-    logger: Logger | None = None,
-) -> JumpAgent:
-    """Warm start, then PPO.
-
-    Args:
-        traces: Training tokens.
-        costs: Measured costs.
-        config: How.
-        on_steps: Told (PPO steps done, steps in all) after each rollout.
-        callback: One of SB3's own or a user's, beside (Weights & Biases, MLflow).
-        logger: Where SB3 writes its scalars.
-
-    Raises:
-        ConfigError: fewer exits than the jumps need, or costs of another model.
-    """
-    agent = new_agent(traces, costs, config)
-    ppo = config.ppo
-    warm_start(agent, traces, costs, config).run(config.warm.steps)
-    if ppo.steps:
-        if logger is not None:
-            agent.model.set_logger(logger)
-        report = Report(on_steps, ppo.steps)
-        agent.model.learn(
-            ppo.steps, callback=CallbackList([report, *([callback] if callback else [])])
-        )
-    return agent
 
 
 def warm_start(

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
+from offramp.agents.learning.export import Normaliser
 from offramp.agents.learning.game import START, State
-from offramp.agents.learning.normaliser import Normaliser
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
 from offramp.envs.traces.pairs import PairFeatures, schema_of

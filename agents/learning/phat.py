@@ -6,19 +6,23 @@ Shape suffixes: N tokens, E exits, F features, M = N·E rows.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from offramp.agents.learning.export import Weights, linear_weights
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, Weights, linear_weights
+from offramp.agents.learning.game import states_of
+from offramp.agents.learning.observe import StateObservations
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema, FloatArray
 from offramp.envs.traces.tokens import TokenTraces
 
 HIDDEN = 32
+
+PHAT_TOKENS = 12_000
+"""Tokens that the classifier of all states is fitted on, each in every state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,28 @@ def fit_classifier(
     (weight_FH, bias_H), *rest = [linear_weights(layer) for layer in layers]
     weight_FH[hidden_F] = 0.0
     return [normaliser.fold(weight_FH, bias_H), *rest]
+
+
+def fit_state_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
+    """p̂ of every state that jumps can reach, so that it is as good on any subset of exits.
+
+    Args:
+        traces: Training tokens.
+        config: How.
+    """
+    exits = len(traces.header.exits)
+    states = states_of(exits, exits + 1)
+    observations = StateObservations(traces, states)
+    rng = np.random.default_rng(config.seed)
+    rows = rng.permutation(len(traces))[:PHAT_TOKENS]
+    rows_MF = np.concatenate([observations.at(state, rows) for state in states[1:]])
+    right_M = np.concatenate([traces.agree_NE[rows, state.here] for state in states[1:]])
+    fitted = observations.normaliser((0.1, 1.0), config.seed)
+    features = Normaliser(fitted.mean_F[:-1], fitted.std_F[:-1])  # without log λ
+    # A token in its many states is not as many tokens: fewer passes do.
+    return fit_classifier(
+        rows_MF, right_M, features, replace(config, epochs=-(-config.epochs // 3))
+    )
 
 
 def _hidden(schema: FeatureSchema, columns: Collection[str] | None) -> BoolArray:

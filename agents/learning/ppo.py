@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from offramp.agents.learning.actor import PI, VF, Normalised
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, Weights, ppo_weights
 from offramp.controller.costs.table import CostTable
 from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
 from offramp.envs.traces.qualities import Quality
@@ -59,8 +59,12 @@ class TrainedAgent:
     model: Any
     normaliser: Normaliser
 
+    def weights(self, preference: float) -> Weights:
+        """Export the actor at one preference λ; see ``ppo_weights``."""
+        return ppo_weights(self.model, self.normaliser, preference)
 
-class Report(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
+
+class StepReport(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
     """Tells (steps done, steps in all) after each rollout."""
 
     def __init__(self, on_steps: Callable[[int, int], None], total: int) -> None:
@@ -110,7 +114,7 @@ def train_ppo(
         },
         **ppo_arguments(config),
     )
-    model.learn(config.steps, callback=Report(on_steps, config.steps))
+    model.learn(config.steps, callback=StepReport(on_steps, config.steps))
     return TrainedAgent(model, normaliser)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from torch import nn
 
 from offramp.agents.learning.actor import NEVER, JumpActor
-from offramp.agents.learning.export import Weights, linear_weights
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, Weights, linear_weights
 from offramp.controller.features import OUTLOOK_V1, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.router import MlpRouter
 

@@ -18,10 +18,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 
 from offramp.agents.learning.actor import JumpActor, actor_options
-from offramp.agents.learning.export import Weights
+from offramp.agents.learning.export import Normaliser, Weights
 from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent, invalid_actions
-from offramp.agents.learning.normaliser import Normaliser
 from offramp.agents.learning.routers import folded_layers, router_of, start_layer
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout

@@ -1,69 +1,234 @@
-"""The policies that are compared, each family at several operating points.
+"""Contenders: policies at operating points, placed by replay, saved and read back.
 
-Shape suffixes: V vocabulary, K candidates.
+A family meets a target where the agreement of one of its settings, replayed on validation traces,
+is nearest to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from offramp.agents.learning.export import Weights, ppo_weights
-from offramp.agents.learning.phat import logit
-from offramp.agents.learning.ppo import TrainedAgent
-from offramp.agents.placing.placing import GRID, Contender, measured, placed
+from offramp.agents.placing.replay import replay
+from offramp.agents.placing.view import RecordedFeatures
 from offramp.agents.recording.training_data import TrainingData
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
-from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
+from offramp.controller.durable import write_durably
+from offramp.controller.errors import ConfigError
+from offramp.controller.features import FloatArray
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.policies.weights import pack_policy
+from offramp.controller.release.bundle import PolicyBundle
 
-__all__ = ["LEARNED", "Contender", "assemble"]
+INDEX = "contenders.json"
 
-LEARNED = ("p̂", "PPO", "p̂ on best exits", "PPO jumps", "PPO on-policy")
-"""Families that both forms of ``offramp train`` teach, and that may be published."""
+CHOSEN = "chosen"
+"""Folder, beside the contenders, of the bundle that is to be published."""
+
+CANNED_ROWS = 64
+"""Recorded inputs that travel with a policy, for workers to reproduce its decisions on."""
+
+GRID = 41
+"""Settings tried per family when operating points are placed."""
+
+MEETS = 0.01
+"""An agreement this far from its target still meets it, when variants are compared by cost."""
 
 
-def assemble(
-    data: TrainingData,
-    phat: Weights,
-    agent: TrainedAgent,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One policy at one operating point.
+
+    Attributes:
+        family: Name of the rule or agent that the policy belongs to.
+        setting: Its threshold, preference or layer; None for full depth.
+        offline_agreement: Share of validation tokens on which replay agrees with full depth; None
+            where nothing was replayed.
+        policy: The policy, ready to run.
+        offline_cost: Mean cost on validation traces, in units of a full-depth token's time; None
+            where nothing was replayed.
+        symbol: What evaluations write before the setting.
+        note: What they write after it.
+    """
+
+    family: str
+    setting: float | None
+    offline_agreement: float | None
+    policy: Policy
+    offline_cost: float | None = None
+    symbol: str = "τ="
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Family and setting, such as ``p̂ τ=0.92``."""
+        if self.setting is None:
+            return self.family
+        # Thresholds crowd below 1, where three digits would not tell them apart.
+        digits = 6 if 0.99 < self.setting < 1 else 3
+        return f"{self.family} {self.symbol}{self.setting:.{digits}g}{self.note}"
+
+
+def full_depth() -> Contender:
+    """The contender that every comparison begins with."""
+    return Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit())
+
+
+def measured(
+    family: str, setting: float, policy: Policy, data: TrainingData, symbol: str = "τ="
+) -> Contender:
+    """Replay a policy on the validation traces, and make it a contender.
+
+    Raises:
+        ConfigError: the policy asks at a layer, or reads a schema, that was not recorded.
+    """
+    found = replay(policy, data.validation, data.costs)
+    return Contender(
+        family=family,
+        setting=setting,
+        offline_agreement=found.agreement,
+        policy=policy,
+        offline_cost=found.cost,
+        symbol=symbol,
+    )
+
+
+def placed(
+    family: str,
+    build: Callable[[float], Policy],
+    settings: Iterable[float],
     targets: Sequence[float],
-    lambdas: Sequence[float],
+    data: TrainingData,
+    symbol: str = "τ=",
 ) -> list[Contender]:
-    """Every contender: each adjustable family placed at the same offline agreements.
+    """Find for each target the setting whose offline agreement is nearest; each setting once."""
+    tried = [measured(family, float(s), build(float(s)), data, symbol) for s in settings]
+    return nearest(tried, targets)
+
+
+def nearest(tried: Sequence[Contender], targets: Sequence[float]) -> list[Contender]:
+    """Find for each target the contender whose offline agreement is nearest; each once."""
+    chosen: dict[int, Contender] = {}
+    for target in targets:
+        best = min(tried, key=lambda each: abs((each.offline_agreement or 0.0) - target))
+        chosen[id(best)] = best
+    return list(chosen.values())
+
+
+def cheapest_variant(variants: Sequence[Sequence[Contender]], target: float) -> Contender:
+    """Take of each variant the setting nearest the target, and of those the cheapest that meets it.
+
+    Where none meets it, the nearest is taken.
+    """
+    candidates = [nearest(each, [target])[0] for each in variants]
+    meeting = [each for each in candidates if abs((each.offline_agreement or 0) - target) <= MEETS]
+    if not meeting:
+        return nearest(candidates, [target])[0]
+    return min(meeting, key=lambda each: each.offline_cost or 0.0)
+
+
+def save_contenders(
+    folder: Path,
+    contenders: Sequence[Contender],
+    data: TrainingData,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write one unsigned bundle per contender, then the index of them all.
 
     Args:
-        data: Traces to place the operating points on (its validation split).
-        phat: Weights of the classifier.
-        agent: The trained agent.
-        targets: Agreements with full depth to place points at, each in (0, 1).
-        lambdas: Lowest and highest preference the agent was trained for.
+        folder: Where they are written, as ``00``, ``01``, …
+        contenders: Full depth first.
+        data: What they were trained on; rows of its validation split travel with each policy.
+        settings: How they were trained, for the bundles' manifests.
     """
-    exits = data.train.header.exits
-    table = data.candidates_VK
+    training = {"tokens": len(data.train), "documents": len(data.train.documents), **settings}
+    save_policies(
+        folder,
+        contenders,
+        training,
+        lambda policy: canned_rows(policy, data),
+        (data.facts.model, data.facts.tokenizer),
+    )
 
-    def calm(threshold: float) -> ExitPolicy:
-        return ThresholdPolicy(exits, SOFTMAX_V2, "margin", threshold)
 
-    def calm_on_candidates(threshold: float) -> ExitPolicy:
-        return ThresholdPolicy(exits, CANDIDATES_V1, "margin", threshold, table)
+def save_policies(
+    folder: Path,
+    contenders: Sequence[Contender],
+    training: Mapping[str, Any],
+    canned: Callable[[Policy], FloatArray],
+    fingerprints: tuple[str, str],
+) -> None:
+    """Write bundles and index as ``save_contenders`` does, of whatever was trained.
 
-    def classifier(threshold: float) -> ExitPolicy:
-        return MlpPolicy(exits, CANDIDATES_V1, phat, logit(threshold), table)
+    Args:
+        folder: Where they are written.
+        contenders: Full depth first.
+        training: How they were trained.
+        canned: Gives the recorded rows that travel with a policy, [N, F].
+        fingerprints: The model's and the tokenizer's.
+    """
+    index = []
+    for number, each in enumerate(contenders):
+        bundle = PolicyBundle.draft(
+            pack_policy(each.policy, canned(each.policy)),
+            model=fingerprints[0],
+            tokenizer=fingerprints[1],
+            training={**training, "family": each.family, "setting": each.setting},
+            metrics={"offline_agreement": each.offline_agreement},
+            created_at=time.time(),
+        )
+        entry = {
+            "folder": f"{number:02d}",
+            "family": each.family,
+            "setting": each.setting,
+            "offline_agreement": each.offline_agreement,
+            "symbol": each.symbol,
+            "note": each.note,
+        }
+        bundle.save(folder / f"{number:02d}")
+        index.append(entry)
+    write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
 
-    def actor(preference: float) -> ExitPolicy:
-        weights = ppo_weights(agent.model, agent.normaliser, preference)
-        return MlpPolicy(exits, CANDIDATES_V1, weights, 0.0, table)
 
-    probabilities = np.linspace(0.01, 0.999, GRID)
-    preferences = np.geomspace(lambdas[0], lambdas[-1], GRID)
-    contenders = [
-        Contender(family="full depth", setting=None, offline_agreement=None, policy=NeverExit())
-    ]
-    contenders += [measured("fixed exit", layer, FixedExit(layer), data) for layer in exits]
-    contenders += placed("CALM", calm, probabilities, targets, data)
-    contenders += placed("CALM on candidates", calm_on_candidates, probabilities, targets, data)
-    contenders += placed("p̂", classifier, probabilities, targets, data)
-    contenders += placed("PPO", actor, preferences, targets, data)
-    return contenders
+def load_contenders(folder: Path) -> list[Contender]:
+    """Read back what was saved; offline costs are not kept.
+
+    Raises:
+        ConfigError: the folder holds no index.
+        PolicyRefusedError: a bundle is damaged.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [_load_contender(folder, entry) for entry in index]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
+        ) from error
+
+
+def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
+    return Contender(
+        family=entry["family"],
+        setting=entry["setting"],
+        offline_agreement=entry["offline_agreement"],
+        policy=PolicyBundle.load(folder / entry["folder"]).policy(),
+        symbol=entry.get("symbol", "τ="),
+        note=entry.get("note", ""),
+    )
+
+
+def canned_rows(policy: Policy, data: TrainingData) -> FloatArray:
+    """Pick evenly spaced validation rows, of the columns that the policy reads, [N, F]."""
+    if policy.schema is None:
+        return np.empty((CANNED_ROWS, 0), np.float32)
+    tokens = len(data.validation)
+    rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
+    seen = RecordedFeatures(policy, data.validation)
+    features = [seen.features(here, rows) for here in range(len(policy.exits))]
+    # Columns that were not recorded are NaN there; as canned inputs any number serves.
+    return np.nan_to_num(np.concatenate(features)[:CANNED_ROWS])

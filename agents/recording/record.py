@@ -127,7 +127,7 @@ def record_traces(
         facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
         _require_context(config, facts)
         exits = config.exits or quarters(facts.layers)
-        _require_exits(exits, facts.layers)
+        require_exits(exits, facts.layers)
         windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_chunk)
         write_split(documents, folder / SPLIT)
         save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
@@ -218,7 +218,12 @@ def _require_context(config: RecordConfig, facts: ModelFacts) -> None:
         )
 
 
-def _require_exits(exits: tuple[int, ...], layers: int) -> None:
+def require_exits(exits: tuple[int, ...], layers: int) -> None:
+    """Refuse exits that are not layers of a model, ascending.
+
+    Raises:
+        ConfigError: naming them.
+    """
     if list(exits) != sorted(set(exits)) or not all(1 <= e < layers for e in exits):
         raise ConfigError(
             "exits", f"{exits} do not ascend within [1, {layers - 1}]", "Use layers of the model"

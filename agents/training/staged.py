@@ -1,9 +1,9 @@
-"""The staged method, from traces to placed policies: p̂, warm start, PPO, on-policy, bundles."""
+"""The jumping agent, trained in stages with checkpoints: p̂, warm start, PPO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ from stable_baselines3.common.logger import Logger, configure
 
 from offramp.agents.learning.export import Weights
 from offramp.agents.learning.jump_ppo import JumpAgent, game_of, new_agent, warm_start
-from offramp.agents.learning.phat import PhatConfig, train_phat
+from offramp.agents.learning.phat import train_phat
 from offramp.agents.learning.ppo import learning_rate
-from offramp.agents.recording.training_data import TrainingData, load_training_data
+from offramp.agents.placing.contenders import INDEX
+from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.resuming import FRESH, segment_seed
 from offramp.agents.training.run_checkpoint import Checkpoint, Stage
-from offramp.agents.training.run_config import RunConfig
-from offramp.agents.training.train import INDEX
+from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.errors import ConfigError
 
 WARM_STEPS = 100
 """Steps between checkpoints of the warm start, times ``checkpoint_every``."""
 
-PLACES = ("traces", "costs", "tensorboard", "onpolicy")
+PLACES = ("traces", "costs", "tensorboard", "onpolicy", "families", "gate")
 """Settings that do not change what the stages before the on-policy one come to."""
 
 ONPOLICY_PLACES = ("rounds", "collectors", "model", "corpus")
@@ -54,19 +54,13 @@ class StagedRun:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainConfig,
         data: TrainingData,
         out: Path,
         on_progress: Progress = lambda *_: None,
         callback: BaseCallback | None = None,
     ) -> None:
-        ppo = replace(config.jump.ppo, seed=config.seed)
-        learner = replace(config.onpolicy.learner, seed=config.seed)
-        self.config = replace(
-            config,
-            jump=replace(config.jump, ppo=ppo),
-            onpolicy=replace(config.onpolicy, learner=learner),
-        )
+        self.config = config.with_seeds()
         self.data = data
         self.out = out
         self.on_progress = on_progress
@@ -129,7 +123,7 @@ class StagedRun:
             return self.agent
         if not self.phat:
             self._save()  # from here on there is something to resume
-            self.phat = train_phat(self.data.train, self._phat_config())
+            self.phat = train_phat(self.data.train, self.config.phat)
             self._save()
         logger = self._logger()
         if self.stage == "warm":
@@ -212,38 +206,3 @@ class StagedRun:
         if not self.config.tensorboard:
             return configure(None, [])
         return configure(str(self.out / "tensorboard"), ["tensorboard"])
-
-    def _phat_config(self) -> PhatConfig:
-        return replace(self.config.phat, seed=self.config.seed)
-
-
-def train_staged(
-    config: RunConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    on_progress: Progress = lambda *_: None,
-    callback: BaseCallback | None = None,
-) -> StagedRun:
-    """Train by the staged method; the same config, traces and machine give the same weights.
-
-    A run that was interrupted and resumed gives them, too, bit for bit.
-
-    Args:
-        config: The run's settings.
-        out: Folder of checkpoint and scalars.
-        resume: Go on from its checkpoint.
-        on_progress: Told (stage, done so far, in all).
-        callback: For SB3's loop.
-
-    Raises:
-        TraceError: the traces are missing or damaged.
-        ConfigError: the options do not fit them, or not the checkpoint.
-    """
-    torch.set_num_threads(config.threads)
-    data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
-    run = StagedRun(config, data, out, on_progress, callback)
-    if resume:
-        run.restore(Checkpoint.load(out))
-    run.train()
-    return run

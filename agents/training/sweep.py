@@ -9,15 +9,14 @@ from typing import Any
 
 import ray
 
-from offramp.agents.training.finish import finish
 from offramp.agents.training.resuming import CHECKPOINT
-from offramp.agents.training.run_config import RunConfig
-from offramp.agents.training.staged import train_staged
+from offramp.agents.training.train import train
+from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.errors import ConfigError
 
 
 def sweep(
-    config: RunConfig,
+    config: TrainConfig,
     seeds: Sequence[int],
     out: Path,
     on_run: Callable[[int, int], None] = lambda *_: None,
@@ -56,10 +55,9 @@ def sweep(
     return {seed: found[seed] for seed in seeds}
 
 
-def _train(config: RunConfig, out: Path) -> list[dict[str, Any]]:
+def _train(config: TrainConfig, out: Path) -> list[dict[str, Any]]:
     # With a checkpoint a second attempt, or a second sweep, goes on where the first one stopped.
-    run = train_staged(config, out, resume=(out / CHECKPOINT).exists())
-    contenders = finish(run)
+    contenders = train(config, out, resume=(out / CHECKPOINT).exists())
     return [
         {"family": c.family, "setting": c.setting, "offline_agreement": c.offline_agreement}
         for c in contenders

@@ -2,150 +2,87 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 
-from offramp.agents.learning.phat import PhatConfig, train_phat
-from offramp.agents.learning.ppo import PPOConfig, train_ppo
-from offramp.agents.placing.contenders import Contender, assemble
-from offramp.agents.placing.view import RecordedFeatures
-from offramp.agents.recording.training_data import TrainingData, load_training_data
-from offramp.controller.durable import write_durably
+from offramp.agents.placing.contenders import Contender, load_contenders, save_contenders
+from offramp.agents.recording.training_data import load_training_data
+from offramp.agents.training.families import families_of, place_all
+from offramp.agents.training.run_checkpoint import Checkpoint
+from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train_config import TrainConfig
+from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import FloatArray
-from offramp.controller.policies.protocols import Policy
-from offramp.controller.policies.weights import pack_policy
-from offramp.controller.release.bundle import PolicyBundle
-
-INDEX = "contenders.json"
-CANNED_ROWS = 64
-"""Recorded inputs that travel with a policy, for workers to reproduce its decisions on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        phat: The classifier's settings.
-        ppo: The agent's settings.
-        targets: Offline agreements with full depth at which every family gets a point.
-        threads: Torch threads; part of what makes a run reproducible.
-    """
-
-    phat: PhatConfig = field(default_factory=PhatConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    targets: tuple[float, ...] = (0.92, 0.95, 0.97, 0.985)
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.targets or not all(0 < target < 1 for target in self.targets):
-            raise ConfigError("targets", f"{self.targets} are not all in (0, 1)")
 
 
 def train(
     config: TrainConfig,
-    traces: Path,
-    folder: Path,
-    on_steps: Callable[[int, int], None] = lambda *_: None,
-    costs: Path | None = None,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+    callback: BaseCallback | None = None,
 ) -> list[Contender]:
-    """Train the classifier and the agent, place them and the baselines, save them all.
+    """Train what the families need, place them all at the targets, and save them.
 
-    The same traces, config and machine give the same policies, byte for byte.
+    The same traces, config and machine give the same policies, byte for byte, whether or not the
+    run was interrupted and resumed (docs/training.md says where that ends). On-policy rounds need
+    Ray to be up. A finished run is read back: nothing is trained, placed or written.
 
     Args:
-        config: How to train.
-        traces: A folder that ``record_traces`` wrote.
-        folder: Where each contender's bundle is written, with an index.
-        on_steps: Told (PPO steps done, steps in all).
-        costs: A cost table to charge in place of the recording's own.
+        config: Settings of the run.
+        out: Folder of the policies' bundles and their index, and of checkpoints and scalars.
+        resume: Whether to go on from the folder's checkpoint.
+        on_progress: Told (stage, done so far, in all).
+        callback: One of SB3's or a user's (Weights & Biases, MLflow), for the staged PPO.
 
     Raises:
         TraceError: the traces are missing or damaged.
-        ConfigError: the costs are, or they are of another model.
+        ConfigError: a family is unknown; the options do not fit the traces or the checkpoint; the
+            costs are of another model; the on-policy model or corpus is not the recorded one.
+        PolicyRefusedError: a policy of a finished run is damaged.
     """
-    torch.set_num_threads(config.threads)
-    data = load_training_data(traces, costs)
-    phat = train_phat(data.train, config.phat)
-    agent = train_ppo(data.train, data.costs, config.ppo, on_steps)
-    contenders = assemble(data, phat, agent, config.targets, config.ppo.lambda_range)
-    settings = {"phat": asdict(config.phat), "ppo": asdict(config.ppo)}
-    save_contenders(folder, contenders, data, settings)
-    return contenders
+    run = open_run(config, out, resume=resume, on_progress=on_progress, callback=callback)
+    return complete(run, out)
 
 
-def save_contenders(
-    folder: Path, contenders: list[Contender], data: TrainingData, settings: Mapping[str, Any]
-) -> None:
-    """Write one unsigned bundle per contender, with its settings, then the index of them all."""
-    training = {
-        "tokens": len(data.train),
-        "documents": len(data.train.documents),
-        **settings,
-    }
-    index = []
-    for number, contender in enumerate(contenders):
-        name = f"{number:02d}"
-        bundle = PolicyBundle.draft(
-            pack_policy(contender.policy, _canned(contender.policy, data)),
-            model=data.facts.model,
-            tokenizer=data.facts.tokenizer,
-            training={**training, "family": contender.family, "setting": contender.setting},
-            metrics={"offline_agreement": contender.offline_agreement},
-            created_at=time.time(),
-        )
-        bundle.save(folder / name)
-        index.append(
-            {
-                "folder": name,
-                "family": contender.family,
-                "setting": contender.setting,
-                "offline_agreement": contender.offline_agreement,
-            }
-        )
-    write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
-
-
-def load_contenders(folder: Path) -> list[Contender]:
-    """Read back what ``train`` saved.
+def open_run(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+    callback: BaseCallback | None = None,
+) -> TrainedParts:
+    """Load what a run learns from, and stand where its checkpoint was written; train nothing yet.
 
     Raises:
-        ConfigError: the folder holds no index.
-        PolicyRefusedError: a bundle is damaged.
+        TraceError, ConfigError: as ``train``.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [_load_contender(folder, entry) for entry in index]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
-        ) from error
+    torch.set_num_threads(config.threads)
+    config = config.with_seeds()
+    is_staged = any(family.is_staged for family in families_of(config.families))
+    if resume and not is_staged:
+        raise ConfigError("resume", "is for families that are trained in stages", "Leave it out")
+    data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
+    staged = StagedRun(config, data, out, on_progress, callback) if is_staged else None
+    if staged is not None and resume:
+        staged.restore(Checkpoint.load(out))
+    return TrainedParts(config, data, staged, on_progress)
 
 
-def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
-    return Contender(
-        family=entry["family"],
-        setting=entry["setting"],
-        offline_agreement=entry["offline_agreement"],
-        policy=PolicyBundle.load(folder / entry["folder"]).policy(),
-    )
-
-
-def _canned(policy: Policy, data: TrainingData) -> FloatArray:
-    """Evenly spaced validation rows, of the columns that the policy reads."""
-    if policy.schema is None:
-        return np.empty((CANNED_ROWS, 0), np.float32)
-    tokens = len(data.validation)
-    rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
-    view = RecordedFeatures(policy, data.validation)
-    seen = [view.features(here, rows) for here in range(len(policy.exits))]
-    # Columns that were not recorded are NaN there; as canned inputs any number serves.
-    return np.nan_to_num(np.concatenate(seen)[:CANNED_ROWS])
+def complete(run: TrainedParts, out: Path) -> list[Contender]:
+    """Train what is left of a run, place every family, and save; see ``train``."""
+    if run.is_finished:
+        return load_contenders(out)
+    contenders = place_all(run.config.families, run)
+    training = asdict(run.config)
+    del training["traces"]  # a place on one machine
+    save_contenders(out, contenders, run.data, training)
+    if run.staged is not None:
+        run.staged.reach("done", run.config.onpolicy.rounds)
+    return contenders

@@ -21,13 +21,13 @@ from offramp.agents.calibration.documents import calibration_windows, unseen_doc
 from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
 from offramp.agents.calibration.setting_families import Family, family_of, load_points
+from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Method, Unit, Walked
 from offramp.deploy.cli.console import console
-from offramp.deploy.cli.evaluating import CHOSEN
 from offramp.deploy.cli.options import (
     DEFAULT_MODEL,
     CacheMode,

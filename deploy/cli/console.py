@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Protocol
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
-
-from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS
-
-if TYPE_CHECKING:
-    from offramp.agents.evaluation.rows import EvaluationRow
-    from offramp.agents.tuning.quality import TuneReport
-    from offramp.controller.costs.prices import Batch
-    from offramp.controller.costs.table import CostTable
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
@@ -34,13 +25,24 @@ console = Console(highlight=False)
 if not console.is_terminal:
     console = Console(highlight=False, width=NARROWEST)
 
-Advance = Callable[[int, int], None]
-"""Told (done so far, in all)."""
+
+class Advance(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, done: int, total: int, stage: str = "") -> None:
+        """Show how much is done.
+
+        Args:
+            done: Units done so far.
+            total: Units in all.
+            stage: What they are units of, if there are several: each stage has a bar of its own.
+        """
+        ...
 
 
 @contextlib.contextmanager
 def progress(label: str, unit: str) -> Iterator[Advance]:
-    """A progress bar with a rate; yields what to call with (done, total)."""
+    """Show progress bars with a rate while the block runs; yields what moves them."""
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(bar_width=32),
@@ -49,107 +51,17 @@ def progress(label: str, unit: str) -> Iterator[Advance]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=None, rate="")
+        tasks: dict[str, TaskID] = {}
+        first = bar.add_task(label, total=None, rate="")
 
-        def advance(done: int, total: int) -> None:
-            elapsed = bar.tasks[0].elapsed or 0.0
+        def advance(done: int, total: int, stage: str = "") -> None:
+            if stage not in tasks:
+                # The bar that was there before anything was told becomes the first stage's.
+                tasks[stage] = bar.add_task(stage, total=None, rate="") if tasks else first
+                bar.update(tasks[stage], description=stage or label)
+            task = tasks[stage]
+            elapsed = next(each.elapsed for each in bar.tasks if each.id == task) or 0.0
             rate = f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0 else ""
             bar.update(task, completed=done, total=total, rate=rate)
 
         yield advance
-
-
-def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
-    """The table of an evaluation, with 95 % intervals; the arrow marks the published policy.
-
-    Columns: token agreement with full depth, the agreement that replaying traces had promised,
-    next-token accuracy, mean layers executed, wall time and energy per token over KV-cached full
-    depth.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("policy")
-    table.add_column("agreement", justify="right")
-    table.add_column("promised", justify="right")
-    table.add_column("accuracy", justify="right")
-    table.add_column("layers", justify="right")
-    table.add_column("wall ratio", justify="right")
-    table.add_column("energy", justify="right")
-    for row in rows:
-        name = f"{row.policy} ←" if row.policy == chosen else row.policy
-        promised = "" if row.offline_agreement is None else f"{row.offline_agreement:.3f}"
-        table.add_row(
-            name,
-            _interval(row.agreement, row.agreement_low, row.agreement_high),
-            promised,
-            f"{row.accuracy:.3f}",
-            f"{row.mean_layers:.2f}",
-            _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
-            "–" if row.energy_ratio is None else f"{row.energy_ratio:.3f}",
-            style="bold" if row.policy == chosen else None,
-        )
-    return table
-
-
-def tuning_table(report: TuneReport) -> Table:
-    """The table of a tuning run: each exit's quality before → after, and full depth's.
-
-    Columns: token agreement with full depth, its gain with a 95 % interval, KL to full depth and
-    NLL of the document's tokens (nats per token), next-token accuracy.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("exit", "agreement", "gain", "KL", "accuracy", "NLL"):
-        table.add_column(name, justify="right")
-    for index, (old, new) in enumerate(zip(report.before, report.after, strict=True)):
-        is_exit = index < len(report.gains)
-        table.add_row(
-            str(new.layer) if is_exit else "full",
-            f"{old.agreement:.3f} → {new.agreement:.3f}",
-            _interval(*report.gains[index]) if is_exit else "",
-            f"{old.kl:.3f} → {new.kl:.3f}",
-            f"{old.accuracy:.3f} → {new.accuracy:.3f}",
-            f"{old.nll:.3f} → {new.nll:.3f}",
-        )
-    return table
-
-
-def costs_table(costs: CostTable) -> Table:
-    """A cost table in microseconds per launch, ± half of the 95 % interval in per cent.
-
-    A column per number of rows; the probes of other schemas by name.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("µs per launch")
-    for batch in costs.batches:
-        table.add_column(f"{batch.size} rows" if batch.size > 1 else "1 row", justify="right")
-    for part in PARTS:
-        table.add_row(part, *_timings(costs.batches, part))
-    for name in sorted(set(costs.probes) - {costs.schema}):
-        for part in PROBE_PARTS:
-            table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
-    return table
-
-
-def spans_table(costs: CostTable) -> Table:
-    """The same over several tokens of one row, as a verifying pass takes them."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("µs per launch")
-    for span in costs.spans:
-        table.add_column(f"{span.size} tokens" if span.size > 1 else "1 token", justify="right")
-    for part in SPAN_PARTS:
-        table.add_row(part, *_timings(costs.spans, part))
-    return table
-
-
-def _timings(batches: Sequence[Batch], part: str) -> list[str]:
-    timings = [batch.parts[part] for batch in batches]
-    return [
-        f"{each.median_s * 1e6:.1f} "
-        + ("±?" if each.repeats < LEAST_REPEATS else f"±{each.half_width:.0%}")
-        for each in timings
-    ]
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f} [{low:.2f}, {high:.2f}]"

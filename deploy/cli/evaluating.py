@@ -22,15 +22,14 @@ from offramp.agents.evaluation.page import (
 )
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
-from offramp.agents.placing.contenders import Contender
+from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import SPLIT
 from offramp.agents.recording.training_data import load_training_data
-from offramp.agents.training.train import load_contenders
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.deploy.cli.console import console, evaluation_table, progress
+from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.options import (
     DEFAULT_MODEL,
     CacheMode,
@@ -45,13 +44,11 @@ from offramp.deploy.cli.options import (
     Translators,
     parse_kv_mode,
 )
+from offramp.deploy.cli.tables import evaluation_table
 from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine
-
-CHOSEN = "chosen"
-"""Folder, beside the contenders, of the bundle that an evaluation picked."""
 
 SLOTS = 16
 """Rows decoded together where only quality is measured."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import RecordConfig, record_traces
 from offramp.agents.recording.recording import is_whole
-from offramp.agents.training.train import TrainConfig, train
+from offramp.agents.training.train import train
+from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.drafting import teach
 from offramp.deploy.cli.options import (
     DEFAULT_MODEL,
     Corpus,
@@ -102,8 +105,14 @@ def record(
 
 
 def train_policies(
-    out: Annotated[Path, typer.Option(help="Folder for the trained policies.")],
+    out: Annotated[Path, typer.Option(help="New folder for the trained policies.")],
+    goal: Annotated[
+        str, typer.Option("--for", help="What is taught: exits, or drafting (lossless).")
+    ] = "exits",
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
+    model: Annotated[
+        str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
+    ] = DEFAULT_MODEL,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
@@ -112,7 +121,7 @@ def train_policies(
     threads: Threads = 1,
     seed: Seed = 0,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file: the staged method; see docs/training.md.")
+        Path | None, typer.Option(help="TOML file with more settings; see docs/training.md.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="With --config: go on from the checkpoint in --out.")
@@ -124,7 +133,13 @@ def train_policies(
         str | None, typer.Option(help="With --config: cluster to join [default: RAY_ADDRESS].")
     ] = None,
 ) -> None:
-    """Train p̂ and PPO on recorded traces, and place them and the baselines."""
+    """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
+    if goal == "drafting":
+        _require_unused({"traces": traces, "costs": costs, "seeds": seeds, "resume": resume})
+        teach(config, DraftingConfig(model=model, threads=threads, seed=seed), steps, out)
+        return
+    if goal != "exits":
+        raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
     if config is not None:
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return
@@ -134,14 +149,29 @@ def train_policies(
         raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
     require_new_folder("out", out)
     settings = TrainConfig(
-        phat=PhatConfig(seed=seed),
-        ppo=PPOConfig(steps=steps, seed=seed),
-        targets=parse_shares("targets", targets),
+        traces=str(traces),
+        costs=str(costs or ""),
+        families=GATE_FAMILIES,
+        seed=seed,
         threads=threads,
+        targets=parse_shares("targets", targets),
+        gate=PPOConfig(steps=steps),
     )
-    with progress("PPO", "steps") as advance:
-        contenders = train(settings, traces, out, advance, costs)
+    with progress("train", "steps") as advance:
+        contenders = train(
+            settings, out, on_progress=lambda stage, done, total: advance(done, total, stage)
+        )
     console.print(f"{len(contenders)} policies → {out}")
+
+
+def _require_unused(options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise ConfigError(
+                name,
+                "does not go with --for drafting, which records and measures for itself",
+                "Leave it out",
+            )
 
 
 def _require_recordable(config: RecordConfig, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from offramp.controller.costs.prices import LEAST_REPEATS
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
-from offramp.deploy.cli.console import console, costs_table, progress, spans_table
+from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -26,6 +26,7 @@ from offramp.deploy.cli.options import (
     require_loadable,
     require_writable,
 )
+from offramp.deploy.cli.tables import costs_table, spans_table
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import layers_and_vocab

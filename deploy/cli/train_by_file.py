@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from offramp.agents.training.finish import finish
-from offramp.agents.training.run_config import RunConfig, load_config
-from offramp.agents.training.staged import train_staged
+from offramp.agents.training.families import ON_POLICY
 from offramp.agents.training.sweep import sweep
+from offramp.agents.training.train import complete, open_run
+from offramp.agents.training.train_config import TrainConfig, load_config
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.options import require_new_folder
@@ -46,13 +46,14 @@ def train_by_file(
         ConfigError: an option is unusable, or nobody answers at the address.
         TraceError: the traces are missing or damaged.
     """
-    config = load_config(path)
+    config = load_config(path, TrainConfig)
     config = config if traces is None else replace(config, traces=str(traces))
     address = ray_address or Settings.from_environment().ray_address
     numbers = parse_seeds(seeds)
     if not resume:
         require_new_folder("out", out)
-    needs_ray = bool(numbers) or config.onpolicy.rounds > 0
+    rounds = config.onpolicy.rounds if ON_POLICY in config.families else 0
+    needs_ray = bool(numbers) or rounds > 0
     if needs_ray:
         require_reachable(address)
     session = ray_session(address, _cpus(config)) if needs_ray else contextlib.nullcontext()
@@ -65,15 +66,17 @@ def train_by_file(
         _train(config, out, resume)
 
 
-def _train(config: RunConfig, out: Path, resume: bool) -> None:
+def _train(config: TrainConfig, out: Path, resume: bool) -> None:
     with progress("train", "steps") as advance:
-        run = train_staged(
-            config, out, resume=resume, on_progress=lambda _, done, total: advance(done, total)
+        run = open_run(
+            config,
+            out,
+            resume=resume,
+            on_progress=lambda stage, done, total: advance(done, total, stage),
         )
-    if run.finished:
-        console.print("this run is finished: nothing is trained again")
-    with progress("on-policy", "rounds") as advance:
-        contenders = finish(run, advance)
+        if run.is_finished:
+            console.print("this run is finished: nothing is trained again")
+        contenders = complete(run, out)
     console.print(f"{len(contenders)} policies → {out}")
 
 
@@ -115,5 +118,5 @@ def require_reachable(address: str | None) -> None:
         ) from error
 
 
-def _cpus(config: RunConfig) -> int:
+def _cpus(config: TrainConfig) -> int:
     return max(config.onpolicy.collectors, os.cpu_count() or 1)

@@ -9,7 +9,7 @@ import typer
 
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
-from offramp.deploy.cli.console import console, progress, tuning_table
+from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.options import (
     DEFAULT_MODEL,
     Corpus,
@@ -22,6 +22,7 @@ from offramp.deploy.cli.options import (
     parse_layers,
     require_new_folder,
 )
+from offramp.deploy.cli.tables import tuning_table
 
 
 def add_to(app: typer.Typer) -> None:

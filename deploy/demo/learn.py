@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass, replace
 
 from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
 from offramp.agents.recording.training_data import TrainingData, load_training_data
-from offramp.agents.training.train import TrainConfig, train
-from offramp.deploy.cli.console import console, evaluation_table, progress
+from offramp.agents.training.train import train
+from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
+from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
+from offramp.deploy.cli.tables import evaluation_table
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.worker.spec import WorkerSpec, load_engine
 
@@ -54,11 +55,15 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     )
     console.rule("[bold]2  Learn[/]: p̂ and PPO on the replayed traces", align="left")
     training = TrainConfig(
-        phat=PhatConfig(seed=config.seed),
-        ppo=PPOConfig(steps=config.ppo_steps, seed=config.seed),
+        traces=str(config.out / "traces"),
+        families=GATE_FAMILIES,
+        seed=config.seed,
+        gate=PPOConfig(steps=config.ppo_steps),
     )
     with progress("PPO", "steps") as advance:
-        contenders = train(training, config.out / "traces", config.out / "policies", advance)
+        contenders = train(
+            training, config.out / "policies", on_progress=lambda _, *count: advance(*count)
+        )
     console.rule("[bold]3  Evaluate[/]: held-out documents, exits really taken", align="left")
     data = load_training_data(config.out / "traces")
     engine = load_engine(replace(spec, slots=SLOTS))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser
 from offramp.agents.placing.pricing import leaving
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SCHEMAS, IntArray

@@ -15,8 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from offramp.agents.learning.export import Weights, linear_weights
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, Weights, linear_weights
 from offramp.controller.errors import TraceError
 from offramp.controller.features import BoolArray, FloatArray, hidden_schema
 from offramp.controller.policies.mlp import MlpPolicy

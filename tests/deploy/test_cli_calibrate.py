@@ -14,9 +14,9 @@ import torch
 
 from offramp.agents.evaluation.assess import AssessConfig, assess
 from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.training_data import save_candidates
-from offramp.agents.training.train import load_contenders
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.policies.weights import pack_policy

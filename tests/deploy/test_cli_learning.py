@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import load_corpus, write_split
 from offramp.agents.recording.record import SPLIT
 from offramp.agents.recording.training_data import (
@@ -17,7 +18,6 @@ from offramp.agents.recording.training_data import (
     save_candidates,
     save_measured,
 )
-from offramp.agents.training.train import load_contenders
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
@@ -28,9 +28,11 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
 from offramp.envs.traces.store import TraceStore
+from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.recording.recording_actor import ModelFacts
 from support.cost_tables import measured
 from support.documents import make_corpus
+from support.models import REFERENCE
 from support.recordings import make_recording
 
 FACTS = ModelFacts(
@@ -282,6 +284,78 @@ def test_a_finished_run_is_told_and_left_alone(
     assert status == 0, said
     assert "this run is finished: nothing is trained again" in said
     assert "policies →" in said
+
+
+DRAFTING = """
+documents = 40
+exits = [3, 6]
+prompt_tokens = 16
+new_tokens = 8
+candidates = 8
+profile_s = 0.5
+[ppo]
+steps = 64
+envs = 8
+rollout = 8
+batch = 64
+"""
+
+
+def test_drafters_are_taught_chosen_and_lossless(cli: Any, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    (tmp_path / "drafting.toml").write_text(
+        f'model = "{REFERENCE}"\ncorpus = "{corpus}"\n{DRAFTING}'
+    )
+    arguments = ("train", "--for", "drafting", "--config", tmp_path / "drafting.toml")
+    status, said = cli(*arguments, "--out", tmp_path / "out")
+    assert status == 0, said
+    families = [each.family for each in load_contenders(tmp_path / "out")]
+    assert families == ["full depth", "headless confidence stop", "PPO drafting"]
+    assert "every token full depth's" in said
+    assert said.count("× full depth by replay") == 2
+    assert said.count("← chosen") == 1
+    drafter = PolicyBundle.load(tmp_path / "out" / "chosen").policy()
+    engine = AdaptiveEngine.from_pretrained(REFERENCE, config=EngineConfig(kv_mode="verify"))
+    sampling = SamplingParams(max_tokens=24)
+    texts = [
+        engine.generate("def main(", sampling, policy)[0].text for policy in (NeverExit(), drafter)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--for", "drafts"), "for: 'drafts' is unknown. Use exits or drafting"),
+        (("--for", "drafting", "--traces", "x"), "traces: does not go with --for drafting"),
+        (("--for", "drafting", "--model", "no/such"), "model: "),
+    ],
+)
+def test_train_names_what_does_not_go_with_drafting(
+    cli: Any, tmp_path: Path, untouched: Untouched, arguments: tuple[str, ...], told: str
+) -> None:
+    untouched()
+    assert cli.refused("train", "--out", tmp_path / "out", *arguments).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("exits = [6, 3]", "exits: (6, 3) do not ascend"),
+        ("exits = [12]", "exits: (12,) do not ascend"),
+        ("new_tokens = 9999", "new_tokens: 9999 after 64 exceed"),
+        ("prompt_tokens = 0", "prompt_tokens: 0 is below 1"),
+        ("[ppo]\nsteps = 0", "steps: 0 is below 1"),
+        ("tokens = 3", "tokens: is no known option"),
+    ],
+)
+def test_a_drafting_file_with_errors_is_refused(
+    cli: Any, tmp_path: Path, text: str, told: str
+) -> None:
+    (tmp_path / "drafting.toml").write_text(f'model = "{REFERENCE}"\n{text}\n')
+    arguments = ("--for", "drafting", "--config", tmp_path / "drafting.toml")
+    assert cli.refused("train", "--out", tmp_path / "out", *arguments).startswith(told)
+    assert not (tmp_path / "out").exists()
 
 
 def test_publish_asks_for_redis_url_and_makes_no_key_before(

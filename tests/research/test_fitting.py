@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser
 from offramp.agents.learning.phat import PhatConfig, train_phat
 from offramp.agents.placing.pricing import leaving, token_costs
 from offramp.agents.placing.replay import mean_cost, replay, walk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ import torch
 
 from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, game_of, new_agent
+from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.training_data import TrainingData
+from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
@@ -115,3 +119,11 @@ def agent(data: TrainingData) -> JumpAgent:
 @pytest.fixture(scope="session")
 def game(agent: JumpAgent, data: TrainingData) -> StoppingGame:
     return game_of(agent, replace(data.costs, layers=12), JUMP_CONFIG)
+
+
+def trained_jumps(data: TrainingData, config: JumpConfig, out: Path) -> JumpAgent:
+    """A jumping agent that went through its stages; checkpoints lie in ``out``."""
+    settings = TrainConfig(
+        traces="unread", tensorboard=False, phat=PhatConfig(epochs=1), jump=config
+    )
+    return StagedRun(settings, data, out).train()

@@ -20,11 +20,9 @@ from offramp.agents.evaluation.measure import HeldOut, Protocol, Split, held_out
 from offramp.agents.evaluation.rows import Clock, Measured
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY, Scores
 from offramp.agents.placing.contenders import Contender
-from offramp.agents.placing.jump_contenders import JUMPING
-from offramp.agents.placing.placing import SUBSET
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import quarters
-from offramp.agents.training.finish import ONPOLICY
+from offramp.agents.training.families import BEST_EXITS, JUMPS, ON_POLICY
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine
@@ -214,6 +212,6 @@ def test_quarters_of_a_depth() -> None:
     assert quarters(2) == (1,)
 
 
-@pytest.mark.parametrize("family", ["PPO", SUBSET, JUMPING, ONPOLICY])
+@pytest.mark.parametrize("family", ["PPO", BEST_EXITS, JUMPS, ON_POLICY])
 def test_what_either_form_of_training_teaches_may_be_published(family: str) -> None:
     require_learned(["full depth", family])

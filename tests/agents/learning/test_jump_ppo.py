@@ -5,6 +5,8 @@ Shape suffixes: N tokens, S states, D observation columns, F features.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,6 @@ from offramp.agents.learning.jump_ppo import (
     JumpConfig,
     game_of,
     new_agent,
-    train_jumps,
     warm_start,
 )
 from offramp.agents.learning.observe import StateObservations
@@ -25,6 +26,7 @@ from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import OUTLOOK_V1
 from offramp.envs.cores.token_core import TokenExitCore
+from support.training_sets import trained_jumps
 
 PREFERENCES = (0.05, 0.3, 1.0)
 CONFIG = JumpConfig(
@@ -40,8 +42,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def agent(deep_data: TrainingData) -> JumpAgent:
-    return train_jumps(deep_data.train, deep_data.costs, CONFIG)
+def agent(deep_data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> JumpAgent:
+    return trained_jumps(deep_data, CONFIG, tmp_path_factory.mktemp("jumps"))
 
 
 def mean_return(agent: JumpAgent, deep_data: TrainingData, preference: float) -> float:
@@ -124,8 +126,10 @@ def test_exported_decisions_are_sb3s_in_every_recorded_state(
     assert seen == {0, 1, 2}
 
 
-def test_the_same_seed_gives_the_same_router(deep_data: TrainingData, agent: JumpAgent) -> None:
-    again = train_jumps(deep_data.train, deep_data.costs, CONFIG)
+def test_the_same_seed_gives_the_same_router(
+    deep_data: TrainingData, agent: JumpAgent, tmp_path: Path
+) -> None:
+    again = trained_jumps(deep_data, CONFIG, tmp_path)
     pairs = zip(agent.router(0.3).weights, again.router(0.3).weights, strict=True)
     for (weight, bias), (weight_again, bias_again) in pairs:
         np.testing.assert_array_equal(weight, weight_again)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.learning.export import ppo_weights
-from offramp.agents.learning.normaliser import Normaliser
+from offramp.agents.learning.export import Normaliser, ppo_weights
 from offramp.agents.learning.phat import PhatConfig, logit, train_phat
 from offramp.agents.learning.ppo import PPOConfig, TrainedAgent, observation_normaliser, train_ppo
-from offramp.agents.placing.contenders import assemble
+from offramp.agents.placing.contenders import load_contenders, save_contenders
 from offramp.agents.placing.replay import exits_taken, replay
 from offramp.agents.recording.training_data import TrainingData
-from offramp.agents.training.train import TrainConfig, load_contenders, save_contenders
+from offramp.agents.training.families import place_all
+from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
+from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.mlp import MlpPolicy
@@ -152,7 +153,10 @@ def test_contenders_are_placed_saved_and_read_back(
 ) -> None:
     phat = train_phat(data.train, PhatConfig(epochs=5))
     targets = (0.85, 0.95)
-    contenders = assemble(data, phat, agent, targets, PPO_CONFIG.lambda_range)
+    config = TrainConfig(traces="unread", targets=targets, gate=PPO_CONFIG)
+    parts = TrainedParts(config, data)
+    parts.phat, parts.gate = phat, agent
+    contenders = place_all(GATE_FAMILIES, parts)
     assert contenders[0].setting is None
     families = [c.family for c in contenders]
     assert families.count("p̂") == families.count("PPO") == 2
@@ -173,7 +177,7 @@ def test_missing_policies_and_bad_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="policies"):
         load_contenders(tmp_path)
     with pytest.raises(ConfigError, match="targets"):
-        TrainConfig(targets=(0.9, 1.0))
+        TrainConfig(traces="unread", targets=(0.9, 1.0))
 
 
 def test_logit_inverts_the_logistic() -> None:

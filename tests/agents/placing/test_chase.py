@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from offramp.agents.learning.game import START, State
-from offramp.agents.learning.jump_ppo import JumpConfig, train_jumps
-from offramp.agents.learning.phat import PhatConfig, logit
+from offramp.agents.learning.jump_ppo import JumpConfig
+from offramp.agents.learning.phat import PhatConfig, fit_state_phat, logit
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.placing.chase import StateTable, SubsetGrid, subsets
-from offramp.agents.placing.jump_contenders import JUMPING, fit_state_phat, jump_contenders
-from offramp.agents.placing.placing import SUBSET
 from offramp.agents.recording.training_data import TrainingData
+from offramp.agents.training.families import BEST_EXITS, JUMPS, place_all
+from offramp.agents.training.train_config import TrainConfig
+from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.router import MlpRouter
 from offramp.envs.cores.token_core import TokenExitCore
+from support.training_sets import trained_jumps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,13 +119,15 @@ def test_the_grid_finds_the_cheapest_and_the_best(deep_data: TrainingData) -> No
     assert worth[q, z] == worth.max()
 
 
-def test_contenders_are_placed_near_their_targets(deep_data: TrainingData) -> None:
+def test_contenders_are_placed_near_their_targets(deep_data: TrainingData, tmp_path: Path) -> None:
     config = JumpConfig(
         warm=WarmConfig(steps=250), ppo=PPOConfig(steps=0, envs=2, lambda_range=(0.05, 2.0))
     )
-    agent = train_jumps(deep_data.train, deep_data.costs, config)
-    phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
-    found = jump_contenders(deep_data, agent, phat, (0.85, 0.95))
-    assert [each.family for each in found] == [JUMPING, JUMPING, SUBSET, SUBSET]
+    settings = TrainConfig(traces="unread", targets=(0.85, 0.95))
+    parts = TrainedParts(settings, deep_data)
+    parts.jumps = trained_jumps(deep_data, config, tmp_path)
+    parts.state_phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
+    found = place_all([JUMPS, BEST_EXITS], parts)[1:]
+    assert [each.family for each in found] == [JUMPS, JUMPS, BEST_EXITS, BEST_EXITS]
     for contender, target in zip(found, (0.85, 0.95) * 2, strict=True):
         assert contender.offline_agreement == pytest.approx(target, abs=0.04)

@@ -17,13 +17,11 @@ from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
 from offramp.agents.onpolicy.rollout import Rollout
-from offramp.agents.placing.contenders import Contender
-from offramp.agents.training.finish import finish
+from offramp.agents.placing.contenders import INDEX, Contender, load_contenders
 from offramp.agents.training.run_checkpoint import Checkpoint
-from offramp.agents.training.run_config import RunConfig
-from offramp.agents.training.staged import train_staged
 from offramp.agents.training.sweep import sweep
-from offramp.agents.training.train import INDEX, load_contenders
+from offramp.agents.training.train import open_run, train
+from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.errors import ConfigError
 from support.documents import make_corpus
 from support.models import REFERENCE
@@ -37,11 +35,11 @@ class Interrupted(Exception):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Seconds of training on traces; the rounds are each test's own."""
     folder = tmp_path_factory.mktemp("resuming")
     corpus = make_corpus(folder / "corpus")
-    return RunConfig(
+    return TrainConfig(
         traces=str(make_recording(folder / "traces", corpus)),
         targets=(0.9, 0.95),
         checkpoint_every=1,
@@ -63,18 +61,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     )
 
 
-def with_rounds(config: RunConfig, rounds: int, *, collectors: int, max_lag: int) -> RunConfig:
+def with_rounds(config: TrainConfig, rounds: int, *, collectors: int, max_lag: int) -> TrainConfig:
     onpolicy = replace(config.onpolicy, rounds=rounds, collectors=collectors, max_lag=max_lag)
     return replace(config, onpolicy=onpolicy)
 
 
-def run(config: RunConfig, out: Path, *, resume: bool = False) -> list[Contender]:
+def run(config: TrainConfig, out: Path, *, resume: bool = False) -> list[Contender]:
     torch.manual_seed(99)  # another process has other generators
     np.random.seed(99)
-    return finish(train_staged(config, out, resume=resume))
+    return train(config, out, resume=resume)
 
 
-def cut_in_round(config: RunConfig, out: Path, number: int, patch: pytest.MonkeyPatch) -> None:
+def cut_in_round(config: TrainConfig, out: Path, number: int, patch: pytest.MonkeyPatch) -> None:
     """A run that ends when a round's rollouts are there, before they are learned from."""
     learn = Learner.learn
 
@@ -103,14 +101,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def refused(config: RunConfig, out: Path, complaint: str) -> None:
+def refused(config: TrainConfig, out: Path, complaint: str) -> None:
     with pytest.raises(ConfigError) as error:
         run(config, out, resume=True)
     assert complaint in str(error.value)
 
 
 def test_a_resumed_on_policy_run_is_the_uninterrupted_one(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By any number of collectors, as long as nobody works ahead; the number of rounds is free."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
@@ -123,16 +121,21 @@ def test_a_resumed_on_policy_run_is_the_uninterrupted_one(
     refused(with_rounds(config, 2, collectors=1, max_lag=0), cut, "onpolicy.max_lag: is 0, and 1")
     assert snapshot(cut) == before
     rounds: list[int] = []
-    finish(train_staged(two, cut, resume=True), lambda number, _: rounds.append(number))
+    train(
+        two,
+        cut,
+        resume=True,
+        on_progress=lambda stage, n, _: rounds.append(n) if stage == "on-policy" else None,
+    )
     assert rounds == [2]
     assert blobs(cut) == blobs(straight)
     left, right = (Checkpoint.load(folder).learner["actor"] for folder in (straight, cut))
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert train_staged(two, cut, resume=True).finished
-    assert not train_staged(three, cut, resume=True).finished
+    assert open_run(two, cut, resume=True).is_finished
+    assert not open_run(three, cut, resume=True).is_finished
 
 
-def test_a_finished_run_is_not_trained_again(config: RunConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again(config: TrainConfig, tmp_path: Path) -> None:
     first = run(config, tmp_path)
     before = snapshot(tmp_path)
     again = run(config, tmp_path, resume=True)
@@ -147,7 +150,7 @@ def test_a_finished_run_is_not_trained_again(config: RunConfig, tmp_path: Path) 
 
 
 def test_a_run_cut_off_before_its_first_weights_is_resumed(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config, tmp_path / "straight")
 
@@ -162,7 +165,7 @@ def test_a_run_cut_off_before_its_first_weights_is_resumed(
     assert blobs(tmp_path / "cut") == blobs(tmp_path / "straight")
 
 
-def test_a_sweep_trains_each_seed_once(config: RunConfig, tmp_path: Path) -> None:
+def test_a_sweep_trains_each_seed_once(config: TrainConfig, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     found = sweep(config, (0, 1), tmp_path, lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]

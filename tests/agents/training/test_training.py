@@ -13,6 +13,7 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
@@ -20,12 +21,13 @@ from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.resuming import CHECKPOINT
 from offramp.agents.training.run_checkpoint import Checkpoint
-from offramp.agents.training.run_config import RunConfig, load_config, options_of
 from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train import open_run
+from offramp.agents.training.train_config import TrainConfig, load_config, options_of
 from offramp.controller.errors import ConfigError
 
 SEGMENT = 64 * 8
-CONFIG = RunConfig(
+CONFIG = TrainConfig(
     traces="unread",
     checkpoint_every=1,
     phat=PhatConfig(epochs=1),
@@ -51,7 +53,7 @@ def weights_of(run: StagedRun) -> list[np.ndarray]:
     return [array for pair in [*router.weights, *run.phat] for array in pair]
 
 
-def finish(data: TrainingData, out: Path, config: RunConfig = CONFIG) -> list[np.ndarray]:
+def finish(data: TrainingData, out: Path, config: TrainConfig = CONFIG) -> list[np.ndarray]:
     run = StagedRun(config, data, out)
     run.train()
     return weights_of(run)
@@ -175,7 +177,7 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         'traces = "t"\nseed = 3\ntargets = [0.9]\n[jump]\njumps = 2\n[jump.ppo]\nsteps = 10\n'
         "learning_rate = 1\nlambda_range = [0.1, 1]\n[onpolicy.learner]\nepochs = 2\n"
     )
-    config = load_config(path)
+    config = load_config(path, TrainConfig)
     assert (config.seed, config.targets, config.jump.jumps) == (3, (0.9,), 2)
     assert (config.jump.ppo.steps, config.jump.ppo.learning_rate) == (10, 1.0)
     assert config.jump.ppo.lambda_range == (0.1, 1.0)
@@ -192,6 +194,7 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ("seed = 1\n", "traces: is missing"),
         ('traces = "t"\nseed = "x"\n', "seed: 'x' is no int"),
         ('traces = "t"\ntargets = ["a"]\n', "targets: "),
+        ('traces = "t"\nfamilies = [1]\n', "families: [1] is no list of names"),
         ('traces = "t"\njump = 3\n', "jump: 3 is no table"),
         ('traces = "t"\n[onpolicy]\nkv_mode = "verify"\n', "onpolicy.kv_mode"),
         ("traces = \n", "config: "),
@@ -201,11 +204,21 @@ def test_files_with_errors_are_refused(tmp_path: Path, text: str, complaint: str
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
-        load_config(path)
+        load_config(path, TrainConfig)
     assert complaint in str(refused.value)
 
 
-def test_every_option_is_documented() -> None:
+@pytest.mark.parametrize("kind", [TrainConfig, DraftingConfig])
+def test_every_option_is_documented(kind: type) -> None:
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
-    missing = [name for name in options_of(RunConfig) if f"`{name}`" not in page]
+    missing = [name for name in options_of(kind) if f"`{name}`" not in page]
     assert missing == []
+
+
+def test_unknown_families_and_resuming_without_stages_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"families: 'PPO jump' is unknown\. Use fixed exit"):
+        open_run(replace(CONFIG, families=("PPO jump",)), tmp_path)
+    with pytest.raises(ConfigError, match="families: 'PPO drafting' is unknown"):
+        open_run(replace(CONFIG, families=("PPO drafting",)), tmp_path)
+    with pytest.raises(ConfigError, match="resume: is for families that are trained in stages"):
+        open_run(replace(CONFIG, families=("p̂",)), tmp_path, resume=True)

@@ -8,21 +8,31 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig
+from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
 from offramp.controller.errors import ConfigError
 
+C = TypeVar("C")
+
+GATE_FAMILIES = ("fixed exit", "CALM", "CALM on candidates", "p̂", "PPO")
+"""What ``offramp train`` teaches without a file: every policy is asked at exit after exit."""
+
+JUMP_FAMILIES = ("PPO jumps", "p̂ on best exits", "PPO on-policy")
+"""What it teaches by a file that names no families: policies that skip exits, too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class TrainConfig:
     """One training run.
 
     Attributes:
         traces: Folder that ``offramp record`` wrote.
         costs: File that ``offramp profile`` wrote; "" takes the costs measured when recording.
+        families: Which families of policies are trained and placed, beside full depth.
         seed: Of everything random; it replaces the stages' own.
         threads: Torch threads; part of what makes a run repeatable.
         targets: Offline agreements with full depth at which every family gets a point.
@@ -30,18 +40,21 @@ class RunConfig:
             drawn in between starts from seed and count, so it is part of the result.
         tensorboard: Whether scalars are written, to the folder ``tensorboard``.
         phat: Stage (a), the classifier.
+        gate: PPO that leaves or goes on to the next exit (family "PPO").
         jump: Stages (b), warm start, and (c), PPO.
         onpolicy: Stage (c) continued in the engine, through Ray.
     """
 
     traces: str
     costs: str = ""
+    families: tuple[str, ...] = JUMP_FAMILIES
     seed: int = 0
     threads: int = 1
     targets: tuple[float, ...] = (0.92, 0.95, 0.97, 0.985)
     checkpoint_every: int = 4
     tensorboard: bool = True
     phat: PhatConfig = field(default_factory=PhatConfig)
+    gate: PPOConfig = field(default_factory=PPOConfig)
     jump: JumpConfig = field(default_factory=JumpConfig)
     onpolicy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
@@ -52,9 +65,24 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
 
+    def with_seeds(self) -> TrainConfig:
+        """Give every stage the run's seed."""
+        learner = replace(self.onpolicy.learner, seed=self.seed)
+        return replace(
+            self,
+            phat=replace(self.phat, seed=self.seed),
+            gate=replace(self.gate, seed=self.seed),
+            jump=replace(self.jump, ppo=replace(self.jump.ppo, seed=self.seed)),
+            onpolicy=replace(self.onpolicy, learner=learner),
+        )
 
-def load_config(path: Path) -> RunConfig:
-    """Read and check a TOML file.
+
+def load_config(path: Path, kind: type[C]) -> C:
+    """Read and check a TOML file of settings.
+
+    Args:
+        path: The file.
+        kind: The dataclass of settings that it fills, such as ``TrainConfig``.
 
     Raises:
         ConfigError: it cannot be read, or a key is unknown, missing or of another type.
@@ -63,8 +91,8 @@ def load_config(path: Path) -> RunConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError("config", f"{path} is unreadable ({error})", "Write TOML") from error
-    config = parse(RunConfig, table)
-    assert isinstance(config, RunConfig)
+    config = parse(kind, table)
+    assert isinstance(config, kind)
     return config
 
 
@@ -125,9 +153,11 @@ def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
         assert isinstance(hint, type)
         return parse(hint, value, f"{name}.", base)
     if get_origin(hint) is tuple and isinstance(value, list):
-        if not all(isinstance(each, int | float) for each in value):
-            raise ConfigError(name, f"{value} is no list of numbers", "Correct its type")
-        return tuple(float(each) for each in value)
+        kind = get_args(hint)[0]
+        if not all(type(each) in ((int, float) if kind is float else (kind,)) for each in value):
+            wanted = "names" if kind is str else "numbers"
+            raise ConfigError(name, f"{value} is no list of {wanted}", "Correct its type")
+        return tuple(kind(each) for each in value)
     allowed = _types(hint)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

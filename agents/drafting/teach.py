@@ -1,0 +1,166 @@
+"""Teach drafters for one model on this machine: train, choose, save, and time the chosen one.
+
+Lossless: in ``verify`` the output is full depth's whatever a drafter does, so that speed alone is
+learned. docs/lossless.md has the method and the numbers.
+
+Shape suffixes: N rows, F features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from offramp.agents.drafting.choose import confident_grid
+from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_parts import DraftingConfig, DraftParts, Progress, record_parts
+from offramp.agents.drafting.draft_ppo import train_drafter
+from offramp.agents.drafting.draft_replay import replay_drafts
+from offramp.agents.placing.contenders import CANNED_ROWS, CHOSEN, Contender, save_policies
+from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
+from offramp.controller.errors import PolicyFaultError
+from offramp.controller.features import FloatArray
+from offramp.controller.policies.drafts import ConfidentDraft
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.engine import AdaptiveEngine
+
+PLACES = ("model", "corpus")
+"""Settings that say where things lie on one machine."""
+
+CONFIDENT = "headless confidence stop"
+DRAFTER = "PPO drafting"
+
+
+@register(CONFIDENT, goal="drafting")
+def _confident(parts: DraftParts) -> list[Contender]:
+    """Kangaroo's rule at the exit and threshold that are fastest on validation documents."""
+    best = confident_grid(parts.validation, parts.costs, parts.candidates_VK)[0]
+    policy = best.policy
+    assert isinstance(policy, ConfidentDraft)
+    return [
+        Contender(
+            family=CONFIDENT,
+            setting=policy.threshold,
+            offline_agreement=1.0,
+            policy=policy,
+            offline_cost=1 / best.offline.rate,
+            symbol="η=",
+            note=f" at {policy.layer}",
+        )
+    ]
+
+
+@register(DRAFTER, goal="drafting", is_seeded=True)
+def _drafter(parts: DraftParts) -> list[Contender]:
+    """PPO that says at each exit, and before the first layer, whether to draft or to verify."""
+    ppo = parts.config.ppo
+    model = train_drafter(
+        parts.train,
+        parts.costs,
+        ppo,
+        lambda done, _: parts.on_progress("PPO", min(done, ppo.steps), ppo.steps),
+    )
+    exits = parts.train.header.exits
+    router = router_of(model, exits, ppo.max_pending, parts.candidates_VK)
+    rate = replay_drafts(router, parts.validation, parts.costs, ppo.max_pending).rate
+    return [
+        Contender(
+            family=DRAFTER,
+            setting=float(ppo.seed),
+            offline_agreement=1.0,
+            policy=router,
+            offline_cost=1 / rate,
+            symbol="seed ",
+        )
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """What came of teaching.
+
+    Attributes:
+        contenders: Full depth, then the best drafter of each family, as they were saved.
+        chosen: Place among them of the one that is fastest by replay on validation documents.
+        prompts: Beginnings of validation documents, to time drafters on.
+    """
+
+    contenders: list[Contender]
+    chosen: int
+    prompts: list[list[int]]
+
+
+def teach_drafters(
+    config: DraftingConfig,
+    engine: AdaptiveEngine,
+    out: Path,
+    on_progress: Progress = lambda *_: None,
+) -> Taught:
+    """Record the model's own continuations, measure costs, train, choose on validation, save.
+
+    Args:
+        config: Settings.
+        engine: The model, idle.
+        out: Folder of the drafters' bundles and their index; the chosen one is also in ``chosen``.
+        on_progress: Told (stage, done so far, in all).
+
+    Raises:
+        ConfigError: exits that are no layers of the model, or continuations beyond its context.
+        TraceError: the corpus cannot be read, or has too few documents longer than a prompt.
+    """
+    torch.set_num_threads(config.threads)
+    config = replace(config, ppo=replace(config.ppo, seed=config.seed))
+    parts, prompts = record_parts(config, engine, on_progress)
+    contenders = place_all(DRAFT_FAMILIES, parts)
+    rows_NF = parts.train.features_NEF.reshape(-1, parts.train.features_NEF.shape[2])
+    save_policies(
+        out,
+        contenders,
+        {name: value for name, value in asdict(config).items() if name not in PLACES},
+        lambda policy: _canned(policy, rows_NF),
+        (engine.model_fingerprint, engine.tokenizer_fingerprint),
+    )
+    chosen = min(range(1, len(contenders)), key=lambda n: contenders[n].offline_cost or 1.0)
+    PolicyBundle.load(out / f"{chosen:02d}").save(out / CHOSEN)
+    return Taught(contenders=contenders, chosen=chosen, prompts=prompts)
+
+
+def time_drafting(
+    engine: AdaptiveEngine, policy: Policy, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> float:
+    """Decode every prompt under a drafter and at full depth, in turn: how many times as fast.
+
+    Args:
+        engine: The model, idle; greedy, one row at a time.
+        policy: The drafter.
+        prompts: Token ids of each.
+        new_tokens: Tokens decoded of each.
+
+    Raises:
+        PolicyFaultError: some output was not full depth's, token for token.
+    """
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    seconds = {"full": 0.0, "drafted": 0.0}
+    for prompt in prompts:
+        texts = []
+        for name, each in (("full", NeverExit()), ("drafted", policy)):
+            start = time.perf_counter()
+            [done] = engine.generate([list(prompt)], sampling, each, kv_mode="verify")
+            seconds[name] += time.perf_counter() - start
+            texts.append(list(done.token_ids))
+        if texts[0] != texts[1]:
+            raise PolicyFaultError("its output in verify is not full depth's")
+    return seconds["full"] / seconds["drafted"]
+
+
+def _canned(policy: Policy, rows_NF: FloatArray) -> FloatArray:
+    if policy.schema is None:
+        return np.empty((CANNED_ROWS, 0), np.float32)
+    return rows_NF[:CANNED_ROWS]

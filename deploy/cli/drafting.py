@@ -1,0 +1,57 @@
+"""``offramp train --for drafting``: when to draft and when to verify, with no quality at stake."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from offramp.agents.drafting.draft_parts import DraftingConfig
+from offramp.agents.drafting.teach import teach_drafters, time_drafting
+from offramp.agents.placing.contenders import CHOSEN
+from offramp.agents.training.train_config import load_config
+from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.options import require_new_folder
+from offramp.worker.spec import WorkerSpec, load_engine
+
+TIMED = 10
+"""Validation documents that the chosen drafter is timed on."""
+
+TIMED_TOKENS = 64
+"""Tokens decoded of each."""
+
+
+def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> None:
+    """Teach drafters, and say how fast the chosen one decodes.
+
+    Args:
+        path: TOML file that replaces all settings; None takes those given.
+        config: Settings of the command line.
+        steps: Decisions of PPO's training, likewise.
+        out: New folder for the drafters.
+
+    Raises:
+        ConfigError: an option is unusable.
+        ModelError: the model cannot be loaded.
+        TraceError: the corpus cannot be used.
+    """
+    if path is not None:
+        config = load_config(path, DraftingConfig)
+    else:
+        config = replace(config, ppo=replace(config.ppo, steps=steps))
+    require_new_folder("out", out)
+    engine = load_engine(WorkerSpec(model=config.model, threads=config.threads, slots=1))
+    with progress("record", "") as advance:
+        taught = teach_drafters(
+            config, engine, out, lambda stage, done, total: advance(done, total, stage)
+        )
+    for number, each in enumerate(taught.contenders[1:], 1):
+        mark = "← chosen" if number == taught.chosen else ""
+        rate = 1 / (each.offline_cost or 1.0)
+        console.print(f"  {each.name}: {rate:.3f} × full depth by replay {mark}")
+    chosen = taught.contenders[taught.chosen].policy
+    prompts = taught.prompts[:TIMED]
+    ratio = time_drafting(engine, chosen, prompts, TIMED_TOKENS)
+    console.print(
+        f"decoded: {ratio:.2f} × full depth at batch 1 on {len(prompts)} validation documents, "
+        f"every token full depth's → {out / CHOSEN}"
+    )

@@ -1,0 +1,109 @@
+"""Tables that commands print: evaluations, tuning runs and measured costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from offramp.agents.evaluation.rows import EvaluationRow
+from offramp.agents.tuning.quality import TuneReport
+from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
+from offramp.controller.costs.table import CostTable
+
+
+def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
+    """The table of an evaluation, with 95 % intervals; the arrow marks the published policy.
+
+    Columns: token agreement with full depth, the agreement that replaying traces had promised,
+    next-token accuracy, mean layers executed, wall time and energy per token over KV-cached full
+    depth.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy")
+    table.add_column("agreement", justify="right")
+    table.add_column("promised", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("layers", justify="right")
+    table.add_column("wall ratio", justify="right")
+    table.add_column("energy", justify="right")
+    for row in rows:
+        name = f"{row.policy} ←" if row.policy == chosen else row.policy
+        promised = "" if row.offline_agreement is None else f"{row.offline_agreement:.3f}"
+        table.add_row(
+            name,
+            _interval(row.agreement, row.agreement_low, row.agreement_high),
+            promised,
+            f"{row.accuracy:.3f}",
+            f"{row.mean_layers:.2f}",
+            _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
+            "–" if row.energy_ratio is None else f"{row.energy_ratio:.3f}",
+            style="bold" if row.policy == chosen else None,
+        )
+    return table
+
+
+def tuning_table(report: TuneReport) -> Table:
+    """The table of a tuning run: each exit's quality before → after, and full depth's.
+
+    Columns: token agreement with full depth, its gain with a 95 % interval, KL to full depth and
+    NLL of the document's tokens (nats per token), next-token accuracy.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("exit", "agreement", "gain", "KL", "accuracy", "NLL"):
+        table.add_column(name, justify="right")
+    for index, (old, new) in enumerate(zip(report.before, report.after, strict=True)):
+        is_exit = index < len(report.gains)
+        table.add_row(
+            str(new.layer) if is_exit else "full",
+            f"{old.agreement:.3f} → {new.agreement:.3f}",
+            _interval(*report.gains[index]) if is_exit else "",
+            f"{old.kl:.3f} → {new.kl:.3f}",
+            f"{old.accuracy:.3f} → {new.accuracy:.3f}",
+            f"{old.nll:.3f} → {new.nll:.3f}",
+        )
+    return table
+
+
+def costs_table(costs: CostTable) -> Table:
+    """A cost table in microseconds per launch, ± half of the 95 % interval in per cent.
+
+    A column per number of rows; the probes of other schemas by name.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("µs per launch")
+    for batch in costs.batches:
+        table.add_column(f"{batch.size} rows" if batch.size > 1 else "1 row", justify="right")
+    for part in PARTS:
+        table.add_row(part, *_timings(costs.batches, part))
+    for name in sorted(set(costs.probes) - {costs.schema}):
+        for part in PROBE_PARTS:
+            table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
+    return table
+
+
+def spans_table(costs: CostTable) -> Table:
+    """The same over several tokens of one row, as a verifying pass takes them."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("µs per launch")
+    for span in costs.spans:
+        table.add_column(f"{span.size} tokens" if span.size > 1 else "1 token", justify="right")
+    for part in SPAN_PARTS:
+        table.add_row(part, *_timings(costs.spans, part))
+    return table
+
+
+def _timings(batches: Sequence[Batch], part: str) -> list[str]:
+    timings = [batch.parts[part] for batch in batches]
+    return [
+        f"{each.median_s * 1e6:.1f} "
+        + ("±?" if each.repeats < LEAST_REPEATS else f"±{each.half_width:.0%}")
+        for each in timings
+    ]
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
