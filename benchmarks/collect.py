@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.learning.jump_ppo import JumpConfig, game_of, new_agent
+from offramp.agents.learning.jump_ppo import JumpConfig, new_agent, problem_of
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
@@ -37,7 +37,7 @@ def main() -> None:
     config = JumpConfig(ppo=PPOConfig(envs=2, batch=32, lambda_range=LAMBDA_RANGE))
     agent = new_agent(data.train, data.costs, config)
     learner = Learner(
-        agent, game_of(agent, data.costs, config), LearnerConfig(), configure(None, [])
+        agent, problem_of(agent, data.costs, config), LearnerConfig(), configure(None, [])
     )
     recorded = set(data.train.documents)
     documents = [

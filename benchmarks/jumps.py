@@ -26,7 +26,8 @@ from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig
 from offramp.agents.learning.phat import PhatConfig, fit_state_phat, logit
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
-from offramp.agents.placing.chase import Chased, StateTable, SubsetGrid
+from offramp.agents.placing.replay import TakenExits
+from offramp.agents.placing.state_replay import StateTable, SubsetGrid
 from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.staged import StagedRun
 from offramp.agents.training.train_config import TrainConfig
@@ -91,9 +92,9 @@ def against(
     rng = np.random.default_rng(0)
     rows = []
     for preference in PREFERENCES:
-        routed = table.chase_router(agent.router(preference))
+        routed = table.replay_router(agent.router(preference))
         subset, threshold = grid.best(preference)
-        stopped = table.chase_subset(logits, subset, threshold)
+        stopped = table.replay_subset(logits, subset, threshold)
         paid_N = [worth(each, table, preference) for each in (routed, stopped)]
         gain, low, high = paired(paid_N[0] - paid_N[1], report, rng)
         rows.append(
@@ -110,18 +111,18 @@ def against(
     return rows
 
 
-def worth(chased: Chased, table: StateTable, preference: float) -> NDArray[np.float64]:
+def worth(taken: TakenExits, table: StateTable, preference: float) -> NDArray[np.float64]:
     """Agreement − λ · cost of each token."""
-    agreement_N = chased.agreement_N(table.traces)
-    return np.asarray(agreement_N - preference * chased.cost_N(table.game), np.float64)
+    agreement_N = taken.agreement_N(table.traces)
+    return np.asarray(agreement_N - preference * taken.cost_N(table.problem), np.float64)
 
 
-def described(who: str, chased: Chased, table: StateTable) -> dict[str, float]:
+def described(who: str, taken: TakenExits, table: StateTable) -> dict[str, float]:
     """Agreement, cost and probes per token, rounded."""
     return {
-        f"{who}_agreement": round(float(chased.agreement_N(table.traces).mean()), 4),
-        f"{who}_cost": round(float(chased.cost_N(table.game).mean()), 4),
-        f"{who}_probes": round(float(chased.probes_N.mean()), 3),
+        f"{who}_agreement": round(float(taken.agreement_N(table.traces).mean()), 4),
+        f"{who}_cost": round(float(taken.cost_N(table.problem).mean()), 4),
+        f"{who}_probes": round(float(taken.probes_N.mean()), 3),
     }
 
 

@@ -12,10 +12,10 @@ from stable_baselines3 import PPO
 
 from offramp.agents.learning.actor import JumpActor, actor_options
 from offramp.agents.learning.export import Normaliser
-from offramp.agents.learning.game import START, StoppingGame
 from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig, ppo_arguments
 from offramp.agents.learning.routers import router_of
+from offramp.agents.learning.stopping_problem import START, StoppingProblem
 from offramp.agents.learning.warm import WarmConfig, WarmStart
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import FeatureSchema, IntArray
@@ -75,7 +75,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     """
     exits, layers = traces.header.exits, traces.header.layers
     jumps = len(exits) + 1 if config.jumps is None else config.jumps
-    game = StoppingGame.of(Tariff.of(costs, exits), jumps)
+    problem = StoppingProblem.of(Tariff.of(costs, exits), jumps)
     ppo = config.ppo
     env = TokenExitVecEnv(
         traces,
@@ -87,7 +87,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
         jumps=jumps,
         asks_first=True,
     )
-    normaliser = StateObservations(traces, game.states).normaliser(ppo.lambda_range, ppo.seed)
+    normaliser = StateObservations(traces, problem.states).normaliser(ppo.lambda_range, ppo.seed)
     schema = schema_of(traces.header)
     options = actor_options(
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
@@ -101,15 +101,15 @@ def warm_start(
 ) -> WarmStart:
     """An agent's warm start, at its first step."""
     ppo = config.ppo
-    game = game_of(agent, costs, config)
+    problem = problem_of(agent, costs, config)
     actor: JumpActor = agent.model.policy
-    return WarmStart(actor, game, traces, ppo.quality, ppo.lambda_range, config.warm, ppo.seed)
+    return WarmStart(actor, problem, traces, ppo.quality, ppo.lambda_range, config.warm, ppo.seed)
 
 
-def game_of(agent: JumpAgent, costs: CostTable, config: JumpConfig) -> StoppingGame:
-    """The game that an agent plays."""
+def problem_of(agent: JumpAgent, costs: CostTable, config: JumpConfig) -> StoppingProblem:
+    """The problem that an agent plays."""
     jumps = len(agent.exits) + 1 if config.jumps is None else config.jumps
-    return StoppingGame.of(Tariff.of(costs, agent.exits), jumps)
+    return StoppingProblem.of(Tariff.of(costs, agent.exits), jumps)
 
 
 def invalid_actions(exits: int, jumps: int) -> np.ndarray:

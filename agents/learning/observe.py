@@ -1,4 +1,4 @@
-"""What a token's observation would be in every state of its stopping game.
+"""What a token's observation would be in every state of its stopping problem.
 
 Shape suffixes: N tokens, S states, F feature columns, D = F + 1 observation columns.
 """
@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from offramp.agents.learning.export import Normaliser
-from offramp.agents.learning.game import START, State
+from offramp.agents.learning.stopping_problem import START, State
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
 from offramp.envs.traces.pairs import PairFeatures, schema_of
@@ -28,7 +28,7 @@ class StateObservations:
 
     Args:
         traces: Recorded tokens.
-        states: Of the game, the start first.
+        states: Of the problem, the start first.
 
     Raises:
         TraceError: the schema has a column that cannot be had for a jump.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.agents.learning.actor import JumpActor
-from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.observe import StateObservations
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
@@ -56,7 +56,7 @@ class WarmStart:
 
     Args:
         actor: Trained in place.
-        game: Whose return.
+        problem: Whose return.
         traces: Training tokens.
         quality: How an exit's token is scored.
         lambda_range: Preferences are drawn log-uniformly, one per token.
@@ -71,7 +71,7 @@ class WarmStart:
     def __init__(
         self,
         actor: JumpActor,
-        game: StoppingGame,
+        problem: StoppingProblem,
         traces: TokenTraces,
         quality: Quality,
         lambda_range: tuple[float, float],
@@ -79,12 +79,12 @@ class WarmStart:
         seed: int,
     ) -> None:
         self.actor = actor
-        self.game = game
+        self.problem = problem
         self.config = config
         self.step = 0
         self.optimiser = torch.optim.Adam(actor.parameters(), lr=config.learning_rate)
         self._seed = seed
-        self._observations = StateObservations(traces, game.states)
+        self._observations = StateObservations(traces, problem.states)
         self._quality_NE1 = torch.from_numpy(traces.quality(quality))
         self._log_range = (math.log(lambda_range[0]), math.log(lambda_range[1]))
 
@@ -110,9 +110,9 @@ class WarmStart:
         obs_NSD = torch.from_numpy(self._observations.of(rows_N, log_lambda_N))
         lambda_N = torch.from_numpy(np.exp(log_lambda_N))
         log_pi_NSA = log_chances(self.actor, obs_NSD)
-        values_NS = self.game.values(log_pi_NSA, self._quality_NE1[rows_N], lambda_N)
+        values_NS = self.problem.values(log_pi_NSA, self._quality_NE1[rows_N], lambda_N)
         share_N1 = (lambda_N / (1 + lambda_N))[:, None]
-        target_NS = values_NS.detach() + share_N1 * self.game.paid_S()
+        target_NS = values_NS.detach() + share_N1 * self.problem.paid_S()
         flat = obs_NSD.reshape(-1, obs_NSD.shape[2])
         predicted_NS = self.actor.predict_values(flat).reshape(target_NS.shape)
         error = nn.functional.mse_loss(predicted_NS, target_NS)
@@ -124,7 +124,7 @@ class WarmStart:
 @torch.no_grad()
 def exact_return(
     actor: JumpActor,
-    game: StoppingGame,
+    problem: StoppingProblem,
     traces: TokenTraces,
     quality: Quality,
     preference: float,
@@ -133,12 +133,12 @@ def exact_return(
     """Expected return of each token under the actor's random choices, [N].
 
     Args:
-        actor, game, traces, quality: As for ``WarmStart``.
+        actor, problem, traces, quality: As for ``WarmStart``.
         preference: λ.
         rows_N: Tokens; None takes all.
     """
     rows_N = np.arange(len(traces)) if rows_N is None else rows_N
-    observations = StateObservations(traces, game.states)
+    observations = StateObservations(traces, problem.states)
     quality_NE1 = torch.from_numpy(traces.quality(quality))
     returns = []
     for part_N in np.array_split(rows_N, -(-len(rows_N) // 2048)):
@@ -146,7 +146,7 @@ def exact_return(
         obs = torch.from_numpy(observations.of(part_N, log_lambda_N))
         lambda_N = torch.full((len(part_N),), preference)
         log_pi = log_chances(actor, obs)
-        returns.append(game.expected_return(log_pi, quality_NE1[part_N], lambda_N))
+        returns.append(problem.expected_return(log_pi, quality_NE1[part_N], lambda_N))
     return np.asarray(torch.cat(returns).numpy())
 
 

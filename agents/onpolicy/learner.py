@@ -19,9 +19,9 @@ from stable_baselines3.common.logger import Logger
 
 from offramp.agents.learning.actor import JumpActor, actor_options
 from offramp.agents.learning.export import Normaliser, Weights
-from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent, invalid_actions
 from offramp.agents.learning.routers import folded_layers, router_of, start_layer
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
 from offramp.agents.training.resuming import segment_seed
@@ -96,7 +96,7 @@ class Learner:
     Args:
         agent: Trained on traces; its decisions are the first version's, for the outlook's weights
             begin at 0.
-        game: What its tokens cost.
+        problem: What its tokens cost.
         config: How it updates.
         logger: Where SB3 writes its scalars.
 
@@ -105,10 +105,10 @@ class Learner:
     """
 
     def __init__(
-        self, agent: JumpAgent, game: StoppingGame, config: LearnerConfig, logger: Logger
+        self, agent: JumpAgent, problem: StoppingProblem, config: LearnerConfig, logger: Logger
     ) -> None:
         self.agent = agent
-        self.game = game
+        self.problem = problem
         self.config = config
         self.normaliser = _widened(agent.normaliser)
         old: JumpActor = agent.model.policy
@@ -117,10 +117,10 @@ class Learner:
             agent.schema.index("depth"),
             agent.exits,
             agent.layers,
-            invalid_actions(game.exits, game.jumps),
+            invalid_actions(problem.exits, problem.jumps),
         )
         columns = len(self.normaliser.mean_F)
-        self.model = RolloutPPO(columns, game.jumps + 1, options, config)
+        self.model = RolloutPPO(columns, problem.jumps + 1, options, config)
         self.model.set_logger(logger)
         _copy_actor(old, self.model.policy)
         self.version = 1
@@ -129,12 +129,11 @@ class Learner:
         """The present weights, as collectors take them."""
         first, *rest, last = folded_layers(self.model.policy, self.normaliser)
         features = len(first[0]) - OUTLOOK_V1.width - 1
-        reach = min(self.game.jumps, self.game.exits)
+        reach = min(self.problem.jumps, self.problem.exits)
         weight_HA, bias_A = last
         routing: Weights = [first, *rest, (weight_HA[:, : reach + 1], bias_A[: reach + 1])]
-        starting: Weights = [
-            (first[0][features:], first[1]), *rest, start_layer(weight_HA, bias_A, self.game.exits)
-        ]  # fmt: skip
+        start = start_layer(weight_HA, bias_A, self.problem.exits)
+        starting: Weights = [(first[0][features:], first[1]), *rest, start]
         return PolicyVersion(version=self.version, routing=routing, starting=starting)
 
     def router(self, preference: float, candidates_VK: IntArray | None = None) -> MlpRouter:
@@ -185,7 +184,7 @@ class Learner:
         cuts = np.cumsum([len(each.action_K) for each in rollouts])[:-1]
         advantages = [
             advantages_of(
-                rewards_of(rollout, self.game),
+                rewards_of(rollout, self.problem),
                 values_K,
                 rollout.ends_K,
                 self.config.discount,
@@ -206,12 +205,12 @@ class Learner:
 
     def _summary(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         taken = np.concatenate([each.taken_T for each in rollouts])
-        costs = np.concatenate([token_costs(each, self.game) for each in rollouts])
-        rewards = [rewards_of(each, self.game)[each.ends_K] for each in rollouts]
+        costs = np.concatenate([token_costs(each, self.problem) for each in rollouts])
+        rewards = [rewards_of(each, self.problem)[each.ends_K] for each in rollouts]
         return {
             "agreement": float(np.concatenate([each.agreed_T for each in rollouts]).mean()),
             "cost": float(costs.mean()),
-            "full_share": float((taken == self.game.exits).mean()),
+            "full_share": float((taken == self.problem.exits).mean()),
             "reward": float(np.concatenate(rewards).mean()),
         }
 
@@ -233,19 +232,19 @@ def judged_part(rollout: Rollout) -> Rollout:
     )
 
 
-def token_costs(rollout: Rollout, game: StoppingGame) -> FloatArray:
+def token_costs(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
     """What each token cost, in units of a full-depth token's time at batch 1, [T]."""
     decisions_T = np.bincount(rollout.token_K, minlength=len(rollout.taken_T))
     probes_T = decisions_T - 1  # the first decision comes before any probe
-    leave_T = np.asarray(game.leave_E1)[rollout.taken_T]
-    asked_T = probes_T * game.decide + (probes_T > 0) * game.build + game.begin
+    leave_T = np.asarray(problem.leave_E1)[rollout.taken_T]
+    asked_T = probes_T * problem.decide + (probes_T > 0) * problem.build + problem.begin
     return np.asarray(leave_T + asked_T, np.float32)
 
 
-def rewards_of(rollout: Rollout, game: StoppingGame) -> FloatArray:
+def rewards_of(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
     """(agreement − λ·cost) / (1 + λ) of a token, given to its last decision, [K]."""
     lam = rollout.preference
-    token_T = (rollout.agreed_T - lam * token_costs(rollout, game)) / (1 + lam)
+    token_T = (rollout.agreed_T - lam * token_costs(rollout, problem)) / (1 + lam)
     return np.where(rollout.ends_K, token_T[rollout.token_K], 0).astype(np.float32)
 
 

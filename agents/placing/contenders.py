@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from offramp.agents.placing.recorded_features import RecordedFeatures
 from offramp.agents.placing.replay import replay
-from offramp.agents.placing.view import RecordedFeatures
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.placing.pricing import token_costs
-from offramp.agents.placing.view import RecordedFeatures, documents, outlook
+from offramp.agents.placing.recorded_features import RecordedFeatures, documents, outlook
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
@@ -44,9 +46,9 @@ class Replay:
     cost: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
-    """Where each token would have gone.
+@dataclass(frozen=True, slots=True)
+class TakenExits:
+    """Where each token would have left.
 
     Attributes:
         taken_N: Index into the recorded exits of where it leaves; their number for full depth.
@@ -56,9 +58,21 @@ class Walk:
     taken_N: IndexArray
     probes_N: IndexArray
 
+    def agreement_N(self, traces: TokenTraces) -> FloatArray:
+        """Mark with 1 the tokens that would be full depth's, [N]."""
+        return traces.quality("agreement")[np.arange(len(self.taken_N)), self.taken_N]
+
+    def cost_N(self, problem: StoppingProblem) -> NDArray[np.float64]:
+        """Price each token, in units of a full-depth token's time; a first exit is not decided."""
+        leave_N = np.asarray(problem.leave_E1)[self.taken_N]
+        cost_N: NDArray[np.float64] = (
+            leave_N + self.probes_N * problem.decide + (self.probes_N > 0) * problem.build
+        )
+        return cost_N
+
 
 def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
-    """Walk every recorded token through a policy.
+    """TakenExits every recorded token through a policy.
 
     Offline numbers are optimistic: the cache the traces were recorded with is exact. Use them to
     place operating points, never to report one.
@@ -79,7 +93,7 @@ def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
     )
 
 
-def mean_cost(policy: Policy, walked: Walk, traces: TokenTraces, costs: CostTable) -> float:
+def mean_cost(policy: Policy, walked: TakenExits, traces: TokenTraces, costs: CostTable) -> float:
     """Mean cost of a walk, in units of a full-depth token's time."""
     exits = traces.header.exits
     priced_N = token_costs(policy.schema, exits, walked.taken_N, walked.probes_N, costs)
@@ -95,7 +109,7 @@ def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
     return walk(policy, traces).taken_N
 
 
-def walk(policy: Policy, traces: TokenTraces) -> Walk:
+def walk(policy: Policy, traces: TokenTraces) -> TakenExits:
     """Where each token leaves, and how often it is asked.
 
     A learning policy is copied first, decides the tokens in order, and is told how they compare
@@ -105,7 +119,7 @@ def walk(policy: Policy, traces: TokenTraces) -> Walk:
         ConfigError, PolicyFaultError: as ``replay``.
     """
     view = RecordedFeatures(policy, traces)
-    walked = Walk(
+    walked = TakenExits(
         taken_N=np.full(len(traces), len(traces.header.exits)),
         probes_N=np.zeros(len(traces), np.int64),
     )
@@ -154,10 +168,10 @@ def _walk(
     view: RecordedFeatures,
     outlook_NC: FloatArray,
     rows_M: IndexArray,
-    walked: Walk,
+    walked: TakenExits,
     seen: dict[int, FloatArray] | None = None,
 ) -> None:
-    """Walk some rows; ``seen`` takes, by row, what was probed of each where it left."""
+    """TakenExits some rows; ``seen`` takes, by row, what was probed of each where it left."""
     blank_MF = np.empty((len(rows_M), 0), np.float32)
     ask_M = decide(-1, blank_MF, outlook_NC[rows_M])
     for here, recorded in enumerate(view.recorded):
@@ -191,7 +205,11 @@ def _blocks(traces: TokenTraces) -> list[IndexArray]:
 
 
 def _verdict(
-    traces: TokenTraces, view: RecordedFeatures, row: int, walked: Walk, features_F: FloatArray
+    traces: TokenTraces,
+    view: RecordedFeatures,
+    row: int,
+    walked: TakenExits,
+    features_F: FloatArray,
 ) -> Verdict:
     recorded = int(walked.taken_N[row])
     return Verdict(

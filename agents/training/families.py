@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from offramp.agents.learning.phat import logit
-from offramp.agents.placing.chase import SubsetGrid
 from offramp.agents.placing.contenders import (
     GRID,
     Contender,
@@ -23,6 +22,7 @@ from offramp.agents.placing.contenders import (
     nearest,
     placed,
 )
+from offramp.agents.placing.state_replay import SubsetGrid
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, FeatureSchema, IntArray
@@ -193,14 +193,14 @@ def _jumps(parts: TrainedParts) -> list[Contender]:
     tried = []
     for preference in np.geomspace(*parts.jumps.lambda_range, GRID).tolist():
         router = parts.jumps.router(preference, parts.data.candidates_VK)
-        paths = parts.states.chase_router(router)
+        paths = parts.states.replay_router(router)
         tried.append(
             Contender(
                 family=JUMPS,
                 setting=preference,
                 offline_agreement=float(paths.agreement_N(parts.data.validation).mean()),
                 policy=router,
-                offline_cost=float(paths.cost_N(parts.states.game).mean()),
+                offline_cost=float(paths.cost_N(parts.states.problem).mean()),
                 symbol="λ=",
             )
         )
@@ -215,14 +215,14 @@ def _best_exits(parts: TrainedParts) -> list[Contender]:
     logits = table.logits(phat)
     # Targets that nothing tells apart have one choice, and it takes part once.
     for subset, threshold in dict.fromkeys(grid.cheapest(target) for target in parts.targets):
-        paths = table.chase_subset(logits, subset, threshold)
+        paths = table.replay_subset(logits, subset, threshold)
         layers = tuple(parts.exits[index] for index in subset)
         found[subset, threshold] = Contender(
             family=BEST_EXITS,
             setting=float(1 / (1 + np.exp(-threshold))),
             offline_agreement=float(paths.agreement_N(parts.data.validation).mean()),
             policy=MlpPolicy(layers, table.schema, phat, threshold, parts.data.candidates_VK),
-            offline_cost=float(paths.cost_N(table.game).mean()),
+            offline_cost=float(paths.cost_N(table.problem).mean()),
             note=f" at {','.join(map(str, layers))}",
         )
     return list(found.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.learning.jump_ppo import game_of
+from offramp.agents.learning.jump_ppo import problem_of
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner
 from offramp.agents.onpolicy.onpolicy import Tokens, run_onpolicy
@@ -41,8 +41,8 @@ def go_on_policy(run: StagedRun, on_round: Callable[[int, int], None]) -> Learne
         raise ConfigError("onpolicy.model", "is not named", "Give the folder that was recorded")
     names = [] if not run.config.tensorboard else ["tensorboard"]
     logger = configure(str(run.out / "onpolicy"), names)
-    game = game_of(run.agent, data.costs, run.config.jump)
-    learner = Learner(run.agent, game, config.learner, logger)
+    problem = problem_of(run.agent, data.costs, run.config.jump)
+    learner = Learner(run.agent, problem, config.learner, logger)
     if run.learner:
         learner.restore(run.learner)
     if run.step == config.rounds:

@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, configure
 
 from offramp.agents.learning.export import Weights
-from offramp.agents.learning.jump_ppo import JumpAgent, game_of, new_agent, warm_start
+from offramp.agents.learning.jump_ppo import JumpAgent, new_agent, problem_of, warm_start
 from offramp.agents.learning.phat import train_phat
 from offramp.agents.learning.ppo import learning_rate
 from offramp.agents.placing.contenders import INDEX
@@ -199,8 +199,8 @@ class StagedRun:
             )
 
     def _prices(self) -> tuple[float, ...]:
-        game = game_of(self.agent, self.data.costs, self.config.jump)
-        return (*game.leave_E1, game.decide, game.build)
+        problem = problem_of(self.agent, self.data.costs, self.config.jump)
+        return (*problem.leave_E1, problem.decide, problem.build)
 
     def _logger(self) -> Logger:
         if not self.config.tensorboard:

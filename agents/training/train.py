@@ -13,7 +13,6 @@ from offramp.agents.placing.contenders import Contender, load_contenders, save_c
 from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.families import families_of, place_all
 from offramp.agents.training.run_checkpoint import Checkpoint
-from offramp.agents.training.staged import StagedRun
 from offramp.agents.training.train_config import TrainConfig
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
@@ -64,15 +63,14 @@ def open_run(
         TraceError, ConfigError: as ``train``.
     """
     torch.set_num_threads(config.threads)
-    config = config.with_seeds()
     is_staged = any(family.is_staged for family in families_of(config.families))
     if resume and not is_staged:
         raise ConfigError("resume", "is for families that are trained in stages", "Leave it out")
     data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
-    staged = StagedRun(config, data, out, on_progress, callback) if is_staged else None
-    if staged is not None and resume:
-        staged.restore(Checkpoint.load(out))
-    return TrainedParts(config, data, staged, on_progress)
+    parts = TrainedParts(config.with_seeds(), data, out, on_progress, callback)
+    if resume:
+        parts.staged.restore(Checkpoint.load(out))
+    return parts
 
 
 def complete(run: TrainedParts, out: Path) -> list[Contender]:
@@ -83,6 +81,6 @@ def complete(run: TrainedParts, out: Path) -> list[Contender]:
     training = asdict(run.config)
     del training["traces"]  # a place on one machine
     save_contenders(out, contenders, run.data, training)
-    if run.staged is not None:
+    if run.has_stages:
         run.staged.reach("done", run.config.onpolicy.rounds)
     return contenders

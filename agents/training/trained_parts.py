@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+
+from stable_baselines3.common.callbacks import BaseCallback
 
 from offramp.agents.learning.export import Weights
 from offramp.agents.learning.jump_ppo import JumpAgent
 from offramp.agents.learning.phat import fit_state_phat, train_phat
 from offramp.agents.learning.ppo import TrainedAgent, train_ppo
 from offramp.agents.onpolicy.learner import Learner
-from offramp.agents.placing.chase import StateTable
 from offramp.agents.placing.contenders import Contender
+from offramp.agents.placing.state_replay import StateTable
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.onpolicy_phase import go_on_policy
 from offramp.agents.training.staged import StagedRun
@@ -27,8 +30,9 @@ class TrainedParts:
     Args:
         config: Settings of the run, seeds in place.
         data: What it learns from.
-        staged: The staged training of the jumping agent; None where no family needs it.
+        out: Folder of checkpoints and scalars, for families that are trained in stages.
         on_progress: Told as training advances.
+        callback: One of SB3's or a user's, for the staged PPO.
 
     Attributes:
         placed: Contenders of the families that were placed so far, by family.
@@ -38,19 +42,31 @@ class TrainedParts:
         self,
         config: TrainConfig,
         data: TrainingData,
-        staged: StagedRun | None = None,
+        out: Path,
         on_progress: Progress = lambda *_: None,
+        callback: BaseCallback | None = None,
     ) -> None:
         self.config = config
         self.data = data
-        self.staged = staged
+        self.out = out
         self.on_progress = on_progress
+        self.callback = callback
         self.placed: dict[str, list[Contender]] = {}
+
+    @cached_property
+    def staged(self) -> StagedRun:
+        """The jumping agent's training, at its beginning until it is restored or run."""
+        return StagedRun(self.config, self.data, self.out, self.on_progress, self.callback)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether some family, or a checkpoint, has asked for the staged training."""
+        return "staged" in vars(self)
 
     @property
     def is_finished(self) -> bool:
-        """Whether a staged run has nothing left to do, and its policies lie in its folder."""
-        return self.staged is not None and self.staged.finished
+        """Whether a restored run has nothing left to do, and its policies lie in its folder."""
+        return self.has_stages and self.staged.finished
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -65,7 +81,7 @@ class TrainedParts:
     @cached_property
     def phat(self) -> Weights:
         """p̂ on the recorded exits, each probed after the one before."""
-        if self.staged is not None:
+        if self.has_stages:  # whose checkpoints hold it
             self.staged.train()
             return self.staged.phat
         return train_phat(self.data.train, self.config.phat)
@@ -83,13 +99,11 @@ class TrainedParts:
     @cached_property
     def jumps(self) -> JumpAgent:
         """The PPO agent that says at which exit it is asked next."""
-        assert self.staged is not None, "a family that is not staged asks for the staged agent"
         return self.staged.train()
 
     @cached_property
     def learner(self) -> Learner:
         """The jumping agent after its on-policy rounds, for which Ray must be up."""
-        assert self.staged is not None, "a family that is not staged asks for the staged agent"
         self.staged.train()
         return go_on_policy(self.staged, lambda *count: self.on_progress("on-policy", *count))
 

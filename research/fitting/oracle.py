@@ -11,14 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.agents.placing.pricing import places
-from offramp.agents.placing.replay import Walk
+from offramp.agents.placing.replay import TakenExits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.policies.protocols import IndexArray
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.exit_plan import PlannedExit
 
 
-def oracle(traces: TokenTraces, costs: CostTable, trade_off: float = 0.0) -> Walk:
+def oracle(traces: TokenTraces, costs: CostTable, trade_off: float = 0.0) -> TakenExits:
     """The best place to leave for each token, at no probe.
 
     Args:
@@ -32,7 +32,7 @@ def oracle(traces: TokenTraces, costs: CostTable, trade_off: float = 0.0) -> Wal
         taken_N = np.argmax(traces.quality("agreement") - trade_off * cost_E1, axis=1)
     else:
         taken_N = first_agreeing(traces)
-    return Walk(taken_N=taken_N, probes_N=np.zeros(len(traces), np.int64))
+    return TakenExits(taken_N=taken_N, probes_N=np.zeros(len(traces), np.int64))
 
 
 def first_agreeing(traces: TokenTraces) -> IndexArray:

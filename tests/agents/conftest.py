@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from support.training_sets import agent, data, deep_data, game, ray_cluster
+from support.training_sets import agent, data, deep_data, problem, ray_cluster
 
-__all__ = ["agent", "data", "deep_data", "game", "ray_cluster"]
+__all__ = ["agent", "data", "deep_data", "problem", "ray_cluster"]

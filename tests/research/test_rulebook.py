@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from offramp.research.fitting.greencode import GreenCodeConfig
 from offramp.research.rulebook import GREEN_CODE, PUBLISHED, green_code
 
 TARGETS = (0.9, 0.97)
+CONFIG = TrainConfig(traces="unread", targets=TARGETS)
 
 FAMILIES = {
     "full depth", "fixed exit", "CALM", "CALM decaying", "softmax max decaying",
@@ -52,7 +54,7 @@ def states(data: TrainingData) -> TrainingData:
 
 @pytest.fixture(scope="module")
 def contenders(states: TrainingData) -> list[Contender]:
-    parts = TrainedParts(TrainConfig(traces="unread", targets=TARGETS), states)
+    parts = TrainedParts(CONFIG, states, Path("unused"))
     families = [each for each in PUBLISHED if each not in ("PPO", JUMPS)]
     return [
         *place_all(families, parts),
@@ -94,7 +96,7 @@ def test_every_rule_goes_through_a_bundle(
 
 def test_hidden_states_are_asked_for_when_needed(data: TrainingData) -> None:
     with pytest.raises(TraceError, match="--states"):
-        place_all([GREEN_CODE], TrainedParts(TrainConfig(traces="unread", targets=(0.9,)), data))
+        place_all([GREEN_CODE], TrainedParts(CONFIG, data, Path("unused")))
 
 
 def contender(agreement: float, cost: float) -> Contender:

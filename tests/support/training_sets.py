@@ -11,10 +11,10 @@ import pytest
 import ray
 import torch
 
-from offramp.agents.learning.game import StoppingGame
-from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, game_of, new_agent
+from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, new_agent, problem_of
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.staged import StagedRun
 from offramp.agents.training.train_config import TrainConfig
@@ -117,8 +117,8 @@ def agent(data: TrainingData) -> JumpAgent:
 
 
 @pytest.fixture(scope="session")
-def game(agent: JumpAgent, data: TrainingData) -> StoppingGame:
-    return game_of(agent, replace(data.costs, layers=12), JUMP_CONFIG)
+def problem(agent: JumpAgent, data: TrainingData) -> StoppingProblem:
+    return problem_of(agent, replace(data.costs, layers=12), JUMP_CONFIG)
 
 
 def trained_jumps(data: TrainingData, config: JumpConfig, out: Path) -> JumpAgent:

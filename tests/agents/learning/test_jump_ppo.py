@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.learning.game import START
 from offramp.agents.learning.jump_ppo import (
     JumpAgent,
     JumpConfig,
-    game_of,
     new_agent,
+    problem_of,
     warm_start,
 )
 from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.learning.stopping_problem import START
 from offramp.agents.learning.warm import WarmConfig, exact_return
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
@@ -47,9 +47,9 @@ def agent(deep_data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def mean_return(agent: JumpAgent, deep_data: TrainingData, preference: float) -> float:
-    game = game_of(agent, deep_data.costs, CONFIG)
+    problem = problem_of(agent, deep_data.costs, CONFIG)
     actor = agent.model.policy
-    return float(exact_return(actor, game, deep_data.validation, "agreement", preference).mean())
+    return float(exact_return(actor, problem, deep_data.validation, "agreement", preference).mean())
 
 
 def test_the_exact_value_is_the_mean_reward_of_the_environment(
@@ -77,9 +77,9 @@ def test_the_exact_value_is_the_mean_reward_of_the_environment(
         alive &= ~batch.terminated_B
         obs = batch.obs_BD
     assert not alive.any()
-    game = game_of(agent, deep_data.costs, CONFIG)
+    problem = problem_of(agent, deep_data.costs, CONFIG)
     expected = exact_return(
-        agent.model.policy, game, deep_data.validation, "agreement", 0.3, np.arange(500)
+        agent.model.policy, problem, deep_data.validation, "agreement", 0.3, np.arange(500)
     )
     error = (total.reshape(40, 500) - expected).mean(0)
     assert abs(error.mean()) < 4 * error.std() / np.sqrt(500)
@@ -89,12 +89,12 @@ def test_the_exact_value_is_the_mean_reward_of_the_environment(
 def test_the_warm_start_finds_more_than_any_fixed_exit(deep_data: TrainingData) -> None:
     agent = new_agent(deep_data.train, deep_data.costs, CONFIG)
     before = [mean_return(agent, deep_data, preference) for preference in PREFERENCES]
-    game = game_of(agent, deep_data.costs, CONFIG)
+    problem = problem_of(agent, deep_data.costs, CONFIG)
     warm_start(agent, deep_data.train, deep_data.costs, CONFIG).run(CONFIG.warm.steps)
     after = [mean_return(agent, deep_data, preference) for preference in PREFERENCES]
     assert all(new > old for old, new in zip(before, after, strict=True))
     quality = deep_data.validation.quality("agreement").mean(0)
-    probed = np.asarray(game.leave_E1) + game.decide + game.begin  # nobody leaves unasked
+    probed = np.asarray(problem.leave_E1) + problem.decide + problem.begin  # nobody leaves unasked
     fixed = [
         ((quality - preference * probed) / (1 + preference)).max() for preference in PREFERENCES
     ]
@@ -105,8 +105,8 @@ def test_the_warm_start_finds_more_than_any_fixed_exit(deep_data: TrainingData) 
 def test_exported_decisions_are_sb3s_in_every_recorded_state(
     deep_data: TrainingData, agent: JumpAgent
 ) -> None:
-    game = game_of(agent, deep_data.costs, CONFIG)
-    observations = StateObservations(deep_data.validation, game.states)
+    problem = problem_of(agent, deep_data.costs, CONFIG)
+    observations = StateObservations(deep_data.validation, problem.states)
     rows = np.arange(len(deep_data.validation))
     nothing = np.zeros((len(rows), OUTLOOK_V1.width), np.float32)
     seen: set[int] = set()
@@ -114,7 +114,7 @@ def test_exported_decisions_are_sb3s_in_every_recorded_state(
         router = agent.router(preference)
         log_lambda = np.full(len(rows), np.log(preference), np.float32)
         obs_NSD = observations.of(rows, log_lambda)
-        for s, state in enumerate(game.states):
+        for s, state in enumerate(problem.states):
             actions, _ = agent.model.predict(obs_NSD[:, s], deterministic=True)
             if state.here == START:
                 assert set(actions - 1) == set(router.start(nothing).tolist())

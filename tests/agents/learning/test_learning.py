@@ -154,7 +154,7 @@ def test_contenders_are_placed_saved_and_read_back(
     phat = train_phat(data.train, PhatConfig(epochs=5))
     targets = (0.85, 0.95)
     config = TrainConfig(traces="unread", targets=targets, gate=PPO_CONFIG)
-    parts = TrainedParts(config, data)
+    parts = TrainedParts(config, data, Path("unused"))
     parts.phat, parts.gate = phat, agent
     contenders = place_all(GATE_FAMILIES, parts)
     assert contenders[0].setting is None

@@ -12,8 +12,8 @@ import pytest
 import ray
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks, run_onpolicy
@@ -41,8 +41,8 @@ TABLE = successor_table([list(tokens) for _, tokens in DOCUMENTS], 4096, 16)
 
 
 @pytest.fixture
-def learner(agent: JumpAgent, game: StoppingGame) -> Learner:
-    return Learner(agent, game, LearnerConfig(batch=128), configure(None, []))
+def learner(agent: JumpAgent, problem: StoppingProblem) -> Learner:
+    return Learner(agent, problem, LearnerConfig(batch=128), configure(None, []))
 
 
 def kill(pool: CollectorPool, count: int) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from stable_baselines3.common.logger import configure
 
-from offramp.agents.learning.game import StoppingGame
 from offramp.agents.learning.jump_ppo import JumpAgent
+from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.onpolicy.collector import (
     Collector,
     CollectSpec,
@@ -46,8 +46,8 @@ TOKENS = 24
 PROMPT = 8
 
 
-def make_learner(agent: JumpAgent, game: StoppingGame, **options: float) -> Learner:
-    return Learner(agent, game, LearnerConfig(batch=128, **options), configure(None, []))  # type: ignore[arg-type]  # mixed numbers
+def make_learner(agent: JumpAgent, problem: StoppingProblem, **options: float) -> Learner:
+    return Learner(agent, problem, LearnerConfig(batch=128, **options), configure(None, []))  # type: ignore[arg-type]  # mixed numbers
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def task(number: int = 0) -> Task:
 
 @pytest.mark.parametrize("mode", ["project", "defer"])
 def test_a_rollout_says_what_the_engine_did(
-    collectors: dict[KVMode, Collector], agent: JumpAgent, game: StoppingGame, mode: KVMode
+    collectors: dict[KVMode, Collector], agent: JumpAgent, problem: StoppingProblem, mode: KVMode
 ) -> None:
     collector = collectors[mode]
     rows = []
@@ -86,7 +86,7 @@ def test_a_rollout_says_what_the_engine_did(
         return rows
 
     collector._decode = spying  # type: ignore[assignment, method-assign]  # sees the engine's rows
-    policy = make_learner(agent, game).policy()
+    policy = make_learner(agent, problem).policy()
     try:
         rollouts = collector.collect(policy, task())
     finally:
@@ -119,10 +119,10 @@ def test_a_rollout_says_what_the_engine_did(
 
 
 def test_recorded_log_probabilities_are_the_learners(
-    collectors: dict[KVMode, Collector], agent: JumpAgent, game: StoppingGame
+    collectors: dict[KVMode, Collector], agent: JumpAgent, problem: StoppingProblem
 ) -> None:
     """Independent: torch evaluates what numpy sampled in another process's stead."""
-    learner = make_learner(agent, game)
+    learner = make_learner(agent, problem)
     for rollout in collectors["project"].collect(learner.policy(), task()):
         with torch.no_grad():
             _, log_probs, _ = learner.model.policy.evaluate_actions(
@@ -132,9 +132,9 @@ def test_recorded_log_probabilities_are_the_learners(
 
 
 def test_a_task_given_out_again_is_decoded_the_same(
-    collectors: dict[KVMode, Collector], agent: JumpAgent, game: StoppingGame
+    collectors: dict[KVMode, Collector], agent: JumpAgent, problem: StoppingProblem
 ) -> None:
-    policy = make_learner(agent, game).policy()
+    policy = make_learner(agent, problem).policy()
     first = collectors["project"].collect(policy, task(5))
     again = collectors["project"].collect(policy, task(5))
     other = collectors["project"].collect(policy, task(6))
@@ -146,8 +146,10 @@ def test_a_task_given_out_again_is_decoded_the_same(
     )
 
 
-def test_the_first_version_decides_as_the_agent_did(agent: JumpAgent, game: StoppingGame) -> None:
-    learner = make_learner(agent, game)
+def test_the_first_version_decides_as_the_agent_did(
+    agent: JumpAgent, problem: StoppingProblem
+) -> None:
+    learner = make_learner(agent, problem)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(200, 11)).astype(np.float32)
     features[:, CANDIDATES_V1.index("depth")] = 0.5
@@ -181,15 +183,15 @@ def make_rollout(**changes: object) -> Rollout:
     return Rollout(**{**values, **changes})  # type: ignore[arg-type]  # of mixed types
 
 
-def test_rewards_are_quality_less_the_measured_cost(game: StoppingGame) -> None:
+def test_rewards_are_quality_less_the_measured_cost(problem: StoppingProblem) -> None:
     rollout = make_rollout()
     expected = [
-        game.leave_E1[1] + 2 * game.decide + game.build + game.begin,
-        game.leave_E1[3] + game.begin,
-        game.leave_E1[0] + game.decide + game.build + game.begin,
+        problem.leave_E1[1] + 2 * problem.decide + problem.build + problem.begin,
+        problem.leave_E1[3] + problem.begin,
+        problem.leave_E1[0] + problem.decide + problem.build + problem.begin,
     ]
-    np.testing.assert_allclose(token_costs(rollout, game), expected, rtol=1e-6)
-    reward_K = rewards_of(rollout, game)
+    np.testing.assert_allclose(token_costs(rollout, problem), expected, rtol=1e-6)
+    reward_K = rewards_of(rollout, problem)
     np.testing.assert_array_equal(np.flatnonzero(reward_K), [2, 3, 5])
     assert reward_K[2] == pytest.approx((1 - 0.5 * expected[0]) / 1.5, rel=1e-6)
     assert reward_K[5] == pytest.approx((0 - 0.5 * expected[2]) / 1.5, rel=1e-6)
@@ -216,9 +218,11 @@ def test_tokens_that_nobody_judged_are_left_out() -> None:
     assert judged_part(make_rollout()).token_K.tolist() == [0, 0, 0, 1, 2, 2]
 
 
-def test_an_update_makes_rewarded_actions_likelier(agent: JumpAgent, game: StoppingGame) -> None:
+def test_an_update_makes_rewarded_actions_likelier(
+    agent: JumpAgent, problem: StoppingProblem
+) -> None:
     """Of one state, in which leaving is always right and going on always wrong."""
-    learner = make_learner(agent, game, learning_rate=3e-3, discount=0.0)
+    learner = make_learner(agent, problem, learning_rate=3e-3, discount=0.0)
     obs = np.zeros((2, 20), np.float32)
     obs[1, CANDIDATES_V1.index("depth")] = 0.25
     obs[:, -1] = math.log(0.5)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from offramp.agents.placing.recorded_features import RecordedFeatures, outlook
 from offramp.agents.placing.replay import replay, walk
-from offramp.agents.placing.view import RecordedFeatures, outlook
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import (

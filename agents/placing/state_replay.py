@@ -1,7 +1,7 @@
-"""Tokens chased through the states of their games, offline: by routers, and by p̂ on some exits.
+"""Offline replay over states, of policies that skip exits: routers, and p̂ on some of the exits.
 
 A policy that skips exits sees features compared to the exit it probed before. Every state's
-features are known, so that a policy is a table that tokens are chased through.
+features can be computed, so that a policy is a table that tokens are replayed through.
 
 Shape suffixes: N tokens, E exits, F features, K exits of a subset, Q subsets, Z thresholds.
 """
@@ -16,45 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.agents.learning.export import Weights
-from offramp.agents.learning.game import START, State, StoppingGame
 from offramp.agents.learning.observe import StateObservations
+from offramp.agents.learning.stopping_problem import START, State, StoppingProblem
+from offramp.agents.placing.replay import TakenExits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.net import MAX_ROWS
-from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.router import MlpRouter
 from offramp.envs.charges.tariff import Tariff
 from offramp.envs.traces.tokens import TokenTraces
 
 MOST_EXITS = 5
 """Exits of a subset at most; of ten, that makes 637 subsets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chased:
-    """Where each token went.
-
-    Attributes:
-        taken_N: Exit it left at; E for the end.
-        probes_N: Exits it was asked at.
-    """
-
-    taken_N: IndexArray
-    probes_N: IndexArray
-
-    def agreement_N(self, traces: TokenTraces) -> FloatArray:
-        """1 where the token is full depth's."""
-        quality_NE1 = traces.quality("agreement")
-        return quality_NE1[np.arange(len(self.taken_N)), self.taken_N]
-
-    def cost_N(self, game: StoppingGame) -> NDArray[np.float64]:
-        """In units of a full-depth token's time; a first exit is nobody's decision."""
-        leave_N = np.asarray(game.leave_E1)[self.taken_N]
-        cost_N: NDArray[np.float64] = (
-            leave_N + self.probes_N * game.decide + (self.probes_N > 0) * game.build
-        )
-        return cost_N
 
 
 class StateTable:
@@ -68,8 +42,8 @@ class StateTable:
     def __init__(self, traces: TokenTraces, costs: CostTable) -> None:
         exits = traces.header.exits
         self.traces = traces
-        self.game = StoppingGame.of(Tariff.of(costs, exits), len(exits) + 1)
-        self.states = self.game.states
+        self.problem = StoppingProblem.of(Tariff.of(costs, exits), len(exits) + 1)
+        self.states = self.problem.states
         self._observations = StateObservations(traces, self.states)
         self.schema = self._observations.schema
 
@@ -77,9 +51,9 @@ class StateTable:
         """Features of all tokens in one state, [N, F]."""
         return self._observations.at(state)
 
-    def chase_router(self, router: MlpRouter) -> Chased:
+    def replay_router(self, router: MlpRouter) -> TakenExits:
         """Where a router on the recorded exits sends each token."""
-        tokens, exits = len(self.traces), self.game.exits
+        tokens, exits = len(self.traces), self.problem.exits
         nothing = np.zeros((tokens, OUTLOOK_V1.width), np.float32)
         here_N = np.asarray(router.start(nothing)).copy()
         before_N = np.full(tokens, START)
@@ -96,7 +70,7 @@ class StateTable:
                 onward = at[next_N != here]
                 before_N[onward], here_N[onward] = here, next_N[next_N != here]
                 here_N[at[next_N == here]] = START
-        return Chased(taken_N, probes_N)
+        return TakenExits(taken_N, probes_N)
 
     def logits(self, phat: Weights) -> dict[State, FloatArray]:
         """The classifier's logit of every token in each state at an exit, [N] each."""
@@ -111,9 +85,9 @@ class StateTable:
             found[state] = np.concatenate(parts)
         return found
 
-    def chase_subset(
+    def replay_subset(
         self, logits: dict[State, FloatArray], subset: Sequence[int], threshold: float
-    ) -> Chased:
+    ) -> TakenExits:
         """Where p̂ on some of the exits sends each token.
 
         Args:
@@ -125,16 +99,16 @@ class StateTable:
             logits[State(before, here)] > threshold
             for before, here in itertools.pairwise((START, *subset))
         ]
-        return first_of(leaves, subset, self.game.exits)
+        return first_of(leaves, subset, self.problem.exits)
 
 
-def first_of(leaves: Sequence[BoolArray], subset: Sequence[int], exits: int) -> Chased:
+def first_of(leaves: Sequence[BoolArray], subset: Sequence[int], exits: int) -> TakenExits:
     """Each token leaves at the first of some exits that lets it."""
     leaves_NK = np.stack(leaves, axis=1)
     any_N = leaves_NK.any(1)
     place_N = leaves_NK.argmax(1)
     taken_N = np.where(any_N, np.asarray(subset)[place_N], exits)
-    return Chased(taken_N, np.where(any_N, place_N + 1, len(subset)))
+    return TakenExits(taken_N, np.where(any_N, place_N + 1, len(subset)))
 
 
 def subsets(exits: int, most: int = MOST_EXITS) -> Iterator[tuple[int, ...]]:
@@ -167,14 +141,14 @@ class SubsetGrid:
     def of(cls, table: StateTable, phat: Weights, thresholds: Sequence[float]) -> SubsetGrid:
         """Chase all tokens of a table through all of them."""
         logits = table.logits(phat)
-        every = list(subsets(table.game.exits))
+        every = list(subsets(table.problem.exits))
         agreement_QZ = np.zeros((len(every), len(thresholds)))
         cost_QZ = np.zeros_like(agreement_QZ)
         for q, subset in enumerate(every):
             for z, threshold in enumerate(thresholds):
-                chased = table.chase_subset(logits, subset, threshold)
-                agreement_QZ[q, z] = chased.agreement_N(table.traces).mean()
-                cost_QZ[q, z] = chased.cost_N(table.game).mean()
+                taken = table.replay_subset(logits, subset, threshold)
+                agreement_QZ[q, z] = taken.agreement_N(table.traces).mean()
+                cost_QZ[q, z] = taken.cost_N(table.problem).mean()
         return cls(every, list(thresholds), agreement_QZ, cost_QZ)
 
     def cheapest(self, agreement: float) -> tuple[tuple[int, ...], float]:

@@ -1,4 +1,4 @@
-"""The stopping game of one token, and the exact expected return of a stochastic policy in it.
+"""The stopping problem of one token, and the exact expected return of a stochastic policy in it.
 
 Shape suffixes: N tokens, S states, A actions, E exits; E1 = E + 1 exits with the end (all layers).
 """
@@ -46,7 +46,7 @@ def states_of(exits: int, jumps: int) -> tuple[State, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class StoppingGame:
+class StoppingProblem:
     """Expected return of a policy, by a dynamic programme over its states.
 
     With the answers of all exits recorded, the return of every path is known, so that the
@@ -85,8 +85,8 @@ class StoppingGame:
             )
 
     @classmethod
-    def of(cls, tariff: Tariff, jumps: int) -> StoppingGame:
-        """The game that ``TokenExitCore`` plays with ``jump`` actions."""
+    def of(cls, tariff: Tariff, jumps: int) -> StoppingProblem:
+        """The problem that ``TokenExitCore`` plays with ``jump`` actions."""
         decide_O = tariff.probe_O + tariff.policy_O
         leave_E1 = tuple(tariff.leave_OP[LATENCY, 1:].tolist())
         return cls(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.learning.game import START, State, StoppingGame, states_of
+from offramp.agents.learning.stopping_problem import START, State, StoppingProblem, states_of
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.envs.charges.tariff import Tariff
@@ -20,13 +20,15 @@ EXITS = (2, 4, 6)
 N = 5
 
 
-def make_game(data: TrainingData, jumps: int) -> StoppingGame:
-    return StoppingGame.of(Tariff.of(replace(data.costs, build_s=0.05), EXITS), jumps)
+def make_game(data: TrainingData, jumps: int) -> StoppingProblem:
+    return StoppingProblem.of(Tariff.of(replace(data.costs, build_s=0.05), EXITS), jumps)
 
 
-def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, lam: float) -> float:
+def enumerated(
+    problem: StoppingProblem, pi_SA: np.ndarray, quality_E1: np.ndarray, lam: float
+) -> float:
     """Sum over every path of its probability times its return: forward, path by path."""
-    place = {state: s for s, state in enumerate(game.states)}
+    place = {state: s for s, state in enumerate(problem.states)}
 
     def walk(state: State, chance: float, probes: int) -> float:
         total = 0.0
@@ -34,9 +36,9 @@ def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, la
             target = state.here + action
             if pi == 0:
                 continue
-            if action == 0 or target == game.exits:
-                cost = game.leave_E1[target] + probes * game.decide + game.begin
-                cost += game.build * (probes > 0)
+            if action == 0 or target == problem.exits:
+                cost = problem.leave_E1[target] + probes * problem.decide + problem.begin
+                cost += problem.build * (probes > 0)
                 total += chance * pi * (quality_E1[target] - lam * cost)
             else:
                 total += walk(State(state.here, target), chance * pi, probes + 1)
@@ -45,13 +47,13 @@ def enumerated(game: StoppingGame, pi_SA: np.ndarray, quality_E1: np.ndarray, la
     return walk(State(START, START), 1.0, 0) / (1 + lam)
 
 
-def log_chances(game: StoppingGame, logits_NSA: torch.Tensor) -> torch.Tensor:
-    return logits_NSA.masked_fill(game.invalid_SA(), -torch.inf).log_softmax(-1)
+def log_chances(problem: StoppingProblem, logits_NSA: torch.Tensor) -> torch.Tensor:
+    return logits_NSA.masked_fill(problem.invalid_SA(), -torch.inf).log_softmax(-1)
 
 
-def draw(game: StoppingGame) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(game.jumps)
-    logits = torch.randn(N, len(game.states), game.jumps + 1)
+def draw(problem: StoppingProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(problem.jumps)
+    logits = torch.randn(N, len(problem.states), problem.jumps + 1)
     return logits, torch.rand(N, len(EXITS) + 1), torch.rand(N) * 2
 
 
@@ -64,23 +66,23 @@ def test_states_are_those_that_jumps_reach() -> None:
 
 @pytest.mark.parametrize("jumps", [1, 2, 3, 4])
 def test_the_value_is_the_mean_over_all_paths(data: TrainingData, jumps: int) -> None:
-    game = make_game(data, jumps)
-    logits, quality, lam = draw(game)
-    log_pi = log_chances(game, logits)
-    found = game.expected_return(log_pi, quality, lam)
+    problem = make_game(data, jumps)
+    logits, quality, lam = draw(problem)
+    log_pi = log_chances(problem, logits)
+    found = problem.expected_return(log_pi, quality, lam)
     expected = [
-        enumerated(game, log_pi[n].exp().numpy(), quality[n].numpy(), float(lam[n]))
+        enumerated(problem, log_pi[n].exp().numpy(), quality[n].numpy(), float(lam[n]))
         for n in range(N)
     ]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
 def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(data: TrainingData) -> None:
-    game = make_game(data, 1)
-    logits, quality, lam = draw(game)
-    log_pi = log_chances(game, logits)
-    found = game.expected_return(log_pi, quality, lam)
-    costs = torch.from_numpy(replace(data.costs, build_s=0.05).leaving(EXITS)) + game.begin
+    problem = make_game(data, 1)
+    logits, quality, lam = draw(problem)
+    log_pi = log_chances(problem, logits)
+    found = problem.expected_return(log_pi, quality, lam)
+    costs = torch.from_numpy(replace(data.costs, build_s=0.05).leaving(EXITS)) + problem.begin
     leave_NE = log_pi[:, 1:, 0].exp()
     survive = torch.cumprod(1 - leave_NE, dim=1)
     before = torch.cat([torch.ones(N, 1), survive], dim=1)
@@ -91,11 +93,11 @@ def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(data: TrainingD
 
 @pytest.mark.parametrize("jumps", [1, 4])
 def test_the_gradient_is_that_of_finite_differences(data: TrainingData, jumps: int) -> None:
-    game = make_game(data, jumps)
-    logits, quality, lam = (each.double() for each in draw(game))  # differences of 1e-6 need it
+    problem = make_game(data, jumps)
+    logits, quality, lam = (each.double() for each in draw(problem))  # differences of 1e-6 need it
 
     def mean(logits: torch.Tensor) -> torch.Tensor:
-        return game.expected_return(log_chances(game, logits), quality, lam).mean()
+        return problem.expected_return(log_chances(problem, logits), quality, lam).mean()
 
     logits.requires_grad_()
     mean(logits).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped

@@ -1,4 +1,4 @@
-"""Tokens chased offline, against the environment and a loop of their own."""
+"""Tokens taken offline, against the environment and a loop of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.learning.game import START, State
 from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig, fit_state_phat, logit
 from offramp.agents.learning.ppo import PPOConfig
+from offramp.agents.learning.stopping_problem import START, State
 from offramp.agents.learning.warm import WarmConfig
-from offramp.agents.placing.chase import StateTable, SubsetGrid, subsets
+from offramp.agents.placing.state_replay import StateTable, SubsetGrid, subsets
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.families import BEST_EXITS, JUMPS, place_all
 from offramp.agents.training.train_config import TrainConfig
@@ -48,7 +48,7 @@ def test_a_chased_router_goes_where_the_environment_takes_it(
     """The environment is stepped with the router's own decisions."""
     router = random_router(seed)
     table = StateTable(deep_data.validation, deep_data.costs)
-    chased = table.chase_router(router)
+    taken = table.replay_router(router)
     rows = np.arange(len(deep_data.validation))
     core = TokenExitCore(
         deep_data.validation,
@@ -77,19 +77,19 @@ def test_a_chased_router_goes_where_the_environment_takes_it(
             batch.finals.place_K, info["exit_layer"], info["probes"], info["cost"], strict=True
         ):
             ended.setdefault(int(place), (int(layer), int(probes), float(cost)))
-    layers = np.asarray([2, 4, 6, 8])[chased.taken_N]
+    layers = np.asarray([2, 4, 6, 8])[taken.taken_N]
     ends = [ended[int(row)] for row in rows]
     assert [end[0] for end in ends] == layers.tolist()
-    assert [end[1] for end in ends] == chased.probes_N.tolist()
-    cost_N = np.array([end[2] for end in ends]) - table.game.begin
-    np.testing.assert_allclose(cost_N, chased.cost_N(table.game), atol=1e-6)
+    assert [end[1] for end in ends] == taken.probes_N.tolist()
+    cost_N = np.array([end[2] for end in ends]) - table.problem.begin
+    np.testing.assert_allclose(cost_N, taken.cost_N(table.problem), atol=1e-6)
     assert len(set(layers.tolist())) > 2
 
 
 def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_data: TrainingData) -> None:
     phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
     table = StateTable(deep_data.validation, deep_data.costs)
-    chased = table.chase_subset(table.logits(phat), (0, 2), logit(0.8))
+    taken = table.replay_subset(table.logits(phat), (0, 2), logit(0.8))
     policy = MlpPolicy((2, 6), CANDIDATES_V1, phat, logit(0.8))
     for row in range(150):
         expected = (3, 2)
@@ -98,8 +98,8 @@ def test_p̂_on_a_subset_leaves_at_the_first_exit_that_is_sure(deep_data: Traini
             if policy.leave(table._observations.at(State(before, here), rows))[0]:
                 expected = (here, asked)
                 break
-        assert (chased.taken_N[row], chased.probes_N[row]) == expected
-    assert len(set(chased.taken_N.tolist())) == 3
+        assert (taken.taken_N[row], taken.probes_N[row]) == expected
+    assert len(set(taken.taken_N.tolist())) == 3
 
 
 def test_the_grid_finds_the_cheapest_and_the_best(deep_data: TrainingData) -> None:
@@ -124,7 +124,7 @@ def test_contenders_are_placed_near_their_targets(deep_data: TrainingData, tmp_p
         warm=WarmConfig(steps=250), ppo=PPOConfig(steps=0, envs=2, lambda_range=(0.05, 2.0))
     )
     settings = TrainConfig(traces="unread", targets=(0.85, 0.95))
-    parts = TrainedParts(settings, deep_data)
+    parts = TrainedParts(settings, deep_data, Path("unused"))
     parts.jumps = trained_jumps(deep_data, config, tmp_path)
     parts.state_phat = fit_state_phat(deep_data.train, PhatConfig(epochs=24))
     found = place_all([JUMPS, BEST_EXITS], parts)[1:]
