@@ -29,7 +29,7 @@ class Chosen:
 
     Attributes:
         name: Family and setting.
-        policy: As it starts.
+        policy: The policy, before it has learned from verdicts.
         offline: What it earned on validation documents.
     """
 

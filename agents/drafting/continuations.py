@@ -30,7 +30,7 @@ TABLE_WIDTH = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuations:
-    """What to record.
+    """How much of which documents is recorded.
 
     Attributes:
         exits: Layers to probe, ascending.

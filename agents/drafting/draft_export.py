@@ -26,8 +26,8 @@ def router_of(
 
     Args:
         model: A ``PPO`` that ``train_drafter`` built.
-        exits: Those of its traces.
-        max_pending: Of its training.
+        exits: Exits of the traces that it was trained on.
+        max_pending: Most drafts that were open in its training.
         candidates_VK: The table of its traces if it was trained on ``CandidateDrafts``. The other
             columns of CANDIDATES_V1 get weight 0.
     """

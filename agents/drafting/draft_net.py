@@ -59,7 +59,7 @@ class DraftNets(nn.Module):
         return self.forward_actor(obs_BD), self.forward_critic(obs_BD)
 
     def forward_actor(self, obs_BD: Tensor) -> Tensor:
-        """Logits [B, A]."""
+        """Compute the logits of all actions, [B, A]."""
         place_B = (obs_BD[:, -1] * self.exits).round().long()
         seen_BD = obs_BD * self.uses_D
         start_BA = self.starter(seen_BD[:, self.features : -1])
@@ -68,7 +68,7 @@ class DraftNets(nn.Module):
         return logits_BA + self.mask_PA[place_B]
 
     def forward_critic(self, obs_BD: Tensor) -> Tensor:
-        """The critic's latent."""
+        """Compute the critic's hidden layer."""
         latent: Tensor = self.critic(obs_BD * self.uses_D)
         return latent
 

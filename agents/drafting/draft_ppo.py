@@ -22,21 +22,21 @@ from offramp.envs.traces.tokens import TokenTraces
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftPPOConfig:
-    """Hyper-parameters.
+    """Hyper-parameters of a drafter's training.
 
     Attributes:
         steps: Decisions in all.
-        envs: Parallel episodes.
+        envs: Episodes that run in parallel.
         rollout: Decisions per episode and update.
-        batch: Minibatch.
+        batch: Decisions per gradient step.
         epochs: Passes over each rollout.
         learning_rate: At the start; falls linearly to 2 %.
-        gae_lambda: Of the advantage estimate.
+        gae_lambda: λ of the generalised advantage estimate.
         entropy: Weight of the entropy bonus at the start; falls with the learning rate.
         hidden: Units of each hidden layer of both actor nets.
         max_pending: Drafts that may be open.
         rate_share: How far ρ moves to a rollout's own rate.
-        seed: Of everything.
+        seed: Seeds everything random.
     """
 
     steps: int = 600_000
@@ -93,9 +93,9 @@ def train_drafter(
     """Train Stable-Baselines3's PPO on ``offramp/DraftExit-v0``; returns the ``PPO``.
 
     Args:
-        traces: Training tokens.
-        costs: Measured costs.
-        config: Hyper-parameters.
+        traces: Continuations that episodes replay.
+        costs: What a token's parts cost, as measured.
+        config: Hyper-parameters of the run.
         on_rate: Told (decisions so far, ρ) after each rollout.
     """
     env = DraftExitVecEnv(traces, costs, num_envs=config.envs, max_pending=config.max_pending)

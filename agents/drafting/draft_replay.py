@@ -39,7 +39,7 @@ class DraftReplay:
     Attributes:
         rate: Tokens per full-depth token's time: the speed-up over full depth.
         counts: Tokens, cycles, drafts, accepted, asked, layer_calls.
-        seconds: Measured seconds.
+        seconds: Seconds that the decoding takes, by measured costs.
     """
 
     rate: float
@@ -48,7 +48,7 @@ class DraftReplay:
 
 
 def at_exits(traces: TokenTraces, exits: tuple[int, ...]) -> TokenTraces:
-    """The same tokens as if only these exits had been recorded.
+    """Show the tokens as if only these exits had been recorded.
 
     Raises:
         ConfigError: one was not.

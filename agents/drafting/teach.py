@@ -106,7 +106,7 @@ def teach_drafters(
     """Record the model's own continuations, measure costs, train, choose on validation, save.
 
     Args:
-        config: Settings.
+        config: Settings of the lesson.
         engine: The model, idle.
         out: Folder of the drafters' bundles and their index; the chosen one is also in ``chosen``.
         on_progress: Told (stage, done so far, in all).
@@ -139,7 +139,7 @@ def time_drafting(
 
     Args:
         engine: The model, idle; greedy, one row at a time.
-        policy: The drafter.
+        policy: The drafter to time.
         prompts: Token ids of each.
         new_tokens: Tokens decoded of each.
 

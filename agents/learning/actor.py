@@ -44,12 +44,13 @@ class JumpActor(ActorCriticPolicy):  # type: ignore[misc]  # mypy skips stable_b
     than the policy it came from.
 
     Args:
-        args: As for ``ActorCriticPolicy``.
-        depth_column: Of the observation: layer / number of layers, 0 before the first.
+        args: Passed on to ``ActorCriticPolicy``.
+        depth_column: Index of the observation column that holds layer / number of layers, 0 before
+            the first.
         depths: That of each exit, ascending.
         invalid_SA: Row s + 1 says which actions are invalid at exit s, row 0 before the first
             layer.
-        kwargs: As for ``ActorCriticPolicy``.
+        kwargs: Passed on to ``ActorCriticPolicy``.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ def actor_options(
     """``policy_kwargs`` of a ``JumpActor``.
 
     Args:
-        normaliser: Of the observation.
-        depth_column: As for the class.
-        exits: Layers probed.
+        normaliser: Normalises the observation.
+        depth_column: Index of the depth's column, as for ``JumpActor``.
+        exits: Layers that it may ask after.
         layers: Number of layers.
-        invalid_SA: As for the class.
+        invalid_SA: Actions that lead nowhere, as for ``JumpActor``.
     """
     return {
         "net_arch": {"pi": PI, "vf": VF},

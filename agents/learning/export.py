@@ -58,7 +58,7 @@ def ppo_weights(model: Any, normaliser: Normaliser, preference: float) -> Weight
 
     Args:
         model: A ``stable_baselines3.PPO`` that ``train_ppo`` built.
-        normaliser: Of the F + 1 observation columns, the last being log λ.
+        normaliser: Normalises the F + 1 observation columns, the last being log λ.
         preference: λ to fix.
     """
     hidden = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]

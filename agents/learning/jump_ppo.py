@@ -46,8 +46,8 @@ class JumpAgent:
     """A trained actor and what it takes to export it.
 
     Attributes:
-        model: Stable-Baselines3's PPO.
-        normaliser: Of the observation.
+        model: The PPO of Stable-Baselines3 that holds the actor.
+        normaliser: Normalises the observation.
         exits: Layers it may ask after.
         layers: Number of layers of the model.
         schema: The features it reads.

@@ -27,8 +27,8 @@ class StateObservations:
     """Observations of ``TokenExitCore`` with ``jump`` actions, for every state at once.
 
     Args:
-        traces: Recorded tokens.
-        states: Of the problem, the start first.
+        traces: Recorded tokens, each probed at every exit.
+        states: Where a token can be asked, the start first.
 
     Raises:
         TraceError: the schema has a column that cannot be had for a jump.

@@ -32,8 +32,8 @@ class PhatConfig:
     Attributes:
         epochs: Passes over all rows.
         batch: Rows per gradient step.
-        learning_rate: Of Adam, at the start; it falls linearly to 0.
-        seed: Of the initial weights and of the order of rows.
+        learning_rate: Adam's at the start; it falls linearly to 0.
+        seed: Seeds the initial weights and the order of rows.
     """
 
     epochs: int = 12
@@ -48,8 +48,8 @@ def train_phat(
     """Fit P(right | features) by binary cross-entropy over every exit of every token.
 
     Args:
-        traces: Training tokens.
-        config: How.
+        traces: Tokens to fit on.
+        config: Hyper-parameters of the fit.
         columns: Features that it may read, of the recorded schema; None: all. The weights of the
             others are zero.
 
@@ -72,10 +72,10 @@ def fit_classifier(
     """Fit P(right | features) on some rows; as ``train_phat``.
 
     Args:
-        rows_MF: Raw features.
+        rows_MF: Features as they were recorded.
         right_M: 1 where the exit was right, else 0.
-        normaliser: Of the features; it is folded in.
-        config: How.
+        normaliser: Normalises the features; it is folded into the first layer.
+        config: Hyper-parameters of the fit.
         hidden_F: Columns that it does not see; None: it sees all.
     """
     torch.manual_seed(config.seed)
@@ -96,11 +96,11 @@ def fit_classifier(
 
 
 def fit_state_phat(traces: TokenTraces, config: PhatConfig) -> Weights:
-    """p̂ of every state that jumps can reach, so that it is as good on any subset of exits.
+    """Fit p̂ in every state that jumps can reach, so that it is as good on any subset of exits.
 
     Args:
-        traces: Training tokens.
-        config: How.
+        traces: Tokens to fit on.
+        config: Hyper-parameters of the fit.
     """
     exits = len(traces.header.exits)
     states = states_of(exits, exits + 1)

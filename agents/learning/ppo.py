@@ -28,8 +28,8 @@ class PPOConfig:
     """How the agent is trained.
 
     Attributes:
-        steps: Environment steps.
-        envs: Parallel episodes.
+        steps: Environment steps in all.
+        envs: Episodes that run in parallel.
         rollout: Steps per environment between updates.
         batch: Rows per gradient step.
         epochs: Passes over each rollout.
@@ -37,7 +37,7 @@ class PPOConfig:
         entropy: Weight of the entropy bonus.
         lambda_range: Preferences drawn per episode, log-uniformly.
         quality: How an exit's token is scored.
-        seed: Of the environment, the initial weights and the actions.
+        seed: Seeds the environment, the initial weights and the actions.
     """
 
     steps: int = 1_500_000
@@ -90,9 +90,9 @@ def train_ppo(
     The preference is observed (log λ, the last column), so one net traces the whole frontier.
 
     Args:
-        traces: Training tokens.
-        costs: Measured costs.
-        config: Hyper-parameters.
+        traces: Tokens that episodes replay.
+        costs: What a token's parts cost, as measured.
+        config: Hyper-parameters of the run.
         on_steps: Told (steps done, steps in all) after each rollout.
     """
     env = TokenExitVecEnv(

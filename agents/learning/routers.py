@@ -34,7 +34,7 @@ def router_of(
 
     Args:
         actor: What was trained.
-        normaliser: Of the observation columns.
+        normaliser: Normalises the observation columns.
         preference: λ, which becomes a constant of the first layer.
         exits: Layers to ask after.
         schema: The features read.
@@ -77,7 +77,7 @@ def _split(weight_DH: FloatArray, features: int) -> tuple[FloatArray, FloatArray
 
 
 def start_layer(weight_HA: FloatArray, bias_A: FloatArray, exits: int) -> Layer:
-    """Of the decision before the first layer: action k is exit k − 1, and the end comes last."""
+    """Make the output layer of the first decision: action k is exit k − 1, the end comes last."""
     weight, bias = weight_HA[:, 1:].copy(), bias_A[1:].copy()
     if bias.size > exits:
         return weight, bias

@@ -29,7 +29,7 @@ class WarmConfig:
     Attributes:
         steps: Gradient steps; 0 leaves the actor as it was drawn.
         batch: Tokens per step, each in all states.
-        learning_rate: Of Adam, at the start; it falls linearly to 2 % of this.
+        learning_rate: Adam's at the start; it falls linearly to 2 % of this.
         everywhere: Weight, at the start, of the mean value of all states beside the value of the
             first; it falls linearly to 0. A state that is hardly ever reached has hardly any
             gradient, and what is not worth reaching depends on how one would act there.
@@ -56,16 +56,16 @@ class WarmStart:
 
     Args:
         actor: Trained in place.
-        problem: Whose return.
-        traces: Training tokens.
+        problem: Gives the expected return that is climbed.
+        traces: Tokens to train on.
         quality: How an exit's token is scored.
         lambda_range: Preferences are drawn log-uniformly, one per token.
-        config: How.
-        seed: Of tokens and preferences.
+        config: Hyper-parameters of the warm start.
+        seed: Seeds which tokens and preferences are drawn.
 
     Attributes:
-        step: Steps done.
-        optimiser: Adam.
+        step: Gradient steps done so far.
+        optimiser: Adam over all parameters of the actor.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ def exact_return(
     """Expected return of each token under the actor's random choices, [N].
 
     Args:
-        actor, problem, traces, quality: As for ``WarmStart``.
-        preference: λ.
+        actor, problem, traces, quality: See ``WarmStart``.
+        preference: λ, the quality that a full-depth token's time is worth.
         rows_N: Tokens; None takes all.
     """
     rows_N = np.arange(len(traces)) if rows_N is None else rows_N

@@ -38,7 +38,7 @@ class CollectSpec:
             comes from its own later run; in ``project`` from one more pass over the document.
         prompt_tokens: Tokens of each document read at full depth first.
         model: Fingerprint that the loaded model must have; "" takes any.
-        seed: Of the actions.
+        seed: Seeds the actions that are drawn.
     """
 
     worker: WorkerSpec
@@ -70,7 +70,7 @@ class Task:
     """Documents to decode together, by one collector.
 
     Attributes:
-        number: Of the task; with the run's seed it seeds the actions.
+        number: Number of the task; with the run's seed it seeds the actions.
         documents: Digest, tokens and preference λ of each.
     """
 
@@ -165,7 +165,7 @@ class Collector:
 
 
 def fixed_preference(layers: Weights, preference: float) -> Weights:
-    """The same net with its last input, log λ, a constant of the first bias."""
+    """Fold log λ, the last input, into the first bias, so that the net runs at one preference."""
     (weight, bias), *rest = layers
     constant = np.float32(np.log(preference)) * weight[-1]
     return [(np.ascontiguousarray(weight[:-1]), bias + constant), *rest]

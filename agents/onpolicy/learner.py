@@ -34,13 +34,13 @@ class LearnerConfig:
     """How the learner updates.
 
     Attributes:
-        learning_rate: Of Adam, constant.
+        learning_rate: Adam's, which stays constant.
         epochs: Passes over each update's rollouts.
         batch: Decisions per gradient step.
-        discount: Of the next token's reward, per token; within a token nothing is discounted.
-        gae_lambda: Of generalised advantage estimation, between tokens.
+        discount: γ between tokens; within a token nothing is discounted.
+        gae_lambda: λ of generalised advantage estimation, between tokens.
         entropy: Weight of the entropy bonus.
-        seed: Of the order of decisions.
+        seed: Seeds the order in which decisions are learned from.
     """
 
     learning_rate: float = 3e-4
@@ -57,8 +57,8 @@ class RolloutPPO(PPO):  # type: ignore[misc]  # mypy skips stable_baselines3
 
     Args:
         columns: Number D of observation columns.
-        actions: Number A.
-        options: ``policy_kwargs``.
+        actions: Number A of actions.
+        options: Passed on as SB3's ``policy_kwargs``.
         config: How it updates.
     """
 
@@ -101,7 +101,7 @@ class Learner:
         logger: Where SB3 writes its scalars.
 
     Attributes:
-        version: Of the policy; one more with each update.
+        version: Version of the policy: one more with each update.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ def advantages_of(
     The last decision ends the chain.
 
     Args:
-        reward_K: Rewards.
+        reward_K: Reward of each decision.
         value_K: The critic's values.
         ends_K: Whether a decision is its token's last.
         discount: γ between tokens.

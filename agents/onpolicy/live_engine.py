@@ -33,7 +33,7 @@ class EngineSession:
     Only one session at a time may use an engine, and nobody else meanwhile.
 
     Args:
-        engine: Idle.
+        engine: The engine that decodes, idle.
         documents: Token ids, each longer than ``prompt_tokens`` + 1; an episode is one of them.
         prompt_tokens: Tokens of each that are read at full depth first.
         exits: Layers after which to ask.
@@ -120,7 +120,7 @@ class HandOver:
     """A policy that asks somebody else, and waits.
 
     Attributes:
-        exits, schema, candidates_VK: As of a ``RoutingPolicy``.
+        exits, schema, candidates_VK: What a ``RoutingPolicy`` declares under these names.
         asked: Questions, as the engine meets them.
         answers: Targets; None gives the sequence up.
     """

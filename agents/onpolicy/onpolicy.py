@@ -83,11 +83,11 @@ def run_onpolicy(
 
     Args:
         learner: Updated in place.
-        spec: Of the collectors.
+        spec: What each collector loads and records.
         candidates_VK: Their candidate table.
         documents: Digest and tokens of each training document.
         lambda_range: Preferences are drawn log-uniformly, one per document.
-        config: How.
+        config: Settings of the on-policy phase.
         on_round: Told (rounds done, what the round was like).
         done: Rounds that the learner has behind it.
 

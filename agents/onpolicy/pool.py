@@ -49,7 +49,7 @@ class CollectorPool:
     """Some collectors, one task at a time for each.
 
     Attributes:
-        spec: Of the collectors.
+        spec: What each collector loads and records.
         candidates_VK: Their candidate table.
         size: How many there are.
         max_lag: Versions by which a rollout may be older than the learner's.
@@ -93,8 +93,8 @@ class CollectorPool:
         """At least so many fresh rollouts, in the order of their tasks.
 
         Args:
-            tasks: As many are taken as are needed; collectors that find none wait.
-            documents: Rollouts wanted.
+            tasks: Gives tasks; as many are taken as are needed, and collectors that find none wait.
+            documents: Number of documents whose rollouts are wanted.
 
         Raises:
             ConfigError: collectors die again and again.

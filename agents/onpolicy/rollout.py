@@ -25,7 +25,7 @@ class Rollout:
     """One document, decoded with the exits that one version of the policy chose.
 
     Attributes:
-        version: Of the policy; every decision of a rollout is one version's.
+        version: Version of the policy, the same for every decision of a rollout.
         task: Which document, in which place of the run: reissued under the same number.
         document: SHA-256 of its text.
         preference: λ that was decided under.
@@ -79,17 +79,17 @@ class RecordingRouter:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Those of the router."""
+        """Layers that the router may ask after."""
         return self.router.exits
 
     @property
     def schema(self) -> FeatureSchema:
-        """That of the router."""
+        """Features that the router reads."""
         return self.router.schema
 
     @property
     def candidates_VK(self) -> IntArray | None:
-        """Those of the router."""
+        """Candidate table of the router, if it has one."""
         return self.router.candidates_VK
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
@@ -118,7 +118,7 @@ class RecordingRouter:
         """Everything so far; the labels are the verdicts unless others are given.
 
         Args:
-            version, task, document: As for ``Rollout``.
+            version, task, document: See ``Rollout``.
             agreed_T: Labels of all tokens, from elsewhere.
         """
         return Rollout(

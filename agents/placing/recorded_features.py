@@ -33,7 +33,7 @@ class RecordedFeatures:
 
     Args:
         policy: Its exits must have been recorded, and its schema, or be SOFTMAX_V2.
-        traces: The tokens.
+        traces: Recorded tokens to show.
 
     Attributes:
         recorded: Index into the recorded exits of each of the policy's exits.

@@ -35,8 +35,8 @@ class StateTable:
     """All states' observations of some tokens.
 
     Args:
-        traces: Recorded tokens.
-        costs: Measured costs.
+        traces: Recorded tokens, each probed at every exit.
+        costs: What a token's parts cost, as measured.
     """
 
     def __init__(self, traces: TokenTraces, costs: CostTable) -> None:
@@ -91,9 +91,9 @@ class StateTable:
         """Where p̂ on some of the exits sends each token.
 
         Args:
-            logits: Of each state.
+            logits: The classifier's logits of all tokens in each state, as ``logits`` gives them.
             subset: Indices of the exits asked at, ascending.
-            threshold: In logits.
+            threshold: Least logit at which a token leaves.
         """
         leaves = [
             logits[State(before, here)] > threshold

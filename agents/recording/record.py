@@ -36,7 +36,7 @@ RECORDED_SPLITS = ("train", "validation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordConfig:
-    """What to record.
+    """Settings of a recording.
 
     Attributes:
         worker: What each recorder loads.
@@ -66,14 +66,14 @@ class RecordConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordReport:
-    """What was recorded.
+    """What a recording came to.
 
     Attributes:
         folder: The trace store.
         documents: Documents recorded by this run, by split.
         tokens: Tokens recorded by it.
         seconds: Wall time of recording, model loading left out.
-        exits: Layers probed.
+        exits: Layers after which every token was probed.
     """
 
     folder: Path

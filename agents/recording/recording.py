@@ -57,8 +57,8 @@ def begun_store(
 
     Args:
         folder: Where it lies.
-        header: Of what is to be recorded.
-        dtype: Of the weights it is decoded with.
+        header: What all chunks share: model, schema, exits, layers.
+        dtype: Name of the dtype that the weights are decoded in.
         candidates_VK: The table that is to be probed.
         windows: All that is to be recorded, in order.
 

@@ -27,7 +27,7 @@ CANDIDATES = "candidates.npy"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """What training reads.
+    """One recording, as training reads it.
 
     Attributes:
         train: Tokens to learn from.
@@ -48,7 +48,7 @@ def load_training_data(folder: Path, costs: Path | None = None) -> TrainingData:
     """Read a folder that ``record_traces`` wrote.
 
     Args:
-        folder: The folder.
+        folder: Folder of the recording.
         costs: A table that ``offramp profile`` wrote, of another machine or with more care than
             the recording took; None takes the recording's own.
 

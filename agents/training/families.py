@@ -96,7 +96,7 @@ def register(
 
 
 def families_of(names: Iterable[str], goal: Goal = "exits") -> list[Family]:
-    """Look families up.
+    """Look up families by name.
 
     Raises:
         ConfigError: a name is unknown, or its family is for another goal.

@@ -39,14 +39,14 @@ class StagedRun:
     """One run: where it stands, and how it goes on.
 
     Args:
-        config: Its settings.
+        config: Settings of the run, seeds in place.
         data: What it learns from.
         out: Where checkpoints and scalars go.
         on_progress: Told as it advances.
         callback: One of SB3's or a user's (Weights & Biases, MLflow), for the PPO stage.
 
     Attributes:
-        agent: The agent.
+        agent: The jumping agent, as far as it is trained.
         phat: The classifier's layers.
         stage, step: What is under way, and how far.
         learner: State of the on-policy stage's learner; empty before its first round.
@@ -102,7 +102,7 @@ class StagedRun:
         """Stand at a step of a stage, and write the checkpoint.
 
         Args:
-            stage, step: Where.
+            stage, step: Stage that is under way, and steps of it that are done.
             learner: The learner's new state, if it has one.
 
         Raises:

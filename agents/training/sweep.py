@@ -27,8 +27,8 @@ def sweep(
     when Ray tries a task again that its process did not survive.
 
     Args:
-        config: Of every run, but for the seed.
-        seeds: Distinct.
+        config: Settings of every run, but for the seed.
+        seeds: Distinct seeds, one per run.
         out: Where the folders are created; on a cluster, a folder that all machines share.
         on_run: Told (runs done, runs in all).
 

@@ -27,13 +27,13 @@ JUMP_FAMILIES = ("PPO jumps", "p̂ on best exits", "PPO on-policy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run.
+    """Settings of a training run.
 
     Attributes:
         traces: Folder that ``offramp record`` wrote.
         costs: File that ``offramp profile`` wrote; "" takes the costs measured when recording.
         families: Which families of policies are trained and placed, beside full depth.
-        seed: Of everything random; it replaces the stages' own.
+        seed: Seeds everything random; it replaces the stages' own seeds.
         threads: Torch threads; part of what makes a run repeatable.
         targets: Offline agreements with full depth at which every family gets a point.
         checkpoint_every: PPO rollouts (and hundreds of warm-up steps) between checkpoints. What is
@@ -81,7 +81,7 @@ def load_config(path: Path, kind: type[C]) -> C:
     """Read and check a TOML file of settings.
 
     Args:
-        path: The file.
+        path: A TOML file.
         kind: The dataclass of settings that it fills, such as ``TrainConfig``.
 
     Raises:
@@ -100,7 +100,7 @@ def parse(kind: type[Any], table: Mapping[str, Any], prefix: str = "", base: Any
     """A dataclass from a TOML table, its own dataclasses from tables within.
 
     Args:
-        kind: The dataclass.
+        kind: Dataclass to make.
         table: What the file says; what it leaves out stays as in ``base``.
         prefix: Dotted name of the table, for errors.
         base: A value of that kind; None takes the dataclass's defaults.

@@ -1,4 +1,4 @@
-"""``offramp calibrate``."""
+"""Run ``offramp calibrate``: a setting with a certificate, or one picked from measured points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``offramp publish``, ``promote``, ``rollback`` and ``status``."""
+"""Run ``offramp publish``, ``promote``, ``rollback`` and ``status``."""
 
 from __future__ import annotations
 

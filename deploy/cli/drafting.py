@@ -1,4 +1,4 @@
-"""``offramp train --for drafting``: when to draft and when to verify, with no quality at stake."""
+"""Run ``offramp train --for drafting``: learn when to draft and when to verify, with no quality at stake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``offramp evaluate``."""
+"""Run ``offramp evaluate``: choose on validation documents, report on test documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``offramp record`` and ``train``."""
+"""Run ``offramp record`` and ``train``: from documents to traces, from traces to policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``offramp`` command."""
+"""The ``offramp`` command: its subcommands, and how expected failures end."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from offramp.controller.errors import OfframpError
 from offramp.deploy.cli.console import console
 
 TOPICS = {
-    "record": "learning",
-    "train": "learning",
-    "evaluate": "evaluating",
-    "calibrate": "calibrating",
-    "tune": "tuning",
-    "profile": "profiling",
-    "publish": "control",
-    "promote": "control",
-    "rollback": "control",
-    "status": "control",
-    "serve": "serving",
-    "demo": "serving",
-    "doctor": "serving",
+    "record": "cli.learning",
+    "train": "cli.learning",
+    "evaluate": "cli.evaluating",
+    "calibrate": "cli.calibrating",
+    "tune": "cli.tuning",
+    "profile": "cli.profiling",
+    "publish": "cli.control",
+    "promote": "cli.control",
+    "rollback": "cli.control",
+    "status": "cli.control",
+    "serve": "cli.serving",
+    "demo": "demo.demo_command",
+    "doctor": "cli.serving",
 }
 """Module of each command. Only the one in use is imported: ``status`` must not wait for torch."""
 
@@ -44,7 +44,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     app.callback()(lambda: None)
     asked = TOPICS.get(arguments[0]) if arguments else None
     for topic in dict.fromkeys(TOPICS.values()) if asked is None else (asked,):
-        importlib.import_module(f"offramp.deploy.cli.{topic}").add_to(app)
+        importlib.import_module(f"offramp.deploy.{topic}").add_to(app)
     return app
 
 

@@ -59,7 +59,7 @@ DEFAULT_MODEL = "models/reference"
 
 
 def parse_layers(field: str, text: str) -> tuple[int, ...]:
-    """Comma-separated layer numbers.
+    """Read comma-separated layer numbers.
 
     >>> parse_layers("exits", "3,6")
     (3, 6)
@@ -77,7 +77,7 @@ def parse_layers(field: str, text: str) -> tuple[int, ...]:
 
 
 def parse_shares(field: str, text: str) -> tuple[float, ...]:
-    """Comma-separated numbers in (0, 1).
+    """Read comma-separated numbers in (0, 1).
 
     Raises:
         ConfigError: something else is in the list.
@@ -116,7 +116,7 @@ def parse_threads(text: str, workers: int) -> int:
 
 
 def parse_schedule(holds: Sequence[str] | None, rows: int, patience: int) -> Schedule:
-    """Lock-step, or cohorts.
+    """Read a schedule: lock-step, or cohorts that wait at holds.
 
     >>> parse_schedule(["3", "6,9"], 2, 4).holds
     (3, 6, 9)

@@ -1,4 +1,4 @@
-"""``offramp profile``."""
+"""Run ``offramp profile``: measure what a token's parts cost on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``offramp serve``, ``demo`` and ``doctor``."""
+"""Run ``offramp serve`` and ``doctor``: a pool of workers, and what a machine lacks for one."""
 
 from __future__ import annotations
 
@@ -28,21 +28,16 @@ from offramp.deploy.cli.options import (
     MaxPending,
     Model,
     PrefillTokens,
-    Seed,
     SharedThreads,
     Translators,
     parse_kv_mode,
     parse_schedule,
     parse_threads,
-    require_folder,
     require_loadable,
 )
-from offramp.deploy.demo.closed_loop import run_demo
-from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import (
-    LOOPBACK,
     PoolConfig,
     ray_session,
     require_free,
@@ -56,7 +51,6 @@ from offramp.worker.spec import WorkerSpec
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command()(serve)
-    app.command()(demo)
     app.command()(doctor)
 
 
@@ -151,30 +145,6 @@ def _require_servable(
         require_free("127.0.0.1", redis_port, "redis_port")
     else:
         open_registry(settings).close()
-
-
-def demo(
-    model: Model = DEFAULT_MODEL,
-    out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
-        "runs/demo"
-    ),
-    quick: Annotated[
-        bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
-    ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
-    threads: SharedThreads = "auto",
-    seed: Seed = 0,
-) -> None:
-    """The closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
-    settings = Settings.from_environment()
-    config = DemoConfig(model=model, out=out, port=port, seed=seed)
-    config = replace(config, threads=parse_threads(threads, config.replicas))
-    require_folder("out", out)
-    if port:
-        require_free(LOOPBACK[0], port)
-    if settings.redis_url is not None:
-        open_registry(settings).close()
-    run_demo(config.shortened() if quick else config, settings)
 
 
 def doctor(model: Model = DEFAULT_MODEL) -> None:

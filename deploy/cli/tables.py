@@ -84,7 +84,7 @@ def costs_table(costs: CostTable) -> Table:
 
 
 def spans_table(costs: CostTable) -> Table:
-    """The same over several tokens of one row, as a verifying pass takes them."""
+    """Show costs by tokens of one row in a launch, as a verifying pass takes them."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("µs per launch")
     for span in costs.spans:

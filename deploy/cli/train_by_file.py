@@ -1,4 +1,4 @@
-"""``offramp train --config``: the staged method, one run or one per seed."""
+"""Run ``offramp train --config``: all settings from a file, one run or one per seed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train_by_file(
     """Run what a TOML file says.
 
     Args:
-        path: The file.
+        path: A TOML file.
         traces: Replaces the file's.
         out: Folder of checkpoints, scalars and policies.
         resume: Go on from its checkpoint.
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Comma-separated seeds.
+    """Read comma-separated seeds.
 
     >>> parse_seeds("0,1")
     (0, 1)

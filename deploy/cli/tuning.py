@@ -1,4 +1,4 @@
-"""``offramp tune``."""
+"""Run ``offramp tune``: fit exit translators to a model that was not trained to exit."""
 
 from __future__ import annotations
 

@@ -21,11 +21,12 @@ class DemoConfig:
         model: Folder of the model.
         out: Folder of everything the demo writes; emptied first.
         port: HTTP port of the pool; 0 takes a free one.
-        seed: Of training and bootstrap.
+        seed: Seeds training and bootstrap.
         documents: Documents taken from the standard library.
         tokens_per_document: Tokens recorded of each.
         ppo_steps: PPO environment steps.
-        validation_documents, test_documents, timed_documents: See ``AssessConfig``.
+        validation_documents, test_documents, timed_documents: Documents for each purpose, as in
+            ``AssessConfig``.
         lines: Lines completed in each.
         target_agreement: Least on-policy agreement of what is published.
         replicas: Workers in the pool, and recorders.
@@ -54,7 +55,7 @@ class DemoConfig:
     new_tokens: int = 64
 
     def shortened(self) -> DemoConfig:
-        """The same loop on less data: for tests, and for a first look."""
+        """Make the same loop with less data: for tests, and for a first look."""
         return replace(
             self,
             documents=48,

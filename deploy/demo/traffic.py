@@ -25,7 +25,7 @@ class StreamRecord:
         prompt: What was sent.
         texts, exit_layers, generations: One entry per token.
         arrivals_s: When each token arrived, on the monotonic clock.
-        finish_reason: As reported; None if the stream ended without one.
+        finish_reason: Reason that the server gave; None if the stream ended without one.
         reported_tokens: Completion tokens of the usage chunk; None if it never came.
         error: What went wrong; "" if nothing.
     """

@@ -113,7 +113,7 @@ class CompletionRequest(BaseModel):
 
     @property
     def one_prompt(self) -> str | list[int]:
-        """The prompt.
+        """Read the one prompt of a request.
 
         Raises:
             RequestError: a list of several prompts.

@@ -19,7 +19,7 @@ class ReplyStyle:
     """What every body of one reply has in common, and what it reports.
 
     Attributes:
-        id: Of the completion.
+        id: Identifier of the completion.
         created: Unix time, seconds.
         model: Name of the model.
         prefix: Text put before each choice's (the echoed prompt).
@@ -71,7 +71,7 @@ def completion(
 
 
 def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    """OpenAI's usage block."""
+    """Count tokens as OpenAI's usage block does."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,
@@ -80,7 +80,7 @@ def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error shape."""
+    """Make a body of OpenAI's error shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -42,7 +42,7 @@ class PoolConfig:
         worker: What each replica loads.
         model_id: Name that clients ask for.
         redis_url: The registry that the workers follow.
-        channel: Whose releases they follow.
+        channel: Channel whose releases the workers follow.
         trusted: File with the publisher's public key.
         state_dir: Folder of the workers' own state (marks, last-known-good releases).
         replicas: Number of workers.
@@ -132,7 +132,7 @@ class ServedWorker:
 def describe_policy(
     worker: str, snapshot: PolicySnapshot, report: Ack, engine: EngineCore
 ) -> dict[str, Any]:
-    """What ``/v1/policy`` answers.
+    """Describe a worker's policy, as ``/v1/policy`` answers.
 
     ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
     states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does.

@@ -1,0 +1,52 @@
+"""Run ``offramp demo``: the closed loop on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offramp.deploy.cli.options import (
+    DEFAULT_MODEL,
+    Model,
+    Seed,
+    SharedThreads,
+    parse_threads,
+    require_folder,
+)
+from offramp.deploy.demo.closed_loop import run_demo
+from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.deploy.serve.publishing import open_registry
+from offramp.deploy.serve.serve_app import LOOPBACK, require_free
+from offramp.deploy.serve.settings import Settings
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(demo)
+
+
+def demo(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
+    threads: SharedThreads = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Run the closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
+    settings = Settings.from_environment()
+    config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    config = replace(config, threads=parse_threads(threads, config.replicas))
+    require_folder("out", out)
+    if port:
+        require_free(LOOPBACK[0], port)
+    if settings.redis_url is not None:
+        open_registry(settings).close()
+    run_demo(config.shortened() if quick else config, settings)
