@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from offramp.agents.evaluation.assess import AssessConfig
-from offramp.agents.evaluation.energy_ratios import Energy, measure_energy
+from offramp.agents.evaluation.energy_ratios import Energy
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow, matched_row
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
@@ -32,6 +31,7 @@ from offramp.agents.evaluation.page import (
     savings_headline,
     volumes,
 )
+from offramp.agents.evaluation.protocol import AssessConfig, Findings, Measurer
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.learning.jump_ppo import JumpConfig
@@ -42,19 +42,17 @@ from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.durable import write_durably
 from offramp.deploy.serve.serve_app import ray_session
-from offramp.research.field import train_field
+from offramp.research.comparisons import benchmark_row, comparisons, matched_points
 from offramp.research.hindsight import FAMILY as ORACLE
 from offramp.research.hindsight import measure_oracle
+from offramp.research.lineup import train_lineup
 from offramp.research.tournament import (
-    Outcome,
     TournamentConfig,
-    bench,
     gather,
+    measure_energy,
     run_tournament,
     runs_of,
 )
-from offramp.research.tournament_page import comparisons, matched_points
-from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec
 
@@ -116,28 +114,28 @@ def main() -> None:
     prepare(given, tell)
     config = tournament(given)
     entrants = gather(given.out / "policies", range(given.seeds))
-    outcome, engine = run_tournament(config, entrants, given.out / "measured", tell)
-    report = report_of(given, config, outcome, engine)
+    findings, measurer = run_tournament(config, entrants, given.out / "measured", tell)
+    report = report_of(given, config, findings, measurer)
     folder = given.out / "report"
     write_report(report, folder)
     for sentence in report.headlines:
         print(sentence)
     if given.json:
-        rows = [row.benchmark_row() for row in report.matched]
+        rows = [benchmark_row(row) for row in report.matched]
         write_durably(given.json, json.dumps(rows, indent=1).encode())
     print(f"{time.perf_counter() - start:.0f} s → {folder / 'report.html'}")
 
 
 def report_of(
-    given: argparse.Namespace, config: TournamentConfig, outcome: Outcome, engine: AdaptiveEngine
+    given: argparse.Namespace, config: TournamentConfig, findings: Findings, measurer: Measurer
 ) -> Report:
     """All that the page says, energy and oracle measured for it."""
     metric, target = HEADLINE
     protocol, timed = config.assess.protocol, config.assess.timed_documents
-    families = outcome.picks[metric.name, target]
-    runs = {family: runs_of(outcome, metric, target, family) for family in families}
+    families = findings.picks[metric.name, target]
+    runs = {family: runs_of(findings, metric, target, family) for family in families}
     exits = {family: mine for family, mine in runs.items() if mine[0].contender.setting is not None}
-    _, test = bench(config, "test")
+    engine, test = measurer.engine, measurer.split("test")
     energy = measure_energy(
         engine,
         [mine[0].contender.policy for mine in exits.values()],
@@ -146,22 +144,22 @@ def report_of(
     )
     recorded = load_training_data(given.out / "traces").train.header.exits
     oracle = measure_oracle(engine, test, protocol, recorded, timed)
-    bound = [matched_row(ORACLE, [oracle], outcome.test[0], AGREEMENT, each) for each in TARGETS]
-    promises = gaps(list(outcome.test.values()))
+    bound = [matched_row(ORACLE, [oracle], findings.test[0], AGREEMENT, each) for each in TARGETS]
+    promises = gaps(list(findings.test.values()))
     folder = given.out / "report"
     chosen = min(config.choosing_documents, given.validation)
     return Report(
         title="Learned early exits at matched quality",
         headlines=[
-            savings_headline(outcome.matched, metric, target),
-            savings_headline(outcome.matched, AGREEMENT, 0.05),
+            savings_headline(findings.matched, metric, target),
+            savings_headline(findings.matched, AGREEMENT, 0.05),
             gap_headline(promises),
         ],
         conditions=conditions(
             engine,
             protocol,
             {
-                "validation": len(outcome.validation[0].scores.tokens_D),
+                "validation": len(findings.validation[0].scores.tokens_D),
                 "test": len(test.documents),
             },
             threads=config.spec.threads,
@@ -169,8 +167,8 @@ def report_of(
             training=f"{given.steps:,} PPO steps a seed",
             timed=f"{timed} test documents; {chosen} validation documents for the choice",
         ),
-        matched=with_energy([*outcome.matched, *bound], list(exits), energy),
-        points=matched_points(outcome, (AGREEMENT, EDIT_SIMILARITY)),
+        matched=with_energy([*findings.matched, *bound], list(exits), energy),
+        points=matched_points(findings, (AGREEMENT, EDIT_SIMILARITY)),
         gaps=promises,
         depths={
             family: dict(sum((Counter(run.scores.depths) for run in mine), Counter()))
@@ -180,7 +178,7 @@ def report_of(
         extra=[
             energy_section([(each, each) for each in exits], energy, ENERGY_DOCUMENTS, folder),
             comparisons(runs, PAIRS),
-            volumes(list(outcome.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
+            volumes(list(findings.test.values()), (AGREEMENT, EDIT_SIMILARITY)),
         ],
     )
 
@@ -207,7 +205,7 @@ def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) ->
                 gate=PPOConfig(steps=given.steps),
                 jump=replace(jump, ppo=replace(jump.ppo, steps=given.steps)),
             )
-            train_field(config, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n))
+            train_lineup(config, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n))
 
 
 def tournament(given: argparse.Namespace) -> TournamentConfig:

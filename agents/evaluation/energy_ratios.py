@@ -13,12 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.agents.evaluation.measure import HeldOut, Pair, Protocol, measure_time
+from offramp.agents.evaluation.measure import Pair
 from offramp.agents.evaluation.statistics import Estimate, Floats, bootstrap_ratio
 from offramp.controller.costs.readings import EnergyMethod, EnergyReading
-from offramp.controller.policies.protocols import Policy
-from offramp.worker.energy import open_meter
-from offramp.worker.engine.engine import AdaptiveEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +23,9 @@ class Metered:
     """Joules of one policy, and of full depth beside it.
 
     Attributes:
-        method: How they were come by.
-        source: Which counter, or which model and coefficients.
-        joules: Per document, of the policy and of full depth; [D] each. None where unknown.
+        method: How the joules were come by.
+        source: Which counter, or which model and coefficients, gave them.
+        joules: The policy's and full depth's, per document; [D] each. None where unknown.
     """
 
     method: EnergyMethod
@@ -42,7 +39,7 @@ class Energy:
 
     Attributes:
         method: How the figures were come by.
-        source: Which counter, or which model and coefficients.
+        source: Which counter, or which model and coefficients, gave them.
         ratios: Joules per token over full depth's, one per policy; None where unknown.
         full_j: Joules per token at full depth; None where unknown.
     """
@@ -62,7 +59,7 @@ def metered(pairs_CD: Sequence[Sequence[Pair]]) -> list[Metered]:
     """Full depth's joules, then each policy's: what the meter told of timed runs.
 
     Args:
-        pairs_CD: Of one policy or more, as ``measure_time`` gives them.
+        pairs_CD: Timed runs of one policy or more, as ``measure_time`` gives them.
     """
     readings = [run for pairs in pairs_CD for pair in pairs for run in (pair.mine, *pair.around)]
     method, source = _weakest(readings), readings[0].source
@@ -82,32 +79,14 @@ def energy_of(policies: Sequence[Metered], timed_tokens: int, seed: int = 0) -> 
     """Ratios of policies to full depth, from one pass over the same documents.
 
     Args:
-        policies: One or more, without full depth.
+        policies: What was metered of one policy or more, without full depth.
         timed_tokens: Tokens decoded of each document.
-        seed: Of the bootstrap.
+        seed: Seeds the bootstrap.
     """
     known = [each.joules for each in policies if each.joules is not None]
     ratios = [each.joules and bootstrap_ratio(*each.joules, seed) for each in policies]
     full_j = float(np.mean([full_D for _, full_D in known])) / timed_tokens if known else None
     return Energy(policies[0].method, policies[0].source, ratios, full_j)
-
-
-def measure_energy(
-    engine: AdaptiveEngine,
-    policies: Sequence[Policy],
-    documents: Sequence[HeldOut],
-    protocol: Protocol,
-) -> Energy:
-    """Joules of decoding the timed tokens of each document at batch 1, interleaved.
-
-    Args:
-        engine: Idle.
-        policies: One or more, without full depth, which is metered beside them.
-        documents: What to decode.
-        protocol: How much of it.
-    """
-    pairs_CD = measure_time(engine, policies, documents, protocol, open_meter(engine))
-    return energy_of(metered(pairs_CD)[1:], protocol.timed_tokens)
 
 
 def _weakest(readings: Sequence[EnergyReading]) -> EnergyMethod:

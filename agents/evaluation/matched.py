@@ -8,46 +8,40 @@ the picks are worth is read on *test* documents, once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.agents.evaluation.rows import Measured, energy_ratio, wall_ratio
-from offramp.agents.evaluation.scores import AGREEMENT, Metric
-from offramp.agents.evaluation.statistics import (
-    Estimate,
-    Resample,
-    improvement,
-    with_interval,
+from offramp.agents.evaluation.evaluation_rows import (
+    Measured,
+    TimeAndEnergy,
+    time_and_energy,
+    with_bounds,
 )
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, METRICS, Metric, Scores
+from offramp.agents.evaluation.statistics import Resample
 
 TARGETS = (0.005, 0.01, 0.02, 0.05)
 """Shares of full depth's quality that may be lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MatchedRow:
+class MatchedRow(TimeAndEnergy):
     """A family at one target loss: chosen on validation, measured on test.
 
     Attributes:
-        policy: The family.
+        policy: Name of the family.
         seeds: How many trainings it is the mean of; 1 for rules.
         target_loss: Share of full depth's quality that it might lose on validation.
-        metric: Which quality.
+        metric: Name of the quality that might be lost.
         quality, quality_full: The family's and full depth's, on test.
         loss, loss_low, loss_high: Relative loss on test, with its paired interval.
         mean_layers: Mean layers executed per token.
-        wall_ratio: Wall time per token over KV-cached full depth's; below 1 is a saving.
-        wall_ratio_low, wall_ratio_high: Its interval over seeds and documents.
         agreement_offline: Agreement that replaying validation traces promised; None where some
             seed fell back to full depth, or the family was not replayed.
-        agreement_online: Agreement decoded.
+        agreement_online: Agreement that decoding kept.
         certified: Whether every pick carries a certificate.
         picks: Names of the operating points, one per seed.
-        energy_ratio: Joules per token over full depth's; None where nothing measured them.
-        energy_ratio_low, energy_ratio_high: Its interval over seeds and documents.
-        energy_method: How; None where nobody asked.
     """
 
     policy: str
@@ -60,40 +54,40 @@ class MatchedRow:
     loss_low: float
     loss_high: float
     mean_layers: float
-    wall_ratio: float | None
-    wall_ratio_low: float | None
-    wall_ratio_high: float | None
     agreement_offline: float | None
     agreement_online: float
     certified: bool
     picks: tuple[str, ...]
-    energy_ratio: float | None = None
-    energy_ratio_low: float | None = None
-    energy_ratio_high: float | None = None
-    energy_method: str | None = None
 
-    def benchmark_row(self) -> dict[str, Any]:
-        """The keys that the benchmark prints."""
-        return {key: value for key, value in asdict(self).items() if key in BENCHMARK_KEYS}
-
-
-BENCHMARK_KEYS = (
-    "policy", "seeds", "target_loss", "metric", "quality", "quality_full", "mean_layers",
-    "wall_ratio", "wall_ratio_low", "wall_ratio_high", "agreement_offline", "agreement_online",
-    "certified",
-)  # fmt: skip
 
 Picks = dict[str, tuple[int, ...]]
 """Per family, an index into the measured policies for each seed."""
+
+AllPicks = dict[tuple[str, float], Picks]
+"""The picks for each metric, by name, and target loss."""
+
+
+def quality_metrics(scores: Scores) -> list[Metric]:
+    """What policies are chosen by: agreement and, where lines were completed, edit similarity."""
+    return [metric for metric in (AGREEMENT, EDIT_SIMILARITY) if metric.is_measured(scores)]
+
+
+def choose_all(measured: Sequence[Measured]) -> AllPicks:
+    """The picks for every metric and target loss, full depth first among the measured."""
+    return {
+        (metric.name, target): choose(measured, metric, target)
+        for metric in quality_metrics(measured[0].scores)
+        for target in TARGETS
+    }
 
 
 def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> Picks:
     """Per family and seed, the fastest operating point that keeps the target on validation.
 
     Args:
-        measured: Full depth first; timed, on validation documents.
-        metric: What may be lost.
-        target_loss: Share of it that may be.
+        measured: Policies timed on validation documents, full depth first.
+        metric: The quality that may be lost.
+        target_loss: Share of that quality that may be lost.
     """
     full = metric.of([measured[0].scores])
     groups: dict[str, dict[int | None, list[int]]] = {}
@@ -116,7 +110,7 @@ def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> 
 
 
 def typical_ratio(measured: Measured) -> float:
-    """The median over documents of wall time over full depth's: deaf to a few disturbances."""
+    """The median over documents of wall time over full depth's, which a few disturbances spare."""
     assert measured.clock is not None
     return float(np.median(measured.clock.mine_D / measured.clock.full_D))
 
@@ -132,17 +126,15 @@ def matched_row(
     """What a family's picks are worth on test documents.
 
     Args:
-        family: Its name.
+        family: Name of the family.
         runs: The pick of each seed.
-        full: Full depth on the same documents.
-        metric: What might be lost.
-        target_loss: Share of it that might be.
-        seed: Of the bootstrap.
+        full: Full depth, measured on the same documents.
+        metric: The quality that might be lost.
+        target_loss: Share of that quality that might be lost.
+        seed: Seeds the bootstrap.
     """
     scores = [run.scores for run in runs]
     draws = Resample.draw(len(runs), len(full.scores.tokens_D), seed)
-    loss = metric.estimate_loss(scores, full.scores, draws)
-    wall, energy = wall_ratio(runs, seed), energy_ratio(runs, seed)
     promised = [run.contender.offline_agreement for run in runs]
     return MatchedRow(
         policy=family,
@@ -151,57 +143,32 @@ def matched_row(
         metric=metric.name,
         quality=metric.of(scores),
         quality_full=metric.of([full.scores]),
-        loss=loss.value,
-        loss_low=loss.low,
-        loss_high=loss.high,
+        **with_bounds("loss", metric.estimate_loss(scores, full.scores, draws)),
         mean_layers=float(np.mean([each.mean_layers for each in scores])),
-        wall_ratio=wall.value if wall else None,
-        wall_ratio_low=wall.low if wall else None,
-        wall_ratio_high=wall.high if wall else None,
         agreement_offline=None if None in promised else float(np.mean(np.asarray(promised, float))),
         agreement_online=AGREEMENT.of(scores),
         certified=all(run.certified for run in runs),
         picks=tuple(run.contender.name for run in runs),
-        energy_ratio=energy.value if energy else None,
-        energy_ratio_low=energy.low if energy else None,
-        energy_ratio_high=energy.high if energy else None,
-        energy_method=runs[0].energy.method.value if runs[0].energy else None,
+        **time_and_energy(runs, seed),
     )
 
 
-def saves_more(mine: Sequence[Measured], theirs: Sequence[Measured], seed: int = 0) -> Estimate:
-    """Probability that a run of mine takes less time than one of theirs on a document.
+def matched_rows(picks: AllPicks, test: Mapping[int, Measured], seed: int = 0) -> list[MatchedRow]:
+    """Every family at every target loss: what its picks are worth on test documents.
 
-    Both at their operating points for one target; each relative to full depth beside it.
+    Args:
+        picks: What was chosen on validation documents.
+        test: What was measured on test documents, by the indices of the picks.
+        seed: Seeds the bootstrap.
     """
-    return improvement(-_ratios(mine), -_ratios(theirs), seed)
+    return [
+        matched_row(family, [test[k] for k in chosen], test[0], METRICS[name], target, seed)
+        for (name, target), families in picks.items()
+        if METRICS[name].is_measured(test[0].scores)
+        for family, chosen in families.items()
+    ]
 
 
-def time_difference(
-    mine: Sequence[Measured], theirs: Sequence[Measured], seed: int = 0
-) -> Estimate:
-    """Mean wall ratio of mine minus theirs, paired by document; below 0: mine are faster.
-
-    Seeds of either side are drawn apart, documents together.
-    """
-    documents = min(len(run.clock.mine_D) for run in (*mine, *theirs) if run.clock is not None)
-    draws = [Resample.draw(len(runs), documents, seed) for runs in (mine, theirs)]
-    values, samples = [], []
-    for runs, drawn in zip((mine, theirs), draws, strict=True):
-        clocks = [run.clock for run in runs if run.clock is not None]
-        mine_SD = np.stack([clock.mine_D for clock in clocks])
-        full_SD = np.stack([clock.full_D for clock in clocks])
-        values.append((mine_SD.sum(1) / full_SD.sum(1)).mean())
-        samples.append((drawn.sums(mine_SD) / drawn.sums(full_SD)).mean(1))
-    return with_interval(float(values[0] - values[1]), samples[0] - samples[1])
-
-
-def _ratios(runs: Sequence[Measured]) -> np.ndarray:
-    clocks = [run.clock for run in runs if run.clock is not None]
-    assert len(clocks) == len(runs)
-    return np.stack([clock.mine_D / clock.full_D for clock in clocks])
-
-
-def needed(picks: Mapping[Any, Picks]) -> list[int]:
+def needed(picks: AllPicks) -> list[int]:
     """Every policy that some choice needs on test documents, full depth first."""
     return sorted({0, *(index for each in picks.values() for ks in each.values() for index in ks)})

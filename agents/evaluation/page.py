@@ -7,15 +7,24 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from offramp.agents.evaluation.bars import Gap, Take, draw_energy
 from offramp.agents.evaluation.energy_ratios import Energy
+from offramp.agents.evaluation.evaluation_rows import Measured, wall_ratio
 from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.evaluation.plots import Point
+from offramp.agents.evaluation.plots import FrontierPoint
 from offramp.agents.evaluation.report import Section, Table, interval
-from offramp.agents.evaluation.rows import REFERENCE_POINT, Measured, frontier_volume, wall_ratio
-from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric
-from offramp.agents.evaluation.statistics import Estimate, Resample
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric, Scores
+from offramp.agents.evaluation.statistics import (
+    Estimate,
+    Resample,
+    hypervolume,
+    resampled,
+    with_interval,
+)
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.profile import describe_machine
@@ -24,6 +33,9 @@ NO_ENERGY = (
     "Nothing on this machine measured energy, so nothing is said of it (method: unavailable). "
     "Time saved is not energy saved."
 )
+
+REFERENCE_POINT = (1.0, 0.9)
+"""Of the hypervolume: full depth's own time, and nine tenths of its quality."""
 
 NEAR = 0.97
 """Promised agreement at which promises are compared."""
@@ -59,17 +71,17 @@ def conditions(
 
 def frontier_point(
     runs: Sequence[Measured], full: Measured, metric: Metric, *, is_chosen: bool = False
-) -> Point:
+) -> FrontierPoint:
     """One operating point, as the mean over its seeds."""
     draws = Resample.draw(len(runs), len(full.scores.tokens_D))
     loss = metric.estimate_loss([run.scores for run in runs], full.scores, draws)
     wall = wall_ratio(runs)
     assert wall is not None
     quality = Estimate(1 - loss.value, 1 - loss.high, 1 - loss.low)
-    return Point(runs[0].contender.family, wall, quality, is_chosen)
+    return FrontierPoint(runs[0].contender.family, wall, quality, is_chosen)
 
 
-def single_points(measured: Sequence[Measured], chosen: int) -> dict[str, list[Point]]:
+def single_points(measured: Sequence[Measured], chosen: int) -> dict[str, list[FrontierPoint]]:
     """Every contender of one training, by metric; full depth is the reference."""
     full = measured[0]
     return {
@@ -167,6 +179,40 @@ def volumes(measured: Sequence[Measured], metrics: Sequence[Metric]) -> Section:
     )
     rows.sort(key=lambda row: row[1], reverse=True)
     return Section("Hypervolume", text, table=Table(head, rows))
+
+
+def frontier_volume(
+    points: Sequence[Measured], full: Measured, metric: Metric, seed: int = 0
+) -> Estimate:
+    """Hypervolume of timed points: wall ratio against quality relative to full depth.
+
+    Quality and time are resampled over the timed documents, which are the first of the split.
+    """
+    assert all(point.clock is not None for point in points)
+    clocks = [point.clock for point in points if point.clock is not None]
+    timed = len(clocks[0].mine_D)
+
+    def volume(drawn_D: NDArray[np.int64]) -> float:
+        cost_P = np.asarray([c.mine_D[drawn_D].sum() / c.full_D[drawn_D].sum() for c in clocks])
+        quality_P = np.asarray([1 - _loss(point, full, metric, drawn_D) for point in points])
+        return hypervolume(cost_P, quality_P, REFERENCE_POINT)
+
+    whole = volume(np.arange(timed))
+    return with_interval(whole, resampled(volume, timed, seed))
+
+
+def _loss(point: Measured, full: Measured, metric: Metric, drawn_D: NDArray[np.int64]) -> float:
+    mine, theirs = (_drawn(m.scores, drawn_D) for m in (point, full))
+    if not metric.is_measured(theirs):
+        return 1.0
+    return metric.loss(metric.of([mine]), metric.of([theirs]))
+
+
+def _drawn(scores: Scores, drawn_D: NDArray[np.int64]) -> Scores:
+    plain = scores.plain()
+    depths = plain.pop("depths")
+    drawn = {name: np.asarray(column)[drawn_D] for name, column in plain.items()}
+    return Scores.of({**drawn, "depths": depths})
 
 
 def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: float) -> str:

@@ -19,7 +19,7 @@ FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class FrontierPoint:
     """A policy on the frontier: its family, wall ratio, and quality relative to full depth."""
 
     family: str
@@ -28,7 +28,7 @@ class Point:
     is_chosen: bool = False
 
 
-def draw_frontier(points: Sequence[Point], quality: str, path: Path) -> None:
+def draw_frontier(points: Sequence[FrontierPoint], quality: str, path: Path) -> None:
     """Quality against wall time, with 95 % intervals; up and left is better.
 
     Args:
@@ -130,7 +130,7 @@ def _draw_saving(axes: plt.Axes, row: MatchedRow, place: int) -> None:
     )
 
 
-def _draw_family(axes: plt.Axes, family: str, points: Sequence[Point]) -> None:
+def _draw_family(axes: plt.Axes, family: str, points: Sequence[FrontierPoint]) -> None:
     x, y = ([getattr(p, axis).value for p in points] for axis in ("wall", "quality"))
     errors = [
         np.maximum([[v.value - v.low for v in each], [v.high - v.value for v in each]], 0)
@@ -149,7 +149,7 @@ def _draw_family(axes: plt.Axes, family: str, points: Sequence[Point]) -> None:
     )  # fmt: skip
 
 
-def _label_lines(axes: plt.Axes, points: Sequence[Point], families: Sequence[str]) -> None:
+def _label_lines(axes: plt.Axes, points: Sequence[FrontierPoint], families: Sequence[str]) -> None:
     """Each family's name left of its fastest point, moved apart where two would overlap."""
     ends = {
         family: min((p for p in points if p.family == family), key=lambda p: p.wall.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from offramp.agents.evaluation.bars import Gap, draw_exit_depths, draw_gap
 from offramp.agents.evaluation.matched import MatchedRow
-from offramp.agents.evaluation.plots import Point, draw_frontier, draw_savings
+from offramp.agents.evaluation.plots import FrontierPoint, draw_frontier, draw_savings
 from offramp.agents.evaluation.scores import AGREEMENT, METRICS
 from offramp.agents.evaluation.statistics import Estimate
 from offramp.controller.durable import write_durably
@@ -65,7 +65,7 @@ class Report:
     headlines: Sequence[str]
     conditions: Mapping[str, str]
     matched: Sequence[MatchedRow]
-    points: Mapping[str, Sequence[Point]]
+    points: Mapping[str, Sequence[FrontierPoint]]
     gaps: Sequence[Gap]
     depths: Mapping[str, Mapping[int, int]]
     layers: int

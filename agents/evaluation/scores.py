@@ -97,7 +97,7 @@ class Metric:
     def estimate_loss(self, runs: Sequence[Scores], full: Scores, draws: Resample) -> Estimate:
         """The relative loss against full depth, paired by document, with its interval."""
         mine_B = self._sample(runs, draws).mean(1)
-        theirs_BS = self._read(self._sums(draws, full, len(runs)))
+        theirs_BS = self._sample([full] * len(runs), draws)
         sampled = [self.loss(*pair) for pair in zip(mine_B, theirs_BS[:, 0], strict=True)]
         return with_interval(self.loss(self.of(runs), self.of([full])), np.asarray(sampled))
 
@@ -113,11 +113,6 @@ class Metric:
         above_SD, below_SD = self._stack(runs)
         with np.errstate(invalid="ignore"):
             return self._read(draws.sums(above_SD) / draws.sums(below_SD))
-
-    def _sums(self, draws: Resample, full: Scores, seeds: int) -> Floats:
-        above_SD, below_SD = self._stack([full] * seeds)
-        with np.errstate(invalid="ignore"):
-            return np.asarray(draws.sums(above_SD) / draws.sums(below_SD))
 
     def _read(self, ratio: Floats) -> Floats:
         return np.exp(ratio) if self.is_perplexity else ratio

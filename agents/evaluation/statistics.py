@@ -58,7 +58,7 @@ class Resample:
 
     def sums(self, values_SD: Floats) -> Floats:
         """Each resample's sum over its documents, for each of its seeds; [B, S]."""
-        count_BD = _counts(self.documents_BD, values_SD.shape[1])
+        count_BD = draw_counts(self.documents_BD, values_SD.shape[1])
         sums_BS = count_BD @ values_SD.T
         return np.take_along_axis(sums_BS, self.seeds_BS, axis=1)
 
@@ -87,31 +87,6 @@ def with_interval(value: float, sampled_B: Floats) -> Estimate:
 def bootstrap_ratio(above_D: Floats, below_D: Floats, seed: int = 0) -> Estimate:
     """Σ above / Σ below over documents of one run, with its interval."""
     return ratio(above_D[None], below_D[None], Resample.draw(1, len(above_D), seed))
-
-
-def probability_of_improvement(mine_SD: Floats, theirs_RD: Floats) -> float:
-    """P(a run of mine beats one of theirs on a document), averaged over documents.
-
-    Higher is better; ties count half: the Mann–Whitney statistic over all pairs of runs, per
-    document (Agarwal et al. 2021, §4.3, with documents as the tasks).
-
-    Args:
-        mine_SD: Scores of S runs.
-        theirs_RD: Scores of R runs on the same documents.
-    """
-    return float(_wins(mine_SD, theirs_RD).mean())
-
-
-def improvement(mine_SD: Floats, theirs_RD: Floats, seed: int = 0) -> Estimate:
-    """``probability_of_improvement`` with its interval over runs and documents."""
-    rng = np.random.default_rng(seed)
-    (runs, documents), others = mine_SD.shape, len(theirs_RD)
-    win_SRD = _wins(mine_SD, theirs_RD)
-    count_BS = _counts(rng.integers(runs, size=(RESAMPLES, runs)), runs)
-    count_BR = _counts(rng.integers(others, size=(RESAMPLES, others)), others)
-    count_BD = _counts(rng.integers(documents, size=(RESAMPLES, documents)), documents)
-    totals_B = np.einsum("bs,br,bd,srd->b", count_BS, count_BR, count_BD, win_SRD, optimize=True)
-    return with_interval(probability_of_improvement(mine_SD, theirs_RD), totals_B / win_SRD.size)
 
 
 def hypervolume(cost_P: Floats, quality_P: Floats, reference: tuple[float, float]) -> float:
@@ -143,13 +118,7 @@ def resampled(statistic: Callable[[NDArray[np.int64]], float], documents: int, s
     return np.asarray([statistic(draw_D) for draw_D in draws])
 
 
-def _wins(mine_SD: Floats, theirs_RD: Floats) -> Floats:
-    """1 where mine is higher, ½ where they are equal, [S, R, D]."""
-    difference_SRD = mine_SD[:, None] - theirs_RD[None]
-    return np.asarray((difference_SRD > 0) + 0.5 * (difference_SRD == 0))
-
-
-def _counts(drawn_BK: NDArray[np.int64], things: int) -> Floats:
+def draw_counts(drawn_BK: NDArray[np.int64], things: int) -> Floats:
     """How often each thing was drawn, per resample; [B, things]."""
     count = np.zeros((len(drawn_BK), things))
     np.add.at(count, (np.arange(len(drawn_BK))[:, None], drawn_BK), 1.0)

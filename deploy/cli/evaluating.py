@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
+from offramp.agents.evaluation.assess import Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
     conditions,
@@ -20,6 +20,7 @@ from offramp.agents.evaluation.page import (
     single_points,
     volumes,
 )
+from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.report import Report, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from offramp.agents.evaluation.rows import EvaluationRow
+from offramp.agents.evaluation.evaluation_rows import EvaluationRow
 from offramp.agents.tuning.quality import TuneReport
 from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.controller.costs.table import CostTable

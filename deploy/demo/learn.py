@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from offramp.agents.evaluation.assess import AssessConfig, Assessment, assess
+from offramp.agents.evaluation.assess import Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.evaluation.assess import AssessConfig, assess
+from offramp.agents.evaluation.assess import assess
 from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.training_data import save_candidates

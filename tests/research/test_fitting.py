@@ -29,8 +29,8 @@ from offramp.research.fitting.greencode import (
     train_greencode,
 )
 from offramp.research.fitting.online import fit_bandit, fit_beta
-from offramp.research.fitting.oracle import first_agreeing, oracle, plan_of
 from offramp.research.fitting.subset import HERE_COLUMNS, best_subset, subsets
+from offramp.research.hindsight import first_agreeing, oracle, plan_of
 from offramp.worker.recording.recording_actor import ModelFacts
 
 

@@ -19,7 +19,7 @@ from offramp.controller.policies.rules.position import PositionSchedule
 from offramp.controller.policies.rules.stages import StageThresholds
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
-from offramp.research.fitting.oracle import plan_of
+from offramp.research.hindsight import plan_of
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.decoding.sequence import Sequence as Row

@@ -10,24 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.agents.evaluation.assess import AssessConfig
-from offramp.agents.evaluation.energy_ratios import measure_energy
 from offramp.agents.evaluation.measure import Protocol
+from offramp.agents.evaluation.protocol import AssessConfig, Findings
 from offramp.agents.evaluation.scores import AGREEMENT
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.research.comparisons import comparisons, matched_points
 from offramp.research.hindsight import measure_oracle
 from offramp.research.tournament import (
-    Outcome,
     TournamentConfig,
-    bench,
     gather,
+    loaded,
+    measure_energy,
     run_tournament,
     runs_of,
 )
-from offramp.research.tournament_page import comparisons, matched_points
 from offramp.worker.spec import WorkerSpec
 from support.models import REFERENCE
 
@@ -75,7 +74,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(policies: Path, out: Path) -> Outcome:
+def outcome(policies: Path, out: Path) -> Findings:
     return run_tournament(config(), gather(policies, [0, 1]), out)[0]
 
 
@@ -87,7 +86,7 @@ def test_rules_take_part_once_and_learned_policies_by_seed(policies: Path) -> No
     assert len({each.key for each in entrants}) == 6
 
 
-def test_every_family_is_matched_at_every_target(outcome: Outcome) -> None:
+def test_every_family_is_matched_at_every_target(outcome: Findings) -> None:
     assert len(outcome.matched) == 2 * 4 * 2
     for row in outcome.matched:
         assert row.seeds == (2 if row.policy == "p̂" else 1)
@@ -99,13 +98,13 @@ def test_every_family_is_matched_at_every_target(outcome: Outcome) -> None:
     }
 
 
-def test_equal_seeds_score_equally(outcome: Outcome) -> None:
+def test_equal_seeds_score_equally(outcome: Findings) -> None:
     a, b = (outcome.validation[index].scores.plain() for index in (2, 4))
     assert a == b
 
 
 def test_a_resumed_tournament_measures_only_what_is_missing(
-    policies: Path, out: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+    policies: Path, out: Path, outcome: Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     entrants = gather(policies, [0, 1])
@@ -134,7 +133,7 @@ def test_damaged_measurements_are_named(policies: Path, out: Path, tmp_path: Pat
         run_tournament(config(), gather(policies, [0, 1]), folder)
 
 
-def test_pages_are_made_of_an_outcome(outcome: Outcome) -> None:
+def test_pages_are_made_of_an_outcome(outcome: Findings) -> None:
     for point in matched_points(outcome, [AGREEMENT])["agreement"]:
         assert point.family in ("fixed exit", "p̂")
     runs = {name: runs_of(outcome, AGREEMENT, 0.05, name) for name in ("p̂", "fixed exit")}
@@ -144,7 +143,8 @@ def test_pages_are_made_of_an_outcome(outcome: Outcome) -> None:
 
 
 def test_energy_has_a_method_and_fewer_layers_take_less() -> None:
-    engine, split = bench(config(), "test")
+    measurer = loaded(config())
+    engine, split = measurer.engine, measurer.split("test")
     found = measure_energy(engine, [FixedExit(2)], split.documents, config().assess.protocol)
     assert found.method.value in ("measured_shared", "measured_device", "modelled")
     [ratio] = found.ratios
@@ -153,7 +153,8 @@ def test_energy_has_a_method_and_fewer_layers_take_less() -> None:
 
 
 def test_the_oracle_leaves_early_and_agrees_nearly_always() -> None:
-    engine, split = bench(config(), "test")
+    measurer = loaded(config())
+    engine, split = measurer.engine, measurer.split("test")
     found = measure_oracle(engine, split, config().assess.protocol, (3, 6, 9), 1)
     # All but what its own exits did to the cache.
     assert AGREEMENT.of([found.scores]) > 0.9

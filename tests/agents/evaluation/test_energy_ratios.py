@@ -11,6 +11,12 @@ import pytest
 import torch
 
 from offramp.agents.evaluation.energy_ratios import Metered, energy_of, metered
+from offramp.agents.evaluation.evaluation_rows import (
+    Measured,
+    PairedSeconds,
+    energy_ratio,
+    evaluation_row,
+)
 from offramp.agents.evaluation.matched import matched_row
 from offramp.agents.evaluation.measure import (
     TIME_ALONE,
@@ -21,7 +27,6 @@ from offramp.agents.evaluation.measure import (
     measure_time,
 )
 from offramp.agents.evaluation.page import energy_section
-from offramp.agents.evaluation.rows import Clock, Measured, energy_ratio, evaluation_row
 from offramp.agents.evaluation.scores import AGREEMENT, Scores
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
@@ -116,7 +121,7 @@ def measured(energy: Metered | None) -> Measured:
         exact_D=0 * ones, similarity_D=0 * ones, depths={6: 20},
     )  # fmt: skip
     contender = Contender(family="p̂", setting=0.9, offline_agreement=None, policy=FixedExit(6))
-    return Measured(contender, None, scores, Clock(ones, ones), energy=energy)
+    return Measured(contender, None, scores, PairedSeconds(ones, ones), energy=energy)
 
 
 def test_rows_say_the_ratio_and_how_it_was_come_by() -> None:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from offramp.agents.evaluation.matched import (
-    BENCHMARK_KEYS,
-    choose,
-    matched_row,
-    needed,
-    saves_more,
-)
-from offramp.agents.evaluation.rows import Clock, Measured, frontier_volume, wall_ratio
+from offramp.agents.evaluation.evaluation_rows import Measured, wall_ratio
+from offramp.agents.evaluation.matched import choose, matched_row, needed
+from offramp.agents.evaluation.page import frontier_volume
 from offramp.agents.evaluation.scores import (
     AGREEMENT,
     EDIT_SIMILARITY,
@@ -23,40 +16,8 @@ from offramp.agents.evaluation.scores import (
     require_finite,
 )
 from offramp.agents.evaluation.statistics import Resample
-from offramp.agents.placing.contenders import Contender
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.protocols import FixedExit, NeverExit
-
-DOCUMENTS = 6
-
-
-def measured(
-    family: Any,
-    loss: float,
-    wall: float,
-    seed: int | None = None,
-    setting: float | None = 0.5,
-    timed: int = DOCUMENTS,
-) -> Measured:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(50, 100, size=DOCUMENTS).astype(float)
-    scores = Scores(
-        tokens_D=tokens, agreeing_D=(1 - loss) * tokens, right_D=0.5 * tokens,
-        surprisal_D=(1 + loss) * tokens, lines_D=np.full(DOCUMENTS, 4.0),
-        exact_D=np.ones(DOCUMENTS), similarity_D=2.0 * np.full(DOCUMENTS, 1 - loss),
-        depths={6: 30, 12: 10},
-    )  # fmt: skip
-    full = rng.uniform(1, 2, size=timed)
-    contender = Contender(
-        family=family,
-        setting=setting,
-        offline_agreement=None if setting is None else 1 - loss / 2,
-        policy=NeverExit() if setting is None else FixedExit(6),
-    )
-    return Measured(contender, seed, scores, Clock(wall * full, full))
-
-
-FULL = measured("full depth", 0.0, 1.0, setting=None)
+from support.measured import DOCUMENTS, FULL, measured
 
 
 def test_each_seed_picks_its_fastest_point_within_the_target() -> None:
@@ -90,7 +51,6 @@ def test_a_matched_row_is_the_mean_over_seeds() -> None:
     assert row.mean_layers == pytest.approx(7.5)
     assert row.seeds == 2
     assert not row.certified
-    assert tuple(row.benchmark_row()) == BENCHMARK_KEYS
 
 
 def test_a_family_that_fell_back_to_full_depth_promises_nothing() -> None:
@@ -114,13 +74,6 @@ def test_losses_are_relative_and_perplexity_rises() -> None:
 def test_time_is_missing_where_any_run_was_not_timed() -> None:
     untimed = Measured(FULL.contender, None, FULL.scores)
     assert wall_ratio([FULL, untimed]) is None
-
-
-def test_who_saves_more_on_a_document() -> None:
-    fast, slow = measured("p̂", 0.01, 0.5), measured("PPO", 0.01, 0.7)
-    assert saves_more([fast], [slow]).value == 1
-    assert saves_more([slow], [fast]).value == 0
-    assert saves_more([fast, slow], [fast]).value == 0.25
 
 
 def test_the_frontiers_volume_counts_only_timed_documents() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from offramp.agents.evaluation.bars import Gap
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow
-from offramp.agents.evaluation.plots import Point
+from offramp.agents.evaluation.plots import FrontierPoint
 from offramp.agents.evaluation.report import (
     Report,
     Section,
@@ -32,7 +32,7 @@ def row(policy: str, target: float, wall: float | None) -> MatchedRow:
 
 @pytest.fixture
 def report() -> Report:
-    point = Point("p̂", Estimate(0.8, 0.7, 0.9), Estimate(0.97, 0.96, 0.98), is_chosen=True)
+    point = FrontierPoint("p̂", Estimate(0.8, 0.7, 0.9), Estimate(0.97, 0.96, 0.98), is_chosen=True)
     return Report(
         title="A <report>",
         headlines=["First & foremost"],
@@ -42,7 +42,7 @@ def report() -> Report:
             for name, wall in (("p̂", 0.8), ("rule", 1.0), ("oracle", None))
             for target in TARGETS
         ],
-        points={"agreement": [point, Point("rule", point.wall, point.quality)]},
+        points={"agreement": [point, FrontierPoint("rule", point.wall, point.quality)]},
         gaps=[Gap("p̂ τ=0.9", "p̂", 0.97, 0.93)],
         depths={"p̂ τ=0.9": {3: 10, 12: 30}},
         layers=12,

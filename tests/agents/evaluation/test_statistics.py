@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,6 @@ from offramp.agents.evaluation.statistics import (
     Resample,
     bootstrap_ratio,
     hypervolume,
-    improvement,
-    probability_of_improvement,
     ratio,
 )
 
@@ -62,26 +58,6 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 def test_documents_are_drawn_alike_whatever_the_number_of_seeds() -> None:
     one, five = Resample.draw(1, 9, seed=4), Resample.draw(5, 9, seed=4)
     assert np.array_equal(one.documents_BD, five.documents_BD)
-
-
-def test_the_probability_of_improvement_equals_counting_pairs() -> None:
-    rng = np.random.default_rng(3)
-    mine, theirs = rng.integers(0, 4, size=(4, 6)), rng.integers(0, 4, size=(3, 6))
-    wins = 0.0
-    for d, (s, r) in product(range(6), product(range(4), range(3))):
-        wins += float(mine[s, d] > theirs[r, d]) + 0.5 * float(mine[s, d] == theirs[r, d])
-    found = probability_of_improvement(mine.astype(float), theirs.astype(float))
-    assert found == pytest.approx(wins / (6 * 4 * 3))
-
-
-def test_improvement_is_certain_even_or_impossible() -> None:
-    low, high = np.zeros((2, 5)), np.ones((3, 5))
-    assert improvement(high, low).value == 1
-    assert improvement(low, high).value == 0
-    assert improvement(low, low).value == 0.5
-    found = improvement(np.random.default_rng(0).normal(size=(5, 50)), np.zeros((1, 50)))
-    assert found.low < found.value < found.high
-    assert found.value == pytest.approx(0.5, abs=0.15)
 
 
 def test_hypervolumes_of_single_points_are_rectangles() -> None:

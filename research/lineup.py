@@ -13,7 +13,7 @@ from offramp.envs.traces.store import TraceStore
 from offramp.research.rulebook import GREEN_CODE, PUBLISHED
 
 
-def train_field(
+def train_lineup(
     config: TrainConfig,
     folder: Path,
     on_steps: Callable[[str, int, int], None] = lambda *_: None,
