@@ -1,4 +1,4 @@
-"""Run ``offramp train --for drafting``: learn when to draft and when to verify, with no quality at stake."""
+"""Run ``offramp train --for drafting``: when to draft, when to verify, and nothing lost."""
 
 from __future__ import annotations
 
