@@ -1,11 +1,16 @@
-"""The jumping agent, trained in stages with checkpoints: p̂, warm start, PPO."""
+"""The jumping agent, trained in stages with checkpoints: p̂, warm start, PPO.
+
+A checkpoint is enough to go on as if the run had never stopped. No generator's state is kept:
+before each segment between two checkpoints every generator (torch's, numpy's, the environment's)
+is seeded from the run's seed and the number of the segment.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -17,8 +22,7 @@ from offramp.agents.learning.phat import train_phat
 from offramp.agents.learning.ppo import learning_rate
 from offramp.agents.placing.contenders import INDEX
 from offramp.agents.recording.training_data import TrainingData
-from offramp.agents.training.resuming import FRESH, segment_seed
-from offramp.agents.training.run_checkpoint import Checkpoint, Stage
+from offramp.agents.training.resuming import FRESH, Resumable, segment_seed
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.errors import ConfigError
 
@@ -33,6 +37,35 @@ ONPOLICY_PLACES = ("rounds", "collectors", "model", "corpus")
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
+
+Stage = Literal["warm", "ppo", "onpolicy", "done"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint(Resumable):
+    """A run between two segments.
+
+    Attributes:
+        settings: Whatever changes the result, as JSON values.
+        stage: What is under way.
+        step: Steps of that stage done; rounds, of the on-policy stage and when all is done.
+        phat: The classifier's layers, as tensors (weight, bias).
+        actor: State of SB3's policy.
+        optimiser: State of the stage's Adam.
+        updates: SB3's count of gradient passes.
+        learner: State of the on-policy stage's learner; empty before its first round.
+    """
+
+    command: ClassVar[str] = "offramp train"
+
+    settings: dict[str, Any]
+    stage: Stage
+    step: int
+    phat: list[list[torch.Tensor]]
+    actor: dict[str, torch.Tensor]
+    optimiser: dict[str, Any]
+    updates: int = 0
+    learner: dict[str, Any] = field(default_factory=dict)
 
 
 class StagedRun:

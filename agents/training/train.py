@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from offramp.agents.placing.contenders import Contender, load_contenders, save_contenders
 from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.families import families_of, place_all
-from offramp.agents.training.run_checkpoint import Checkpoint
+from offramp.agents.training.staged import Checkpoint
 from offramp.agents.training.train_config import TrainConfig
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError

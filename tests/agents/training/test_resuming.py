@@ -18,7 +18,7 @@ from offramp.agents.onpolicy.learner import Learner, LearnerConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
 from offramp.agents.onpolicy.rollout import Rollout
 from offramp.agents.placing.contenders import INDEX, Contender, load_contenders
-from offramp.agents.training.run_checkpoint import Checkpoint
+from offramp.agents.training.staged import Checkpoint
 from offramp.agents.training.sweep import sweep
 from offramp.agents.training.train import open_run, train
 from offramp.agents.training.train_config import TrainConfig

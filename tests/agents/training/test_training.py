@@ -20,8 +20,7 @@ from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.resuming import CHECKPOINT
-from offramp.agents.training.run_checkpoint import Checkpoint
-from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.staged import Checkpoint, StagedRun
 from offramp.agents.training.train import open_run
 from offramp.agents.training.train_config import TrainConfig, load_config, options_of
 from offramp.controller.errors import ConfigError
