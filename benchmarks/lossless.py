@@ -41,9 +41,8 @@ from offramp.agents.drafting.draft_replay import at_exits, replay_decisions
 from offramp.agents.recording.corpus import Document, load_corpus
 from offramp.agents.recording.record import tokenize
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import IntArray
+from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import NeverExit, Policy
-from offramp.envs.cores.draft_core import MAX_PENDING
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.probes.candidates.successors import successor_table

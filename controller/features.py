@@ -125,7 +125,7 @@ OUTLOOK_V1 = FeatureSchema(
     columns=(
         "step",  # tokens emitted or drafted so far in this completion / 256, at least 0
         "left",  # tokens it may still emit / 256, at least 0
-        "pending",  # tokens put off since it last ran all layers / the most allowed, in [0, 1]
+        "pending",  # tokens postponed since it last ran all layers / the most allowed, in [0, 1]
         "debt",  # moving average (0.9) of the share of layers its tokens skipped, in [0, 1]
         "acceptance",  # moving average (0.9) of early tokens full depth agreed with, in [0, 1]
         "last_depth",  # layers of its last token / number of layers, in (0, 1]
@@ -134,6 +134,13 @@ OUTLOOK_V1 = FeatureSchema(
     ),
 )
 """What the engine knows of a row without any probe; read by routing policies beside a probe."""
+
+MAX_PENDING = 8
+"""Pending tokens of a row by default at most: tokens postponed in ``defer``, drafts in ``verify``.
+The outlook's ``pending`` is a share of it."""
+
+KEEP = 0.9
+"""Share of the outlook's moving averages that outlives one token."""
 
 
 @lru_cache(maxsize=16)

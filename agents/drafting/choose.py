@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from offramp.agents.drafting.draft_replay import DraftReplay, at_exits, replay_drafts
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import IntArray
+from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
 from offramp.controller.policies.protocols import RoutingPolicy
-from offramp.envs.cores.draft_core import MAX_PENDING, DraftExitCore
+from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

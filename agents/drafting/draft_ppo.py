@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from offramp.agents.drafting.draft_net import DraftPolicy
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
+from offramp.controller.features import MAX_PENDING
 from offramp.envs.adapters.draft_sb3 import DraftExitVecEnv
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -48,7 +49,7 @@ class DraftPPOConfig:
     gae_lambda: float = 0.95
     entropy: float = 0.002
     hidden: tuple[int, ...] = (32, 32)
-    max_pending: int = 8
+    max_pending: int = MAX_PENDING
     rate_share: float = 0.2
     seed: int = 0
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SOFTMAX_V2, FloatArray
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import (
     IndexArray,
@@ -23,7 +23,7 @@ from offramp.controller.policies.protocols import (
     Verdict,
     is_headless,
 )
-from offramp.envs.cores.draft_core import COUNTS, MAX_PENDING, DraftExitCore
+from offramp.envs.cores.draft_core import COUNTS, DraftExitCore
 from offramp.envs.cores.draft_tables import CandidateDrafts, DraftPrices
 from offramp.envs.cores.draft_view import FEATURES
 from offramp.envs.traces.tokens import TokenTraces

@@ -37,7 +37,7 @@ NO_ENERGY = (
 REFERENCE_POINT = (1.0, 0.9)
 """Of the hypervolume: full depth's own time, and nine tenths of its quality."""
 
-NEAR = 0.97
+PROMISED = 0.97
 """Promised agreement at which promises are compared."""
 
 
@@ -95,7 +95,7 @@ def single_points(measured: Sequence[Measured], chosen: int) -> dict[str, list[F
 
 
 def gaps(measured: Sequence[Measured]) -> list[Gap]:
-    """Per family, the operating point whose promise lies nearest to ``NEAR``."""
+    """Per family, the operating point whose promise lies nearest to ``PROMISED``."""
     nearest: dict[str, Measured] = {}
     for each in measured:
         promised = each.contender.offline_agreement
@@ -116,7 +116,7 @@ def gaps(measured: Sequence[Measured]) -> list[Gap]:
 
 
 def _distance(measured: Measured) -> float:
-    return abs((measured.contender.offline_agreement or 0.0) - NEAR)
+    return abs((measured.contender.offline_agreement or 0.0) - PROMISED)
 
 
 def energy_section(

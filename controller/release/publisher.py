@@ -15,7 +15,7 @@ from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.signing import STAMP_MAGIC, SigningKey, open_envelope, trusted_keys
-from offramp.controller.release.trust import Stamp
+from offramp.controller.release.trust import ReleaseVerifier, Stamp
 
 STAMP_TTL_S = 24 * 3600.0
 """How long a timestamp vouches for the head unless it is renewed (a publisher may be a one-shot
@@ -96,11 +96,11 @@ class Publisher:
             uncertified: Said of a policy that may exit and has no certificate; the release
                 records it among its metrics.
             expires_in_s: Seconds from now after which workers refuse it; None: never.
-            rollout: Which requests it may serve; all by default.
-            guardrails: Bounds at which a worker trips to full depth.
+            rollout: Which requests it may serve; all by default. Workers take nothing else yet.
+            guardrails: Bounds at which a worker trips to full depth. Workers take none yet.
 
         Raises:
-            PolicyRefusedError: no worker would take it; nothing was signed.
+            PolicyRefusedError: a worker's own check would refuse it; nothing was signed.
             ConfigError: the ledger is behind the registry, the manifest is unusable, or
                 ``uncertified`` is not what the policy is.
             RegistryUnavailableError: the registry cannot be reached.
@@ -117,7 +117,6 @@ class Publisher:
             certificate=certificate,
             created_at=now,
         )
-        bundle.policy()
         require_said(bundle.manifest, uncertified)
         manifest = replace(
             bundle.manifest,
@@ -134,6 +133,7 @@ class Publisher:
 
         Raises:
             ConfigError: the generation is not in the ledger, or older than one promoted before.
+            PolicyRefusedError: a worker's own check would refuse it, for instance as expired.
             PromoteConflictError: the head moved meanwhile, or is not below this generation.
             RegistryUnavailableError: the registry cannot be reached.
         """
@@ -145,7 +145,9 @@ class Publisher:
         if generation < self._ledger.promoted():
             problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
             raise ConfigError("generation", problem, "Roll back instead: workers never go back")
-        self._registry.put_blob(self._ledger.blob(release.digest))
+        blob = self._ledger.blob(release.digest)
+        self._require_servable(release, blob)
+        self._registry.put_blob(blob)
         # A worker woken by the promotion must find a living timestamp: renew the old one first.
         self.heartbeat()
         head = Head(generation, release.epoch, self._ledger.get(generation), release.digest)
@@ -206,11 +208,27 @@ class Publisher:
             manifest, channel=self._channel, epoch=self._epoch, generation=generation
         )
         payload = manifest.to_bytes()
-        Manifest.from_bytes(payload)  # what no worker can parse is not signed
+        self._require_servable(Manifest.from_bytes(payload), blob)
         envelope = self._key.sign(payload)
         self._ledger.append(generation, envelope, blob)
         self._registry.put_blob(blob)
         return Release(generation, manifest.digest, envelope)
+
+    def _require_servable(self, manifest: Manifest, blob: bytes) -> None:
+        """Ask the worker's own verifier, as the model's worker would, so that both agree forever.
+
+        Raises:
+            PolicyRefusedError: a worker would refuse the release.
+        """
+        verifier = ReleaseVerifier(
+            trusted_keys(self._key.public_bytes),
+            self._channel,
+            manifest.model,
+            manifest.tokenizer,
+            self._clock,
+        )
+        verifier.check(manifest)
+        verifier.open(manifest, blob)
 
     def _catch_up(self) -> None:
         """Record a promotion that reached the registry, though its answer never came back."""

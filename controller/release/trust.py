@@ -132,7 +132,7 @@ class ReleaseVerifier:
         if unsigned != signed:
             detail = f"the head says {unsigned}, the signed manifest {signed}"
             raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
-        self._check(manifest, mark)
+        self.check(manifest, mark)
         return manifest
 
     def verify_stored(self, envelope: bytes, mark: Mark | None) -> Manifest:
@@ -142,8 +142,35 @@ class ReleaseVerifier:
             PolicyRefusedError: with the first check that failed.
         """
         manifest = self._signed(envelope)
-        self._check(manifest, mark)
+        self.check(manifest, mark)
         return manifest
+
+    def check(self, manifest: Manifest, mark: Mark | None = None) -> None:
+        """Check what a manifest says, signed or not yet; the publisher asks before it signs.
+
+        Args:
+            manifest: Description of the release.
+            mark: The highest release accepted before; None if none was.
+
+        Raises:
+            PolicyRefusedError: with the first check that failed.
+        """
+        if manifest.expires_at is not None and manifest.expires_at <= self._clock():
+            detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
+            raise PolicyRefusedError(Refusal.EXPIRED, detail)
+        if manifest.rollout.percent < 100 or manifest.guardrails:
+            # Serving everybody unguarded would break what the publisher signed.
+            field = "guardrails" if manifest.guardrails else "rollout"
+            detail = f"{field}: no worker supports it yet; release to everybody, without guardrails"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
+        if mark is not None:
+            _check_mark(manifest, mark)
+        if manifest.model != self._model:
+            detail = f"made for model {manifest.model}, {self._model} is loaded"
+            raise PolicyRefusedError(Refusal.WRONG_MODEL, detail)
+        if manifest.tokenizer != self._tokenizer:
+            detail = f"made for tokenizer {manifest.tokenizer}, {self._tokenizer} is loaded"
+            raise PolicyRefusedError(Refusal.WRONG_TOKENIZER, detail)
 
     def open(self, manifest: Manifest, blob: bytes) -> Policy:
         """Rebuild the policy of a verified manifest from its blob.
@@ -192,23 +219,6 @@ class ReleaseVerifier:
             detail = f"signed for {manifest.channel!r}, this worker listens to {self._channel!r}"
             raise PolicyRefusedError(Refusal.WRONG_CHANNEL, detail)
         return manifest
-
-    def _check(self, manifest: Manifest, mark: Mark | None) -> None:
-        if manifest.expires_at is not None and manifest.expires_at <= self._clock():
-            detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
-            raise PolicyRefusedError(Refusal.EXPIRED, detail)
-        if manifest.rollout.percent < 100 or manifest.guardrails:
-            # Serving everybody unguarded would break what the publisher signed.
-            detail = "partial rollouts and guardrails are not supported by this worker yet"
-            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
-        if mark is not None:
-            _check_mark(manifest, mark)
-        if manifest.model != self._model:
-            detail = f"made for model {manifest.model}, {self._model} is loaded"
-            raise PolicyRefusedError(Refusal.WRONG_MODEL, detail)
-        if manifest.tokenizer != self._tokenizer:
-            detail = f"made for tokenizer {manifest.tokenizer}, {self._tokenizer} is loaded"
-            raise PolicyRefusedError(Refusal.WRONG_TOKENIZER, detail)
 
 
 def _check_mark(manifest: Manifest, mark: Mark) -> None:

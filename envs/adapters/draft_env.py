@@ -7,7 +7,7 @@ from pathlib import Path
 from offramp.controller.costs.table import CostTable
 from offramp.envs.adapters.core_env import CoreEnv
 from offramp.envs.adapters.vector_env import CoreVectorEnv
-from offramp.envs.cores.draft_core import MAX_PENDING, DraftExitCore
+from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.store import open_traces
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -104,7 +104,7 @@ class DraftExitEnv(CoreEnv):
 
     >>> import gymnasium as gym, numpy as np, offramp.envs
     >>> from offramp.controller.costs.table import CostTable
-    >>> from offramp.controller.features import CANDIDATES_V1
+    >>> from offramp.controller.features import CANDIDATES_V1, MAX_PENDING
     >>> from offramp.controller.traces import TraceHeader
     >>> right = np.array([[1], [0], [1], [1]], np.float32)  # of four tokens at one exit
     >>> traces = offramp.envs.TokenTraces(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from offramp.controller.costs.table import CostTable
+from offramp.controller.features import MAX_PENDING
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
-from offramp.envs.cores.draft_core import MAX_PENDING, DraftExitCore
+from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
 

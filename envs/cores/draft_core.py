@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.features import MAX_PENDING, BoolArray, FloatArray
 from offramp.envs.cores.actions import Actions
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
 from offramp.envs.cores.draft_tables import (
@@ -29,9 +29,6 @@ from offramp.envs.traces.tokens import TokenTraces
 
 COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls")
 """What is counted in an episode, beside its seconds."""
-
-MAX_PENDING = 8
-"""Drafts that may be open, as in the engine by default."""
 
 
 class Unweighed:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.features import KEEP, OUTLOOK_V1, SOFTMAX_V2, FloatArray
 from offramp.envs.cores.batch import IndexArray
 from offramp.envs.cores.draft_tables import DraftTables
-
-KEEP = 0.9
-"""Of a moving average, at each new token."""
 
 FEATURES = SOFTMAX_V2.width
 COLUMNS = FEATURES + OUTLOOK_V1.width + 2

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from offramp.controller.features import OUTLOOK_V1, FloatArray
+from offramp.controller.features import KEEP, OUTLOOK_V1, FloatArray
 from offramp.envs.cores.batch import IndexArray, RewardArray
-
-KEEP = 0.9
-"""Share of a moving average that outlives one token (OUTLOOK_V1)."""
 
 TOKENS = 256
 """Unit of ``step`` and ``left`` (OUTLOOK_V1)."""

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
+from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, BoolArray, FloatArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs.adapters.options import DebtMode
 from offramp.envs.charges.riders import Riders, added_by_riders
@@ -35,9 +35,6 @@ DEBT_LOSS, DEBT_POWER = 0.215, 0.5
 
 Fitted on-policy to the reference model (benchmarks/debt.py; docs/environments.md has the fit).
 """
-
-MAX_PENDING = 8
-"""Tokens a row may put off, by default; the engine's default, too."""
 
 
 class SequenceExitCore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.publisher import Publisher
-from offramp.controller.release.registry import AckState
+from offramp.controller.release.registry import AckState, Head
 from offramp.controller.release.signing import STAMP_MAGIC, open_envelope, trusted_keys
 from offramp.controller.release.trust import Stamp
 from support.certificates import certificate
@@ -44,8 +45,7 @@ def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp:
         make_mlp(1),
         certificate=mine,
         expires_in_s=60.0,
-        rollout=Rollout(percent=5, salt="x"),
-        guardrails={"max_exit_rate": 0.9},
+        rollout=Rollout(percent=100, salt="x"),
     )
     assert release.generation == 1
     assert site.registry.head() is None
@@ -55,8 +55,8 @@ def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp:
     assert manifest.certificate == mine
     assert manifest.metrics == {"speedup": 1.5}
     assert manifest.expires_at == site.clock() + 60.0
-    assert manifest.rollout == Rollout(percent=5, salt="x")
-    assert manifest.guardrails == {"max_exit_rate": 0.9}
+    assert manifest.rollout == Rollout(percent=100, salt="x")
+    assert manifest.guardrails == {}
     assert manifest.rollback_of is None
 
 
@@ -86,7 +86,7 @@ def test_a_heartbeat_renews_the_timestamp(site: Site, make_mlp: Any) -> None:
 
 def test_a_rollback_is_a_higher_generation_of_the_old_policy(site: Site, make_mlp: Any) -> None:
     worker = site.refresher()
-    old = site.serve(make_mlp(1), rollout=Rollout(percent=50, salt="s"), expires_in_s=10.0)
+    old = site.serve(make_mlp(1), rollout=Rollout(percent=100, salt="s"), expires_in_s=10.0)
     new = site.serve(make_mlp(2))
     assert worker.poll_once().digest == new.digest
     site.now[0] += 1000.0  # the old release itself has expired; its policy is signed anew
@@ -299,3 +299,54 @@ def test_a_worker_woken_by_the_first_promotion_finds_a_timestamp(
     monkeypatch.setattr(site.registry, "promote", promote_and_look)
     site.serve(make_mlp(1))
     assert seen == [AckState.ACK]
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "everybody": {},
+    "everybody, salted": {"rollout": Rollout(percent=100, salt="x")},
+    "half of the requests": {"rollout": Rollout(percent=50, salt="x")},
+    "nobody": {"rollout": Rollout(percent=0, salt="x")},
+    "guardrails": {"guardrails": {"max_exit_rate": 0.9}},
+    "both": {"rollout": Rollout(percent=5, salt="x"), "guardrails": {"max_exit_rate": 0.9}},
+    "for a minute": {"expires_in_s": 60.0},
+    "expired at once": {"expires_in_s": 0.0},
+    "expired before": {"expires_in_s": -5.0},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_workers_refuse_is_not_signed(site: Site, make_mlp: Any, asked: str) -> None:
+    """Asked of the worker's own verifier, with a signature that the publisher did not give."""
+    options = dict(ASKED[asked])
+    lifetime_s = options.get("expires_in_s")
+    manifest, _ = site.draft(make_mlp(1), generation=1)
+    by_hand = replace(
+        manifest,
+        rollout=options.get("rollout", Rollout()),
+        guardrails=options.get("guardrails", {}),
+        expires_at=None if lifetime_s is None else site.clock() + lifetime_s,
+    )
+    head = Head(1, 1, site.key.sign(by_hand.to_bytes()), by_hand.digest)
+    try:
+        site.verifier().verify(head, None)
+        refused = None
+    except PolicyRefusedError as error:
+        refused = error.reason
+    is_plain = asked in ("everybody", "everybody, salted", "for a minute")
+    assert (refused is None) == is_plain
+    if refused is None:
+        assert site.release(make_mlp(1), **options).generation == 1
+        return
+    with pytest.raises(PolicyRefusedError) as told:
+        site.release(make_mlp(1), **options)
+    assert told.value.reason is refused
+    assert Ledger(site.folder / "ledger").last() == 0
+    assert site.registry.get_blob(by_hand.digest, 10**6) is None
+
+
+def test_a_release_that_expired_meanwhile_is_not_promoted(site: Site, make_mlp: Any) -> None:
+    release = site.release(make_mlp(1), expires_in_s=10.0)
+    site.now[0] += 11.0
+    with pytest.raises(PolicyRefusedError, match="expired"):
+        site.publisher.promote(release.generation)
+    assert site.registry.head() is None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.controller.features import MAX_PENDING
 from offramp.worker.decoding.convener import Convener
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.schedule import Launch
@@ -22,9 +23,6 @@ from offramp.worker.model.kv import EXACT, SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.probes import ProbeBench
-
-MAX_PENDING = 8
-"""Tokens a row may put off before its next one runs all layers."""
 
 
 @dataclass(slots=True)

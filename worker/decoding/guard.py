@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
-REMEMBERED = 64
+MOST_LOGGED = 64
 """Failing policies told apart; the count goes on beyond, in silence."""
 
 
@@ -96,7 +96,7 @@ class PolicyGuard:
     def report(self, policy: object, error: Exception) -> None:
         """Count a failure; log the first of each policy."""
         self.failures += 1
-        if id(policy) in self._logged or len(self._logged) >= REMEMBERED:
+        if id(policy) in self._logged or len(self._logged) >= MOST_LOGGED:
             return
         # The policy is kept, so that its id stays its own.
         self._logged[id(policy)] = policy

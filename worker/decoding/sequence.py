@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from offramp.controller.features import FloatArray
+from offramp.controller.features import KEEP, FloatArray
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -21,9 +21,6 @@ FinishReason = Literal["stop", "length"]
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """Tokens and their log-probabilities, best first."""
-
-REMEMBERED = 0.9
-"""Weight of the past in a row's moving averages."""
 
 KVMode = Literal["project", "defer", "verify"]
 """What becomes of the layers that an exited token skipped.
@@ -258,11 +255,11 @@ class Sequence:
 
     def note_depth(self, share: float) -> None:
         """A token came out after this share of the layers."""
-        self.debt += (1 - REMEMBERED) * (1 - share - self.debt)
+        self.debt += (1 - KEEP) * (1 - share - self.debt)
 
     def note_verdict(self, agreed: bool) -> None:
         """Full depth agreed with an early token, or did not."""
-        self.acceptance += (1 - REMEMBERED) * (agreed - self.acceptance)
+        self.acceptance += (1 - KEEP) * (agreed - self.acceptance)
 
     def cut(self, tokens: int) -> None:
         """Forget what was emitted after the first tokens."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.features import MAX_PENDING
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.model.kv import BLOCK_TOKENS
@@ -37,7 +38,7 @@ class EngineConfig:
     kv_mode: KVMode = "project"
     schedule: Schedule = LOCKSTEP
     prefill_tokens: int = 256
-    max_pending: int = 8
+    max_pending: int = MAX_PENDING
     translators: Path | None = None
     kv_budget_mb: float | None = None
 

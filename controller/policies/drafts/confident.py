@@ -11,13 +11,13 @@ import numpy as np
 
 from offramp.controller.features import (
     CANDIDATES_V1,
+    MAX_PENDING,
     SOFTMAX_V2,
     FeatureSchema,
     FloatArray,
     IntArray,
 )
 from offramp.controller.policies.drafts.drafter import (
-    MAX_PENDING,
     TOP1,
     open_drafts,
     require_exits,

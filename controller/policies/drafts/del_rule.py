@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.drafts.drafter import MAX_PENDING, TOP1, open_drafts, require_exits
+from offramp.controller.features import MAX_PENDING, SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policies.drafts.drafter import TOP1, open_drafts, require_exits
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import IndexArray, Verdict
 

@@ -12,6 +12,7 @@ import numpy as np
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import (
     CANDIDATES_V1,
+    MAX_PENDING,
     OUTLOOK_V1,
     SOFTMAX_V2,
     FeatureSchema,
@@ -20,7 +21,6 @@ from offramp.controller.features import (
 )
 from offramp.controller.policies.drafts.drafter import (
     ACCEPTANCE,
-    MAX_PENDING,
     PENDING,
     TOP1,
     open_drafts,

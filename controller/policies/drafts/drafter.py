@@ -11,9 +11,6 @@ from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
 from offramp.controller.policies.protocols import IndexArray
 
-MAX_PENDING = 8
-"""Drafts that an engine keeps open by default; the outlook's ``pending`` is a share of it."""
-
 PENDING = OUTLOOK_V1.index("pending")
 ACCEPTANCE = OUTLOOK_V1.index("acceptance")
 TOP1 = SOFTMAX_V2.index("top1")

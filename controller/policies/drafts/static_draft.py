@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.controller.features import FloatArray, IntArray
+from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
 from offramp.controller.policies.drafts.drafter import (
-    MAX_PENDING,
     open_drafts,
     require_exits,
     require_length,

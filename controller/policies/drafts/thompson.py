@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import FloatArray, IntArray
+from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
 from offramp.controller.policies.drafts.drafter import (
-    MAX_PENDING,
     open_drafts,
     require_exits,
     require_length,
