@@ -53,4 +53,4 @@ docs: setup
 
 # runs/home holds the publisher's key and ledger, which nothing can rebuild: it stays.
 clean:
-	rm -rf $(VENV) build runs/demo *.egg-info
+	rm -rf $(VENV) runs/demo build research/build *.egg-info src/*.egg-info research/*.egg-info

@@ -29,7 +29,6 @@ from offramp.research.fitting.greencode import (
     train_greencode,
 )
 from offramp.research.fitting.online import fit_bandit, fit_beta
-from offramp.research.fitting.subset import HERE_COLUMNS, best_subset, subsets
 from offramp.research.hindsight import first_agreeing, oracle, plan_of
 from offramp.worker.recording.recording_actor import ModelFacts
 
@@ -140,37 +139,18 @@ def make_two_exits(rng: np.random.Generator) -> TrainingData:
 
 
 def test_hidden_columns_do_not_reach_a_classifier(data: TrainingData) -> None:
-    weights = train_phat(data.train, PhatConfig(epochs=1), HERE_COLUMNS)
+    columns = ("top1", "margin", "entropy", "top_logit", "depth", "position")
+    weights = train_phat(data.train, PhatConfig(epochs=1), columns)
     policy = MlpPolicy((2,), CANDIDATES_V1, weights)
     features = data.validation.features_NEF[:64, 0].copy()
     before = policy.logits(features).copy()
-    for column in set(CANDIDATES_V1.columns) - set(HERE_COLUMNS):
+    for column in set(CANDIDATES_V1.columns) - set(columns):
         features[:, CANDIDATES_V1.index(column)] += 3.0
     np.testing.assert_array_equal(policy.logits(features), before)
     features[:, 0] += 1.0
     assert np.abs(policy.logits(features) - before).max() > 1e-3
     with pytest.raises(ConfigError, match="bogus"):
         train_phat(data.train, PhatConfig(), ["bogus"])
-
-
-def test_the_best_subset_is_the_cheapest_that_reaches_the_target(data: TrainingData) -> None:
-    whole = train_phat(data.train, PhatConfig(epochs=3))
-    here = train_phat(data.train, PhatConfig(epochs=3), HERE_COLUMNS)
-    costly = data.costs.scaled("probe", 10.0)  # one layer per probe
-    logits = np.linspace(-2, 6, 17).tolist()
-    best = best_subset(whole, here, data.validation, costly, 0.95, logits)
-    assert best.agreement >= 0.95
-    mine = MlpPolicy(best.exits, CANDIDATES_V1, best.weights, best.logit)
-    found = replay(mine, data.validation, costly)
-    assert found.agreement == pytest.approx(best.agreement)
-    assert found.cost == pytest.approx(best.cost, rel=1e-5)
-    for exits, weights in (((2, 4, 6), whole), ((4, 6), here), ((6,), here)):
-        for threshold in logits:
-            rival = MlpPolicy(exits, CANDIDATES_V1, weights, threshold)
-            other = replay(rival, data.validation, costly)
-            assert other.agreement < 0.95 or other.cost >= best.cost - 1e-6
-    assert list(subsets(3)) == [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
-    assert max(map(len, subsets(11))) == 3
 
 
 def test_free_starts_from_training_tokens(data: TrainingData) -> None:
