@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from offramp.controller.costs.table import CostTable
+from offramp.controller.features import MAX_PENDING
 from offramp.envs.adapters.core_env import CoreEnv
 from offramp.envs.adapters.vector_env import CoreVectorEnv
 from offramp.envs.cores.draft_core import DraftExitCore
@@ -104,7 +105,7 @@ class DraftExitEnv(CoreEnv):
 
     >>> import gymnasium as gym, numpy as np, offramp.envs
     >>> from offramp.controller.costs.table import CostTable
-    >>> from offramp.controller.features import CANDIDATES_V1, MAX_PENDING
+    >>> from offramp.controller.features import CANDIDATES_V1
     >>> from offramp.controller.traces import TraceHeader
     >>> right = np.array([[1], [0], [1], [1]], np.float32)  # of four tokens at one exit
     >>> traces = offramp.envs.TokenTraces(
