@@ -23,6 +23,7 @@ from rich.table import Table
 from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import SILENT, STAY, Clock, Script, decode_steps
 from offramp.worker.profiling.profile import measure_costs
@@ -69,11 +70,13 @@ def check(
     engine: AdaptiveEngine, costs: CostTable, table_VK: IntArray, rows: int, repeats: int
 ) -> list[dict[str, Any]]:
     """What each way of decoding was to take, and took, in µs per launch."""
-    prices = costs.at(rows)
-    expected = {"full depth": prices.full_s, "full depth, asked": prices.leaving_s(EXITS)[-1]}
+    prices, launch_s = costs.at(rows), rows * costs.at(1).full_s
+    asked_s = TokenCosts.of(costs, EXITS, rows).asked_everywhere_E1[-1] * launch_s
+    expected = {"full depth": prices.full_s, "full depth, asked": float(asked_s)}
     acts = {"full depth": SILENT, "full depth, asked": STAY}
     for place, exit_layer in enumerate(EXITS):
-        expected[f"exit {exit_layer}"] = prices.leaving_s((exit_layer,))[0]
+        left = TokenCosts.of(costs, (exit_layer,), rows).asked_everywhere_E1[0]
+        expected[f"exit {exit_layer}"] = float(left * launch_s)
         acts[f"exit {exit_layer}"] = place
     script = Script(random_policy(CANDIDATES_V1, EXITS, table_VK))
     rng = np.random.default_rng(rows)

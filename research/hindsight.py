@@ -24,7 +24,6 @@ from offramp.agents.evaluation.measure import (
 )
 from offramp.agents.evaluation.scores import Scores
 from offramp.agents.placing.contenders import Contender
-from offramp.agents.placing.pricing import places
 from offramp.agents.placing.replay import TakenExits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import (
@@ -37,6 +36,7 @@ from offramp.controller.features import (
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.in_order import TOKENS
 from offramp.controller.traces import TraceHeader
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.recording.recorder import record_document
@@ -80,7 +80,7 @@ def oracle(traces: TokenTraces, costs: CostTable, trade_off: float = 0.0) -> Tak
             largest agreement − λ · cost.
     """
     if trade_off > 0:
-        cost_E1 = places(None, traces.header.exits, costs)
+        cost_E1 = TokenCosts.under(None, costs, traces.header.exits).leave_E1
         taken_N = np.argmax(traces.quality("agreement") - trade_off * cost_E1, axis=1)
     else:
         taken_N = first_agreeing(traces)

@@ -22,7 +22,6 @@ from offramp.agents.placing.contenders import (
     nearest,
     placed,
 )
-from offramp.agents.placing.pricing import leaving
 from offramp.agents.training.families import (
     BEST_EXITS,
     JUMPS,
@@ -37,6 +36,7 @@ from offramp.controller.policies.protocols import Policy
 from offramp.controller.policies.rules.decay import DecayingThreshold
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
 from offramp.controller.policies.rules.position import PositionSchedule
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.research.fitting.backward_induction import fit_stopping
 from offramp.research.fitting.budget import fit_budget
 from offramp.research.fitting.greencode import (
@@ -184,7 +184,9 @@ def _budget(parts: TrainedParts) -> list[Contender]:
     def build(share: float) -> Policy:
         return fit_budget(data.train, data.costs, share)
 
-    cheapest = float(leaving(SOFTMAX_V2, parts.exits, data.costs).min())
+    cheapest = float(
+        TokenCosts.under(SOFTMAX_V2, data.costs, parts.exits).asked_everywhere_E1.min()
+    )
     budgets = np.linspace(cheapest * 1.001, max(1.0, cheapest * 1.1), GRID)
     return _place("EERO budget", build, budgets, parts, "B=")
 

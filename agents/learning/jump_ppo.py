@@ -21,7 +21,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.policies.router import MlpRouter
 from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.pairs import schema_of
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -75,7 +75,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     """
     exits, layers = traces.header.exits, traces.header.layers
     jumps = len(exits) + 1 if config.jumps is None else config.jumps
-    problem = StoppingProblem.of(Tariff.of(costs, exits), jumps)
+    problem = StoppingProblem(TokenCosts.of(costs, exits), jumps)
     ppo = config.ppo
     env = TokenExitVecEnv(
         traces,
@@ -109,7 +109,7 @@ def warm_start(
 def problem_of(agent: JumpAgent, costs: CostTable, config: JumpConfig) -> StoppingProblem:
     """The problem that an agent plays."""
     jumps = len(agent.exits) + 1 if config.jumps is None else config.jumps
-    return StoppingProblem.of(Tariff.of(costs, agent.exits), jumps)
+    return StoppingProblem(TokenCosts.of(costs, agent.exits), jumps)
 
 
 def invalid_actions(exits: int, jumps: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.controller.errors import ConfigError
-from offramp.envs.charges.tariff import LATENCY, Tariff
+from offramp.envs.charges.token_costs import LATENCY, TokenCosts
 
 START = -1
 """Where a token stands before its first layer."""
@@ -56,25 +56,16 @@ class StoppingProblem:
     product of survival probabilities. PPO estimates from samples the gradient that this has
     exactly (Sutton and Barto 2018, section 13.2, for the theorem it replaces).
 
-    Attributes:
-        exits: Number of exits E.
+    Args:
+        costs: What a token costs, by where it leaves and how often it is asked.
         jumps: Longest jump J, in exits; J + 1 actions, of which 0 leaves.
-        leave_E1: c: cost of leaving at each exit, and of the end, without any probe, in units of a
-            full-depth token's time.
-        decide: d: cost of a probe with its decision.
-        begin: Cost of the decision before the first layer.
-        build: Cost of preparing a token's probes, paid with the first.
 
     Raises:
         ConfigError: jumps beyond the end.
     """
 
-    exits: int
+    costs: TokenCosts
     jumps: int
-    leave_E1: tuple[float, ...]
-    decide: float
-    begin: float
-    build: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.jumps <= self.exits + 1:
@@ -84,19 +75,30 @@ class StoppingProblem:
                 "Allow shorter jumps, or record more exits",
             )
 
-    @classmethod
-    def of(cls, tariff: Tariff, jumps: int) -> StoppingProblem:
-        """The problem that ``TokenExitCore`` plays with ``jump`` actions."""
-        decide_O = tariff.probe_O + tariff.policy_O
-        leave_E1 = tuple(tariff.leave_OP[LATENCY, 1:].tolist())
-        return cls(
-            exits=len(leave_E1) - 1,
-            jumps=jumps,
-            leave_E1=leave_E1,
-            decide=float(decide_O[LATENCY]),
-            begin=float(tariff.policy_O[LATENCY]),
-            build=float(tariff.build_O[LATENCY]),
-        )
+    @property
+    def exits(self) -> int:
+        """Number of exits E."""
+        return len(self.costs.leave_E1) - 1
+
+    @property
+    def leave_E1(self) -> tuple[float, ...]:
+        """Cost c of leaving at each exit, and of the end, without any probe."""
+        return tuple(self.costs.leave_E1.tolist())
+
+    @property
+    def decide(self) -> float:
+        """Cost d of a probe with its decision."""
+        return float(self.costs.probe_O[LATENCY] + self.costs.policy_O[LATENCY])
+
+    @property
+    def begin(self) -> float:
+        """Cost of the decision before the first layer."""
+        return float(self.costs.policy_O[LATENCY])
+
+    @property
+    def build(self) -> float:
+        """Cost of preparing a token's probes, paid with the first."""
+        return float(self.costs.build_O[LATENCY])
 
     @property
     def states(self) -> tuple[State, ...]:

@@ -236,9 +236,8 @@ def token_costs(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
     """What each token cost, in units of a full-depth token's time at batch 1, [T]."""
     decisions_T = np.bincount(rollout.token_K, minlength=len(rollout.taken_T))
     probes_T = decisions_T - 1  # the first decision comes before any probe
-    leave_T = np.asarray(problem.leave_E1)[rollout.taken_T]
-    asked_T = probes_T * problem.decide + (probes_T > 0) * problem.build + problem.begin
-    return np.asarray(leave_T + asked_T, np.float32)
+    priced_T = problem.costs.price(rollout.taken_T, probes_T, asks_first=True)
+    return priced_T.astype(np.float32)
 
 
 def rewards_of(rollout: Rollout, problem: StoppingProblem) -> FloatArray:

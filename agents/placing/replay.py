@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.learning.stopping_problem import StoppingProblem
-from offramp.agents.placing.pricing import token_costs
 from offramp.agents.placing.recorded_features import RecordedFeatures, documents, outlook
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import PolicyFaultError
@@ -25,6 +23,7 @@ from offramp.controller.policies.protocols import (
     RoutingPolicy,
     Verdict,
 )
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.tokens import TokenTraces
 
 VERDICT_TOKENS = 8
@@ -62,13 +61,9 @@ class TakenExits:
         """Mark with 1 the tokens that would be full depth's, [N]."""
         return traces.quality("agreement")[np.arange(len(self.taken_N)), self.taken_N]
 
-    def cost_N(self, problem: StoppingProblem) -> NDArray[np.float64]:
+    def cost_N(self, costs: TokenCosts) -> NDArray[np.float64]:
         """Price each token, in units of a full-depth token's time; a first exit is not decided."""
-        leave_N = np.asarray(problem.leave_E1)[self.taken_N]
-        cost_N: NDArray[np.float64] = (
-            leave_N + self.probes_N * problem.decide + (self.probes_N > 0) * problem.build
-        )
-        return cost_N
+        return costs.price(self.taken_N, self.probes_N)
 
 
 def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
@@ -94,10 +89,9 @@ def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
 
 
 def mean_cost(policy: Policy, walked: TakenExits, traces: TokenTraces, costs: CostTable) -> float:
-    """Mean cost of a walk, in units of a full-depth token's time."""
-    exits = traces.header.exits
-    priced_N = token_costs(policy.schema, exits, walked.taken_N, walked.probes_N, costs)
-    return float(priced_N.mean())
+    """Average the cost of all tokens, in units of a full-depth token's time."""
+    under = TokenCosts.under(policy.schema, costs, traces.header.exits)
+    return float(walked.cost_N(under).mean())
 
 
 def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:

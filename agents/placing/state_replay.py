@@ -24,7 +24,7 @@ from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.net import MAX_ROWS
 from offramp.controller.policies.router import MlpRouter
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.tokens import TokenTraces
 
 MOST_EXITS = 5
@@ -42,7 +42,7 @@ class StateTable:
     def __init__(self, traces: TokenTraces, costs: CostTable) -> None:
         exits = traces.header.exits
         self.traces = traces
-        self.problem = StoppingProblem.of(Tariff.of(costs, exits), len(exits) + 1)
+        self.problem = StoppingProblem(TokenCosts.of(costs, exits), len(exits) + 1)
         self.states = self.problem.states
         self._observations = StateObservations(traces, self.states)
         self.schema = self._observations.schema
@@ -148,7 +148,7 @@ class SubsetGrid:
             for z, threshold in enumerate(thresholds):
                 taken = table.replay_subset(logits, subset, threshold)
                 agreement_QZ[q, z] = taken.agreement_N(table.traces).mean()
-                cost_QZ[q, z] = taken.cost_N(table.problem).mean()
+                cost_QZ[q, z] = taken.cost_N(table.problem.costs).mean()
         return cls(every, list(thresholds), agreement_QZ, cost_QZ)
 
     def cheapest(self, agreement: float) -> tuple[tuple[int, ...], float]:

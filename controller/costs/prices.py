@@ -6,7 +6,7 @@ Seconds and joules are those of the whole launch: divide by its rows for a row's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from offramp.controller.costs.readings import EnergyMethod
@@ -129,22 +129,3 @@ class Prices:
         if self.step_j is None or self.layer_j is None or self.head_j is None:
             return None
         return self.step_j + self.layers * self.layer_j + self.head_j
-
-    def leaving_s(self, exits: Sequence[int]) -> list[float]:
-        """Seconds of leaving at each exit, then of full depth after probing them all, E + 1."""
-        return self._leaving(exits, [getattr(self, f"{part}_s") for part in PARTS])
-
-    def leaving_j(self, exits: Sequence[int]) -> list[float] | None:
-        """Joules likewise; None where a part's are unknown."""
-        joules = [getattr(self, f"{part}_j") for part in PARTS]
-        return None if None in joules else self._leaving(exits, joules)
-
-    def _leaving(self, exits: Sequence[int], prices: list[float]) -> list[float]:
-        layer, head, probe, policy, fill, step, build = prices
-        start = step + (build if exits else 0.0)
-        depths = (*exits, self.layers)
-        asked = [min(place, len(exits)) for place in range(1, len(depths) + 1)]
-        return [
-            start + depth * layer + times * (probe + policy) + (self.layers - depth) * fill + head
-            for depth, times in zip(depths, asked, strict=True)
-        ]

@@ -12,7 +12,6 @@ import numpy as np
 from offramp.controller.costs.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch, Prices
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +109,6 @@ class CostTable:
         """
         one = self._read("rows", self.batches, 1)
         return self._prices(1, tokens, one | self._read("tokens", self.spans, tokens))
-
-    def leaving(self, exits: tuple[int, ...], rows: float = 1) -> FloatArray:
-        """Cost of leaving at each exit, and of full depth after probing them all, [E + 1].
-
-        In units of ``full_s`` at that many rows (dimensionless). Leaving at exit i has paid i + 1
-        probes and decisions:
-        step + build + e·layer + (i+1)·(probe + policy) + (L−e)·fill + head.
-        """
-        prices = self.at(rows)
-        return np.asarray(prices.leaving_s(exits), np.float32) / np.float32(prices.full_s)
 
     def with_probe(self, schema: str) -> CostTable:
         """The same table with the probe of another feature schema.

@@ -9,7 +9,7 @@ import numpy as np
 
 from offramp.controller.costs.table import CostTable
 from offramp.envs.charges.riders import Riders, added_by_riders
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.cores.batch import RewardArray
 
 ONE = np.zeros(1, np.int64)
@@ -42,8 +42,8 @@ class TokenMeter:
         rider_share: float | None,
         max_pending: int | None,
     ) -> None:
-        self._tariff = Tariff.of(costs, exits, fills=max_pending is None)
-        self.objectives = self._tariff.objectives
+        self._token_costs = TokenCosts.of(costs, exits, fills=max_pending is None)
+        self.objectives = self._token_costs.objectives
         self._layers = (*exits, layers)
         self._riders: Riders | None = None
         if max_pending is not None:
@@ -61,11 +61,11 @@ class TokenMeter:
     def decide(self, here: int, target: int) -> RewardArray:
         """The way since the last decision, the probe and this one; to the end if that is next."""
         column = len(self._layers) - 1 if target == len(self._layers) - 1 else here
-        paid_O = self._tariff.policy_O + self._way(column)
+        paid_O = self._token_costs.policy_O + self._way(column)
         if here >= 0:
-            paid_O += self._tariff.probe_O
+            paid_O += self._token_costs.probe_O
             if self.probes == 0:
-                paid_O += self._tariff.build_O
+                paid_O += self._token_costs.build_O
             self.probes += 1
         self._before = here
         return paid_O
@@ -86,7 +86,7 @@ class TokenMeter:
         return self._layers[column]
 
     def _way(self, column: int) -> RewardArray:
-        sums_PO = self._tariff.leave_OP.T
+        sums_PO = self._token_costs.leave_OP.T
         if self._riders is not None:
             sums_PO = sums_PO + self._riders.way_BPO[0]
         way_O: RewardArray = sums_PO[column + 1] - sums_PO[self._before + 1]

@@ -13,7 +13,7 @@ import numpy as np
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.envs.charges.tariff import full_of, units_of
+from offramp.envs.charges.token_costs import full_of, units_of
 from offramp.envs.cores.batch import IndexArray, RewardArray
 
 

@@ -19,7 +19,7 @@ from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, BoolArray, Floa
 from offramp.controller.traces import TraceHeader
 from offramp.envs.adapters.options import DebtMode
 from offramp.envs.charges.riders import Riders, added_by_riders
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
 from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import Finals, IndexArray, RewardArray, StepBatch
@@ -93,13 +93,15 @@ class SequenceExitCore:
         _check_mode(kv_mode, (debt_loss, debt_power), max_pending, rows)
         header = traces.header
         is_deferred = kv_mode == "defer"
-        tariffs = [Tariff.of(costs, header.exits, each, fills=not is_deferred) for each in rows]
+        token_costs = [
+            TokenCosts.of(costs, header.exits, each, fills=not is_deferred) for each in rows
+        ]
         self.num_envs = num_envs
-        self.objectives = tariffs[0].objectives
+        self.objectives = token_costs[0].objectives
         self.rng = np.random.default_rng()
         self.actions = Actions(actions, len(header.exits), jumps, asks_first, ends)
         self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
-        self._walk = Walk(traces, tariffs, self.actions, num_envs)
+        self._walk = Walk(traces, token_costs, self.actions, num_envs)
         self._riders: Riders | None = None
         if is_deferred:
             added_MO = added_by_riders(costs, max_pending, rider_share)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.charges.tariff import ENERGY, LATENCY, Tariff, costs_for
+from offramp.envs.charges.token_costs import ENERGY, LATENCY, TokenCosts, costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
 from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
@@ -74,13 +74,13 @@ class TokenExitCore:
     ) -> None:
         costs = checked_costs(traces, costs, num_envs)
         exits = traces.header.exits
-        tariff = Tariff.of(costs, exits)
+        token_costs = TokenCosts.of(costs, exits)
         self.num_envs = num_envs
-        self.objectives = tariff.objectives
+        self.objectives = token_costs.objectives
         self.rng = np.random.default_rng()
         self.actions = Actions(actions, len(exits), jumps, asks_first, ends)
         self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
-        self._walk = Walk(traces, [tariff], self.actions, num_envs)
+        self._walk = Walk(traces, [token_costs], self.actions, num_envs)
         self.num_columns = self._walk.width + len(self.weights.names)
         self._autoreset = autoreset
         self._tokens = len(traces)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.cores.actions import Actions
 from offramp.envs.cores.batch import IndexArray, RewardArray
 from offramp.envs.traces.pairs import PairFeatures
@@ -25,29 +25,33 @@ class Walk:
 
     Args:
         traces: Recorded tokens.
-        tariffs: What the way costs, one per crowd.
+        token_costs: What the way costs, one per crowd.
         actions: What can be done.
         num_envs: Number B.
 
     Attributes:
         token_B: Which recorded token.
-        crowd_B: Under which tariff.
+        crowd_B: Under which token_costs.
         here_B: Exit where it stands, −1 before the first layer.
         probes_B: Probes made of it.
     """
 
     def __init__(
-        self, traces: TokenTraces, tariffs: Sequence[Tariff], actions: Actions, num_envs: int
+        self,
+        traces: TokenTraces,
+        token_costs: Sequence[TokenCosts],
+        actions: Actions,
+        num_envs: int,
     ) -> None:
         _, self._exits, self.width = traces.features_NEF.shape
         self.actions = actions
         self._features_RF = traces.features_NEF.reshape(-1, self.width)
         self._pairs = PairFeatures(traces) if actions.is_jump else None
         self._first = -1 if actions.asks_first else 0
-        self._leave_CPO = np.stack([each.leave_OP.T for each in tariffs])
-        self._policy_CO = np.stack([each.policy_O for each in tariffs])
-        self._probed_CO = np.stack([each.probe_O + each.policy_O for each in tariffs])
-        self._build_CO = np.stack([each.build_O for each in tariffs])
+        self._leave_CPO = np.stack([each.leave_OP.T for each in token_costs])
+        self._policy_CO = np.stack([each.policy_O for each in token_costs])
+        self._probed_CO = np.stack([each.probe_O + each.policy_O for each in token_costs])
+        self._build_CO = np.stack([each.build_O for each in token_costs])
         self.token_B = np.zeros(num_envs, np.int64)
         self.crowd_B = np.zeros(num_envs, np.int64)
         self.here_B = np.zeros(num_envs, np.int64)

@@ -18,7 +18,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
 from offramp.envs.adapters.spaces import box_of, checked_options, reward_box
 from offramp.envs.charges.meter import TokenMeter
-from offramp.envs.charges.tariff import costs_for
+from offramp.envs.charges.token_costs import costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
 from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import RewardArray

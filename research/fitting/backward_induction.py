@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.agents.learning.export import Normaliser
-from offramp.agents.placing.pricing import leaving
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SCHEMAS, IntArray
 from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy, terms
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.qualities import Quality
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -68,7 +68,8 @@ def returns(
     traces: TokenTraces, costs: CostTable, trade_off: float, quality: Quality
 ) -> NDArray[np.float64]:
     """Quality − λ · cost of leaving at each exit, and of full depth, [N, E + 1]."""
-    cost_E1 = leaving(SCHEMAS[traces.header.schema], traces.header.exits, costs)
+    schema = SCHEMAS[traces.header.schema]
+    cost_E1 = TokenCosts.under(schema, costs, traces.header.exits).asked_everywhere_E1
     return traces.quality(quality).astype(np.float64) - trade_off * cost_E1
 
 

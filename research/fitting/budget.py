@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.placing.pricing import leaving
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SOFTMAX_V2, FloatArray
 from offramp.controller.policies.rules.stages import NEVER, StageThresholds
 from offramp.controller.traces import SOFTMAX_COLUMNS
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.tokens import TokenTraces
 
 SHARPNESS = 50.0
@@ -43,7 +43,7 @@ def fit_budget(
         ConfigError: leaving at the cheapest exit already costs more than the budget.
     """
     risk_E1 = np.append(1.0 - traces.agree_NE.mean(axis=0, dtype=np.float64), 0.0)
-    cost_E1 = leaving(SOFTMAX_V2, traces.header.exits, costs)
+    cost_E1 = TokenCosts.under(SOFTMAX_V2, costs, traces.header.exits).asked_everywhere_E1
     share_E1 = gibbs_shares(risk_E1, cost_E1, budget)
     score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]
     return StageThresholds(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from offramp.agents.placing.pricing import leaving
 from offramp.agents.placing.replay import replay
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SOFTMAX_V2
@@ -17,6 +16,7 @@ from offramp.controller.policies.protocols import ThresholdPolicy
 from offramp.controller.policies.rules.bandit import ThresholdBandit
 from offramp.controller.policies.rules.beta import BetaThreshold, moments_of
 from offramp.controller.traces import SOFTMAX_COLUMNS
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.traces.tokens import TokenTraces
 
 KNOWN = 200.0
@@ -69,7 +69,7 @@ def fit_bandit(
         column=column,
         thresholds=tuple(float(each) for each in thresholds),
         trade_off=trade_off,
-        costs=tuple(leaving(SOFTMAX_V2, exits, costs).tolist()),
+        costs=tuple(TokenCosts.under(SOFTMAX_V2, costs, exits).asked_everywhere_E1.tolist()),
         counts_A=counts_A,
         sums_A=counts_A * np.asarray(means),
     )

@@ -1,4 +1,4 @@
-"""`research/` is a distribution of its own: two files name it, and nothing in the product needs it."""
+"""`research/` is a distribution of its own, and nothing in the product needs it."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.envs import Finals, Quality, TokenExitCore, TokenTraces
+from support.cost_tables import leaving
 
 
 def closed_form(quality: float, cost: float, preference: float) -> float:
@@ -42,7 +43,7 @@ def core(traces: TokenTraces, costs: CostTable) -> TokenExitCore:
 def test_the_return_is_the_closed_form(
     core: TokenExitCore, traces: TokenTraces, costs: CostTable, leave_at: int, preference: float
 ) -> None:
-    cost_E1 = costs.leaving(traces.header.exits)
+    cost_E1 = leaving(costs, traces.header.exits)
     quality_NE1 = traces.quality("logprob_gap")
     for token in range(0, len(traces), 7):
         total, steps, finals = play(core, leave_at, tokens=token, lambdas=preference)
@@ -63,7 +64,7 @@ def test_the_closed_form_check_can_fail(
     total, _, finals = play(core, 1, tokens=3, lambdas=0.3)
     info = finals.rows()[0]
     assert abs(total - closed_form(info["quality"], info["cost"], 0.31)) > 1e-4
-    assert abs(total - closed_form(info["quality"], costs.leaving((2, 4, 7))[2], 0.3)) > 1e-2
+    assert abs(total - closed_form(info["quality"], leaving(costs, (2, 4, 7))[2], 0.3)) > 1e-2
 
 
 def test_the_first_step_pays_the_whole_way_to_the_first_exit(
@@ -71,7 +72,7 @@ def test_the_first_step_pays_the_whole_way_to_the_first_exit(
 ) -> None:
     core.reset(tokens=0, lambdas=1.0)
     batch = core.step(np.array([0]))
-    assert batch.reward_B[0] == pytest.approx(-costs.leaving((2, 4, 7))[0] / 2)
+    assert batch.reward_B[0] == pytest.approx(-leaving(costs, (2, 4, 7))[0] / 2)
     assert not len(batch.finals.place_K)
 
 

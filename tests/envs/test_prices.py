@@ -12,8 +12,8 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SKETCH_V1
 from offramp.envs import SequenceExitCore, TokenExitCore, TokenExitEnv, TokenTraces
-from offramp.envs.charges.tariff import Tariff
-from support.cost_tables import measured
+from offramp.envs.charges.token_costs import TokenCosts
+from support.cost_tables import leaving, measured
 from support.probing import Invented, invent
 
 EXITS = (2, 4, 5, 7)
@@ -36,17 +36,13 @@ def table() -> CostTable:
 
 def test_gates_cost_what_the_table_says_of_leaving(traces: TokenTraces, table: CostTable) -> None:
     core = TokenExitCore(traces, table, num_envs=1, autoreset=False)
-    joules = table.at(1).leaving_j(EXITS)
-    full_j = table.at(1).full_j
-    assert joules is not None
-    assert full_j is not None
     for leave_at in range(5):
         core.reset(tokens=0)
         for step in range(min(leave_at + 1, 4)):
             batch = core.step(np.array([int(step == leave_at)]))
         info = batch.finals.rows()[0]
-        assert info["cost"] == pytest.approx(table.leaving(EXITS)[leave_at])
-        assert info["energy"] == pytest.approx(joules[leave_at] / full_j)
+        assert info["cost"] == pytest.approx(leaving(table, EXITS)[leave_at])
+        assert info["energy"] == pytest.approx(leaving(table, EXITS, unit="j")[leave_at])
 
 
 def test_energy_is_weighed_observed_and_told(traces: TokenTraces, table: CostTable) -> None:
@@ -88,11 +84,13 @@ def test_options_name_weights_that_are_weighed(traces: TokenTraces, table: CostT
 
 
 def test_rows_share_a_launch(table: CostTable) -> None:
-    alone, eight = Tariff.of(table, EXITS), Tariff.of(table, EXITS, 8)
+    alone, eight = TokenCosts.of(table, EXITS), TokenCosts.of(table, EXITS, 8)
     share = table.at(8).layer_s / 8 / table.full_s
     np.testing.assert_allclose(np.diff(eight.leave_OP[0, 1:3]), 2 * (share - fill(table, 8)))
     assert (eight.leave_OP[:, 1:] < alone.leave_OP[:, 1:]).all()
-    assert (Tariff.of(table, EXITS, fills=False).leave_OP[0, 1:5] < alone.leave_OP[0, 1:5]).all()
+    assert (
+        TokenCosts.of(table, EXITS, fills=False).leave_OP[0, 1:5] < alone.leave_OP[0, 1:5]
+    ).all()
 
 
 def fill(table: CostTable, rows: int) -> float:

@@ -9,7 +9,6 @@ import pytest
 
 from offramp.agents.learning.export import Normaliser
 from offramp.agents.learning.phat import PhatConfig, train_phat
-from offramp.agents.placing.pricing import leaving, token_costs
 from offramp.agents.placing.replay import mean_cost, replay, walk
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.costs.table import CostTable
@@ -19,6 +18,7 @@ from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.research.fitting.backward_induction import fit_stopping, returns
 from offramp.research.fitting.budget import fit_budget, gibbs_shares, stage_thresholds
 from offramp.research.fitting.greencode import (
@@ -31,18 +31,20 @@ from offramp.research.fitting.greencode import (
 from offramp.research.fitting.online import fit_bandit, fit_beta
 from offramp.research.hindsight import first_agreeing, oracle, plan_of
 from offramp.worker.recording.recording_actor import ModelFacts
+from support.cost_tables import leaving
 
 
 def test_prices_charge_the_probe_of_the_schema(data: TrainingData) -> None:
     costs, exits = data.costs, (2, 4, 6)
     full_s = 0.1 + 8 * 1.0 + 0.5
-    candidates_E1 = leaving(CANDIDATES_V1, exits, costs)
-    np.testing.assert_allclose(candidates_E1, costs.leaving(exits), rtol=1e-6)
+    candidates_E1 = TokenCosts.under(CANDIDATES_V1, costs, exits).asked_everywhere_E1
+    np.testing.assert_allclose(candidates_E1, leaving(costs, exits), rtol=1e-6)
     # The whole head at each probe, and none where it leaves: the probe's is its own.
     seconds = [0.1 + e + (8 - e) * 0.02 + (i + 1) * (0.5 + 0.02) for i, e in enumerate(exits)]
     expected = [*seconds, full_s + 3 * 0.52]
-    np.testing.assert_allclose(leaving(SOFTMAX_V2, exits, costs), np.asarray(expected) / full_s)
-    unasked = token_costs(None, exits, np.array([0, 3]), np.array([0, 0]), costs)
+    softmax_E1 = TokenCosts.under(SOFTMAX_V2, costs, exits).asked_everywhere_E1
+    np.testing.assert_allclose(softmax_E1, np.asarray(expected) / full_s)
+    unasked = TokenCosts.under(None, costs, exits).price(np.array([0, 3]), np.array([0, 0]))
     np.testing.assert_allclose(unasked, [(0.1 + 2 + 6 * 0.02 + 0.5) / full_s, 1.0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from offramp.controller.costs.prices import PARTS, SPAN_PARTS, Batch, Timing
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.costs.table import CostTable, view_of_one
@@ -46,3 +48,25 @@ def measured(model: str = "ab" * 32) -> CostTable:
         energy_method=EnergyMethod.MODELLED,
         energy_source="invented coefficients",
     )
+
+
+def leaving(
+    costs: CostTable, exits: tuple[int, ...], rows: float = 1, unit: str = "s"
+) -> np.ndarray:
+    """Cost of leaving at each exit, and of full depth after probing them all, in closed form.
+
+    In units of a launch at full depth of that many rows: leaving at exit i has paid i + 1 probes
+    and decisions, step + build + e·layer + (i + 1)·(probe + policy) + (L − e)·fill + head.
+    """
+    prices = costs.at(rows)
+    step, layer, head, probe, policy, fill, build, full = (
+        getattr(prices, f"{part}_{unit}")
+        for part in ("step", "layer", "head", "probe", "policy", "fill", "build", "full")
+    )
+    start = step + head + (build if exits else 0.0)
+    paid = [
+        start + e * layer + (i + 1) * (probe + policy) + (costs.layers - e) * fill
+        for i, e in enumerate(exits)
+    ]
+    end = start + costs.layers * layer + len(exits) * (probe + policy)
+    return np.asarray([*paid, end], np.float32) / np.float32(full)

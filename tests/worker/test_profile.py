@@ -37,6 +37,7 @@ from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import Key, Samples, median_interval
 from offramp.worker.recording.recording_actor import TraceRecorder
 from offramp.worker.spec import WorkerSpec
+from support.cost_tables import leaving
 from support.models import LAYERS, REFERENCE, VOCAB, make_model
 
 EXITS = (1, 3)
@@ -169,7 +170,7 @@ def test_a_recorder_measures_what_its_slots_and_exits_allow(
     costs = recorder.measure()
     assert [batch.size for batch in costs.batches] == [1, 2]
     costs.require_model(recorder.describe().model)
-    assert costs.leaving((6,))[0] < costs.leaving((6,))[1]
+    assert leaving(costs, (6,))[0] < leaving(costs, (6,))[1]
 
 
 def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:

@@ -14,14 +14,15 @@ import torch
 from offramp.agents.learning.stopping_problem import START, State, StoppingProblem, states_of
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
+from support.cost_tables import leaving
 
 EXITS = (2, 4, 6)
 N = 5
 
 
 def make_game(data: TrainingData, jumps: int) -> StoppingProblem:
-    return StoppingProblem.of(Tariff.of(replace(data.costs, build_s=0.05), EXITS), jumps)
+    return StoppingProblem(TokenCosts.of(replace(data.costs, build_s=0.05), EXITS), jumps)
 
 
 def enumerated(
@@ -82,7 +83,7 @@ def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(data: TrainingD
     logits, quality, lam = draw(problem)
     log_pi = log_chances(problem, logits)
     found = problem.expected_return(log_pi, quality, lam)
-    costs = torch.from_numpy(replace(data.costs, build_s=0.05).leaving(EXITS)) + problem.begin
+    costs = torch.from_numpy(leaving(replace(data.costs, build_s=0.05), EXITS)) + problem.begin
     leave_NE = log_pi[:, 1:, 0].exp()
     survive = torch.cumprod(1 - leave_NE, dim=1)
     before = torch.cat([torch.ones(N, 1), survive], dim=1)

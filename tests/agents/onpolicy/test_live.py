@@ -24,7 +24,7 @@ from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit
 from offramp.envs import LIVE_ENV_ID, LiveExitEnv
-from offramp.envs.charges.tariff import Tariff
+from offramp.envs.charges.token_costs import TokenCosts
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.follow import follow
 from offramp.worker.probes.candidates.successors import successor_table
@@ -166,8 +166,10 @@ def test_an_episode_is_what_the_engine_does_under_the_same_policy(
     assert info["tokens"] == len(theirs.emitted) == len(document) - PROMPT - 1
     assert info["quality"] == info["agree"] == np.mean(agreed)
     assert info["exit_layer"] == EXITS[place]
-    tariff = Tariff.of(COSTS, EXITS)
-    cost = tariff.leave_OP[0, place + 1] + 2 * (tariff.probe_O[0] + tariff.policy_O[0])
+    token_costs = TokenCosts.of(COSTS, EXITS)
+    cost = token_costs.leave_OP[0, place + 1] + 2 * (
+        token_costs.probe_O[0] + token_costs.policy_O[0]
+    )
     assert info["cost"] == pytest.approx(cost)
     weight = info["lambda"]
     value = sum(agreed) - weight * cost * len(agreed)
@@ -204,7 +206,7 @@ def test_put_off_tokens_force_a_deep_one_and_are_billed(open_session: Open) -> N
         *_, ended, _, info = env.step(0)  # always leaves after layer 3
         spent.append(-info["reward_vector"][1])
     assert info["unasked"] == info["tokens"] // 9 > 0  # eight may be put off
-    early = Tariff.of(COSTS, EXITS, fills=False)
+    early = TokenCosts.of(COSTS, EXITS, fills=False)
     one = early.leave_OP[0, 1] + early.probe_O[0] + early.policy_O[0]
     assert spent[0] == pytest.approx(one)
     deep = 1 + 8 * 9 * 0.5 * COSTS.layer_s / COSTS.full_s  # eight tokens, nine layers each

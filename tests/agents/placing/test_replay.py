@@ -29,6 +29,7 @@ from offramp.controller.policies.protocols import (
     Verdict,
 )
 from offramp.envs import TokenTraces
+from support.cost_tables import leaving
 
 EXITS = (2, 4, 6)
 
@@ -84,7 +85,7 @@ def test_a_threshold_costs_what_the_table_says_of_every_exit(data: TrainingData)
     expected = 0.0
     for features_EF in traces.features_NEF:
         taken = next((i for i in range(3) if features_EF[i, 1] >= 0.8), 3)
-        expected += float(costs.leaving(EXITS)[taken])
+        expected += float(leaving(costs, EXITS)[taken])
     assert replay(policy, traces, costs).cost == pytest.approx(expected / len(traces), rel=1e-5)
     assert set(walked.taken_N.tolist()) == {0, 1, 2, 3}
 

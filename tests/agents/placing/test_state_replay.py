@@ -82,7 +82,7 @@ def test_a_chased_router_goes_where_the_environment_takes_it(
     assert [end[0] for end in ends] == layers.tolist()
     assert [end[1] for end in ends] == taken.probes_N.tolist()
     cost_N = np.array([end[2] for end in ends]) - table.problem.begin
-    np.testing.assert_allclose(cost_N, taken.cost_N(table.problem), atol=1e-6)
+    np.testing.assert_allclose(cost_N, taken.cost_N(table.problem.costs), atol=1e-6)
     assert len(set(layers.tolist())) > 2
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from offramp.controller.costs.prices import Timing
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from support.cost_tables import measured, timing
+from offramp.envs.charges.token_costs import ENERGY, TokenCosts
+from support.cost_tables import leaving, measured, timing
 
 
 def test_the_view_is_that_of_one_row() -> None:
@@ -51,18 +52,24 @@ def test_leaving_charges_what_was_run() -> None:
         2 + 4 + 9 * 10 + 2 * (3 + 1) + 3 * 0.5 + 20,
         2 + 4 + 12 * 10 + 2 * (3 + 1) + 20,
     ]
-    np.testing.assert_allclose(costs.leaving((3, 9)), np.asarray(expected) / 142, rtol=1e-6)
-    assert costs.leaving(()).tolist() == [1.0]  # a policy without exits builds no probe
+    found = TokenCosts.of(costs, (3, 9)).asked_everywhere_E1
+    np.testing.assert_allclose(found, np.asarray(expected) / 142, rtol=1e-6)
+    np.testing.assert_allclose(found, leaving(costs, (3, 9)), rtol=1e-6)
+    # A policy without exits builds no probe.
+    assert TokenCosts.of(costs, ()).asked_everywhere_E1 == pytest.approx([1.0])
 
 
 def test_at_more_rows_leaving_is_charged_their_prices() -> None:
     costs = measured()
-    np.testing.assert_allclose(costs.leaving((3, 9), rows=4), costs.leaving((3, 9)), rtol=1e-6)
-    prices = costs.at(4)
-    assert prices.leaving_s((3, 9))[0] == pytest.approx(1.3 * 64.5)
-    assert prices.leaving_j((3,)) == pytest.approx(
-        [1.3 * 5 * v for v in (1 + 1 + 3 + 2 + 9 + 1, 17)]
-    )
+    np.testing.assert_allclose(leaving(costs, (3, 9), 4), leaving(costs, (3, 9)), rtol=1e-6)
+    four, alone = TokenCosts.of(costs, (3, 9), 4), costs.at(1)
+    launch_s = 4 * alone.full_s
+    assert launch_s * four.asked_everywhere_E1[0] == pytest.approx(1.3 * 64.5)
+    assert alone.full_j is not None
+    one = TokenCosts.of(costs, (3,), 4)
+    asked = one.leave_OP[ENERGY, 1:] + one.probe_O[ENERGY] + one.policy_O[ENERGY]
+    launch_j = 4 * alone.full_j * (asked + one.build_O[ENERGY])
+    assert launch_j == pytest.approx([1.3 * 5 * v for v in (1 + 1 + 3 + 2 + 9 + 1, 17)])
 
 
 def test_unknown_energy_stays_unknown() -> None:
@@ -71,11 +78,12 @@ def test_unknown_energy_stays_unknown() -> None:
         replace(each, parts={**each.parts, "layer": timing(each.parts["layer"].median_s)})
         for each in costs.batches
     )
-    prices = replace(costs, batches=silent).at(2)
+    silenced = replace(costs, batches=silent)
+    prices = silenced.at(2)
     assert prices.layer_j is None
     assert prices.head_j is not None
     assert prices.full_j is None
-    assert prices.leaving_j((3,)) is None
+    assert TokenCosts.of(silenced, (3,), 2).objectives == ("quality", "latency")
 
 
 def test_another_schemas_probe() -> None:
