@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offramp.agents.calibration.documents import calibration_windows, unseen_documents
 from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
-    Outcome,
+    WalkResult,
     conformal_risk_control,
     learn_then_test,
 )
 from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
-from offramp.agents.calibration.setting_families import Family, family_of, load_points
+from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
+from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.release.certificate import Method
 from offramp.worker.profiling.profile import describe_machine
@@ -123,7 +123,7 @@ def losses_of(
     return describe_machine(engine.stack.dtype), decoded, replayed
 
 
-def measure(family: Family, source: LossSource) -> Losses:
+def measure(family: SettingFamily, source: LossSource) -> Losses:
     losses = {}
     for setting in family.settings:
         losses[setting] = source.losses(family.build(setting), "document")
@@ -131,7 +131,7 @@ def measure(family: Family, source: LossSource) -> Losses:
     return losses
 
 
-def certify(losses: Losses, name: str, delta: float, epsilon: float, tokens: int) -> Outcome:
+def certify(losses: Losses, name: str, delta: float, epsilon: float, tokens: int) -> WalkResult:
     if name == "conformal":
         return conformal_risk_control(losses, losses.__getitem__, delta=delta)
     [method] = [each for each in METHODS if each == name]

@@ -32,7 +32,7 @@ from offramp.agents.evaluation.page import (
     volumes,
 )
 from offramp.agents.evaluation.protocol import AssessConfig, Findings, Measurer
-from offramp.agents.evaluation.report import Report, write_report
+from offramp.agents.evaluation.report import EvaluationReport, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.ppo import PPOConfig
@@ -128,7 +128,7 @@ def main() -> None:
 
 def report_of(
     given: argparse.Namespace, config: TournamentConfig, findings: Findings, measurer: Measurer
-) -> Report:
+) -> EvaluationReport:
     """All that the page says, energy and oracle measured for it."""
     metric, target = HEADLINE
     protocol, timed = config.assess.protocol, config.assess.timed_documents
@@ -148,7 +148,7 @@ def report_of(
     promises = gaps(list(findings.test.values()))
     folder = given.out / "report"
     chosen = min(config.choosing_documents, given.validation)
-    return Report(
+    return EvaluationReport(
         title="Learned early exits at matched quality",
         headlines=[
             savings_headline(findings.matched, metric, target),

@@ -30,7 +30,7 @@ from offramp.agents.evaluation.protocol import (
     paired_seconds,
 )
 from offramp.agents.evaluation.scores import Metric, Scores
-from offramp.agents.placing.contenders import load_contenders
+from offramp.agents.placing.contenders import load_saved
 from offramp.agents.training.families import is_seeded
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.bundle import PolicyBundle
@@ -66,11 +66,11 @@ def gather(policies: Path, seeds: Sequence[int]) -> list[Entrant]:
     entrants = []
     for seed in seeds:
         folder = policies / f"seed-{seed}"
-        for number, contender in enumerate(load_contenders(folder)):
+        for number, (contender, bundle) in enumerate(load_saved(folder)):
             learned = is_seeded(contender.family)
             if learned or seed == seeds[0]:
+                certified = bundle.manifest.guarantee == "certified"
                 place = folder / f"{number:02d}"
-                certified = PolicyBundle.load(place).manifest.guarantee == "certified"
                 entrants.append(Entrant(contender, seed if learned else None, certified, place))
     return sorted(entrants, key=lambda each: each.contender.setting is not None)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from safetensors.numpy import load
@@ -13,7 +12,7 @@ from safetensors.numpy import load
 from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     OnStep,
-    Outcome,
+    WalkResult,
     conformal_risk_control,
     learn_then_test,
     require_share,
@@ -24,11 +23,11 @@ from offramp.agents.calibration.losses import (
     data_digest,
 )
 from offramp.agents.calibration.pvalues import Losses, least_units
-from offramp.agents.calibration.setting_families import Family
+from offramp.agents.calibration.setting_families import SettingFamily
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.certificate import Certificate, DecodeMode, Method, Unit
+from offramp.controller.release.certificate import Certificate, Method, Unit
 from offramp.worker.engine.engine import AdaptiveEngine
 
 
@@ -39,7 +38,7 @@ class Promise:
     Attributes:
         delta: Bound on the mean loss, in (0, 1).
         epsilon: Probability that it may fail to hold, in (0, 1); None with "conformal" alone.
-        method: Which test.
+        method: The test that decides.
         unit: What counts as one independent draw.
 
     Raises:
@@ -71,24 +70,24 @@ class Promise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What came out.
+    """What a calibration came to.
 
     Attributes:
-        loss: What was bounded.
+        loss: The loss that was bounded.
         outcome: Every setting that was walked.
         bundle: The certified policy with its certificate; None: nothing was certified, and full
             depth, whose loss is none, is what remains.
     """
 
     loss: str
-    outcome: Outcome
+    outcome: WalkResult
     bundle: PolicyBundle | None
 
 
 def calibrate(
     promise: Promise,
     engine: AdaptiveEngine,
-    family: Family,
+    family: SettingFamily,
     documents: Sequence[CalibrationDocument],
     losses: LossSource,
     prompt_tokens: int,
@@ -98,12 +97,12 @@ def calibrate(
 
     Args:
         promise: What is to be guaranteed.
-        engine: What the losses were, or will be, measured with.
-        family: The settings, safest first.
-        documents: What the losses are measured on.
-        losses: Measures them.
+        engine: The engine that the losses are measured with.
+        family: The settings to walk, safest first.
+        documents: Documents that the losses are measured on.
+        losses: Measures the losses of a policy.
         prompt_tokens: Tokens of each document left out of the losses.
-        on_step: Told each step.
+        on_step: Told each setting as soon as it is judged.
 
     Raises:
         ConfigError: the family is of another model or tokenizer than the engine's.
@@ -115,45 +114,35 @@ def calibrate(
         return losses.losses(family.build(setting), promise.unit)
 
     outcome = _walk(promise, family, losses_of, on_step)
-    if outcome.certified is None:
+    passed, mode = outcome.certified, losses.decode_mode
+    if passed is None:
         return Calibration(loss=losses.loss, outcome=outcome, bundle=None)
-    bundle = _bundle(family, outcome.certified.setting)
+    bundle = _bundle(family, passed.setting)
     manifest = bundle.manifest
     certificate = Certificate(
+        **asdict(promise),
         loss=losses.loss,
-        risk=outcome.certified.risk,
-        delta=promise.delta,
-        epsilon=promise.epsilon,
+        risk=passed.risk,
         n=outcome.n,
-        unit=promise.unit,
-        method=promise.method,
-        p_value=outcome.certified.p_value,
+        p_value=passed.p_value,
         family=family.name,
         parameter=family.parameter,
-        setting=outcome.certified.setting,
+        setting=passed.setting,
         walked=outcome.walked,
         data=data_digest(documents),
-        decode_mode=losses.decode_mode,
+        decode_mode=mode,
+        max_pending=engine.config.max_pending if mode == "defer" else None,
+        dtype=str(engine.stack.dtype).removeprefix("torch."),
         prompt_tokens=prompt_tokens,
         new_tokens=losses.new_tokens,
         policy=manifest.digest,
         model=manifest.model,
         tokenizer=manifest.tokenizer,
+        translators=engine.decoder.translators.digest,
         created_at=manifest.created_at,
-        **_decoding(engine, losses.decode_mode),
     )
-    certified = replace(manifest, certificate=certificate)
-    whole = PolicyBundle(certified, bundle.blob)
+    whole = PolicyBundle(replace(manifest, certificate=certificate), bundle.blob)
     return Calibration(loss=losses.loss, outcome=outcome, bundle=whole)
-
-
-def _decoding(engine: AdaptiveEngine, mode: DecodeMode) -> dict[str, Any]:
-    """How the losses were decoded, besides the mode."""
-    return {
-        "max_pending": engine.config.max_pending if mode == "defer" else None,
-        "dtype": str(engine.stack.dtype).removeprefix("torch."),
-        "translators": engine.decoder.translators.digest,
-    }
 
 
 def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
@@ -191,7 +180,9 @@ def require_enough(promise: Promise, documents: int) -> None:
         )
 
 
-def _walk(promise: Promise, family: Family, losses_of: LossesOf, on_step: OnStep) -> Outcome:
+def _walk(
+    promise: Promise, family: SettingFamily, losses_of: LossesOf, on_step: OnStep
+) -> WalkResult:
     delta, epsilon = promise.delta, promise.epsilon
     if epsilon is None:
         return conformal_risk_control(family.settings, losses_of, delta=delta, on_step=on_step)
@@ -205,7 +196,7 @@ def _walk(promise: Promise, family: Family, losses_of: LossesOf, on_step: OnStep
     )
 
 
-def _bundle(family: Family, setting: float) -> PolicyBundle:
+def _bundle(family: SettingFamily, setting: float) -> PolicyBundle:
     """The family's policy at a setting, on the canned inputs of the bundle it comes from."""
     source = family.bundle
     canned_NF: np.ndarray = load(source.blob)["canned.features"]

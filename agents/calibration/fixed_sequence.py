@@ -22,12 +22,12 @@ OnStep = Callable[[Walked], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WalkResult:
     """What a walk found.
 
     Attributes:
         walked: Every setting judged, safest first; at most the last failed.
-        n: Units that each was judged on.
+        n: Units that each setting was judged on.
     """
 
     walked: tuple[Walked, ...]
@@ -48,7 +48,7 @@ def learn_then_test(
     epsilon: float,
     method: Method = "hoeffding-bentkus",
     on_step: OnStep = lambda _: None,
-) -> Outcome:
+) -> WalkResult:
     """Risk ≤ delta with probability ≥ 1 − epsilon (Angelopoulos et al. 2021, Learn then Test).
 
     Fixed-sequence testing (their §2.3.1): each setting is tested at the whole epsilon, in an order
@@ -57,11 +57,11 @@ def learn_then_test(
 
     Args:
         settings: λ, safest first. Neither they nor their order may rest on these losses.
-        losses_of: Measures one.
+        losses_of: Measures the losses of a setting.
         delta: Bound on the mean loss.
         epsilon: Probability that it may fail to hold.
-        method: Which p-value.
-        on_step: Told each step.
+        method: The p-value that decides.
+        on_step: Told each setting as soon as it is judged.
 
     Raises:
         ConfigError: delta or epsilon outside (0, 1), no setting, a method that is not one, or
@@ -89,7 +89,7 @@ def conformal_risk_control(
     *,
     delta: float,
     on_step: OnStep = lambda _: None,
-) -> Outcome:
+) -> WalkResult:
     """Expected loss of the next unit ≤ delta (Angelopoulos et al. 2024, theorem 1).
 
     Keeps λ while (N·R̂(λ) + B) / (N + 1) ≤ delta, B = 1 being the largest loss. The theorem wants
@@ -99,9 +99,9 @@ def conformal_risk_control(
 
     Args:
         settings: λ, safest first; as for ``learn_then_test``.
-        losses_of: Measures one.
+        losses_of: Measures the losses of a setting.
         delta: Bound on the expected loss.
-        on_step: Told each step; its risk is that of the worst so far.
+        on_step: Told each setting; its risk is that of the worst losses so far.
 
     Raises:
         ConfigError: delta outside (0, 1), or no setting.
@@ -126,7 +126,7 @@ def _walk(
     losses_of: LossesOf,
     judge: Callable[[float, Losses], Walked],
     on_step: OnStep,
-) -> Outcome:
+) -> WalkResult:
     walked: list[Walked] = []
     units = 0
     for setting in settings:
@@ -142,7 +142,7 @@ def _walk(
             break
     if not walked:
         raise ConfigError("settings", "name nothing to test")
-    return Outcome(tuple(walked), units)
+    return WalkResult(tuple(walked), units)
 
 
 def require_share(field: str, value: float) -> None:

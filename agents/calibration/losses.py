@@ -90,19 +90,31 @@ def serving_mode(engine: AdaptiveEngine) -> DecodeMode:
     return mode
 
 
-class OnPolicy:
+class TokenLosses:
+    """Counts the tokens that differ from full depth's."""
+
+    loss = DISAGREEMENT
+
+    def losses(self, policy: Policy, unit: Unit) -> Losses:
+        """Losses of each document, or of each token; [N]."""
+        return by_unit(self.disagreement(policy), unit)
+
+    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
+        """Per document, which tokens [T] differ from full depth's under the same history."""
+        raise NotImplementedError
+
+
+class OnPolicy(TokenLosses):
     """Decodes with the exits really taken, and the cache that they leave behind.
 
     Args:
         engine: Idle, in mode ``project`` or ``defer``.
-        documents: Each longer than ``prompt_tokens`` + 1.
+        documents: Windows, each longer than ``prompt_tokens`` + 1.
         prompt_tokens: Tokens of each read at full depth first.
 
     Raises:
         ConfigError: the engine verifies: there is no loss to bound.
     """
-
-    loss = DISAGREEMENT
 
     def __init__(
         self,
@@ -117,10 +129,6 @@ class OnPolicy:
         self._prompt_tokens = prompt_tokens
         self._full = self._emitted(NeverExit())
 
-    def losses(self, policy: Policy, unit: Unit) -> Losses:
-        """Of each document, or of each token; [N]."""
-        return by_unit(self.disagreement(policy), unit)
-
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's, teacher-forced."""
         pairs = zip(self._emitted(policy), self._full, strict=True)
@@ -131,20 +139,19 @@ class OnPolicy:
         return [np.asarray(run.emitted, np.int64) for run in runs]
 
 
-class Replayed:
+class Replayed(TokenLosses):
     """Replays one full-depth pass over each document.
 
     Optimistic: its cache is exact, as after no exit at all. A certificate from it says "replay".
 
     Args:
-        engine: Idle.
-        documents: As for ``OnPolicy``.
+        engine: Idle; records the full-depth passes.
+        documents: Windows, as for ``OnPolicy``.
         prompt_tokens: Tokens of each left out of the losses, as on-policy.
         exits: Layers to probe: those that the family asks at.
         candidates_VK: The candidate table of the recorded traces.
     """
 
-    loss = DISAGREEMENT
     decode_mode: DecodeMode = "replay"
 
     def __init__(
@@ -171,20 +178,14 @@ class Replayed:
         )
         self._traces = TokenTraces.from_chunks(header, chunks)
         # As on-policy: the token after the prompt comes from full depth.
-        counted = [np.arange(len(chunk)) >= prompt_tokens for chunk in chunks]
-        self._counted_N = np.concatenate(counted)
+        self._counted_N = np.concatenate([np.arange(len(each)) >= prompt_tokens for each in chunks])
         self.new_tokens = _counted(documents, prompt_tokens)
 
-    def losses(self, policy: Policy, unit: Unit) -> Losses:
-        """Of each document, or of each token; [N]."""
-        return by_unit(self.disagreement(policy), unit)
-
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
-        """Per document, which tokens [T] differ from full depth's."""
+        """Per document, which tokens [T] differ from full depth's, all after an exact cache."""
         traces = self._traces
-        full_N1 = np.ones((len(traces), 1), np.float32)
-        agree_NE1 = np.concatenate([traces.agree_NE, full_N1], axis=1)
-        differs_N = agree_NE1[np.arange(len(traces)), exits_taken(policy, traces)] == 0
+        taken_N = exits_taken(policy, traces)
+        differs_N = traces.quality("agreement")[np.arange(len(traces)), taken_N] == 0
         return [
             differs_N[self._counted_N & (traces.document_N == index)]
             for index in range(len(traces.documents))

@@ -17,8 +17,8 @@ EVALUATION = "evaluation.json"
 QUALITY, LATENCY, ENERGY = "agreement", "wall_ratio", "energy_ratio"
 """Columns of an evaluation's rows that can be asked of."""
 
-UNAVAILABLE = EnergyMethod.UNAVAILABLE.value
-"""Method of rows whose energy was asked for, and could not be told."""
+Rows = Sequence[Mapping[str, Any]]
+"""Rows of an evaluation, as JSON holds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +36,24 @@ class Wish:
     energy: float | None = None
 
     def __post_init__(self) -> None:
-        asked = {
-            "quality": self.quality,
-            "latency_budget": self.latency,
-            "energy_budget": self.energy,
-        }
-        named = {name: value for name, value in asked.items() if value is not None}
-        if len(named) != 1:
+        values = (self.quality, self.latency, self.energy)
+        if sum(value is not None for value in values) != 1:
             raise ConfigError(
                 "quality", "and the budgets exclude each other", "Give exactly one of them"
             )
-        for name, value in named.items():
-            if not 0 < value <= (1 if name == "quality" else 1e6):
-                raise ConfigError(name, f"{value} is not in (0, 1]", "Write it like 0.9")
+        option, _, bound = self.asked
+        if not 0 < bound <= (1 if option == "quality" else 1e6):
+            raise ConfigError(option, f"{bound} is not in (0, 1]", "Write it like 0.9")
+
+    @property
+    def asked(self) -> tuple[str, str, float]:
+        """The option that was given, the column of rows that it bounds, and the bound."""
+        if self.quality is not None:
+            return "quality", QUALITY, self.quality
+        if self.latency is not None:
+            return "latency_budget", LATENCY, self.latency
+        assert self.energy is not None
+        return "energy_budget", ENERGY, self.energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,9 @@ class Picked:
 
     Attributes:
         policy: Its name in the evaluation.
-        setting: Its λ.
+        setting: Its λ in the family.
         value: What was measured of what was asked.
-        split: Documents it was measured on.
+        split: The documents it was measured on, "validation" or "test".
         how: How an energy was come by, to be said after it; else "".
     """
 
@@ -86,7 +91,7 @@ def load_rows(policies: Path) -> dict[str, list[dict[str, Any]]]:
         ) from error
 
 
-def pick(rows: Mapping[str, Sequence[Mapping[str, Any]]], family: str, wish: Wish) -> Picked:
+def pick(rows: Mapping[str, Rows], family: str, wish: Wish) -> Picked:
     """The cheapest point that keeps a quality, or the best one within a budget.
 
     Reads validation rows where they were measured for what is asked, else test rows: choosing by
@@ -94,37 +99,34 @@ def pick(rows: Mapping[str, Sequence[Mapping[str, Any]]], family: str, wish: Wis
     rests on other documents.
 
     Args:
-        rows: By split, as ``load_rows`` gives them.
-        family: Whose points.
-        wish: What is asked.
+        rows: Rows by split, as ``load_rows`` gives them.
+        family: Name of the family whose points are meant.
+        wish: What is asked of the point.
 
     Raises:
         ConfigError: no point of the family was measured, or none fulfils the wish.
     """
-    column = _column(wish)
+    option, column, bound = wish.asked
+    mine = {split: [row for row in each if row["family"] == family] for split, each in rows.items()}
     for split in ("validation", "test"):
-        mine = [
-            row for row in rows[split] if row["family"] == family and row["setting"] is not None
-        ]
-        measured = [
-            row for row in mine if row.get(column) is not None and row.get(QUALITY) is not None
-        ]
+        asked = ("setting", column, QUALITY)
+        measured = [row for row in mine[split] if all(row.get(key) is not None for key in asked)]
         if measured:
-            best = _best(measured, wish, column)
+            best = _best(measured, option, column, bound)
             value, how = float(best[column]), _how(best, column)
             return Picked(str(best["policy"]), float(best["setting"]), value, split, how)
     raise ConfigError(
         "policies",
         f"the evaluation has no {column} of {family!r}",
-        _remedy([row for each in rows.values() for row in each if row["family"] == family], column),
+        _remedy([row for each in mine.values() for row in each], column),
     )
 
 
-def _remedy(mine: Sequence[Mapping[str, Any]], column: str) -> str:
+def _remedy(mine: Rows, column: str) -> str:
     """What to do where no row of a family holds what was asked for."""
     if column != ENERGY or not mine:
         return "Evaluate that family, or ask for something else"
-    if any(row.get("energy_method") == UNAVAILABLE for row in mine):
+    if any(row.get("energy_method") == EnergyMethod.UNAVAILABLE.value for row in mine):
         return "Evaluate where joules can be had (docs/costs.md), or ask for something else"
     return "It is of an older version: run `offramp evaluate` again, or ask for something else"
 
@@ -135,34 +137,18 @@ def _how(row: Mapping[str, Any], column: str) -> str:
     return f" (energy, {method})".replace("_", " ") if method else ""
 
 
-def _column(wish: Wish) -> str:
-    if wish.quality is not None:
-        return QUALITY
-    return LATENCY if wish.latency is not None else ENERGY
-
-
-def _best(rows: Sequence[Mapping[str, Any]], wish: Wish, column: str) -> Mapping[str, Any]:
-    if wish.quality is not None:
-        least = wish.quality
-        keeping = [row for row in rows if row[QUALITY] >= least]
+def _best(rows: Rows, option: str, column: str, bound: float) -> Mapping[str, Any]:
+    if column == QUALITY:
+        keeping = [row for row in rows if row[QUALITY] >= bound]
         if keeping:
             return min(keeping, key=lambda row: row["mean_layers"])
         nearest = max(row[QUALITY] for row in rows)
-        raise ConfigError(
-            "quality",
-            f"no measured point keeps {least:g}; the best {nearest:.4g}",
-            "Ask for less, or train points for higher --targets",
-        )
-    most = wish.latency if wish.energy is None else wish.energy
-    assert most is not None
-    within = [row for row in rows if row[column] <= most]
+        problem = f"no measured point keeps {bound:g}; the best {nearest:.4g}"
+        raise ConfigError(option, problem, "Ask for less, or train points for higher --targets")
+    within = [row for row in rows if row[column] <= bound]
     if within:
         return max(within, key=lambda row: row[QUALITY])
-    nearest = min(rows, key=lambda row: row[column])
-    name = "latency_budget" if column == LATENCY else "energy_budget"
-    raise ConfigError(
-        name,
-        f"no measured point is within {most:g}; "
-        f"the least is {nearest[column]:.4g}{_how(nearest, column)}",
-        "Allow more, or train points for lower --targets",
-    )
+    least = min(rows, key=lambda row: row[column])
+    told = f"{least[column]:.4g}{_how(least, column)}"
+    problem = f"no measured point is within {bound:g}; the least is {told}"
+    raise ConfigError(option, problem, "Allow more, or train points for lower --targets")

@@ -6,7 +6,6 @@ calibration document: a walk's settings and their order have to be fixed before.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from offramp.agents.calibration.blend import blend, can_blend, same_net
-from offramp.agents.placing.contenders import INDEX
+from offramp.agents.learning.phat import logit
+from offramp.agents.placing.contenders import load_saved
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.protocols import LearningPolicy, NeverExit, Policy, ThresholdPolicy
+from offramp.controller.policies.net import Weights
+from offramp.controller.policies.protocols import LearningPolicy, Policy, ThresholdPolicy
+from offramp.controller.policies.router import MlpRouter
 from offramp.controller.release.bundle import PolicyBundle
 
 SAFEST = 0.999
@@ -29,34 +30,34 @@ GENTLEST = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class SavedPoint:
     """One saved operating point.
 
     Attributes:
-        family: What kind of rule or agent.
+        family: What kind of rule or agent it is.
         setting: Its own threshold, preference or layer, as it is named in evaluations.
-        offline: Agreement that replaying validation traces promised.
-        policy: The policy.
-        bundle: Where it comes from.
+        offline: Agreement that replaying validation traces promised; None if it was not replayed.
+        policy: The policy, ready to run.
+        bundle: The bundle that it was read from.
     """
 
     family: str
     setting: float
-    offline: float
+    offline: float | None
     policy: Policy
     bundle: PolicyBundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class SettingFamily:
     """Policies along λ.
 
     Attributes:
-        name: Of the family.
+        name: Name of the family.
         parameter: What λ is.
-        settings: λ, safest first.
-        build: The policy of a λ.
-        bundle: What they were built from.
+        settings: The values of λ, safest first.
+        build: Makes the policy of a λ.
+        bundle: The bundle that they were built from.
     """
 
     name: str
@@ -66,35 +67,29 @@ class Family:
     bundle: PolicyBundle
 
 
-def load_points(folder: Path) -> list[Point]:
+def load_points(folder: Path) -> list[SavedPoint]:
     """Every saved operating point of every family; full depth has none.
 
     Raises:
         ConfigError: the folder holds no readable index.
         PolicyRefusedError: a bundle is damaged.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        entries = [
-            (str(e["family"]), e["setting"], e["offline_agreement"], e["folder"]) for e in index
-        ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
-        ) from error
-    points = []
-    for family, setting, offline, name in entries:
-        bundle = PolicyBundle.load(folder / name)
-        policy = bundle.policy()
-        if not isinstance(policy, NeverExit):
-            point = Point(
-                family=family, setting=setting, offline=offline, policy=policy, bundle=bundle
-            )
-            points.append(point)
-    return points
+    return [
+        SavedPoint(
+            family=each.family,
+            setting=each.setting,
+            offline=each.offline_agreement,
+            policy=each.policy,
+            bundle=bundle,
+        )
+        for each, bundle in load_saved(folder)
+        if each.setting is not None
+    ]
 
 
-def family_of(points: Sequence[Point], name: str, steps: int, last: float | None = None) -> Family:
+def family_of(
+    points: Sequence[SavedPoint], name: str, steps: int, last: float | None = None
+) -> SettingFamily:
     """The family of a name, walked in some steps.
 
     Along a threshold, from SAFEST to the most eager saved point; along preferences, from GENTLEST
@@ -102,18 +97,38 @@ def family_of(points: Sequence[Point], name: str, steps: int, last: float | None
     their offline agreement.
 
     Args:
-        points: What was saved.
-        name: The family.
+        points: Every saved operating point.
+        name: Name of the family.
         steps: Settings of a walk along a threshold or preferences, at least 2.
         last: Setting of the saved point that the walk ends at; None: the most eager one.
 
     Raises:
-        ConfigError: there is no such family, it learns while it serves, or no point of that
-            setting was saved.
+        ConfigError: there is no such family, it was not replayed or learns while it serves, or no
+            point of that setting was saved.
     """
-    mine = sorted((p for p in points if p.family == name), key=lambda p: -p.offline)
+    mine = _by_safety(points, name)
+    if steps < 2:
+        raise ConfigError("steps", f"{steps} is below 2")
+    if last is not None:
+        mine = mine[: _place(mine, last) + 1]
+    first, end = mine[0].policy, mine[-1].policy
+    if isinstance(end, ThresholdPolicy):
+        return _along_column(end, mine[-1], steps)
+    if can_blend(first, end):
+        return _along_preference(mine[0], mine[-1], steps)
+    if isinstance(end, MlpPolicy) and isinstance(first, MlpPolicy):
+        shares_net = same_net(first.weights, end.weights) and first.exits == end.exits
+        if shares_net and end.threshold != 0:
+            return _along_logit(end, mine[-1], steps)
+    policies = {point.setting: point.policy for point in mine}
+    return _family(mine[-1], "saved setting", list(policies), policies.__getitem__)
+
+
+def _by_safety(points: Sequence[SavedPoint], name: str) -> list[SavedPoint]:
+    """The points of a family, the one that promised the highest agreement first."""
+    mine = [point for point in points if point.family == name]
     if not mine:
-        known = ", ".join(dict.fromkeys(p.family for p in points)) or "none"
+        known = ", ".join(dict.fromkeys(point.family for point in points)) or "none"
         raise ConfigError("family", f"{name!r} was not trained", f"Trained: {known}")
     if any(isinstance(point.policy, LearningPolicy) for point in mine):
         raise ConfigError(
@@ -121,23 +136,16 @@ def family_of(points: Sequence[Point], name: str, steps: int, last: float | None
             f"{name!r} goes on learning while it serves: its loss is no fixed number",
             "Certify one that is fixed",
         )
-    if steps < 2:
-        raise ConfigError("steps", f"{steps} is below 2")
-    if last is not None:
-        mine = mine[: _place(mine, last) + 1]
-    first, end = mine[0].policy, mine[-1].policy
-    if isinstance(end, ThresholdPolicy):
-        return _by_column(name, end, mine[-1].bundle, steps)
-    if can_blend(first, end):
-        return _by_preference(name, mine[0], mine[-1], steps)
-    if isinstance(end, MlpPolicy) and isinstance(first, MlpPolicy):
-        shares_net = same_net(first.weights, end.weights) and first.exits == end.exits
-        if shares_net and end.threshold != 0:
-            return _by_logit(name, end, mine[-1].bundle, steps)
-    return _point_by_point(name, mine)
+    if any(point.offline is None for point in mine):
+        raise ConfigError(
+            "family",
+            f"{name!r} was not replayed, so nothing says which of its points is the safest",
+            "Certify one that was",
+        )
+    return sorted(mine, key=lambda point: -(point.offline or 0.0))
 
 
-def _place(mine: Sequence[Point], setting: float) -> int:
+def _place(mine: Sequence[SavedPoint], setting: float) -> int:
     places = [i for i, point in enumerate(mine) if math.isclose(point.setting, setting)]
     if not places:
         saved = ", ".join(f"{point.setting:.4g}" for point in mine)
@@ -145,64 +153,121 @@ def _place(mine: Sequence[Point], setting: float) -> int:
     return places[0]
 
 
-def _by_column(name: str, policy: ThresholdPolicy, bundle: PolicyBundle, steps: int) -> Family:
-    """A feature in [0, 1] is compared: thresholds evenly spaced in logits."""
-    safest, eager = SAFEST, min(max(policy.threshold, 1e-6), SAFEST)
-    logits = np.linspace(_logit(safest), _logit(eager), steps)
-    return Family(
-        name=name,
-        parameter=f"threshold of {policy.column}",
-        settings=_distinct(1 / (1 + np.exp(-logits))),
-        build=lambda threshold: replace(policy, threshold=threshold),
-        bundle=bundle,
+def _family(
+    point: SavedPoint,
+    parameter: str,
+    settings: Sequence[float] | np.ndarray,
+    build: Callable[[float], Policy],
+) -> SettingFamily:
+    distinct = tuple(dict.fromkeys(float(setting) for setting in settings))
+    return SettingFamily(
+        name=point.family,
+        parameter=parameter,
+        settings=distinct,
+        build=build,
+        bundle=point.bundle,
     )
 
 
-def _by_logit(name: str, policy: MlpPolicy, bundle: PolicyBundle, steps: int) -> Family:
-    safest = max(_logit(SAFEST), policy.threshold)
+def _along_column(policy: ThresholdPolicy, point: SavedPoint, steps: int) -> SettingFamily:
+    """A feature in [0, 1] is compared: thresholds evenly spaced in logits."""
+    eager = min(max(policy.threshold, 1e-6), SAFEST)
+    settings = 1 / (1 + np.exp(-np.linspace(logit(SAFEST), logit(eager), steps)))
+    parameter = f"threshold of {policy.column}"
+    return _family(point, parameter, settings, lambda each: replace(policy, threshold=each))
 
+
+def _along_logit(policy: MlpPolicy, point: SavedPoint, steps: int) -> SettingFamily:
     def build(threshold: float) -> MlpPolicy:
         return MlpPolicy(
             policy.exits, policy.schema, policy.weights, threshold, policy.candidates_VK
         )
 
-    return Family(
-        name=name,
-        parameter="threshold, logits",
-        settings=_distinct(np.linspace(safest, policy.threshold, steps)),
-        build=build,
-        bundle=bundle,
-    )
+    settings = np.linspace(max(logit(SAFEST), policy.threshold), policy.threshold, steps)
+    return _family(point, "threshold, logits", settings, build)
 
 
-def _by_preference(name: str, gentle: Point, eager: Point, steps: int) -> Family:
-    first, last = gentle.policy, eager.policy
+def _along_preference(gentle: SavedPoint, eager: SavedPoint, steps: int) -> SettingFamily:
     span = math.log(eager.setting / gentle.setting)
+
+    def build(preference: float) -> Policy:
+        share = math.log(preference / gentle.setting) / span
+        return blend(gentle.policy, eager.policy, share)
+
     settings = np.geomspace(GENTLEST * gentle.setting, eager.setting, steps)
-    return Family(
-        name=name,
-        parameter="preference λ",
-        settings=_distinct(settings),
-        build=lambda preference: blend(first, last, math.log(preference / gentle.setting) / span),
-        bundle=eager.bundle,
+    return _family(eager, "preference λ", settings, build)
+
+
+def can_blend(first: Policy, last: Policy) -> bool:
+    """Whether two policies are one net at two preferences: equal but for the first layer's bias.
+
+    A preference-conditioned net reads log λ as one more observation, and export folds it into the
+    first layer's bias (``agents/learning/export.py``, ``agents/learning/routers.py``). That bias is
+    linear in log λ, so two exports of a net give every other one, up to float32.
+    """
+    if isinstance(first, MlpPolicy) and isinstance(last, MlpPolicy):
+        return first.threshold == last.threshold and _same_but_bias(first, last)
+    if isinstance(first, MlpRouter) and isinstance(last, MlpRouter):
+        return (
+            first.ends == last.ends
+            and _same_start(first.first, last.first)
+            and _same_but_bias(first, last)
+        )
+    return False
+
+
+def blend(first: Policy, last: Policy, share: float) -> Policy:
+    """The net at log λ = (1 − share)·log λ_first + share·log λ_last; share may lie beyond [0, 1].
+
+    Args:
+        first, last: Two policies for which ``can_blend`` holds.
+        share: How far from ``first``, at 0, to ``last``, at 1.
+    """
+    if isinstance(first, MlpRouter) and isinstance(last, MlpRouter):
+        start = first.first
+        if not isinstance(start, int) and not isinstance(last.first, int):
+            start = _mixed(start, last.first, share)
+        return MlpRouter(
+            first.exits,
+            first.schema,
+            _mixed(first.weights, last.weights, share),
+            first=start,
+            ends=first.ends,
+            candidates_VK=first.candidates_VK,
+        )
+    assert isinstance(first, MlpPolicy)
+    assert isinstance(last, MlpPolicy)
+    weights = _mixed(first.weights, last.weights, share)
+    return MlpPolicy(first.exits, first.schema, weights, first.threshold, first.candidates_VK)
+
+
+def same_net(first: Weights, last: Weights, *, but_first_bias: bool = False) -> bool:
+    """Whether all weights are equal, the first layer's bias left out if asked."""
+    mine = [array for pair in first for array in pair]
+    theirs = [array for pair in last for array in pair]
+    if len(mine) != len(theirs):
+        return False
+    pairs = list(zip(mine, theirs, strict=True))
+    if but_first_bias:
+        del pairs[1]
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _same_but_bias(first: MlpPolicy | MlpRouter, last: MlpPolicy | MlpRouter) -> bool:
+    return (
+        (first.exits, first.schema) == (last.exits, last.schema)
+        and same_net(first.weights, last.weights, but_first_bias=True)
+        and not np.array_equal(first.weights[0][1], last.weights[0][1])
     )
 
 
-def _point_by_point(name: str, mine: Sequence[Point]) -> Family:
-    """Any kind of policy: only what was saved."""
-    policies = {point.setting: point.policy for point in mine}
-    return Family(
-        name=name,
-        parameter="saved setting",
-        settings=tuple(policies),
-        build=policies.__getitem__,
-        bundle=mine[-1].bundle,
-    )
+def _same_start(first: int | Weights, last: int | Weights) -> bool:
+    if isinstance(first, int) or isinstance(last, int):
+        return isinstance(first, int) and first == last
+    return same_net(first, last, but_first_bias=True)
 
 
-def _distinct(settings: np.ndarray) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(float(setting) for setting in settings))
-
-
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+def _mixed(first: Weights, last: Weights, share: float) -> Weights:
+    (weight_FH, bias_H), *rest = first
+    mixed_H = (bias_H + share * (last[0][1] - bias_H)).astype(np.float32)
+    return [(weight_FH, mixed_H), *rest]

@@ -73,6 +73,16 @@ class TimeAndEnergy:
     energy_ratio_high: float | None = None
     energy_method: str | None = None
 
+    @property
+    def wall(self) -> Estimate | None:
+        """The ratio of wall times, with its interval."""
+        return _estimate(self.wall_ratio, self.wall_ratio_low, self.wall_ratio_high)
+
+    @property
+    def energy(self) -> Estimate | None:
+        """The ratio of joules, with its interval."""
+        return _estimate(self.energy_ratio, self.energy_ratio_low, self.energy_ratio_high)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRow(TimeAndEnergy):
@@ -160,6 +170,12 @@ def with_bounds(name: str, estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return dict.fromkeys(fields)
     return dict(zip(fields, (estimate.value, estimate.low, estimate.high), strict=True))
+
+
+def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate | None:
+    if value is None or low is None or high is None:
+        return None
+    return Estimate(value, low, high)
 
 
 def time_and_energy(runs: Sequence[Measured], seed: int) -> dict[str, Any]:

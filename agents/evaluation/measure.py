@@ -21,7 +21,7 @@ from offramp.agents.evaluation.lines import (
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
 from offramp.agents.recording.corpus import Document
-from offramp.agents.recording.record import tokenize, window
+from offramp.agents.recording.record import long_documents, window
 from offramp.controller.costs.readings import EnergyReading
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policies.protocols import NeverExit, Policy
@@ -44,11 +44,11 @@ class Protocol:
 
     Attributes:
         prompt_tokens: Tokens read at full depth before the teacher-forced ones.
-        new_tokens: Teacher-forced tokens.
-        lines: Lines completed; 0 for none.
+        new_tokens: Tokens that are teacher-forced after them.
+        lines: How many lines are completed; 0 for none.
         line_context: Tokens before a cut at most.
         line_tokens: Tokens of a completion at most.
-        timed_tokens: Of the teacher-forced tokens, how many are timed.
+        timed_tokens: How many of the teacher-forced tokens are timed.
     """
 
     prompt_tokens: int = 64
@@ -89,35 +89,34 @@ def held_out(
     protocol: Protocol,
     tokenizer: object,
 ) -> list[HeldOut]:
-    """The first documents of a split that are long enough, with their lines.
+    """The first ``count`` documents of a split that are long enough, with their lines.
 
     Raises:
         TraceError: fewer than two are, and an interval over documents would mean nothing.
     """
     length = protocol.prompt_tokens + protocol.new_tokens
     mine = [document for document in documents if document.split == split]
-    encoded = [each for each in tokenize(model, mine) if len(each[1]) >= length][:count]
-    if len(encoded) < 2:
+    found = long_documents(model, mine, length, count)
+    if len(found) < 2:
         raise TraceError(
             "corpus",
-            f"{len(encoded)} {split} documents have {length} tokens; intervals need 2",
+            f"{len(found)} {split} documents have {length} tokens; intervals need 2",
             "Use more or longer documents",
         )
-    return [
-        HeldOut(
-            tuple(window(document, tokens, length)),
-            tuple(
-                cut_lines(
-                    tokens,
-                    tokenizer,
-                    count=protocol.lines,
-                    context=protocol.line_context,
-                    longest=protocol.line_tokens,
-                    digest=document.digest,
-                )
-            ),
+
+    def lines(document: Document, tokens: Sequence[int]) -> Iterator[Line]:
+        yield from cut_lines(
+            tokens,
+            tokenizer,
+            count=protocol.lines,
+            context=protocol.line_context,
+            longest=protocol.line_tokens,
+            digest=document.digest,
         )
-        for document, tokens in encoded
+
+    return [
+        HeldOut(tuple(window(document, tokens, length)), tuple(lines(document, tokens)))
+        for document, tokens in found
     ]
 
 
@@ -141,10 +140,10 @@ def measure_quality(
 
     Args:
         engine: Idle, with a tokenizer.
-        policy: The policy.
-        split: What to decode.
-        protocol: How much of it.
-        name: Of the policy, for messages.
+        policy: The policy that is measured.
+        split: Documents to decode, with full depth's tokens.
+        protocol: How much of each document is decoded.
+        name: Name of the policy, for messages.
 
     Raises:
         ConfigError: a probability was not finite.
@@ -175,8 +174,8 @@ class Pair:
     """What a policy took on one document, and full depth just before and after it.
 
     Attributes:
-        mine: The policy's run.
-        around: Full depth's.
+        mine: Time and energy of the policy's run.
+        around: Time and energy of full depth's two runs.
     """
 
     mine: EnergyReading
@@ -184,13 +183,13 @@ class Pair:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of the policy, and the mean of full depth's."""
+        """Seconds of the policy, and the mean of full depth's."""
         before, after = self.around
         return self.mine.window_s, (before.window_s + after.window_s) / 2
 
     @property
     def joules(self) -> tuple[float, float] | None:
-        """The same; None where energy is unknown."""
+        """Joules, likewise; None where energy is unknown."""
         mine, before, after = (each.joules for each in (self.mine, *self.around))
         if mine is None or before is None or after is None:
             return None

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.evaluation.bars import Gap, Take, draw_energy
 from offramp.agents.evaluation.energy_ratios import Energy
 from offramp.agents.evaluation.evaluation_rows import Measured, wall_ratio
-from offramp.agents.evaluation.matched import MatchedRow
+from offramp.agents.evaluation.matched import MatchedRow, quality_metrics
 from offramp.agents.evaluation.measure import Protocol
-from offramp.agents.evaluation.plots import FrontierPoint
-from offramp.agents.evaluation.report import Section, Table, interval
-from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric, Scores
+from offramp.agents.evaluation.plots import EnergyRatio, FrontierPoint, Gap, draw_energy
+from offramp.agents.evaluation.report import Section, Table, interval, lost
+from offramp.agents.evaluation.scores import AGREEMENT, Metric
 from offramp.agents.evaluation.statistics import (
     Estimate,
     Resample,
@@ -35,7 +34,7 @@ NO_ENERGY = (
 )
 
 REFERENCE_POINT = (1.0, 0.9)
-"""Of the hypervolume: full depth's own time, and nine tenths of its quality."""
+"""Corner of the hypervolume: full depth's own time, and nine tenths of its quality."""
 
 PROMISED = 0.97
 """Promised agreement at which promises are compared."""
@@ -83,40 +82,29 @@ def frontier_point(
 
 def single_points(measured: Sequence[Measured], chosen: int) -> dict[str, list[FrontierPoint]]:
     """Every contender of one training, by metric; full depth is the reference."""
-    full = measured[0]
+    full, *others = measured
     return {
         metric.name: [
             frontier_point([each], full, metric, is_chosen=index == chosen)
-            for index, each in enumerate(measured)
-            if index and metric.is_measured(each.scores)
+            for index, each in enumerate(others, 1)
         ]
-        for metric in (AGREEMENT, EDIT_SIMILARITY)
+        for metric in quality_metrics(full.scores)
     }
 
 
 def gaps(measured: Sequence[Measured]) -> list[Gap]:
     """Per family, the operating point whose promise lies nearest to ``PROMISED``."""
-    nearest: dict[str, Measured] = {}
+    nearest: dict[str, tuple[float, Gap]] = {}
     for each in measured:
-        promised = each.contender.offline_agreement
+        contender, promised = each.contender, each.contender.offline_agreement
         if promised is None:
             continue
-        best = nearest.get(each.contender.family)
-        if best is None or _distance(each) < _distance(best):
-            nearest[each.contender.family] = each
-    return [
-        Gap(
-            each.contender.name,
-            family,
-            each.contender.offline_agreement or 0.0,
-            AGREEMENT.of([each.scores]),
-        )
-        for family, each in nearest.items()
-    ]
-
-
-def _distance(measured: Measured) -> float:
-    return abs((measured.contender.offline_agreement or 0.0) - PROMISED)
+        distance = abs(promised - PROMISED)
+        if contender.family not in nearest or distance < nearest[contender.family][0]:
+            kept = AGREEMENT.of([each.scores])
+            found = Gap(contender.name, contender.family, promised, kept)
+            nearest[contender.family] = distance, found
+    return [gap for _, gap in nearest.values()]
 
 
 def energy_section(
@@ -125,13 +113,13 @@ def energy_section(
     """What is known of energy, with a picture, and how it was come by; or that nothing is.
 
     Args:
-        policies: Name and family of those metered.
-        energy: What was metered.
-        documents: How many were decoded for it.
-        folder: Where the picture goes.
+        policies: Name and family of each policy that was metered.
+        energy: What was metered of them.
+        documents: How many documents were decoded for it.
+        folder: Folder that the picture is written to.
     """
     pairs = zip(policies, energy.ratios, strict=True)
-    known = [Take(*policy, ratio) for policy, ratio in pairs if ratio is not None]
+    known = [EnergyRatio(*policy, ratio) for policy, ratio in pairs if ratio is not None]
     if energy.full_j is None or not known:
         return Section("Energy", f"{NO_ENERGY} The reason: {energy.source}.")
     method = energy.method.value.replace("_", " ")
@@ -142,7 +130,7 @@ def energy_section(
     )
     if energy.method is EnergyMethod.MODELLED:
         text += " A modelled figure tells policies apart by their work; nothing was measured."
-    rows = [(take.name, interval(take.ratio)) for take in known]
+    rows = [(each.name, interval(each.ratio)) for each in known]
     table = Table(("policy", f"energy ÷ full, {method}"), rows)
     return Section(f"Energy ({method})", text, "energy.png", table)
 
@@ -151,12 +139,11 @@ def gap_headline(found: Sequence[Gap]) -> str:
     """The offline-to-online gap in one sentence."""
     if not found:
         return "No policy was replayed offline, so there is no offline-to-online gap to report."
-    losses = [gap.promised - gap.kept for gap in found]
-    worst = max(found, key=lambda gap: gap.promised - gap.kept)
+    losses = [100 * (gap.promised - gap.kept) for gap in found]
+    worst = int(np.argmax(losses))
     return (
-        f"Replay flatters: decoding kept {100 * sum(losses) / len(losses):.1f} points less "
-        f"agreement than replay had promised on average, {100 * max(losses):.1f} at worst "
-        f"({worst.name})."
+        f"Replay flatters: decoding kept {np.mean(losses):.1f} points less agreement than replay "
+        f"had promised on average, {losses[worst]:.1f} at worst ({found[worst].name})."
     )
 
 
@@ -188,52 +175,36 @@ def frontier_volume(
 
     Quality and time are resampled over the timed documents, which are the first of the split.
     """
-    assert all(point.clock is not None for point in points)
     clocks = [point.clock for point in points if point.clock is not None]
+    assert len(clocks) == len(points)
     timed = len(clocks[0].mine_D)
 
     def volume(drawn_D: NDArray[np.int64]) -> float:
         cost_P = np.asarray([c.mine_D[drawn_D].sum() / c.full_D[drawn_D].sum() for c in clocks])
-        quality_P = np.asarray([1 - _loss(point, full, metric, drawn_D) for point in points])
+        # NaN where no drawn document has a line: dominates nothing.
+        theirs = metric.over(full.scores, drawn_D)
+        losses = [metric.loss(metric.over(each.scores, drawn_D), theirs) for each in points]
+        quality_P = 1 - np.asarray(losses)
         return hypervolume(cost_P, quality_P, REFERENCE_POINT)
 
-    whole = volume(np.arange(timed))
-    return with_interval(whole, resampled(volume, timed, seed))
-
-
-def _loss(point: Measured, full: Measured, metric: Metric, drawn_D: NDArray[np.int64]) -> float:
-    mine, theirs = (_drawn(m.scores, drawn_D) for m in (point, full))
-    if not metric.is_measured(theirs):
-        return 1.0
-    return metric.loss(metric.of([mine]), metric.of([theirs]))
-
-
-def _drawn(scores: Scores, drawn_D: NDArray[np.int64]) -> Scores:
-    plain = scores.plain()
-    depths = plain.pop("depths")
-    drawn = {name: np.asarray(column)[drawn_D] for name, column in plain.items()}
-    return Scores.of({**drawn, "depths": depths})
+    return with_interval(volume(np.arange(timed)), resampled(volume, timed, seed))
 
 
 def savings_headline(rows: Sequence[MatchedRow], metric: Metric, target_loss: float) -> str:
     """Who saves most at a target, in one sentence."""
-    mine = [r for r in rows if r.metric == metric.name and r.target_loss == target_loss]
-    timed = [row for row in mine if row.wall_ratio is not None]
+    goal = f"{100 * target_loss:g} % loss of {metric.label}"
+    timed = [
+        (row.wall, row)
+        for row in rows
+        if (row.metric, row.target_loss) == (metric.name, target_loss) and row.wall is not None
+    ]
     if not timed:
-        return f"Nothing was timed at {100 * target_loss:g} % loss of {metric.label}."
-    best = min(timed, key=lambda row: row.wall_ratio or 1.0)
-    assert best.wall_ratio is not None
-    assert best.wall_ratio_low is not None
-    assert best.wall_ratio_high is not None
-    if best.wall_ratio >= 1:
-        return (
-            f"At ≤ {100 * target_loss:g} % loss of {metric.label} on validation no policy saves "
-            "any time."
-        )
+        return f"Nothing was timed at {goal}."
+    wall, best = min(timed, key=lambda each: each[0].value)
+    if wall.value >= 1:
+        return f"At ≤ {goal} on validation no policy saves any time."
     kept = "and kept" if best.loss <= target_loss else "but missed"
     return (
-        f"At ≤ {100 * target_loss:g} % loss of {metric.label} on validation, {best.policy} takes "
-        f"the least time: {best.wall_ratio:.3f} [{best.wall_ratio_low:.3f}, "
-        f"{best.wall_ratio_high:.3f}] of full depth's on test, {kept} the target there "
-        f"({100 * best.loss:+.1f} % [{100 * best.loss_low:+.1f}, {100 * best.loss_high:+.1f}])."
+        f"At ≤ {goal} on validation, {best.policy} takes the least time: {interval(wall)} of full "
+        f"depth's on test, {kept} the target there ({lost(best)})."
     )

@@ -1,8 +1,8 @@
-"""The frontier, and the savings at matched quality."""
+"""The figures of an evaluation: frontier, savings, promises, exit depths and energy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +10,26 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from offramp.agents.evaluation.frame import COLOURS, INK, STYLE, colour, note, save
+from offramp.agents.evaluation.figure_style import (
+    COLOURS,
+    INK,
+    MUTED,
+    STYLE,
+    bare_rows,
+    colour,
+    dot_with_interval,
+    mark_full_depth,
+    note,
+    one_row_each,
+    save,
+)
 from offramp.agents.evaluation.matched import MatchedRow
 from offramp.agents.evaluation.statistics import Estimate
 
 FEW = 4
 """So many grey families have their names on the frontier; more would hide it."""
+
+PUBLISHED = "#c00000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +42,31 @@ class FrontierPoint:
     is_chosen: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Agreement that replaying traces had promised, and what decoding kept."""
+
+    name: str
+    family: str
+    promised: float
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyRatio:
+    """Joules per token that a policy takes, over full depth's."""
+
+    name: str
+    family: str
+    ratio: Estimate
+
+
 def draw_frontier(points: Sequence[FrontierPoint], quality: str, path: Path) -> None:
     """Quality against wall time, with 95 % intervals; up and left is better.
 
     Args:
         points: Timed policies.
-        quality: What the quality is.
+        quality: What the quality is called.
         path: PNG to write.
     """
     with mpl.rc_context(STYLE):
@@ -43,33 +76,17 @@ def draw_frontier(points: Sequence[FrontierPoint], quality: str, path: Path) -> 
         for family in sorted(families, key=lambda name: name in COLOURS):
             mine = [point for point in points if point.family == family]
             _draw_family(axes, family, sorted(mine, key=lambda point: point.wall.value))
-        for point in (point for point in points if point.is_chosen):
-            axes.plot(
-                point.wall.value,
-                point.quality.value,
-                "o",
-                ms=15,
-                mfc="none",
-                mec="#c00000",
-                mew=1.5,
-            )
-            note(
-                axes,
-                "published",
-                (point.wall.value, point.quality.value),
-                (0, -18),
-                "#c00000",
-                ha="center",
-            )
+        for chosen in (point for point in points if point.is_chosen):
+            at = (chosen.wall.value, chosen.quality.value)
+            axes.plot(*at, "o", ms=15, mfc="none", mec=PUBLISHED, mew=1.5)
+            note(axes, "published", at, (0, -18), PUBLISHED, ha="center")
         axes.plot(1, 1, "s", color=INK, ms=6, zorder=5)
         note(axes, "full depth", (1, 1), (4, 9), INK, ha="right")
         others = [family for family in families if family not in COLOURS]
         named = [family for family in families if family in COLOURS or len(others) <= FEW]
         if len(others) > FEW:
-            axes.text(
-                0.01, 0.02, f"grey: {len(others)} other rules, named in the tables",
-                transform=axes.transAxes, color="#777777", size=9,
-            )  # fmt: skip
+            text = f"grey: {len(others)} other rules, named in the tables"
+            axes.text(0.01, 0.02, text, transform=axes.transAxes, color=MUTED, size=9)
         _label_lines(axes, points, named)
         axes.axhline(1, color="#cccccc", lw=0.8, zorder=0)
         axes.set_xlabel("wall time per token ÷ KV-cached full depth (batch 1); left is faster")
@@ -83,32 +100,84 @@ def draw_savings(rows: Sequence[MatchedRow], quality: str, path: Path) -> None:
     targets = sorted({row.target_loss for row in rows})
     order = _by_saving(rows)
     with mpl.rc_context(STYLE):
-        figure, panels = plt.subplots(
+        figure, [panels] = plt.subplots(
             1, len(targets), figsize=(9, 1.7 + 0.34 * len(order)), sharey=True, sharex=True,
             squeeze=False,
         )  # fmt: skip
-        for axes, target in zip(panels[0], targets, strict=True):
+        for axes, target in zip(panels, targets, strict=True):
             for row in (row for row in rows if row.target_loss == target):
                 _draw_saving(axes, row, order.index(row.policy))
-            axes.axvline(1, color="#bbbbbb", lw=1, ls="--", zorder=0)
+            mark_full_depth(axes)
             axes.set_title(f"≤ {100 * target:g} % loss", fontsize=10.5)
-            axes.grid(axis="x", alpha=0.25)
-            axes.spines["left"].set_visible(False)
-            axes.tick_params(axis="y", length=0)
-        panels[0][0].xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5]))
-        panels[0][0].set_yticks(range(len(order)), order)
-        panels[0][0].set_ylim(len(order) - 0.4, -0.6)
-        for label, family in zip(panels[0][0].get_yticklabels(), order, strict=True):
-            label.set_color(colour(family) if family in COLOURS else "#555555")
+            bare_rows(axes)
+        panels[0].xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5]))
+        panels[0].set_yticks(range(len(order)), order)
+        panels[0].set_ylim(len(order) - 0.4, -0.6)
+        for label, family in zip(panels[0].get_yticklabels(), order, strict=True):
+            label.set_color(colour(family, "#555555"))
         figure.supxlabel(
             "wall time per token ÷ full depth on test documents, 95 % interval; "
             "hollow: lost more than the target there", fontsize=9.5, color=INK,
         )  # fmt: skip
-        figure.suptitle(
-            f"Time left at a bounded loss of {quality}", x=0.01, ha="left", fontweight="bold"
-        )
+        title = f"Time left at a bounded loss of {quality}"
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         figure.tight_layout()
         save(figure, path)
+
+
+def draw_gap(gaps: Sequence[Gap], path: Path) -> None:
+    """What replay promised against what decoding kept: a dumbbell per policy."""
+    ordered = sorted(gaps, key=lambda gap: gap.promised - gap.kept)
+    title = "Offline promise against on-policy fact, in points"
+    label = "token agreement with full depth: ○ replay promised, ● decoding kept"
+    with one_row_each([gap.name for gap in ordered], path, title=title, label=label) as axes:
+        for row, gap in enumerate(ordered):
+            shade = colour(gap.family)
+            axes.plot([gap.kept, gap.promised], [row, row], color=shade, lw=2.2, alpha=0.55)
+            axes.plot(gap.promised, row, "o", mfc="white", mec=shade, ms=6.5, mew=1.5)
+            axes.plot(gap.kept, row, "o", color=shade, ms=6.5)
+            text = f"{100 * (gap.kept - gap.promised):+.1f}"
+            leftmost = min(gap.kept, gap.promised)
+            note(axes, text, (leftmost, row), (-8, -3), "#555555", ha="right", size=8.5)
+        axes.margins(x=0.12)
+
+
+def draw_energy(ratios: Sequence[EnergyRatio], method: str, path: Path) -> None:
+    """Joules per token over full depth's, a dot with its interval per policy."""
+    order = sorted(ratios, key=lambda each: each.ratio.value)
+    title, label = f"Energy ({method})", f"joules per token ÷ full depth, {method}"
+    with one_row_each([each.name for each in order], path, title=title, label=label) as axes:
+        for row, each in enumerate(order):
+            dot_with_interval(axes, each.ratio, row, colour(each.family))
+        mark_full_depth(axes)
+
+
+def draw_exit_depths(
+    depths_by_policy: Mapping[str, Mapping[int, int]], layers: int, path: Path
+) -> None:
+    """Share of tokens by layers executed, one bar of shares per policy, earliest on the left."""
+    names = list(depths_by_policy)
+    seen = sorted({layer for depths in depths_by_policy.values() for layer in depths})
+    title = f"Where tokens leave (of {layers} layers)"
+    label = "share of tokens; the number is the layer after which they left"
+    with one_row_each(names, path, title=title, label=label, height=0.34) as axes:
+        left = np.zeros(len(names))
+        for layer in seen:
+            shares = np.asarray(
+                [d.get(layer, 0) / sum(d.values()) for d in depths_by_policy.values()]
+            )
+            # From light (early) to dark (full depth).
+            shade = plt.get_cmap("Blues")(0.15 + 0.75 * layer / layers)
+            rows = range(len(names))
+            axes.barh(rows, shares, left=left, color=shade, edgecolor="white", height=0.74)
+            ink = "white" if layer / layers > 0.5 else INK
+            for row in np.flatnonzero(shares > 0.07):
+                middle = left[row] + shares[row] / 2
+                axes.text(middle, row, layer, ha="center", va="center", color=ink, size=8.5)
+            left += shares
+        axes.grid(visible=False)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
 
 
 def _by_saving(rows: Sequence[MatchedRow]) -> list[str]:
@@ -120,33 +189,27 @@ def _by_saving(rows: Sequence[MatchedRow]) -> list[str]:
 
 
 def _draw_saving(axes: plt.Axes, row: MatchedRow, place: int) -> None:
-    if row.wall_ratio is None:
-        return
-    kept = row.loss <= row.target_loss
-    shade = colour(row.policy)
-    axes.plot([row.wall_ratio_low, row.wall_ratio_high], [place, place], color=shade, lw=1.6)
-    axes.plot(
-        row.wall_ratio, place, "o", color=shade, mfc=shade if kept else "white", ms=7, mew=1.5
-    )
+    if row.wall is not None:
+        is_hollow = row.loss > row.target_loss
+        dot_with_interval(axes, row.wall, place, colour(row.policy), is_hollow=is_hollow)
 
 
 def _draw_family(axes: plt.Axes, family: str, points: Sequence[FrontierPoint]) -> None:
     x, y = ([getattr(p, axis).value for p in points] for axis in ("wall", "quality"))
+    shade = colour(family)
+    if family not in COLOURS:
+        axes.plot(x, y, "o-", color=shade, ms=3.5, lw=0.9, zorder=1)
+        return
+    # Rounding may put a value a hair outside its interval, which errorbar refuses.
     errors = [
         np.maximum([[v.value - v.low for v in each], [v.high - v.value for v in each]], 0)
         for each in ([p.wall for p in points], [p.quality for p in points])
     ]
-    followed = family in COLOURS
-    shade = colour(family)
-    if followed:
-        axes.errorbar(
-            x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=shade, elinewidth=0.8,
-            alpha=0.45, zorder=2,
-        )  # fmt: skip
-    axes.plot(
-        x, y, "o-", color=shade, ms=5 if followed else 3.5, lw=1.8 if followed else 0.9,
-        zorder=4 if followed else 1,
+    axes.errorbar(
+        x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=shade, elinewidth=0.8,
+        alpha=0.45, zorder=2,
     )  # fmt: skip
+    axes.plot(x, y, "o-", color=shade, ms=5, lw=1.8, zorder=4)
 
 
 def _label_lines(axes: plt.Axes, points: Sequence[FrontierPoint], families: Sequence[str]) -> None:
@@ -161,7 +224,7 @@ def _label_lines(axes: plt.Axes, points: Sequence[FrontierPoint], families: Sequ
     height = np.inf
     for family, end in sorted(ends.items(), key=lambda item: -item[1].quality.value):
         height = min(height - gap, end.quality.value)
-        ink = colour(family) if family in COLOURS else "#777777"
+        ink = colour(family, MUTED)
         axes.annotate(
             family, (end.wall.value, end.quality.value), xytext=(left, height), ha="right",
             va="center", color=ink, size=9, annotation_clip=False,

@@ -8,9 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offramp.agents.evaluation.bars import Gap, draw_exit_depths, draw_gap
 from offramp.agents.evaluation.matched import MatchedRow
-from offramp.agents.evaluation.plots import FrontierPoint, draw_frontier, draw_savings
+from offramp.agents.evaluation.plots import (
+    FrontierPoint,
+    Gap,
+    draw_exit_depths,
+    draw_frontier,
+    draw_gap,
+    draw_savings,
+)
 from offramp.agents.evaluation.scores import AGREEMENT, METRICS
 from offramp.agents.evaluation.statistics import Estimate
 from offramp.controller.durable import write_durably
@@ -46,7 +52,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class EvaluationReport:
     """What a report is made of.
 
     Attributes:
@@ -72,7 +78,7 @@ class Report:
     extra: Sequence[Section] = field(default_factory=tuple)
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: EvaluationReport, folder: Path) -> None:
     """Write ``report.html`` (self-contained), ``report.md`` and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = [*_pictures(report, folder), *report.extra]
@@ -91,26 +97,32 @@ def matched_table(rows: Sequence[MatchedRow]) -> Table:
 
 
 def _matched_cells(row: MatchedRow, *, with_energy: bool) -> list[str]:
-    energy = (row.energy_ratio, row.energy_ratio_low, row.energy_ratio_high)
     return [
         row.policy,
         f"{100 * row.target_loss:g} %",
         f"{row.quality:.3f}",
-        f"{100 * row.loss:+.1f} % [{100 * row.loss_low:+.1f}, {100 * row.loss_high:+.1f}]",
+        lost(row),
         f"{row.mean_layers:.2f}",
-        _interval(row.wall_ratio, row.wall_ratio_low, row.wall_ratio_high),
-        *([_interval(*energy)] if with_energy else []),
+        interval(row.wall),
+        *([interval(row.energy)] if with_energy else []),
         "–" if row.agreement_offline is None else f"{row.agreement_offline:.3f}",
         f"{row.agreement_online:.3f}",
     ]
 
 
-def interval(estimate: Estimate) -> str:
-    """A value with its interval, as text."""
-    return _interval(estimate.value, estimate.low, estimate.high)
+def interval(estimate: Estimate | None) -> str:
+    """A value with its interval, as text; a dash where there is none."""
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _pictures(report: Report, folder: Path) -> list[Section]:
+def lost(row: MatchedRow) -> str:
+    """The relative loss on test documents with its interval, as text."""
+    return f"{100 * row.loss:+.1f} % [{100 * row.loss_low:+.1f}, {100 * row.loss_high:+.1f}]"
+
+
+def _pictures(report: EvaluationReport, folder: Path) -> list[Section]:
     sections = []
     for name, metric in METRICS.items():
         rows = [row for row in report.matched if row.metric == name]
@@ -148,7 +160,7 @@ def _ordered(rows: Sequence[MatchedRow]) -> list[MatchedRow]:
     return sorted(rows, key=lambda row: (row.target_loss, row.wall_ratio or 1.0))
 
 
-def _markdown(report: Report, sections: Sequence[Section]) -> str:
+def _markdown(report: EvaluationReport, sections: Sequence[Section]) -> str:
     lines = [f"# {report.title}", ""]
     lines += [f"- {sentence}" for sentence in report.headlines]
     for section in sections:
@@ -168,7 +180,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _html(report: Report, sections: Sequence[Section], folder: Path) -> str:
+def _html(report: EvaluationReport, sections: Sequence[Section], folder: Path) -> str:
     findings = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report.headlines)
     body = "".join(_html_section(section, folder) for section in sections)
     conditions = "".join(
@@ -203,7 +215,3 @@ def _html_table(table: Table) -> str:
     return (
         "<table>" + row(table.head, "th") + "".join(row(r, "td") for r in table.rows) + "</table>"
     )
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    return "–" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

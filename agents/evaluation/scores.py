@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.agents.evaluation.statistics import Estimate, Floats, Resample, with_interval
 from offramp.controller.errors import ConfigError
@@ -20,16 +21,16 @@ SUMS = ("tokens", "agreeing", "right", "surprisal", "lines", "exact", "similarit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Sums over each document's tokens and lines.
+    """Sums over the tokens and lines of each of D documents.
 
     Attributes:
         tokens_D: Tokens decoded, teacher-forced.
-        agreeing_D: Those equal to full depth's, same history.
-        right_D: Those equal to the document's.
+        agreeing_D: Tokens equal to full depth's, which has the same history.
+        right_D: Tokens equal to the document's.
         surprisal_D: −log p of the document's tokens at the layer each left from, nats.
         lines_D: Lines completed.
-        exact_D: Those that match the document's.
-        similarity_D: Their edit similarities, each in 0 … 1.
+        exact_D: Lines that match the document's.
+        similarity_D: Edit similarities of the lines, each in 0 … 1.
         depths: How many teacher-forced tokens left after each layer.
     """
 
@@ -48,13 +49,13 @@ class Scores:
         return sum(k * n for k, n in self.depths.items()) / sum(self.depths.values())
 
     def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """The sums as JSON values."""
         sums = {name: getattr(self, f"{name}_D").tolist() for name in SUMS}
         return {**sums, "depths": {str(layer): n for layer, n in self.depths.items()}}
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Scores:
-        """Back from JSON.
+        """Read back what ``plain`` gave.
 
         Raises:
             KeyError, ValueError, TypeError: it is something else.
@@ -68,10 +69,10 @@ class Metric:
     """A quality: a ratio of two sums.
 
     Attributes:
-        name: As in JSON.
-        label: In words.
-        above, below: Which sums of ``Scores``.
-        is_perplexity: Lower is better, and the ratio goes through exp.
+        name: What JSON files call it.
+        label: What readers are told it is.
+        above, below: The sums of ``Scores`` that are divided.
+        is_perplexity: Whether lower is better, and the ratio goes through exp.
     """
 
     name: str
@@ -89,6 +90,12 @@ class Metric:
         """The metric with its interval over seeds and documents."""
         sampled_B = self._sample(runs, draws).mean(1)
         return with_interval(self.of(runs), sampled_B)
+
+    def over(self, scores: Scores, drawn_D: NDArray[np.int64]) -> float:
+        """The metric of one run over drawn documents; NaN where they hold nothing to divide by."""
+        above_SD, below_SD = self._stack([scores])
+        with np.errstate(invalid="ignore"):
+            return float(self._read(above_SD[0, drawn_D].sum() / below_SD[0, drawn_D].sum()))
 
     def loss(self, value: float, full: float) -> float:
         """Share of full depth's quality that is lost; of perplexity, the relative rise."""

@@ -202,21 +202,34 @@ def load_contenders(folder: Path) -> list[Contender]:
         ConfigError: the folder holds no index.
         PolicyRefusedError: a bundle is damaged.
     """
+    return [contender for contender, _ in load_saved(folder)]
+
+
+def load_saved(folder: Path) -> list[tuple[Contender, PolicyBundle]]:
+    """Read back what was saved, each contender with the bundle of its policy.
+
+    Raises:
+        ConfigError, PolicyRefusedError: as ``load_contenders``.
+    """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [_load_contender(folder, entry) for entry in index]
+        bundles = [PolicyBundle.load(folder / entry["folder"]) for entry in index]
+        return [
+            (_contender(entry, bundle), bundle)
+            for entry, bundle in zip(index, bundles, strict=True)
+        ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
         ) from error
 
 
-def _load_contender(folder: Path, entry: dict[str, Any]) -> Contender:
+def _contender(entry: Mapping[str, Any], bundle: PolicyBundle) -> Contender:
     return Contender(
         family=entry["family"],
         setting=entry["setting"],
         offline_agreement=entry["offline_agreement"],
-        policy=PolicyBundle.load(folder / entry["folder"]).policy(),
+        policy=bundle.policy(),
         symbol=entry.get("symbol", "τ="),
         note=entry.get("note", ""),
     )

@@ -5,6 +5,7 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ from offramp.worker.spec import WorkerSpec
 
 SPLIT = "split.json"
 """Which document of the corpus is in which split, by digest."""
+
+BATCH = 64
+"""Documents tokenised at a time: those beyond the last one needed stay unread."""
 
 RECORDED_SPLITS = ("train", "validation")
 """Test documents are never recorded: they are only met on-policy, in evaluation."""
@@ -192,6 +196,35 @@ def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, 
     tokenizer = load_tokenizer(model)
     encoded = tokenizer([doc.text for doc in documents], verbose=False)["input_ids"]
     return list(zip(documents, encoded, strict=True))
+
+
+def long_documents(
+    model: str, documents: Sequence[Document], length: int, count: int
+) -> list[tuple[Document, list[int]]]:
+    """The first documents of at least ``length`` tokens, with their tokens.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    found: list[tuple[Document, list[int]]] = []
+    for start in range(0, len(documents), BATCH):
+        batch = tokenize(model, documents[start : start + BATCH])
+        found += [(document, tokens) for document, tokens in batch if len(tokens) >= length]
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def recorded_digests(traces: Path) -> set[str]:
+    """Digests of all documents, of every split, that a recording took from its corpus.
+
+    Raises:
+        ConfigError: the recording does not say which.
+    """
+    try:
+        return set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
 
 
 def window(document: Document, tokens: list[int], length: int) -> list[int]:

@@ -16,11 +16,11 @@ from offramp.agents.calibration.calibrate import (
     require_enough,
     require_fingerprints,
 )
-from offramp.agents.calibration.completion import CompletedLines, with_lines
-from offramp.agents.calibration.documents import calibration_windows, unseen_documents
+from offramp.agents.calibration.line_losses import CompletedLines, with_lines
 from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
-from offramp.agents.calibration.setting_families import Family, family_of, load_points
+from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
+from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.durable import write_durably
@@ -194,7 +194,7 @@ def parse_wish(
 
 def _family(
     policies: Path, name: str, steps: int, wish: Wish | None
-) -> tuple[Picked | None, Family]:
+) -> tuple[Picked | None, SettingFamily]:
     points = load_points(policies)
     name = name or _chosen_family(policies)
     picked = pick(load_rows(policies), name, wish) if wish else None
@@ -215,7 +215,7 @@ def _losses(
     engine: AdaptiveEngine,
     windows: list[CalibrationDocument],
     prompt_tokens: int,
-    family: Family,
+    family: SettingFamily,
     traces: Path | None,
 ) -> LossSource:
     if traces is None:
@@ -237,7 +237,7 @@ def _line_losses(
 
 
 def _announce(
-    family: Family,
+    family: SettingFamily,
     promise: Promise,
     windows: list[CalibrationDocument],
     losses: LossSource,

@@ -21,11 +21,11 @@ from offramp.agents.evaluation.page import (
     volumes,
 )
 from offramp.agents.evaluation.protocol import AssessConfig
-from offramp.agents.evaluation.report import Report, write_report
+from offramp.agents.evaluation.report import EvaluationReport, write_report
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import SPLIT
+from offramp.agents.recording.record import SPLIT, recorded_digests
 from offramp.agents.recording.training_data import load_training_data
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
@@ -154,11 +154,8 @@ def require_recorded(corpus: Path | None, documents: int, traces: Path) -> None:
         ConfigError: the documents are not those whose split was recorded.
         TraceError: the corpus cannot be read.
     """
-    try:
-        recorded = json.loads((traces / SPLIT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
-    if {document.digest for document in load_corpus(corpus, limit=documents)} != set(recorded):
+    recorded = recorded_digests(traces)
+    if {document.digest for document in load_corpus(corpus, limit=documents)} != recorded:
         raise ConfigError(
             "corpus",
             f"is not the one whose split {traces / SPLIT} holds",
@@ -208,11 +205,11 @@ def save_assessment(
 
 def _report(
     found: Assessment, engine: AdaptiveEngine, config: AssessConfig, policies: Path
-) -> Report:
+) -> EvaluationReport:
     metrics = [m for m in (AGREEMENT, EDIT_SIMILARITY) if m.is_measured(found.measured[0].scores)]
     promises = gaps(found.measured)
     counts = {"validation": found.documents[0], "test": found.documents[1]}
-    return Report(
+    return EvaluationReport(
         title="Early-exit policies on held-out documents",
         headlines=[
             f"{found.reason[0].upper()}{found.reason[1:]}.",

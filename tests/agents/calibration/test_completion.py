@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.calibration.completion import (
+from offramp.agents.calibration.line_losses import (
     LINES,
     LONGEST,
     CompletedLines,
     with_lines,
 )
-from offramp.agents.calibration.documents import calibration_windows
 from offramp.agents.calibration.losses import CalibrationDocument
+from offramp.agents.calibration.unseen import calibration_windows
 from offramp.agents.evaluation.lines import Line
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.agents.calibration.fixed_sequence import (
-    Outcome,
+    WalkResult,
     conformal_risk_control,
     learn_then_test,
 )
@@ -45,7 +45,7 @@ def rare_and_large(rng: np.random.Generator) -> np.ndarray:
     return np.stack([risk * unit_N for risk in RISKS.values()])
 
 
-def walks(draw: Draw, walk: Callable[..., Outcome], **options: Any) -> list[Outcome]:
+def walks(draw: Draw, walk: Callable[..., WalkResult], **options: Any) -> list[WalkResult]:
     rng = np.random.default_rng(7)
     outcomes = []
     for _ in range(DRAWS):
@@ -93,10 +93,10 @@ def test_violations_stay_below_epsilon_and_one_step_more_breaks_it(
 
 
 def test_comparing_the_mean_with_delta_would_be_caught() -> None:
-    def naive(settings: Any, losses_of: Any, *, delta: float) -> Outcome:
+    def naive(settings: Any, losses_of: Any, *, delta: float) -> WalkResult:
         passed = [s for s in settings if losses_of(s).mean() <= delta]
         steps = [Walked(setting=s, risk=0.0, p_value=0.0, passed=True) for s in passed]
-        return Outcome(tuple(steps), UNITS)
+        return WalkResult(tuple(steps), UNITS)
 
     violations = sum(risk_of(each.certified) > DELTA for each in walks(zero_one, naive))
     assert violations > most_violations(EPSILON)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.calibration.documents import calibration_windows, unseen_documents
 from offramp.agents.calibration.losses import (
     CalibrationDocument,
     OnPolicy,
@@ -17,6 +16,7 @@ from offramp.agents.calibration.losses import (
     by_unit,
     data_digest,
 )
+from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SOFTMAX_V2

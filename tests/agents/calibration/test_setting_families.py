@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.calibration.setting_families import Family, family_of, load_points
+from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
 from offramp.agents.learning.export import ppo_weights
 from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.recording.training_data import TrainingData
@@ -72,7 +72,7 @@ def margin(threshold: float) -> ThresholdPolicy:
     return ThresholdPolicy(EXITS, SOFTMAX_V2, "margin", threshold)
 
 
-def falling(family: Family) -> bool:
+def falling(family: SettingFamily) -> bool:
     return all(a > b for a, b in pairwise(family.settings))
 
 

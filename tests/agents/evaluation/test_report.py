@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from offramp.agents.evaluation.bars import Gap
 from offramp.agents.evaluation.matched import TARGETS, MatchedRow
-from offramp.agents.evaluation.plots import FrontierPoint
+from offramp.agents.evaluation.plots import FrontierPoint, Gap
 from offramp.agents.evaluation.report import (
-    Report,
+    EvaluationReport,
     Section,
     Table,
     matched_table,
@@ -31,9 +30,9 @@ def row(policy: str, target: float, wall: float | None) -> MatchedRow:
 
 
 @pytest.fixture
-def report() -> Report:
+def report() -> EvaluationReport:
     point = FrontierPoint("p̂", Estimate(0.8, 0.7, 0.9), Estimate(0.97, 0.96, 0.98), is_chosen=True)
-    return Report(
+    return EvaluationReport(
         title="A <report>",
         headlines=["First & foremost"],
         conditions={"model": "<small>"},
@@ -50,7 +49,7 @@ def report() -> Report:
     )
 
 
-def test_the_page_needs_nothing_else(report: Report, tmp_path: Path) -> None:
+def test_the_page_needs_nothing_else(report: EvaluationReport, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     page = (tmp_path / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
@@ -79,7 +78,9 @@ def test_energy_is_a_column_under_its_method_where_it_is_known() -> None:
     assert {len(cells) for cells in table.rows} == {len(table.head)}
 
 
-def test_the_markdown_names_pictures_that_are_there(report: Report, tmp_path: Path) -> None:
+def test_the_markdown_names_pictures_that_are_there(
+    report: EvaluationReport, tmp_path: Path
+) -> None:
     write_report(report, tmp_path)
     text = (tmp_path / "report.md").read_text()
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)

@@ -9,17 +9,13 @@ test split.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from offramp.agents.calibration.losses import CalibrationDocument
 from offramp.agents.recording.corpus import Document, load_corpus
-from offramp.agents.recording.record import SPLIT, tokenize, window
-from offramp.controller.errors import ConfigError, TraceError
-
-BATCH = 64
-"""Documents tokenised at a time: those beyond the last one needed stay unread."""
+from offramp.agents.recording.record import long_documents, recorded_digests, window
+from offramp.controller.errors import TraceError
 
 
 def unseen_documents(corpus: Path | None, traces: Path) -> list[Document]:
@@ -33,10 +29,7 @@ def unseen_documents(corpus: Path | None, traces: Path) -> list[Document]:
         ConfigError: the recording does not say which documents it took.
         TraceError: the corpus cannot be read.
     """
-    try:
-        recorded = set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
+    recorded = recorded_digests(traces)
     everything = load_corpus(corpus)
     return [each for each in everything if each.digest not in recorded and each.split != "test"]
 
@@ -47,26 +40,22 @@ def calibration_windows(
     """A window of each document that is long enough, in the order of their digests.
 
     Args:
-        model: Folder whose tokenizer to use.
-        documents: What may be used.
-        length: Tokens of each.
+        model: Folder of the model whose tokenizer reads them.
+        documents: Documents that may be used.
+        length: Tokens of each window.
         count: Documents to take at most.
 
     Raises:
         TraceError: no document is left that is long enough.
     """
-    windows: list[CalibrationDocument] = []
-    for start in range(0, len(documents), BATCH):
-        for document, tokens in tokenize(model, documents[start : start + BATCH]):
-            if len(tokens) >= length:
-                drawn = window(document, tokens, length)
-                windows.append(CalibrationDocument(document.digest, tuple(drawn)))
-        if len(windows) >= count:
-            break
-    if not windows:
+    found = long_documents(model, documents, length, count)
+    if not found:
         raise TraceError(
             "calibration documents",
             f"none of {len(documents)} unseen documents has {length} tokens",
             "Give a larger --corpus, or record fewer of its --documents",
         )
-    return windows[:count]
+    return [
+        CalibrationDocument(document.digest, tuple(window(document, tokens, length)))
+        for document, tokens in found
+    ]

@@ -39,11 +39,11 @@ def with_lines(
 
     Args:
         documents: Windows of documents.
-        tokenizer: What made their tokens.
+        tokenizer: The tokenizer that made their tokens.
         prompt_tokens: Tokens before a cut at most.
 
     Raises:
-        TraceError: none of them does.
+        TraceError: no window holds one.
     """
     cut = [
         cut_lines(
@@ -71,7 +71,7 @@ class CompletedLines:
 
     Args:
         engine: Idle, with a tokenizer, in mode ``project`` or ``defer``.
-        lines: Per document, one or more.
+        lines: The lines of each document, one or more.
 
     Raises:
         ConfigError: the engine verifies: there is no loss to bound.
