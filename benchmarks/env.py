@@ -35,7 +35,7 @@ from offramp.envs import (
     TokenTraces,
     TraceStore,
 )
-from offramp.envs.adapters.sb3_vec_env import SequenceExitVecEnv, TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 
 Step = Callable[[NDArray[np.int64]], object]
 
@@ -48,7 +48,7 @@ MODES: dict[str, tuple[bool, dict[str, Any]]] = {
     "gate": (False, {"actions": "gate"}),
     "jump": (False, {"actions": "jump"}),
     "sequence": (True, {"kv_mode": "project"}),
-    "sequence-defer": (True, {"kv_mode": "defer", "rider_share": 0.2}),
+    "sequence-defer": (True, {"kv_mode": "defer", "pending_share": 0.2}),
 }
 """By name: whether it is one of sequences, and its options."""
 
@@ -83,15 +83,12 @@ def main(
 def players_of(mode: str, traces: TokenTraces, count: int) -> dict[str, tuple[Step, int]]:
     """How to step each adapter of a mode, and how many actions it has."""
     is_sequence, options = MODES[mode]
-    core = (SequenceExitCore if is_sequence else TokenExitCore)(
-        traces, COSTS, num_envs=count, **options
-    )
+    core_type = SequenceExitCore if is_sequence else TokenExitCore
+    core = core_type(traces, COSTS, num_envs=count, **options)
     vector = (SequenceExitVectorEnv if is_sequence else TokenExitVectorEnv)(
         traces=traces, costs=COSTS, num_envs=count, **options
     )
-    sb3 = (SequenceExitVecEnv if is_sequence else TokenExitVecEnv)(
-        traces, COSTS, num_envs=count, **options
-    )
+    sb3 = CoreVecEnv(core_type(traces, COSTS, num_envs=count, **options))
     vector.reset(seed=0)
     sb3.reset()
     actions = core.actions.count

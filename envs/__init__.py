@@ -1,9 +1,9 @@
 """Recorded tokens and the environments that replay them.
 
 Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
-``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. Stable-Baselines3 adapters are
-in ``offramp.envs.adapters.sb3_vec_env`` and ``offramp.envs.adapters.draft_sb3``: apart, so that
-this import stays light.
+``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. The adapter of
+Stable-Baselines3 is in ``offramp.envs.adapters.sb3_vec_env``: apart, so that this import stays
+light.
 """
 
 import gymnasium as gym
@@ -19,9 +19,8 @@ from offramp.envs.cores.sequence_core import SequenceExitCore
 from offramp.envs.cores.token_core import TokenExitCore
 from offramp.envs.live.live_env import LiveExitEnv
 from offramp.envs.live.session import LiveSession
-from offramp.envs.traces.qualities import Quality, quality_names, register_quality
 from offramp.envs.traces.store import TraceStore
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces, quality_names, register_quality
 
 __all__ = [
     "DRAFT_ENV_ID",

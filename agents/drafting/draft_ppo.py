@@ -17,7 +17,8 @@ from offramp.agents.drafting.draft_net import DraftPolicy
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING
-from offramp.envs.adapters.draft_sb3 import DraftExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
+from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
 
@@ -99,10 +100,10 @@ def train_drafter(
         config: Hyper-parameters of the run.
         on_rate: Told (decisions so far, ρ) after each rollout.
     """
-    env = DraftExitVecEnv(traces, costs, num_envs=config.envs, max_pending=config.max_pending)
+    core = DraftExitCore(traces, costs, num_envs=config.envs, max_pending=config.max_pending)
     model = PPO(
         DraftPolicy,
-        env,
+        CoreVecEnv(core),
         n_steps=config.rollout,
         batch_size=config.batch,
         n_epochs=config.epochs,

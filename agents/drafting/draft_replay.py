@@ -24,8 +24,7 @@ from offramp.controller.policies.protocols import (
     is_headless,
 )
 from offramp.envs.cores.draft_core import COUNTS, DraftExitCore
-from offramp.envs.cores.draft_tables import CandidateDrafts, DraftPrices
-from offramp.envs.cores.draft_view import FEATURES
+from offramp.envs.cores.draft_tables import FEATURES, CandidateDrafts, DraftPrices
 from offramp.envs.traces.tokens import TokenTraces
 
 Decide = Callable[[FloatArray], IndexArray]

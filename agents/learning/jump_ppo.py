@@ -20,8 +20,9 @@ from offramp.agents.learning.warm import WarmConfig, WarmStart
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.policies.router import MlpRouter
-from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from offramp.envs.charges.token_costs import TokenCosts
+from offramp.envs.cores.token_core import TokenExitCore
 from offramp.envs.traces.pairs import schema_of
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -77,7 +78,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     jumps = len(exits) + 1 if config.jumps is None else config.jumps
     problem = StoppingProblem(TokenCosts.of(costs, exits), jumps)
     ppo = config.ppo
-    env = TokenExitVecEnv(
+    core = TokenExitCore(
         traces,
         costs,
         num_envs=ppo.envs,
@@ -92,7 +93,7 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     options = actor_options(
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
     )
-    model = PPO(JumpActor, env, policy_kwargs=options, **ppo_arguments(ppo))
+    model = PPO(JumpActor, CoreVecEnv(core), policy_kwargs=options, **ppo_arguments(ppo))
     return JumpAgent(model, normaliser, exits, layers, schema, ppo.lambda_range)
 
 

@@ -18,9 +18,9 @@ from torch import nn
 from offramp.agents.learning.actor import PI, VF, Normalised
 from offramp.agents.learning.export import Normaliser, Weights, ppo_weights
 from offramp.controller.costs.table import CostTable
-from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
-from offramp.envs.traces.qualities import Quality
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
+from offramp.envs.cores.token_core import TokenExitCore
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def train_ppo(
         config: Hyper-parameters of the run.
         on_steps: Told (steps done, steps in all) after each rollout.
     """
-    env = TokenExitVecEnv(
+    core = TokenExitCore(
         traces,
         costs,
         num_envs=config.envs,
@@ -105,7 +105,7 @@ def train_ppo(
     normaliser = observation_normaliser(traces, config.lambda_range)
     model = PPO(
         "MlpPolicy",
-        env,
+        CoreVecEnv(core),
         policy_kwargs={
             "net_arch": {"pi": PI, "vf": VF},
             "activation_fn": nn.Tanh,

@@ -18,8 +18,7 @@ from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
-from offramp.envs.traces.qualities import Quality
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

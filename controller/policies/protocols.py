@@ -66,7 +66,7 @@ class RoutingPolicy(Protocol):
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """Before the first layer: index of the exit each row is first asked at; E for none, [N].
 
-        With E a token runs all layers, and what its row had put off goes along: in ``verify``
+        With E a token runs all layers, and what its row had left pending goes along: in ``verify``
         this is the action "verify now".
         """
         ...

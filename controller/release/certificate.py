@@ -80,7 +80,7 @@ class Certificate:
         walked: Every setting tested, safest first; at most the last one failed.
         data: SHA-256 over the calibration documents' digests and tokens, hex.
         decode_mode: How the losses were measured.
-        max_pending: Tokens put off at most, if ``decode_mode`` is "defer"; else None.
+        max_pending: Pending tokens at most, if ``decode_mode`` is "defer"; else None.
         dtype: Of the weights, such as "float32".
         prompt_tokens: Tokens of each document read at full depth first.
         new_tokens: Tokens after them that losses were measured on, per document.

@@ -42,7 +42,7 @@ Holds = Annotated[
 HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
 HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
 PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
-MaxPending = Annotated[int, typer.Option(help="Tokens a row may put off (defer, verify).")]
+MaxPending = Annotated[int, typer.Option(help="Tokens a row may leave pending (defer, verify).")]
 CacheBudget = Annotated[
     float | None, typer.Option(help="MiB the cache may grow to [default: as the context asks].")
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, SupportsInt
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.error import ResetNeeded
 
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.adapters.spaces import (
@@ -18,23 +21,46 @@ from offramp.envs.adapters.spaces import (
     start_arguments,
 )
 from offramp.envs.cores.batch import Finals
+from offramp.envs.traces.store import open_traces
+from offramp.envs.traces.tokens import TokenTraces
 
 
 class CoreEnv(gym.Env[FloatArray, np.int64]):
-    """A core of one episode that does not reset itself.
+    """A core of one episode, which does not reset itself.
 
     Args:
-        core: One episode, ``autoreset`` off.
+        costs: Measured costs of the model that was recorded.
+        traces: Recorded tokens in memory.
+        store: Instead, the folder of a ``TraceStore``.
+        split: Which split of the store; None takes all.
+        options: Passed on to the core, which says what they mean.
 
     Attributes:
+        core: The episode that is stepped.
         reward_space: Bounds of ``reward_vector`` in the info, as mo-gymnasium declares them.
         objectives: Names of its entries.
+
+    Raises:
+        ConfigError: an argument is unusable.
+        TraceError: the traces or the store are.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]  # gymnasium's is no ClassVar
+    core_type: ClassVar[Callable[..., Core]]
+    """Makes the core; what a subclass sets, beside its docstring, which is the specification."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(
+        self,
+        *,
+        costs: CostTable,
+        traces: TokenTraces | None = None,
+        store: Path | str | None = None,
+        split: str | None = None,
+        **options: Any,
+    ) -> None:
+        recorded = open_traces(traces, store, split)
+        core = type(self).core_type(recorded, costs, num_envs=1, autoreset=False, **options)
+        self.core = core
         self._running = False
         self.observation_space = observation_space(core)
         self.action_space = action_space(core)
@@ -50,12 +76,12 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
             ConfigError: an option is unknown or out of range.
         """
         super().reset(seed=seed)
-        obs_1D = self._core.reset(self.np_random, **start_arguments(options))
+        obs_1D = self.core.reset(self.np_random, **start_arguments(options))
         self._running = True
         return obs_1D[0], self._mask_info()
 
     def step(self, action: SupportsInt) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
-        """Act.
+        """Act in the episode.
 
         Raises:
             ConfigError: the action is none.
@@ -64,8 +90,8 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
         if not self._running:
             raise ResetNeeded("no episode is running: call reset() before step()")
         if not self.action_space.contains(action):
-            raise ConfigError("action", f"is {action!r}", self._core.actions.meaning)
-        batch = self._core.step(np.array([int(action)]))
+            raise ConfigError("action", f"is {action!r}", self.core.actions.meaning)
+        batch = self.core.step(np.array([int(action)]))
         ended = bool(batch.terminated_B[0])
         self._running = not ended
         info = _final_info(batch.finals) if ended else self._mask_info()
@@ -74,11 +100,11 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
 
     def action_masks(self) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [A] (sb3-contrib's name)."""
-        masks_A: BoolArray = self._core.action_masks()[0]
+        masks_A: BoolArray = self.core.action_masks()[0]
         return masks_A
 
     def _mask_info(self) -> dict[str, Any]:
-        if not self._core.actions.is_jump:
+        if not self.core.actions.is_jump:
             return {}
         return {"action_mask": self.action_masks().astype(np.int8)}
 

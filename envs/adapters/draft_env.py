@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from offramp.controller.costs.table import CostTable
-from offramp.controller.features import MAX_PENDING
 from offramp.envs.adapters.core_env import CoreEnv
 from offramp.envs.adapters.vector_env import CoreVectorEnv
 from offramp.envs.cores.draft_core import DraftExitCore
-from offramp.envs.traces.store import open_traces
-from offramp.envs.traces.tokens import TokenTraces
 
 
 class DraftExitEnv(CoreEnv):
@@ -138,61 +132,20 @@ class DraftExitEnv(CoreEnv):
     - v0: first version.
     """
 
-    def __init__(
-        self,
-        *,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        max_pending: int = MAX_PENDING,
-        cycles: int | None = None,
-        rate: float = 1.0,
-    ) -> None:
-        core = DraftExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=1,
-            max_pending=max_pending,
-            cycles=cycles,
-            rate=rate,
-            autoreset=False,
-        )
-        super().__init__(core)
-        self.set_rate = core.set_rate
+    core_type = DraftExitCore
+    core: DraftExitCore
+
+    def set_rate(self, rate: float) -> None:
+        """Move ρ, the tokens that a full-depth token's time is worth, from the next step on."""
+        self.core.set_rate(rate)
 
 
 class DraftExitVectorEnv(CoreVectorEnv):
-    """``DraftExitEnv`` for ``num_envs`` episodes in one vectorised core.
+    """``DraftExitEnv`` for ``num_envs`` episodes in one vectorised core; see there."""
 
-    Args:
-        num_envs: Number B of parallel episodes.
-        costs, traces, store, split, max_pending, cycles, rate: As for ``DraftExitEnv``.
+    core_type = DraftExitCore
+    core: DraftExitCore
 
-    Raises:
-        ConfigError: an argument is unusable.
-        TraceError: the traces are.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_envs: int = 1,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        max_pending: int = MAX_PENDING,
-        cycles: int | None = None,
-        rate: float = 1.0,
-    ) -> None:
-        core = DraftExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=num_envs,
-            max_pending=max_pending,
-            cycles=cycles,
-            rate=rate,
-        )
-        super().__init__(core)
-        self.set_rate = core.set_rate
+    def set_rate(self, rate: float) -> None:
+        """Move ρ, the tokens that a full-depth token's time is worth, from the next step on."""
+        self.core.set_rate(rate)

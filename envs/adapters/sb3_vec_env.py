@@ -6,25 +6,20 @@ V objectives of a reward vector.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Unpack
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.adapters.options import SequenceOptions, TokenOptions
 from offramp.envs.adapters.spaces import Core, action_space, observation_space, start_arguments
 from offramp.envs.cores.batch import StepBatch
-from offramp.envs.cores.sequence_core import SequenceExitCore
-from offramp.envs.cores.token_core import TokenExitCore
-from offramp.envs.traces.tokens import TokenTraces
 
 
 class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
-    """Any core as an SB3 vector of environments.
+    """Any core as an SB3 vector of environments: ``CoreVecEnv(TokenExitCore(traces, costs, …))``.
 
     ``infos[i]`` is empty but where an episode ended: there it holds the environment's info about it
     and ``terminal_observation``. ``reward_vectors`` has the last step's rewards by objective, as
@@ -35,9 +30,10 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
     ``env_method("action_masks")``.
 
     Args:
-        core: The episodes.
+        core: The episodes that are stepped.
 
     Attributes:
+        core: The episodes that are stepped.
         objectives: Names of the V entries of a reward vector.
         reward_vectors: [B, V] float64, unweighted; zeros before the first step.
     """
@@ -45,7 +41,7 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
     render_mode: str | None = None
 
     def __init__(self, core: Core) -> None:
-        self._core = core
+        self.core = core
         self._actions_B: NDArray[Any] | None = None
         self.objectives = core.objectives
         self.reward_vectors = np.zeros((core.num_envs, len(core.objectives)), np.float64)
@@ -57,7 +53,7 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
         Raises:
             ConfigError: an option is unknown, missing for an episode, or out of range.
         """
-        obs_BD = self._core.reset(self._seeds[0], **start_arguments(self._merged_options()))
+        obs_BD = self.core.reset(self._seeds[0], **start_arguments(self._merged_options()))
         self._reset_seeds()
         self._reset_options()
         return obs_BD
@@ -72,19 +68,19 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
         Raises:
             ConfigError: the actions are not B whole numbers in range.
         """
-        batch = self._core.step(np.asarray(self._actions_B))
+        batch = self.core.step(np.asarray(self._actions_B))
         self.reward_vectors = batch.vector_BV
         return batch.obs_BD, batch.reward_B.astype(np.float32), batch.terminated_B, _infos(batch)
 
     def action_masks(self) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [B, A]."""
-        return self._core.action_masks()
+        return self.core.action_masks()
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The same value for each episode asked about: they share one environment."""
+        """Give the value once for each episode asked about: they share one environment."""
         value = getattr(self, attr_name)
         return [value for _ in self._get_indices(indices)]
 
@@ -110,67 +106,6 @@ class CoreVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_baselines3
         if any(names != set(options) for options in self._options):
             raise ConfigError("options", "differ in their names", "Set the same for each episode")
         return {name: [options[name] for options in self._options] for name in sorted(names)}
-
-
-class TokenExitVecEnv(CoreVecEnv):
-    """``TokenExitEnv`` for ``num_envs`` tokens in one vectorised core.
-
-    Args:
-        traces: Recorded tokens.
-        costs: As for ``TokenExitEnv``, like all that follow.
-        num_envs: Number B of parallel episodes.
-        lambda_range: Lowest and highest weight λ of latency.
-        quality: How an exit's token is scored.
-        actions: ``gate`` or ``jump``.
-        jumps: Of ``jump``: the longest.
-        asks_first: Of ``jump``: begin before the first layer.
-        ends: Of ``jump``: one more action, full depth.
-        energy_range: Lowest and highest weight μ of energy.
-
-    Raises:
-        ConfigError: an argument is unusable.
-        TraceError: the traces are.
-    """
-
-    def __init__(
-        self,
-        traces: TokenTraces,
-        costs: CostTable,
-        *,
-        num_envs: int,
-        **options: Unpack[TokenOptions],
-    ) -> None:
-        core = TokenExitCore(
-            traces,
-            costs,
-            num_envs=num_envs,
-            **options,
-        )
-        super().__init__(core)
-
-
-class SequenceExitVecEnv(CoreVecEnv):
-    """``SequenceExitEnv`` for ``num_envs`` sequences in one vectorised core.
-
-    The arguments are those of ``SequenceExitEnv``, and ``num_envs``, the number B of parallel
-    episodes. Raises as that does.
-    """
-
-    def __init__(
-        self,
-        traces: TokenTraces,
-        costs: CostTable,
-        *,
-        num_envs: int,
-        **options: Unpack[SequenceOptions],
-    ) -> None:
-        core = SequenceExitCore(
-            traces,
-            costs,
-            num_envs=num_envs,
-            **options,
-        )
-        super().__init__(core)
 
 
 def _infos(batch: StepBatch) -> list[dict[str, Any]]:

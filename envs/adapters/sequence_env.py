@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Unpack
-
-from offramp.controller.costs.table import CostTable
 from offramp.envs.adapters.core_env import CoreEnv
-from offramp.envs.adapters.options import SequenceOptions
 from offramp.envs.cores.sequence_core import SequenceExitCore
-from offramp.envs.traces.store import open_traces
-from offramp.envs.traces.tokens import TokenTraces
 
 
 class SequenceExitEnv(CoreEnv):
@@ -29,7 +22,7 @@ class SequenceExitEnv(CoreEnv):
     |---|---|---|---|
     | step | tokens emitted so far, the prompt's own one counted / 256 | 0 … | 256 tokens |
     | left | tokens still to come, this one counted / 256 | 0 … | 256 tokens |
-    | pending | tokens put off / the most allowed (``defer``; else 0) | 0 … 1 | share |
+    | pending | pending tokens / the most allowed (``defer``; else 0) | 0 … 1 | share |
     | debt | moving average (0.9) of the share of layers its tokens skipped | 0 … 1 | share |
     | acceptance | 1: only drafts and policies that learn while serving get verdicts | 1 | share |
     | last_depth | layers of the last token / number of layers | 0 … 1 | share |
@@ -59,15 +52,15 @@ class SequenceExitEnv(CoreEnv):
       features stay those of the exact cache. Its two numbers are fitted on-policy
       (``benchmarks/debt.py``; docs/environments.md has the fit and its errors).
     - ``kv_mode="defer"``: the cache is exact, qualities are the recorded ones. Instead, a token
-      that left after layer e is put off, and runs its deeper layers with the row's next token
-      that comes past e, as far as that one goes. A layer with m put-off tokens aboard costs what
-      the cost table's spans say of 1 + m tokens (or 1 + m · ``rider_share`` layers). Once
-      ``max_pending`` tokens are put off the next one runs all layers unasked, within the same
-      step, which then pays for both. Nothing is filled. What is still put off at the end is
+      that left after layer e is postponed, and runs its deeper layers with the row's next token
+      that comes past e, as far as that one goes. A layer with m pending tokens aboard costs what
+      the cost table's spans say of 1 + m tokens (or 1 + m · ``pending_share`` layers). Once
+      ``max_pending`` tokens are pending the next one runs all layers unasked, within the same
+      step, which then pays for both. Nothing is filled. What is still pending at the end is
       never run.
 
     With n = ``rows`` > 1 a row pays the n-th part of the launch: the others are taken to stay, so
-    leaving alone saves the share, not the layer. Put-off tokens are the row's own account.
+    leaving alone saves the share, not the layer. Pending tokens are the row's own account.
 
     ## Start
 
@@ -93,7 +86,7 @@ class SequenceExitEnv(CoreEnv):
 
     - ``horizon``: tokens of an episode at most, by default 64.
     - ``kv_mode`` (``project``), ``debt_loss`` (0.215), ``debt_power`` (0.5), ``max_pending`` (8),
-      ``rider_share`` (None): see Reward.
+      ``pending_share`` (None): see Reward.
     - ``rows``: numbers of rows in the batch, one drawn per episode, by default (1,); the cost table
       must hold them.
     - all others: as of ``TokenExitEnv``.
@@ -141,20 +134,4 @@ class SequenceExitEnv(CoreEnv):
     - v0: first version.
     """
 
-    def __init__(
-        self,
-        *,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        **options: Unpack[SequenceOptions],
-    ) -> None:
-        core = SequenceExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=1,
-            autoreset=False,
-            **options,
-        )
-        super().__init__(core)
+    core_type = SequenceExitCore

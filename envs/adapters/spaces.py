@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.charges.tradeoffs import largest_log
-from offramp.envs.cores.actions import Actions
 from offramp.envs.cores.batch import StepBatch
 from offramp.envs.cores.token_core import FEATURE_LIMIT
+from offramp.envs.cores.walk import Actions
 
 OPTIONS = {"token": "tokens", "lambda": "lambdas", "mu": "mus"}
 """Names that Gymnasium's reset options have as arguments of a core's ``reset``."""

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Unpack
-
-from offramp.controller.costs.table import CostTable
 from offramp.envs.adapters.core_env import CoreEnv
-from offramp.envs.adapters.options import TokenOptions
 from offramp.envs.cores.token_core import TokenExitCore
-from offramp.envs.traces.store import open_traces
-from offramp.envs.traces.tokens import TokenTraces
 
 
 class TokenExitEnv(CoreEnv):
@@ -74,7 +67,7 @@ class TokenExitEnv(CoreEnv):
     rest of the way. The last step adds the quality.
 
     Qualities: ``logprob_gap`` is 1 + clip(gap, −5, 0) / 5 nats; ``agreement`` is 1 if the token is
-    the full-depth one, else 0; more in ``offramp.envs.traces.qualities``.
+    the full-depth one, else 0; more in ``offramp.envs.traces.tokens``.
 
     ## Start
 
@@ -151,20 +144,4 @@ class TokenExitEnv(CoreEnv):
       first release. Gates draw, observe and reward as before.
     """
 
-    def __init__(
-        self,
-        *,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        **options: Unpack[TokenOptions],
-    ) -> None:
-        core = TokenExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=1,
-            autoreset=False,
-            **options,
-        )
-        super().__init__(core)
+    core_type = TokenExitCore

@@ -6,8 +6,9 @@ V objectives of a reward vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.envs.adapters.options import SequenceOptions, TokenOptions
 from offramp.envs.adapters.spaces import (
     Core,
     action_space,
@@ -39,16 +39,40 @@ class CoreVectorEnv(VectorEnv[FloatArray, NDArray[np.int64], NDArray[Any]]):
     Gymnasium's own vector of single environments, masks and all.
 
     Args:
-        core: The episodes.
+        num_envs: Number B of parallel episodes.
+        costs, traces, store, split: What episodes replay and are charged, as for ``CoreEnv``.
+        options: Passed on to the core, which says what they mean. Options of ``reset`` are those
+            of the single environment, one value or one per episode.
+
+    Attributes:
+        core: The episodes that are stepped.
+
+    Raises:
+        ConfigError: an argument is unusable.
+        TraceError: the traces or the store are.
     """
+
+    core_type: ClassVar[Callable[..., Core]]
+    """Makes the core; what a subclass sets."""
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - gymnasium declares it an instance attribute
         "render_modes": [],
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(
+        self,
+        *,
+        num_envs: int = 1,
+        costs: CostTable,
+        traces: TokenTraces | None = None,
+        store: Path | str | None = None,
+        split: str | None = None,
+        **options: Any,
+    ) -> None:
+        recorded = open_traces(traces, store, split)
+        core = type(self).core_type(recorded, costs, num_envs=num_envs, **options)
+        self.core = core
         self.num_envs = core.num_envs
         self.single_observation_space = observation_space(core)
         self.single_action_space = action_space(core)
@@ -66,7 +90,7 @@ class CoreVectorEnv(VectorEnv[FloatArray, NDArray[np.int64], NDArray[Any]]):
             ConfigError: an option is unknown or out of range.
         """
         super().reset(seed=seed)
-        obs_BD = self._core.reset(self.np_random, **start_arguments(options))
+        obs_BD = self.core.reset(self.np_random, **start_arguments(options))
         return obs_BD, self._mask_infos()
 
     def step(
@@ -77,89 +101,32 @@ class CoreVectorEnv(VectorEnv[FloatArray, NDArray[np.int64], NDArray[Any]]):
         Raises:
             ConfigError: the actions are not B whole numbers in range.
         """
-        batch = self._core.step(actions)
+        batch = self.core.step(actions)
         infos = self._mask_infos() | _infos(batch)
         truncated_B = np.zeros_like(batch.terminated_B)
         return batch.obs_BD, batch.reward_B, batch.terminated_B, truncated_B, infos
 
     def action_masks(self) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [B, A]."""
-        return self._core.action_masks()
+        return self.core.action_masks()
 
     def _mask_infos(self) -> dict[str, Any]:
-        if not self._core.actions.is_jump:
+        if not self.core.actions.is_jump:
             return {}
         masks_BA = self.action_masks().astype(np.int8)
         return {"action_mask": masks_BA, "_action_mask": np.ones(self.num_envs, np.bool_)}
 
 
 class TokenExitVectorEnv(CoreVectorEnv):
-    """``TokenExitEnv`` for ``num_envs`` tokens in one vectorised core.
+    """``TokenExitEnv`` for ``num_envs`` tokens in one vectorised core; see there."""
 
-    Options of ``reset`` are those of ``TokenExitEnv``, one value or one per episode.
-
-    Args:
-        num_envs: Number B of parallel episodes.
-        costs: As for ``TokenExitEnv``, like all that follow.
-        traces: Tokens in memory.
-        store: Folder of a ``TraceStore``.
-        split: With ``store``, which split.
-        lambda_range: Lowest and highest weight λ of latency.
-        quality: How an exit's token is scored.
-        actions: ``gate`` or ``jump``.
-        jumps: Of ``jump``: the longest.
-        asks_first: Of ``jump``: begin before the first layer.
-        ends: Of ``jump``: one more action, full depth.
-        energy_range: Lowest and highest weight μ of energy.
-
-    Raises:
-        ConfigError: an argument is unusable.
-        TraceError: the traces or the store are.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_envs: int = 1,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        **options: Unpack[TokenOptions],
-    ) -> None:
-        core = TokenExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=num_envs,
-            **options,
-        )
-        super().__init__(core)
+    core_type = TokenExitCore
 
 
 class SequenceExitVectorEnv(CoreVectorEnv):
-    """``SequenceExitEnv`` for ``num_envs`` sequences in one vectorised core.
+    """``SequenceExitEnv`` for ``num_envs`` sequences in one vectorised core; see there."""
 
-    Options of ``reset`` are those of ``SequenceExitEnv``, one value or one per episode; so are
-    the arguments, and ``num_envs``, the number B of parallel episodes. Raises as that does.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_envs: int = 1,
-        costs: CostTable,
-        traces: TokenTraces | None = None,
-        store: Path | str | None = None,
-        split: str | None = None,
-        **options: Unpack[SequenceOptions],
-    ) -> None:
-        core = SequenceExitCore(
-            open_traces(traces, store, split),
-            costs,
-            num_envs=num_envs,
-            **options,
-        )
-        super().__init__(core)
+    core_type = SequenceExitCore
 
 
 def _infos(batch: StepBatch) -> dict[str, Any]:

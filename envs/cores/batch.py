@@ -45,7 +45,7 @@ class StepBatch(NamedTuple):
 
     Attributes:
         obs_BD: Next observations; of the next episode where one ended (with autoreset), float32.
-        reward_B: Rewards, float64.
+        reward_B: Reward of each episode's step, float64.
         terminated_B: Where an episode ended.
         finals: About those that ended.
         vector_BV: The same reward by objective, unweighted: quality, −latency and, if the costs

@@ -14,17 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING, BoolArray, FloatArray
-from offramp.envs.cores.actions import Actions
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
 from offramp.envs.cores.draft_tables import (
+    COLUMNS,
     CandidateDrafts,
     DraftActions,
     DraftPrices,
     DraftTables,
+    DraftView,
     require_arguments,
     require_same_model,
 )
-from offramp.envs.cores.draft_view import COLUMNS, DraftView
+from offramp.envs.cores.walk import Actions
 from offramp.envs.traces.tokens import TokenTraces
 
 COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls")

@@ -22,11 +22,11 @@ class History:
     """B rows, as they stand before their next token.
 
     Args:
-        num_envs: Number B.
+        num_envs: Number B of rows.
         layer_E1: Layers executed at each exit and at full depth.
 
     Attributes:
-        step_B: Tokens decided.
+        step_B: Tokens that each row has decided.
         left_B: Tokens to come.
         debt_BE1: Moving average of the layers that its tokens skipped of those up to each exit,
             as a share of all layers: what a token that leaves there reads of projected entries.

@@ -8,7 +8,7 @@ reward vector.
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,24 +17,24 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, BoolArray, FloatArray
 from offramp.controller.traces import TraceHeader
-from offramp.envs.adapters.options import DebtMode
-from offramp.envs.charges.riders import Riders, added_by_riders
+from offramp.envs.charges.pending import PendingTokens, added_by_pending
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
-from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import Finals, IndexArray, RewardArray, StepBatch
 from offramp.envs.cores.history import ACTIVE, PENDING, History
 from offramp.envs.cores.token_core import checked_costs, checked_tokens
-from offramp.envs.cores.walk import Walk
-from offramp.envs.traces.qualities import Quality
+from offramp.envs.cores.walk import ActionKind, Actions, Walk
 from offramp.envs.traces.sequences import Sequences
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 DEBT_LOSS, DEBT_POWER = 0.215, 0.5
 """Under projected keys and values a token loses loss · debt^power of its quality.
 
 Fitted on-policy to the reference model (benchmarks/debt.py; docs/environments.md has the fit).
 """
+
+DebtMode = Literal["project", "defer"]
+"""What becomes of skipped layers: projected at once, or run later by the token that goes past."""
 
 
 class SequenceExitCore:
@@ -49,9 +49,9 @@ class SequenceExitCore:
         num_envs: Number B of parallel episodes.
         horizon: Tokens of an episode at most.
         kv_mode: ``project`` or ``defer``.
-        debt_loss, debt_power: Of ``project``: a token loses loss · debt^power of its quality.
-        max_pending: Of ``defer``: tokens that may be put off.
-        rider_share: Of ``defer``: what a put-off token adds to a layer, as a share of a layer;
+        debt_loss, debt_power: How debt harms in ``project``: a token loses loss · debt^power of its quality.
+        max_pending: Tokens that may be pending in ``defer``.
+        pending_share: What a pending token adds to a layer in ``defer``, as a share of a layer;
             None reads it off the cost table's spans.
         rows: Numbers of rows in the batch to draw from.
         lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: As of
@@ -78,7 +78,7 @@ class SequenceExitCore:
         debt_loss: float = DEBT_LOSS,
         debt_power: float = DEBT_POWER,
         max_pending: int = MAX_PENDING,
-        rider_share: float | None = None,
+        pending_share: float | None = None,
         rows: tuple[int, ...] = (1,),
         lambda_range: Range = DEFAULT_LAMBDA_RANGE,
         quality: Quality = "logprob_gap",
@@ -102,10 +102,12 @@ class SequenceExitCore:
         self.actions = Actions(actions, len(header.exits), jumps, asks_first, ends)
         self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
         self._walk = Walk(traces, token_costs, self.actions, num_envs)
-        self._riders: Riders | None = None
+        self._pending: PendingTokens | None = None
         if is_deferred:
-            added_MO = added_by_riders(costs, max_pending, rider_share)
-            self._riders = Riders(header.exits, header.layers, max_pending, added_MO, num_envs)
+            added_MO = added_by_pending(costs, max_pending, pending_share)
+            self._pending = PendingTokens(
+                header.exits, header.layers, max_pending, added_MO, num_envs
+            )
         self.num_columns = self._walk.width + OUTLOOK_V1.width + len(self.weights.names)
         self._autoreset = autoreset
         self._debt_loss, self._debt_power = 0.0 if is_deferred else debt_loss, debt_power
@@ -171,8 +173,8 @@ class SequenceExitCore:
         """
         target_B, column_B, is_done_B = self._walk.targets(actions_B)
         paid_BO = self._walk.pay(column_B)
-        if self._riders is not None:
-            paid_BO += self._walk.way(self._riders.way_BPO, np.arange(self.num_envs), column_B)
+        if self._pending is not None:
+            paid_BO += self._walk.way(self._pending.way_BPO, np.arange(self.num_envs), column_B)
         vector_BV = np.zeros((self.num_envs, len(self.objectives)), np.float64)
         vector_BV[:, 1:] = -paid_BO
         done_K = np.flatnonzero(is_done_B)
@@ -205,17 +207,19 @@ class SequenceExitCore:
         sums_B4[place_K, 1] += agree_K
         sums_B4[place_K, 2] += self._walk.probes_B[place_K]
         self._history.add(place_K, layer_K / self._layers)
-        if self._riders is not None:
-            self._riders.settle(place_K, column_K)
+        if self._pending is not None:
+            self._pending.settle(place_K, column_K)
         quality_K: RewardArray = kept_K * self._quality_NE1[token_K, column_K]
         return quality_K
 
     def _run_unasked(self, done_K: IndexArray, vector_BV: RewardArray) -> None:
-        """Rows that can put off no more: their next token runs all layers, unasked."""
-        if self._riders is None:
+        """Rows that can leave no more pending: their next token runs all layers, unasked."""
+        if self._pending is None:
             return
-        forced_K = done_K[self._riders.are_full(done_K) & (self._history.left_B[done_K] > 0)]
-        vector_BV[forced_K, 1:] -= self._walk.unasked(forced_K) + self._riders.way_BPO[forced_K, -1]
+        forced_K = done_K[self._pending.are_full(done_K) & (self._history.left_B[done_K] > 0)]
+        vector_BV[forced_K, 1:] -= (
+            self._walk.unasked(forced_K) + self._pending.way_BPO[forced_K, -1]
+        )
         vector_BV[forced_K, 0] += self._settle(forced_K, np.full(len(forced_K), self._full))
         self._sums_B4[forced_K, 3] += 1
         self._next(forced_K)
@@ -238,15 +242,15 @@ class SequenceExitCore:
         self._walk.begin(place_K, token_K)
         self._history.begin(place_K, self._sequences.length_N[token_K])
         self._history.outlook_BC[place_K, ACTIVE] = self._active_C[self._walk.crowd_B[place_K]]
-        if self._riders is not None:
-            self._riders.begin(place_K)
+        if self._pending is not None:
+            self._pending.begin(place_K)
 
     def _observe(self) -> FloatArray:
         obs_BD = np.empty((self.num_envs, self.num_columns), np.float32)
         self._walk.observe(obs_BD, np.arange(self.num_envs))
         outlook_BC = self._history.outlook_BC
-        if self._riders is not None:
-            outlook_BC[:, PENDING] = self._riders.count_B / self._max_pending
+        if self._pending is not None:
+            outlook_BC[:, PENDING] = self._pending.count_B / self._max_pending
         width, weights = self._walk.width, len(self.weights.names)
         obs_BD[:, width:-weights] = outlook_BC
         obs_BD[:, -weights:] = self.weights.log_BW

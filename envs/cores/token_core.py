@@ -17,12 +17,10 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.charges.token_costs import ENERGY, LATENCY, TokenCosts, costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
-from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
-from offramp.envs.cores.walk import Walk
+from offramp.envs.cores.walk import ActionKind, Actions, Walk
 from offramp.envs.traces.pairs import schema_of
-from offramp.envs.traces.qualities import Quality
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 FEATURE_LIMIT = 100.0
 """Largest magnitude of a feature: the observation's declared bounds rest on it."""
@@ -35,16 +33,16 @@ class TokenExitCore:
     replacement and the weights log-uniformly, from one PCG64 generator, in order of place.
 
     Args:
-        traces: Recorded tokens.
+        traces: Recorded tokens that episodes replay.
         costs: Measured costs of the model that was recorded.
         num_envs: Number B of parallel episodes.
         lambda_range: Lowest and highest weight λ of latency; equal for a single one.
         quality: How an exit's token is scored.
         autoreset: Start the next episode in the step that ends one.
         actions: ``gate`` (go on or leave) or ``jump`` (leave, or which exit to probe next).
-        jumps: Of ``jump``: the longest, in exits; None allows all.
-        asks_first: Of ``jump``: begin before the first layer, choosing the first exit to probe.
-        ends: Of ``jump``: one more action, full depth from wherever it stands.
+        jumps: Longest jump, in exits; None allows all. For ``jump`` only, like the next two.
+        asks_first: Begin before the first layer, choosing the first exit to probe.
+        ends: Allow one more action, full depth from wherever it stands.
         energy_range: Lowest and highest weight μ of energy; None does not weigh it.
 
     Attributes:

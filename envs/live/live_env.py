@@ -17,11 +17,11 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
 from offramp.envs.adapters.spaces import box_of, checked_options, reward_box
-from offramp.envs.charges.meter import TokenMeter
+from offramp.envs.charges.pending import TokenMeter
 from offramp.envs.charges.token_costs import costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
-from offramp.envs.cores.actions import ActionKind, Actions
 from offramp.envs.cores.batch import RewardArray
+from offramp.envs.cores.walk import ActionKind, Actions
 from offramp.envs.live.session import LiveSession, LiveToken, Moment, Question
 
 LIVE_QUALITIES = ("agreement", "label")
@@ -73,7 +73,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
 
     - ``open_session``: gives the ``LiveSession``; it is closed with the environment.
     - ``costs``: measured ``CostTable`` of the session's model.
-    - ``rider_share``: as of ``SequenceExitEnv``, for sessions in ``defer`` mode.
+    - ``pending_share``: as of ``SequenceExitEnv``, for sessions in ``defer`` mode.
     - ``quality``: ``agreement`` or ``label``.
     - ``lambda_range``, ``energy_range``, ``actions``, ``jumps``, ``ends``: as of ``TokenExitEnv``.
 
@@ -129,7 +129,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
         *,
         open_session: Callable[[], LiveSession],
         costs: CostTable,
-        rider_share: float | None = None,
+        pending_share: float | None = None,
         lambda_range: Range = DEFAULT_LAMBDA_RANGE,
         quality: str = "agreement",
         actions: ActionKind = "jump",
@@ -146,7 +146,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
             costs_for(costs, session.model, session.layers, session.schema.name),
             session.exits,
             session.layers,
-            rider_share=rider_share,
+            pending_share=pending_share,
             max_pending=session.max_pending if session.kv_mode == "defer" else None,
         )
         self._actions = Actions(actions, len(session.exits), jumps, session.asks_first, ends)
@@ -211,7 +211,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
         return masks_A
 
     def close(self) -> None:
-        """Close the session."""
+        """Close the session that decodes."""
         self._question = None
         self._session.close()
 

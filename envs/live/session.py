@@ -73,7 +73,7 @@ class LiveSession(Protocol):
         layers: Number of layers.
         schema: The features it asks with.
         kv_mode: What becomes of skipped layers.
-        max_pending: Of ``defer``: tokens that may be put off.
+        max_pending: Tokens that may be pending in ``defer``.
         asks_first: Whether it also asks before the first layer.
     """
 

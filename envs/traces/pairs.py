@@ -62,7 +62,7 @@ class PairFeatures:
     """The compared columns of every token, for every pair of exits.
 
     Args:
-        traces: Recorded tokens.
+        traces: Recorded tokens, each probed at every exit.
 
     Attributes:
         columns: Places of the Q compared columns in the schema.

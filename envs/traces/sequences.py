@@ -16,7 +16,7 @@ class Sequences:
     """Runs of recorded tokens of one document, in order.
 
     Args:
-        traces: Recorded tokens.
+        traces: Recorded tokens, document by document.
         horizon: Tokens of a run; of a shorter document, the whole of it.
 
     Attributes:

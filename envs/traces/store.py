@@ -42,7 +42,7 @@ class ChunkEntry(BaseModel, frozen=True, extra="forbid"):
     split: str = Field(min_length=1)
 
 
-class Manifest(BaseModel, frozen=True, extra="forbid"):
+class StoreManifest(BaseModel, frozen=True, extra="forbid"):
     """The content of ``manifest.json``.
 
     Attributes:
@@ -65,7 +65,7 @@ class TraceStore:
         folder: Where the chunks and the manifest lie.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
         self._manifest = manifest
 
@@ -83,7 +83,7 @@ class TraceStore:
                 str(path), "already holds a trace store", "Open it or choose another folder"
             )
         _check_schema(path, header)
-        store = cls(path, Manifest(version=TRACE_VERSION, header=header))
+        store = cls(path, StoreManifest(version=TRACE_VERSION, header=header))
         store._commit(store._manifest)
         return store
 
@@ -162,7 +162,7 @@ class TraceStore:
             content = _read_checked(path, entry.sha256)
             yield _decode_named(path, content, self.header, entry)
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, manifest: StoreManifest) -> None:
         content = manifest.model_dump_json(indent=1).encode()
         write_traces(self.folder / MANIFEST, content)
         self._manifest = manifest
@@ -222,7 +222,7 @@ def write_traces(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path) -> StoreManifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -239,7 +239,7 @@ def _read_manifest(path: Path) -> Manifest:
             "Record again with this version of offramp",
         )
     try:
-        return Manifest.model_validate(raw)
+        return StoreManifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise TraceError(

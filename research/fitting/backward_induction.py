@@ -13,8 +13,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SCHEMAS, IntArray
 from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy, terms
 from offramp.envs.charges.token_costs import TokenCosts
-from offramp.envs.traces.qualities import Quality
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 RIDGE = 1.0
 """Penalty on squared coefficients, per token: one token's worth of shrinkage."""

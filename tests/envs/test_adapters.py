@@ -37,13 +37,14 @@ from offramp.envs import (
     TokenTraces,
     TraceStore,
 )
-from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
+from offramp.envs.cores.token_core import TokenExitCore
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (ENV_ID, {}),
     (ENV_ID, {"actions": "jump", "asks_first": True, "ends": True}),
     (SEQUENCE_ENV_ID, {}),
-    (SEQUENCE_ENV_ID, {"actions": "gate", "kv_mode": "defer", "rider_share": 0.2}),
+    (SEQUENCE_ENV_ID, {"actions": "gate", "kv_mode": "defer", "pending_share": 0.2}),
 ]
 
 
@@ -198,7 +199,7 @@ def test_the_sb3_vec_env_gives_what_the_vector_env_gives(
     traces: TokenTraces, costs: CostTable
 ) -> None:
     vector = TokenExitVectorEnv(num_envs=8, traces=traces, costs=costs, quality="agreement")
-    vec_env = TokenExitVecEnv(traces, costs, num_envs=8, quality="agreement")
+    vec_env = CoreVecEnv(TokenExitCore(traces, costs, num_envs=8, quality="agreement"))
     vec_env.seed(11)
     np.testing.assert_array_equal(vector.reset(seed=11)[0], vec_env.reset())
     rng = np.random.default_rng(0)

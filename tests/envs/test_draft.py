@@ -16,7 +16,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
-from offramp.envs.adapters.draft_sb3 import DraftExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from support.cost_tables import measured
 from support.drafting import SlowEpisode, drafted_traces
 
@@ -151,7 +151,7 @@ def test_gymnasium_and_sb3_find_nothing_wrong(traces: TokenTraces) -> None:
 
 
 def test_sb3_vectors_say_what_an_ended_episode_was(traces: TokenTraces) -> None:
-    env = DraftExitVecEnv(traces, measured(MODEL), num_envs=2, cycles=1)
+    env = CoreVecEnv(DraftExitCore(traces, measured(MODEL), num_envs=2, cycles=1))
     env.reset()
     obs_BD, reward_B, done_B, infos = env.step(np.array([3, 3]))
     assert done_B.all()

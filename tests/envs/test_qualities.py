@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import offramp.envs.traces.qualities
+import offramp.envs.traces.tokens
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.envs import TokenExitCore, TokenTraces, quality_names, register_quality
@@ -16,8 +16,8 @@ from offramp.envs import TokenExitCore, TokenTraces, quality_names, register_qua
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = dict(offramp.envs.traces.qualities._REGISTRY)
-    monkeypatch.setattr(offramp.envs.traces.qualities, "_REGISTRY", registry)
+    registry = dict(offramp.envs.traces.tokens._REGISTRY)
+    monkeypatch.setattr(offramp.envs.traces.tokens, "_REGISTRY", registry)
 
 
 def test_labels_are_the_documents_own_next_token_for_exits_and_for_full_depth(
@@ -39,7 +39,7 @@ def test_a_registered_quality_is_what_episodes_earn(traces: TokenTraces, costs: 
 
 
 def test_the_documented_example_registers_and_works(traces: TokenTraces) -> None:
-    for example in doctest.DocTestFinder().find(offramp.envs.traces.qualities):
+    for example in doctest.DocTestFinder().find(offramp.envs.traces.tokens):
         assert not doctest.DocTestRunner().run(example, clear_globs=False).failed
     quality_NE1 = traces.quality("sure_agreement")
     assert set(np.unique(quality_NE1)) == {0, 0.5, 1}
@@ -48,7 +48,7 @@ def test_the_documented_example_registers_and_works(traces: TokenTraces) -> None
 def test_a_name_is_not_taken_twice() -> None:
     with pytest.raises(ConfigError, match="'label' is taken"):
         register_quality("label", lambda t: t.agree_NE)
-    register_quality("label", offramp.envs.traces.qualities.label)  # the same again is fine
+    register_quality("label", offramp.envs.traces.tokens.label)  # the same again is fine
 
 
 @pytest.mark.parametrize(

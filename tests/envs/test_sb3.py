@@ -19,7 +19,8 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.envs import TokenTraces
-from offramp.envs.adapters.sb3_vec_env import TokenExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
+from offramp.envs.cores.token_core import TokenExitCore
 
 ENVS, STEPS = 6, 16
 
@@ -33,8 +34,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def vec_env(traces: TokenTraces, costs: CostTable) -> TokenExitVecEnv:
-    return TokenExitVecEnv(traces, costs, num_envs=ENVS, lambda_range=(0.05, 1.0))
+def vec_env(traces: TokenTraces, costs: CostTable) -> CoreVecEnv:
+    return CoreVecEnv(TokenExitCore(traces, costs, num_envs=ENVS, lambda_range=(0.05, 1.0)))
 
 
 class Infos(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
@@ -49,7 +50,7 @@ class Infos(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
 
 
 def collect(
-    vec_env: TokenExitVecEnv, gamma: float = 1.0
+    vec_env: CoreVecEnv, gamma: float = 1.0
 ) -> tuple[Any, NDArray[np.bool_], FloatArray, Infos]:
     model = PPO(
         "MlpPolicy",
@@ -87,20 +88,20 @@ def plain_returns(
     return returns
 
 
-def test_sb3_returns_and_advantages_match_a_plain_loop(vec_env: TokenExitVecEnv) -> None:
+def test_sb3_returns_and_advantages_match_a_plain_loop(vec_env: CoreVecEnv) -> None:
     buffer, last_done_B, last_value_B, _ = collect(vec_env)
     expected = plain_returns(buffer, last_done_B, last_value_B)
     np.testing.assert_allclose(buffer.returns, expected, atol=1e-5)
     np.testing.assert_allclose(buffer.advantages, expected - buffer.values, atol=1e-5)
 
 
-def test_the_plain_loop_disagrees_with_discounted_returns(vec_env: TokenExitVecEnv) -> None:
+def test_the_plain_loop_disagrees_with_discounted_returns(vec_env: CoreVecEnv) -> None:
     buffer, last_done_B, last_value_B, _ = collect(vec_env, gamma=0.9)
     expected = plain_returns(buffer, last_done_B, last_value_B)
     assert np.abs(buffer.returns - expected).max() > 1e-2
 
 
-def test_returns_at_an_episodes_start_are_the_closed_form(vec_env: TokenExitVecEnv) -> None:
+def test_returns_at_an_episodes_start_are_the_closed_form(vec_env: CoreVecEnv) -> None:
     buffer, _, _, callback = collect(vec_env)
     infos = callback.seen
     checked = 0
@@ -115,7 +116,7 @@ def test_returns_at_an_episodes_start_are_the_closed_form(vec_env: TokenExitVecE
     assert checked > 20
 
 
-def test_ppo_trains_directly_and_under_a_monitor(vec_env: TokenExitVecEnv) -> None:
+def test_ppo_trains_directly_and_under_a_monitor(vec_env: CoreVecEnv) -> None:
     model = PPO("MlpPolicy", vec_env, n_steps=8, batch_size=48, n_epochs=1, device="cpu")
     before = [p.clone() for p in model.policy.parameters()]
     model.learn(ENVS * 8 * 2)
@@ -132,7 +133,8 @@ def test_ppo_learns_to_leave_only_when_time_is_dear(
     traces: TokenTraces, costs: CostTable, preference: float, leaves: bool
 ) -> None:
     """Both start from the same weights, so at least one of the two must have been learned."""
-    vec_env = TokenExitVecEnv(traces, costs, num_envs=64, lambda_range=(preference, preference))
+    core = TokenExitCore(traces, costs, num_envs=64, lambda_range=(preference, preference))
+    vec_env = CoreVecEnv(core)
     model = PPO(
         "MlpPolicy",
         vec_env,
@@ -150,7 +152,7 @@ def test_ppo_learns_to_leave_only_when_time_is_dear(
     assert np.mean(actions == leaves) > 0.9
 
 
-def test_every_info_is_a_dict_of_its_own(vec_env: TokenExitVecEnv) -> None:
+def test_every_info_is_a_dict_of_its_own(vec_env: CoreVecEnv) -> None:
     vec_env.reset()
     for _ in range(3):
         *_, infos = vec_env.step(np.zeros(ENVS, np.int64))
@@ -161,7 +163,7 @@ def test_every_info_is_a_dict_of_its_own(vec_env: TokenExitVecEnv) -> None:
     assert not any("mine" in info for info in infos)
 
 
-def test_seeds_count_from_the_next_reset_and_only_once(vec_env: TokenExitVecEnv) -> None:
+def test_seeds_count_from_the_next_reset_and_only_once(vec_env: CoreVecEnv) -> None:
     vec_env.seed(4)
     first = vec_env.reset()
     second = vec_env.reset()
@@ -170,7 +172,7 @@ def test_seeds_count_from_the_next_reset_and_only_once(vec_env: TokenExitVecEnv)
     assert not np.array_equal(first, second)
 
 
-def test_options_set_the_first_episodes_only(vec_env: TokenExitVecEnv, traces: TokenTraces) -> None:
+def test_options_set_the_first_episodes_only(vec_env: CoreVecEnv, traces: TokenTraces) -> None:
     vec_env.set_options([{"token": token, "lambda": 0.5} for token in range(ENVS)])
     np.testing.assert_array_equal(vec_env.reset()[:, :-1], traces.features_NEF[:ENVS, 0])
     assert not np.array_equal(vec_env.reset()[:, :-1], traces.features_NEF[:ENVS, 0])
@@ -179,7 +181,7 @@ def test_options_set_the_first_episodes_only(vec_env: TokenExitVecEnv, traces: T
         vec_env.reset()
 
 
-def test_attributes_are_shared_and_cannot_be_set(vec_env: TokenExitVecEnv) -> None:
+def test_attributes_are_shared_and_cannot_be_set(vec_env: CoreVecEnv) -> None:
     assert vec_env.get_attr("render_mode", [0, 3]) == [None, None]
     assert vec_env.get_attr("num_envs", 2) == [ENVS]
     assert not vec_env.has_attr("no_such_thing")

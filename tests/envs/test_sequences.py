@@ -15,7 +15,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.envs import SequenceExitCore, TokenTraces
-from offramp.envs.adapters.sb3_vec_env import SequenceExitVecEnv
+from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from support.cost_tables import measured
 from support.probing import Invented, invent
 
@@ -34,7 +34,7 @@ def traces(invented: Invented) -> TokenTraces:
 
 
 @dataclass
-class Row:
+class SlowRow:
     """One row, as slowly as it can be said. Layers are run one by one."""
 
     traces: TokenTraces
@@ -48,7 +48,7 @@ class Row:
     step: int = 0
     last: float = 1.0
     depths: list[int] = field(default_factory=list)
-    open: list[int] = field(default_factory=list)  # depths of the tokens put off, oldest first
+    open: list[int] = field(default_factory=list)  # depths of the pending tokens, oldest first
 
     def read(self, depth: int) -> float:
         """Layers skipped of those up to a depth, the k-th last token weighted 0.1 · 0.9^k."""
@@ -114,10 +114,10 @@ def test_any_play_earns_and_sees_what_a_plain_loop_does(
     core = SequenceExitCore(
         traces, costs, num_envs=1, horizon=horizon, kv_mode=mode, debt_loss=0.3, debt_power=0.5,
         max_pending=2,
-        rider_share=0.25, autoreset=False, lambda_range=(0.5, 0.5), quality="agreement",
+        pending_share=0.25, autoreset=False, lambda_range=(0.5, 0.5), quality="agreement",
         asks_first=True,
     )  # fmt: skip
-    row = Row(traces, costs, mode, start, min(horizon, 20 - start % 20))
+    row = SlowRow(traces, costs, mode, start, min(horizon, 20 - start % 20))
     obs_BD = core.reset(tokens=start)
     expected_quality = expected_cost = earned = 0.0
     tokens = unasked = 0
@@ -172,7 +172,7 @@ def test_without_exits_the_modes_are_full_depth_and_cost_the_same(
 ) -> None:
     for mode in ("project", "defer"):
         core = SequenceExitCore(
-            traces, costs, num_envs=1, horizon=5, kv_mode=mode, rider_share=1.0, ends=True,
+            traces, costs, num_envs=1, horizon=5, kv_mode=mode, pending_share=1.0, ends=True,
             asks_first=True, autoreset=False,
         )  # fmt: skip
         core.reset(tokens=0)
@@ -184,7 +184,7 @@ def test_without_exits_the_modes_are_full_depth_and_cost_the_same(
         assert info["probes"] == 0
 
 
-def test_riders_cost_what_the_spans_say_and_rows_share_a_launch(invented: Invented) -> None:
+def test_pending_cost_what_the_spans_say_and_rows_share_a_launch(invented: Invented) -> None:
     costs = dataclasses.replace(measured(), layers=8, model="")
     one, eight = (
         SequenceExitCore(
@@ -232,7 +232,7 @@ def test_a_seed_fixes_everything_and_arrays_are_never_reused(
 ) -> None:
     def play(seed: int) -> list[Any]:
         core = SequenceExitCore(
-            traces, costs, num_envs=7, horizon=4, kv_mode="defer", rider_share=0.1, max_pending=1
+            traces, costs, num_envs=7, horizon=4, kv_mode="defer", pending_share=0.1, max_pending=1
         )
         rng = np.random.default_rng(1)
         out: list[Any] = [core.reset(seed)]
@@ -257,7 +257,7 @@ def test_rows_of_the_batch_are_drawn_and_shown(traces: TokenTraces) -> None:
 
 
 def test_a_vector_plays_what_single_rows_play(traces: TokenTraces, costs: CostTable) -> None:
-    options: dict[str, Any] = {"horizon": 6, "kv_mode": "defer", "rider_share": 0.3}
+    options: dict[str, Any] = {"horizon": 6, "kv_mode": "defer", "pending_share": 0.3}
     options |= {"max_pending": 2, "autoreset": False}
     starts = np.array([0, 7, 25, 41])
     many = SequenceExitCore(traces, costs, num_envs=4, **options)
@@ -282,7 +282,7 @@ def test_a_vector_plays_what_single_rows_play(traces: TokenTraces, costs: CostTa
 
 
 def test_sb3_sees_the_cores_episodes(traces: TokenTraces, costs: CostTable) -> None:
-    vec_env = SequenceExitVecEnv(traces, costs, num_envs=5, horizon=3)
+    vec_env = CoreVecEnv(SequenceExitCore(traces, costs, num_envs=5, horizon=3))
     core = SequenceExitCore(traces, costs, num_envs=5, horizon=3)
     vec_env.seed(2)
     np.testing.assert_array_equal(vec_env.reset(), core.reset(np.random.default_rng(2)))
@@ -308,8 +308,8 @@ def test_sb3_sees_the_cores_episodes(traces: TokenTraces, costs: CostTable) -> N
         ({"debt_loss": 1.5}, "debt_loss: 1.5 is not from 0 to 1"),
         ({"debt_power": 0}, "debt_power: 0 is no positive power"),
         ({"max_pending": 0}, "max_pending: 0 is below 1"),
-        ({"kv_mode": "defer"}, "rider_share: is needed"),
-        ({"kv_mode": "defer", "rider_share": -0.1}, "rider_share: -0.1 is below 0"),
+        ({"kv_mode": "defer"}, "pending_share: is needed"),
+        ({"kv_mode": "defer", "pending_share": -0.1}, "pending_share: -0.1 is below 0"),
         ({"rows": ()}, "rows: "),
         ({"jumps": 5}, "4 exits were recorded"),
     ],

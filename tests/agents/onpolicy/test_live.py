@@ -86,7 +86,7 @@ def play(env: LiveExitEnv, seed: int) -> list[Any]:
     ("session", "options"),
     [
         ({}, {}),
-        ({"kv_mode": "defer", "asks_first": True}, {"rider_share": 0.2, "ends": True}),
+        ({"kv_mode": "defer", "asks_first": True}, {"pending_share": 0.2, "ends": True}),
         ({}, {"actions": "gate"}),
     ],
     ids=["project", "defer", "gate"],
@@ -109,7 +109,7 @@ def test_a_seed_fixes_everything(open_session: Open, mode: str) -> None:
     env = LiveExitEnv(
         open_session=lambda: open_session(kv_mode=mode, asks_first=True),
         costs=COSTS,
-        rider_share=0.2,
+        pending_share=0.2,
     )
     first, again, other = play(env, 5), play(env, 5), play(env, 6)
     env.close()
@@ -198,14 +198,14 @@ def test_full_depth_always_agrees_with_itself_and_labels_are_the_documents_own(
 
 def test_put_off_tokens_force_a_deep_one_and_are_billed(open_session: Open) -> None:
     env = LiveExitEnv(
-        open_session=lambda: open_session(kv_mode="defer"), costs=COSTS, rider_share=0.5
+        open_session=lambda: open_session(kv_mode="defer"), costs=COSTS, pending_share=0.5
     )
     env.reset(seed=1)
     ended, spent = False, []
     while not ended:
         *_, ended, _, info = env.step(0)  # always leaves after layer 3
         spent.append(-info["reward_vector"][1])
-    assert info["unasked"] == info["tokens"] // 9 > 0  # eight may be put off
+    assert info["unasked"] == info["tokens"] // 9 > 0  # eight may be pending
     early = TokenCosts.of(COSTS, EXITS, fills=False)
     one = early.leave_OP[0, 1] + early.probe_O[0] + early.policy_O[0]
     assert spent[0] == pytest.approx(one)
