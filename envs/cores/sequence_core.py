@@ -49,13 +49,14 @@ class SequenceExitCore:
         num_envs: Number B of parallel episodes.
         horizon: Tokens of an episode at most.
         kv_mode: ``project`` or ``defer``.
-        debt_loss, debt_power: How debt harms in ``project``: a token loses loss · debt^power of its quality.
+        debt_loss, debt_power: How debt harms in ``project``: a token loses loss · debt^power of
+            its quality.
         max_pending: Tokens that may be pending in ``defer``.
         pending_share: What a pending token adds to a layer in ``defer``, as a share of a layer;
             None reads it off the cost table's spans.
         rows: Numbers of rows in the batch to draw from.
-        lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: As of
-            ``TokenExitCore``.
+        lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: As
+            ``TokenExitCore`` takes them.
 
     Attributes:
         actions: What can be done.
