@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.agents.evaluation.scores import Scores
+import numpy as np
+
+from offramp.agents.evaluation.scores import SUMS, Scores
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 
@@ -53,11 +55,11 @@ class Archive:
     def scores(self, split: str, key: str) -> Scores | None:
         """A policy's scores on a split, if they were taken."""
         path = self._path(split, key)
-        return Scores.of(_read(path)) if path.exists() else None
+        return scores_of(_read(path)) if path.exists() else None
 
     def save_scores(self, split: str, key: str, scores: Scores) -> None:
         """Keep a policy's scores."""
-        self._write(self._path(split, key), scores.plain())
+        self._write(self._path(split, key), plain_scores(scores))
 
     def times(self, split: str, document: int) -> Times:
         """What was timed on a document, by policy."""
@@ -74,6 +76,22 @@ class Archive:
     def _write(self, path: Path, plain: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(plain).encode())
+
+
+def plain_scores(scores: Scores) -> dict[str, Any]:
+    """Turn scores into JSON values."""
+    sums = {name: getattr(scores, f"{name}_D").tolist() for name in SUMS}
+    return {**sums, "depths": {str(layer): n for layer, n in scores.depths.items()}}
+
+
+def scores_of(plain: Mapping[str, Any]) -> Scores:
+    """Read back what ``plain_scores`` gave.
+
+    Raises:
+        KeyError, ValueError, TypeError: it is something else.
+    """
+    sums = {f"{name}_D": np.asarray(plain[name], np.float64) for name in SUMS}
+    return Scores(**sums, depths={int(layer): int(n) for layer, n in plain["depths"].items()})
 
 
 def _read(path: Path) -> Any:

@@ -9,20 +9,22 @@ Shape suffixes: N tokens, E exits, F features, C outlook columns, T tokens of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.agents.evaluation.evaluation_rows import Measured, PairedSeconds
+from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.measure import (
     HeldOut,
+    PairedCosts,
     Protocol,
     Split,
     measure_quality,
     timed_document,
 )
-from offramp.agents.evaluation.scores import Scores
+from offramp.agents.evaluation.scores import SUMS, Scores
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.placing.replay import TakenExits
 from offramp.controller.costs.table import CostTable
@@ -135,7 +137,7 @@ def measure_oracle(
     ]
     mine_D, full_D = np.asarray(pairs).T
     contender = Contender(family=FAMILY, setting=0.0, offline_agreement=1.0, policy=plans[0])
-    return Measured(contender, None, _joined(scores), PairedSeconds(mine_D, full_D))
+    return Measured(contender, None, _joined(scores), PairedCosts(mine_D, full_D))
 
 
 def _plan(
@@ -155,10 +157,8 @@ def _plan(
 
 
 def _joined(scores: Sequence[Scores]) -> Scores:
-    plain = [each.plain() for each in scores]
-    depths: dict[str, int] = {}
-    for each in plain:
-        for layer, count in each.pop("depths").items():
-            depths[layer] = depths.get(layer, 0) + count
-    sums = {name: [value for each in plain for value in each[name]] for name in plain[0]}
-    return Scores.of({**sums, "depths": depths})
+    depths: Counter[int] = Counter()
+    for each in scores:
+        depths.update(each.depths)
+    sums = {f"{name}_D": np.concatenate([getattr(s, f"{name}_D") for s in scores]) for name in SUMS}
+    return Scores(**sums, depths=dict(depths))

@@ -16,18 +16,24 @@ from pathlib import Path
 import torch
 
 import offramp.research.rulebook  # noqa: F401  # its families are then known as seeded or not
-from offramp.agents.evaluation.energy_ratios import Energy, Metered, energy_of, metered
-from offramp.agents.evaluation.evaluation_rows import Measured, PairedSeconds
+from offramp.agents.evaluation.energy_ratios import Energy, energy_of, metered
+from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.matched import TARGETS, quality_metrics
-from offramp.agents.evaluation.measure import HeldOut, Protocol, measure_time, timed_document
+from offramp.agents.evaluation.measure import (
+    HeldOut,
+    Protocol,
+    measure_time,
+    paired_costs,
+    timed_document,
+)
 from offramp.agents.evaluation.protocol import (
     AssessConfig,
     Entrant,
     Findings,
     Measurer,
     OnRun,
+    Taken,
     evaluate,
-    paired_seconds,
 )
 from offramp.agents.evaluation.scores import Metric, Scores
 from offramp.agents.placing.contenders import load_saved
@@ -129,11 +135,11 @@ class ArchivingMeasurer(Measurer):
 
     def scores(self, split: str, entrants: Sequence[Entrant]) -> list[Scores]:
         """What the output of each entrant is worth."""
-        found = {each.key: self._archive.scores(split, each.key) for each in entrants}
-        missing = [each for each in entrants if found[each.key] is None]
+        found = {key_of(each): self._archive.scores(split, key_of(each)) for each in entrants}
+        missing = [each for each in entrants if found[key_of(each)] is None]
         for done, (entrant, scores) in enumerate(self._scored(split, missing), 1):
-            found[entrant.key] = scores
-            self._archive.save_scores(split, entrant.key, scores)
+            found[key_of(entrant)] = scores
+            self._archive.save_scores(split, key_of(entrant), scores)
             self.on_run(f"{split}: quality", len(entrants) - len(missing) + done, len(entrants))
         return [scores for scores in found.values() if scores is not None]
 
@@ -154,42 +160,55 @@ class ArchivingMeasurer(Measurer):
             for future in as_completed(running):
                 yield running[future], future.result()
 
-    def is_timed(self, split: str, mine: Scores, full: Scores) -> bool:
-        """On validation, whether some target lets the policy through; nobody picks it otherwise."""
-        return split == "test" or any(
-            metric.loss(metric.of([mine]), metric.of([full])) <= max(TARGETS)
-            for metric in quality_metrics(full)
-        )
-
     def times(
-        self, split: str, entrants: Sequence[Entrant]
-    ) -> list[tuple[PairedSeconds, Metered | None]]:
-        """Seconds of each entrant on the timed documents, full depth first; no joules."""
+        self, split: str, entrants: Sequence[Entrant], scores: Sequence[Scores]
+    ) -> list[Taken]:
+        """Seconds of those that may be picked, on the timed documents; no joules."""
         torch.set_num_threads(self._tournament.spec.threads)
         count = self.config.timed_documents
         if split == "validation":
             count = self._tournament.choosing_documents
-        timed, others = self.documents[split][:count], entrants[1:]
-        seconds_CD: list[list[tuple[float, float]]] = [[] for _ in others]
-        for index, document in enumerate(timed):
-            there = self._timed(split, index, document, others)
-            for mine, each in zip(seconds_CD, others, strict=True):
-                mine.append(there[each.key])
-            self.on_run(f"{split}: time", index + 1, len(timed))
-        return [(clock, None) for clock in paired_seconds(seconds_CD)]
+        documents, full = self.documents[split][:count], scores[0]
+        timed = [
+            each
+            for each, mine in zip(entrants, scores, strict=True)
+            if split == "test" or may_be_picked(mine, full)
+        ]
+        seconds_CD: list[list[tuple[float, float]]] = [[] for _ in timed[1:]]
+        for index, document in enumerate(documents):
+            there = self._timed(split, index, document, timed[1:])
+            for mine_D, each in zip(seconds_CD, timed[1:], strict=True):
+                mine_D.append(there[key_of(each)])
+            self.on_run(f"{split}: time", index + 1, len(documents))
+        seconds = dict(zip((key_of(each) for each in timed), paired_costs(seconds_CD), strict=True))
+        return [(seconds.get(key_of(each)), None) for each in entrants]
 
     def _timed(
         self, split: str, index: int, document: HeldOut, entrants: Sequence[Entrant]
     ) -> Times:
         there = self._archive.times(split, index)
-        missing = [each for each in entrants if each.key not in there]
+        missing = [each for each in entrants if key_of(each) not in there]
         if missing:
             policies = [each.contender.policy for each in missing]
             protocol = self.config.protocol
             for c, pair in timed_document(self.engine, policies, document, protocol, index):
-                there[missing[c].key] = pair.seconds
+                there[key_of(missing[c])] = pair.seconds
             self._archive.save_times(split, index, there)
         return there
+
+
+def key_of(entrant: Entrant) -> str:
+    """The name of a saved policy in the archive, such as ``seed-0/03``."""
+    assert entrant.folder is not None
+    return f"{entrant.folder.parent.name}/{entrant.folder.name}"
+
+
+def may_be_picked(mine: Scores, full: Scores) -> bool:
+    """Whether a policy keeps the loosest target by any of the metrics it is chosen by."""
+    return any(
+        metric.loss(metric.of([mine]), metric.of([full])) <= max(TARGETS)
+        for metric in quality_metrics(full)
+    )
 
 
 @functools.cache

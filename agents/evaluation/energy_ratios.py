@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offramp.agents.evaluation.measure import Pair
+from offramp.agents.evaluation.measure import Pair, paired_costs
 from offramp.agents.evaluation.statistics import Estimate, Floats, bootstrap_ratio
 from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 
@@ -56,33 +56,20 @@ class Energy:
 
 
 def metered(pairs_CD: Sequence[Sequence[Pair]]) -> list[Metered]:
-    """Full depth's joules, then each policy's: what the meter told of timed runs.
-
-    Args:
-        pairs_CD: Timed runs of one policy or more, as ``measure_time`` gives them.
-    """
+    """Full depth's joules, then each policy's: what the meter told of one policy's runs or more."""
     readings = [run for pairs in pairs_CD for pair in pairs for run in (pair.mine, *pair.around)]
     method, source = _weakest(readings), readings[0].source
-    joules_CD = [[pair.joules for pair in pairs] for pairs in pairs_CD]
-    if any(each is None for mine in joules_CD for each in mine):
+    joules_CD = [[pair.joules for pair in pairs if pair.joules] for pairs in pairs_CD]
+    if any(len(mine) < len(pairs) for mine, pairs in zip(joules_CD, pairs_CD, strict=True)):
         return [Metered(method, source, None)] * (1 + len(pairs_CD))
-    both_CD2 = np.asarray(joules_CD, np.float64)
-    if not both_CD2.sum(1).all():
+    if not np.asarray(joules_CD).sum(1).all():
         stuck = Metered(EnergyMethod.UNAVAILABLE, f"{source} is too coarse for these runs", None)
         return [stuck] * (1 + len(pairs_CD))
-    full_D = both_CD2[:, :, 1].mean(0)
-    sides = [(full_D, full_D), *((mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)]
-    return [Metered(method, source, each) for each in sides]
+    return [Metered(method, source, each) for each in paired_costs(joules_CD)]
 
 
 def energy_of(policies: Sequence[Metered], timed_tokens: int, seed: int = 0) -> Energy:
-    """Ratios of policies to full depth, from one pass over the same documents.
-
-    Args:
-        policies: What was metered of one policy or more, without full depth.
-        timed_tokens: Tokens decoded of each document.
-        seed: Seeds the bootstrap.
-    """
+    """Ratios of one policy or more to full depth, metered on so many tokens of each document."""
     known = [each.joules for each in policies if each.joules is not None]
     ratios = [each.joules and bootstrap_ratio(*each.joules, seed) for each in policies]
     full_j = float(np.mean([full_D for _, full_D in known])) / timed_tokens if known else None

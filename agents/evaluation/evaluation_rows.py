@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from offramp.agents.evaluation.energy_ratios import Metered
+from offramp.agents.evaluation.measure import PairedCosts
 from offramp.agents.evaluation.scores import (
     ACCURACY,
     AGREEMENT,
@@ -22,13 +23,6 @@ from offramp.agents.evaluation.scores import (
 )
 from offramp.agents.evaluation.statistics import Estimate, Floats, Resample, ratio
 from offramp.agents.placing.contenders import Contender
-
-
-class PairedSeconds(NamedTuple):
-    """Seconds per document: a policy's, and full depth's beside it; [D] each."""
-
-    mine_D: Floats
-    full_D: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ class Measured:
     contender: Contender
     seed: int | None
     scores: Scores
-    clock: PairedSeconds | None = None
+    clock: PairedCosts | None = None
     certified: bool = False
     energy: Metered | None = None
 
@@ -132,13 +126,7 @@ class EvaluationRow(TimeAndEnergy):
 
 
 def evaluation_row(measured: Measured, timed_tokens: int, seed: int = 0) -> EvaluationRow:
-    """The row that reports one policy.
-
-    Args:
-        measured: What was measured of the policy.
-        timed_tokens: Tokens timed in each document.
-        seed: Seeds the bootstrap.
-    """
+    """The row that reports one policy, of whose documents so many tokens each were timed."""
     contender, scores, clock = measured.contender, measured.scores, measured.clock
     draws = Resample.draw(1, len(scores.tokens_D), seed)
     has_lines = EDIT_SIMILARITY.is_measured(scores)

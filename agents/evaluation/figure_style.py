@@ -67,15 +67,7 @@ def note(
 def one_row_each(
     names: Sequence[str], path: Path, *, title: str, label: str, height: float = 0.3
 ) -> Iterator[plt.Axes]:
-    """Yield axes with a row per name, the first on top, and write them to a PNG afterwards.
-
-    Args:
-        names: What the rows are called.
-        path: PNG to write.
-        title: Title of the figure.
-        label: What the horizontal axis shows.
-        height: Height of a row, inches.
-    """
+    """Yield axes with a row per name, the first on top, and write them to a PNG afterwards."""
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 1.8 + height * len(names)))
         bare_rows(axes)

@@ -25,12 +25,7 @@ from offramp.worker.engine.engine import AdaptiveEngine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One unfinished line.
-
-    Attributes:
-        prompt: Token ids before the cut.
-        target: The text from the cut to the end of the line, stripped; not empty.
-    """
+    """One unfinished line: token ids before the cut, and the stripped rest of the line's text."""
 
     prompt: tuple[int, ...]
     target: str
@@ -43,11 +38,11 @@ def cut_lines(
 
     Args:
         tokens: The whole document's token ids.
-        tokenizer: What made them.
+        tokenizer: The tokenizer that made them.
         count: Lines to cut at most; fewer where the document offers fewer.
         context: Tokens before a cut at most, and at least a quarter of it.
         longest: Lines whose rest is longer are left out, tokens.
-        digest: Of the document, hexadecimal: seeds the places, the same in every run.
+        digest: The document's, hexadecimal: seeds the places, the same in every run.
     """
     least = max(1, context // 4)
     rng = np.random.default_rng(int(digest[:12], 16))
@@ -66,11 +61,7 @@ def complete(
 ) -> list[str]:
     """Greedy completions up to the end of the line, stripped, as many at a time as fit.
 
-    Args:
-        engine: Idle, with a tokenizer.
-        lines: What to complete.
-        policy: The policy.
-        longest: Tokens per completion at most.
+    A completion that has no end after ``longest`` tokens is cut there.
     """
     if not lines:
         return []

@@ -84,10 +84,7 @@ def choose_all(measured: Sequence[Measured]) -> AllPicks:
 def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> Picks:
     """Per family and seed, the fastest operating point that keeps the target on validation.
 
-    Args:
-        measured: Policies timed on validation documents, full depth first.
-        metric: The quality that may be lost.
-        target_loss: Share of that quality that may be lost.
+    Policies whose loss is within the target are timed; full depth is the first of all.
     """
     full = metric.of([measured[0].scores])
     groups: dict[str, dict[int | None, list[int]]] = {}
@@ -123,16 +120,7 @@ def matched_row(
     target_loss: float,
     seed: int = 0,
 ) -> MatchedRow:
-    """What a family's picks are worth on test documents.
-
-    Args:
-        family: Name of the family.
-        runs: The pick of each seed.
-        full: Full depth, measured on the same documents.
-        metric: The quality that might be lost.
-        target_loss: Share of that quality that might be lost.
-        seed: Seeds the bootstrap.
-    """
+    """What a family's picks, one for each seed, are worth beside full depth on test documents."""
     scores = [run.scores for run in runs]
     draws = Resample.draw(len(runs), len(full.scores.tokens_D), seed)
     promised = [run.contender.offline_agreement for run in runs]
@@ -154,13 +142,7 @@ def matched_row(
 
 
 def matched_rows(picks: AllPicks, test: Mapping[int, Measured], seed: int = 0) -> list[MatchedRow]:
-    """Every family at every target loss: what its picks are worth on test documents.
-
-    Args:
-        picks: What was chosen on validation documents.
-        test: What was measured on test documents, by the indices of the picks.
-        seed: Seeds the bootstrap.
-    """
+    """Every family at every target loss; what was measured on test documents is by pick."""
     return [
         matched_row(family, [test[k] for k in chosen], test[0], METRICS[name], target, seed)
         for (name, target), families in picks.items()

@@ -5,9 +5,11 @@ Shape suffixes: C contenders, D documents.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,19 +106,16 @@ def held_out(
             "Use more or longer documents",
         )
 
-    def lines(document: Document, tokens: Sequence[int]) -> Iterator[Line]:
-        yield from cut_lines(
-            tokens,
-            tokenizer,
-            count=protocol.lines,
-            context=protocol.line_context,
-            longest=protocol.line_tokens,
-            digest=document.digest,
-        )
-
+    cut = functools.partial(
+        cut_lines,
+        tokenizer=tokenizer,
+        count=protocol.lines,
+        context=protocol.line_context,
+        longest=protocol.line_tokens,
+    )
     return [
-        HeldOut(tuple(window(document, tokens, length)), tuple(lines(document, tokens)))
-        for document, tokens in found
+        HeldOut(tuple(window(each, tokens, length)), tuple(cut(tokens, digest=each.digest)))
+        for each, tokens in found
     ]
 
 
@@ -138,15 +137,8 @@ def measure_quality(
 ) -> Scores:
     """Decode every document teacher-forced and complete its lines, as many at a time as fit.
 
-    Args:
-        engine: Idle, with a tokenizer.
-        policy: The policy that is measured.
-        split: Documents to decode, with full depth's tokens.
-        protocol: How much of each document is decoded.
-        name: Name of the policy, for messages.
-
     Raises:
-        ConfigError: a probability was not finite.
+        ConfigError: a probability was not finite under the policy of this name.
     """
     runs = _follow(engine, split.documents, policy, protocol)
     lines = [line for document in split.documents for line in document.lines]
@@ -171,12 +163,7 @@ def measure_quality(
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What a policy took on one document, and full depth just before and after it.
-
-    Attributes:
-        mine: Time and energy of the policy's run.
-        around: Time and energy of full depth's two runs.
-    """
+    """A policy's run on one document, and full depth's runs just before and after it."""
 
     mine: EnergyReading
     around: tuple[EnergyReading, EnergyReading]
@@ -194,6 +181,21 @@ class Pair:
         if mine is None or before is None or after is None:
             return None
         return mine, (before + after) / 2
+
+
+class PairedCosts(NamedTuple):
+    """What a policy took on each document, and full depth beside it: seconds or joules, [D]."""
+
+    mine_D: Floats
+    full_D: Floats
+
+
+def paired_costs(both_CD: Sequence[Sequence[tuple[float, float]]]) -> list[PairedCosts]:
+    """Full depth's own costs, the mean of those beside the policies, then each policy's."""
+    both_CD2 = np.asarray(both_CD, np.float64)
+    full_D = both_CD2[:, :, 1].mean(0)
+    mine = (PairedCosts(mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)
+    return [PairedCosts(full_D, full_D), *mine]
 
 
 def timed_document(

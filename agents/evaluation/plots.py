@@ -62,13 +62,7 @@ class EnergyRatio:
 
 
 def draw_frontier(points: Sequence[FrontierPoint], quality: str, path: Path) -> None:
-    """Quality against wall time, with 95 % intervals; up and left is better.
-
-    Args:
-        points: Timed policies.
-        quality: What the quality is called.
-        path: PNG to write.
-    """
+    """Quality against wall time, with 95 % intervals; up and left is better."""
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 5.2))
         families = dict.fromkeys(point.family for point in points)

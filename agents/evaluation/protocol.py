@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from offramp.agents.evaluation.energy_ratios import Metered, metered
-from offramp.agents.evaluation.evaluation_rows import Measured, PairedSeconds
+from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.matched import (
     AllPicks,
     MatchedRow,
@@ -25,11 +23,13 @@ from offramp.agents.evaluation.matched import (
 )
 from offramp.agents.evaluation.measure import (
     HeldOut,
+    PairedCosts,
     Protocol,
     Split,
     held_out,
     measure_quality,
     measure_time,
+    paired_costs,
 )
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric, Scores
 from offramp.agents.placing.contenders import Contender
@@ -41,6 +41,9 @@ from offramp.worker.engine.engine import AdaptiveEngine
 
 OnRun = Callable[[str, int, int], None]
 """Told (what is going on, runs done, runs in all)."""
+
+Taken = tuple[PairedCosts | None, Metered | None]
+"""Seconds and joules of a policy; None where nobody wants to know them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +117,6 @@ class Entrant:
     certified: bool = False
     folder: Path | None = None
 
-    @property
-    def key(self) -> str:
-        """A name among policies saved in sibling folders, such as ``seed-0/03``."""
-        return "" if self.folder is None else f"{self.folder.parent.name}/{self.folder.name}"
-
 
 class Measurer:
     """Scores and times policies in this process, one after the other.
@@ -155,20 +153,13 @@ class Measurer:
         return self._splits[name]
 
     def measure(self, split: str, entrants: Sequence[Entrant]) -> list[Measured]:
-        """Everything that is reported of some entrants on the documents of a split.
-
-        Args:
-            split: "validation" or "test".
-            entrants: The policies, full depth first.
-        """
+        """Everything that is reported of entrants, full depth first, on a split's documents."""
         scores = self.scores(split, entrants)
-        timed = [k for k, mine in enumerate(scores) if self.is_timed(split, mine, scores[0])]
-        taken = dict(zip(timed, self.times(split, [entrants[k] for k in timed]), strict=True))
-        found = []
-        for k, (each, mine) in enumerate(zip(entrants, scores, strict=True)):
-            clock, energy = taken.get(k, (None, None))
-            found.append(Measured(each.contender, each.seed, mine, clock, each.certified, energy))
-        return found
+        taken = self.times(split, entrants, scores)
+        return [
+            Measured(each.contender, each.seed, mine, seconds, each.certified, joules)
+            for each, mine, (seconds, joules) in zip(entrants, scores, taken, strict=True)
+        ]
 
     def score(self, split: str, policy: Policy, name: str) -> Scores:
         """What the output of a policy is worth on each document.
@@ -186,14 +177,10 @@ class Measurer:
             self.on_run(f"{split}: quality", number, len(entrants))
         return found
 
-    def is_timed(self, split: str, mine: Scores, full: Scores) -> bool:
-        """Whether anybody wants to know the time of a policy with such scores."""
-        return True
-
     def times(
-        self, split: str, entrants: Sequence[Entrant]
-    ) -> list[tuple[PairedSeconds, Metered | None]]:
-        """Seconds and joules of each entrant on the timed documents, full depth first."""
+        self, split: str, entrants: Sequence[Entrant], scores: Sequence[Scores]
+    ) -> list[Taken]:
+        """What each entrant, of such scores, takes on the timed documents; full depth first."""
         pairs_CD = measure_time(
             self.engine,
             [each.contender.policy for each in entrants[1:]],
@@ -202,16 +189,8 @@ class Measurer:
             open_meter(self.engine),
             lambda *count: self.on_run(f"{split}: time", *count),
         )
-        clocks = paired_seconds([[pair.seconds for pair in pairs] for pairs in pairs_CD])
-        return list(zip(clocks, metered(pairs_CD), strict=True))
-
-
-def paired_seconds(seconds_CD: Sequence[Sequence[tuple[float, float]]]) -> list[PairedSeconds]:
-    """Full depth's seconds, then each policy's, from what every policy and full depth took."""
-    both_CD2 = np.asarray(seconds_CD)
-    full_D = both_CD2[:, :, 1].mean(0)
-    mine = (PairedSeconds(mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)
-    return [PairedSeconds(full_D, full_D), *mine]
+        seconds = paired_costs([[pair.seconds for pair in pairs] for pairs in pairs_CD])
+        return list(zip(seconds, metered(pairs_CD), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

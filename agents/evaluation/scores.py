@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,21 +46,6 @@ class Scores:
     def mean_layers(self) -> float:
         """Mean layers executed per token."""
         return sum(k * n for k, n in self.depths.items()) / sum(self.depths.values())
-
-    def plain(self) -> dict[str, Any]:
-        """The sums as JSON values."""
-        sums = {name: getattr(self, f"{name}_D").tolist() for name in SUMS}
-        return {**sums, "depths": {str(layer): n for layer, n in self.depths.items()}}
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> Scores:
-        """Read back what ``plain`` gave.
-
-        Raises:
-            KeyError, ValueError, TypeError: it is something else.
-        """
-        sums = {f"{name}_D": np.asarray(plain[name], np.float64) for name in SUMS}
-        return cls(**sums, depths={int(layer): int(n) for layer, n in plain["depths"].items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,13 +64,7 @@ class Resample:
 
 
 def ratio(above_SD: Floats, below_SD: Floats, draws: Resample) -> Estimate:
-    """Mean over seeds of Σ above / Σ below over documents.
-
-    Args:
-        above_SD: Numerators, such as seconds of a policy.
-        below_SD: Denominators, such as seconds of full depth on the same document.
-        draws: Resamples for S seeds and D documents.
-    """
+    """Mean over seeds of Σ above / Σ below over documents, such as seconds over full depth's."""
     value = (above_SD.sum(1) / below_SD.sum(1)).mean()
     sampled_B = (draws.sums(above_SD) / draws.sums(below_SD)).mean(1)
     return with_interval(float(value), sampled_B)
@@ -99,7 +93,7 @@ def hypervolume(cost_P: Floats, quality_P: Floats, reference: tuple[float, float
     Args:
         cost_P: Costs, lower is better, such as wall time relative to full depth.
         quality_P: Qualities, higher is better, such as quality relative to full depth.
-        reference: (cost, quality) that a point must improve on to count.
+        reference: The cost and the quality that a point must improve on to count.
     """
     worst_cost, worst_quality = reference
     area, reached = 0.0, worst_quality

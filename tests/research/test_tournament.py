@@ -17,11 +17,13 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.research.archive import plain_scores
 from offramp.research.comparisons import comparisons, matched_points
 from offramp.research.hindsight import measure_oracle
 from offramp.research.tournament import (
     TournamentConfig,
     gather,
+    key_of,
     loaded,
     measure_energy,
     run_tournament,
@@ -83,7 +85,7 @@ def test_rules_take_part_once_and_learned_policies_by_seed(policies: Path) -> No
     found = [(each.contender.family, each.seed) for each in entrants]
     learned = [("p̂", 0), ("p̂", 0), ("p̂", 1), ("p̂", 1)]
     assert found == [("full depth", None), ("fixed exit", None), *learned]
-    assert len({each.key for each in entrants}) == 6
+    assert len({key_of(each) for each in entrants}) == 6
 
 
 def test_every_family_is_matched_at_every_target(outcome: Findings) -> None:
@@ -99,7 +101,7 @@ def test_every_family_is_matched_at_every_target(outcome: Findings) -> None:
 
 
 def test_equal_seeds_score_equally(outcome: Findings) -> None:
-    a, b = (outcome.validation[index].scores.plain() for index in (2, 4))
+    a, b = (plain_scores(outcome.validation[index].scores) for index in (2, 4))
     assert a == b
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from offramp.agents.evaluation.evaluation_rows import Measured, PairedSeconds
+from offramp.agents.evaluation.evaluation_rows import Measured
+from offramp.agents.evaluation.measure import PairedCosts
 from offramp.agents.evaluation.scores import Scores
 from offramp.agents.placing.contenders import Contender
 from offramp.controller.policies.protocols import FixedExit, NeverExit
@@ -37,7 +38,7 @@ def measured(
         offline_agreement=None if setting is None else 1 - loss / 2,
         policy=NeverExit() if setting is None else FixedExit(6),
     )
-    return Measured(contender, seed, scores, PairedSeconds(wall * full, full))
+    return Measured(contender, seed, scores, PairedCosts(wall * full, full))
 
 
 FULL = measured("full depth", 0.0, 1.0, setting=None)

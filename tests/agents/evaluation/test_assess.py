@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from offramp.agents.evaluation.assess import Assessment, assess, publishable, require_learned
-from offramp.agents.evaluation.evaluation_rows import Measured, PairedSeconds
-from offramp.agents.evaluation.measure import HeldOut, Protocol, Split, held_out, measure_quality
+from offramp.agents.evaluation.evaluation_rows import Measured
+from offramp.agents.evaluation.measure import (
+    HeldOut,
+    PairedCosts,
+    Protocol,
+    Split,
+    held_out,
+    measure_quality,
+)
 from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY, Scores
 from offramp.agents.placing.contenders import Contender
@@ -139,7 +146,7 @@ def measured(family: Any, agreeing: float, ratio: float) -> Measured:
     policy = FixedExit(6) if ratio < 1 else NeverExit()
     setting = ratio if ratio < 1 else None
     contender = Contender(family=family, setting=setting, offline_agreement=None, policy=policy)
-    return Measured(contender, None, scores, PairedSeconds(ones * ratio, ones))
+    return Measured(contender, None, scores, PairedCosts(ones * ratio, ones))
 
 
 def test_the_fastest_that_keeps_the_target_is_chosen() -> None:

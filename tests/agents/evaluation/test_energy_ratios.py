@@ -13,7 +13,6 @@ import torch
 from offramp.agents.evaluation.energy_ratios import Metered, energy_of, metered
 from offramp.agents.evaluation.evaluation_rows import (
     Measured,
-    PairedSeconds,
     energy_ratio,
     evaluation_row,
 )
@@ -22,6 +21,7 @@ from offramp.agents.evaluation.measure import (
     TIME_ALONE,
     HeldOut,
     Pair,
+    PairedCosts,
     Protocol,
     held_out,
     measure_time,
@@ -121,7 +121,7 @@ def measured(energy: Metered | None) -> Measured:
         exact_D=0 * ones, similarity_D=0 * ones, depths={6: 20},
     )  # fmt: skip
     contender = Contender(family="p̂", setting=0.9, offline_agreement=None, policy=FixedExit(6))
-    return Measured(contender, None, scores, PairedSeconds(ones, ones), energy=energy)
+    return Measured(contender, None, scores, PairedCosts(ones, ones), energy=energy)
 
 
 def test_rows_say_the_ratio_and_how_it_was_come_by() -> None:

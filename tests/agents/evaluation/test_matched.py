@@ -12,11 +12,8 @@ from offramp.agents.evaluation.scores import (
     AGREEMENT,
     EDIT_SIMILARITY,
     PERPLEXITY,
-    Scores,
-    require_finite,
 )
 from offramp.agents.evaluation.statistics import Resample
-from offramp.controller.errors import ConfigError
 from support.measured import DOCUMENTS, FULL, measured
 
 
@@ -81,13 +78,3 @@ def test_the_frontiers_volume_counts_only_timed_documents() -> None:
     found = frontier_volume(points, FULL, AGREEMENT)
     assert found.value == pytest.approx(0.5 * 0.05 / 0.1)
     assert found.low == pytest.approx(found.high)
-
-
-def test_scores_survive_json_and_nan_is_refused() -> None:
-    plain = FULL.scores.plain()
-    again = Scores.of(plain)
-    assert again.plain() == plain
-    assert again.depths == {6: 30, 12: 10}
-    plain["surprisal"][0] = float("nan")
-    with pytest.raises(ConfigError, match="model: gives surprisal that is not finite under p"):
-        require_finite(Scores.of(plain), "p")
