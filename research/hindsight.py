@@ -116,11 +116,11 @@ def measure_oracle(
     """Teacher-forced tokens of every document and the time of the first few; no lines, no probes.
 
     Args:
-        engine: Idle.
-        split: Test documents.
-        protocol: How much of each is decoded.
+        engine: Idle; decodes what is planned.
+        split: Test documents, with full depth's tokens.
+        protocol: How much of each document is decoded.
         exits: Layers it may leave after.
-        timed_documents: How many are timed.
+        timed_documents: How many of the documents are timed.
     """
     plans = [_plan(engine, document.tokens, protocol, exits) for document in split.documents]
     alone = [

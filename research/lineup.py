@@ -21,7 +21,7 @@ def train_lineup(
     """Train, place and save every family; GREEN-CODE if the traces hold hidden states.
 
     Args:
-        config: As for ``train``; its families are replaced.
+        config: Settings of the run, as for ``train``; its families are replaced.
         folder: Where each contender's bundle is written, with an index.
         on_steps: Told (stage, steps done, steps in all).
 

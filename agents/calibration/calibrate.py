@@ -149,7 +149,7 @@ def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
     """Refuse a policy of another model or tokenizer.
 
     Raises:
-        ConfigError: naming which.
+        ConfigError: it is of another; the field says which.
     """
     manifest = bundle.manifest
     pairs = {

@@ -41,7 +41,7 @@ class CalibrationDocument:
 
     Attributes:
         digest: SHA-256 of the document's text, hex.
-        tokens: Its token ids.
+        tokens: Token ids of the window.
     """
 
     digest: str
@@ -61,7 +61,7 @@ class LossSource(Protocol):
 
     Attributes:
         loss: What is lost, as a certificate calls it; each loss lies in [0, 1].
-        decode_mode: How it is measured.
+        decode_mode: The mode that it is measured in.
         new_tokens: Tokens of each document that it is measured on, at most.
     """
 

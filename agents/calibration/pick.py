@@ -65,7 +65,7 @@ class Picked:
         setting: Its λ in the family.
         value: What was measured of what was asked.
         split: The documents it was measured on, "validation" or "test".
-        how: How an energy was come by, to be said after it; else "".
+        how: How an energy was obtained, to be said after it; else "".
     """
 
     policy: str

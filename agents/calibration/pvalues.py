@@ -21,7 +21,7 @@ Losses = NDArray[np.float64]
 PValue = Callable[[Losses, float], float]
 
 BET_SHARE = 0.9
-"""Of the largest bet that cannot lose everything; below 1, so that one loss of 1 is survived."""
+"""Share taken of the largest bet that cannot lose all; below 1, so that a loss of 1 is survived."""
 
 
 def binomial_cdf(successes: int, trials: int, chance: float) -> float:
@@ -71,7 +71,7 @@ def hoeffding_bentkus(losses_N: Losses, delta: float) -> float:
 
 
 def _relative_entropy(a: float, b: float) -> float:
-    """Of two coins, nats; 0 ln 0 = 0."""
+    """Relative entropy of two coins, nats; 0 ln 0 counts as 0."""
     first = a * math.log(a / b) if a > 0 else 0.0
     second = (1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0
     return first + second

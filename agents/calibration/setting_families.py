@@ -199,45 +199,37 @@ def _along_preference(gentle: SavedPoint, eager: SavedPoint, steps: int) -> Sett
 
 
 def can_blend(first: Policy, last: Policy) -> bool:
-    """Whether two policies are one net at two preferences: equal but for the first layer's bias.
+    """Whether two policies are one net at two preferences: equal but for first layers' biases.
 
     A preference-conditioned net reads log λ as one more observation, and export folds it into the
     first layer's bias (``agents/learning/export.py``, ``agents/learning/routers.py``). That bias is
     linear in log λ, so two exports of a net give every other one, up to float32.
     """
-    if isinstance(first, MlpPolicy) and isinstance(last, MlpPolicy):
-        return first.threshold == last.threshold and _same_but_bias(first, last)
-    if isinstance(first, MlpRouter) and isinstance(last, MlpRouter):
-        return (
-            first.ends == last.ends
-            and _same_start(first.first, last.first)
-            and _same_but_bias(first, last)
-        )
-    return False
+    nets, others = _nets(first), _nets(last)
+    return (
+        _all_but_nets(first) == _all_but_nets(last)
+        and bool(nets)
+        and all(same_net(*pair, but_first_bias=True) for pair in zip(nets, others, strict=True))
+        and not same_net(nets[0], others[0])
+    )
 
 
 def blend(first: Policy, last: Policy, share: float) -> Policy:
     """The net at log λ = (1 − share)·log λ_first + share·log λ_last; share may lie beyond [0, 1].
 
-    Args:
-        first, last: Two policies for which ``can_blend`` holds.
-        share: How far from ``first``, at 0, to ``last``, at 1.
+    Both must be policies for which ``can_blend`` holds.
     """
-    if isinstance(first, MlpRouter) and isinstance(last, MlpRouter):
-        start = first.first
-        if not isinstance(start, int) and not isinstance(last.first, int):
-            start = _mixed(start, last.first, share)
+    weights, *start = [_mixed(*pair, share) for pair in zip(_nets(first), _nets(last), strict=True)]
+    if isinstance(first, MlpRouter):
         return MlpRouter(
             first.exits,
             first.schema,
-            _mixed(first.weights, last.weights, share),
-            first=start,
+            weights,
+            first=start[0] if start else first.first,
             ends=first.ends,
             candidates_VK=first.candidates_VK,
         )
     assert isinstance(first, MlpPolicy)
-    assert isinstance(last, MlpPolicy)
-    weights = _mixed(first.weights, last.weights, share)
     return MlpPolicy(first.exits, first.schema, weights, first.threshold, first.candidates_VK)
 
 
@@ -253,18 +245,21 @@ def same_net(first: Weights, last: Weights, *, but_first_bias: bool = False) -> 
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def _same_but_bias(first: MlpPolicy | MlpRouter, last: MlpPolicy | MlpRouter) -> bool:
-    return (
-        (first.exits, first.schema) == (last.exits, last.schema)
-        and same_net(first.weights, last.weights, but_first_bias=True)
-        and not np.array_equal(first.weights[0][1], last.weights[0][1])
-    )
+def _nets(policy: Policy) -> list[Weights]:
+    """The nets of a policy that read the preference: where to go on, and where to start."""
+    if isinstance(policy, MlpPolicy):
+        return [policy.weights]
+    if isinstance(policy, MlpRouter):
+        return [policy.weights, *([] if isinstance(policy.first, int) else [policy.first])]
+    return []
 
 
-def _same_start(first: int | Weights, last: int | Weights) -> bool:
-    if isinstance(first, int) or isinstance(last, int):
-        return isinstance(first, int) and first == last
-    return same_net(first, last, but_first_bias=True)
+def _all_but_nets(policy: Policy) -> tuple[object, ...]:
+    """Whatever else decides how a policy of nets behaves."""
+    if isinstance(policy, MlpRouter):
+        start = policy.first if isinstance(policy.first, int) else None
+        return MlpRouter, policy.exits, policy.schema, policy.ends, start
+    return type(policy), policy.exits, policy.schema, getattr(policy, "threshold", None)
 
 
 def _mixed(first: Weights, last: Weights, share: float) -> Weights:

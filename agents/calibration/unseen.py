@@ -1,4 +1,4 @@
-"""Which documents a calibration may use: those that nothing was trained, chosen or reported on.
+"""The documents that a calibration may use: nothing was trained, chosen or reported on them.
 
 ``offramp record`` writes down which documents it took, of every split (``split.json``): training,
 validation, where hyper-parameters and operating points are chosen, and test. The corpus goes on

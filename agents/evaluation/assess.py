@@ -52,7 +52,7 @@ def assess(
     """Choose among the learned contenders on validation documents, then report all on test ones.
 
     Args:
-        config: How to evaluate.
+        config: Documents, and what is measured on them.
         engine: Idle, on the machine whose times count.
         contenders: The policies, full depth first.
         on_run: Told how far each phase is.

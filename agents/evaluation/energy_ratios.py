@@ -1,4 +1,4 @@
-"""Energy per decoded token, with the way it was come by.
+"""Energy per decoded token, with the way it was obtained.
 
 Metered in the runs that are timed. A modelled source counts the engine's launches there, which
 costs about as much per layer under any policy: docs/evaluation.md says how much.
@@ -23,7 +23,7 @@ class Metered:
     """Joules of one policy, and of full depth beside it.
 
     Attributes:
-        method: How the joules were come by.
+        method: How the joules were obtained.
         source: Which counter, or which model and coefficients, gave them.
         joules: The policy's and full depth's, per document; [D] each. None where unknown.
     """
@@ -38,7 +38,7 @@ class Energy:
     """What decoding took.
 
     Attributes:
-        method: How the figures were come by.
+        method: How the figures were obtained.
         source: Which counter, or which model and coefficients, gave them.
         ratios: Joules per token over full depth's, one per policy; None where unknown.
         full_j: Joules per token at full depth; None where unknown.

@@ -35,7 +35,7 @@ class Measured:
         scores: What its output was worth.
         clock: How long it took; None where time was not measured.
         certified: Whether its bundle carries a certificate.
-        energy: Its joules, and how they were come by; None where nobody asked.
+        energy: Its joules, and how they were obtained; None where nobody asked.
     """
 
     contender: Contender
@@ -56,7 +56,7 @@ class TimeAndEnergy:
         wall_ratio_low, wall_ratio_high: Its 95 % interval over seeds and documents.
         energy_ratio: Joules, metered in the timed runs; None where they are unknown.
         energy_ratio_low, energy_ratio_high: Its 95 % interval, likewise.
-        energy_method: How the joules were come by, or "unavailable"; None where nobody asked.
+        energy_method: How the joules were obtained, or "unavailable"; None where nobody asked.
     """
 
     wall_ratio: float | None

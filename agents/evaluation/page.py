@@ -110,7 +110,7 @@ def gaps(measured: Sequence[Measured]) -> list[Gap]:
 def energy_section(
     policies: Sequence[tuple[str, str]], energy: Energy, documents: int, folder: Path
 ) -> Section:
-    """What is known of energy, with a picture, and how it was come by; or that nothing is.
+    """What is known of energy, with a picture, and how it was obtained; or that nothing is.
 
     Args:
         policies: Name and family of each policy that was metered.

@@ -61,7 +61,7 @@ class AssessConfig:
         protocol: What is measured on each document.
         target_agreement: Least on-policy agreement with full depth of what is published.
         target_edit_loss: The share of line-completion edit similarity that it may lose, instead.
-        threads: Torch threads.
+        threads: Torch threads of this process.
         seed: Seeds the bootstrap.
     """
 
@@ -199,7 +199,7 @@ class Findings:
 
     Attributes:
         validation: Every entrant on validation documents, full depth first.
-        test: Those reported on test documents, by their place in ``validation``.
+        test: Entrants reported on test documents, by their place in ``validation``.
         picks: What each family's choice was, for every metric and target loss.
         matched: What the picks are worth on test documents.
     """

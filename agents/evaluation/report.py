@@ -64,7 +64,7 @@ class EvaluationReport:
         gaps: Offline promises and what became of them.
         depths: Tokens by layer they left after, by policy.
         layers: Layers of the model.
-        extra: Further sections.
+        extra: Further sections, which come last.
     """
 
     title: str

@@ -27,7 +27,7 @@ class Scores:
         agreeing_D: Tokens equal to full depth's, which has the same history.
         right_D: Tokens equal to the document's.
         surprisal_D: −log p of the document's tokens at the layer each left from, nats.
-        lines_D: Lines completed.
+        lines_D: Lines that were completed.
         exact_D: Lines that match the document's.
         similarity_D: Edit similarities of the lines, each in 0 … 1.
         depths: How many teacher-forced tokens left after each layer.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-"""Bootstrap resamples."""
+"""How many resamples a bootstrap draws."""
 
 LEVEL = 0.95
 """Coverage of every interval."""
@@ -37,8 +37,8 @@ class Resample:
     """Bootstrap draws that every compared quantity shares.
 
     Attributes:
-        seeds_BS: Which seeds, per resample.
-        documents_BD: Which documents, per resample.
+        seeds_BS: The seeds that each resample drew.
+        documents_BD: The documents that each resample drew.
     """
 
     seeds_BS: NDArray[np.int64]

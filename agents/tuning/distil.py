@@ -26,7 +26,7 @@ BLOCK_VALUES = 2**23
 """Logits held at a time (32 MiB in float32); longer batches go through the head in blocks."""
 
 SMALLEST_SCALE = 1e-6
-"""Of a state: below this, its unit would blow rounding up."""
+"""Least scale of a state: below this, its unit would blow rounding up."""
 
 
 class TrainableTranslator(nn.Module):
@@ -36,10 +36,10 @@ class TrainableTranslator(nn.Module):
     early layers (small states) and late ones (large). B A needs no unit: it is a ratio.
 
     Args:
-        width: D.
-        rank: r.
+        width: Width D of the states.
+        rank: Rank r of the matrix added to the identity.
         scale: s, root mean square of the states that the translator will meet.
-        generator: Draws A.
+        generator: Draws the start of A.
     """
 
     scale: Tensor
@@ -72,13 +72,7 @@ def freeze(modules: Mapping[int, TrainableTranslator]) -> ExitTranslators:
 def states_at(
     stack: LayerStack, tokens_BT: Tensor, exits: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """States [B·T, D] after each exit and after the last layer, full depth, causal.
-
-    Args:
-        stack: The model.
-        tokens_BT: Rows of one length.
-        exits: Layers below the last.
-    """
+    """States [B·T, D] after each exit and after the last layer, full depth, causal."""
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
     x_BTD = stack.embed(tokens_BT, positions_BT)
     rotary = stack.rotary(x_BTD, positions_BT)
@@ -116,13 +110,7 @@ def blocks(rows: int, vocab: int) -> Iterator[slice]:
 def backward(
     stack: LayerStack, modules: Mapping[int, TrainableTranslator], tokens_BT: Tensor
 ) -> dict[int, float]:
-    """Add one batch's gradients to the translators; mean KL per exit before the step, nats.
-
-    Args:
-        stack: The frozen model.
-        modules: By layer.
-        tokens_BT: The batch.
-    """
+    """Add one batch's gradients to the translators; mean KL per exit before the step, nats."""
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
     rows = len(last_ND)
     totals = dict.fromkeys(modules, 0.0)

@@ -22,14 +22,7 @@ def draw_tuning(
     curve: Sequence[Sequence[float]],
     path: Path,
 ) -> None:
-    """Agreement and KL per exit, before and after, and the training loss.
-
-    Args:
-        before: By layer, full depth last.
-        after: The same.
-        curve: Step, then each exit's training KL.
-        path: PNG to write.
-    """
+    """Agreement and KL per exit (full depth last), before and after, and the training loss."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), dpi=130, layout="constrained")
     _draw_pair(panels[0], before[:-1], after[:-1], "agreement", "token agreement with full depth")
     panels[0].set_ylim(0, 1)

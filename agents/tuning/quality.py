@@ -13,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.agents.evaluation.statistics import bootstrap_ratio
 from offramp.agents.tuning.distil import blocks, kl_of_logits, states_at
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators
-
-RESAMPLES = 2000
-"""Bootstrap draws of documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +24,7 @@ class ExitQuality:
     """One exit on held-out documents, teacher-forced, with an exact cache.
 
     Attributes:
-        layer: Layers executed.
+        layer: Layers executed before the exit.
         agreement: Share of tokens whose most likely successor is full depth's.
         kl: KL(full depth ‖ exit), mean nats per token.
         accuracy: Share of tokens whose most likely successor is the document's.
@@ -52,7 +50,7 @@ class TuneReport:
         documents: Held-out documents.
         tokens: Held-out tokens.
         before: By ascending layer; full depth is the last.
-        after: The same with translators, full depth unchanged.
+        after: Quality with translators; full depth is unchanged.
         gains: Per exit: gain in agreement and its 95 % interval (bootstrap over documents).
         curve: Training KL: step, then each exit's batch mean, nats.
     """
@@ -73,10 +71,10 @@ def measure(
     """Sums per document at each exit and at full depth.
 
     Args:
-        stack: The model.
-        translators: As decoding would apply them, in the model's dtype.
-        windows: Documents of T + 1 tokens; the last is only ever a label.
-        exits: Layers.
+        stack: The model that the exits are in.
+        translators: The exits' translators as decoding applies them, in the model's dtype.
+        windows: Documents of T + 1 tokens; the last token is only ever a label.
+        exits: Layers that are measured.
     """
     rows: dict[int, list[list[float]]] = {layer: [] for layer in (*exits, stack.layers)}
     for tokens in windows:
@@ -105,11 +103,8 @@ def agreement_gain(
 ) -> tuple[float, float, float]:
     """Gain in agreement and its 95 % interval, paired bootstrap over documents."""
     gain_W = after[layer][:, 0] - before[layer][:, 0]
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(gain_W), size=(RESAMPLES, len(gain_W)))
-    gains = gain_W[drawn].sum(1) / tokens_W[drawn].sum(1)
-    low, high = np.quantile(gains, [0.025, 0.975]).tolist()
-    return float(gain_W.sum() / tokens_W.sum()), low, high
+    found = bootstrap_ratio(gain_W, tokens_W, seed)
+    return found.value, found.low, found.high
 
 
 def compare(

@@ -37,12 +37,12 @@ class WindowStream:
     the position below is all there is to the stream's randomness.
 
     Args:
-        documents: Never empty.
-        encode: Tokenizes a text.
+        documents: Documents to read, at least one.
+        encode: Gives the token ids of a text.
         separator: Token between documents; None for none.
-        rows: B.
-        length: T.
-        seed: Of the order.
+        rows: Rows B of a batch.
+        length: Tokens T of a row.
+        seed: Seeds the order of the documents.
 
     Raises:
         TraceError: no documents, or none of them gives a token.

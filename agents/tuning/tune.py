@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from offramp.agents.recording.corpus import Document, load_corpus
 from offramp.agents.recording.record import window
 from offramp.agents.recording.training_data import save_candidates
+from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import (
     TrainableTranslator,
     backward,
@@ -25,7 +26,6 @@ from offramp.agents.tuning.distil import (
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
-from offramp.agents.tuning.tune_checkpoint import Checkpoint
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.worker.model.families import stack_for
@@ -41,12 +41,41 @@ from offramp.worker.model.translators import ExitTranslators
 from offramp.worker.probes.candidates.successors import successor_table
 
 PLOT = "tune.png"
+
 WARM_UP_SHARE = 0.05
-"""Of the steps, in which the learning rate rises to its peak; a cosine to 0 follows."""
+"""Share of the steps in which the learning rate rises to its peak; a cosine to 0 follows."""
+
 CURVE_POINTS = 200
 """Training losses kept for the report."""
+
 LARGEST_GRADIENT = 1.0
-"""Norm per translator; longer gradients are shortened to it."""
+"""Norm of a translator's gradient; longer ones are shortened to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneCheckpoint(Resumable):
+    """A run between two steps: enough to go on as if it had never stopped.
+
+    Nothing in a run draws random numbers after its start: the order of the documents is a function
+    of the seed and the pass, so the stream's position stands for a generator's state.
+
+    Attributes:
+        settings: Whatever changes the result: fingerprint, data digest and options, as JSON.
+        step: How many steps are done.
+        modules: State of each translator, by layer.
+        optimizer: State of the optimizer.
+        position: Where the stream of windows is.
+        curve: Training KL so far: step, then each exit's, nats.
+    """
+
+    command: ClassVar[str] = "offramp tune"
+
+    settings: dict[str, Any]
+    step: int
+    modules: dict[int, dict[str, torch.Tensor]]
+    optimizer: dict[str, Any]
+    position: dict[str, Any]
+    curve: list[list[float]]
 
 
 def tune(
@@ -62,9 +91,9 @@ def tune(
     however often the run was stopped and resumed.
 
     Args:
-        config: How to fit.
-        folder: Where everything is written.
-        resume: Go on from the folder's checkpoint.
+        config: The model, its exits and how to fit them.
+        folder: Folder that everything is written to.
+        resume: Whether to go on from the folder's checkpoint.
         on_tokens: Told (tokens trained on so far, in all) after each step.
 
     Raises:
@@ -74,10 +103,10 @@ def tune(
     """
     exits = require_exits(config)
     require_device(config.device)
-    checkpoint = Checkpoint.load(folder) if resume else None
+    checkpoint = TuneCheckpoint.load(folder) if resume else None
     torch.set_num_threads(config.threads)
     train, held_out = _documents(config)
-    run = _Run(config, exits, train, held_out)
+    run = _Tuning(config, exits, train, held_out)
     if checkpoint is not None:
         checkpoint.require(run.settings)
     modules, curve = run.fit(folder, checkpoint, on_tokens)
@@ -101,7 +130,7 @@ def _documents(config: TuneConfig) -> tuple[list[Document], list[Document]]:
     return train, [each for each in documents if each.split == "validation"][: config.held_out]
 
 
-class _Run:
+class _Tuning:
     """What one run works on: the model, its tokenizer and the documents."""
 
     def __init__(
@@ -143,7 +172,7 @@ class _Run:
         )
 
     def fit(
-        self, folder: Path, checkpoint: Checkpoint | None, on_tokens: Callable[[int, int], None]
+        self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]
     ) -> tuple[dict[int, TrainableTranslator], list[list[float]]]:
         config, stream = self.config, self.stream()
         first_BT = self.stream().next().to(self.stack.device)
@@ -168,7 +197,7 @@ class _Run:
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps:
                 states = {layer: each.state_dict() for layer, each in modules.items()}
-                Checkpoint(
+                TuneCheckpoint(
                     settings=self.settings, step=done, modules=states,
                     optimizer=optimizer.state_dict(), position=stream.position, curve=curve,
                 ).save(folder)  # fmt: skip

@@ -21,17 +21,17 @@ class TuneConfig:
         documents: Documents to take from the corpus, over all splits; None takes all.
         exits: Layers to fit; () places three at the quarters of the depth.
         rank: r of each translator.
-        steps: Optimizer steps.
+        steps: Steps of the optimizer.
         batch_tokens: Tokens per step, a multiple of ``length``.
         length: Tokens per window.
         learning_rate: Peak rate of Adam.
         held_out: Validation documents measured, at most.
         candidates: Candidate tokens per token in the successor table.
         checkpoint_every: Steps between checkpoints.
-        dtype: Of the frozen model; translators are always trained in float32.
-        device: Where the model runs.
+        dtype: Weights of the frozen model; translators are always trained in float32.
+        device: Device that the model runs on.
         threads: Torch threads; part of what makes a run reproducible.
-        seed: Of the translators' start and the order of the documents.
+        seed: Seeds the translators' start and the order of the documents.
     """
 
     model: str

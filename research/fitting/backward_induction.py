@@ -35,10 +35,10 @@ def fit_stopping(
     leaving here and that return.
 
     Args:
-        traces: Training tokens.
+        traces: Tokens of the training split.
         costs: Measured costs, probes included.
-        trade_off: λ.
-        quality: How an exit's token is scored.
+        trade_off: λ, the price of a unit of cost in units of quality.
+        quality: Name of the score of an exit's token.
         candidates_VK: For the policy's probe.
     """
     schema = SCHEMAS[traces.header.schema]

@@ -34,7 +34,7 @@ def fit_budget(
     there: those with the highest score.
 
     Args:
-        traces: Training tokens.
+        traces: Tokens of the training split.
         costs: Measured costs, probes included.
         budget: Mean cost allowed, in units of a full-depth token's time.
         column: Score, one of SOFTMAX_COLUMNS without ``entropy``.

@@ -34,9 +34,9 @@ class GreenCodeConfig:
     """How the agent is trained.
 
     Attributes:
-        steps: Environment steps.
-        envs: Parallel episodes.
-        seed: Of the environment, the initial weights and the actions.
+        steps: Steps taken in the environment.
+        envs: Episodes that run in parallel.
+        seed: Seeds the environment, the initial weights and the actions.
     """
 
     steps: int = 300_000
@@ -83,9 +83,9 @@ class HiddenStateVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_base
 
     Args:
         traces: With hidden states.
-        normaliser: Of the D columns.
+        normaliser: Scales the D columns of a state.
         envs: Number B of parallel episodes.
-        seed: Of the order of tokens.
+        seed: Seeds the order of tokens.
 
     Raises:
         TraceError: no hidden states were recorded.
@@ -132,7 +132,7 @@ class HiddenStateVecEnv(VecEnv):  # type: ignore[misc]  # mypy skips stable_base
         """Nothing to release."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The same value for each episode asked about."""
+        """One value, for each episode asked about."""
         value = getattr(self, attr_name)
         return [value for _ in self._get_indices(indices)]
 
@@ -201,6 +201,6 @@ def greencode_policy(weights: Weights, exits: tuple[int, ...], threshold: float)
     Args:
         weights: From ``train_greencode``.
         exits: Layers to ask after.
-        threshold: ln(T / (1 − T)).
+        threshold: The authors' T as a logit, ln(T / (1 − T)).
     """
     return MlpPolicy(exits, hidden_schema(len(weights[0][0])), weights, threshold)

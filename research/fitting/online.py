@@ -30,9 +30,9 @@ def fit_beta(traces: TokenTraces, layer: int, zeta: float, column: str = "top1")
     """FREE's rule at one exit, its two distributions started from training tokens.
 
     Args:
-        traces: Training tokens.
+        traces: Tokens of the training split.
         layer: The shallow exit; must have been recorded.
-        zeta: ζ.
+        zeta: ζ, the posterior of agreeing above which a token leaves.
         column: Confidence, one of SOFTMAX_COLUMNS without ``entropy``.
     """
     exit_index = traces.header.exits.index(layer)
@@ -54,10 +54,10 @@ def fit_bandit(
     """A bandit over thresholds, each arm started with its mean reward on training tokens.
 
     Args:
-        traces: Training tokens.
+        traces: Tokens of the training split.
         costs: Measured costs, probes included.
         trade_off: λ of the reward, agreement − λ · cost.
-        thresholds: The arms.
+        thresholds: Thresholds that the bandit chooses among, its arms.
         column: Confidence compared, of SOFTMAX_V2.
     """
     exits = traces.header.exits
