@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from offramp.agents.calibration.calibration_documents import (
+    calibration_windows,
+    unseen_documents,
+)
 from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     WalkResult,
@@ -32,7 +36,6 @@ from offramp.agents.calibration.fixed_sequence import (
 )
 from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
-from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.release.certificate import Method
 from offramp.worker.profiling.profile import describe_machine

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from safetensors.numpy import load
 
+from offramp.agents.calibration.calibration_documents import CalibrationDocument, data_digest
 from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     OnStep,
@@ -17,11 +18,7 @@ from offramp.agents.calibration.fixed_sequence import (
     learn_then_test,
     require_share,
 )
-from offramp.agents.calibration.losses import (
-    CalibrationDocument,
-    LossSource,
-    data_digest,
-)
+from offramp.agents.calibration.losses import LossSource
 from offramp.agents.calibration.pvalues import Losses, least_units
 from offramp.agents.calibration.setting_families import SettingFamily
 from offramp.controller.errors import ConfigError

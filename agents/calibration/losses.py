@@ -6,20 +6,31 @@ default, its loss the mean over its tokens, in [0, 1]. Taking tokens as units gi
 exact binomial test and a far larger n, under an assumption that is false to the degree that losses
 cluster by document.
 
-Shape suffixes: N units, T tokens, V vocabulary, K candidates.
+What a line of text loses is max(0, edit similarity of full depth's completion − that of the
+policy's), each to the document's own line, in [0, 1], by CodeXGLUE's protocol
+(``agents/evaluation/lines.py``). A line that the policy completes better is not set off against
+another, so what is bounded is at least the drop of the mean edit similarity, in points.
+
+Shape suffixes: N units, T tokens, L lines, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.agents.calibration.calibration_documents import (
+    LINES,
+    LONGEST,
+    CalibrationDocument,
+)
 from offramp.agents.calibration.pvalues import Losses
+from offramp.agents.evaluation.lines import Line, complete, edit_similarity
+from offramp.agents.evaluation.statistics import Floats
 from offramp.agents.placing.replay import exits_taken
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, IntArray
@@ -33,27 +44,6 @@ from offramp.worker.recording.recorder import record_document
 
 DISAGREEMENT = "disagreement"
 """1 where the token differs from full depth's under the same history, else 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationDocument:
-    """A window of a document that nothing was trained, chosen or reported on.
-
-    Attributes:
-        digest: SHA-256 of the document's text, hex.
-        tokens: Token ids of the window.
-    """
-
-    digest: str
-    tokens: tuple[int, ...]
-
-
-def data_digest(documents: Sequence[CalibrationDocument]) -> str:
-    """SHA-256 over digests and tokens, in order, hex."""
-    whole = hashlib.sha256()
-    for document in documents:
-        whole.update(f"{document.digest}:{','.join(map(str, document.tokens))}\n".encode())
-    return whole.hexdigest()
 
 
 class LossSource(Protocol):
@@ -190,6 +180,46 @@ class Replayed(TokenLosses):
             differs_N[self._counted_N & (traces.document_N == index)]
             for index in range(len(traces.documents))
         ]
+
+
+class CompletedLines:
+    """Completes lines with the exits really taken, greedily, each up to its end.
+
+    Args:
+        engine: Idle, with a tokenizer, in mode ``project`` or ``defer``.
+        lines: The lines of each document, one or more.
+
+    Raises:
+        ConfigError: the engine verifies: there is no loss to bound.
+    """
+
+    loss = "edit similarity lost in line completion"
+    new_tokens = LINES * LONGEST
+
+    def __init__(self, engine: AdaptiveEngine, lines: Sequence[Sequence[Line]]) -> None:
+        self.decode_mode: DecodeMode = serving_mode(engine)
+        self._engine = engine
+        self._lines_L = [line for mine in lines for line in mine]
+        ends = np.cumsum([0, *map(len, lines)])
+        self._documents_N = [slice(start, end) for start, end in pairwise(ends)]
+        self._full_L = self._similarities(NeverExit())
+
+    def losses(self, policy: Policy, unit: Unit) -> Losses:
+        """Each document's mean over its lines, [N].
+
+        Raises:
+            ConfigError: tokens are asked for as units.
+        """
+        if unit != "document":
+            raise ConfigError("unit", f"a line's loss is not of any {unit}", "Use document")
+        lost_L = np.maximum(0.0, self._full_L - self._similarities(policy))
+        return np.asarray([lost_L[place].mean() for place in self._documents_N])
+
+    def _similarities(self, policy: Policy) -> Floats:
+        """Edit similarity of each completion to the document's line, in [0, 1]; [L]."""
+        texts = complete(self._engine, self._lines_L, policy, LONGEST)
+        pairs = zip(texts, self._lines_L, strict=True)
+        return np.asarray([edit_similarity(text, line.target) / 100 for text, line in pairs])
 
 
 def _counted(documents: Sequence[CalibrationDocument], prompt_tokens: int) -> int:

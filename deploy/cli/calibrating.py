@@ -16,11 +16,15 @@ from offramp.agents.calibration.calibrate import (
     require_enough,
     require_fingerprints,
 )
-from offramp.agents.calibration.line_losses import CompletedLines, with_lines
-from offramp.agents.calibration.losses import CalibrationDocument, LossSource, OnPolicy, Replayed
+from offramp.agents.calibration.calibration_documents import (
+    CalibrationDocument,
+    calibration_windows,
+    unseen_documents,
+    with_lines,
+)
+from offramp.agents.calibration.losses import CompletedLines, LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
-from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.durable import write_durably
@@ -137,11 +141,8 @@ def calibrate_policies(
     require_fingerprints(walked.bundle, engine)
     unseen = unseen_documents(corpus, traces)
     windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
-    if loss == EDIT_SIMILARITY:
-        windows, losses = _line_losses(promise, engine, windows, prompt_tokens)
-    else:
-        require_enough(promise, len(windows))
-        losses = _losses(engine, windows, prompt_tokens, walked, traces if replay else None)
+    replayed = traces if replay else None
+    windows, losses = _losses(promise, loss, engine, windows, prompt_tokens, walked, replayed)
     _announce(walked, promise, windows, losses, picked)
     found = calibrate(promise, engine, walked, windows, losses, prompt_tokens, _show)
     save_calibration(out, promise, found)
@@ -149,7 +150,7 @@ def calibrate_policies(
 
 
 def parse_promise(delta: float, epsilon: float | None, method: str, unit: str) -> Promise:
-    """What is to be guaranteed; tokens are tested exactly unless a method is named.
+    """Read what is to be guaranteed off the command line.
 
     Raises:
         ConfigError: an unknown name, or numbers outside their range.
@@ -169,7 +170,7 @@ def require_loss(loss: str, unit: str, *, replay: bool) -> None:
     """Refuse a loss that is unknown, or that cannot be measured as asked.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: it is; the field names the option.
     """
     if loss not in LOSSES:
         raise ConfigError("loss", f"{loss!r} is unknown", f"Use one of {', '.join(LOSSES)}")
@@ -182,7 +183,7 @@ def require_loss(loss: str, unit: str, *, replay: bool) -> None:
 def parse_wish(
     quality: float | None, latency_budget: float | None, energy_budget: float | None
 ) -> Wish | None:
-    """What the operator asked for, if anything.
+    """Read what the operator asked for off the command line, if anything.
 
     Raises:
         ConfigError: two things at once, or a number outside its range.
@@ -212,28 +213,24 @@ def _chosen_family(policies: Path) -> str:
 
 
 def _losses(
+    promise: Promise,
+    loss: str,
     engine: AdaptiveEngine,
     windows: list[CalibrationDocument],
     prompt_tokens: int,
     family: SettingFamily,
-    traces: Path | None,
-) -> LossSource:
-    if traces is None:
-        return OnPolicy(engine, windows, prompt_tokens)
-    exits = family.bundle.manifest.exits
-    return Replayed(engine, windows, prompt_tokens, exits, load_candidates(traces))
-
-
-def _line_losses(
-    promise: Promise,
-    engine: AdaptiveEngine,
-    windows: list[CalibrationDocument],
-    prompt_tokens: int,
+    replayed: Path | None,
 ) -> tuple[list[CalibrationDocument], LossSource]:
-    """Losses in line completion, and the documents that hold a line."""
-    cut = with_lines(windows, engine.tokenizer, prompt_tokens)
-    require_enough(promise, len(cut))
-    return [each for each, _ in cut], CompletedLines(engine, [lines for _, lines in cut])
+    """The documents that the loss can be measured on, and what measures it."""
+    if loss == EDIT_SIMILARITY:
+        cut = with_lines(windows, engine.tokenizer, prompt_tokens)
+        require_enough(promise, len(cut))
+        return [each for each, _ in cut], CompletedLines(engine, [lines for _, lines in cut])
+    require_enough(promise, len(windows))
+    if replayed is None:
+        return windows, OnPolicy(engine, windows, prompt_tokens)
+    exits, table_VK = family.bundle.manifest.exits, load_candidates(replayed)
+    return windows, Replayed(engine, windows, prompt_tokens, exits, table_VK)
 
 
 def _announce(

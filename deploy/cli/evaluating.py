@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from offramp.agents.calibration.pick import EVALUATION
 from offramp.agents.evaluation.assess import Assessment, assess
+from offramp.agents.evaluation.evaluation_rows import TimeAndEnergy
+from offramp.agents.evaluation.matched import quality_metrics
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.page import (
     conditions,
@@ -22,7 +26,6 @@ from offramp.agents.evaluation.page import (
 )
 from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.report import EvaluationReport, write_report
-from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import SPLIT, recorded_digests
@@ -53,6 +56,11 @@ from offramp.worker.spec import WorkerSpec, load_engine
 
 SLOTS = 16
 """Rows decoded together where only quality is measured."""
+
+TOLD = (
+    "agreement", "accuracy", "perplexity", "edit_similarity", "mean_layers", "wall_ratio", "tokens",
+)  # fmt: skip
+"""What the chosen policy's bundle says of its evaluation."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -172,9 +180,9 @@ def save_assessment(
 ) -> None:
     """Write the rows, the report with its pictures, and the chosen policy's bundle."""
     chosen = contenders[found.chosen].name
-    rows = {"validation": found.validation, "test": found.test}
+    rows: dict[str, Sequence[TimeAndEnergy]]
+    rows = {"validation": found.validation, "test": found.test, "matched": found.matched}
     plain = {name: [asdict(row) for row in each] for name, each in rows.items()}
-    matched = [asdict(row) for row in found.matched]
     ratio = found.energy.ratios[found.chosen - 1]
     energy = {
         "policy": chosen,
@@ -183,22 +191,12 @@ def save_assessment(
         "full_depth_j_per_token": found.energy.full_j,
         "ratio": ratio and asdict(ratio),
     }
-    told = {**plain, "matched": matched, "chosen": chosen, "reason": found.reason, "energy": energy}
-    content = json.dumps(told, indent=1)
-    write_durably(policies / "evaluation.json", content.encode())
+    told = {**plain, "chosen": chosen, "reason": found.reason, "energy": energy}
+    write_durably(policies / EVALUATION, json.dumps(told, indent=1).encode())
     write_report(_report(found, engine, config, policies), policies)
     bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
     row = found.test[found.chosen]
-    metrics = {
-        "agreement": row.agreement,
-        "accuracy": row.accuracy,
-        "perplexity": row.perplexity,
-        "edit_similarity": row.edit_similarity,
-        "mean_layers": row.mean_layers,
-        "wall_ratio": row.wall_ratio,
-        "tokens": row.tokens,
-        "reason": found.reason,
-    }
+    metrics = {name: getattr(row, name) for name in TOLD} | {"reason": found.reason}
     manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, **metrics})
     PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)
 
@@ -206,7 +204,7 @@ def save_assessment(
 def _report(
     found: Assessment, engine: AdaptiveEngine, config: AssessConfig, policies: Path
 ) -> EvaluationReport:
-    metrics = [m for m in (AGREEMENT, EDIT_SIMILARITY) if m.is_measured(found.measured[0].scores)]
+    metrics = quality_metrics(found.measured[0].scores)
     promises = gaps(found.measured)
     counts = {"validation": found.documents[0], "test": found.documents[1]}
     return EvaluationReport(

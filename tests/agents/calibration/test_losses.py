@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.calibration.losses import (
+from offramp.agents.calibration.calibration_documents import (
     CalibrationDocument,
+    calibration_windows,
+    data_digest,
+    unseen_documents,
+)
+from offramp.agents.calibration.losses import (
     OnPolicy,
     Replayed,
     by_unit,
-    data_digest,
 )
-from offramp.agents.calibration.unseen import calibration_windows, unseen_documents
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SOFTMAX_V2

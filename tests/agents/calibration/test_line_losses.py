@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.calibration.line_losses import (
+from offramp.agents.calibration.calibration_documents import (
     LINES,
     LONGEST,
-    CompletedLines,
+    CalibrationDocument,
+    calibration_windows,
     with_lines,
 )
-from offramp.agents.calibration.losses import CalibrationDocument
-from offramp.agents.calibration.unseen import calibration_windows
+from offramp.agents.calibration.losses import CompletedLines
 from offramp.agents.evaluation.lines import Line
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError

@@ -9,13 +9,42 @@ test split.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.agents.calibration.losses import CalibrationDocument
+from offramp.agents.evaluation.lines import Line, cut_lines
 from offramp.agents.recording.corpus import Document, load_corpus
 from offramp.agents.recording.record import long_documents, recorded_digests, window
 from offramp.controller.errors import TraceError
+
+LINES = 4
+"""Lines completed in each document at most."""
+
+LONGEST = 24
+"""Tokens of a completion at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationDocument:
+    """A window of a document that nothing was trained, chosen or reported on.
+
+    Attributes:
+        digest: SHA-256 of the document's text, hex.
+        tokens: Token ids of the window.
+    """
+
+    digest: str
+    tokens: tuple[int, ...]
+
+
+def data_digest(documents: Sequence[CalibrationDocument]) -> str:
+    """SHA-256 over digests and tokens, in order, hex."""
+    whole = hashlib.sha256()
+    for document in documents:
+        whole.update(f"{document.digest}:{','.join(map(str, document.tokens))}\n".encode())
+    return whole.hexdigest()
 
 
 def unseen_documents(corpus: Path | None, traces: Path) -> list[Document]:
@@ -59,3 +88,37 @@ def calibration_windows(
         CalibrationDocument(document.digest, tuple(window(document, tokens, length)))
         for document, tokens in found
     ]
+
+
+def with_lines(
+    documents: Sequence[CalibrationDocument], tokenizer: object, prompt_tokens: int
+) -> list[tuple[CalibrationDocument, list[Line]]]:
+    """The documents whose window holds a line to complete, with up to ``LINES`` of them.
+
+    Args:
+        documents: Windows of documents.
+        tokenizer: The tokenizer that made their tokens.
+        prompt_tokens: Tokens before a cut at most.
+
+    Raises:
+        TraceError: no window holds one.
+    """
+    cut = [
+        cut_lines(
+            each.tokens,
+            tokenizer,
+            count=LINES,
+            context=prompt_tokens,
+            longest=LONGEST,
+            digest=each.digest,
+        )
+        for each in documents
+    ]
+    found = [(each, lines) for each, lines in zip(documents, cut, strict=True) if lines]
+    if not found:
+        raise TraceError(
+            "calibration documents",
+            f"none of {len(documents)} windows holds a line of at most {LONGEST} tokens",
+            "Raise --new-tokens, or give a larger --corpus",
+        )
+    return found
