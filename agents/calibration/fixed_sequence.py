@@ -97,15 +97,8 @@ def conformal_risk_control(
     behind, may. So a unit's loss counts as the worst it has had so far (their appendix A), which
     never falls, and never understates. Full depth has no loss, so there is always a fallback.
 
-    Args:
-        settings: λ, safest first; as for ``learn_then_test``.
-        losses_of: Measures the losses of a setting.
-        delta: Bound on the expected loss.
-        on_step: Told each setting; its risk is that of the worst losses so far.
-
-    Raises:
-        ConfigError: delta outside (0, 1), or no setting.
-        TraceError: as for ``learn_then_test``.
+    Takes and raises what ``learn_then_test`` does; the risk of a step is that of the worst losses
+    so far.
     """
     require_share("delta", delta)
     worst_N: Losses = np.zeros(1)

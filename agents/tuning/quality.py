@@ -89,22 +89,13 @@ def measure(
 
 def summarise(sums: Sums, tokens: int) -> list[ExitQuality]:
     """Means over all tokens, by layer."""
-    rows = []
-    for layer, sums_W4 in sums.items():
-        agreement, kl, accuracy, nll = (sums_W4.sum(0) / tokens).tolist()
-        rows.append(
-            ExitQuality(layer=layer, agreement=agreement, kl=kl, accuracy=accuracy, nll=nll)
+    names = ("agreement", "kl", "accuracy", "nll")
+    return [
+        ExitQuality(
+            layer=layer, **dict(zip(names, (sums_W4.sum(0) / tokens).tolist(), strict=True))
         )
-    return rows
-
-
-def agreement_gain(
-    before: Sums, after: Sums, layer: int, tokens_W: NDArray[np.float64], seed: int
-) -> tuple[float, float, float]:
-    """Gain in agreement and its 95 % interval, paired bootstrap over documents."""
-    gain_W = after[layer][:, 0] - before[layer][:, 0]
-    found = bootstrap_ratio(gain_W, tokens_W, seed)
-    return found.value, found.low, found.high
+        for layer, sums_W4 in sums.items()
+    ]
 
 
 def compare(
@@ -115,15 +106,17 @@ def compare(
     curve: list[list[float]],
 ) -> TuneReport:
     """The report of a run, from the sums per document before and after it."""
-    exits = list(after)[:-1]
     tokens_W: NDArray[np.float64] = np.asarray([len(each) - 1 for each in windows], np.float64)
     tokens = int(tokens_W.sum())
+    exits = list(after)[:-1]
+    gains = (after[layer][:, 0] - before[layer][:, 0] for layer in exits)
+    estimates = (bootstrap_ratio(gain_W, tokens_W, seed) for gain_W in gains)
     return TuneReport(
         documents=len(windows),
         tokens=tokens,
         before=summarise(before, tokens),
         after=summarise(after, tokens),
-        gains=[agreement_gain(before, after, layer, tokens_W, seed) for layer in exits],
+        gains=[(each.value, each.low, each.high) for each in estimates],
         curve=curve,
     )
 

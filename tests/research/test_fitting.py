@@ -39,7 +39,7 @@ def test_prices_charge_the_probe_of_the_schema(data: TrainingData) -> None:
     full_s = 0.1 + 8 * 1.0 + 0.5
     candidates_E1 = TokenCosts.under(CANDIDATES_V1, costs, exits).asked_everywhere_E1
     np.testing.assert_allclose(candidates_E1, leaving(costs, exits), rtol=1e-6)
-    # The whole head at each probe, and none where it leaves: the probe's is its own.
+    # The full LM head at each probe, and none where it leaves: the probe's is its own.
     seconds = [0.1 + e + (8 - e) * 0.02 + (i + 1) * (0.5 + 0.02) for i, e in enumerate(exits)]
     expected = [*seconds, full_s + 3 * 0.52]
     softmax_E1 = TokenCosts.under(SOFTMAX_V2, costs, exits).asked_everywhere_E1
