@@ -46,7 +46,7 @@ def ours(
         engine.submit(prompt, sampling, policy, kv_mode=kv_mode)
     finished: dict[str, Sequence] = {}
     engine.step(finished)
-    spent = engine.decoder.spent
+    spent = engine.decoder.overhead
     before = (spent.deciding_s, spent.filling_s)
     start = time.perf_counter()
     while engine.load != (0, 0):

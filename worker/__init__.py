@@ -1,9 +1,14 @@
 """Early-exit decoding of Hugging Face causal LMs."""
 
+from offramp.worker.decoding.request import (
+    FULL_DEPTH,
+    CompletionStats,
+    KVMode,
+    PolicySnapshot,
+    TokenEvent,
+)
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import CompletionStats, KVMode, TokenEvent
-from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
 from offramp.worker.engine.completion import Completion
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig

@@ -22,7 +22,7 @@ from offramp.controller.policies.weights import MAX_BLOB_BYTES, digest_of
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.trust import Mark, ReleaseVerifier
-from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
 

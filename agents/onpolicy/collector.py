@@ -19,7 +19,7 @@ from offramp.agents.onpolicy.rollout import RecordingRouter, Rollout
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.policies.router import MlpRouter
-from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sequence import Sequence as Row
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.recording.recording_actor import ModelFacts, describe

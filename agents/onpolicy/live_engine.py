@@ -19,7 +19,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit
 from offramp.envs.live.session import KVMode, LiveToken, Moment, Question
-from offramp.worker.decoding.sequence import Request
+from offramp.worker.decoding.request import Request
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.follow import follow
 

@@ -49,7 +49,7 @@ from offramp.deploy.cli.options import (
     parse_kv_mode,
 )
 from offramp.deploy.cli.tables import evaluation_table
-from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine

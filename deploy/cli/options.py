@@ -12,8 +12,8 @@ import typer
 
 from offramp.controller.errors import ConfigError
 from offramp.deploy.serve.settings import Settings
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.model.loading import check_model, layers_and_vocab, parse_dtype, require_device
 from offramp.worker.spec import WorkerSpec, load_engine
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.controller.errors import RequestError
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import KVMode
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 """OpenAI fields without support yet, and the values of them that change nothing."""

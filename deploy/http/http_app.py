@@ -26,8 +26,8 @@ from offramp.deploy.http.replies import (
     token_namer,
     usage_chunk,
 )
-from offramp.worker.decoding import sequence
-from offramp.worker.decoding.sequence import TokenEvent
+from offramp.worker.decoding import request as sequence
+from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import prompt_text
 from offramp.worker.engine.service import EngineService
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.worker.decoding.sequence import CompletionStats, FinishReason, TokenEvent
+from offramp.worker.decoding.request import CompletionStats, FinishReason, TokenEvent
 from offramp.worker.engine.completion import mean_layer
 from offramp.worker.engine.detokenize import UNFINISHED
 

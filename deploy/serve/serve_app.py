@@ -23,7 +23,7 @@ from offramp.controller.release.registry import Ack
 from offramp.controller.release.signing import load_public_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.http.http_app import create_app
-from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.model.loading import check_model
@@ -104,7 +104,7 @@ class ServedWorker:
             config.state_dir / self.worker_id,
             self.worker_id,
             config.poll_s,
-            engine.decoder.bench.prepare,
+            engine.decoder.probes.prepare,
         )
         engine.current_policy = lambda: self.refresher.current
         self.service = EngineService(engine, max_waiting=config.max_waiting)

@@ -18,7 +18,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.cli.main import main
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.service import EngineService
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"

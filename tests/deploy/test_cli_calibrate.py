@@ -27,7 +27,7 @@ from offramp.deploy.cli.evaluating import save_assessment
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import describe_policy
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 EXITS = (3, 6, 9)

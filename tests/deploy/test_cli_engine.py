@@ -81,7 +81,7 @@ def test_a_worker_loads_with_its_settings(tuned: Path) -> None:
     engine = load_engine(spec)
     assert isinstance(engine, AdaptiveEngine)
     assert engine.config == config
-    assert engine.decoder.max_pending == 2
+    assert engine.decoder.context.max_pending == 2
     assert engine.decoder.translators.exits == (6,)
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from offramp.controller.errors import OverloadedError, RequestError
 from offramp.deploy.http.replies import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine, Completion, PolicySnapshot, SamplingParams
-from offramp.worker.decoding.sequence import TokenEvent
+from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.service import EngineService
 
 PROMPT = "import os\n\ndef "

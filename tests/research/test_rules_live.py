@@ -21,7 +21,7 @@ from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
 from offramp.research.hindsight import plan_of
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sequence import Sequence as Row
 from offramp.worker.recording.recorder import record_document
 from support.models import VOCAB, make_model

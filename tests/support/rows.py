@@ -16,7 +16,7 @@ import torch
 
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.worker import AdaptiveEngine, SamplingParams, TokenEvent
-from offramp.worker.decoding.sequence import KVMode, Request
+from offramp.worker.decoding.request import KVMode, Request
 from offramp.worker.decoding.sequence import Sequence as Row
 from support.models import LAYERS
 

@@ -24,7 +24,7 @@ from offramp.controller.release.registry import AckState, InMemoryRegistry, Poli
 from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.worker.decoding.snapshot import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
+from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 from offramp.worker.refresh import FULL_DEPTH, PolicyRefresher
 
 MODEL, TOKENIZER = "aa", "bb"

@@ -12,45 +12,32 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import MAX_PENDING
-from offramp.worker.decoding.convener import Convener
+from offramp.worker.decoding.grouping import RowGrouper
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.decoding.wave import Arrival, Left, Wave
+from offramp.worker.decoding.wave import Wave
+from offramp.worker.decoding.wave_context import Arrival, ExitRecords, Overhead, WaveContext
 from offramp.worker.model.attention import prefill_window
-from offramp.worker.model.fill import KVProjector
+from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kv import EXACT, SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
-from offramp.worker.probes import ProbeBench
-
-
-@dataclass(slots=True)
-class Spent:
-    """Seconds spent beside the model, since the start.
-
-    Attributes:
-        deciding_s: Probes and policies.
-        filling_s: Projecting keys and values of skipped layers.
-    """
-
-    deciding_s: float = 0.0
-    filling_s: float = 0.0
+from offramp.worker.probes import ProbeFactory
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RowResult:
     """What came of a row in a wave.
 
     Attributes:
-        row: The row.
+        row: The row that came out.
         exit_layer: Layers executed.
         logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
             the row verifies and came to the end; none, if the successor takes no head.
         best_M: The most likely token after each.
         decides: Whether the last of them is to be followed by a new token.
-        left: Of the tokens before the last, exits and features where they left, if the policy
-            learns.
+        left: Exits and features where the tokens before the last had left, if the policy learns.
     """
 
     row: Sequence
@@ -58,7 +45,7 @@ class Outcome:
     logits_MV: Tensor
     best_M: list[int]
     decides: bool
-    left: Left = ()
+    left: ExitRecords = ()
 
 
 class Decoder:
@@ -66,18 +53,19 @@ class Decoder:
 
     Args:
         stack: The model.
-        kv: Its cache.
-        max_pending: Tokens a row may put off (``defer``, ``verify``).
-        translators: What exits are read through.
+        kv: The cache of its keys and values.
+        max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
+        translators: Correct the hidden state that exits are read from.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
 
     Attributes:
-        spent: Seconds spent beside the model.
-        bench: Builds probes.
-        convener: Puts rows into the groups they are asked in.
+        overhead: What was spent beside the model.
+        probes: Makes probes.
+        grouper: Puts rows into the groups they are asked in.
         guard: Asks policies, and survives those that fail.
-        failures: Requests whose policy failed and that went on at full depth.
+        projector: Projects exit states; None if skipped layers are not filled.
+        context: What every wave works with.
     """
 
     def __init__(
@@ -91,19 +79,28 @@ class Decoder:
     ) -> None:
         self.stack = stack
         self.kv = kv
-        self.max_pending = max_pending
-        self.projector = KVProjector(stack) if fills else None
         self.translators = translators
-        self.spent = Spent()
-        self.bench = ProbeBench(stack)
+        self.overhead = Overhead()
+        self.probes = ProbeFactory(stack)
         self.guard = PolicyGuard()
-        self.convener = Convener(self.bench, self.guard, stack.layers, max_pending)
-        self.failures = 0
+        self.grouper = RowGrouper(self.probes, self.guard, stack.layers, max_pending)
+        self.projector = KVProjector(stack) if fills else None
+        self.context = WaveContext(
+            stack=stack,
+            kv=kv,
+            filler=CacheFiller(stack, kv, self.projector),
+            translators=translators,
+            grouper=self.grouper,
+            guard=self.guard,
+            max_pending=max_pending,
+            overhead=self.overhead,
+        )
         self._no_logits = torch.empty(0, stack.vocab, device=stack.device)
 
-    def must_go_deep(self, row: Sequence) -> bool:
-        """Whether a row's new token may not leave early."""
-        return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
+    @property
+    def failures(self) -> int:
+        """Requests whose policy failed and that went on at full depth."""
+        return self.overhead.failures
 
     @torch.inference_mode()
     def prefill(self, row: Sequence, tokens: int) -> Tensor | None:
@@ -128,46 +125,46 @@ class Decoder:
         return self.stack.logits(x_BTD[:, -1])[0] if row.is_prefilled else None
 
     @torch.inference_mode()
-    def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[Outcome]:
+    def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[RowResult]:
         """Run launches one after the other, and one head for all; rows leave as policies say.
 
         Args:
-            waves: Launches without common members, each with its riders: rows whose put-off
-                tokens come along.
+            waves: Launches without common members, each with rows that catch up: those whose
+                pending tokens come along.
         """
         arrivals: list[Arrival] = []
-        for launch, riders in waves:
-            arrivals += Wave(self, launch.members, launch.first, riders).run(launch.last)
-        return self._outcomes(arrivals)
+        for launch, catch_up in waves:
+            arrivals += Wave(self.context, launch.members, launch.first, catch_up).run(launch.last)
+        return self._results(arrivals)
 
-    def _outcomes(self, arrivals: list[Arrival]) -> list[Outcome]:
-        """One head for all tokens whose logits are asked for and not known."""
-        # Other riders ask for nothing: their cache entries were what was missing.
+    def _results(self, arrivals: list[Arrival]) -> list[RowResult]:
+        """Run one LM head for all tokens whose logits are asked for and not known."""
+        # Rows that catch up ask for nothing: their cache entries were what was missing.
         arrivals = [each for each in arrivals if each.decides or each.row.drafts or each.left]
         if not arrivals:
             return []
         logits = self._logits([each for each in arrivals if each.token is None])
         best = logits.argmax(-1).tolist()
-        outcomes, start = [], 0
+        results, start = [], 0
         for each in arrivals:
-            end = start + _opinions(each) * (each.token is None)
+            end = start + _tokens_to_judge(each) * (each.token is None)
             best_M = best[start:end] if each.token is None else [each.token]
-            outcomes.append(
-                Outcome(
+            results.append(
+                RowResult(
                     each.row, each.exit_layer, logits[start:end], best_M, each.decides, each.left
                 )
             )
             start = end
-        return outcomes
+        return results
 
     def _logits(self, arrivals: list[Arrival]) -> Tensor:
-        """Logits of all opinions, in order, [Σ M, V]."""
+        """Compute the logits after all tokens that are judged, in order, [Σ M, V]."""
         if not arrivals:
             return self._no_logits
         unknown = [each for each in arrivals if each.logits_V is None]
         if not unknown:
             return torch.stack([each.logits_V for each in arrivals if each.logits_V is not None])
-        states = [each.states_MD[-_opinions(each) :] for each in unknown]
+        states = [each.states_MD[-_tokens_to_judge(each) :] for each in unknown]
         logits = self.stack.logits(torch.cat(states))
         if len(unknown) == len(arrivals):
             return logits
@@ -177,6 +174,6 @@ class Decoder:
         )
 
 
-def _opinions(arrival: Arrival) -> int:
-    """Tokens whose successors are of interest: all, if something is to be confirmed or learnt."""
+def _tokens_to_judge(arrival: Arrival) -> int:
+    """Count the tokens that full depth is asked about: all, if any is to be confirmed or learnt."""
     return len(arrival.states_MD) if arrival.row.drafts or arrival.left else 1

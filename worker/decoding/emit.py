@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from typing import cast
 
 from torch import Tensor
 
 from offramp.controller.policies.protocols import LearningPolicy, Verdict
-from offramp.worker.decoding.decoder import Outcome
+from offramp.worker.decoding.decoder import RowResult
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.sampler import Draw
 from offramp.worker.decoding.sequence import Draft, Sequence
-from offramp.worker.decoding.verify import accepted_greedily, is_accepted, residual
 from offramp.worker.model.stack import LayerStack
+
+
+def accepted_greedily(drafts: Rows[Draft], full_tokens: Rows[int]) -> int:
+    """How many drafts full depth would have emitted, up to the first that it would not."""
+    for count, (draft, token) in enumerate(zip(drafts, full_tokens, strict=False)):
+        if draft.token != token:
+            return count
+    return len(drafts)
+
+
+def is_accepted(draft: Draft, chances_V: Tensor, chance: float) -> bool:
+    """Keep a sampled draft with probability min(1, p/q) (Leviathan et al. 2023, section 2.3).
+
+    Args:
+        draft: Drawn from q.
+        chances_V: p, the distribution at full depth.
+        chance: Drawn evenly from [0, 1).
+    """
+    assert draft.chances_V is not None  # sampled drafts carry their distribution
+    p = float(chances_V[draft.token])
+    q = float(draft.chances_V[draft.token])
+    return chance * q < p
+
+
+def residual(draft: Draft, chances_V: Tensor) -> Tensor:
+    """Distribution of the token that replaces a rejected draft: max(0, p − q), normalised."""
+    assert draft.chances_V is not None
+    rest_V = (chances_V - draft.chances_V).clamp(min=0)
+    total = rest_V.sum()
+    # p = q up to rounding leaves nothing; then p itself is right.
+    return rest_V / total if total > 0 else chances_V
 
 
 class Emitter:
@@ -28,22 +59,22 @@ class Emitter:
         self.stack = stack
         self._guard = guard
 
-    def conclude(self, outcomes: Iterable[Outcome]) -> None:
+    def conclude(self, results: Iterable[RowResult]) -> None:
         """Emit, draft or confirm, row by row."""
-        for outcome in outcomes:
-            if outcome.left:
-                self._teach(outcome)
-            if outcome.row.request.kv_mode != "verify":
-                if not outcome.decides:
+        for result in results:
+            if result.left:
+                self._teach(result)
+            if result.row.request.kv_mode != "verify":
+                if not result.decides:
                     continue
-                logits_V, best = outcome.logits_MV[-1], outcome.best_M[-1]
-                self.emit(outcome.row, logits_V, best, outcome.exit_layer)
-            elif outcome.exit_layer < self.stack.layers:
-                self._draft(outcome)
-            elif outcome.row.sampler.is_plain_greedy:
-                self._confirm_greedily(outcome)
+                logits_V, best = result.logits_MV[-1], result.best_M[-1]
+                self.emit(result.row, logits_V, best, result.exit_layer)
+            elif result.exit_layer < self.stack.layers:
+                self._draft(result)
+            elif result.row.sampler.is_plain_greedy:
+                self._confirm_greedily(result)
             else:
-                self._confirm(outcome)
+                self._confirm(result)
 
     def emit(self, row: Sequence, logits_V: Tensor, best: int, exit_layer: int) -> None:
         """Add the token after a row's last one.
@@ -60,13 +91,13 @@ class Emitter:
             drawn = row.sampler.draw(logits_V, row.emitted)
         row.emit(drawn, exit_layer, self.stack.eos_tokens)
 
-    def _teach(self, outcome: Outcome) -> None:
+    def _teach(self, result: RowResult) -> None:
         """Tell a learning policy what full depth says, up to the first draft that falls."""
-        row = outcome.row
-        early = [draft.token for draft in row.drafts] or row.emitted[-len(outcome.left) :]
+        row = result.row
+        early = [draft.token for draft in row.drafts] or row.emitted[-len(result.left) :]
         verdicts = []
         for (index, features_F), token, best in zip(
-            outcome.left, early, outcome.best_M, strict=False
+            result.left, early, result.best_M, strict=False
         ):
             agreed = token == best
             verdicts.append(Verdict(index, features_F, agreed))
@@ -76,19 +107,19 @@ class Emitter:
                 row.note_verdict(agreed)
         self._guard.teach(cast(LearningPolicy, row.policy), verdicts)
 
-    def _draft(self, outcome: Outcome) -> None:
-        row, sampler = outcome.row, outcome.row.sampler
+    def _draft(self, result: RowResult) -> None:
+        row, sampler = result.row, result.row.sampler
         if sampler.is_plain_greedy:
-            draft = Draft(outcome.best_M[-1], outcome.exit_layer, None)
+            draft = Draft(result.best_M[-1], result.exit_layer, None)
         else:
             history = [*row.emitted, *(draft.token for draft in row.drafts)]
-            chances_V = sampler.distribution(outcome.logits_MV[-1], history)
-            draft = Draft(sampler.pick(chances_V), outcome.exit_layer, chances_V)
+            chances_V = sampler.distribution(result.logits_MV[-1], history)
+            draft = Draft(sampler.pick(chances_V), result.exit_layer, chances_V)
         row.drafts.append(draft)
         row.drafts_made += 1
 
-    def _confirm_greedily(self, outcome: Outcome) -> None:
-        row, best_M = outcome.row, outcome.best_M
+    def _confirm_greedily(self, result: RowResult) -> None:
+        row, best_M = result.row, result.best_M
         drafts, row.drafts = row.drafts, []
         accepted = accepted_greedily(drafts, best_M)
         row.drafts_accepted += accepted
@@ -98,14 +129,14 @@ class Emitter:
             row.note_verdict(False)
         for draft in drafts[:accepted]:
             self._add(row, Draw(draft.token), draft.exit_layer)
-        if accepted < len(drafts) or outcome.decides:
+        if accepted < len(drafts) or result.decides:
             self._add(row, Draw(best_M[accepted]), self.stack.layers)
 
-    def _confirm(self, outcome: Outcome) -> None:
+    def _confirm(self, result: RowResult) -> None:
         """Speculative sampling; of greedy decoding all chances are on one token."""
-        row, sampler = outcome.row, outcome.row.sampler
+        row, sampler = result.row, result.row.sampler
         drafts, row.drafts = row.drafts, []
-        for draft, logits_V in zip(drafts, outcome.logits_MV, strict=False):
+        for draft, logits_V in zip(drafts, result.logits_MV, strict=False):
             chances_V = sampler.distribution(logits_V, row.emitted)
             accepted = is_accepted(draft, chances_V, sampler.chance())
             row.note_verdict(accepted)
@@ -115,9 +146,9 @@ class Emitter:
                 return
             row.drafts_accepted += 1
             self._add(row, sampler.report(draft.token, logits_V), draft.exit_layer)
-        if outcome.decides and not row.is_finished:
-            last = len(outcome.best_M) - 1
-            self.emit(row, outcome.logits_MV[last], outcome.best_M[last], self.stack.layers)
+        if result.decides and not row.is_finished:
+            last = len(result.best_M) - 1
+            self.emit(row, result.logits_MV[last], result.best_M[last], self.stack.layers)
 
     def _add(self, row: Sequence, drawn: Draw, exit_layer: int) -> None:
         # Drafts beyond the end of the request are of no use.

@@ -6,7 +6,7 @@ Shape suffixes: N rows, D width, V vocabulary, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import NamedTuple, Protocol, cast
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -17,88 +17,53 @@ from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.outlook import Load, outlook_of
-from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.decoding.sequence import Leaving, Sequence
 from offramp.worker.probes import Candidates, FusedProbe, Probe
 
+NOBODY = Leaving([])
 
-class Left(NamedTuple):
-    """Rows that leave, and what is known of their tokens.
-
-    Attributes:
-        rows: Which.
-        logits_NV: Their whole logits, if a probe computed them anyway.
-        token: Draft of the only row, if it takes no head.
-    """
-
-    rows: list[Sequence]
-    logits_NV: Tensor | None = None
-    token: int | None = None
+P = TypeVar("P", bound=Probe)
 
 
-NOBODY = Left([])
-
-
-class Asked(Protocol):
-    """Rows on their way through the stack that are asked, at some exits, whether they leave."""
-
-    rows: list[Sequence]
-
-    @property
-    def probe(self) -> Probe:
-        """What reads their states."""
-        ...
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Where any of them may be asked, as long as the wave lasts."""
-        ...
-
-    def asks_at(self, executed: int) -> bool:
-        """Whether any of them is asked after so many layers."""
-        ...
-
-    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
-        """Which rows leave; they are then forgotten.
-
-        If the policy fails none leaves, and none is asked again until its request ends.
-
-        Args:
-            guard: Survives the policy's failures.
-            executed: Layers executed.
-            x_N1D: The rows' hidden states.
-        """
-        ...
-
-    def forget_all_but(self, rows: Rows[Sequence]) -> None:
-        """Forget rows that were cancelled while they waited."""
-        ...
-
-
-class Group:
-    """Rows that an exit policy is asked about together, and what their probe remembers of them.
+class PolicyGroup(Generic[P]):
+    """Rows under one exit policy, and what their probe remembers of them.
 
     Args:
-        policy: Theirs.
-        rows: In the order of the probe's rows.
+        policy: The policy that all rows run under.
+        rows: The rows, in the order of the probe's.
         probe: Computes the policy's features.
     """
 
-    def __init__(self, policy: ExitPolicy, rows: list[Sequence], probe: Probe) -> None:
+    def __init__(self, policy: ExitPolicy, rows: list[Sequence], probe: P) -> None:
         self.policy = policy
         self.rows = rows
         self.probe = probe
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Those of the policy."""
+        """The policy's exits: layers after which all rows are asked."""
         return self.policy.exits
 
     def asks_at(self, executed: int) -> bool:
-        """At every exit of the policy."""
+        """Whether rows are left, and this is one of the policy's exits."""
         return executed in self.policy.exits and bool(self.rows)
 
-    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
-        """As ``Asked`` says."""
+    def forget_all_but(self, rows: Rows[Sequence]) -> None:
+        """Forget rows that were cancelled while they waited at a hold."""
+        stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
+        if not stay_N.all():
+            self._keep(stay_N)
+
+    def _keep(self, stay_N: BoolArray) -> None:
+        self.probe.keep(stay_N)
+        self.rows = [row for row, stays in zip(self.rows, stay_N, strict=True) if stays]
+
+
+class ExitGroup(PolicyGroup[Probe]):
+    """Rows whose probe computes features, which the policy is then asked about."""
+
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
+        """Probe the rows and ask the policy; if it fails, it fails for all of them."""
         features_NF = self.probe.features(executed, x_N1D[:, 0])
         leave_N = guard.decide(self.policy, features_NF)
         if leave_N is None:
@@ -112,83 +77,54 @@ class Group:
             self._note(self.policy.exits.index(executed), leave_N, features_NF)
         if leave_N.all():  # as always at batch 1: nothing is left to be sorted out
             leaving, self.rows = self.rows, []
-            return Left(leaving, self.probe.logits())
+            return Leaving(leaving, self.probe.logits())
+        # The answer lies in a buffer of the policy's, which its next decision overwrites.
         leave_N = leave_N.copy()
         logits_NV = self.probe.logits()
         known_NV = None if logits_NV is None else logits_NV[np.flatnonzero(leave_N)]
         leaving = [row for row, leaves in zip(self.rows, leave_N, strict=True) if leaves]
         self._keep(~leave_N)
-        return Left(leaving, known_NV)
-
-    def forget_all_but(self, rows: Rows[Sequence]) -> None:
-        """As ``Asked`` says."""
-        stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
-        if not stay_N.all():
-            self._keep(stay_N)
+        return Leaving(leaving, known_NV)
 
     def _note(self, here: int, leave_N: BoolArray, features_NF: FloatArray) -> None:
+        """Record where rows leave, for the verdict that full depth will pass on them."""
         for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
             if leaves:
                 row.open[-1].left_at = (here, features_F.copy())
 
-    def _keep(self, stay_N: np.ndarray) -> None:
-        self.probe.keep(stay_N)
-        self.rows = [row for row, stays in zip(self.rows, stay_N, strict=True) if stays]
 
+class FusedGroup(PolicyGroup[FusedProbe]):
+    """Rows whose probe and policy are one compiled call."""
 
-class FusedGroup:
-    """Rows whose probe and policy are one compiled call.
-
-    Args:
-        policy: Theirs.
-        rows: In the order of the probe's rows.
-        probe: Computes the policy's features and decides.
-    """
-
-    def __init__(self, policy: MlpPolicy, rows: list[Sequence], probe: FusedProbe) -> None:
-        self.rows = rows
-        self.exits = policy.exits
-        self.probe = probe
-        self._policy = policy
-
-    def asks_at(self, executed: int) -> bool:
-        """At every exit of the policy."""
-        return executed in self.exits and bool(self.rows)
-
-    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
-        """As ``Asked`` says, but that a row whose features are not finite fails alone."""
-        gone = self.probe.leaving(executed, x_N1D)
-        if not gone:
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
+        """Probe and decide at once; a row whose features are not finite fails alone."""
+        leaving, failed = self.probe.leaving(executed, x_N1D)
+        if not leaving and not failed:
             return NOBODY
         rows = self.rows
-        self.rows = [row for n, row in enumerate(rows) if n not in gone and -1 - n not in gone]
-        failed = [rows[-1 - place] for place in gone if place < 0]
+        gone = {*leaving, *failed}
+        self.rows = [row for place, row in enumerate(rows) if place not in gone]
         if failed:
-            guard.report(self._policy, PolicyFaultError("features or logit are not finite"))
-            for row in failed:
-                row.policy_failed = True
-        return Left([rows[place] for place in gone if place >= 0])
-
-    def forget_all_but(self, rows: Rows[Sequence]) -> None:
-        """As ``Asked`` says."""
-        stay_N = np.asarray([row in rows for row in self.rows], np.bool_)
-        if not stay_N.all():
-            self.probe.keep(stay_N)
-            self.rows = [row for row in self.rows if row in rows]
+            fault = PolicyFaultError("features or logit are not finite")
+            guard.report(cast(MlpPolicy, self.policy), fault)
+            for place in failed:
+                rows[place].policy_failed = True
+        return Leaving([rows[place] for place in leaving])
 
 
-class Route:
+class RoutedRow:
     """One row whose policy says at which exit it is asked next.
 
-    Alone, since rows part ways: a probe remembers what it saw of a row at its last exit.
+    It is asked alone, since rows part ways: a probe remembers what it saw of a row at its last
+    exit, and the next exit of two rows is rarely the same.
 
     Args:
-        policy: The row's.
-        row: The row.
+        policy: The routing policy that the row runs under.
+        row: The row that is asked.
         probe: Computes the policy's features.
         target: Index of the exit it is asked at next.
-        load: Of the engine.
-        frame: Number of layers, and of tokens the row may put off.
+        load: Rows running and waiting in the engine, as the outlook shows them.
+        limits: Number of layers, and of tokens of the row that may be pending.
     """
 
     def __init__(
@@ -198,30 +134,30 @@ class Route:
         probe: Probe,
         target: int,
         load: Load,
-        frame: tuple[int, int],
+        limits: tuple[int, int],
     ) -> None:
         self.rows = [row]
         self.probe = probe
         self._policy = policy
         self._target = target
         self._load = load
-        self._frame = frame
+        self._limits = limits
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Those of the policy."""
+        """The policy's exits: layers after which the row may be asked."""
         return self._policy.exits
 
     def asks_at(self, executed: int) -> bool:
-        """At the exit it was sent to."""
+        """Whether the row is still asked, and this is the exit that it was sent to."""
         return bool(self.rows) and self._policy.exits[self._target] == executed
 
-    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Left:
-        """As ``Asked`` says."""
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
+        """Probe the row; its policy lets it leave here, or sends it to a deeper exit."""
         [row] = self.rows
         here = self._target
         features_1F = self.probe.features(executed, x_N1D[:, 0])
-        outlook_1C = outlook_of(row, self._load, *self._frame)
+        outlook_1C = outlook_of(row, self._load, *self._limits)
         target = guard.route(self._policy, here, features_1F, outlook_1C)
         if target is None:
             row.policy_failed = True
@@ -235,9 +171,9 @@ class Route:
             row.open[-1].left_at = (here, features_1F[0].copy())
         self.rows = []
         if row.headless:
-            return Left([row], token=int(cast(Candidates, self.probe).best_N()[0]))
-        return Left([row], self.probe.logits())
+            return Leaving([row], token=int(cast(Candidates, self.probe).best_N()[0]))
+        return Leaving([row], self.probe.logits())
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
-        """As ``Asked`` says."""
+        """Forget the row if it was cancelled while it waited at a hold."""
         self.rows = [row for row in self.rows if row in rows]

@@ -1,110 +1,20 @@
-"""One request's way through the engine."""
+"""One request's way through the engine, and the groups in which rows are asked at the exits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from offramp.controller.features import KEEP, FloatArray
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
+from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
 from offramp.worker.decoding.sampler import Draw, Sampler
-from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.probes import Probe
 from offramp.worker.probes.candidates.successors import NgramIndex
-
-if TYPE_CHECKING:
-    from offramp.worker.decoding.groups import Asked
-
-FinishReason = Literal["stop", "length"]
-
-TopLogprobs = tuple[tuple[int, float], ...]
-"""Tokens and their log-probabilities, best first."""
-
-KVMode = Literal["project", "defer", "verify"]
-"""What becomes of the layers that an exited token skipped.
-
-project: their keys and values are projected from the exit state, at once and for good.
-defer: they run later, together with the row's next deep token; no projected entry is ever read.
-verify: as defer, and what full depth says of the tokens is the law: the output is full depth's.
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a caller submits.
-
-    Attributes:
-        id: Unique within the engine.
-        prompt: Token ids, at least one.
-        sampling: How to draw tokens, and how many.
-        snapshot: The policy, pinned until the request ends.
-        kv_mode: What becomes of skipped layers.
-        forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
-        sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
-    """
-
-    id: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    snapshot: PolicySnapshot
-    kv_mode: KVMode = "project"
-    forced: tuple[int, ...] = ()
-    sampler: Sampler | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One emitted token.
-
-    Attributes:
-        request_id: Whose token.
-        token: Its id.
-        text: The text that became readable with it ("" inside a multi-byte character, or while
-            it could begin a stop string).
-        exit_layer: Layers executed before it was emitted (or drafted).
-        generation: Generation of the policy that decided it (0: built-in full depth).
-        finish_reason: Set on the last token only.
-        logprob: Its log-probability (natural) at the layer it left from (``verify``: at full
-            depth), under the logits as the model gave them; None if not asked for.
-        top_logprobs: The most likely tokens there and their log-probabilities, best first.
-        text_offset: Characters of the completion's text before the token's own.
-        stats: What the completion cost; set on the last token only.
-    """
-
-    request_id: str
-    token: int
-    text: str
-    exit_layer: int
-    generation: int
-    finish_reason: FinishReason | None
-    logprob: float | None = None
-    top_logprobs: TopLogprobs = ()
-    text_offset: int = 0
-    stats: CompletionStats | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionStats:
-    """What one completion cost.
-
-    Attributes:
-        prompt_tokens: Tokens of the prompt.
-        generation: Policy generation it ran under (0: built-in full depth).
-        mean_exit_layer: Mean layers before each token was emitted or drafted (all for the first).
-        layer_calls: Layers executed after the prompt, those of rejected drafts included.
-        exact_share: Share of its cache positions whose every layer was executed.
-        drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
-    """
-
-    prompt_tokens: int
-    generation: int
-    mean_exit_layer: float
-    layer_calls: int = 0
-    exact_share: float = 1.0
-    drafts: int = 0
-    drafts_accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -157,7 +67,7 @@ class Sequence:
         open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
         undecided: Whether the last open token is still on its way, waiting at its depth.
         group: The rows it is probed with while it is on its way.
-        led: The last group that it was the first row of.
+        last_group: The last group that it was the first row of, whose probe is used again.
         layer_calls: Layers executed for its tokens, deferred ones included.
         drafts_made, drafts_accepted: Drafts in all, and those that full depth confirmed.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
@@ -181,8 +91,8 @@ class Sequence:
     drafts: list[Draft] = field(default_factory=list)
     open: list[OpenToken] = field(default_factory=list)
     undecided: bool = False
-    group: Asked | None = None
-    led: Asked | None = None
+    group: RowGroup | None = None
+    last_group: RowGroup | None = None
     layer_calls: int = 0
     drafts_accepted: int = 0
     drafts_made: int = 0
@@ -273,7 +183,7 @@ class Sequence:
             del items[tokens:]
 
     def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
-        """Whether its newest token may not leave early: nothing can be put off any longer."""
+        """Whether its newest token may not leave early: nothing more may be pending."""
         if self.request.kv_mode == "project":
             return False
         if len(self.open) > max_pending:  # the newest one is open, too
@@ -294,3 +204,53 @@ class Sequence:
         if token in sampling.stop_token_ids:
             return True
         return token in eos_tokens and not (sampling.ignore_eos or self.request.forced)
+
+
+class Leaving(NamedTuple):
+    """Rows that leave at an exit, and what is known of their tokens.
+
+    Attributes:
+        rows: The rows that leave.
+        logits_NV: Their logits over the whole vocabulary, if a probe computed them anyway.
+        token: Draft of the only row, if it is drafted without the LM head.
+    """
+
+    rows: list[Sequence]
+    logits_NV: Tensor | None = None
+    token: int | None = None
+
+
+class RowGroup(Protocol):
+    """Rows on their way through the stack that are asked, at some exits, whether they leave."""
+
+    rows: list[Sequence]
+
+    @property
+    def probe(self) -> Probe:
+        """What computes features from the rows' hidden states."""
+        ...
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers after which a row may be asked, as long as the wave lasts."""
+        ...
+
+    def asks_at(self, executed: int) -> bool:
+        """Whether some row is asked after so many layers."""
+        ...
+
+    def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
+        """Find out which rows leave; the group then forgets them.
+
+        If the policy fails no row leaves, and none is asked again until its request ends.
+
+        Args:
+            guard: Survives the policy's failures.
+            executed: Layers executed.
+            x_N1D: The rows' hidden states.
+        """
+        ...
+
+    def forget_all_but(self, rows: Rows[Sequence]) -> None:
+        """Forget rows that were cancelled while they waited at a hold."""
+        ...

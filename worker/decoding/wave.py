@@ -8,82 +8,51 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from offramp.controller.features import FloatArray
-from offramp.worker.decoding.groups import Asked
-from offramp.worker.decoding.sequence import OpenToken, Sequence
+from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
+from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext
 from offramp.worker.model.attention import decode_window, ragged_window
+from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.model.stack import Rotary
-
-if TYPE_CHECKING:
-    from offramp.worker.decoding.decoder import Decoder
-
-
-Left = Rows[tuple[int, FloatArray]]
-"""Per token: index of the exit where it left, and what was probed there."""
-
-Known = tuple[Tensor | None, int | None]
-"""Of a token that leaves: its whole logits [V], and its successor."""
 
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
 
 
-@dataclass(slots=True)
-class Arrival:
-    """Tokens of a row that came out of the wave, by an exit or at the end.
-
-    Attributes:
-        row: Whose.
-        exit_layer: Layers executed.
-        states_MD: Their hidden states, the oldest first: one at an exit, at the end also those
-            of the tokens that were put off before.
-        decides: Whether the last of them is a token on its way, which now gets its successor.
-        logits_V: Of that last one, if a probe computed them anyway.
-        token: Its successor, if it is drafted without the head.
-        left: Of the tokens that were put off, where they left, if their policy learns.
-    """
-
-    row: Sequence
-    exit_layer: int
-    states_MD: Tensor
-    decides: bool
-    logits_V: Tensor | None = None
-    token: int | None = None
-    left: Left = ()
-
-
 class Wave:
     """Runs some rows from one depth to another.
 
-    Tokens that were put off join at their own depth, to the left of their row's newest token, so
-    that every token runs every layer exactly once and in order.
+    Pending tokens join at their own depth, to the left of their row's newest token, so that every
+    token runs every layer exactly once and in order.
 
     Args:
-        decoder: Stack, cache and settings.
+        context: Model, cache and what decides.
         rows: Rows whose newest token stands at ``first``; at 0 they begin a token.
         first: Index of the first layer to run.
-        riders: Rows without a token on its way, whose put-off tokens come along to the end.
+        catch_up: Rows without a token on its way, whose pending tokens come along to the end.
     """
 
     def __init__(
-        self, decoder: Decoder, rows: Rows[Sequence], first: int, riders: Rows[Sequence] = ()
+        self,
+        context: WaveContext,
+        rows: Rows[Sequence],
+        first: int,
+        catch_up: Rows[Sequence] = (),
     ) -> None:
-        self.decoder = decoder
-        self.stack = decoder.stack
-        self.rows = sorted((*rows, *riders), key=lambda row: row.slot)
+        self.context = context
+        self.stack = context.stack
+        # In the order of their slots: attention then reads runs of the cache, without a gather.
+        self.rows = sorted((*rows, *catch_up), key=lambda row: row.slot)
         self.arrivals: list[Arrival] = []
         self._at = first
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
-        self.groups: list[Asked] = []
+        self.groups: list[RowGroup] = []
         if first == 0:
             self._begin_tokens()
         else:
@@ -97,14 +66,14 @@ class Wave:
             if index in self._join_depths:
                 self._join(index)
             if self._x_NTD is None:
-                continue  # those left are riders, and stand deeper
+                continue  # those that are left only catch up, and stand deeper
             self._x_NTD = self.stack.run_layer(
-                index, self._x, self._rotary, self._window, self.decoder.kv
+                index, self._x, self._rotary, self._window, self.context.kv
             )
             for row, joined in zip(self.rows, self._joined, strict=True):
                 row.layer_calls += joined
             if index + 1 < self.stack.layers:
-                self._let_leave(index + 1)
+                self._ask_exits(index + 1)
                 if not self.rows:
                     return self.arrivals
         if last == self.stack.layers:
@@ -123,19 +92,19 @@ class Wave:
         for row in self.rows:
             row.open.append(OpenToken(row.position, 0, None))
             row.undecided = True
-            self.decoder.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
+            self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
         tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
         positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
         self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
-        free = [n for n, row in enumerate(self.rows) if not self.decoder.must_go_deep(row)]
+        free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
         start = time.perf_counter()
         free_rows = [self.rows[n] for n in free]
-        self.groups = self.decoder.convener.convene(free_rows, states_ND)
-        self.decoder.failures += sum(row.policy_failed for row in free_rows)
-        self.decoder.spent.deciding_s += time.perf_counter() - start
+        self.groups = self.context.grouper.group_rows(free_rows, states_ND)
+        self.context.overhead.failures += sum(row.policy_failed for row in free_rows)
+        self.context.overhead.deciding_s += time.perf_counter() - start
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
@@ -174,7 +143,7 @@ class Wave:
         self._x_NTD = new_NTD
 
     def _place(self) -> None:
-        """Where the rows' tokens are written and what they see."""
+        """Say where the rows' tokens are written and what they attend to."""
         slots = [row.slot for row in self.rows]
         positions = [row.open[-1].position for row in self.rows]
         heads = self.stack.heads_per_key
@@ -182,9 +151,9 @@ class Wave:
             self._window = decode_window(slots, positions, heads, self._x)
         else:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
-        self.decoder.kv.open(self._window)
+        self.context.kv.open(self._window)
 
-    def _let_leave(self, executed: int) -> None:
+    def _ask_exits(self, executed: int) -> None:
         if executed not in self._exits:
             return
         asking = [group for group in self.groups if group.asks_at(executed)]
@@ -193,27 +162,27 @@ class Wave:
         start = time.perf_counter()
         # Probes and head read the translated state, deeper layers and cache the state itself.
         newest_N1D = self._x if self._x.shape[1] == 1 else self._x[:, -1:]
-        read_N1D = self.decoder.translators.apply(executed, newest_N1D)
+        read_N1D = self.context.translators.apply(executed, newest_N1D)
         leaving: dict[int, Known] = {}
         for group in asking:
             asked = group.rows
             # Rows may have changed slots, and so their order, while they waited.
             in_order = asked == self.rows
             asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
-            left = group.ask(self.decoder.guard, executed, asked_N1D)
+            left = group.ask(self.context.guard, executed, asked_N1D)
             if len(group.rows) + len(left.rows) < len(asked):
-                self.decoder.failures += sum(row.policy_failed for row in asked)
+                self.context.overhead.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(left.rows):
                 logits_V = None if left.logits_NV is None else left.logits_NV[n]
-                leaving[self.rows.index(row)] = (logits_V, left.token)
-        self.decoder.spent.deciding_s += time.perf_counter() - start
+                leaving[self.rows.index(row)] = Known(logits_V, left.token)
+        self.context.overhead.deciding_s += time.perf_counter() - start
         if leaving:
-            self._part_with(executed, leaving, read_N1D[:, 0])
+            self._remove_leavers(executed, leaving, read_N1D[:, 0])
 
-    def _part_with(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
+    def _remove_leavers(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
         places = sorted(leaving)
         for n in places:
-            row = self._settle(n, executed)
+            row = self._mark_exited(n, executed)
             self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n]))
         full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
         self._fill([row for row in full if row.projects], executed)
@@ -230,8 +199,8 @@ class Wave:
         self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
         self._place()
 
-    def _settle(self, n: int, executed: int) -> Sequence:
-        """Note how far a row's tokens have come; its newest one is now decided."""
+    def _mark_exited(self, n: int, executed: int) -> Sequence:
+        """Record how far a row's tokens have come; its newest one is now decided."""
         row = self.rows[n]
         self._note_depth(n, executed)
         row.undecided = False
@@ -240,7 +209,7 @@ class Wave:
         row.note_depth(executed / self.stack.layers)
         if row.projects:
             position = row.open[-1].position
-            self.decoder.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
+            self.context.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
         return row
 
     def _note_depth(self, n: int, executed: int) -> None:
@@ -252,28 +221,22 @@ class Wave:
     def _fill(self, rows: Rows[Sequence], index: int) -> None:
         """Project what a layer will read of exited tokens: all that left at or before it.
 
-        Put off until then, since one product fills many tokens for the price of one.
+        They wait until then, since one product fills many tokens for the price of one.
         """
         exited = [(row, token) for row in rows for token in row.open if token.has_left(index)]
         if not exited:
             return
         start = time.perf_counter()
-        for depth in {token.depth for _, token in exited}:
-            self._project(depth, [(row, token) for row, token in exited if token.depth == depth])
+        self.context.filler.fill(
+            [
+                ExitedToken(row.slot, token.position, token.depth, token.state_D)
+                for row, token in exited
+                if token.state_D is not None
+            ]
+        )
         for row in rows:
             row.open = [token for token in row.open if not token.has_left(index)]
-        self.decoder.spent.filling_s += time.perf_counter() - start
-
-    def _project(self, depth: int, tokens: Rows[tuple[Sequence, OpenToken]]) -> None:
-        if self.decoder.projector is None:
-            return
-        device = self.stack.device
-        x_ND = torch.stack([token.state_D for _, token in tokens if token.state_D is not None])
-        positions_N = torch.tensor([token.position for _, token in tokens], device=device)
-        slots_N = torch.tensor([row.slot for row, _ in tokens], device=device)
-        rotary = self.stack.rotary(x_ND[:, None], positions_N[:, None])
-        keys, values = self.decoder.projector.project(x_ND, depth, rotary)
-        self.decoder.kv.fill(depth, slots_N, positions_N, keys, values)
+        self.context.overhead.filling_s += time.perf_counter() - start
 
     def _hold(self, depth: int) -> None:
         for n in range(len(self.rows)):
@@ -283,7 +246,7 @@ class Wave:
         for n, row in enumerate(self.rows):
             joined = self._joined[n]
             last = row.open[-1].position
-            self.decoder.kv.mark(row.slot, slice(last - joined + 1, last + 1), EXACT)
+            self.context.kv.mark(row.slot, slice(last - joined + 1, last + 1), EXACT)
             left = tuple(token.left_at for token in row.open if token.left_at is not None)
             self.arrivals.append(
                 Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided, left=left)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from offramp.controller.costs.readings import EnergyMethod, EnergyReading
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from offramp.worker.engine.core import EngineCore
+from offramp.worker.engine.core import EngineCore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

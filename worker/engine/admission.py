@@ -10,9 +10,8 @@ from typing import Any, get_args
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
 from offramp.controller.policies.protocols import Policy, is_headless
+from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import KVMode
-from offramp.worker.decoding.snapshot import PolicySnapshot
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from offramp.worker.decoding.sequence import (
+from offramp.worker.decoding.request import (
     CompletionStats,
     FinishReason,
     Request,

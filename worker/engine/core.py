@@ -16,11 +16,11 @@ from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.outlook import Load
+from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
-from offramp.worker.decoding.sequence import KVMode, Request, Sequence, TokenEvent
-from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.admission import (
     Prompt,
     encode_prompt,
@@ -146,7 +146,7 @@ class EngineCore:
         """
         launches = self._launches()
         self._roster.admit()
-        self.decoder.convener.load = Load(*self.load, self.kv.slots)
+        self.decoder.grouper.load = Load(*self.load, self.kv.slots)
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
         self._run(launches)

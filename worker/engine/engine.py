@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import KVMode, Request, TokenEvent
-from offramp.worker.decoding.snapshot import FULL_DEPTH, PolicySnapshot
 from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text
 from offramp.worker.engine.completion import Completion, completion_of
 from offramp.worker.engine.core import EngineCore

@@ -9,8 +9,8 @@ from typing import get_args
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.model.kv import BLOCK_TOKENS
 
 MIB = 2**20

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.worker.decoding.sequence import CompletionStats, Sequence, TokenEvent
+from offramp.worker.decoding.request import CompletionStats, TokenEvent
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.detokenize import StreamDecoder
 from offramp.worker.engine.stop_strings import StopStrings
 from offramp.worker.model.kv import SlotKV

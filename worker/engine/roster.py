@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
+from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sampler import Sampler
-from offramp.worker.decoding.sequence import Request, Sequence
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
 
@@ -49,7 +50,7 @@ class Roster:
 
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
-        row.led = None  # which names the row again: a cycle would await garbage collection
+        row.last_group = None  # which names the row again: a cycle would await garbage collection
         last = self.rows.pop()
         self.kv.clear(row.slot)
         if last is not row:

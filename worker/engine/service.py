@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.worker.decoding.request import KVMode, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import KVMode, Request, TokenEvent
 from offramp.worker.engine.admission import Prompt
 from offramp.worker.engine.engine import AdaptiveEngine
 

@@ -15,9 +15,8 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 
 from offramp.controller.errors import RequestError
 from offramp.controller.policies.protocols import ExitPolicy
+from offramp.worker.decoding.request import KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import KVMode, Request, TokenEvent
-from offramp.worker.decoding.snapshot import PolicySnapshot
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.hf.hf_limits import (
     passed_over,

@@ -6,12 +6,14 @@ R = L·2·G·H stacked output rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
+from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight, can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 
@@ -86,6 +88,55 @@ class KVProjector:
         if self.rotates_L11 is None:
             return rotated_NLGH
         return torch.where(self.rotates_L11[first_layer:], rotated_NLGH, keys_NLGH)
+
+
+class ExitedToken(NamedTuple):
+    """A token that left early and whose skipped layers have no keys and values yet.
+
+    Attributes:
+        slot: Slot of its row in the cache.
+        position: Position of the token in its row.
+        depth: Layers executed.
+        state_D: Its hidden state there.
+    """
+
+    slot: int
+    position: int
+    depth: int
+    state_D: Tensor
+
+
+class CacheFiller:
+    """Writes projected keys and values of exited tokens into the cache.
+
+    Args:
+        stack: The model.
+        kv: The cache.
+        projector: Projects exit states; None leaves the cache's invariant broken, as the tests'
+            negative control needs it.
+    """
+
+    def __init__(self, stack: LayerStack, kv: SlotKV, projector: KVProjector | None) -> None:
+        self._stack = stack
+        self._kv = kv
+        self._projector = projector
+
+    def fill(self, tokens: Sequence[ExitedToken]) -> None:
+        """Fill all layers that the tokens skipped, in one product for each depth among them."""
+        if self._projector is None:
+            return
+        for depth in {token.depth for token in tokens}:
+            self._fill_from(depth, [token for token in tokens if token.depth == depth])
+
+    def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
+        assert self._projector is not None
+        device = self._stack.device
+        x_ND = torch.stack([token.state_D for token in tokens])
+        positions_N = torch.tensor([token.position for token in tokens], device=device)
+        slots_N = torch.tensor([token.slot for token in tokens], device=device)
+        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
+        keys, values = self._projector.project(x_ND, depth, rotary)
+        self._kv.fill(depth, slots_N, positions_N, keys, values)
 
 
 def _require_one_norm(weights: list[KVWeights]) -> None:

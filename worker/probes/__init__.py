@@ -2,7 +2,7 @@
 
 from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
 from offramp.worker.probes.candidates.fused import FusedProbe
-from offramp.worker.probes.factory import PROBES, ProbeBench, make_probe
+from offramp.worker.probes.factory import PROBES, ProbeFactory, make_probe
 from offramp.worker.probes.probe import BlankProbe, Candidates, Probe, ProbeInputs
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import Sketch, SketchProbe
@@ -16,7 +16,7 @@ __all__ = [
     "Candidates",
     "FusedProbe",
     "Probe",
-    "ProbeBench",
+    "ProbeFactory",
     "ProbeInputs",
     "Readout",
     "Sketch",

@@ -34,9 +34,9 @@ from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
 from offramp.worker.probes.state import StateProbe
 
-ProbeFactory = Callable[[ProbeInputs], Probe]
+MakesProbe = Callable[[ProbeInputs], Probe]
 
-PROBES: MappingProxyType[str, ProbeFactory] = MappingProxyType(
+PROBES: MappingProxyType[str, MakesProbe] = MappingProxyType(
     {
         CANDIDATES_V1.digest: CandidateProbe.of,
         SOFTMAX_V2.digest: SoftmaxProbe,
@@ -47,7 +47,7 @@ PROBES: MappingProxyType[str, ProbeFactory] = MappingProxyType(
 """How to probe, by digest of the schema."""
 
 
-class ProbeBench:
+class ProbeFactory:
     """Builds the probes of one model; holds what they share.
 
     Args:
@@ -118,7 +118,7 @@ class ProbeBench:
             fused.compile(x_1D)
 
 
-def probe_of(schema: FeatureSchema) -> ProbeFactory | None:
+def probe_of(schema: FeatureSchema) -> MakesProbe | None:
     """How to probe for a schema; None if nothing computes it."""
     if schema.name == "hidden" and schema == hidden_schema(schema.width):
         return HiddenProbe

@@ -79,7 +79,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
     """
     clock, decoder = Clock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
-    bench, convene = decoder.bench, clock.timed("build", decoder.convener.convene)
+    bench, group_rows = decoder.probes, clock.timed("build", decoder.grouper.group_rows)
     probe, fused = bench.probe, bench.fused_probe
     calls = {
         (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
@@ -88,8 +88,8 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
         (bench, "probe"): lambda *rest: _watched(probe(*rest), PROBING, "probe", clock),
         (bench, "fused_probe"): lambda *rest: _watched(fused(*rest), PROBING, "probe", clock),
-        (decoder.convener, "convene"): lambda *rest: [
-            _watched(asked, ("ask",), "ask", clock) for asked in convene(*rest)
+        (decoder.grouper, "group_rows"): lambda *rest: [
+            _watched(asked, ("ask",), "ask", clock) for asked in group_rows(*rest)
         ],
     }
     with ExitStack() as restored:

@@ -20,13 +20,13 @@ from torch import Tensor
 from offramp.controller.features import SCHEMAS, FeatureSchema, IntArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.request import FULL_DEPTH
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.decoding.snapshot import FULL_DEPTH
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.attention import decode_window
-from offramp.worker.probes import FusedProbe, Probe, ProbeBench
+from offramp.worker.probes import FusedProbe, Probe, ProbeFactory
 from offramp.worker.probes.candidates.successors import NgramIndex
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def probe_costs(
     chosen = exits or tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
     prompt = tuple(index % engine.stack.vocab for index in range(context))
     prefilled_row(engine, prompt)
-    bench = ProbeBench(engine.stack)
+    bench = ProbeFactory(engine.stack)
     walks = {}
     for schema in SCHEMAS.values():
         policy = random_policy(schema, chosen, candidates_VK)
@@ -100,7 +100,7 @@ class _Walk:
     """Full-depth passes of one token that are asked, at each exit, and never leave."""
 
     engine: AdaptiveEngine
-    bench: ProbeBench
+    bench: ProbeFactory
     policy: MlpPolicy
     prompt: tuple[int, ...]
     passes: int = 0

@@ -35,7 +35,7 @@ from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks
 from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
-from offramp.worker.decoding.sequence import KVMode
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.spec import WorkerSpec
 

@@ -15,8 +15,9 @@ from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.decoder import Decoder
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import KVMode, Sequence
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from support.models import LAYERS, VOCAB, make_model

@@ -11,8 +11,8 @@ import pytest
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.engine.engine_config import EngineConfig
 from support.models import LAYERS, make_model
 from support.rows import (

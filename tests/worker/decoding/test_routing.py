@@ -133,9 +133,9 @@ def test_running_to_the_end_at_once_means_verify_now(drafts: int) -> None:
     cycles = []
     confirm = engine._emitter._confirm_greedily
 
-    def counting(outcome: Any) -> None:
-        cycles.append((len(outcome.row.emitted), len(outcome.row.drafts)))
-        confirm(outcome)
+    def counting(result: Any) -> None:
+        cycles.append((len(result.row.emitted), len(result.row.drafts)))
+        confirm(result)
 
     engine._emitter._confirm_greedily = counting  # type: ignore[method-assign]
     with counted_tokens(engine) as counts:

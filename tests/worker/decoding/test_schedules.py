@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
 from offramp.controller.policies.protocols import ExitPolicy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.request import KVMode, Request
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.decoding.sequence import KVMode, Request, Sequence
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.profile_probes import random_policy
 from support.models import FAMILIES, LAYERS, VOCAB, make_model

@@ -13,8 +13,8 @@ import torch
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.decoding.sequence import KVMode
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.profile_probes import random_policy
 from support.models import VOCAB, make_model
@@ -122,7 +122,7 @@ def test_rows_decided_in_one_call_leave_where_each_leaves_alone(schedule: Schedu
 def test_a_probe_taken_from_rows_that_wait_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offramp.worker.decoding.convener._is_underway", lambda group: False)
+    monkeypatch.setattr("offramp.worker.decoding.grouping._is_underway", lambda group: False)
     assert not all(is_same for is_same, _ in parted(COHORTS))
 
 

@@ -14,8 +14,7 @@ import pytest
 from offramp.controller.errors import OverloadedError, RequestError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.decoding.sequence import TokenEvent
-from offramp.worker.decoding.snapshot import PolicySnapshot
+from offramp.worker.decoding.request import PolicySnapshot, TokenEvent
 from offramp.worker.engine import service as service_module
 from offramp.worker.engine.service import DecodeFailedError, EngineService
 from offramp.worker.spec import freeze_heap

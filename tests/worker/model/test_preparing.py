@@ -146,7 +146,7 @@ def test_preparing_in_another_thread_disturbs_no_decoding(reference: Any) -> Non
         while not stop.is_set():
             for seed in range(2 * DERIVED):
                 policy = ThresholdPolicy((3,), SKETCH_V1, "top1", 0.5, table(100 + seed, engine))
-                engine.decoder.bench.prepare(policy)
+                engine.decoder.probes.prepare(policy)
                 count += 1
         return count
 

@@ -30,7 +30,7 @@ from offramp.worker.probes import (
     PROBES,
     Candidates,
     Probe,
-    ProbeBench,
+    ProbeFactory,
     ProbeInputs,
     Readout,
     Sketch,
@@ -261,7 +261,7 @@ def test_a_sketch_is_deterministic_and_names_frequent_tokens(
 
 
 def test_a_sketch_is_computed_when_its_policy_arrives(stack: Any, table_VK: IntArray) -> None:
-    bench = ProbeBench(stack)
+    bench = ProbeFactory(stack)
     bench.prepare(ThresholdPolicy((1,), SKETCH_V1, "top1", 0.5, table_VK))
     first = bench.readout.derived(Sketch.of, table_VK)
     assert bench.readout.derived(Sketch.of, table_VK) is first
@@ -304,7 +304,7 @@ def test_every_schema_has_a_measured_cost(table_VK: IntArray) -> None:
 
 
 def test_the_bench_builds_what_the_policy_reads(stack: Any, table_VK: IntArray) -> None:
-    bench = ProbeBench(stack)
+    bench = ProbeFactory(stack)
     policy = ThresholdPolicy((1, 2), CANDIDATES_V1, "top1", 0.5, table_VK)
     ngrams = [NgramIndex([1, 2]), NgramIndex([3])]
     probe = bench.probe(policy, ngrams, torch.randn(2, 48), POSITIONS[:2])
@@ -317,7 +317,7 @@ def test_a_fused_probe_computes_and_decides_as_probe_and_policy_do(
     dtype: torch.dtype, rows: int, table_VK: IntArray
 ) -> None:
     stack = stack_for(make_model("llama").to(dtype))
-    bench = ProbeBench(stack)
+    bench = ProbeFactory(stack)
     policy = random_policy(CANDIDATES_V1, (1, 2, 3), table_VK)
     ngrams = [NgramIndex([1, 2, 3, 1, 2]), NgramIndex([4]), NgramIndex([5, 4])][:rows]
     fused = bench.fused_probe(policy, rows)
@@ -339,7 +339,7 @@ def test_a_fused_probe_computes_and_decides_as_probe_and_policy_do(
             near = 1e-5 if token % 2 else -1e-5
             policy.threshold = float(np.sort(logits_N)[token % len(here)]) + near
             leave_N = logits_N > policy.threshold
-            assert fused.leaving(layer, x_ND) == np.flatnonzero(leave_N).tolist()
+            assert fused.leaving(layer, x_ND) == (np.flatnonzero(leave_N).tolist(), [])
             probe.keep(~leave_N)
             here = [row for row, leaves in zip(here, leave_N, strict=True) if not leaves]
             if not here:
@@ -349,18 +349,18 @@ def test_a_fused_probe_computes_and_decides_as_probe_and_policy_do(
 def test_of_fused_rows_only_the_one_that_is_not_finite_fails(table_VK: IntArray) -> None:
     stack = stack_for(make_model("llama"))
     policy = random_policy(CANDIDATES_V1, (1, 2), table_VK)
-    fused = ProbeBench(stack).fused_probe(policy, 3)
+    fused = ProbeFactory(stack).fused_probe(policy, 3)
     assert fused is not None
     x_ND = torch.randn(3, stack.width)
     fused.begin([NgramIndex([1])] * 3, [()] * 3, x_ND, [1, 1, 1])
     x_ND[1, 0] = float("nan")
     policy.threshold = -math.inf
-    assert fused.leaving(1, x_ND) == [0, -2, 2]
+    assert fused.leaving(1, x_ND) == ([0, 2], [1])
 
 
 def test_what_a_fused_probe_cannot_read_is_left_to_the_others(table_VK: IntArray) -> None:
-    bench = ProbeBench(stack_for(make_model("llama")))
+    bench = ProbeFactory(stack_for(make_model("llama")))
     assert bench.fused_probe(ThresholdPolicy((1,), SOFTMAX_V2, "top1", 0.5), 1) is None
-    double = ProbeBench(stack_for(make_model("llama").to(torch.float64)))
+    double = ProbeFactory(stack_for(make_model("llama").to(torch.float64)))
     policy = ThresholdPolicy((1,), CANDIDATES_V1, "top1", 0.5, table_VK)
     assert double.fused_probe(policy, 1) is None

@@ -92,15 +92,15 @@ class FusedProbe:
         features_NF: FloatArray = fused_features(*self._arguments(layer, x_ND))
         return features_NF
 
-    def leaving(self, layer: int, x_ND: Tensor) -> list[int]:
-        """Places of the rows that the policy lets leave, which are then forgotten.
+    def leaving(self, layer: int, x_ND: Tensor) -> tuple[list[int], list[int]]:
+        """Ask the policy about all rows; those that leave, or fail, are then forgotten.
 
         Args:
             layer: Layers executed.
-            x_ND: The rows' states.
+            x_ND: The rows' hidden states.
 
         Returns:
-            n of a row that leaves; −1 − n of one whose features or logit are not finite.
+            Places of the rows that leave, and of those whose features or logit are not finite.
         """
         policy = self.policy
         assert policy is not None
@@ -108,8 +108,14 @@ class FusedProbe:
             *self._arguments(layer, x_ND), policy.flat, policy.sizes, float(policy.threshold),
             self._gone_S,
         )  # fmt: skip
+        if not gone:
+            return [], []
         self._rows -= gone
-        return self._gone_S[:gone].tolist() if gone else []
+        # Compiled code returns one list: place n leaves as n, and fails as −1 − n.
+        places = self._gone_S[:gone].tolist()
+        if min(places) >= 0:
+            return places, []
+        return [n for n in places if n >= 0], [-1 - n for n in places if n < 0]
 
     def best_N(self) -> IntArray:
         """The best candidates, [N]."""

@@ -1,4 +1,4 @@
-"""Who is asked together at the exits, and with which probe.
+"""Which rows are asked together at the exits, and with which probe.
 
 Shape suffixes: N rows, D width.
 """
@@ -12,41 +12,41 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
-from offramp.worker.decoding.groups import Asked, FusedGroup, Group, Route
+from offramp.worker.decoding.groups import ExitGroup, FusedGroup, RoutedRow
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.outlook import Load, outlook_of
-from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.probes import FusedProbe, Probe, ProbeBench
+from offramp.worker.decoding.sequence import RowGroup, Sequence
+from offramp.worker.probes import FusedProbe, Probe, ProbeFactory
 from offramp.worker.probes.candidates.successors import NgramIndex
 
 
-class Convener:
+class RowGrouper:
     """Puts rows that begin a token into the groups they are asked in.
 
     Args:
-        bench: Builds probes.
+        probes: Makes probes.
         guard: Survives policies that fail.
         layers: Number of layers of the model.
-        max_pending: Tokens a row may put off.
+        max_pending: Tokens of a row that may be pending.
 
     Attributes:
-        load: Of the engine, as the routing policies see it.
+        load: Rows running and waiting in the engine, as routing policies see them.
     """
 
     def __init__(
-        self, bench: ProbeBench, guard: PolicyGuard, layers: int, max_pending: int
+        self, probes: ProbeFactory, guard: PolicyGuard, layers: int, max_pending: int
     ) -> None:
-        self._bench = bench
+        self._probes = probes
         self._guard = guard
-        self._frame = (layers, max_pending)
+        self._limits = (layers, max_pending)
         self.load = Load()
 
-    def convene(self, rows: Rows[Sequence], x_ND: Tensor) -> list[Asked]:
-        """One group per exit policy that asks at all, and one per routed row.
+    def group_rows(self, rows: Rows[Sequence], x_ND: Tensor) -> list[RowGroup]:
+        """Make one group per exit policy that asks at all, and one per routed row.
 
         Args:
             rows: Rows that begin a token and may leave early.
-            x_ND: Their embeddings.
+            x_ND: Embeddings of the tokens that they begin.
         """
         if not rows:
             return []
@@ -55,40 +55,42 @@ class Convener:
             if not first.policy.exits:
                 return []
             return self._route([first], x_ND) if first.routes else self._group(list(rows), x_ND)
+        # Routed rows have an index as key, each its own; the others their policy's identity, which
+        # is turned negative so that it can be no index.
         by_policy: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             if row.policy.exits:
                 by_policy.setdefault(index if row.routes else ~id(row.policy), []).append(index)
-        found: list[Asked] = []
+        found: list[RowGroup] = []
         for indices in by_policy.values():
             members = [rows[index] for index in indices]
             asked = self._route if members[0].routes else self._group
             found += asked(members, x_ND[indices])
         return found
 
-    def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
+    def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
         probe = self._probe(rows, x_ND)
-        group: Asked
+        group: RowGroup
         if isinstance(probe, FusedProbe) and probe.policy is not None:
             group = FusedGroup(probe.policy, rows, probe)
         else:
             # A cast: to look whether an object has a protocol's methods takes longer than the rest.
-            group = Group(cast(ExitPolicy, rows[0].policy), rows, probe)
+            group = ExitGroup(cast(ExitPolicy, rows[0].policy), rows, probe)
         for row in rows:
             row.group = group
-        rows[0].led = group
+        rows[0].last_group = group
         return [group]
 
-    def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[Asked]:
+    def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
         [row] = rows
         policy = cast(RoutingPolicy, row.policy)
-        target = self._guard.start(policy, outlook_of(row, self.load, *self._frame))
+        target = self._guard.start(policy, outlook_of(row, self.load, *self._limits))
         if target is None:
             row.policy_failed = True
         if target is None or target == len(policy.exits):
             return []
-        route = Route(policy, row, self._probe(rows, x_ND), target, self.load, self._frame)
-        row.group = row.led = route
+        route = RoutedRow(policy, row, self._probe(rows, x_ND), target, self.load, self._limits)
+        row.group = row.last_group = route
         return [route]
 
     def _probe(self, rows: list[Sequence], x_ND: Tensor) -> Probe:
@@ -99,20 +101,24 @@ class Convener:
         fused = self._fused(rows)
         if fused is None:
             positions_N = np.array(positions, np.int32)
-            return self._bench.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)
+            return self._probes.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)
         fused.begin(cast(list[NgramIndex], ngrams), drafted, x_ND, positions)
         return fused
 
     def _fused(self, rows: list[Sequence]) -> FusedProbe | None:
-        """The last one that the first row led with, or a new one while others need that."""
-        led = rows[0].led
-        if led is not None and not _is_underway(led):
-            last = led.probe
+        """Use the probe of the first row's last group again, or make one while others need that.
+
+        What a fused probe works on takes longer to make than a decision takes: so it is made once,
+        and begun anew with every token.
+        """
+        last_group = rows[0].last_group
+        if last_group is not None and not _is_underway(last_group):
+            last = last_group.probe
             if isinstance(last, FusedProbe) and last.places >= len(rows):
                 return last
-        return self._bench.fused_probe(rows[0].policy, len(rows))
+        return self._probes.fused_probe(rows[0].policy, len(rows))
 
 
-def _is_underway(group: Asked) -> bool:
-    """Whether some of its rows are still on their way."""
+def _is_underway(group: RowGroup) -> bool:
+    """Whether some row of a group is still on its way, and needs what its probe remembers."""
     return any(row.group is group for row in group.rows)

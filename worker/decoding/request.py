@@ -1,0 +1,131 @@
+"""What a caller asks of the engine, and what it is told of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.manifest import Guarantee
+from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySnapshot:
+    """One policy, and which release it came from.
+
+    Attributes:
+        generation: Generation of the release; 0 for one that was never published.
+        digest: SHA-256 of the release's weights; "" if never published.
+        policy: The policy itself.
+        certificate: What was guaranteed of it; None if nothing was.
+    """
+
+    generation: int
+    digest: str
+    policy: Policy
+    certificate: Certificate | None = None
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What stands behind it."""
+        if isinstance(self.policy, NeverExit):
+            return "full depth"
+        return "uncertified" if self.certificate is None else "certified"
+
+
+FULL_DEPTH = PolicySnapshot(0, "", NeverExit())
+"""The built-in fallback."""
+
+
+FinishReason = Literal["stop", "length"]
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, best first."""
+
+KVMode = Literal["project", "defer", "verify"]
+"""What becomes of the layers that an exited token skipped.
+
+project: their keys and values are projected from the exit state, at once and for good.
+defer: they run later, together with the row's next deep token; no projected entry is ever read.
+verify: as defer, but the tokens are drafts until full depth confirms them: the output is full
+depth's.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a caller submits.
+
+    Attributes:
+        id: Name of the request, unique within the engine.
+        prompt: Token ids, at least one.
+        sampling: How to draw tokens, and how many.
+        snapshot: The policy, pinned until the request ends.
+        kv_mode: What becomes of skipped layers.
+        forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
+        sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    snapshot: PolicySnapshot
+    kv_mode: KVMode = "project"
+    forced: tuple[int, ...] = ()
+    sampler: Sampler | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionStats:
+    """What one completion cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        generation: Policy generation it ran under (0: built-in full depth).
+        mean_exit_layer: Mean layers before each token was emitted or drafted (all for the first).
+        layer_calls: Layers executed after the prompt, those of rejected drafts included.
+        exact_share: Share of its cache positions whose every layer was executed.
+        drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
+    """
+
+    prompt_tokens: int
+    generation: int
+    mean_exit_layer: float
+    layer_calls: int = 0
+    exact_share: float = 1.0
+    drafts: int = 0
+    drafts_accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One emitted token.
+
+    Attributes:
+        request_id: Request that the token belongs to.
+        token: Id of the token.
+        text: The text that became readable with it ("" inside a multi-byte character, or while
+            it could begin a stop string).
+        exit_layer: Layers executed before it was emitted (or drafted).
+        generation: Generation of the policy that decided it (0: built-in full depth).
+        finish_reason: Set on the last token only.
+        logprob: Its log-probability (natural) at the layer it left from (``verify``: at full
+            depth), under the logits as the model gave them; None if not asked for.
+        top_logprobs: The most likely tokens there and their log-probabilities, best first.
+        text_offset: Characters of the completion's text before the token's own.
+        stats: What the completion cost; set on the last token only.
+    """
+
+    request_id: str
+    token: int
+    text: str
+    exit_layer: int
+    generation: int
+    finish_reason: FinishReason | None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs = ()
+    text_offset: int = 0
+    stats: CompletionStats | None = None

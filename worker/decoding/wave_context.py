@@ -1,0 +1,104 @@
+"""What every wave of an engine works with, what comes out of one, and what is counted beside it.
+
+Shape suffixes: M tokens that came out, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from offramp.controller.features import FloatArray
+from offramp.worker.decoding.grouping import RowGrouper
+from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.model.fill import CacheFiller
+from offramp.worker.model.kv import SlotKV
+from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.translators import ExitTranslators
+
+ExitRecords = Rows[tuple[int, FloatArray]]
+"""Per token: index of the exit where it left, and what was probed there."""
+
+
+class Known(NamedTuple):
+    """What a probe computed anyway of a token that leaves.
+
+    Attributes:
+        logits_V: Its logits over the whole vocabulary.
+        token: Its successor.
+    """
+
+    logits_V: Tensor | None
+    token: int | None
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Tokens of a row that came out of the wave, by an exit or at the end.
+
+    Attributes:
+        row: The row that the tokens belong to.
+        exit_layer: Layers executed.
+        states_MD: Their hidden states, the oldest first: one at an exit, at the end also those
+            of the tokens that were pending.
+        decides: Whether the last of them is a token on its way, which now gets its successor.
+        logits_V: Logits of that last one, if a probe computed them anyway.
+        token: Its successor, if it is drafted without the LM head.
+        left: Where the tokens that were pending had left, if their policy learns.
+    """
+
+    row: Sequence
+    exit_layer: int
+    states_MD: Tensor
+    decides: bool
+    logits_V: Tensor | None = None
+    token: int | None = None
+    left: ExitRecords = ()
+
+
+@dataclass(slots=True)
+class Overhead:
+    """What decoding spends beside the model, since the start.
+
+    Attributes:
+        deciding_s: Seconds in probes and policies.
+        filling_s: Seconds of projecting keys and values of skipped layers.
+        failures: Requests whose policy failed and that went on at full depth.
+    """
+
+    deciding_s: float = 0.0
+    filling_s: float = 0.0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveContext:
+    """What every wave of an engine works with.
+
+    Attributes:
+        stack: The model.
+        kv: Its cache.
+        filler: Writes keys and values of skipped layers.
+        translators: Correct the hidden state that exits are read from.
+        grouper: Puts rows into the groups they are asked in.
+        guard: Asks policies, and survives those that fail.
+        max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
+        overhead: Counts what is spent beside the model.
+    """
+
+    stack: LayerStack
+    kv: SlotKV
+    filler: CacheFiller
+    translators: ExitTranslators
+    grouper: RowGrouper
+    guard: PolicyGuard
+    max_pending: int
+    overhead: Overhead
+
+    def must_go_deep(self, row: Sequence) -> bool:
+        """Whether a row's new token may not leave early."""
+        return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
