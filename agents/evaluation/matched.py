@@ -84,7 +84,7 @@ def choose_all(measured: Sequence[Measured]) -> AllPicks:
 def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> Picks:
     """Per family and seed, the fastest operating point that keeps the target on validation.
 
-    Policies whose loss is within the target are timed; full depth is the first of all.
+    Full depth comes first among the measured, and whatever keeps the target must have been timed.
     """
     full = metric.of([measured[0].scores])
     groups: dict[str, dict[int | None, list[int]]] = {}
@@ -107,7 +107,7 @@ def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> 
 
 
 def typical_ratio(measured: Measured) -> float:
-    """The median over documents of wall time over full depth's, which a few disturbances spare."""
+    """The median over documents of wall time over full depth's: a few disturbed runs don't move it."""
     assert measured.clock is not None
     return float(np.median(measured.clock.mine_D / measured.clock.full_D))
 
@@ -142,7 +142,7 @@ def matched_row(
 
 
 def matched_rows(picks: AllPicks, test: Mapping[int, Measured], seed: int = 0) -> list[MatchedRow]:
-    """Every family at every target loss; what was measured on test documents is by pick."""
+    """Every family at every target loss, as its picks were measured on test documents."""
     return [
         matched_row(family, [test[k] for k in chosen], test[0], METRICS[name], target, seed)
         for (name, target), families in picks.items()
