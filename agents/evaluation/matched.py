@@ -107,7 +107,7 @@ def choose(measured: Sequence[Measured], metric: Metric, target_loss: float) -> 
 
 
 def typical_ratio(measured: Measured) -> float:
-    """The median over documents of wall time over full depth's: a few disturbed runs don't move it."""
+    """Median over documents of wall time over full depth's; a few disturbed runs do not move it."""
     assert measured.clock is not None
     return float(np.median(measured.clock.mine_D / measured.clock.full_D))
 

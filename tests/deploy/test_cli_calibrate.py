@@ -360,7 +360,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(
 def test_a_worker_reports_what_stands_behind_its_policy_and_where_it_ends(
     policies: Path, calibrate: Callable[..., tuple[int, str]]
 ) -> None:
-    class Nothing:
+    class Accepted:
         state = type("State", (), {"value": "ACK"})
         reason = ""
 
@@ -369,7 +369,7 @@ def test_a_worker_reports_what_stands_behind_its_policy_and_where_it_ends(
     certificate = bundle.manifest.certificate
     engine = AdaptiveEngine.from_pretrained(REFERENCE)
     policy: Any = bundle.policy()
-    report: Any = Nothing()
+    report: Any = Accepted()
 
     def told(snapshot: PolicySnapshot) -> tuple[str, str | None, str]:
         found = describe_policy("w", snapshot, report, engine)
