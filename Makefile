@@ -11,7 +11,7 @@ PACKAGES := $(addprefix offramp.,$(FOLDERS))
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
 
-.PHONY: demo test check setup format format-check lint types layers docs clean
+.PHONY: demo test check setup format format-check lint types layers docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
@@ -50,6 +50,10 @@ layers: setup
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
 	$(BIN)/python -m pytest --doctest-glob='*.md' README.md
+
+# The table of folders in docs/structures.md, from their docstrings.
+rooms:
+	$(PYTHON) docs/rooms.py
 
 # runs/home holds the publisher's key and ledger, which nothing can rebuild: it stays.
 clean:

@@ -1,1 +1,1 @@
-"""Learn exit policies: record, train, evaluate, choose, export. Import from its modules."""
+"""Learns exit policies: records, trains, evaluates, chooses, exports. Import from its modules."""

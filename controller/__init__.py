@@ -1,4 +1,4 @@
-"""The domain: policies, features, bundles, signatures, registry. Never loads torch or ray."""
+"""Defines policies, features, costs and signed releases. Never loads torch or ray."""
 
 from offramp.controller.errors import OfframpError
 from offramp.controller.features import (

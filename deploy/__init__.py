@@ -1,1 +1,1 @@
-"""Command line, HTTP contract, Ray Serve pool and demo. Import from its modules."""
+"""Puts it to use: command line, HTTP contract, Ray Serve pool, demo. Import from its modules."""

@@ -1,4 +1,4 @@
-"""Recorded tokens and the environments that replay them.
+"""Replays recorded tokens as environments to learn in.
 
 Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
 ``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. The adapter of

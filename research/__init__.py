@@ -1,1 +1,1 @@
-"""What papers and benchmarks need and the product does not."""
+"""Holds what papers and benchmarks need and the product does not."""

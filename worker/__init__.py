@@ -1,4 +1,4 @@
-"""Early-exit decoding of Hugging Face causal LMs."""
+"""Decodes Hugging Face causal LMs with early exits."""
 
 from offramp.worker.decoding.request import (
     FULL_DEPTH,

@@ -1,1 +1,1 @@
-"""From a policy's score to a setting whose loss is bounded, and the certificate that says so."""
+"""Turns a policy's score into a setting whose loss is bounded, and writes the certificate."""

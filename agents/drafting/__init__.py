@@ -1,1 +1,1 @@
-"""Learning to draft: recording, training, choosing and measuring drafting policies."""
+"""Learns to draft: records, trains, chooses and measures drafting policies."""

@@ -1,1 +1,1 @@
-"""Evaluation: what a policy is worth on documents that nothing was chosen on."""
+"""Measures what a policy is worth on documents that nothing was chosen on."""

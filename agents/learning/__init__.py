@@ -1,1 +1,1 @@
-"""Learning: p̂, PPO and PPO with jumps, and their export to numpy policies."""
+"""Fits p̂, PPO and PPO with jumps, and exports them as numpy policies."""

@@ -1,1 +1,1 @@
-"""Learning from what an engine really did: collectors, rollouts, one learner."""
+"""Learns from what an engine really did: collectors, rollouts, one learner."""

@@ -1,1 +1,1 @@
-"""Placing: every family of policies at the operating points that are compared."""
+"""Places every family of policies at the operating points that are compared, by replay."""

@@ -1,1 +1,1 @@
-"""Recording: Ray workers decode documents into a trace store; a recording is read back whole."""
+"""Has Ray workers decode documents into a trace store, and reads recordings back."""

@@ -1,1 +1,1 @@
-"""``offramp train --config``: the staged method, with checkpoints, resuming and sweeps."""
+"""Trains as ``offramp train`` does: families of policies, stages, checkpoints, sweeps."""

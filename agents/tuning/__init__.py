@@ -1,1 +1,1 @@
-"""Exit translators for models that were not trained to exit: fit, measure, save."""
+"""Fits exit translators to models that were not trained to exit, measures and saves them."""

@@ -1,1 +1,1 @@
-"""What the parts of a token cost: tables, prices, and readings of energy."""
+"""Says what the parts of a token cost: tables, prices, and readings of energy."""

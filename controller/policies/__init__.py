@@ -1,1 +1,1 @@
-"""Policies: who leaves where, packed as weights that a worker checks before it runs them."""
+"""Policies decide who leaves where; they are packed as weights that a worker checks first."""

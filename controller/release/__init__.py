@@ -1,1 +1,1 @@
-"""Releases: bundles, signatures, the ledger, and registries that carry a channel's head."""
+"""Signs releases, keeps the ledger, moves a channel's head, and says what a worker may trust."""

@@ -1,1 +1,1 @@
-"""The subcommands, by topic."""
+"""Runs the subcommands of ``offramp``, one module per topic."""

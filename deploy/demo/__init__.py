@@ -1,1 +1,1 @@
-"""The closed loop on one machine, shown step by step."""
+"""Shows the closed loop on one machine, step by step."""

@@ -1,1 +1,1 @@
-"""The HTTP contract over one worker."""
+"""Answers OpenAI-compatible HTTP requests with one worker."""

@@ -1,1 +1,1 @@
-"""The Ray Serve pool, its settings and its Redis."""
+"""Starts the Ray Serve pool with its settings and its Redis."""

@@ -1,1 +1,1 @@
-"""Gymnasium and Stable-Baselines3 interfaces over the cores."""
+"""Offers the cores as Gymnasium and Stable-Baselines3 environments."""

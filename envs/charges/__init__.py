@@ -1,1 +1,1 @@
-"""What decoding costs, as environments charge it."""
+"""Charges what decoding costs."""

@@ -1,1 +1,1 @@
-"""The vectorised environments in numpy: one implementation behind every adapter."""
+"""Implements the vectorised environments in numpy, once for every adapter."""

@@ -1,1 +1,1 @@
-"""An environment that a real engine decodes."""
+"""Lets a real engine decode while an agent decides, as one more environment."""

@@ -1,1 +1,1 @@
-"""Recorded tokens: on disk, in memory, and how an exit's token is scored."""
+"""Stores recorded tokens on disk and in memory, and scores the token of an exit."""

@@ -1,1 +1,1 @@
-"""Rules whose parameters come from data: each fitted on the training split alone."""
+"""Fits rules whose parameters come from data, each on the training split alone."""

@@ -1,1 +1,1 @@
-"""Decoding in waves: rows move through layers, leave early, and their tokens are emitted."""
+"""Decodes in waves: rows move through layers, leave early, and their tokens are emitted."""

@@ -1,4 +1,4 @@
-"""What some work takes in joules, and how that figure was come by.
+"""Reads how many joules some work takes, and says how that figure was come by.
 
 ``open_meter`` picks the best source that is really there: a GPU's counter (NVML), the processor's
 (RAPL), or a model with named coefficients.

@@ -1,1 +1,1 @@
-"""The engine: requests join and leave between launches; scripts and services run it."""
+"""Runs requests, which join and leave between launches, for scripts and for services."""

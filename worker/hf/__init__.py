@@ -1,1 +1,1 @@
-"""Early exits behind Hugging Face's ``model.generate``."""
+"""Puts early exits behind Hugging Face's ``model.generate``."""

@@ -1,1 +1,1 @@
-"""A causal LM as layers that can be run one by one, with its cache of keys and values."""
+"""Runs a causal LM layer by layer, with its cache of keys and values."""

@@ -1,4 +1,4 @@
-"""Probes: what a policy sees of a row at an exit, short of running the rest of the model."""
+"""Computes what a policy sees of a row at an exit, short of running the rest of the model."""
 
 from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
 from offramp.worker.probes.candidates.fused import FusedProbe

@@ -1,1 +1,1 @@
-"""How ``offramp profile`` times a decode step: rounds of real steps, a clock around their parts."""
+"""Times a decode step for ``offramp profile``: rounds of real steps, a clock around their parts."""

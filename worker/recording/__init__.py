@@ -1,1 +1,1 @@
-"""Trace recording: what each exit saw and would have emitted."""
+"""Records traces: what each exit saw and would have emitted."""

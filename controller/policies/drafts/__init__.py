@@ -1,4 +1,4 @@
-"""Drafting policies for the lossless mode (``verify``): static, confident, adaptive, learned.
+"""Policies that draft in the lossless mode (``verify``): static, confident, adaptive, learned.
 
 All route: ``start`` says at which exit a token is asked first, or that it runs all layers now and
 so verifies the open drafts; ``route`` leaves with a draft, goes deeper, or verifies. None changes

@@ -1,1 +1,1 @@
-"""Rules of the literature as policies; docs/policies.md compares them with their papers."""
+"""Implements rules of the literature as policies; docs/policies.md compares them to the papers."""

@@ -1,4 +1,4 @@
-"""One small adapter per family of Hugging Face causal LMs, and the registry that finds it."""
+"""Adapts each family of Hugging Face causal LMs in one small module; a registry finds it."""
 
 from __future__ import annotations
 

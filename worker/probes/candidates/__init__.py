@@ -1,1 +1,1 @@
-"""CANDIDATES_V1: the scores of a few likely next tokens, without the LM head."""
+"""Scores a few likely next tokens at an exit without the LM head: CANDIDATES_V1."""
