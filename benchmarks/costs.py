@@ -25,7 +25,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.profiling.loop import SILENT, STAY, Clock, Script, decode_steps
+from offramp.worker.profiling.loop import SILENT, STAY, PartClock, ScriptedPolicy, decode_steps
 from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.rounds import ProfileConfig
@@ -78,10 +78,10 @@ def check(
         left = TokenCosts.of(costs, (exit_layer,), rows).asked_everywhere_E1[0]
         expected[f"exit {exit_layer}"] = float(left * launch_s)
         acts[f"exit {exit_layer}"] = place
-    script = Script(random_policy(CANDIDATES_V1, EXITS, table_VK))
+    script = ScriptedPolicy(random_policy(CANDIDATES_V1, EXITS, table_VK))
     rng = np.random.default_rng(rows)
     prompts = rng.integers(512, size=(rows, costs.context)).tolist()
-    clock = Clock(engine.stack.device)
+    clock = PartClock(engine.stack.device)
     taken: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(repeats):
         for name, act in acts.items():

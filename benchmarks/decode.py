@@ -33,8 +33,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from timing import Prices, Report, counted, hugging_face, ours, peak_mb
-from workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
+from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
+from shared.workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.protocols import ExitPolicy, NeverExit
@@ -54,7 +54,7 @@ SPREAD = 61
 
 
 @dataclass
-class Row:
+class DecodeRow:
     shape: str
     dtype: str
     batch: int
@@ -78,7 +78,7 @@ class Row:
 
 
 @dataclass
-class Contender:
+class Competitor:
     """One engine setting."""
 
     name: str
@@ -105,7 +105,7 @@ def main(
     if quick:
         shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
     torch.set_num_threads(threads)
-    rows: list[Row] = []
+    rows: list[DecodeRow] = []
     machine = ""
     for shape in shapes.split(","):
         for dtype in dtypes.split(","):
@@ -126,27 +126,27 @@ def main(
 
 def contenders(
     batch: int, layers: int, vocab: int, depths: list[float], learned: Any
-) -> list[Contender]:
-    found = [Contender("HF generate"), Contender("full depth", "project", "lock-step")]
+) -> list[Competitor]:
+    found = [Competitor("HF generate"), Competitor("full depth", "project", "lock-step")]
     at = exit_layer(layers)
     if batch == 1:
         tried = (3, 6, 9) if learned is not None else (at,)
-        found[1:1] = [Contender(f"HF assistant_early_exit={layer}") for layer in tried]
+        found[1:1] = [Competitor(f"HF assistant_early_exit={layer}") for layer in tried]
     for depth in depths:
         share = (1 - depth) / (1 - at / layers)
         for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
             for mode in get_args(KVMode):
                 scripted = partial(ScriptedExit, (at,), share)
-                found.append(Contender(f"exits {depth:.0%}", mode, schedule, scripted, share))
+                found.append(Competitor(f"exits {depth:.0%}", mode, schedule, scripted, share))
     exits = tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
     rng = np.random.default_rng(0)
     start_V1 = rng.integers(0, vocab, (vocab, 1))
     table_VK = ((start_V1 + SPREAD * np.arange(64)) % vocab).astype(np.int32)
     asking = random_policy(CANDIDATES_V1, exits, table_VK)
     asking.threshold = float("inf")
-    found.append(Contender("3 probes, no exit", "project", "lock-step", lambda: asking))
+    found.append(Competitor("3 probes, no exit", "project", "lock-step", lambda: asking))
     if learned is not None:
-        found += [Contender("learned", mode, "lock-step", lambda: learned)
+        found += [Competitor("learned", mode, "lock-step", lambda: learned)
                   for mode in get_args(KVMode)]  # fmt: skip
     return found
 
@@ -159,7 +159,7 @@ def measure(
     repeats: int,
     policy: Path | None,
     tokens: int | None = None,
-) -> list[Row]:
+) -> list[DecodeRow]:
     layers = model.config.num_hidden_layers
     hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
     engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(prefill_tokens=2**20))
@@ -170,7 +170,7 @@ def measure(
     todo = contenders(batch, layers, engine.stack.vocab, depths, learned)
     new = tokens or NEW_TOKENS[shape]
 
-    def run(each: Contender) -> Report:
+    def run(each: Competitor) -> Report:
         if each.name.startswith("HF"):
             return hugging_face(model, prompts, new, each.name)
         engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
@@ -179,7 +179,7 @@ def measure(
     peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
     freeze_heap()  # as a serving worker does
     reports: list[list[Report]] = [[] for _ in todo]
-    prices = Prices(engine, batch, exit_layer(layers))
+    prices = StepPrices(engine, batch, exit_layer(layers))
     for _ in range(repeats):
         for each, into in zip(todo, reports, strict=True):
             into.append(run(each))
@@ -198,13 +198,13 @@ def measure(
 
 
 def row_of(
-    each: Contender,
+    each: Competitor,
     runs: list[Report],
     baselines: list[list[Report]],
-    prices: Prices,
+    prices: StepPrices,
     calls: Counter[tuple[str, int]] | None,
     where: tuple[str, str, int, float | None],
-) -> Row:
+) -> DecodeRow:
     shape, dtype, batch, peak = where
     seconds = np.asarray([run.seconds for run in runs])
     tokens = runs[0].tokens
@@ -214,8 +214,8 @@ def row_of(
         for baseline in baselines
     )
     rate = tokens / float(np.median(seconds))
-    row = Row(shape, dtype, batch, each.name, each.kv_mode, each.schedule, each.exit_share, None,
-              rate, tokens / seconds.max(), tokens / seconds.min(),
+    row = DecodeRow(shape, dtype, batch, each.name, each.kv_mode, each.schedule,
+              each.exit_share, None, rate, tokens / seconds.max(), tokens / seconds.min(),
               ratio_hf, ratio_full, None, None, None, None, None, None, peak)  # fmt: skip
     done = [each for run in runs for each in run.rows]
     if not done or calls is None:
@@ -234,7 +234,7 @@ def row_of(
     return row
 
 
-def _packed(prices: Prices, calls: Counter[tuple[str, int]], batch: int, tokens: int) -> float:
+def _packed(prices: StepPrices, calls: Counter[tuple[str, int]], batch: int, tokens: int) -> float:
     depth = sum(times * count for (part, count), times in calls.items() if part == "layer")
     head = prices.of(Counter({("head", batch): 1}))
     layer = prices.of(Counter({("layer", batch): 1}))
@@ -247,7 +247,7 @@ def _accepted(rows: list[Sequence]) -> float | None:
     return sum(row.drafts_accepted for row in rows) / made if made else None
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[DecodeRow]) -> None:
     first = rows[0]
     table = Table(
         "engine", "mode", "schedule", "layers", "tokens/s", "spread", "÷ HF", "÷ full", "bound",

@@ -20,8 +20,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from timing import hugging_face, ours
-from workload import ScriptedExit, build, exit_layer
+from shared.timing import hugging_face, ours
+from shared.workload import ScriptedExit, build, exit_layer
 
 from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine, EngineConfig

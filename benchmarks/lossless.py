@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from contest import Contender, compare, rows_of, show
 from rich.console import Console
-from timing import Report, hugging_face, ours
+from shared.contest import Entry, compare, rows_of, show
+from shared.timing import Report, hugging_face, ours
 
 from offramp.agents.drafting.choose import (
     Chosen,
@@ -55,7 +55,7 @@ SAY = Console(width=150)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Extent:
     """How much of everything."""
 
     documents: int = 320
@@ -70,7 +70,7 @@ class Plan:
     profile_s: float = 60.0
 
 
-QUICK = Plan(documents=60, recorded=64, steps=200_000, learned_exits=((3, 6),), seeds=2,
+QUICK = Extent(documents=60, recorded=64, steps=200_000, learned_exits=((3, 6),), seeds=2,
              test_documents=4, new_tokens=48, profile_s=10.0)  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    plan = QUICK if quick else Plan()
+    plan = QUICK if quick else Extent()
     recorder = AdaptiveEngine.from_pretrained(MODEL, slots=16)
     engine = AdaptiveEngine(recorder.model, recorder.tokenizer, slots=1)
     split = documents_of(plan)
@@ -102,11 +102,11 @@ def main(
     ]
     assistant = best_assistant(engine, split["validation"], plan)
     contenders = [
-        Contender("full depth", in_engine(engine, NeverExit(), plan)),
-        *(Contender(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
+        Entry("full depth", in_engine(engine, NeverExit(), plan)),
+        *(Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
           for c in best.values()),
-        *(Contender(c.name, in_engine(engine, c.policy, plan), c.offline.rate) for c in learned),
-        Contender(assistant, in_hugging_face(engine, assistant, plan)),
+        *(Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate) for c in learned),
+        Entry(assistant, in_hugging_face(engine, assistant, plan)),
     ]  # fmt: skip
     compare(contenders, [tokens[: plan.prompt] for _, tokens in split["test"]])
     rows = rows_of(contenders, best["static"].name)
@@ -128,7 +128,7 @@ def main(
         json_file.write_text(json.dumps(found, indent=1))
 
 
-def documents_of(plan: Plan) -> dict[str, list[tuple[Document, list[int]]]]:
+def documents_of(plan: Extent) -> dict[str, list[tuple[Document, list[int]]]]:
     pairs = tokenize(MODEL, load_corpus(None, limit=plan.documents))
     long = [(doc, tokens) for doc, tokens in pairs if len(tokens) > plan.prompt]
     split = {name: [pair for pair in long if pair[0].split == name]
@@ -138,7 +138,7 @@ def documents_of(plan: Plan) -> dict[str, list[tuple[Document, list[int]]]]:
 
 
 def table_of(
-    engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Plan
+    engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Extent
 ) -> IntArray:
     """Candidates by what the model itself says after each token, in training documents."""
     prompts = [tokens[: plan.prompt] for _, tokens in documents]
@@ -151,7 +151,7 @@ def table_of(
 def record(
     engine: AdaptiveEngine,
     documents: Sequence[tuple[Document, list[int]]],
-    plan: Plan,
+    plan: Extent,
     table_VK: IntArray | None = None,
 ) -> TokenTraces:
     wanted = Continuations(exits=plan.exits, prompt_tokens=plan.prompt, new_tokens=plan.recorded)
@@ -162,7 +162,7 @@ def record(
     return traces
 
 
-def profile(engine: AdaptiveEngine, plan: Plan) -> CostTable:
+def profile(engine: AdaptiveEngine, plan: Extent) -> CostTable:
     table_VK = np.tile(np.arange(64, dtype=np.int32), (engine.stack.vocab, 1))
     config = ProfileConfig(rows=(1,), context=plan.prompt + plan.new_tokens // 2,
                            limit_s=plan.profile_s)  # fmt: skip
@@ -182,7 +182,7 @@ def parts_of(costs: CostTable) -> dict[str, Any]:
 def learn(
     split: tuple[TokenTraces, TokenTraces],
     costs: CostTable,
-    plan: Plan,
+    plan: Extent,
     table_VK: IntArray | None = None,
 ) -> list[Chosen]:
     """PPO on the exits that validation prefers, every seed."""
@@ -220,10 +220,10 @@ def clocked(
     engine: AdaptiveEngine,
     candidates: list[Chosen],
     documents: Sequence[tuple[Document, list[int]]],
-    plan: Plan,
+    plan: Extent,
 ) -> Chosen:
     """The fastest by the clock on validation documents."""
-    runs = [Contender(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
+    runs = [Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
             for c in candidates]  # fmt: skip
     compare(runs, [tokens[: plan.prompt] for _, tokens in documents[:10]])
     totals = [sum(run.seconds) for run in runs]
@@ -233,19 +233,19 @@ def clocked(
 
 
 def best_assistant(
-    engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Plan
+    engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Extent
 ) -> str:
     names = [f"HF assistant_early_exit={layer}" for layer in plan.exits]
-    runs = [Contender(name, in_hugging_face(engine, name, plan)) for name in names]
+    runs = [Entry(name, in_hugging_face(engine, name, plan)) for name in names]
     compare(runs, [tokens[: plan.prompt] for _, tokens in documents[:3]], same=False)
     return names[int(np.argmin([sum(run.seconds) for run in runs]))]
 
 
-def in_engine(engine: AdaptiveEngine, policy: Policy, plan: Plan) -> Callable[..., Report]:
+def in_engine(engine: AdaptiveEngine, policy: Policy, plan: Extent) -> Callable[..., Report]:
     return lambda prompt: ours(engine, [prompt], plan.new_tokens, policy, "verify")
 
 
-def in_hugging_face(engine: AdaptiveEngine, name: str, plan: Plan) -> Callable[..., Report]:
+def in_hugging_face(engine: AdaptiveEngine, name: str, plan: Extent) -> Callable[..., Report]:
     return lambda prompt: hugging_face(engine.model, [prompt], plan.new_tokens, name)
 
 

@@ -33,7 +33,7 @@ Curriculum = Literal["rotational", "gradual"]
 EVALUATED = 32  # held-out windows
 
 
-class Recipe(NamedTuple):
+class LayerSkipRecipe(NamedTuple):
     """How to train; times are shares of the run, 0 to 1."""
 
     minutes: float
@@ -109,7 +109,7 @@ class SkippingModel(torch.nn.Module):
 
 
 def training_loss(
-    skipping: SkippingModel, batch: Tensor, recipe: Recipe, step: int, spent: float
+    skipping: SkippingModel, batch: Tensor, recipe: LayerSkipRecipe, step: int, spent: float
 ) -> Tensor:
     """One batch [B, T + 1] under the dropout and the weights of this moment."""
     layers = len(skipping.model.model.layers)
@@ -135,7 +135,7 @@ def evaluate(skipping: SkippingModel, windows: Tensor) -> list[tuple[float, floa
     return rows
 
 
-def train(skipping: SkippingModel, stream_T: Tensor, recipe: Recipe) -> int:
+def train(skipping: SkippingModel, stream_T: Tensor, recipe: LayerSkipRecipe) -> int:
     """Take steps until the time is spent; their number."""
     optimizer = torch.optim.AdamW(skipping.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
     steps, spent, started = 0, 0.0, time.monotonic()
@@ -197,7 +197,7 @@ def main(
     if curriculum not in ("rotational", "gradual"):
         raise typer.BadParameter("write rotational or gradual", param_hint="--curriculum")
     kind: Curriculum = "gradual" if curriculum == "gradual" else "rotational"
-    recipe = Recipe(
+    recipe = LayerSkipRecipe(
         minutes, batch, length, rate, p_max, e_scale, kind, rotation, from_scratch, seed
     )
     torch.set_num_threads(threads)

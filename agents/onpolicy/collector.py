@@ -15,7 +15,7 @@ import ray
 import torch
 
 from offramp.agents.learning.export import Weights
-from offramp.agents.onpolicy.rollout import RecordingRouter, Rollout
+from offramp.agents.onpolicy.rollout import DecodedRollout, RecordingRouter
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import FeatureSchema, IntArray
 from offramp.controller.policies.router import MlpRouter
@@ -102,7 +102,7 @@ class Collector:
         """The model's facts, and the process that holds it."""
         return describe(self.engine), os.getpid()
 
-    def collect(self, policy: PolicyVersion, task: Task) -> list[Rollout]:
+    def collect(self, policy: PolicyVersion, task: Task) -> list[DecodedRollout]:
         """One rollout per document, all complete.
 
         Raises:

@@ -23,7 +23,7 @@ from offramp.agents.learning.jump_ppo import JumpAgent, invalid_actions
 from offramp.agents.learning.routers import folded_layers, router_of, start_layer
 from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.onpolicy.collector import PolicyVersion
-from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
+from offramp.agents.onpolicy.rollout import UNKNOWN, DecodedRollout
 from offramp.agents.training.resuming import segment_seed
 from offramp.controller.features import OUTLOOK_V1, FloatArray, IntArray
 from offramp.controller.policies.router import MlpRouter
@@ -147,7 +147,7 @@ class Learner:
             candidates_VK,
         )
 
-    def learn(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def learn(self, rollouts: Sequence[DecodedRollout]) -> dict[str, float]:
         """One update; what the rollouts were like, by name.
 
         Raises:
@@ -177,7 +177,7 @@ class Learner:
         self.model.policy.load_state_dict(state["actor"])
         self.model.policy.optimizer.load_state_dict(state["optimiser"])
 
-    def _buffer(self, rollouts: Sequence[Rollout]) -> RolloutBuffer:
+    def _buffer(self, rollouts: Sequence[DecodedRollout]) -> RolloutBuffer:
         obs_KD = np.concatenate([each.obs_KD for each in rollouts])
         with torch.no_grad():
             values = self.model.policy.predict_values(torch.from_numpy(obs_KD))[:, 0].numpy()
@@ -203,7 +203,7 @@ class Learner:
         buffer.full = True
         return buffer
 
-    def _summary(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def _summary(self, rollouts: Sequence[DecodedRollout]) -> dict[str, float]:
         taken = np.concatenate([each.taken_T for each in rollouts])
         costs = np.concatenate([token_costs(each, self.problem) for each in rollouts])
         rewards = [rewards_of(each, self.problem)[each.ends_K] for each in rollouts]
@@ -215,7 +215,7 @@ class Learner:
         }
 
 
-def judged_part(rollout: Rollout) -> Rollout:
+def judged_part(rollout: DecodedRollout) -> DecodedRollout:
     """The tokens up to the first that full depth has not judged."""
     unknown = np.flatnonzero(rollout.agreed_T == UNKNOWN)
     if not len(unknown):
@@ -232,7 +232,7 @@ def judged_part(rollout: Rollout) -> Rollout:
     )
 
 
-def token_costs(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
+def token_costs(rollout: DecodedRollout, problem: StoppingProblem) -> FloatArray:
     """What each token cost, in units of a full-depth token's time at batch 1, [T]."""
     decisions_T = np.bincount(rollout.token_K, minlength=len(rollout.taken_T))
     probes_T = decisions_T - 1  # the first decision comes before any probe
@@ -240,7 +240,7 @@ def token_costs(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
     return priced_T.astype(np.float32)
 
 
-def rewards_of(rollout: Rollout, problem: StoppingProblem) -> FloatArray:
+def rewards_of(rollout: DecodedRollout, problem: StoppingProblem) -> FloatArray:
     """(agreement − λ·cost) / (1 + λ) of a token, given to its last decision, [K]."""
     lam = rollout.preference
     token_T = (rollout.agreed_T - lam * token_costs(rollout, problem)) / (1 + lam)

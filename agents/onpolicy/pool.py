@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from offramp.agents.onpolicy.collector import CollectorActor, CollectSpec, PolicyVersion, Task
-from offramp.agents.onpolicy.rollout import Rollout
+from offramp.agents.onpolicy.rollout import DecodedRollout
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
 
@@ -89,7 +89,7 @@ class CollectorPool:
         """Collect under this version from the next task on."""
         self._policy = (policy.version, ray.put(policy))
 
-    def collect(self, tasks: Iterator[Task], documents: int) -> list[Rollout]:
+    def collect(self, tasks: Iterator[Task], documents: int) -> list[DecodedRollout]:
         """At least so many fresh rollouts, in the order of their tasks.
 
         Args:
@@ -100,7 +100,7 @@ class CollectorPool:
             ConfigError: collectors die again and again.
             PolicyFaultError: the policy failed.
         """
-        fresh: list[Rollout] = []
+        fresh: list[DecodedRollout] = []
         while len(fresh) < documents:
             self._hand_out(tasks)
             done, _ = ray.wait(list(self._running), num_returns=1)
@@ -125,10 +125,10 @@ class CollectorPool:
                 reference = actor.collect.remote(self._policy[1], task)
                 self._running[reference] = (actor, task)
 
-    def _take(self, reference: Any) -> list[Rollout]:
+    def _take(self, reference: Any) -> list[DecodedRollout]:
         actor, task = self._running.pop(reference)
         try:
-            rollouts: list[Rollout] = ray.get(reference)
+            rollouts: list[DecodedRollout] = ray.get(reference)
         except LOST as error:
             self._replace(actor, task, error)
             return []

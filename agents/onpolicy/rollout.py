@@ -21,7 +21,7 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rollout:
+class DecodedRollout:
     """One document, decoded with the exits that one version of the policy chose.
 
     Attributes:
@@ -114,14 +114,14 @@ class RecordingRouter:
 
     def rollout(
         self, *, version: int, task: int, document: str, agreed_T: np.ndarray | None = None
-    ) -> Rollout:
+    ) -> DecodedRollout:
         """Everything so far; the labels are the verdicts unless others are given.
 
         Args:
-            version, task, document: See ``Rollout``.
+            version, task, document: See ``DecodedRollout``.
             agreed_T: Labels of all tokens, from elsewhere.
         """
-        return Rollout(
+        return DecodedRollout(
             version=version,
             task=task,
             document=document,

@@ -27,7 +27,7 @@ class CostTable:
         machine: What it was measured on: processor, system.
         batches: Every part, by rows, ascending from 1 (``view_of_one`` gives the view).
         spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
-        probes: Parts that depend on the feature schema, by its name, by rows.
+        probes: PolicyParts that depend on the feature schema, by its name, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
         dtype: Of the weights.

@@ -32,7 +32,7 @@ CLOSE_LOGIT = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class PolicyParts:
     """What a policy is built from.
 
     Attributes:
@@ -81,7 +81,7 @@ class Kind:
     type: type[Any]
     params: dict[str, Check] = field(default_factory=dict)
     describe: Callable[[Any], tuple[Params, Tensors]]
-    build: Callable[[Parts], Policy]
+    build: Callable[[PolicyParts], Policy]
     clear: Callable[[Any, FloatArray, FloatArray], BoolArray] | None = None
 
 

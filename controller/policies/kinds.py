@@ -16,7 +16,7 @@ from offramp.controller.policies.codec import (
     CLOSE_LOGIT,
     Kind,
     Params,
-    Parts,
+    PolicyParts,
     Tensors,
     pack_layers,
     unpack_layers,
@@ -41,11 +41,11 @@ def _nothing(_policy: Any) -> tuple[Params, Tensors]:
     return {}, {}
 
 
-def _build_never(parts: Parts) -> NeverExit:
+def _build_never(parts: PolicyParts) -> NeverExit:
     return NeverExit(parts.exits, parts.schema, parts.candidates_VK)
 
 
-def _build_fixed(parts: Parts) -> FixedExit:
+def _build_fixed(parts: PolicyParts) -> FixedExit:
     if len(parts.exits) != 1:
         raise RequestError("exits", f"{parts.exits} is not one layer")
     return FixedExit(parts.exits[0], parts.schema, parts.candidates_VK)
@@ -55,7 +55,7 @@ def _describe_threshold(policy: ThresholdPolicy) -> tuple[Params, Tensors]:
     return {"column": policy.column, "threshold": float(policy.threshold)}, {}
 
 
-def _build_threshold(parts: Parts) -> ThresholdPolicy:
+def _build_threshold(parts: PolicyParts) -> ThresholdPolicy:
     schema, params = parts.required_schema, parts.params
     return ThresholdPolicy(
         parts.exits, schema, params["column"], params["threshold"], parts.candidates_VK
@@ -66,7 +66,7 @@ def _describe_mlp(policy: MlpPolicy) -> tuple[Params, Tensors]:
     return {"threshold": float(policy.threshold)}, pack_layers(policy.weights)
 
 
-def _build_mlp(parts: Parts) -> MlpPolicy:
+def _build_mlp(parts: PolicyParts) -> MlpPolicy:
     weights = unpack_layers(parts.tensors)
     threshold = parts.params["threshold"]
     return MlpPolicy(parts.exits, parts.required_schema, weights, threshold, parts.candidates_VK)
@@ -86,7 +86,7 @@ def _describe_router(policy: MlpRouter) -> tuple[Params, Tensors]:
     return params, tensors
 
 
-def _build_router(parts: Parts) -> MlpRouter:
+def _build_router(parts: PolicyParts) -> MlpRouter:
     first = parts.params["first"]
     return MlpRouter(
         parts.exits,

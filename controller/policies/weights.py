@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import FeatureSchema, FloatArray, schema_of
 from offramp.controller.policies.canned import canned_tensors, check_canned
-from offramp.controller.policies.codec import Params, Parts, Tensors
+from offramp.controller.policies.codec import Params, PolicyParts, Tensors
 from offramp.controller.policies.kinds import KINDS, kind_of
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest, Shapes
@@ -216,7 +216,7 @@ def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -
     signed = _descriptor(manifest.kind, manifest.exits, manifest.params, manifest.schema)
     if tensors["policy"].tobytes() != signed.tobytes():
         raise PolicyRefusedError(Refusal.BAD_FORMAT, "the blob was packed for another manifest")
-    parts = Parts(
+    parts = PolicyParts(
         exits=manifest.exits,
         schema=schema,
         candidates_VK=tensors.get("candidates"),

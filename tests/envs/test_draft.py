@@ -18,7 +18,7 @@ from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from support.cost_tables import measured
-from support.drafting import SlowEpisode, drafted_traces
+from support.slow_drafting import SlowEpisode, drafted_traces
 
 MODEL = "ab" * 32
 FEATURES = SOFTMAX_V2.width

@@ -68,7 +68,7 @@ def test_training_lowers_the_early_losses(recipe: ModuleType) -> None:
     torch.manual_seed(0)
     skipping = recipe.SkippingModel(make_model("llama").requires_grad_(True))
     stream = torch.arange(400) % 7
-    settings = recipe.Recipe(0.02, 4, 16, 3e-3, 0.1, 0.2, "rotational", 2, False, 0)
+    settings = recipe.LayerSkipRecipe(0.02, 4, 16, 3e-3, 0.1, 0.2, "rotational", 2, False, 0)
     windows = recipe.spread(stream, 16)
     before = recipe.evaluate(skipping, windows)
     assert recipe.train(skipping, stream, settings) > 1

@@ -16,7 +16,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.energy import COEFFICIENTS, EnergyModel, Meter, open_meter
 from offramp.worker.energy.meter import NoSource
-from offramp.worker.energy.modelled import ModelledSource, Traffic, weight_bytes
+from offramp.worker.energy.modelled import MemoryTraffic, ModelledSource, weight_bytes
 from offramp.worker.energy.nvml import NvmlSource, open_nvml
 from offramp.worker.energy.rapl import open_rapl
 from support.models import LAYERS, make_model
@@ -149,7 +149,7 @@ def decode(engine: AdaptiveEngine, layer: int | None = None) -> None:
 
 def test_traffic_is_that_of_the_layers_and_heads_run(engine: AdaptiveEngine) -> None:
     layer, head = weight_bytes(engine.stack.blocks[0]), weight_bytes(engine.stack.head)
-    traffic = Traffic(engine)
+    traffic = MemoryTraffic(engine)
     decode(engine)
     assert traffic.close() == 9 * (LAYERS * layer + head)
     decode(engine)
@@ -164,7 +164,7 @@ def test_exits_save_traffic_and_fills_are_counted(engine: AdaptiveEngine) -> Non
     assert projector is not None
     project: Callable[..., object] = projector.project
     projector.project = lambda *args: calls.append(args[1]) or project(*args)  # type: ignore
-    traffic = Traffic(engine)
+    traffic = MemoryTraffic(engine)
     engine.generate([[3] * 40], SamplingParams(max_tokens=40, ignore_eos=True), FixedExit(2))
     counted = traffic.close()
     vars(projector).pop("project", None)

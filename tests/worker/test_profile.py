@@ -24,8 +24,8 @@ from offramp.worker.profiling.loop import (
     SILENT,
     STAY,
     WALL,
-    Clock,
-    Script,
+    PartClock,
+    ScriptedPolicy,
     Step,
     clocked,
     decode_steps,
@@ -55,7 +55,7 @@ def table_VK() -> IntArray:
 
 
 def decoded(engine: AdaptiveEngine, table_VK: IntArray, rows: int, script: list[int]) -> list[Step]:
-    acts = Script(random_policy(CANDIDATES_V1, EXITS, table_VK))
+    acts = ScriptedPolicy(random_policy(CANDIDATES_V1, EXITS, table_VK))
     with clocked(engine) as clock:
         prompts = [[5, 6, 7, 8 + row] for row in range(rows)]
         return decode_steps(engine, clock, acts, prompts, script)
@@ -126,9 +126,9 @@ def test_a_span_runs_every_layer_over_all_its_tokens(engine: AdaptiveEngine) -> 
 
 
 def test_one_thread_is_charged_its_own_time_and_several_the_wall() -> None:
-    assert Clock(torch.device("cpu")).kind == PROCESSOR
+    assert PartClock(torch.device("cpu")).kind == PROCESSOR
     torch.set_num_threads(2)
-    assert Clock(torch.device("cpu")).kind == WALL
+    assert PartClock(torch.device("cpu")).kind == WALL
     torch.set_num_threads(1)
 
 

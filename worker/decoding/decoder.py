@@ -32,7 +32,7 @@ class RowResult:
 
     Attributes:
         row: The row that came out.
-        exit_layer: Layers executed.
+        exit_layer: Layers executed so far.
         logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
             the row verifies and came to the end; none, if the successor takes no head.
         best_M: The most likely token after each.
@@ -52,7 +52,7 @@ class Decoder:
     """Runs the stack over rows of the cache.
 
     Args:
-        stack: The model.
+        stack: The model, as a stack of layers.
         kv: The cache of its keys and values.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
         translators: Correct the hidden state that exits are read from.
@@ -61,7 +61,7 @@ class Decoder:
 
     Attributes:
         overhead: What was spent beside the model.
-        probes: Makes probes.
+        probes: Makes the probes that policies read.
         grouper: Puts rows into the groups they are asked in.
         guard: Asks policies, and survives those that fail.
         projector: Projects exit states; None if skipped layers are not filled.

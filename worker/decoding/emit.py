@@ -51,7 +51,7 @@ class Emitter:
     """Gives each row that came out of a wave its next token, or several.
 
     Args:
-        stack: The model.
+        stack: The model, as a stack of layers.
         guard: Survives policies that fail to learn.
     """
 
@@ -80,9 +80,9 @@ class Emitter:
         """Add the token after a row's last one.
 
         Args:
-            row: The row.
+            row: Row whose prompt was read.
             logits_V: What the token is drawn from.
-            best: Their argmax.
+            best: Most likely token by the logits.
             exit_layer: Layers executed for it.
         """
         if row.sampler.is_plain_greedy:

@@ -24,7 +24,7 @@ class RowGrouper:
     """Puts rows that begin a token into the groups they are asked in.
 
     Args:
-        probes: Makes probes.
+        probes: Makes the probes that policies read.
         guard: Survives policies that fail.
         layers: Number of layers of the model.
         max_pending: Tokens of a row that may be pending.

@@ -51,7 +51,7 @@ class PolicyGuard:
         array [N]. Each is counted; the first of each policy is logged.
 
         Args:
-            policy: Any policy.
+            policy: Policy that is asked.
             features_NF: What its probe computed.
 
         Returns:

@@ -24,7 +24,7 @@ class Load:
     """How busy the engine is.
 
     Attributes:
-        active: Rows running.
+        active: Number of rows that run.
         waiting: Requests in line.
         slots: Rows that can run.
     """
@@ -39,9 +39,9 @@ def outlook_of(row: Sequence, load: Load, layers: int, max_pending: int) -> Floa
 
     Args:
         row: The row; its newest token is open.
-        load: Of the engine.
+        load: Rows that run and wait in the engine.
         layers: Number of layers of the model.
-        max_pending: Tokens a row may put off.
+        max_pending: Tokens a row may have pending.
     """
     made = len(row.emitted) + len(row.drafts)
     left = row.request.sampling.max_tokens - made

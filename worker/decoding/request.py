@@ -102,7 +102,7 @@ class CompletionStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One emitted token.
+    """One emitted token, as its caller is told of it.
 
     Attributes:
         request_id: Request that the token belongs to.

@@ -22,10 +22,10 @@ HOTTEST = 1e37
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A drawn token.
+    """A drawn token, with what is told of its chances.
 
     Attributes:
-        token: Its id.
+        token: Id of the token.
         logprob: Its log-probability (natural) under the model's own logits; None if not asked for.
         top: The most likely tokens and their log-probabilities, best first, as many as asked for.
     """
@@ -45,7 +45,7 @@ class Sampler:
         sampling: What is asked for.
         prompt: Token ids that the repetition penalty counts as seen.
         eos_tokens: What ``min_tokens`` holds off, besides the stop tokens.
-        vocab: V.
+        vocab: Number V of tokens of the model.
     """
 
     def __init__(

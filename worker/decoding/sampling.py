@@ -45,8 +45,8 @@ class SamplingParams:
         top_p: Sample from the smallest set of tokens that holds this probability, in (0, 1].
         min_p: Leave out tokens less likely than this share of the most likely one's probability,
             in [0, 1].
-        repetition_penalty: Of every token in the prompt or the output, a positive logit is
-            divided and a negative one multiplied by it (CTRL, Keskar et al. 2019), in [0.01, 100].
+        repetition_penalty: Divides a positive logit, and multiplies a negative one, of every token
+            in the prompt or the output (CTRL, Keskar et al. 2019), in [0.01, 100].
         presence_penalty: Taken off the logit of every token in the output, in [-2, 2].
         frequency_penalty: The same, times how often the output holds the token.
         logit_bias: Added to the logits of these token ids, each in [-100, 100].

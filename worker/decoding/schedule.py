@@ -59,7 +59,7 @@ class Launch(Generic[Id]):
     Attributes:
         first: Depth at which they stand.
         last: Depth at which they wait again, or the number of layers.
-        members: The rows.
+        members: Rows that run.
     """
 
     first: int

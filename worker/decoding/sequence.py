@@ -23,7 +23,7 @@ class OpenToken:
 
     Attributes:
         position: Where it stands in its row.
-        depth: Layers executed.
+        depth: Layers executed so far.
         state_D: Its hidden state there; None before the embedding.
         is_underway: Whether it may yet go on by itself: it has not left.
         left_at: Index of the exit where it left and what was probed there, if its policy learns.
@@ -45,7 +45,7 @@ class Draft:
     """A token that full depth has yet to confirm.
 
     Attributes:
-        token: Its id.
+        token: Id of the token.
         exit_layer: Layers executed before it was drafted.
         chances_V: The distribution it was drawn from; None if decoding is greedy.
     """
@@ -246,7 +246,7 @@ class RowGroup(Protocol):
 
         Args:
             guard: Survives the policy's failures.
-            executed: Layers executed.
+            executed: Layers executed so far.
             x_N1D: The rows' hidden states.
         """
         ...

@@ -29,7 +29,7 @@ class Known(NamedTuple):
 
     Attributes:
         logits_V: Its logits over the whole vocabulary.
-        token: Its successor.
+        token: Id of its successor.
     """
 
     logits_V: Tensor | None
@@ -42,7 +42,7 @@ class Arrival:
 
     Attributes:
         row: The row that the tokens belong to.
-        exit_layer: Layers executed.
+        exit_layer: Layers executed so far.
         states_MD: Their hidden states, the oldest first: one at an exit, at the end also those
             of the tokens that were pending.
         decides: Whether the last of them is a token on its way, which now gets its successor.
@@ -80,8 +80,8 @@ class WaveContext:
     """What every wave of an engine works with.
 
     Attributes:
-        stack: The model.
-        kv: Its cache.
+        stack: The model, as a stack of layers.
+        kv: Cache of keys and values.
         filler: Writes keys and values of skipped layers.
         translators: Correct the hidden state that exits are read from.
         grouper: Puts rows into the groups they are asked in.

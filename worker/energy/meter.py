@@ -32,16 +32,16 @@ class NoSource:
     """Where there is none.
 
     Attributes:
-        why: In words.
+        why: Reason, in words.
     """
 
     why: str
 
     def start(self) -> None:
-        """Nothing to note."""
+        """Do nothing: there is no counter to note."""
 
     def stop(self, before: None, window_s: float) -> EnergyReading:
-        """An unknown amount."""
+        """Report an unknown amount, and why it is unknown."""
         return unavailable(window_s, self.why)
 
 
@@ -53,7 +53,7 @@ class Span:
 
     @property
     def reading(self) -> EnergyReading:
-        """What it took."""
+        """Report what the work took."""
         assert self._reading is not None, "the span has not ended"
         return self._reading
 

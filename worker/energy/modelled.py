@@ -26,7 +26,7 @@ class Coefficient:
     Attributes:
         value: What is used.
         low, high: The range that its sources span.
-        unit: Of all three.
+        unit: Unit of all three values.
         source: Where it comes from, and what it assumes.
     """
 
@@ -66,7 +66,7 @@ COEFFICIENTS: Mapping[str, Coefficient] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnergyModel:
-    """The formula above.
+    """The formula above, with its coefficients.
 
     Attributes:
         coefficients: By name; both of ``COEFFICIENTS`` are needed.
@@ -100,18 +100,18 @@ class ModelledSource:
 
     Args:
         engine: On a CPU; its layers, head and fills are counted while a window is open.
-        model: The formula.
+        model: Formula that turns work into joules.
     """
 
     def __init__(self, engine: EngineCore, model: EnergyModel | None = None) -> None:
         self.engine = engine
         self.model = model or EnergyModel()
 
-    def start(self) -> tuple[float, Traffic]:
-        """Begin to count."""
-        return time.process_time(), Traffic(self.engine)
+    def start(self) -> tuple[float, MemoryTraffic]:
+        """Begin to count busy cores and bytes."""
+        return time.process_time(), MemoryTraffic(self.engine)
 
-    def stop(self, before: tuple[float, Traffic], window_s: float) -> EnergyReading:
+    def stop(self, before: tuple[float, MemoryTraffic], window_s: float) -> EnergyReading:
         """Processor time and bytes since, in joules."""
         core_s = time.process_time() - before[0]
         dram_bytes = before[1].close()
@@ -125,7 +125,7 @@ class ModelledSource:
         )
 
 
-class Traffic:
+class MemoryTraffic:
     """Counts the bytes of weights that an engine uses, launch by launch, until it is closed."""
 
     def __init__(self, engine: EngineCore) -> None:

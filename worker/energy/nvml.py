@@ -13,11 +13,11 @@ from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 
 
 class NvmlSource:
-    """One GPU's counter.
+    """The energy counter of one GPU.
 
     Args:
         nvml: The module ``pynvml``, initialised.
-        index: Of the GPU.
+        index: Number of the GPU.
     """
 
     def __init__(self, nvml: Any, index: int) -> None:

@@ -1,4 +1,4 @@
-"""What ``generate`` returns."""
+"""Completions: what ``generate`` returns."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def completion_of(
     """The completion of a request whose events have all come.
 
     Args:
-        request: The request.
-        events: Its events.
+        request: Request that was answered.
+        events: Events of all its tokens, in order.
         index: Which of the prompt's completions it is.
         prefix: What its text is put behind.
     """

@@ -233,7 +233,7 @@ class EngineCore:
         self._emitter.conclude(self.decoder.launch(waves))
 
     def _riders(self, launch: Launch[Sequence]) -> list[Sequence]:
-        """Rows whose put-off tokens all stand within a stage that runs to the end."""
+        """Rows whose pending tokens all stand within a stage that runs to the end."""
         if launch.first == 0 or launch.last < self.stack.layers:
             return []
         return [

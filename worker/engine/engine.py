@@ -61,7 +61,7 @@ class AdaptiveEngine(EngineCore):
             tokenizer: Overrides the folder's; optional for a model object.
             dtype: "float32" or "bfloat16"; ignored, like device, for a model object.
             device: "cpu" or "cuda".
-            slots, current_policy, config: As for the class.
+            slots, current_policy, config: Passed on to the class.
 
         Raises:
             ModelError: missing folder, not a causal LM, unsupported architecture.

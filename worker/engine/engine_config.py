@@ -25,7 +25,7 @@ class EngineConfig:
         schedule: Lock-step, or cohorts with holds.
         prefill_tokens: Prompt tokens read between two launches at most: a running row never
             waits longer for other rows' prompts.
-        max_pending: Tokens a row may put off before its next one runs all layers.
+        max_pending: Tokens a row may have pending before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
@@ -60,8 +60,8 @@ class EngineConfig:
         """Tokens that one request may hold.
 
         Args:
-            context: The model's.
-            bytes_per_token: Of one position in all slots.
+            context: Most positions that the model has.
+            bytes_per_token: Bytes of one position in all slots.
 
         Raises:
             ConfigError: the budget does not even hold the first block.

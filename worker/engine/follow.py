@@ -41,7 +41,7 @@ class Witness(Sampler):
 
     Args:
         forced: Tokens that are fed in place of the emitted ones.
-        vocab: V.
+        vocab: Number V of tokens of the model.
     """
 
     def __init__(self, forced: Items[int], vocab: int) -> None:
@@ -71,7 +71,7 @@ def follow(
         engine: Idle; its slots are the batch size.
         documents: Token ids, each longer than ``prompt_tokens`` + 1.
         prompt_tokens: Tokens of each document read at full depth first.
-        policy: The policy.
+        policy: Policy that the document is decoded under.
         with_logprobs: Report the log-probabilities of the documents' tokens. It takes time, so
             not where time is measured.
 

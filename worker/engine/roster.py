@@ -16,7 +16,7 @@ class Roster:
 
     Args:
         kv: The cache whose slots are given out.
-        stack: The model.
+        stack: The model, as a stack of layers.
     """
 
     def __init__(self, kv: SlotKV, stack: LayerStack) -> None:

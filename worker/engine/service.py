@@ -79,7 +79,7 @@ class EngineService:
         self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
 
     def start(self) -> None:
-        """Start decoding."""
+        """Start the thread that decodes."""
         self._thread.start()
 
     def stop(self) -> None:

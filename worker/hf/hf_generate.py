@@ -187,9 +187,9 @@ class _Batch:
     until the last row ends, as in ``generate``.
 
     Args:
-        input_ids_BN: Padded prompts.
-        criteria: Stopping criteria.
-        config: Generation configuration.
+        input_ids_BN: Prompts, padded to one length.
+        criteria: Stopping criteria of the call.
+        config: Generation configuration of the call.
         streamer: Gets each column as soon as all rows have it.
     """
 

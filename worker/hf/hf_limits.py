@@ -63,7 +63,7 @@ def require_plain(generation_config: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse ways of decoding other than greedy decoding and sampling.
 
     Args:
-        generation_config: As ``generate`` prepared it.
+        generation_config: What ``generate`` prepared.
         arguments: More arguments by name, refused unless None or False.
 
     Raises:

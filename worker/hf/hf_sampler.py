@@ -54,7 +54,7 @@ class Place:
     """Which row of the caller's batch a sequence is.
 
     Attributes:
-        row: Its index.
+        row: Index of the row in its batch.
         rows: Rows in all.
     """
 
@@ -75,8 +75,8 @@ class Place:
         """Whether a stopping criterion ends this row.
 
         Args:
-            each: The criterion.
-            ids_N: The row.
+            each: Criterion to ask.
+            ids_N: Token ids of the row so far.
             scores: Its processed scores so far, each [V], if they are recorded.
         """
         copies = self._copies(each)
@@ -98,11 +98,11 @@ class HFSampler(Sampler):
         place: The row's index.
         prompt_N: Its prompt as ``generate`` got it, padding included.
         processors: Logits processors, in order.
-        vocab: V.
+        vocab: Number V of tokens of the model.
         records: Whether logits and scores of emitted tokens are kept.
 
     Attributes:
-        logits, scores: Of each emitted token [V], as the model gave them and as processed.
+        logits, scores: Vectors [V] of each emitted token, as the model gave them and as processed.
         error: What a processor raised first; the caller raises it once the engine's step is over.
     """
 

@@ -26,7 +26,7 @@ class Run:
 
     Attributes:
         rows: Which rows of the step.
-        slots: Their slots.
+        slots: Slots of the rows in the cache.
         span: Cache entries read.
         mask: Added to the scores, [B, 1, Q, span]; None if every query sees the whole span.
         causal: The run is the beginning of a row: query t sees the entries up to t.
@@ -136,7 +136,7 @@ def ragged_window(
         slots: Slot of each row, ascending.
         positions: Position of each row's last column.
         lengths: Columns that count; those before them are padding, written nowhere.
-        heads_per_key, like: As for ``decode_window``.
+        heads_per_key, like: See ``decode_window``.
     """
     columns = max(lengths)
     runs = tuple(

@@ -49,7 +49,7 @@ class KVProjector:
         """Keys and values for the layers from ``first_layer`` (index) on.
 
         Args:
-            x_ND: Exit states.
+            x_ND: Hidden states at the exit.
             first_layer: Index of the first layer not executed.
             rotary: Cosines and sines of the rows' positions, each [N, 1, rotated part of H]; empty
                 for a family without rotary embeddings.
@@ -96,7 +96,7 @@ class ExitedToken(NamedTuple):
     Attributes:
         slot: Slot of its row in the cache.
         position: Position of the token in its row.
-        depth: Layers executed.
+        depth: Layers executed so far.
         state_D: Its hidden state there.
     """
 
@@ -110,8 +110,8 @@ class CacheFiller:
     """Writes projected keys and values of exited tokens into the cache.
 
     Args:
-        stack: The model.
-        kv: The cache.
+        stack: The model, as a stack of layers.
+        kv: Cache that is written to.
         projector: Projects exit states; None leaves the cache's invariant broken, as the tests'
             negative control needs it.
     """

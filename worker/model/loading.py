@@ -48,7 +48,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
 
     Args:
         path: A folder in Hugging Face format, or a model id that the hub client can resolve.
-        dtype: Of the weights.
+        dtype: Dtype that the weights get.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:

@@ -1,4 +1,4 @@
-"""The same layers, prepared for decoding: weights packed for few rows, attention over slots.
+"""Layers prepared for decoding: weights packed for few rows, attention over slots.
 
 Layers are cloned without their weights being copied; the caller's model stays as it was.
 """
@@ -32,7 +32,7 @@ class PackedWeight:
     (benchmarks/decode.py), at the price of a second copy of the weight.
 
     Args:
-        weight_OI: [out, in].
+        weight_OI: Weight of the product, [out, in].
     """
 
     def __init__(self, weight_OI: Tensor) -> None:

@@ -38,7 +38,7 @@ class LayerStack(Protocol):
         context: Positions that the model knows.
         kv_heads, head_dim: Shape of one position's keys in one layer.
         heads_per_key: Query heads that share one key/value head.
-        dtype, device: Of the weights.
+        dtype, device: Dtype and device of the weights.
         eos_tokens: Tokens that end a completion; may be empty.
         blocks: The layers that ``run_layer`` calls; equivalents may take their places.
         head: The LM head that ``logits`` calls; an equivalent may take its place.

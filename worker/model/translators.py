@@ -41,12 +41,12 @@ AGAIN = "Run `offramp tune` for this model again"
 
 @dataclass(frozen=True, slots=True)
 class Translator:
-    """One exit's correction.
+    """The correction at one exit.
 
     Attributes:
-        A_rD: Down projection.
-        B_Dr: Up projection.
-        b_D: Shift.
+        A_rD: Projects the state down to rank r.
+        B_Dr: Projects it up again.
+        b_D: Shift of the state.
     """
 
     A_rD: Tensor
@@ -58,7 +58,7 @@ class Translator:
         return x_ND + linear(linear(x_ND, self.A_rD), self.B_Dr, self.b_D)
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Translator:
-        """The same in another dtype, on another device."""
+        """Copy to another dtype and device."""
         return Translator(*(part.to(device, dtype) for part in (self.A_rD, self.B_Dr, self.b_D)))
 
 
@@ -90,7 +90,7 @@ class ExitTranslators:
         return x_ND if translator is None else translator(x_ND)
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ExitTranslators:
-        """The same in another dtype, on another device."""
+        """Copy to another dtype and device."""
         moved = {layer: each.to(dtype, device) for layer, each in self._by_layer.items()}
         return ExitTranslators(moved, self.digest)
 
@@ -128,10 +128,10 @@ class ExitTranslators:
 
         Args:
             folder: With both files.
-            fingerprint: Of the model in use (``worker.loading.model_fingerprint``).
-            layers: Of the model; exits lie below.
+            fingerprint: Fingerprint of the model in use (``worker.loading.model_fingerprint``).
+            layers: Number of layers of the model; exits lie below.
             width: D of the model.
-            dtype: Of the translators in use; the model's.
+            dtype: Dtype that they get: the model's.
             device: Where they are used.
 
         Raises:

@@ -28,8 +28,8 @@ class Confidence:
     """How sure the scores are, and since when.
 
     Args:
-        rows: N.
-        scored: K.
+        rows: Number N of rows.
+        scored: Number K of scores of a row.
         exits: Number of exits the policy may ask at.
     """
 
@@ -69,7 +69,7 @@ class Confidence:
         return sure, self._since(best, top1)
 
     def rows(self, scores_NK: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """The same of N rows, [N, 4] and [N, 3]."""
+        """Compute the columns of N rows, [N, 4] and [N, 3]."""
         best_N = scores_NK.argmax(-1)
         top_N = scores_NK.max(-1)
         shifted_NK = scores_NK - top_N[:, None]

@@ -51,7 +51,7 @@ class ProbeFactory:
     """Builds the probes of one model; holds what they share.
 
     Args:
-        stack: The model.
+        stack: The model, as a stack of layers.
     """
 
     def __init__(self, stack: LayerStack) -> None:
@@ -94,7 +94,7 @@ class ProbeFactory:
         """The probe of up to so many rows, for token after token; None: ``probe`` of each token.
 
         Args:
-            policy: The rows'.
+            policy: Policy that the rows run under.
             rows: How many at most.
         """
         if policy.schema is None or policy.candidates_VK is None or not self._is_compiled:
@@ -126,7 +126,7 @@ def probe_of(schema: FeatureSchema) -> MakesProbe | None:
 
 
 def make_probe(schema: FeatureSchema, inputs: ProbeInputs) -> Probe:
-    """The schema's probe.
+    """Make the probe of a schema.
 
     Raises:
         ConfigError: no probe computes the schema, or it is of hidden states of another width.

@@ -27,8 +27,8 @@ class HiddenProbe:
         return np.array(self._host(x_ND), np.float32)
 
     def keep(self, stay_N: BoolArray) -> None:
-        """Nothing is remembered."""
+        """Do nothing: nothing is remembered of a row."""
 
     def logits(self) -> Tensor | None:
-        """None were computed."""
+        """Give None: no logits were computed."""
         return None

@@ -47,7 +47,7 @@ class ProbeInputs(NamedTuple):
     Attributes:
         readout: The model's final norm and head, as probes read them.
         x_ND: The rows' embeddings: what the first probe is compared to.
-        positions_N: Token positions.
+        positions_N: Position of each token in its row.
         exits: Number of exits the policy may ask at.
         candidates_NK: Likely next tokens per row, distinct within a row; None if the policy
             carries no table.
@@ -70,8 +70,8 @@ class BlankProbe:
         return np.empty((len(x_ND), 0), np.float32)
 
     def keep(self, stay_N: BoolArray) -> None:
-        """Nothing is remembered."""
+        """Do nothing: nothing is remembered of a row."""
 
     def logits(self) -> Tensor | None:
-        """None were computed."""
+        """Give None: no logits were computed."""
         return None

@@ -78,7 +78,7 @@ class FinalNorm:
 
     @property
     def both_2D(self) -> FloatArray:
-        """Weight and bias."""
+        """Weight and bias of the norm, [2, D]."""
         bias_D = np.zeros_like(self.weight_D) if self.bias_D is None else self.bias_D
         return np.stack((self.weight_D, bias_D))
 
@@ -104,7 +104,7 @@ class Readout:
     """Final norm and head of one model; one per engine, shared by its probes.
 
     Args:
-        stack: The model.
+        stack: The model, as a stack of layers.
     """
 
     def __init__(self, stack: LayerStack) -> None:
@@ -155,7 +155,7 @@ def _host(x: Tensor) -> FloatArray:
 
 
 def raw(x: Tensor) -> Rows:
-    """The same memory as numpy sees it: float32 as it is, bfloat16 as bits; else a float32 copy."""
+    """Show a tensor's memory to numpy: float32 as it is, bfloat16 as bits; else a float32 copy."""
     if x.dtype is torch.float32:
         array: FloatArray = x.numpy()
         return array

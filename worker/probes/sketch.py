@@ -74,8 +74,8 @@ class SketchProbe:
 
     Args:
         readout: The model's norm and head.
-        sketch: Of its head; one serves every row of a policy.
-        positions_N: Token positions.
+        sketch: Factorised head of the model; one serves every row of a policy.
+        positions_N: Position of each token in its row.
         exits: Number of exits the policy may ask at.
     """
 
@@ -88,7 +88,7 @@ class SketchProbe:
 
     @classmethod
     def of(cls, inputs: ProbeInputs) -> SketchProbe:
-        """The registry's factory."""
+        """Make the probe from what every probe is made from."""
         assert inputs.table_VK is not None  # admission asks for the table
         sketch = inputs.readout.derived(Sketch.of, inputs.table_VK)
         return cls(inputs.readout, sketch, inputs.positions_N, inputs.exits)
@@ -118,5 +118,5 @@ class SketchProbe:
         self._position_N = self._position_N[stay_N]
 
     def logits(self) -> Tensor | None:
-        """None were computed."""
+        """Give None: no logits were computed."""
         return None

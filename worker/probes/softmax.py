@@ -1,4 +1,4 @@
-"""SOFTMAX_V2: full-vocabulary confidence.
+"""SOFTMAX_V2: confidence over the full vocabulary.
 
 Shape suffixes: N rows, D width, V vocabulary, S = 3 softmax columns, F features.
 """
@@ -56,7 +56,7 @@ class SoftmaxProbe:
         self._position_N = self._position_N[stay_N]
 
     def logits(self) -> Tensor | None:
-        """Those of the last probe."""
+        """Give the logits of the last probe, [N, V]."""
         return self._logits_NV
 
 
@@ -73,7 +73,7 @@ def softmax_features(logits_NV: Tensor) -> tuple[FloatArray, IntArray]:
 
 
 def one_row(logits_1V: Tensor) -> tuple[FloatArray, IntArray]:
-    """The same of one row on the host: in numpy, since dispatch is what a lone row pays for."""
+    """Compute one row on the host: in numpy, since dispatch is what a lone row pays for."""
     logits_V = logits_1V[0].float().numpy()
     best = int(logits_V.argmax())
     shifted_V = logits_V - logits_V[best]

@@ -60,7 +60,7 @@ class StateProbe:
         self._position_N = self._position_N[stay_N]
 
     def logits(self) -> Tensor | None:
-        """None were computed."""
+        """Give None: no logits were computed."""
         return None
 
 

@@ -12,7 +12,7 @@ from offramp.controller.costs.readings import EnergyMethod
 from offramp.worker.energy import EnergyModel, open_meter
 from offramp.worker.energy.modelled import ModelledSource, weight_bytes
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.profiling.loop import PROCESSOR, Clock
+from offramp.worker.profiling.loop import PROCESSOR, PartClock
 
 WHOLE_HEAD = "softmax"
 """Name of the schemas whose probe reads the whole head."""
@@ -27,7 +27,7 @@ class PartEnergy:
     the profile for its time, and the weights that it reads once.
 
     Attributes:
-        method, source: Of every figure.
+        method, source: How every figure was come by.
         watts: Mean power; None where unknown.
         bytes_by_part: Weights read, for the model; parts that are not named read none.
         per_byte: Joules of one.
@@ -50,7 +50,7 @@ class PartEnergy:
 
 
 @contextmanager
-def metered(engine: AdaptiveEngine, clock: Clock) -> Iterator[PartEnergy]:
+def metered(engine: AdaptiveEngine, clock: PartClock) -> Iterator[PartEnergy]:
     """Read the engine's meter around a profile; what is yielded is complete afterwards."""
     energy = PartEnergy()
     meter = open_meter(engine)

@@ -34,11 +34,11 @@ PROBING = ("features", "leaving")
 """Methods of a probe that read a state."""
 
 
-class Clock:
+class PartClock:
     """Seconds and calls of each part since it was last wiped.
 
     Args:
-        device: Of the model; a GPU is waited for.
+        device: Device of the model; a GPU is waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Clock:
         self.calls: Counter[str] = Counter()
 
     def timed(self, part: str, call: Callable[..., Any]) -> Any:
-        """The same function, timed as this part."""
+        """Wrap a function so that its time is counted as this part's."""
 
         def run(*arguments: Any, **named: Any) -> Any:
             start = self.now()
@@ -64,20 +64,20 @@ class Clock:
         return run
 
     def wipe(self) -> None:
-        """Begin anew."""
+        """Forget all times, and begin anew."""
         self.seconds.clear()
         self.calls.clear()
 
 
 @contextmanager
-def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
+def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
     """Time an engine's layers, heads, fills, and all that asking takes.
 
     ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
     in which ``probe`` is contained: reading the features, or, where probe and policy are one
     compiled call, that call.
     """
-    clock, decoder = Clock(engine.stack.device), engine.decoder
+    clock, decoder = PartClock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
     bench, group_rows = decoder.probes, clock.timed("build", decoder.grouper.group_rows)
     probe, fused = bench.probe, bench.fused_probe
@@ -99,7 +99,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[Clock]:
         yield clock
 
 
-def _watched(made: Any, methods: Sequence[str], part: str, clock: Clock) -> Any:
+def _watched(made: Any, methods: Sequence[str], part: str, clock: PartClock) -> Any:
     """An object with its methods timed, still of its own type: the engine looks at types."""
     for name in methods:
         if hasattr(made, name):
@@ -111,7 +111,7 @@ SILENT, STAY = -2, -1
 """What a policy does in a step: it has no exits; it is asked at each, and all rows stay."""
 
 
-class Script:
+class ScriptedPolicy:
     """Makes a policy of the published kind do as it is told, at the price of its own decisions.
 
     Args:
@@ -162,8 +162,8 @@ class Step:
 
 def decode_steps(
     engine: AdaptiveEngine,
-    clock: Clock,
-    script: Script,
+    clock: PartClock,
+    script: ScriptedPolicy,
     prompts: list[list[int]],
     acts: Sequence[int],
 ) -> list[Step]:
@@ -175,7 +175,7 @@ def decode_steps(
     Args:
         engine: Idle, in lock-step.
         clock: Around the engine's parts.
-        script: Of all rows' policy.
+        script: Policy of all rows, told what to do.
         prompts: One per row, all within the engine's slots.
         acts: What the policy does in each step.
     """
@@ -202,14 +202,18 @@ def most_tokens(rows: int, steps: int) -> int:
     return rows + steps + 1
 
 
-def span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
+def span_pass(
+    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int
+) -> dict[str, float]:
     """Seconds of a layer and of the head over several tokens of one row, all layers in turn."""
     engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
     return _span_pass(engine, clock, context, tokens)
 
 
 @torch.inference_mode()
-def _span_pass(engine: AdaptiveEngine, clock: Clock, context: int, tokens: int) -> dict[str, float]:
+def _span_pass(
+    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int
+) -> dict[str, float]:
     stack = engine.stack
     positions_1T = torch.arange(context, context + tokens, device=stack.device)[None]
     x_1TD = stack.embed(positions_1T % stack.vocab, positions_1T)

@@ -19,20 +19,20 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.joules import PartEnergy, metered
-from offramp.worker.profiling.loop import Clock, clocked, most_tokens
+from offramp.worker.profiling.loop import PartClock, clocked, most_tokens
 from offramp.worker.profiling.rounds import ProfileConfig, Rounds, whole_script
 from offramp.worker.profiling.samples import Key, Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What was found.
+    """What a profile found.
 
     Attributes:
-        costs: The table.
+        costs: Table of what was measured.
         loose: Parts whose interval stayed wider than was asked for.
         rounds: Samples of each part.
-        seconds: Wall time.
+        seconds: Wall time that measuring took.
     """
 
     costs: CostTable
@@ -91,7 +91,7 @@ def _table(
     config: ProfileConfig,
     samples: Samples,
     energy: PartEnergy,
-    clock: Clock,
+    clock: PartClock,
 ) -> CostTable:
     def batches(table: str, sizes: Sequence[int], parts: Sequence[str]) -> tuple[Batch, ...]:
         return tuple(

@@ -114,7 +114,7 @@ class _Walk:
         self.fused = self.bench.fused_probe(self.policy, 1)
 
     def run(self) -> None:
-        """One pass."""
+        """Probe once at every exit."""
         self.passes += 1
         stack, position = self.engine.stack, len(self.prompt)
         position_11 = torch.tensor([[position]], device=stack.device)

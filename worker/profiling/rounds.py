@@ -17,8 +17,8 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import (
     SILENT,
     STAY,
-    Clock,
-    Script,
+    PartClock,
+    ScriptedPolicy,
     Step,
     decode_steps,
     span_pass,
@@ -35,7 +35,7 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileConfig:
-    """How to profile.
+    """How much is profiled, and for how long.
 
     Attributes:
         rows: Rows of a launch to measure at, ascending from 1.
@@ -72,7 +72,7 @@ class Rounds:
     def __init__(
         self,
         engine: AdaptiveEngine,
-        clock: Clock,
+        clock: PartClock,
         candidates_VK: IntArray,
         config: ProfileConfig,
         samples: Samples,
@@ -80,7 +80,7 @@ class Rounds:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
         self.scripts = {
-            schema.name: Script(random_policy(schema, config.exits, candidates_VK))
+            schema.name: ScriptedPolicy(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
         }
         rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ class Rounds:
         self.samples = samples
 
     def run(self, number: int) -> None:
-        """One round."""
+        """Run one round over all parts."""
         cells = list(self._cells())
         turn = number % len(cells)
         for cell in cells[turn:] + cells[:turn]:

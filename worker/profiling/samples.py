@@ -13,12 +13,12 @@ CONFIDENCE = 0.95
 
 
 class Key(NamedTuple):
-    """What was timed.
+    """What a sample is a timing of.
 
     Attributes:
         table: "rows", "tokens", or the name of a feature schema.
         size: Rows in the launch, or tokens of the row.
-        part: As in ``CostTable``.
+        part: Name of the part in ``CostTable``.
     """
 
     table: str

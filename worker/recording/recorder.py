@@ -43,7 +43,7 @@ def record_document(
     All positions run in one pass; a probe computes in each row what it computes live (tested).
 
     Args:
-        stack: The model.
+        stack: The model, as a stack of layers.
         document: Digest of the document's text.
         tokens: T + 1 token ids; the last is only ever a label.
         exits: Layers to probe, ascending.

@@ -74,7 +74,7 @@ class TraceRecorder:
         self.states = False
 
     def describe(self) -> ModelFacts:
-        """The model's facts."""
+        """Tell the facts of the model."""
         return describe(self.engine)
 
     def prepare(self, exits: Sequence[int], candidates_VK: IntArray, states: bool = False) -> None:

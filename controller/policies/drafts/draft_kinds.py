@@ -9,7 +9,14 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FloatArray
-from offramp.controller.policies.codec import CLOSE_LOGIT, Kind, Params, Parts, Tensors, pack_layers
+from offramp.controller.policies.codec import (
+    CLOSE_LOGIT,
+    Kind,
+    Params,
+    PolicyParts,
+    Tensors,
+    pack_layers,
+)
 from offramp.controller.policies.codec import unpack_layers as unpacked
 from offramp.controller.policies.drafts.confident import ConfidentDraft
 from offramp.controller.policies.drafts.del_rule import DelDraft
@@ -19,7 +26,7 @@ from offramp.controller.policies.drafts.thompson import ThompsonDraft
 from offramp.controller.strict import COUNT, NUMBER, list_of
 
 
-def _one_exit(parts: Parts) -> int:
+def _one_exit(parts: PolicyParts) -> int:
     if len(parts.exits) != 1:
         raise RequestError("exits", f"{parts.exits} is not one layer")
     return parts.exits[0]
@@ -29,7 +36,7 @@ def _describe_static(policy: StaticDraft) -> tuple[Params, Tensors]:
     return {"length": policy.length, "max_pending": policy.max_pending}, {}
 
 
-def _build_static(parts: Parts) -> StaticDraft:
+def _build_static(parts: PolicyParts) -> StaticDraft:
     return StaticDraft(layer=_one_exit(parts), **parts.params)
 
 
@@ -39,7 +46,7 @@ def _describe_confident(policy: ConfidentDraft) -> tuple[Params, Tensors]:
     return params, {}
 
 
-def _build_confident(parts: Parts) -> ConfidentDraft:
+def _build_confident(parts: PolicyParts) -> ConfidentDraft:
     table_VK = parts.candidates_VK
     return ConfidentDraft(layer=_one_exit(parts), candidates_VK=table_VK, **parts.params)
 
@@ -50,7 +57,7 @@ def _describe_thompson(policy: ThompsonDraft) -> tuple[Params, Tensors]:
     return {name: getattr(policy, name) for name in names}, {}
 
 
-def _build_thompson(parts: Parts) -> ThompsonDraft:
+def _build_thompson(parts: PolicyParts) -> ThompsonDraft:
     return ThompsonDraft(_one_exit(parts), **parts.params)
 
 
@@ -64,7 +71,7 @@ def _describe_del(policy: DelDraft) -> tuple[Params, Tensors]:
     }, {}
 
 
-def _build_del(parts: Parts) -> DelDraft:
+def _build_del(parts: PolicyParts) -> DelDraft:
     return DelDraft(parts.exits, **parts.params)
 
 
@@ -75,7 +82,7 @@ def _describe_router(policy: DraftRouter) -> tuple[Params, Tensors]:
     )
 
 
-def _build_router(parts: Parts) -> DraftRouter:
+def _build_router(parts: PolicyParts) -> DraftRouter:
     nets = (unpacked(parts.tensors, "starter"), unpacked(parts.tensors, "router"))
     pending = parts.params["max_pending"]
     return DraftRouter(parts.exits, *nets, max_pending=pending, candidates_VK=parts.candidates_VK)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import Verdict
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.strict import NUMBER, TEXT, list_of
@@ -114,7 +114,7 @@ def _describe(policy: ThresholdBandit) -> tuple[Params, Tensors]:
     }, {}
 
 
-def _build(parts: Parts) -> ThresholdBandit:
+def _build(parts: PolicyParts) -> ThresholdBandit:
     params = parts.params
     return ThresholdBandit(
         exits=parts.exits,

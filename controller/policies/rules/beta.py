@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import Verdict
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.strict import NUMBER, SHARE, TEXT, list_of
@@ -140,7 +140,7 @@ def _describe(policy: BetaThreshold) -> tuple[Params, Tensors]:
     }, {}
 
 
-def _build(parts: Parts) -> BetaThreshold:
+def _build(parts: PolicyParts) -> BetaThreshold:
     params = dict(parts.params)
     moments = np.asarray(params.pop("moments"), np.float64)
     if len(moments) != 6:

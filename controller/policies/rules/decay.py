@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next, progress
 from offramp.controller.strict import NUMBER, TEXT
@@ -88,7 +88,7 @@ def _describe(policy: DecayingThreshold) -> tuple[Params, Tensors]:
     return {"column": policy.column, **values}, {}
 
 
-def _build(parts: Parts) -> DecayingThreshold:
+def _build(parts: PolicyParts) -> DecayingThreshold:
     return DecayingThreshold(
         exits=parts.exits,
         schema=parts.required_schema,

@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.strict import COUNT, NUMBER
 
@@ -88,7 +88,7 @@ def _describe_entropy(policy: EntropyExit) -> tuple[Params, Tensors]:
     return {"threshold": float(policy.threshold)}, {}
 
 
-def _build_entropy(parts: Parts) -> EntropyExit:
+def _build_entropy(parts: PolicyParts) -> EntropyExit:
     return EntropyExit(
         exits=parts.exits,
         threshold=parts.params["threshold"],
@@ -101,7 +101,7 @@ def _describe_patience(policy: PatienceExit) -> tuple[Params, Tensors]:
     return {"patience": int(policy.patience)}, {}
 
 
-def _build_patience(parts: Parts) -> PatienceExit:
+def _build_patience(parts: PolicyParts) -> PatienceExit:
     return PatienceExit(
         exits=parts.exits,
         patience=parts.params["patience"],

@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import CLOSE_LOGIT, Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import CLOSE_LOGIT, Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
 
@@ -89,7 +89,7 @@ def _describe(policy: StoppingPolicy) -> tuple[Params, Tensors]:
     }
 
 
-def _build(parts: Parts) -> StoppingPolicy:
+def _build(parts: PolicyParts) -> StoppingPolicy:
     return StoppingPolicy(
         exits=parts.exits,
         schema=parts.required_schema,

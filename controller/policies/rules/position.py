@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.decay import ROUNDING
 from offramp.controller.policies.rules.in_order import progress
@@ -67,7 +67,7 @@ def _describe(policy: PositionSchedule) -> tuple[Params, Tensors]:
     return {"deepest": float(policy.deepest), "shallowest": float(policy.shallowest)}, {}
 
 
-def _build(parts: Parts) -> PositionSchedule:
+def _build(parts: PolicyParts) -> PositionSchedule:
     return PositionSchedule(
         exits=parts.exits, schema=parts.schema, candidates_VK=parts.candidates_VK, **parts.params
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, Parts, Tensors
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
@@ -67,7 +67,7 @@ def _describe(policy: StageThresholds) -> tuple[Params, Tensors]:
     return {"column": policy.column, "thresholds": [float(each) for each in policy.thresholds]}, {}
 
 
-def _build(parts: Parts) -> StageThresholds:
+def _build(parts: PolicyParts) -> StageThresholds:
     return StageThresholds(
         exits=parts.exits,
         schema=parts.required_schema,

@@ -34,7 +34,7 @@ PROMPT, NEW, PENDING = 9, 40, 5
 
 
 @dataclass
-class Script:
+class ScriptedDrafts:
     """Goes where a hash of the token's place says, and writes down what it is shown."""
 
     salt: int
@@ -109,7 +109,7 @@ def test_engine_and_environment_do_the_same(
 ) -> None:
     sampling = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
     for document, prompt in documents:
-        live, offline = (Script(salt, candidates_VK=table_VK) for _ in range(2))
+        live, offline = (ScriptedDrafts(salt, candidates_VK=table_VK) for _ in range(2))
         [done] = engine.generate([prompt], sampling, live, kv_mode="verify")
         mine = traces.select([document.digest])
         costs = replace(measured(engine.model_fingerprint), layers=engine.stack.layers)
@@ -142,7 +142,7 @@ def test_what_is_drafted_without_the_head_is_lossless_and_takes_none(
     prompt = documents[0][1]
     [full] = engine.generate([prompt], sampling, NeverExit())
     heads.clear()
-    script = Script(0, candidates_VK=table_VK)
+    script = ScriptedDrafts(0, candidates_VK=table_VK)
     [done] = engine.generate([prompt], sampling, script, kv_mode="verify")
     assert done.token_ids == full.token_ids
     assert done.stats.drafts > 0
@@ -155,21 +155,23 @@ def test_sampled_requests_draft_from_the_head(
     engine: AdaptiveEngine, documents: list[tuple[Document, list[int]]], table_VK: IntArray | None
 ) -> None:
     sampling = SamplingParams(max_tokens=NEW, temperature=1.0, seed=3, ignore_eos=True)
-    script = Script(1, candidates_VK=table_VK)
+    script = ScriptedDrafts(1, candidates_VK=table_VK)
     [done] = engine.generate([documents[0][1]], sampling, script, kv_mode="verify")
     assert len(done.token_ids) == NEW
     assert done.stats.drafts > 0
 
 
 def test_a_policy_that_drafts_candidates_must_read_them(engine: AdaptiveEngine) -> None:
-    policy = Script(0)
-    wrong = type("Wrong", (Script,), {"headless": True, "schema": SOFTMAX_V2})(0)
+    policy = ScriptedDrafts(0)
+    wrong = type("Wrong", (ScriptedDrafts,), {"headless": True, "schema": SOFTMAX_V2})(0)
     assert not is_headless(policy)
     with pytest.raises(RequestError, match=r"^schema: drafts the best candidate"):
         engine.submit([1], policy=wrong, kv_mode="verify")
 
 
 def test_head_and_candidates_are_not_mixed(traces: TokenTraces, table_VK: IntArray | None) -> None:
-    wrong = Script(0, candidates_VK=np.zeros((VOCAB, 4), np.int32) if table_VK is None else None)
+    wrong = ScriptedDrafts(
+        0, candidates_VK=np.zeros((VOCAB, 4), np.int32) if table_VK is None else None
+    )
     with pytest.raises(ConfigError, match=r"^traces: "):
         replay_drafts(wrong, traces, measured(traces.header.model), PENDING)

@@ -20,7 +20,7 @@ from offramp.controller.policies.drafts import ConfidentDraft, StaticDraft, Thom
 from offramp.envs import DraftExitCore, TokenTraces
 from offramp.envs.cores.draft_tables import CandidateDrafts
 from support.cost_tables import measured
-from support.drafting import drafted_traces
+from support.slow_drafting import drafted_traces
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from offramp.controller.costs.readings import EnergyMethod, EnergyReading, unava
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.worker import AdaptiveEngine
 from offramp.worker.energy import Meter
-from offramp.worker.energy.modelled import Traffic, weight_bytes
+from offramp.worker.energy.modelled import MemoryTraffic, weight_bytes
 from support.models import REFERENCE
 
 PROTOCOL = Protocol(prompt_tokens=16, new_tokens=12, lines=0, timed_tokens=6)
@@ -154,8 +154,8 @@ class Bytes:
     def __init__(self, engine: AdaptiveEngine) -> None:
         self.engine = engine
 
-    def start(self) -> Traffic:
-        return Traffic(self.engine)
+    def start(self) -> MemoryTraffic:
+        return MemoryTraffic(self.engine)
 
     def stop(self, before: Any, window_s: float) -> EnergyReading:
         return replace(reading(float(before.close())), window_s=window_s)

@@ -32,7 +32,7 @@ from offramp.agents.onpolicy.learner import (
     token_costs,
 )
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks
-from offramp.agents.onpolicy.rollout import UNKNOWN, Rollout
+from offramp.agents.onpolicy.rollout import UNKNOWN, DecodedRollout
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1
 from offramp.worker.decoding.request import KVMode
@@ -165,7 +165,7 @@ def test_the_first_version_decides_as_the_agent_did(
     assert fixed_preference(version.routing, 0.3)[0][0].shape == (11 + OUTLOOK_V1.width, 32)
 
 
-def make_rollout(**changes: object) -> Rollout:
+def make_rollout(**changes: object) -> DecodedRollout:
     """Three tokens: leaves at exit 1 after two probes, runs to the end, leaves at 0."""
     token_K = np.array([0, 0, 0, 1, 2, 2])
     values: dict[str, object] = {
@@ -180,7 +180,7 @@ def make_rollout(**changes: object) -> Rollout:
         "taken_T": np.array([1, 3, 0]),
         "agreed_T": np.array([1, 1, 0], np.int8),
     }
-    return Rollout(**{**values, **changes})  # type: ignore[arg-type]  # of mixed types
+    return DecodedRollout(**{**values, **changes})  # type: ignore[arg-type]  # of mixed types
 
 
 def test_rewards_are_quality_less_the_measured_cost(problem: StoppingProblem) -> None:

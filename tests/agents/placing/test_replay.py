@@ -53,7 +53,7 @@ class Jumper:
 
 
 @dataclass
-class Learner:
+class CountingLearner:
     """Leaves everywhere until a verdict is bad, then never; counts what it was told."""
 
     exits: tuple[int, ...] = (4,)
@@ -118,7 +118,7 @@ def test_softmax_features_know_the_last_probe_of_this_policy(data: TrainingData)
 
 
 def test_a_learning_policy_is_told_and_left_as_it_was(data: TrainingData) -> None:
-    policy = Learner()
+    policy = CountingLearner()
     walked = walk(policy, data.validation)
     assert policy.told == []
     # One block of eight tokens leaves; a wrong one among them ends it.

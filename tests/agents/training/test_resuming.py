@@ -16,7 +16,7 @@ from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
-from offramp.agents.onpolicy.rollout import Rollout
+from offramp.agents.onpolicy.rollout import DecodedRollout
 from offramp.agents.placing.contenders import INDEX, Contender, load_contenders
 from offramp.agents.training.staged import Checkpoint
 from offramp.agents.training.sweep import sweep
@@ -30,7 +30,7 @@ from support.recordings import make_recording
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-class Interrupted(Exception):
+class CutOff(Exception):
     """What stops a run, as Ctrl-C would."""
 
 
@@ -76,14 +76,14 @@ def cut_in_round(config: TrainConfig, out: Path, number: int, patch: pytest.Monk
     """A run that ends when a round's rollouts are there, before they are learned from."""
     learn = Learner.learn
 
-    def interrupted(self: Learner, rollouts: list[Rollout]) -> dict[str, float]:
+    def interrupted(self: Learner, rollouts: list[DecodedRollout]) -> dict[str, float]:
         if self.version == number:
-            raise Interrupted
+            raise CutOff
         return learn(self, rollouts)
 
     with patch.context() as context:
         context.setattr(Learner, "learn", interrupted)
-        with pytest.raises(Interrupted):
+        with pytest.raises(CutOff):
             run(config, out)
 
 
@@ -155,11 +155,11 @@ def test_a_run_cut_off_before_its_first_weights_is_resumed(
     run(config, tmp_path / "straight")
 
     def interrupted(*_: object) -> None:
-        raise Interrupted
+        raise CutOff
 
     with monkeypatch.context() as context:
         context.setattr("offramp.agents.training.staged.train_phat", interrupted)
-        with pytest.raises(Interrupted):
+        with pytest.raises(CutOff):
             run(config, tmp_path / "cut")
     run(config, tmp_path / "cut", resume=True)
     assert blobs(tmp_path / "cut") == blobs(tmp_path / "straight")

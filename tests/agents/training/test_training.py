@@ -43,7 +43,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Interrupted(Exception):
+class StoppedHalfway(Exception):
     """What stops a run, as Ctrl-C would."""
 
 
@@ -63,9 +63,9 @@ def stop_at(data: TrainingData, out: Path, stage: str, step: int) -> None:
 
     def interrupt(now: str, done: int, total: int) -> None:
         if (now, done) == (stage, step):
-            raise Interrupted
+            raise StoppedHalfway
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedHalfway):
         StagedRun(CONFIG, data, out, interrupt).train()
 
 

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=24)
 
 
 @dataclass
-class RandomExit:
+class CoinFlipExit:
     """Leaves at random, so that every mixture of depths in a batch occurs."""
 
     exits: tuple[int, ...]
@@ -139,7 +139,7 @@ def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
     engine = AdaptiveEngine.from_pretrained(make_model(family))
     with counted_rows(engine.stack.blocks) as counts:
         completions = engine.generate(
-            [[*prompt, 1] for prompt in PROMPTS], GREEDY, RandomExit((1, 2, 4))
+            [[*prompt, 1] for prompt in PROMPTS], GREEDY, CoinFlipExit((1, 2, 4))
         )
     # The first token of each row comes from the prompt's pass, which is no decode row.
     depths = [layer for c in completions for layer in c.exit_layers[1:]]
@@ -162,7 +162,7 @@ def test_a_layer_finds_an_entry_at_every_position_it_reads(family: str) -> None:
         return found
 
     engine.kv.update = checked  # type: ignore[method-assign,assignment]
-    [completion] = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 3)))
+    [completion] = engine.generate(PROMPTS[0], GREEDY, CoinFlipExit((1, 3)))
     assert len(reads) == LAYERS + completion.stats.layer_calls
 
 
@@ -170,11 +170,11 @@ def test_without_the_fill_a_static_exit_goes_wrong_later(family: str) -> None:
     """Negative control: a row that exits, then goes deep, needs the entries it skipped."""
     model = make_model(family)
     engine = AdaptiveEngine.from_pretrained(model)
-    policy = RandomExit((1, 2))
+    policy = CoinFlipExit((1, 2))
     with_fill = engine.generate(PROMPTS[0], GREEDY, policy)[0].token_ids
     engine = AdaptiveEngine.from_pretrained(model)
     engine.decoder = Decoder(engine.stack, engine.kv, fills=False)
-    without_fill = engine.generate(PROMPTS[0], GREEDY, RandomExit((1, 2)))[0].token_ids
+    without_fill = engine.generate(PROMPTS[0], GREEDY, CoinFlipExit((1, 2)))[0].token_ids
     assert with_fill != without_fill
 
 

@@ -36,7 +36,7 @@ model_of = cache(make_model)
 
 
 @dataclass(frozen=True)
-class Plan:
+class RandomPlan:
     """A request, and when it comes and perhaps goes."""
 
     prompt: tuple[int, ...]
@@ -48,7 +48,7 @@ class Plan:
 
 
 plans = st.builds(
-    Plan,
+    RandomPlan,
     prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=12).map(tuple),
     max_tokens=st.integers(1, 16),
     kv_mode=st.sampled_from(["project", "defer", "verify"]),
@@ -66,7 +66,7 @@ schedules = st.builds(
 )
 
 
-def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
+def run(engine: AdaptiveEngine, plan: list[RandomPlan], seed: int) -> list[Sequence]:
     """The rows of the requests that were not cancelled in time."""
     policies: list[ExitPolicy] = [
         RandomExit(0.2, seed),
@@ -77,7 +77,7 @@ def run(engine: AdaptiveEngine, plan: list[Plan], seed: int) -> list[Sequence]:
         random_policy(CANDIDATES_V1, (1, 2, 4), CANDIDATES_VK),
     ]
     finished: dict[str, Sequence] = {}
-    requests: dict[Plan, Request] = {}
+    requests: dict[RandomPlan, Request] = {}
     step = 0
     while step < 26 or engine.load != (0, 0):
         for each in plan:
@@ -137,7 +137,7 @@ def assert_as_alone(model: Any, row: Sequence) -> None:
 )
 def test_no_row_is_disturbed_by_the_others(
     family: str,
-    plan: list[Plan],
+    plan: list[RandomPlan],
     schedule: Schedule,
     slots: int,
     prefill_tokens: int,

@@ -36,7 +36,7 @@ def restless() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
-class Line:
+class PlainLayer:
     """A publisher, and what a refresher with ``prepare`` makes of its releases."""
 
     def __init__(self, folder: Path) -> None:
@@ -54,11 +54,11 @@ class Line:
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Line:
-    return Line(tmp_path)
+def line(tmp_path: Path) -> PlainLayer:
+    return PlainLayer(tmp_path)
 
 
-def test_a_policy_is_prepared_before_it_is_current_and_once(line: Line) -> None:
+def test_a_policy_is_prepared_before_it_is_current_and_once(line: PlainLayer) -> None:
     seen: list[tuple[Policy, int]] = []
 
     def prepare(policy: Policy) -> None:
@@ -75,7 +75,7 @@ def test_a_policy_is_prepared_before_it_is_current_and_once(line: Line) -> None:
     assert worker.current.policy == FixedExit(5)
 
 
-def test_the_last_known_good_policy_is_prepared_at_the_start(line: Line) -> None:
+def test_the_last_known_good_policy_is_prepared_at_the_start(line: PlainLayer) -> None:
     line.serve(3)
     PolicyRefresher(*line.parts).poll_once()
     seen: list[Policy] = []
@@ -83,7 +83,9 @@ def test_the_last_known_good_policy_is_prepared_at_the_start(line: Line) -> None
     assert seen == [FixedExit(3)]
 
 
-def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(line: Line) -> None:
+def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(
+    line: PlainLayer,
+) -> None:
     def prepare(policy: Policy) -> None:
         if policy == FixedExit(5):
             raise MemoryError("no room")

@@ -19,7 +19,7 @@ from support.models import VOCAB, make_model
 EXITS = (1, 3)
 
 
-class Watcher(MlpPolicy):
+class WatchingMlp(MlpPolicy):
     """Never leaves; keeps every state it was shown."""
 
     def __init__(self, width: int) -> None:
@@ -45,7 +45,7 @@ def test_live_states_are_the_recorded_ones(engine: AdaptiveEngine) -> None:
     tokens = np.random.default_rng(1).integers(1, 20, size=30).tolist()
     table_VK = np.tile(np.arange(8, dtype=np.int32), (VOCAB, 1))
     chunk = record_document(engine.stack, "d", tokens, EXITS, table_VK, states=True)
-    watcher = Watcher(engine.stack.width)
+    watcher = WatchingMlp(engine.stack.width)
     engine.submit(tokens[:1], policy=watcher, forced=tokens[1:])
     while engine.load != (0, 0):
         engine.step()

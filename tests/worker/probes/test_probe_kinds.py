@@ -142,12 +142,12 @@ def test_what_is_recorded_is_what_live_probes_compute(
     chunk = record_document(engine.stack, "d", tokens, (1, 3), table_VK, schema)
     seen: list[FloatArray] = []
 
-    class Watcher(ThresholdPolicy):
+    class WatchingThreshold(ThresholdPolicy):
         def leave(self, features_NF: FloatArray) -> np.ndarray:
             seen.append(features_NF.copy())
             return np.zeros(len(features_NF), np.bool_)
 
-    watcher = Watcher((1, 3), schema, "depth", 2.0, table_VK)
+    watcher = WatchingThreshold((1, 3), schema, "depth", 2.0, table_VK)
     engine.submit(tokens[:1], policy=watcher, forced=tokens[1:])
     while engine.load != (0, 0):
         engine.step()

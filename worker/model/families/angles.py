@@ -24,7 +24,7 @@ class Angles:
     Args:
         module: Hugging Face's rotary embedding; None for a family without.
         context: Most tokens of a sequence C.
-        dtype, device: Of the model.
+        dtype, device: Dtype and device of the model.
     """
 
     def __init__(self, module: Any, context: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -27,7 +27,7 @@ class CandidateProbe:
 
     @classmethod
     def of(cls, inputs: ProbeInputs) -> CandidateProbe:
-        """The registry's factory."""
+        """Make the probe from what every probe is made from."""
         assert inputs.candidates_NK is not None  # admission asks for the table
         stack = inputs.readout.stack
         place_N = (inputs.positions_N / stack.context).astype(np.float32)

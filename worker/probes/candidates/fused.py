@@ -29,7 +29,7 @@ class FusedProbe:
     """What ``CandidateProbe`` computes, in one compiled call for all rows, and no array per token.
 
     Args:
-        readout: Of a model on the host, which shows its norm and head.
+        readout: Readout of a model on the host, which shows its norm and head.
         policy: The rows', with a candidate table.
         rows: Places for rows.
     """
@@ -68,7 +68,7 @@ class FusedProbe:
             ngrams: Their indices; no more than there are places.
             drafted: Their tokens that the indices do not know.
             x_ND: The tokens' embeddings.
-            positions: The tokens'.
+            positions: Position of each token in its row.
         """
         starts: list[int] = []
         for index, tokens, position in zip(ngrams, drafted, positions, strict=True):
@@ -96,7 +96,7 @@ class FusedProbe:
         """Ask the policy about all rows; those that leave, or fail, are then forgotten.
 
         Args:
-            layer: Layers executed.
+            layer: Layers executed so far.
             x_ND: The rows' hidden states.
 
         Returns:
@@ -132,7 +132,7 @@ class FusedProbe:
         at_S[: self._rows] = at_N
 
     def logits(self) -> Tensor | None:
-        """None were computed."""
+        """Give None: no logits were computed."""
         return None
 
     def _arguments(self, layer: int, x_ND: Tensor) -> tuple[Any, ...]:
@@ -140,6 +140,6 @@ class FusedProbe:
         return (*self._read, *self._kept, self._states(x_ND), self._rows, depth)
 
     def _states(self, x_ND: Tensor) -> tuple[int, int]:
-        """Of rows whose numbers are neighbours, as every layer and embedding leaves them."""
+        """Give address and stride of rows; a row's numbers are neighbours, as layers leave them."""
         assert x_ND.stride(-1) == 1
         return x_ND.data_ptr(), x_ND.stride(0) * self._item

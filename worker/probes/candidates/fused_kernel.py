@@ -88,9 +88,9 @@ def fused_features(
 
     Args:
         states: Address of the first row's state, and bytes from row to row.
-        rows: N.
-        head_VD, norm, are_bits, exits, depth: As ``candidate_features`` takes them.
-        at_S, candidates_SK, last_SD, memory_SM: As ``begin_rows`` wrote them.
+        rows: Number N of rows.
+        head_VD, norm, are_bits, exits, depth: See ``candidate_features``.
+        at_S, candidates_SK, last_SD, memory_SM: What ``begin_rows`` wrote.
     """
     width, scored = last_SD.shape[1], candidates_SK.shape[1]
     out_NF = np.empty((rows, COLUMNS), np.float32)
@@ -132,7 +132,7 @@ def fused_decision(
     """Which rows an ``MlpPolicy`` lets leave, and for which it is of no use; they are forgotten.
 
     Args:
-        flat, sizes, threshold: The policy.
+        flat, sizes, threshold: The policy's weights in one array, its widths and its threshold.
         gone_S: Where the places among the N rows go: n of one that leaves, −1 − n of one whose
             features or logit are not finite.
         head_VD, norm, are_bits, exits, at_S, candidates_SK, last_SD, memory_SM, states, rows,

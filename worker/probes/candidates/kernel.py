@@ -124,7 +124,7 @@ def row_columns(
 
     Args:
         head_VD: The LM head, float32 or the bits of bfloat16 as uint16.
-        head_bits: Which.
+        head_bits: Whether the head holds bfloat16, as bits.
         candidates_K: Rows of it to score, int32.
         x_D: The hidden state, float32.
         norm: The final norm's weight and bias [2, D], its epsilon, and whether it is centred.
@@ -173,9 +173,9 @@ def candidate_features(
 
     Args:
         x_ND: Hidden states, float32 or bits.
-        are_bits: Of the head, of the states.
-        head_VD, candidates_NK, norm, last_ND, memory_NM, depth, exits: As ``row_columns`` takes
-            them, for N rows.
+        are_bits: Whether head and states hold bfloat16, as bits.
+        head_VD, candidates_NK, norm, last_ND, memory_NM, depth, exits: See
+            ``row_columns``; here for N rows.
     """
     rows, scored = candidates_NK.shape
     width = x_ND.shape[1]

@@ -37,7 +37,7 @@ def merge_row(table_K: Any, followers_J: Any, out_K: Any) -> None:
 
 @compiled
 def merge_rows(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
-    """The same of N rows with these last tokens, [N, K]."""
+    """Merge the candidates of N rows with these last tokens, [N, K]."""
     out_NK = np.empty((last_N.size, table_VK.shape[1]), np.int32)
     for n in range(last_N.size):
         merge_row(table_VK[last_N[n]], followers_NJ[n], out_NK[n])

@@ -88,7 +88,7 @@ class HostScorer:
         return cls(readout, head_VD, candidates_NK, start, exits, is_bits)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
-        """All columns."""
+        """Compute all columns, [N, F]."""
         features_NF: FloatArray = candidate_features(
             self._head_VD, self._places_NK, packed(x_ND), self._norm, self._last_ND,
             self._memory_NM, depth, self._exits, self._are_bits,
@@ -96,7 +96,7 @@ class HostScorer:
         return features_NF
 
     def best_N(self) -> IntArray:
-        """The best candidates."""
+        """Name the best candidates, [N]."""
         best_N: IntArray = _taken(self._candidates_NK, self._memory_NM[:, BEST])
         return best_N
 
@@ -128,7 +128,7 @@ class DeviceScorer:
         self._place_N = place_N
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
-        """All columns."""
+        """Compute all columns, [N, F]."""
         scores_NK, *products = self._score(x_ND)
         out_NF = np.empty((len(scores_NK), CANDIDATES_V1.width), np.float32)
         out_NF[:, :4], out_NF[:, 6:9] = self._confidence.rows(scores_NK)
@@ -138,7 +138,7 @@ class DeviceScorer:
         return out_NF
 
     def best_N(self) -> IntArray:
-        """The best candidates."""
+        """Name the best candidates, [N]."""
         return _taken(self._candidates_NK, self._confidence.best_N)
 
     def keep(self, stay_N: BoolArray) -> None:

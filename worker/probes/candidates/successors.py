@@ -81,7 +81,7 @@ def candidates_of(
     """K distinct candidates for the token after each row's last one, [N, K] int32.
 
     Args:
-        rows: N indices.
+        rows: Index of each row, N in all.
         table_VK: The successor table.
         drafted: Each row's tokens after those pushed; () if no row has any.
     """

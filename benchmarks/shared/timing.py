@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from workload import PROMPT_TOKENS
 
 from offramp.controller.policies.protocols import Policy
 from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.attention import decode_window, ragged_window
+from shared.workload import PROMPT_TOKENS
 
 
 @dataclass
@@ -56,7 +56,7 @@ def ours(
                   spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
     """Starts when the first tokens are there."""
 
     def __init__(self) -> None:
@@ -74,14 +74,14 @@ def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> R
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     if "=" in name:
         options["assistant_early_exit"] = int(name.partition("=")[2])
-    clock = Clock()
+    clock = TokenClock()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                          stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
     seconds = time.perf_counter() - clock.start
     return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
 
 
-class Prices:
+class StepPrices:
     """Measured seconds of one layer, head and fill call, by the tokens in it; sampled in turn."""
 
     def __init__(self, engine: AdaptiveEngine, batch: int, at: int) -> None:

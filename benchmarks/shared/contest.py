@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from timing import Report
+
+from shared.timing import Report
 
 RESAMPLES = 5000
 
 
 @dataclass
-class Contender:
+class Entry:
     name: str
     run: Callable[[list[int]], Report]
     offline: float | None = None
@@ -30,7 +31,7 @@ class Contender:
 
 
 @dataclass
-class Row:
+class ContestRow:
     policy: str
     seeds: int
     offline_rate: float | None
@@ -50,7 +51,7 @@ class Row:
     decision_share: float | None
 
 
-def compare(contenders: list[Contender], prompts: list[list[int]], same: bool = True) -> None:
+def compare(contenders: list[Entry], prompts: list[list[int]], same: bool = True) -> None:
     """Run all on all prompts in turn; the first prompt only warms up.
 
     Processor time, unlike the clock, counts the reading of the prompt, alike for all of ours.
@@ -73,10 +74,10 @@ def compare(contenders: list[Contender], prompts: list[list[int]], same: bool = 
                 assert emitted == expected, f"{each.name} is not lossless"
 
 
-def rows_of(contenders: list[Contender], static: str) -> list[Row]:
+def rows_of(contenders: list[Entry], static: str) -> list[ContestRow]:
     full = contenders[0]
     [base] = [each for each in contenders if each.name == static]
-    groups: dict[str, list[Contender]] = {}
+    groups: dict[str, list[Entry]] = {}
     for each in contenders:
         groups.setdefault(each.name.partition(", seed")[0], []).append(each)
     rng = np.random.default_rng(0)
@@ -90,7 +91,7 @@ def rows_of(contenders: list[Contender], static: str) -> list[Row]:
         tokens_per_s = float(np.mean(members[0].tokens) / seconds_SD.mean())
         per_cpu = interval(np.array(base.cpu_s), cpu_SD, rng)
         earned = float(np.mean(offline)) if offline else None
-        rows.append(Row(name, len(members), earned, tokens_per_s, *per_full, *per_static,
+        rows.append(ContestRow(name, len(members), earned, tokens_per_s, *per_full, *per_static,
                         *per_cpu, *details(members)))  # fmt: skip
     return rows
 
@@ -108,7 +109,7 @@ def interval(
     return float(base_D.sum() / seconds_SD.mean(0).sum()), float(low), float(high)
 
 
-def details(members: list[Contender]) -> tuple[float | None, ...]:
+def details(members: list[Entry]) -> tuple[float | None, ...]:
     reports = [report for each in members for report in each.reports]
     done = [row for report in reports for row in report.rows]
     if not done:
@@ -124,7 +125,7 @@ def details(members: list[Contender]) -> tuple[float | None, ...]:
     )
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[ContestRow], console: Console) -> None:
     table = Table("policy", "seeds", "offline", "tokens/s", "÷ full depth", "÷ best static",
                   "÷ static, processor time", "drafts a cycle", "accepted", "layers a token",
                   "decisions")  # fmt: skip
