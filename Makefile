@@ -49,7 +49,7 @@ layers: setup
 
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
-	$(BIN)/python -m pytest --doctest-glob='*.md' README.md
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs/kv-modes.md
 
 # The table of folders in docs/structures.md, from their docstrings.
 rooms:
