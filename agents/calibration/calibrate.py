@@ -108,6 +108,7 @@ def calibrate(
     require_fingerprints(family.bundle, engine)
 
     def losses_of(setting: float) -> Losses:
+        # Measured when it is walked: what lies behind the first failure is never decoded.
         return losses.losses(family.build(setting), promise.unit)
 
     outcome = _walk(promise, family, losses_of, on_step)

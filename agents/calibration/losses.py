@@ -212,6 +212,7 @@ class CompletedLines:
         """
         if unit != "document":
             raise ConfigError("unit", f"a line's loss is not of any {unit}", "Use document")
+        # Not set off: a document must not buy one bad line with another good one.
         lost_L = np.maximum(0.0, self._full_L - self._similarities(policy))
         return np.asarray([lost_L[place].mean() for place in self._documents_N])
 

@@ -108,6 +108,7 @@ def pick(rows: Mapping[str, Rows], family: str, wish: Wish) -> Picked:
     """
     option, column, bound = wish.asked
     mine = {split: [row for row in each if row["family"] == family] for split, each in rows.items()}
+    # Validation first: a choice by test rows makes what they say of the chosen point too good.
     for split in ("validation", "test"):
         asked = ("setting", column, QUALITY)
         measured = [row for row in mine[split] if all(row.get(key) is not None for key in asked)]

@@ -117,6 +117,7 @@ def family_of(
     if can_blend(first, end):
         return _along_preference(mine[0], mine[-1], steps)
     if isinstance(end, MlpPolicy) and isinstance(first, MlpPolicy):
+        # At 0 the threshold is no knob: an actor leaves where its action says so.
         shares_net = same_net(first.weights, end.weights) and first.exits == end.exits
         if shares_net and end.threshold != 0:
             return _along_logit(end, mine[-1], steps)
@@ -171,6 +172,7 @@ def _family(
 
 def _along_column(policy: ThresholdPolicy, point: SavedPoint, steps: int) -> SettingFamily:
     """A feature in [0, 1] is compared: thresholds evenly spaced in logits."""
+    # A threshold of 0 leaves always, and has no logit.
     eager = min(max(policy.threshold, 1e-6), SAFEST)
     settings = 1 / (1 + np.exp(-np.linspace(logit(SAFEST), logit(eager), steps)))
     parameter = f"threshold of {policy.column}"

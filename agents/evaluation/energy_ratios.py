@@ -60,6 +60,7 @@ def metered(pairs_CD: Sequence[Sequence[Pair]]) -> list[Metered]:
     readings = [run for pairs in pairs_CD for pair in pairs for run in (pair.mine, *pair.around)]
     method, source = _weakest(readings), readings[0].source
     joules_CD = [[pair.joules for pair in pairs if pair.joules] for pairs in pairs_CD]
+    # One unknown run would shift a ratio without a word, so it leaves all of them unknown.
     if any(len(mine) < len(pairs) for mine, pairs in zip(joules_CD, pairs_CD, strict=True)):
         return [Metered(method, source, None)] * (1 + len(pairs_CD))
     if not np.asarray(joules_CD).sum(1).all():

@@ -188,6 +188,7 @@ def energy_ratio(runs: Sequence[Measured], seed: int = 0) -> Estimate | None:
 def _over_full(sides: Iterable[tuple[Floats, Floats] | None], seed: int) -> Estimate | None:
     known = []
     for each in sides:
+        # A mean over the known ones alone would compare other seeds than its neighbours do.
         if each is None:
             return None
         known.append(each)

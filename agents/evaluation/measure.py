@@ -193,6 +193,7 @@ class PairedCosts(NamedTuple):
 def paired_costs(both_CD: Sequence[Sequence[tuple[float, float]]]) -> list[PairedCosts]:
     """Full depth's own costs, the mean of those beside the policies, then each policy's."""
     both_CD2 = np.asarray(both_CD, np.float64)
+    # Full depth ran beside every block of policies: the mean is steadier than any one of its runs.
     full_D = both_CD2[:, :, 1].mean(0)
     mine = (PairedCosts(mine_D2[:, 0], mine_D2[:, 1]) for mine_D2 in both_CD2)
     return [PairedCosts(full_D, full_D), *mine]
@@ -218,6 +219,7 @@ def timed_document(
     def run(policy: Policy) -> EnergyReading:
         return _timed(engine, policy, document, protocol, meter)
 
+    # Rotated: which policy runs first, on whatever the last document left in the caches, changes.
     order = [(index + turn) % len(policies) for index in range(len(policies))]
     before = run(NeverExit())
     for start in range(0, len(order), BLOCK):
@@ -253,6 +255,7 @@ def _timed(
     forced = document.tokens[start : start + 1 + protocol.timed_tokens]
     engine.submit(list(document.tokens[:start]), policy=policy, forced=forced)
     finished: dict[str, Row] = {}
+    # Every policy reads the prompt at full depth: timing it would pull all ratios towards 1.
     while engine.is_prefilling:
         engine.step(finished)
     with meter.measure() as span:

@@ -76,6 +76,7 @@ def frontier_point(
     loss = metric.estimate_loss([run.scores for run in runs], full.scores, draws)
     wall = wall_ratio(runs)
     assert wall is not None
+    # The largest loss is the lowest quality.
     quality = Estimate(1 - loss.value, 1 - loss.high, 1 - loss.low)
     return FrontierPoint(runs[0].contender.family, wall, quality, is_chosen)
 

@@ -72,6 +72,7 @@ def ratio(above_SD: Floats, below_SD: Floats, draws: Resample) -> Estimate:
 
 def with_interval(value: float, sampled_B: Floats) -> Estimate:
     """A value with the percentile interval of its resamples; those not finite are left out."""
+    # A resample may draw only documents without a line: nothing to divide by.
     finite = sampled_B[np.isfinite(sampled_B)]
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(finite, [tail, 100 - tail])

@@ -175,6 +175,7 @@ class _Tuning:
         self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]
     ) -> tuple[dict[int, TrainableTranslator], list[list[float]]]:
         config, stream = self.config, self.stream()
+        # From a stream of its own: a resumed run scales its translators on the very same batch.
         first_BT = self.stream().next().to(self.stack.device)
         modules = fresh_translators(self.stack, self.exits, config.rank, first_BT, config.seed)
         groups = [{"params": list(each.parameters())} for each in modules.values()]
