@@ -11,13 +11,16 @@ PACKAGES := $(addprefix offramp.,$(FOLDERS))
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
 
+# Two processes; a file's tests share its fixtures, so a file stays with one of them.
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: demo test check setup format format-check lint types layers docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: format-check lint types layers docs test
 

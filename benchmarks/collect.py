@@ -22,8 +22,7 @@ from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner, LearnerConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig, make_tasks
 from offramp.agents.onpolicy.pool import CollectorPool
-from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import tokenize
+from offramp.agents.recording.corpus import load_corpus, tokenize
 from offramp.agents.recording.training_data import load_training_data
 from offramp.worker.spec import WorkerSpec
 

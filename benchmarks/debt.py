@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import tokenize, window
+from offramp.agents.recording.corpus import load_corpus, tokenize, window
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.traces import TraceHeader

@@ -38,8 +38,7 @@ from offramp.agents.drafting.continuations import Continuations, record_continua
 from offramp.agents.drafting.draft_export import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
 from offramp.agents.drafting.draft_replay import at_exits, replay_decisions
-from offramp.agents.recording.corpus import Document, load_corpus
-from offramp.agents.recording.record import tokenize
+from offramp.agents.recording.corpus import Document, load_corpus, tokenize
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import NeverExit, Policy

@@ -1,4 +1,4 @@
-"""What a worker process loads, and how it loads it."""
+"""What a worker process loads, how it loads it, and what the loaded model says of itself."""
 
 from __future__ import annotations
 
@@ -55,3 +55,39 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a loaded model says of itself.
+
+    Attributes:
+        model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the vocabulary.
+        layers: Number of layers L.
+        vocab: Number of tokens V.
+        context: Most tokens of a sequence.
+        width: Columns D of its hidden state.
+        translators: Digest of the translators its exits are read through; "" for none.
+    """
+
+    model: str
+    tokenizer: str
+    layers: int
+    vocab: int
+    context: int
+    width: int
+    translators: str = ""
+
+
+def describe(engine: AdaptiveEngine) -> ModelFacts:
+    """The facts of an engine's model."""
+    return ModelFacts(
+        model=engine.model_fingerprint,
+        tokenizer=engine.tokenizer_fingerprint,
+        layers=engine.stack.layers,
+        vocab=engine.stack.vocab,
+        context=engine.stack.context,
+        width=engine.stack.width,
+        translators=engine.decoder.translators.digest,
+    )

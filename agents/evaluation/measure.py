@@ -22,8 +22,7 @@ from offramp.agents.evaluation.lines import (
 )
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
-from offramp.agents.recording.corpus import Document
-from offramp.agents.recording.record import long_documents, window
+from offramp.agents.recording.corpus import Document, long_documents, window
 from offramp.controller.costs.readings import EnergyReading
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policies.protocols import NeverExit, Policy

@@ -22,8 +22,7 @@ from offramp.controller.policies.router import MlpRouter
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sequence import Sequence as Row
 from offramp.worker.model.stack import LayerStack
-from offramp.worker.recording.recording_actor import ModelFacts, describe
-from offramp.worker.spec import WorkerSpec, load_engine
+from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

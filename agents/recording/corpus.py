@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from offramp.controller.errors import TraceError
+from offramp.controller.errors import ConfigError, TraceError
 from offramp.envs.traces.store import write_traces
+from offramp.worker.model.loading import load_tokenizer
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -27,6 +28,12 @@ VALIDATION_SHARE = 0.15
 
 FOLDER_SUFFIXES = frozenset({".py", ".txt"})
 NOT_STANDARD_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+
+SPLIT = "split.json"
+"""Which document of the corpus is in which split, by digest."""
+
+BATCH = 64
+"""Documents tokenised at a time: those beyond the last one needed stay unread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +101,53 @@ def load_corpus(
     documents = [unique[digest] for digest in sorted(unique)][:limit]
     _check_splits(documents, root)
     return documents
+
+
+def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
+    """Token ids of each document.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    tokenizer = load_tokenizer(model)
+    encoded = tokenizer([doc.text for doc in documents], verbose=False)["input_ids"]
+    return list(zip(documents, encoded, strict=True))
+
+
+def long_documents(
+    model: str, documents: Sequence[Document], length: int, count: int
+) -> list[tuple[Document, list[int]]]:
+    """The first documents of at least ``length`` tokens, with their tokens.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    found: list[tuple[Document, list[int]]] = []
+    for start in range(0, len(documents), BATCH):
+        batch = tokenize(model, documents[start : start + BATCH])
+        found += [(document, tokens) for document, tokens in batch if len(tokens) >= length]
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def recorded_digests(traces: Path) -> set[str]:
+    """Digests of all documents, of every split, that a recording took from its corpus.
+
+    Raises:
+        ConfigError: the recording does not say which.
+    """
+    try:
+        return set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
+
+
+def window(document: Document, tokens: list[int], length: int) -> list[int]:
+    """At most ``length`` tokens, from a place that the document's digest picks."""
+    room = max(0, len(tokens) - length)
+    start = int(document.digest[:8], 16) % (room + 1)
+    return tokens[start : start + length]
 
 
 def write_split(documents: Iterable[Document], path: Path) -> None:

@@ -5,10 +5,9 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,24 @@ from typing import Any
 import ray
 from ray.util import ActorPool
 
-from offramp.agents.recording.corpus import Document, load_corpus, write_split
+from offramp.agents.recording.corpus import (
+    SPLIT,
+    Document,
+    load_corpus,
+    tokenize,
+    window,
+    write_split,
+)
 from offramp.agents.recording.recording import Window, begun_store, is_whole, require_no_store
 from offramp.agents.recording.training_data import save_measured
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
-from offramp.worker.model.loading import check_model, load_tokenizer
+from offramp.worker.model.loading import check_model
 from offramp.worker.probes.candidates.successors import successor_table
-from offramp.worker.recording.recording_actor import ModelFacts, TraceRecorderActor
-from offramp.worker.spec import WorkerSpec
-
-SPLIT = "split.json"
-"""Which document of the corpus is in which split, by digest."""
-
-BATCH = 64
-"""Documents tokenised at a time: those beyond the last one needed stay unread."""
+from offramp.worker.recording.recording_actor import TraceRecorderActor
+from offramp.worker.spec import ModelFacts, WorkerSpec
 
 RECORDED_SPLITS = ("train", "validation")
 """Test documents are never recorded: they are only met on-policy, in evaluation."""
@@ -185,53 +185,6 @@ def _record(
     return left, _record_all(
         recorders, left, store, lambda new, more: on_chunk(done + new, done + more)
     )
-
-
-def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, list[int]]]:
-    """Token ids of each document.
-
-    Raises:
-        ModelError: the model has no tokenizer.
-    """
-    tokenizer = load_tokenizer(model)
-    encoded = tokenizer([doc.text for doc in documents], verbose=False)["input_ids"]
-    return list(zip(documents, encoded, strict=True))
-
-
-def long_documents(
-    model: str, documents: Sequence[Document], length: int, count: int
-) -> list[tuple[Document, list[int]]]:
-    """The first documents of at least ``length`` tokens, with their tokens.
-
-    Raises:
-        ModelError: the model has no tokenizer.
-    """
-    found: list[tuple[Document, list[int]]] = []
-    for start in range(0, len(documents), BATCH):
-        batch = tokenize(model, documents[start : start + BATCH])
-        found += [(document, tokens) for document, tokens in batch if len(tokens) >= length]
-        if len(found) >= count:
-            break
-    return found[:count]
-
-
-def recorded_digests(traces: Path) -> set[str]:
-    """Digests of all documents, of every split, that a recording took from its corpus.
-
-    Raises:
-        ConfigError: the recording does not say which.
-    """
-    try:
-        return set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
-
-
-def window(document: Document, tokens: list[int], length: int) -> list[int]:
-    """At most ``length`` tokens, from a place that the document's digest picks."""
-    room = max(0, len(tokens) - length)
-    start = int(document.digest[:8], 16) % (room + 1)
-    return tokens[start : start + length]
 
 
 def quarters(layers: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.envs.traces.store import TraceStore, write_traces
 from offramp.envs.traces.tokens import TokenTraces
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 
 COSTS = "costs.json"
 FACTS = "model.json"

@@ -11,8 +11,7 @@ from offramp.agents.learning.jump_ppo import problem_of
 from offramp.agents.onpolicy.collector import CollectSpec
 from offramp.agents.onpolicy.learner import Learner
 from offramp.agents.onpolicy.onpolicy import Tokens, run_onpolicy
-from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import tokenize, window
+from offramp.agents.recording.corpus import load_corpus, tokenize, window
 from offramp.agents.training.staged import StagedRun
 from offramp.controller.errors import ConfigError
 from offramp.worker.engine.engine_config import EngineConfig

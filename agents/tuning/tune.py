@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from offramp.agents.recording.corpus import Document, load_corpus
-from offramp.agents.recording.record import window
+from offramp.agents.recording.corpus import Document, load_corpus, window
 from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import (

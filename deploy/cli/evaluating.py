@@ -27,8 +27,7 @@ from offramp.agents.evaluation.page import (
 from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.report import EvaluationReport, write_report
 from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders
-from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import SPLIT, recorded_digests
+from offramp.agents.recording.corpus import SPLIT, load_corpus, recorded_digests
 from offramp.agents.recording.training_data import load_training_data
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError

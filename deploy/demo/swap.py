@@ -17,7 +17,7 @@ from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, PolicyRegistry
 from offramp.deploy.cli.control import release_bundle
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 
 ACK_DEADLINE_S = 60.0
 ACK_POLL_S = 0.005

@@ -34,3 +34,8 @@ def test_the_controller_loads_neither_torch_nor_ray(root: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
     assert len(names) > 1
+
+
+def test_no_circle_is_hidden_from_the_type_checker(root: Path, sources: list[Path]) -> None:
+    hiding = [path for path in sources if "TYPE_CHECKING" in path.read_text(encoding="utf-8")]
+    assert [str(path.relative_to(root)) for path in hiding] == []

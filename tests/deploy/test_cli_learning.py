@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from offramp.agents.placing.contenders import load_contenders
-from offramp.agents.recording.corpus import load_corpus, write_split
-from offramp.agents.recording.record import SPLIT
+from offramp.agents.recording.corpus import SPLIT, load_corpus, write_split
 from offramp.agents.recording.training_data import (
     load_training_data,
     save_candidates,
@@ -29,7 +28,7 @@ from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
 from offramp.envs.traces.store import TraceStore
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 from support.cost_tables import measured
 from support.documents import make_corpus
 from support.models import REFERENCE

@@ -30,7 +30,7 @@ from offramp.research.fitting.greencode import (
 )
 from offramp.research.fitting.online import fit_bandit, fit_beta
 from offramp.research.hindsight import first_agreeing, oracle, plan_of
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 from support.cost_tables import leaving
 
 

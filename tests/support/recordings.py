@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.recording.corpus import Document, load_corpus
-from offramp.agents.recording.record import tokenize
+from offramp.agents.recording.corpus import Document, load_corpus, tokenize
 from offramp.agents.recording.training_data import save_candidates, save_measured
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.loading import load_model, model_fingerprint
 from offramp.worker.probes.candidates.successors import successor_table
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 from support.cost_tables import measured
 from support.models import REFERENCE
 

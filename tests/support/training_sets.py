@@ -22,7 +22,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
-from offramp.worker.recording.recording_actor import ModelFacts
+from offramp.worker.spec import ModelFacts
 
 EXITS = (2, 4, 6)
 LAYERS = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,50 +11,13 @@ import ray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceChunk
-from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.recording.recorder import record_document
-from offramp.worker.spec import WorkerSpec, load_engine
+from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
 RECORD_S = 20.0
 """Seconds after which a recording stops measuring costs; `offramp profile` takes more care."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """What a loaded model says of itself.
-
-    Attributes:
-        model: Fingerprint of the weights.
-        tokenizer: Fingerprint of the vocabulary.
-        layers: Number of layers L.
-        vocab: Number of tokens V.
-        context: Most tokens of a sequence.
-        width: Columns D of its hidden state.
-        translators: Digest of the translators its exits are read through; "" for none.
-    """
-
-    model: str
-    tokenizer: str
-    layers: int
-    vocab: int
-    context: int
-    width: int
-    translators: str = ""
-
-
-def describe(engine: AdaptiveEngine) -> ModelFacts:
-    """The facts of an engine's model."""
-    return ModelFacts(
-        model=engine.model_fingerprint,
-        tokenizer=engine.tokenizer_fingerprint,
-        layers=engine.stack.layers,
-        vocab=engine.stack.vocab,
-        context=engine.stack.context,
-        width=engine.stack.width,
-        translators=engine.decoder.translators.digest,
-    )
 
 
 class TraceRecorder:
