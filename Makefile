@@ -52,7 +52,7 @@ layers: setup
 
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
-	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs/kv-modes.md
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs/kv-modes.md docs/using.md
 
 # The table of folders in docs/structures.md, from their docstrings.
 rooms:

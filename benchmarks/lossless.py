@@ -8,6 +8,9 @@ document, so a ratio compares neighbours in time; intervals are paired document 
 
     python benchmarks/lossless.py --json lossless.json
     python benchmarks/lossless.py --quick
+    python benchmarks/lossless.py --read docs/lossless.json --plot docs/lossless.png
+
+The last measures nothing: it draws what a file holds.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 import typer
 from rich.console import Console
 from shared.contest import Entry, compare, rows_of, show
+from shared.lossless_plot import draw_lossless
 from shared.timing import Report, hugging_face, ours
 
 from offramp.agents.drafting.choose import (
@@ -77,7 +81,17 @@ def main(
     quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    read: Annotated[Path | None, typer.Option(help="Measure nothing; take this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the picture here (PNG).")] = None,
 ) -> None:
+    found = measure(quick, threads) if read is None else json.loads(read.read_text())
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1))
+    if plot is not None:
+        draw_lossless(found, plot)
+
+
+def measure(quick: bool, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     plan = QUICK if quick else Extent()
     recorder = AdaptiveEngine.from_pretrained(MODEL, slots=16)
@@ -123,8 +137,7 @@ def main(
         "rows": [asdict(row) for row in rows],
     }
     SAY.print(f"hindsight on validation documents, offline: {found['hindsight']}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1))
+    return found
 
 
 def documents_of(plan: Extent) -> dict[str, list[tuple[Document, list[int]]]]:
