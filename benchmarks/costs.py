@@ -27,9 +27,8 @@ from offramp.envs.charges.token_costs import TokenCosts
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import SILENT, STAY, PartClock, ScriptedPolicy, decode_steps
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.rounds import ProfileConfig
-from offramp.worker.profiling.samples import median_interval
+from offramp.worker.profiling.samples import median_interval, random_policy
 from offramp.worker.spec import WorkerSpec, load_engine
 
 STEPS = 16

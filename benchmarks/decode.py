@@ -44,7 +44,7 @@ from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.profile import describe_machine
-from offramp.worker.profiling.profile_probes import random_policy
+from offramp.worker.profiling.samples import random_policy
 from offramp.worker.spec import freeze_heap
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}

@@ -30,14 +30,7 @@ from shared.contest import Entry, compare, rows_of, show
 from shared.lossless_plot import draw_lossless
 from shared.timing import Report, hugging_face, ours
 
-from offramp.agents.drafting.choose import (
-    Chosen,
-    confident_grid,
-    del_rule,
-    hindsight,
-    static_grid,
-    thompson_grid,
-)
+from offramp.agents.drafting.choose import Chosen, confident_grid
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_export import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
@@ -47,6 +40,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.envs.traces.tokens import TokenTraces
+from offramp.research.draft_rules import del_rule, hindsight, static_grid, thompson_grid
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.profiling.profile import describe_machine, measure_costs

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from offramp.research.probe_costs import probe_costs
 from offramp.worker.profiling.profile import describe_machine
-from offramp.worker.profiling.profile_probes import probe_costs
 from offramp.worker.spec import WorkerSpec, load_engine
 
 

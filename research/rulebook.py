@@ -8,7 +8,7 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from offramp.agents.learning.phat import train_phat
 from offramp.agents.placing.contenders import (
     GRID,
     Contender,
-    cheapest_variant,
     measured,
     nearest,
     placed,
@@ -50,6 +49,9 @@ TRADE_OFFS = np.geomspace(0.02, 2.0, GRID)
 COSINES = 1 - np.geomspace(1e-5, 1.0, GRID)
 LOGITS = np.linspace(-4.0, 16.0, GRID)
 ZETAS = np.linspace(0.1, 0.9, 25)
+
+MEETS = 0.01
+"""An agreement this far from its target still meets it, when variants are compared by cost."""
 
 Settings = NDArray[np.float64]
 """Values of a family's one knob."""
@@ -99,6 +101,18 @@ def _decaying(
         )
 
     return build
+
+
+def cheapest_variant(variants: Sequence[Sequence[Contender]], target: float) -> Contender:
+    """Take of each variant the setting nearest the target, and of those the cheapest that meets it.
+
+    Where none meets it, the nearest is taken.
+    """
+    candidates = [nearest(each, [target])[0] for each in variants]
+    meeting = [each for each in candidates if abs((each.offline_agreement or 0) - target) <= MEETS]
+    if not meeting:
+        return nearest(candidates, [target])[0]
+    return min(meeting, key=lambda each: each.offline_cost or 0.0)
 
 
 @register("CALM decaying")

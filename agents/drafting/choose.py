@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from offramp.agents.drafting.draft_replay import DraftReplay, at_exits, replay_drafts
+from offramp.agents.drafting.draft_replay import DraftReplay, replay_drafts
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import MAX_PENDING, IntArray
-from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.features import IntArray
+from offramp.controller.policies.drafts import ConfidentDraft
 from offramp.controller.policies.protocols import RoutingPolicy
-from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -38,16 +34,6 @@ class Chosen:
     offline: DraftReplay
 
 
-def static_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """Every (exit, length), the best first."""
-    tried = [
-        (f"static, exit {layer}, length {length}", StaticDraft(layer=layer, length=length))
-        for layer in validation.header.exits
-        for length in range(1, MAX_PENDING + 1)
-    ]
-    return ranked(tried, validation, costs)
-
-
 def confident_grid(
     validation: TokenTraces, costs: CostTable, candidates_VK: IntArray | None = None
 ) -> list[Chosen]:
@@ -62,66 +48,6 @@ def confident_grid(
         for eta in THRESHOLDS
     ]
     return ranked(tried, validation, costs)
-
-
-def thompson_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """Thompson sampling at every exit, the best first."""
-    tried = [
-        (f"Thompson sampling, exit {layer}", ThompsonDraft(layer))
-        for layer in validation.header.exits
-    ]
-    return ranked(tried, validation, costs)
-
-
-def del_rule(train: TokenTraces, validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """DEL over all recorded exits, and over the trained ones, the best first."""
-    exits = train.header.exits
-    tried = []
-    for subset in {exits, exits[-1:], tuple(layer for layer in exits if layer % 3 == 0) or exits}:
-        shown = at_exits(train, subset)
-        policy = DelDraft(
-            subset, train.header.layers, shown.agree_NE.mean(0), halfway_confidence(shown)
-        )
-        tried.append((f"DEL, exits {', '.join(map(str, subset))}", policy))
-    return ranked(tried, validation, costs)
-
-
-def halfway_confidence(traces: TokenTraces) -> NDArray[np.float64]:
-    """Halfway between the mean top-1 of right and of wrong tokens, by exit (DEL's threshold)."""
-    right_NE = traces.agree_NE > 0
-    top1_NE = traces.softmax_NES[:, :, 0].astype(np.float64)
-    middle = []
-    for exit_index in range(right_NE.shape[1]):
-        top1_N, right_N = top1_NE[:, exit_index], right_NE[:, exit_index]
-        means = [top1_N[kind_N].mean() for kind_N in (right_N, ~right_N) if kind_N.any()]
-        middle.append(float(np.mean(means)))
-    return np.asarray(middle)
-
-
-def hindsight(traces: TokenTraces, costs: CostTable) -> float:
-    """Speed-up of one who knows which exits are right: never a wrong draft, never a probe too many.
-
-    It leaves at the first right exit, or verifies unasked; it still pays one probe per draft.
-    """
-    core = DraftExitCore(
-        traces,
-        costs,
-        num_envs=len(traces.documents),
-        autoreset=False,
-    )
-    core.reset(tokens=np.flatnonzero(np.diff(traces.document_N, prepend=-1)))
-    exits = core.exits
-    ended = False
-    while not ended:
-        standing = [core.standing(place)[:2] for place in range(core.num_envs)]
-        token_B = np.minimum([token for token, _ in standing], len(traces) - 1)
-        here_B = np.array([here for _, here in standing])
-        right_BE = core.tables.right_NE[token_B]
-        first_B = np.where(right_BE.any(1), right_BE.argmax(1), exits)
-        step = core.step(np.where(here_B < 0, first_B, 0))
-        ended = bool(step.terminated_B.all())
-    info = step.finals.info
-    return float(info["tokens"].sum() / info["seconds"].sum() * core.prices.full_s)
 
 
 def ranked(

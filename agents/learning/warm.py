@@ -16,8 +16,6 @@ from offramp.agents.learning.actor import JumpActor
 from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import FloatArray
-from offramp.controller.policies.protocols import IndexArray
 from offramp.envs.traces.tokens import Quality, TokenTraces
 
 
@@ -118,35 +116,6 @@ class WarmStart:
         first, every = values_NS[:, 0].mean(), values_NS.mean()
         loss = self.config.critic * error - first - self.config.everywhere * left * every
         return loss, float(first.detach())
-
-
-@torch.no_grad()
-def exact_return(
-    actor: JumpActor,
-    problem: StoppingProblem,
-    traces: TokenTraces,
-    quality: Quality,
-    preference: float,
-    rows_N: IndexArray | None = None,
-) -> FloatArray:
-    """Expected return of each token under the actor's random choices, [N].
-
-    Args:
-        actor, problem, traces, quality: See ``WarmStart``.
-        preference: λ, the quality that a full-depth token's time is worth.
-        rows_N: Tokens; None takes all.
-    """
-    rows_N = np.arange(len(traces)) if rows_N is None else rows_N
-    observations = StateObservations(traces, problem.states)
-    quality_NE1 = torch.from_numpy(traces.quality(quality))
-    returns = []
-    for part_N in np.array_split(rows_N, -(-len(rows_N) // 2048)):
-        log_lambda_N = np.full(len(part_N), math.log(preference), np.float32)
-        obs = torch.from_numpy(observations.of(part_N, log_lambda_N))
-        lambda_N = torch.full((len(part_N),), preference)
-        log_pi = log_chances(actor, obs)
-        returns.append(problem.expected_return(log_pi, quality_NE1[part_N], lambda_N))
-    return np.asarray(torch.cat(returns).numpy())
 
 
 def log_chances(actor: JumpActor, obs_NSD: Tensor) -> Tensor:

@@ -36,9 +36,6 @@ CANNED_ROWS = 64
 GRID = 41
 """Settings tried per family when operating points are placed."""
 
-MEETS = 0.01
-"""An agreement this far from its target still meets it, when variants are compared by cost."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
@@ -118,18 +115,6 @@ def nearest(tried: Sequence[Contender], targets: Sequence[float]) -> list[Conten
         best = min(tried, key=lambda each: abs((each.offline_agreement or 0.0) - target))
         chosen[id(best)] = best
     return list(chosen.values())
-
-
-def cheapest_variant(variants: Sequence[Sequence[Contender]], target: float) -> Contender:
-    """Take of each variant the setting nearest the target, and of those the cheapest that meets it.
-
-    Where none meets it, the nearest is taken.
-    """
-    candidates = [nearest(each, [target])[0] for each in variants]
-    meeting = [each for each in candidates if abs((each.offline_agreement or 0) - target) <= MEETS]
-    if not meeting:
-        return nearest(candidates, [target])[0]
-    return min(meeting, key=lambda each: each.offline_cost or 0.0)
 
 
 def save_contenders(

@@ -11,7 +11,6 @@ import pytest
 
 from offramp.agents.placing.contenders import (
     Contender,
-    cheapest_variant,
     load_contenders,
     nearest,
     save_contenders,
@@ -25,7 +24,7 @@ from offramp.controller.errors import TraceError
 from offramp.controller.policies.protocols import NeverExit
 from offramp.envs import TokenTraces
 from offramp.research.fitting.greencode import GreenCodeConfig
-from offramp.research.rulebook import GREEN_CODE, PUBLISHED, green_code
+from offramp.research.rulebook import GREEN_CODE, PUBLISHED, cheapest_variant, green_code
 
 TARGETS = (0.9, 0.97)
 CONFIG = TrainConfig(traces="unread", targets=TARGETS)

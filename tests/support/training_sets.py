@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,19 @@ import pytest
 import ray
 import torch
 
+from offramp.agents.learning.actor import JumpActor
 from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, new_agent, problem_of
+from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.stopping_problem import StoppingProblem
+from offramp.agents.learning.warm import log_chances
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.staged import StagedRun
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
 from offramp.worker.spec import ModelFacts
@@ -127,3 +132,32 @@ def trained_jumps(data: TrainingData, config: JumpConfig, out: Path) -> JumpAgen
         traces="unread", tensorboard=False, phat=PhatConfig(epochs=1), jump=config
     )
     return StagedRun(settings, data, out).train()
+
+
+@torch.no_grad()
+def exact_return(
+    actor: JumpActor,
+    problem: StoppingProblem,
+    traces: TokenTraces,
+    quality: str,
+    preference: float,
+    rows_N: IndexArray | None = None,
+) -> FloatArray:
+    """Expected return of each token under the actor's random choices, [N].
+
+    Args:
+        actor, problem, traces, quality: See ``WarmStart``.
+        preference: λ, the quality that a full-depth token's time is worth.
+        rows_N: Tokens; None takes all.
+    """
+    rows_N = np.arange(len(traces)) if rows_N is None else rows_N
+    observations = StateObservations(traces, problem.states)
+    quality_NE1 = torch.from_numpy(traces.quality(quality))
+    returns = []
+    for part_N in np.array_split(rows_N, -(-len(rows_N) // 2048)):
+        log_lambda_N = np.full(len(part_N), math.log(preference), np.float32)
+        obs = torch.from_numpy(observations.of(part_N, log_lambda_N))
+        lambda_N = torch.full((len(part_N),), preference)
+        log_pi = log_chances(actor, obs)
+        returns.append(problem.expected_return(log_pi, quality_NE1[part_N], lambda_N))
+    return np.asarray(torch.cat(returns).numpy())

@@ -32,9 +32,8 @@ from offramp.worker.profiling.loop import (
     span_pass,
 )
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.profile_probes import random_policy
 from offramp.worker.profiling.rounds import ProfileConfig
-from offramp.worker.profiling.samples import Key, Samples, median_interval
+from offramp.worker.profiling.samples import Key, Samples, median_interval, random_policy
 from offramp.worker.recording.recording_actor import TraceRecorder
 from offramp.worker.spec import WorkerSpec
 from support.cost_tables import leaving

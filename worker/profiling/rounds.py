@@ -23,8 +23,7 @@ from offramp.worker.profiling.loop import (
     decode_steps,
     span_pass,
 )
-from offramp.worker.profiling.profile_probes import random_policy
-from offramp.worker.profiling.samples import Samples
+from offramp.worker.profiling.samples import Samples, random_policy
 
 REPEATS = 6
 """Steps of a kind in a round."""

@@ -1,15 +1,26 @@
-"""Repeated timings, and the interval of their median."""
+"""Repeated timings with the interval of their median, and a policy to time.
+
+Shape suffixes: V vocabulary, K candidates.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+
 from offramp.controller.costs.prices import LEAST_REPEATS, Timing
+from offramp.controller.features import FeatureSchema, IntArray
+from offramp.controller.policies.mlp import MlpPolicy
 
 CONFIDENCE = 0.95
+
+HIDDEN = (32, 32)
+"""Hidden units of the policy that is timed: those the agents train."""
 
 
 class Key(NamedTuple):
@@ -77,3 +88,15 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
             break
         place = below
     return median(ordered), ordered[place], ordered[count - 1 - place]
+
+
+def random_policy(
+    schema: FeatureSchema, exits: tuple[int, ...], candidates_VK: IntArray
+) -> MlpPolicy:
+    """An untrained policy of the shape that the agents train: it costs what they cost."""
+    rng = np.random.default_rng(0)
+    weights = [
+        (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
+        for a, b in itertools.pairwise((schema.width, *HIDDEN, 1))
+    ]
+    return MlpPolicy(exits, schema, weights, candidates_VK=candidates_VK)

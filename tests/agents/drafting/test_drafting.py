@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offramp.agents.drafting.choose import del_rule, halfway_confidence, hindsight, static_grid
 from offramp.agents.drafting.draft_export import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
 from offramp.agents.drafting.draft_replay import as_read, at_exits, replay_decisions, replay_drafts
@@ -19,6 +18,7 @@ from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.drafts import ConfidentDraft, StaticDraft, ThompsonDraft
 from offramp.envs import DraftExitCore, TokenTraces
 from offramp.envs.cores.draft_tables import CandidateDrafts
+from offramp.research.draft_rules import del_rule, halfway_confidence, hindsight, static_grid
 from support.cost_tables import measured
 from support.slow_drafting import drafted_traces
 

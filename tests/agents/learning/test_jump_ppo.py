@@ -21,12 +21,12 @@ from offramp.agents.learning.jump_ppo import (
 from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.stopping_problem import START
-from offramp.agents.learning.warm import WarmConfig, exact_return
+from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import OUTLOOK_V1
 from offramp.envs.cores.token_core import TokenExitCore
-from support.training_sets import trained_jumps
+from support.training_sets import exact_return, trained_jumps
 
 PREFERENCES = (0.05, 0.3, 1.0)
 CONFIG = JumpConfig(

@@ -18,7 +18,7 @@ from offramp.worker.decoding.request import KVMode, Request
 from offramp.worker.decoding.schedule import Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.profiling.profile_probes import random_policy
+from offramp.worker.profiling.samples import random_policy
 from support.models import FAMILIES, LAYERS, VOCAB, make_model
 from support.rows import (
     ALL_EXITS,

@@ -16,7 +16,7 @@ from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.profiling.profile_probes import random_policy
+from offramp.worker.profiling.samples import random_policy
 from support.models import VOCAB, make_model
 from support.rows import ALL_EXITS, CLOSE, decode, drain, shortfalls
 

@@ -23,6 +23,7 @@ from offramp.controller.features import (
     IntArray,
 )
 from offramp.controller.policies.protocols import ThresholdPolicy
+from offramp.research.probe_costs import probe_costs
 from offramp.worker import AdaptiveEngine
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.stack import LayerStack
@@ -40,7 +41,7 @@ from offramp.worker.probes import (
 from offramp.worker.probes.candidates.scorers import DeviceScorer, HostScorer, Scorer
 from offramp.worker.probes.candidates.successors import NgramIndex, successor_table
 from offramp.worker.probes.readout import FinalNorm
-from offramp.worker.profiling.profile_probes import probe_costs, random_policy
+from offramp.worker.profiling.samples import random_policy
 from offramp.worker.recording.recorder import record_document
 from support.models import VOCAB, make_model
 

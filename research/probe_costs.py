@@ -5,7 +5,6 @@ Shape suffixes: N rows, D width, V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import SCHEMAS, FeatureSchema, IntArray
+from offramp.controller.features import SCHEMAS, IntArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.request import FULL_DEPTH
@@ -28,11 +27,9 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.attention import decode_window
 from offramp.worker.probes import FusedProbe, Probe, ProbeFactory
 from offramp.worker.probes.candidates.successors import NgramIndex
+from offramp.worker.profiling.samples import random_policy
 
 T = TypeVar("T")
-
-HIDDEN = (32, 32)
-"""Hidden units of the policy that is timed: those the agents train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +179,3 @@ def prefilled_row(engine: AdaptiveEngine, prompt: tuple[int, ...]) -> Sequence:
     engine.decoder.prefill(row, len(prompt))
     row.emit(Draw(prompt[0]), engine.stack.layers, frozenset())
     return row
-
-
-def random_policy(
-    schema: FeatureSchema, exits: tuple[int, ...], candidates_VK: IntArray
-) -> MlpPolicy:
-    """An untrained policy of the shape that the agents train: it costs what they cost."""
-    rng = np.random.default_rng(0)
-    weights = [
-        (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in itertools.pairwise((schema.width, *HIDDEN, 1))
-    ]
-    return MlpPolicy(exits, schema, weights, candidates_VK=candidates_VK)
