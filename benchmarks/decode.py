@@ -9,6 +9,10 @@ trained to exit; ``accepted`` says how often.
 
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
+    python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
+
+The last measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary``
+the table of docs/decoding.md.
 
 ``bound`` is the time of full depth over that of the layer, head and fill calls that were really
 made (counted), each at the price of such a call for its number of tokens, measured in the same
@@ -31,8 +35,7 @@ from typing import Annotated, Any, get_args
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
 from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
 from shared.workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 
@@ -51,30 +54,6 @@ NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.
 
 SPREAD = 61
 """Tokens between a row's candidates, so that they lie all over the head."""
-
-
-@dataclass
-class DecodeRow:
-    shape: str
-    dtype: str
-    batch: int
-    engine: str
-    kv_mode: str | None
-    schedule: str | None
-    exit_share: float | None
-    mean_layers: float | None
-    tokens_per_s: float
-    tokens_per_s_low: float
-    tokens_per_s_high: float
-    ratio_hf: float
-    ratio_full: float
-    bound: float | None
-    bound_packed: float | None
-    share_of_bound: float | None
-    decision_share: float | None
-    fill_share: float | None
-    accepted: float | None
-    peak_mb: float | None
 
 
 @dataclass
@@ -101,7 +80,13 @@ def main(
     policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    shown: Annotated[Path | None, typer.Option("--show", help="Only print this file.")] = None,
+    short: Annotated[bool, typer.Option("--summary", help="Of --show, the summary.")] = False,
 ) -> None:
+    if shown is not None:
+        numbers = [int(batch) for batch in batches.split(",")]
+        print_file(shown, shapes.split(","), dtypes.split(","), numbers, short)
+        return
     if quick:
         shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
     torch.set_num_threads(threads)
@@ -122,6 +107,18 @@ def main(
             del model
             gc.unfreeze()
             gc.collect()
+
+
+def print_file(
+    path: Path, shapes: list[str], dtypes: list[str], batches: list[int], is_short: bool
+) -> None:
+    """What was measured before: all tables of these shapes, dtypes and batches, or the summary."""
+    rows = read_rows(path, shapes, dtypes, batches)
+    if is_short:
+        print(summary(rows))
+        return
+    for table in tables_of(rows):
+        show(table)
 
 
 def contenders(
@@ -217,6 +214,7 @@ def row_of(
     row = DecodeRow(shape, dtype, batch, each.name, each.kv_mode, each.schedule,
               each.exit_share, None, rate, tokens / seconds.max(), tokens / seconds.min(),
               ratio_hf, ratio_full, None, None, None, None, None, None, peak)  # fmt: skip
+    row.threads = torch.get_num_threads()
     done = [each for run in runs for each in run.rows]
     if not done or calls is None:
         return row
@@ -245,38 +243,6 @@ def _packed(prices: StepPrices, calls: Counter[tuple[str, int]], batch: int, tok
 def _accepted(rows: list[Sequence]) -> float | None:
     made = sum(row.drafts_made for row in rows)
     return sum(row.drafts_accepted for row in rows) / made if made else None
-
-
-def show(rows: list[DecodeRow]) -> None:
-    first = rows[0]
-    table = Table(
-        "engine", "mode", "schedule", "layers", "tokens/s", "spread", "÷ HF", "÷ full", "bound",
-        "share", "packed", "decide", "fill", "accepted", "MiB",
-        title=f"{first.shape}, {first.dtype}, batch {first.batch}",
-    )  # fmt: skip
-    for row in rows:
-        table.add_row(
-            row.engine,
-            row.kv_mode or "",
-            row.schedule or "",
-            _number(row.mean_layers, ".1f"),
-            f"{row.tokens_per_s:.1f}",
-            f"{row.tokens_per_s_low:.1f}-{row.tokens_per_s_high:.1f}",
-            f"{row.ratio_hf:.2f}",
-            f"{row.ratio_full:.2f}",
-            _number(row.bound, ".2f"),
-            _number(row.share_of_bound, ".0%"),
-            _number(row.bound_packed, ".2f"),
-            _number(row.decision_share, ".1%"),
-            _number(row.fill_share, ".1%"),
-            _number(row.accepted, ".0%"),
-            _number(row.peak_mb, ".0f"),
-        )
-    Console(width=150).print(table)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
