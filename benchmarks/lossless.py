@@ -30,11 +30,10 @@ from shared.contest import Entry, compare, rows_of, show
 from shared.lossless_plot import draw_lossless
 from shared.timing import Report, hugging_face, ours
 
-from offramp.agents.drafting.choose import Chosen, confident_grid
 from offramp.agents.drafting.continuations import Continuations, record_continuations
-from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.draft_replay import at_exits, replay_decisions
+from offramp.agents.drafting.draft_replay import Chosen, at_exits, confident_grid, replay_decisions
 from offramp.agents.recording.corpus import Document, load_corpus, tokenize
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray

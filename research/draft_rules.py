@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.drafting.choose import Chosen, ranked
-from offramp.agents.drafting.draft_replay import at_exits
+from offramp.agents.drafting.draft_replay import Chosen, at_exits, ranked
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING
 from offramp.controller.policies.drafts import DelDraft, StaticDraft, ThompsonDraft

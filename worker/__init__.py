@@ -9,8 +9,7 @@ from offramp.worker.decoding.request import (
 )
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
-from offramp.worker.engine.completion import Completion
-from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.engine import AdaptiveEngine, Completion
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.hf.hf_generate import early_exit
 

@@ -204,7 +204,7 @@ def can_blend(first: Policy, last: Policy) -> bool:
     """Whether two policies are one net at two preferences: equal but for first layers' biases.
 
     A preference-conditioned net reads log λ as one more observation, and export folds it into the
-    first layer's bias (``agents/learning/export.py``, ``agents/learning/routers.py``). That bias is
+    first layer's bias (``agents/learning/export.py``, ``agents/learning/actor.py``). That bias is
     linear in log λ, so two exports of a net give every other one, up to float32.
     """
     nets, others = _nets(first), _nets(last)

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.drafting.choose import confident_grid
-from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_parts import DraftingConfig, DraftParts, Progress, record_parts
 from offramp.agents.drafting.draft_ppo import train_drafter
-from offramp.agents.drafting.draft_replay import replay_drafts
+from offramp.agents.drafting.draft_replay import confident_grid, replay_drafts
 from offramp.agents.placing.contenders import CANNED_ROWS, CHOSEN, Contender, save_policies
 from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
 from offramp.controller.errors import PolicyFaultError

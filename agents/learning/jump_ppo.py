@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from stable_baselines3 import PPO
 
-from offramp.agents.learning.actor import JumpActor, actor_options
+from offramp.agents.learning.actor import JumpActor, actor_options, router_of
 from offramp.agents.learning.export import Normaliser
-from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig, ppo_arguments
-from offramp.agents.learning.routers import router_of
-from offramp.agents.learning.stopping_problem import START, StoppingProblem
+from offramp.agents.learning.stopping_problem import START, StateObservations, StoppingProblem
 from offramp.agents.learning.warm import WarmConfig, WarmStart
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import FeatureSchema, IntArray

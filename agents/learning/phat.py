@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from offramp.agents.learning.export import Normaliser, Weights, linear_weights
-from offramp.agents.learning.observe import StateObservations
-from offramp.agents.learning.stopping_problem import states_of
+from offramp.agents.learning.stopping_problem import StateObservations, states_of
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema, FloatArray
 from offramp.envs.traces.tokens import TokenTraces

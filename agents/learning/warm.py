@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.agents.learning.actor import JumpActor
-from offramp.agents.learning.observe import StateObservations
-from offramp.agents.learning.stopping_problem import StoppingProblem
+from offramp.agents.learning.stopping_problem import StateObservations, StoppingProblem
 from offramp.controller.errors import ConfigError
 from offramp.envs.traces.tokens import Quality, TokenTraces
 

@@ -17,10 +17,15 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 
-from offramp.agents.learning.actor import JumpActor, actor_options
+from offramp.agents.learning.actor import (
+    JumpActor,
+    actor_options,
+    folded_layers,
+    router_of,
+    start_layer,
+)
 from offramp.agents.learning.export import Normaliser, Weights
 from offramp.agents.learning.jump_ppo import JumpAgent, invalid_actions
-from offramp.agents.learning.routers import folded_layers, router_of, start_layer
 from offramp.agents.learning.stopping_problem import StoppingProblem
 from offramp.agents.onpolicy.collector import PolicyVersion
 from offramp.agents.onpolicy.rollout import UNKNOWN, DecodedRollout

@@ -16,8 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.agents.learning.export import Weights
-from offramp.agents.learning.observe import StateObservations
-from offramp.agents.learning.stopping_problem import START, State, StoppingProblem
+from offramp.agents.learning.stopping_problem import (
+    START,
+    State,
+    StateObservations,
+    StoppingProblem,
+)
 from offramp.agents.placing.replay import TakenExits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp.worker.decoding.request import CompletionStats, FinishReason, TokenEvent
-from offramp.worker.engine.completion import mean_layer
 from offramp.worker.engine.detokenize import UNFINISHED
+from offramp.worker.engine.engine import mean_layer
 
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; this is vLLM's stand-in for it."""

@@ -1,6 +1,6 @@
 """What a live environment needs of whoever decodes: a session, asked step by step.
 
-The envs know no engine. ``offramp.agents.onpolicy.live_engine`` has the session that drives one;
+The envs know no engine. ``offramp.research.live_engine`` has the session that drives one;
 anything else that decodes tokens under exits can be one, too.
 
 Shape suffixes: F feature columns, C columns of outlook.

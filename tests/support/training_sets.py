@@ -14,10 +14,9 @@ import torch
 
 from offramp.agents.learning.actor import JumpActor
 from offramp.agents.learning.jump_ppo import JumpAgent, JumpConfig, new_agent, problem_of
-from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
-from offramp.agents.learning.stopping_problem import StoppingProblem
+from offramp.agents.learning.stopping_problem import StateObservations, StoppingProblem
 from offramp.agents.learning.warm import log_chances
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.staged import StagedRun

@@ -6,8 +6,7 @@ from typing import Any
 
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.detokenize import StreamDecoder
-from offramp.worker.engine.stop_strings import StopStrings
+from offramp.worker.engine.detokenize import StopStrings, StreamDecoder
 from offramp.worker.model.kv import SlotKV
 
 

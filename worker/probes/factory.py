@@ -27,12 +27,11 @@ from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
 from offramp.worker.probes.candidates.fused import FusedProbe
 from offramp.worker.probes.candidates.successors import NgramIndex, candidates_of
-from offramp.worker.probes.hidden import HiddenProbe
 from offramp.worker.probes.probe import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
-from offramp.worker.probes.state import StateProbe
+from offramp.worker.probes.state import HiddenProbe, StateProbe
 
 MakesProbe = Callable[[ProbeInputs], Probe]
 

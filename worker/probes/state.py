@@ -80,3 +80,25 @@ def _statistics(product: list[list[float]], peak: float) -> tuple[float, ...]:
         math.log(rms),
         math.log(max(peak / rms, TINY)),
     )
+
+
+class HiddenProbe:
+    """``hidden_schema(D)``: the row's state as norm and head read it, copied to the host.
+
+    Args:
+        inputs: What the rows offer; only the model's transfer to the host is used.
+    """
+
+    def __init__(self, inputs: ProbeInputs) -> None:
+        self._host = inputs.readout.host
+
+    def features(self, layer: int, x_ND: Tensor) -> FloatArray:
+        """The states, [N, D] float32, a copy."""
+        return np.array(self._host(x_ND), np.float32)
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Do nothing: nothing is remembered of a row."""
+
+    def logits(self) -> Tensor | None:
+        """Give None: no logits were computed."""
+        return None

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offramp.agents.drafting.draft_export import router_of
+from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
 from offramp.agents.drafting.draft_replay import as_read, at_exits, replay_decisions, replay_drafts
 from offramp.controller.errors import ConfigError

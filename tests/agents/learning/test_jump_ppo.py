@@ -18,9 +18,8 @@ from offramp.agents.learning.jump_ppo import (
     problem_of,
     warm_start,
 )
-from offramp.agents.learning.observe import StateObservations
 from offramp.agents.learning.ppo import PPOConfig
-from offramp.agents.learning.stopping_problem import START
+from offramp.agents.learning.stopping_problem import START, StateObservations
 from offramp.agents.learning.warm import WarmConfig
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.worker.engine.stop_strings import StopStrings
+from offramp.worker.engine.detokenize import StopStrings
 
 text = st.text("ab\n", max_size=14)
 stops = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)

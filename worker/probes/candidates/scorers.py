@@ -13,10 +13,31 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
-from offramp.worker.probes.candidates.kernel import BEST, Rows, candidate_features, remember
+from offramp.worker.probes.candidates.kernel import (
+    BEST,
+    SMALLEST,
+    Rows,
+    candidate_features,
+    remember,
+)
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.motion import motion_rows
 from offramp.worker.probes.readout import Readout, raw
+
+
+def motion_rows(
+    dots_N: FloatArray, squares_N: FloatArray, last_squares_N: FloatArray
+) -> FloatArray:
+    """Both columns of N rows, [N, 2].
+
+    Args:
+        dots_N: Product of each state and the last one.
+        squares_N, last_squares_N: Their squared lengths.
+    """
+    squares_N = np.maximum(squares_N, np.float32(SMALLEST))
+    last_squares_N = np.maximum(last_squares_N, np.float32(SMALLEST))
+    cosine_N = dots_N / np.sqrt(squares_N) / np.sqrt(last_squares_N)
+    return np.stack((cosine_N, 0.5 * np.log(squares_N / last_squares_N)), axis=-1)
+
 
 Start = tuple[IntArray, FloatArray, FloatArray]
 

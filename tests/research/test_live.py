@@ -18,13 +18,13 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from offramp.agents.onpolicy.live_engine import EngineSession
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit
 from offramp.envs import LIVE_ENV_ID, LiveExitEnv
 from offramp.envs.charges.token_costs import TokenCosts
+from offramp.research.live_engine import EngineSession
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.follow import follow
 from offramp.worker.probes.candidates.successors import successor_table
@@ -47,7 +47,7 @@ def engine() -> AdaptiveEngine:
 
 @pytest.fixture(scope="module")
 def documents(engine: AdaptiveEngine) -> list[list[int]]:
-    text = (Path(__file__).parents[3] / "controller" / "durable.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "controller" / "durable.py").read_text(encoding="utf-8")
     ids = engine.tokenizer(text)["input_ids"]
     return [ids[:48], ids[48:80], ids[80:120]]
 
