@@ -1,7 +1,8 @@
 """What one kind of policy is packed as: JSON parameters and tensors, there and back.
 
-A kind is one ``Kind`` in ``controller/policies/kinds.py``. Shape suffixes: N canned rows,
-F features, C outlook columns, V vocabulary, K candidates.
+A kind is one ``Kind`` in ``controller/policies/kinds.py``; most only name the attributes that make
+the policy. Shape suffixes: N canned rows, F features, C outlook columns, V vocabulary,
+K candidates.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.controller.errors import PolicyRefusedError, Refusal
+from offramp.controller.errors import PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.protocols import Policy
-from offramp.controller.strict import Check
+from offramp.controller.strict import COUNT, TEXT, Check
 
 Params = dict[str, Any]
 """What JSON can say of a policy."""
@@ -60,18 +61,34 @@ class PolicyParts:
             raise PolicyRefusedError(Refusal.BAD_FORMAT, "the policy names no schema to read")
         return self.schema
 
+    @property
+    def only_exit(self) -> int:
+        """The exit of a kind that has just one.
+
+        Raises:
+            RequestError: there are none or several.
+        """
+        if len(self.exits) != 1:
+            raise RequestError("exits", f"{self.exits} is not one layer")
+        return self.exits[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """How one kind of policy is packed.
 
+    Without ``describe`` its parameters and tensors are attributes of the policy, and without
+    ``build`` the policy is made from them by keyword, beside exits, schema and candidate table.
+
     Attributes:
-        name: In the manifest.
+        name: What the manifest calls it.
         type: The class; exactly this one, no subclass.
-        params: What each field of ``describe``'s parameters must be.
-        describe: Parameters (JSON values) and tensors of a policy of this type. Exits, schema and
-            candidate table are packed by the caller.
-        build: The policy again. May raise RequestError or KeyError; both are refusals.
+        params: What each parameter (a JSON value) must be.
+        tensors: Names of the float32 tensors, where ``describe`` is left out.
+        attributes: Parameters and tensors whose attribute has another name: that name.
+        needs_schema: Whether the policy cannot do without a feature schema.
+        describe: Gives the parameters and tensors of a policy.
+        build: Makes the policy again. May raise RequestError or KeyError; both are refusals.
         clear: Of a policy, features [N, F] and outlook [N, C]: which rows it decides so clearly
             that another machine's rounding cannot turn them, [N]. None: all, as of rules that
             only compare what they read.
@@ -80,9 +97,60 @@ class Kind:
     name: str
     type: type[Any]
     params: dict[str, Check] = field(default_factory=dict)
-    describe: Callable[[Any], tuple[Params, Tensors]]
-    build: Callable[[PolicyParts], Policy]
+    tensors: tuple[str, ...] = ()
+    attributes: dict[str, str] = field(default_factory=dict)
+    needs_schema: bool = True
+    describe: Callable[[Any], tuple[Params, Tensors]] | None = None
+    build: Callable[[PolicyParts], Policy] | None = None
     clear: Callable[[Any, FloatArray, FloatArray], BoolArray] | None = None
+
+    def describe_policy(self, policy: Any) -> tuple[Params, Tensors]:
+        """Give the parameters and tensors that make the policy again."""
+        if self.describe is not None:
+            return self.describe(policy)
+        params = {
+            name: _plain(getattr(policy, self._attribute(name)), check)
+            for name, check in self.params.items()
+        }
+        return params, {
+            name: np.ascontiguousarray(getattr(policy, self._attribute(name)), np.float32)
+            for name in self.tensors
+        }
+
+    def build_policy(self, parts: PolicyParts) -> Policy:
+        """Make the policy again.
+
+        Raises:
+            PolicyRefusedError: BAD_FORMAT, the schema it needs is missing.
+            RequestError, KeyError: its parameters or tensors make no such policy.
+        """
+        if self.build is not None:
+            return self.build(parts)
+        values = parts.params | {name: parts.tensors[name] for name in self.tensors}
+        policy: Policy = self.type(
+            exits=parts.exits,
+            schema=parts.required_schema if self.needs_schema else parts.schema,
+            candidates_VK=parts.candidates_VK,
+            **{
+                self._attribute(name): tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            },
+        )
+        return policy
+
+    def _attribute(self, name: str) -> str:
+        return self.attributes.get(name, name)
+
+
+def _plain(value: Any, check: Check) -> Any:
+    """The JSON value of an attribute: text, whole numbers, or floats whatever numbers were given.
+
+    >>> from offramp.controller.strict import NUMBER
+    >>> _plain((1, np.float32(0.5)), NUMBER), _plain(np.int64(3), COUNT)
+    ([1.0, 0.5], 3)
+    """
+    is_number = check is not COUNT and check is not TEXT
+    return np.asarray(value, np.float64 if is_number else None).tolist()
 
 
 def pack_layers(weights: Weights, prefix: str = "layers") -> Tensors:

@@ -21,7 +21,13 @@ from offramp.controller.policies.codec import (
     pack_layers,
     unpack_layers,
 )
-from offramp.controller.policies.drafts.draft_kinds import DRAFT_KINDS
+from offramp.controller.policies.drafts import (
+    ConfidentDraft,
+    DelDraft,
+    DraftRouter,
+    StaticDraft,
+    ThompsonDraft,
+)
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
 from offramp.controller.policies.router import MlpRouter
@@ -32,34 +38,13 @@ from offramp.controller.policies.rules.entropy_patience import ENTROPY, PATIENCE
 from offramp.controller.policies.rules.optimal_stopping import STOPPING
 from offramp.controller.policies.rules.position import POSITION_SCHEDULE
 from offramp.controller.policies.rules.stages import STAGE_THRESHOLDS
-from offramp.controller.strict import COUNT, NUMBER, TEXT, Check, or_null
+from offramp.controller.strict import COUNT, NUMBER, TEXT, Check, list_of, or_null
 
 _FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 
 
-def _nothing(_policy: Any) -> tuple[Params, Tensors]:
-    return {}, {}
-
-
-def _build_never(parts: PolicyParts) -> NeverExit:
-    return NeverExit(parts.exits, parts.schema, parts.candidates_VK)
-
-
 def _build_fixed(parts: PolicyParts) -> FixedExit:
-    if len(parts.exits) != 1:
-        raise RequestError("exits", f"{parts.exits} is not one layer")
-    return FixedExit(parts.exits[0], parts.schema, parts.candidates_VK)
-
-
-def _describe_threshold(policy: ThresholdPolicy) -> tuple[Params, Tensors]:
-    return {"column": policy.column, "threshold": float(policy.threshold)}, {}
-
-
-def _build_threshold(parts: PolicyParts) -> ThresholdPolicy:
-    schema, params = parts.required_schema, parts.params
-    return ThresholdPolicy(
-        parts.exits, schema, params["column"], params["threshold"], parts.candidates_VK
-    )
+    return FixedExit(parts.only_exit, parts.schema, parts.candidates_VK)
 
 
 def _describe_mlp(policy: MlpPolicy) -> tuple[Params, Tensors]:
@@ -102,16 +87,64 @@ def _clear_router(policy: MlpRouter, features_NF: FloatArray, outlook_NC: FloatA
     return policy.lead(features_NF, outlook_NC) > CLOSE_LOGIT
 
 
+def _build_static(parts: PolicyParts) -> StaticDraft:
+    return StaticDraft(layer=parts.only_exit, **parts.params)
+
+
+def _build_confident(parts: PolicyParts) -> ConfidentDraft:
+    table_VK = parts.candidates_VK
+    return ConfidentDraft(layer=parts.only_exit, candidates_VK=table_VK, **parts.params)
+
+
+def _describe_thompson(policy: ThompsonDraft) -> tuple[Params, Tensors]:
+    policy.rewind()  # so that who unpacks it draws what the canned inputs drew
+    names = ("alpha", "beta", "length", "max_pending", "seed")
+    return {name: getattr(policy, name) for name in names}, {}
+
+
+def _build_thompson(parts: PolicyParts) -> ThompsonDraft:
+    return ThompsonDraft(parts.only_exit, **parts.params)
+
+
+def _describe_del(policy: DelDraft) -> tuple[Params, Tensors]:
+    return {
+        "layers": policy.layers,
+        "acceptance": policy.acceptance_E.tolist(),
+        "thresholds": policy.threshold_E.tolist(),
+        "omega": policy.omega,
+        "max_pending": policy.max_pending,
+    }, {}
+
+
+def _build_del(parts: PolicyParts) -> DelDraft:
+    return DelDraft(parts.exits, **parts.params)
+
+
+def _describe_drafter(policy: DraftRouter) -> tuple[Params, Tensors]:
+    tensors = pack_layers(policy.starter.weights, "starter")
+    tensors |= pack_layers(policy.router.weights, "router")
+    return {"max_pending": policy.max_pending}, tensors
+
+
+def _build_drafter(parts: PolicyParts) -> DraftRouter:
+    nets = (unpack_layers(parts.tensors, "starter"), unpack_layers(parts.tensors, "router"))
+    return DraftRouter(parts.exits, *nets, candidates_VK=parts.candidates_VK, **parts.params)
+
+
+def _clear_drafter(
+    policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray
+) -> BoolArray:
+    everywhere = range(len(policy.exits))
+    routed = [policy.route_logits(here, features_NF, outlook_NC) for here in everywhere]
+    ordered_PNA = np.sort([policy.start_logits(outlook_NC), *routed], axis=-1)
+    lead_PN = ordered_PNA[:, :, -1] - ordered_PNA[:, :, -2]
+    return np.asarray((lead_PN > CLOSE_LOGIT).all(0))
+
+
 _SHIPPED = (
-    Kind(name="never", type=NeverExit, describe=_nothing, build=_build_never),
-    Kind(name="fixed", type=FixedExit, describe=_nothing, build=_build_fixed),
-    Kind(
-        name="threshold",
-        type=ThresholdPolicy,
-        params={"column": TEXT, "threshold": NUMBER},
-        describe=_describe_threshold,
-        build=_build_threshold,
-    ),
+    Kind(name="never", type=NeverExit, needs_schema=False),
+    Kind(name="fixed", type=FixedExit, build=_build_fixed),
+    Kind(name="threshold", type=ThresholdPolicy, params={"column": TEXT, "threshold": NUMBER}),
     Kind(
         name="mlp",
         type=MlpPolicy,
@@ -120,7 +153,6 @@ _SHIPPED = (
         build=_build_mlp,
         clear=_clear_mlp,
     ),
-    *DRAFT_KINDS,
     Kind(
         name="router",
         type=MlpRouter,
@@ -137,6 +169,52 @@ _SHIPPED = (
     BETA_THRESHOLD,
     THRESHOLD_BANDIT,
     STOPPING,
+    Kind(
+        name="draft-static",
+        type=StaticDraft,
+        params={"length": COUNT, "max_pending": COUNT},
+        build=_build_static,
+    ),
+    Kind(
+        name="draft-confident",
+        type=ConfidentDraft,
+        params={"length": COUNT, "max_pending": COUNT, "threshold": NUMBER},
+        build=_build_confident,
+    ),
+    Kind(
+        name="draft-thompson",
+        type=ThompsonDraft,
+        params={
+            "alpha": NUMBER,
+            "beta": NUMBER,
+            "length": COUNT,
+            "max_pending": COUNT,
+            "seed": COUNT,
+        },
+        describe=_describe_thompson,
+        build=_build_thompson,
+    ),
+    Kind(
+        name="draft-del",
+        type=DelDraft,
+        params={
+            "layers": COUNT,
+            "acceptance": list_of(NUMBER),
+            "thresholds": list_of(NUMBER),
+            "omega": NUMBER,
+            "max_pending": COUNT,
+        },
+        describe=_describe_del,
+        build=_build_del,
+    ),
+    Kind(
+        name="draft-router",
+        type=DraftRouter,
+        params={"max_pending": COUNT},
+        describe=_describe_drafter,
+        build=_build_drafter,
+        clear=_clear_drafter,
+    ),
 )
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})

@@ -5,6 +5,7 @@ Shape suffixes: N rows, I inputs, H hidden units, A outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,19 @@ class TanhNet:
             x_NI[:, column : column + part.shape[1]] = part
             column += part.shape[1]
         return x_NI
+
+
+def finite(logits: FloatArray) -> FloatArray:
+    """Give the logits back, if all are finite.
+
+    Raises:
+        PolicyFaultError: one is not.
+    """
+    flat = logits.ravel()
+    # Finite only if all are; np.isfinite(...).all() takes three times as long.
+    if not math.isfinite(flat.dot(flat)):
+        raise PolicyFaultError("the logits are not finite")
+    return logits
 
 
 def _flattened(weights: Weights) -> tuple[FloatArray, NDArray[np.int64]]:

@@ -80,7 +80,7 @@ def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
         ConfigError: the blob would exceed MAX_BLOB_BYTES.
     """
     kind = kind_of(policy)
-    params, tensors = kind.describe(policy)
+    params, tensors = kind.describe_policy(policy)
     assert params.keys() == kind.params.keys()  # what a kind describes, it also checks
     for name, (holds, expected) in kind.params.items():
         if not holds(params[name]):
@@ -223,4 +223,4 @@ def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -
         params=manifest.params,
         tensors=tensors,
     )
-    return KINDS[manifest.kind].build(parts)
+    return KINDS[manifest.kind].build_policy(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -129,8 +129,9 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
         stack.enter_context(ray_session(settings.ray_address, cpus))
         url = stack.enter_context(running_pool(config))
         workers = f"{config.replicas} workers, threads: {config.worker.threads} each"
+        wait = _catch_signals()
         console.print(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
-        _wait_for_a_signal()
+        wait()
 
 
 def _require_servable(
@@ -158,11 +159,13 @@ def doctor(model: Model = DEFAULT_MODEL) -> None:
         raise typer.Exit(1)
 
 
-def _wait_for_a_signal() -> None:
-    # SIGTERM raises KeyboardInterrupt too (see cli.main). No lock is taken in a handler: a second
-    # signal inside Event.set would wait for the first forever.
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+def _catch_signals() -> Callable[[], object]:
+    """Catch SIGINT and SIGTERM from here on; the function it returns waits for the first."""
+    # A byte in a pipe cannot be missed and raises nothing: a signal that comes before the wait
+    # ends it at once, and a second one does not interrupt the cleaning up.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    return lambda: os.read(told, 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from offramp.deploy.cli import learning, options, serving
+from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.serve.serve_app import PoolConfig
 from offramp.worker import AdaptiveEngine, EngineConfig, Schedule
@@ -181,7 +182,7 @@ def test_recorders_and_the_demos_workers_share_the_cores_too(
         found.append(config.threads)
 
     monkeypatch.setattr(learning, "_require_recordable", recordable)
-    monkeypatch.setattr(serving, "run_demo", demo)
+    monkeypatch.setattr(demo_command, "run_demo", demo)
     cli("record", "--out", tmp_path / "out", "--recorders", 4)
     cli("record", "--out", tmp_path / "out", "--threads", 3)
     cli("demo", "--out", tmp_path / "out")

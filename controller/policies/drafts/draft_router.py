@@ -5,11 +5,8 @@ Shape suffixes: N rows, F features, C columns of outlook, A actions, E exits.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import (
     CANDIDATES_V1,
     MAX_PENDING,
@@ -26,7 +23,7 @@ from offramp.controller.policies.drafts.drafter import (
     open_drafts,
     require_exits,
 )
-from offramp.controller.policies.net import TanhNet, Weights
+from offramp.controller.policies.net import TanhNet, Weights, finite
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.router import targets
 
@@ -118,7 +115,7 @@ class DraftRouter:
 
     def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
         """Logits before the first layer, [N, A]."""
-        return _finite(self.starter.rows(outlook_NC, self._trust_of(outlook_NC)[:, None])).copy()
+        return finite(self.starter.rows(outlook_NC, self._trust_of(outlook_NC)[:, None])).copy()
 
     def route_logits(
         self, here: int, features_NF: FloatArray, outlook_NC: FloatArray
@@ -126,7 +123,7 @@ class DraftRouter:
         """Logits at an exit, −∞ where a jump leads past the last exit, [N, A]."""
         trust_N1 = self._trust_of(outlook_NC)[:, None]
         logits_NA = self.router.rows(features_NF, outlook_NC, trust_N1)
-        masked_NA: FloatArray = _finite(logits_NA) + self._mask_EA[here]
+        masked_NA: FloatArray = finite(logits_NA) + self._mask_EA[here]
         return masked_NA
 
     def _trust_of(self, outlook_NC: FloatArray) -> FloatArray:
@@ -139,11 +136,3 @@ class DraftRouter:
         drafts_N = open_drafts(outlook_NC, self.max_pending)
         estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
         return estimate_N
-
-
-def _finite(logits: FloatArray) -> FloatArray:
-    flat = logits.ravel()
-    # Finite only if all are; np.isfinite(...).all() takes three times as long.
-    if not math.isfinite(flat.dot(flat)):
-        raise PolicyFaultError("the logits are not finite")
-    return logits

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.protocols import Verdict
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.strict import NUMBER, TEXT, list_of
@@ -58,8 +58,8 @@ class ThresholdBandit:
         trade_off: float,
         costs: tuple[float, ...],
         explore: float = 0.1,
-        counts_A: NDArray[np.float64] | None = None,
-        sums_A: NDArray[np.float64] | None = None,
+        counts_A: ArrayLike | None = None,
+        sums_A: ArrayLike | None = None,
         candidates_VK: IntArray | None = None,
     ) -> None:
         require_column(schema, column)
@@ -71,8 +71,8 @@ class ThresholdBandit:
         self.trade_off = trade_off
         self.costs = costs
         self.explore = explore
-        self.counts_A = np.zeros(arms) if counts_A is None else counts_A.astype(np.float64)
-        self.sums_A = np.zeros(arms) if sums_A is None else sums_A.astype(np.float64)
+        self.counts_A = np.zeros(arms) if counts_A is None else np.array(counts_A, np.float64)
+        self.sums_A = np.zeros(arms) if sums_A is None else np.array(sums_A, np.float64)
         self.candidates_VK = candidates_VK
         lengths = (len(self.counts_A), len(self.sums_A), len(costs))
         if not arms or lengths != (arms, arms, len(exits) + 1):
@@ -102,34 +102,6 @@ class ThresholdBandit:
         return int(np.argmax(self.sums_A / self.counts_A + self.explore * bonus_A))
 
 
-def _describe(policy: ThresholdBandit) -> tuple[Params, Tensors]:
-    return {
-        "column": policy.column,
-        "thresholds": [float(each) for each in policy.thresholds],
-        "trade_off": float(policy.trade_off),
-        "costs": [float(each) for each in policy.costs],
-        "explore": float(policy.explore),
-        "counts": policy.counts_A.tolist(),
-        "sums": policy.sums_A.tolist(),
-    }, {}
-
-
-def _build(parts: PolicyParts) -> ThresholdBandit:
-    params = parts.params
-    return ThresholdBandit(
-        exits=parts.exits,
-        schema=parts.required_schema,
-        column=params["column"],
-        thresholds=tuple(params["thresholds"]),
-        trade_off=params["trade_off"],
-        costs=tuple(params["costs"]),
-        explore=params["explore"],
-        counts_A=np.asarray(params["counts"], np.float64),
-        sums_A=np.asarray(params["sums"], np.float64),
-        candidates_VK=parts.candidates_VK,
-    )
-
-
 THRESHOLD_BANDIT = Kind(
     name="threshold_bandit",
     type=ThresholdBandit,
@@ -142,6 +114,5 @@ THRESHOLD_BANDIT = Kind(
         "counts": list_of(NUMBER),
         "sums": list_of(NUMBER),
     },
-    describe=_describe,
-    build=_build,
+    attributes={"counts": "counts_A", "sums": "sums_A"},
 )

@@ -131,13 +131,9 @@ def _log_density(alpha: float, beta: float) -> NDArray[np.float64]:
 
 
 def _describe(policy: BetaThreshold) -> tuple[Params, Tensors]:
-    return {
-        "column": policy.column,
-        "zeta": float(policy.zeta),
-        "fallback": float(policy.fallback),
-        "memory": float(policy.memory),
-        "moments": policy.moments_23.ravel().tolist(),
-    }, {}
+    numbers = {name: float(getattr(policy, name)) for name in ("zeta", "fallback", "memory")}
+    moments = policy.moments_23.ravel().tolist()
+    return {"column": policy.column, **numbers, "moments": moments}, {}
 
 
 def _build(parts: PolicyParts) -> BetaThreshold:

@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next, progress
 from offramp.controller.strict import NUMBER, TEXT
@@ -83,20 +83,6 @@ def require_column(schema: FeatureSchema, column: str) -> None:
         )
 
 
-def _describe(policy: DecayingThreshold) -> tuple[Params, Tensors]:
-    values = {"threshold": float(policy.threshold), "decay": float(policy.decay)}
-    return {"column": policy.column, **values}, {}
-
-
-def _build(parts: PolicyParts) -> DecayingThreshold:
-    return DecayingThreshold(
-        exits=parts.exits,
-        schema=parts.required_schema,
-        candidates_VK=parts.candidates_VK,
-        **parts.params,
-    )
-
-
 def _clear(policy: DecayingThreshold, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
     column_N = features_NF[:, policy.schema.index(policy.column)]
     return np.asarray(np.abs(column_N - policy.thresholds(outlook_NC)) > ROUNDING)
@@ -106,7 +92,5 @@ DECAYING_THRESHOLD = Kind(
     name="decaying_threshold",
     type=DecayingThreshold,
     params={"column": TEXT, "threshold": NUMBER, "decay": NUMBER},
-    describe=_describe,
-    build=_build,
     clear=_clear,
 )

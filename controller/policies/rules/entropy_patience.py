@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.strict import COUNT, NUMBER
 
@@ -84,43 +84,5 @@ class PatienceExit:
         return np.asarray(np.rint(run_N) >= self.patience)
 
 
-def _describe_entropy(policy: EntropyExit) -> tuple[Params, Tensors]:
-    return {"threshold": float(policy.threshold)}, {}
-
-
-def _build_entropy(parts: PolicyParts) -> EntropyExit:
-    return EntropyExit(
-        exits=parts.exits,
-        threshold=parts.params["threshold"],
-        schema=parts.required_schema,
-        candidates_VK=parts.candidates_VK,
-    )
-
-
-def _describe_patience(policy: PatienceExit) -> tuple[Params, Tensors]:
-    return {"patience": int(policy.patience)}, {}
-
-
-def _build_patience(parts: PolicyParts) -> PatienceExit:
-    return PatienceExit(
-        exits=parts.exits,
-        patience=parts.params["patience"],
-        schema=parts.required_schema,
-        candidates_VK=parts.candidates_VK,
-    )
-
-
-ENTROPY = Kind(
-    name="entropy",
-    type=EntropyExit,
-    params={"threshold": NUMBER},
-    describe=_describe_entropy,
-    build=_build_entropy,
-)
-PATIENCE = Kind(
-    name="patience",
-    type=PatienceExit,
-    params={"patience": COUNT},
-    describe=_describe_patience,
-    build=_build_patience,
-)
+ENTROPY = Kind(name="entropy", type=EntropyExit, params={"threshold": NUMBER})
+PATIENCE = Kind(name="patience", type=PatienceExit, params={"patience": COUNT})

@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import CLOSE_LOGIT, Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import CLOSE_LOGIT, Kind
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
 
@@ -81,25 +81,6 @@ def terms(features_NF: FloatArray, mean_F: FloatArray, std_F: FloatArray) -> Flo
     return np.asarray(ones_NF[:, left] * ones_NF[:, right])
 
 
-def _describe(policy: StoppingPolicy) -> tuple[Params, Tensors]:
-    return {}, {
-        "mean": np.ascontiguousarray(policy.mean_F, np.float32),
-        "std": np.ascontiguousarray(policy.std_F, np.float32),
-        "weights": np.ascontiguousarray(policy.weights_EP, np.float32),
-    }
-
-
-def _build(parts: PolicyParts) -> StoppingPolicy:
-    return StoppingPolicy(
-        exits=parts.exits,
-        schema=parts.required_schema,
-        mean_F=parts.tensors["mean"],
-        std_F=parts.tensors["std"],
-        weights_EP=parts.tensors["weights"],
-        candidates_VK=parts.candidates_VK,
-    )
-
-
 def _clear(policy: StoppingPolicy, features_NF: FloatArray, _outlook_NC: FloatArray) -> BoolArray:
     exits = range(len(policy.exits))
     advantages = [np.abs(policy.advantages(here, features_NF)) for here in exits]
@@ -107,5 +88,9 @@ def _clear(policy: StoppingPolicy, features_NF: FloatArray, _outlook_NC: FloatAr
 
 
 STOPPING = Kind(
-    name="stopping", type=StoppingPolicy, describe=_describe, build=_build, clear=_clear
+    name="stopping",
+    type=StoppingPolicy,
+    tensors=("mean", "std", "weights"),
+    attributes={"mean": "mean_F", "std": "std_F", "weights": "weights_EP"},
+    clear=_clear,
 )

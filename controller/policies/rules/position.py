@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.decay import ROUNDING
 from offramp.controller.policies.rules.in_order import progress
@@ -63,16 +63,6 @@ class PositionSchedule:
         return np.full(len(features_NF), here)
 
 
-def _describe(policy: PositionSchedule) -> tuple[Params, Tensors]:
-    return {"deepest": float(policy.deepest), "shallowest": float(policy.shallowest)}, {}
-
-
-def _build(parts: PolicyParts) -> PositionSchedule:
-    return PositionSchedule(
-        exits=parts.exits, schema=parts.schema, candidates_VK=parts.candidates_VK, **parts.params
-    )
-
-
 def _clear(policy: PositionSchedule, _features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
     distances_NE = policy.depths(outlook_NC)[:, None] - np.asarray(policy.exits, np.float32)
     return np.asarray((np.abs(distances_NE) > ROUNDING).all(axis=1))
@@ -82,7 +72,6 @@ POSITION_SCHEDULE = Kind(
     name="position_schedule",
     type=PositionSchedule,
     params={"deepest": NUMBER, "shallowest": NUMBER},
-    describe=_describe,
-    build=_build,
+    needs_schema=False,
     clear=_clear,
 )

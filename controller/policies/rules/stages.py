@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.rules.decay import require_column
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
@@ -63,24 +63,8 @@ class StageThresholds:
         return leave_or_next(here, score_N >= np.float32(self.thresholds[here]))
 
 
-def _describe(policy: StageThresholds) -> tuple[Params, Tensors]:
-    return {"column": policy.column, "thresholds": [float(each) for each in policy.thresholds]}, {}
-
-
-def _build(parts: PolicyParts) -> StageThresholds:
-    return StageThresholds(
-        exits=parts.exits,
-        schema=parts.required_schema,
-        column=parts.params["column"],
-        thresholds=tuple(parts.params["thresholds"]),
-        candidates_VK=parts.candidates_VK,
-    )
-
-
 STAGE_THRESHOLDS = Kind(
     name="stage_thresholds",
     type=StageThresholds,
     params={"column": TEXT, "thresholds": list_of(NUMBER)},
-    describe=_describe,
-    build=_build,
 )

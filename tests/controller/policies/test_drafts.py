@@ -104,7 +104,7 @@ def test_all_are_packed_and_built_again(policy: Any) -> None:
     )
     again = bundle.policy()  # decides the canned inputs anew
     assert type(again) is type(policy)
-    assert kind.describe(again)[0] == kind.describe(policy)[0]
+    assert kind.describe_policy(again)[0] == kind.describe_policy(policy)[0]
     assert again.schema == policy.schema
     assert is_headless(again) == is_headless(policy) == (policy.candidates_VK is not None)
 
