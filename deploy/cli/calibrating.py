@@ -31,20 +31,8 @@ from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Method, Unit, Walked
-from offramp.deploy.cli.console import console
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    CacheMode,
-    Corpus,
-    Device,
-    Dtype,
-    MaxPending,
-    Model,
-    Threads,
-    Translators,
-    parse_kv_mode,
-    require_new_folder,
-)
+from offramp.deploy.cli import options
+from offramp.deploy.cli.console import console, say
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine
@@ -106,21 +94,21 @@ def calibrate_policies(
     latency_budget: LatencyBudget = None,
     energy_budget: EnergyBudget = None,
     out: Out = None,
-    model: Model = DEFAULT_MODEL,
-    corpus: Corpus = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
     documents: Annotated[int, typer.Option(min=1, help="Calibration documents at most.")] = 200,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Read of each at full depth.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each that losses count.")] = 96,
     replay: Annotated[
         bool, typer.Option("--replay", help="Replay full-depth passes: cheaper, and optimistic.")
     ] = False,
-    kv_mode: CacheMode = "project",
-    max_pending: MaxPending = 8,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = 1,
+    kv_mode: options.CacheMode = "project",
+    max_pending: options.MaxPending = 8,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
     slots: Annotated[int, typer.Option(min=1, help="Documents decoded together.")] = 16,
-    translators: Translators = None,
+    translators: options.Translators = None,
 ) -> None:
     """Find the most eager setting whose loss is bounded, and write its certified bundle.
 
@@ -129,10 +117,10 @@ def calibrate_policies(
     promise = parse_promise(delta, epsilon, method, unit)
     require_loss(loss, unit, replay=replay)
     out = out or policies / CERTIFIED
-    require_new_folder("out", out)
+    options.require_new_folder("out", out)
     wish = parse_wish(quality, latency_budget, energy_budget)
     picked, walked = _family(policies, family, steps, wish)
-    mode = parse_kv_mode(kv_mode)
+    mode = options.parse_kv_mode(kv_mode)
     config = EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators)
     spec = WorkerSpec(
         model=model, dtype=dtype, device=device, threads=threads, slots=slots, engine=config
@@ -241,18 +229,16 @@ def _announce(
     picked: Picked | None,
 ) -> None:
     if picked is not None:
-        console.print(
+        say(
             f"walking up to {picked.policy}: {picked.value:.3f}{picked.how} "
-            f"on {picked.split} documents",
-            soft_wrap=True,
+            f"on {picked.split} documents"
         )
     bound = f"{losses.loss} ≤ {promise.delta:g}"
     if promise.epsilon is not None:
         bound += f" with probability ≥ {1 - promise.epsilon:g}"
-    console.print(
+    say(
         f"{family.name}, {family.parameter}: {bound} ({promise.method}), "
-        f"{len(windows)} unseen documents, {losses.decode_mode}",
-        soft_wrap=True,
+        f"{len(windows)} unseen documents, {losses.decode_mode}"
     )
 
 
@@ -279,12 +265,10 @@ def save_calibration(out: Path, promise: Promise, found: Calibration) -> None:
 
 def _conclude(found: Calibration, picked: Picked | None, out: Path) -> None:
     if found.bundle is None:
-        console.print(f"nothing is certified: full depth remains ({out / REPORT})", soft_wrap=True)
+        say(f"nothing is certified: full depth remains ({out / REPORT})")
         raise typer.Exit(NOTHING_CERTIFIED)
     certificate = found.bundle.manifest.certificate
     assert certificate is not None
     if not found.outcome.walked[-1].passed and picked is not None:
         console.print(f"the walk ended before {picked.policy}: a safer setting is certified")
-    console.print(
-        f"certified λ {certificate.setting:.4f}: {certificate.statement} → {out}", soft_wrap=True
-    )
+    say(f"certified λ {certificate.setting:.4f}: {certificate.statement} → {out}")

@@ -26,6 +26,11 @@ if not console.is_terminal:
     console = Console(highlight=False, width=NARROWEST)
 
 
+def say(text: str) -> None:
+    """Print a sentence whole: a terminal wraps it, a pipe or a file gets one line."""
+    console.print(text, soft_wrap=True)
+
+
 class Advance(Protocol):
     """Moves a progress bar."""
 

@@ -18,7 +18,7 @@ from offramp.controller.release.publisher import Publisher, Release, require_sai
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head
 from offramp.controller.release.signing import load_public_key, open_envelope, trusted_keys
-from offramp.deploy.cli.console import console
+from offramp.deploy.cli.console import console, say
 from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 
@@ -48,10 +48,9 @@ def publish(
     require_said(bundle.manifest, uncertified)
     with _publisher() as (publisher, _):
         release = release_bundle(publisher, bundle, uncertified=uncertified)
-        console.print(
+        say(
             f"generation {release.generation} published ({release.digest[:12]}), "
-            f"{standing(bundle.manifest)}",
-            soft_wrap=True,
+            f"{standing(bundle.manifest)}"
         )
         if serve:
             publisher.promote(release.generation)
@@ -87,7 +86,7 @@ def status() -> None:
         acks = registry.acks()
     finally:
         registry.close()
-    console.print("head: none" if head is None else _head_line(head, settings), soft_wrap=True)
+    say("head: none" if head is None else _head_line(head, settings))
     table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
     for ack in sorted(acks, key=lambda each: each.worker):
         age_s = f"{time.time() - ack.at:.1f}"

@@ -9,8 +9,8 @@ from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.drafting.teach import teach_drafters, time_drafting
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.training.train_config import load_config
+from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
-from offramp.deploy.cli.options import require_new_folder
 from offramp.worker.spec import WorkerSpec, load_engine
 
 TIMED = 10
@@ -38,7 +38,7 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
         config = load_config(path, DraftingConfig)
     else:
         config = replace(config, ppo=replace(config.ppo, steps=steps))
-    require_new_folder("out", out)
+    options.require_new_folder("out", out)
     engine = load_engine(WorkerSpec(model=config.model, threads=config.threads, slots=1))
     with progress("record", "") as advance:
         taught = teach_drafters(

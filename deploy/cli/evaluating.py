@@ -32,21 +32,8 @@ from offramp.agents.recording.training_data import load_training_data
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.deploy.cli.console import console, progress
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    CacheMode,
-    Corpus,
-    Device,
-    Documents,
-    Dtype,
-    MaxPending,
-    Model,
-    Seed,
-    Threads,
-    Translators,
-    parse_kv_mode,
-)
+from offramp.deploy.cli import options
+from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -70,9 +57,9 @@ def add_to(app: typer.Typer) -> None:
 def evaluate_policies(
     policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
     traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
-    model: Model = DEFAULT_MODEL,
-    corpus: Corpus = None,
-    documents: Documents = 320,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
+    documents: options.Documents = 320,
     validation_documents: Annotated[
         int, typer.Option(min=2, help="Documents the choice is made on.")
     ] = 16,
@@ -86,13 +73,13 @@ def evaluate_policies(
         float | None,
         typer.Option(help="Choose by this relative loss of line-completion edit similarity."),
     ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = 1,
-    kv_mode: CacheMode = "project",
-    max_pending: MaxPending = 8,
-    translators: Translators = None,
-    seed: Seed = 0,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    kv_mode: options.CacheMode = "project",
+    max_pending: options.MaxPending = 8,
+    translators: options.Translators = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Choose a policy on validation documents and report every policy on test documents."""
     config = AssessConfig(
@@ -108,7 +95,7 @@ def evaluate_policies(
         threads=threads,
         seed=seed,
     )
-    mode = parse_kv_mode(kv_mode)
+    mode = options.parse_kv_mode(kv_mode)
     spec = WorkerSpec(
         model=model,
         dtype=dtype,
@@ -124,7 +111,7 @@ def evaluate_policies(
         found = assess(config, engine, contenders, lambda _, *count: advance(*count))
     save_assessment(policies, contenders, found, engine, config)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
-    console.print(f"energy: {found.energy.label}", soft_wrap=True)
+    say(f"energy: {found.energy.label}")
     console.print(f"{found.reason} → {policies / CHOSEN}")
     console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
 

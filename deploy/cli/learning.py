@@ -17,26 +17,9 @@ from offramp.agents.recording.recording import is_whole
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
+from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.drafting import teach
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    Corpus,
-    Costs,
-    Device,
-    Documents,
-    Dtype,
-    Model,
-    Seed,
-    SharedThreads,
-    Threads,
-    Translators,
-    parse_layers,
-    parse_shares,
-    parse_threads,
-    require_loadable,
-    require_new_folder,
-)
 from offramp.deploy.cli.train_by_file import train_by_file
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
@@ -53,19 +36,19 @@ def add_to(app: typer.Typer) -> None:
 
 def record(
     out: Annotated[Path, typer.Option(help="New folder for the traces.")],
-    model: Model = DEFAULT_MODEL,
-    corpus: Corpus = None,
-    documents: Documents = 320,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
+    documents: options.Documents = 320,
     tokens_per_document: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
     exits: Annotated[
         str, typer.Option(help="Layers to probe, like 3,6,9 [default: quarters of the depth].")
     ] = "",
     candidates: Annotated[int, typer.Option(min=2, help="Candidate tokens per token.")] = 64,
     recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: SharedThreads = "auto",
-    translators: Translators = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.SharedThreads = "auto",
+    translators: options.Translators = None,
     states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a recording that was cut off.")
@@ -78,19 +61,19 @@ def record(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
             dtype=dtype,
             device=device,
-            threads=parse_threads(threads, recorders),
+            threads=options.parse_threads(threads, recorders),
             engine=EngineConfig(translators=translators and translators.resolve()),
         ),
         corpus=corpus,
         documents=documents,
         tokens_per_document=tokens_per_document,
-        exits=parse_layers("exits", exits),
+        exits=options.parse_layers("exits", exits),
         candidates=candidates,
         recorders=recorders,
         states=states,
     )
     if not resume:
-        require_new_folder("out", out)
+        options.require_new_folder("out", out)
     elif is_whole(out):
         console.print(f"{out} holds a finished recording; it is left alone")
         return
@@ -112,14 +95,14 @@ def train_policies(
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
     model: Annotated[
         str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
-    ] = DEFAULT_MODEL,
+    ] = options.DEFAULT_MODEL,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
     ] = ".92,.95,.97,.985",
-    costs: Costs = None,
-    threads: Threads = 1,
-    seed: Seed = 0,
+    costs: options.Costs = None,
+    threads: options.Threads = 1,
+    seed: options.Seed = 0,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with more settings; see docs/training.md.")
     ] = None,
@@ -147,14 +130,14 @@ def train_policies(
         raise ConfigError("traces", "is not given", "Name the folder, or give --config")
     if resume or seeds or ray_address:
         raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
-    require_new_folder("out", out)
+    options.require_new_folder("out", out)
     settings = TrainConfig(
         traces=str(traces),
         costs=str(costs or ""),
         families=GATE_FAMILIES,
         seed=seed,
         threads=threads,
-        targets=parse_shares("targets", targets),
+        targets=options.parse_shares("targets", targets),
         gate=PPOConfig(steps=steps),
     )
     with progress("train", "steps") as advance:
@@ -176,7 +159,7 @@ def _require_unused(options: Mapping[str, object]) -> None:
 
 def _require_recordable(config: RecordConfig, settings: Settings) -> None:
     """Every check that needs no worker, before Ray is started."""
-    require_loadable(config.worker, settings)
+    options.require_loadable(config.worker, settings)
     layers, vocab = layers_and_vocab(config.worker.model)
     if config.exits and config.exits[-1] >= layers:
         raise ConfigError(

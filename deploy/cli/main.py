@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from offramp.controller.errors import OfframpError
-from offramp.deploy.cli.console import console
+from offramp.deploy.cli.console import say
 
 TOPICS = {
     "record": "cli.learning",
@@ -55,5 +55,5 @@ def main() -> None:
     try:
         build_app(sys.argv[1:])()
     except (OfframpError, OSError) as error:
-        console.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
+        say(f"[bold red]error[/] {escape(str(error))}")
         sys.exit(1)

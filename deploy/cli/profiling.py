@@ -14,18 +14,8 @@ from offramp.controller.costs.prices import LEAST_REPEATS
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
-from offramp.deploy.cli.console import console, progress
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    Dtype,
-    Model,
-    Threads,
-    Translators,
-    parse_layers,
-    require_loadable,
-    require_writable,
-)
+from offramp.deploy.cli import options
+from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import costs_table, spans_table
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
@@ -42,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def profile(
     out: Annotated[Path, typer.Option(help="File for the cost table (JSON).")],
-    model: Model = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     traces: Annotated[
         Path | None,
         typer.Option(help="Recording whose candidate table is probed [default: a random table]."),
@@ -62,17 +52,17 @@ def profile(
         float, typer.Option(help="Go on until no 95 % interval is wider than ± this share.")
     ] = 0.05,
     limit_s: Annotated[float, typer.Option(help="Stop after so many seconds in any case.")] = 300.0,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = 1,
-    translators: Translators = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    translators: options.Translators = None,
 ) -> None:
     """Measure what layers, head, probes, decisions and fills cost on this machine."""
     config = ProfileConfig(
-        rows=parse_layers("rows", rows),
-        tokens=parse_layers("tokens", tokens),
+        rows=options.parse_layers("rows", rows),
+        tokens=options.parse_layers("tokens", tokens),
         context=context,
-        exits=parse_layers("exits", exits),
+        exits=options.parse_layers("exits", exits),
         half_width=half_width,
         limit_s=limit_s,
     )
@@ -84,8 +74,8 @@ def profile(
         slots=config.rows[-1],
         engine=EngineConfig(translators=translators),
     )
-    require_writable("out", out)
-    require_loadable(spec, Settings.from_environment())
+    options.require_writable("out", out)
+    options.require_loadable(spec, Settings.from_environment())
     table_VK = _candidates(model, traces, candidates)
     with progress("profile", "s") as advance:
         found = measure_costs(
@@ -106,7 +96,7 @@ def _warn(found: Profile, half_width: float) -> None:
         warning = f"wider than ±{half_width:.0%} after {found.rounds} rounds: {parts}"
     else:
         return
-    console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
+    say(f"[yellow]warning[/] {warning}")
 
 
 def _show(costs: CostTable) -> None:
@@ -115,10 +105,9 @@ def _show(costs: CostTable) -> None:
     console.print(spans_table(costs))
     joules = costs.at(1).full_j
     energy = "unknown" if joules is None else f"{joules * 1e3:.2f} mJ"
-    console.print(
+    say(
         f"a token at full depth: {costs.full_s * 1e3:.2f} ms, {energy} "
-        f"({costs.energy_method}: {costs.energy_source})",
-        soft_wrap=True,
+        f"({costs.energy_method}: {costs.energy_source})"
     )
 
 

@@ -14,27 +14,9 @@ import typer
 from rich.markup import escape
 
 from offramp.controller.release.signing import load_public_key
-from offramp.deploy.cli.console import console
+from offramp.deploy.cli import options
+from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    CacheBudget,
-    CacheMode,
-    Device,
-    Dtype,
-    HoldPatience,
-    HoldRows,
-    Holds,
-    MaxPending,
-    Model,
-    PrefillTokens,
-    SharedThreads,
-    Translators,
-    parse_kv_mode,
-    parse_schedule,
-    parse_threads,
-    require_loadable,
-)
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import (
@@ -55,7 +37,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Model = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name clients ask for [default: the folder's name].")
     ] = None,
@@ -71,17 +53,17 @@ def serve(
         Path | None,
         typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME]."),
     ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: SharedThreads = "auto",
-    kv_mode: CacheMode = "project",
-    hold: Holds = None,
-    hold_rows: HoldRows = 4,
-    hold_patience: HoldPatience = 4,
-    prefill_tokens: PrefillTokens = 256,
-    max_pending: MaxPending = 8,
-    kv_budget_mb: CacheBudget = None,
-    translators: Translators = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.SharedThreads = "auto",
+    kv_mode: options.CacheMode = "project",
+    hold: options.Holds = None,
+    hold_rows: options.HoldRows = 4,
+    hold_patience: options.HoldPatience = 4,
+    prefill_tokens: options.PrefillTokens = 256,
+    max_pending: options.MaxPending = 8,
+    kv_budget_mb: options.CacheBudget = None,
+    translators: options.Translators = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
@@ -90,11 +72,11 @@ def serve(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
             dtype=dtype,
             device=device,
-            threads=parse_threads(threads, replicas),
+            threads=options.parse_threads(threads, replicas),
             slots=slots,
             engine=EngineConfig(
-                kv_mode=parse_kv_mode(kv_mode),
-                schedule=parse_schedule(hold, hold_rows, hold_patience),
+                kv_mode=options.parse_kv_mode(kv_mode),
+                schedule=options.parse_schedule(hold, hold_rows, hold_patience),
                 prefill_tokens=prefill_tokens,
                 max_pending=max_pending,
                 kv_budget_mb=kv_budget_mb,
@@ -138,7 +120,7 @@ def _require_servable(
     config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
 ) -> None:
     """Every check that needs no worker, before anything is written or started."""
-    require_loadable(config.worker, settings)
+    options.require_loadable(config.worker, settings)
     require_free(config.host, config.port)
     if trust is not None:
         load_public_key(trust)
@@ -148,12 +130,12 @@ def _require_servable(
         open_registry(settings).close()
 
 
-def doctor(model: Model = DEFAULT_MODEL) -> None:
+def doctor(model: options.Model = options.DEFAULT_MODEL) -> None:
     """Check what offramp needs on this machine, and say what is missing."""
     problems = 0
     for check in examine(model, Settings.from_environment()):
         mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
-        console.print(f"{mark} {check.name}: {escape(check.detail)}", soft_wrap=True)
+        say(f"{mark} {check.name}: {escape(check.detail)}")
         problems += not check.passed
     if problems:
         raise typer.Exit(1)

@@ -14,8 +14,8 @@ from offramp.agents.training.sweep import sweep
 from offramp.agents.training.train import complete, open_run
 from offramp.agents.training.train_config import TrainConfig, load_config
 from offramp.controller.errors import ConfigError
+from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
-from offramp.deploy.cli.options import require_new_folder
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
 
@@ -51,7 +51,7 @@ def train_by_file(
     address = ray_address or Settings.from_environment().ray_address
     numbers = parse_seeds(seeds)
     if not resume:
-        require_new_folder("out", out)
+        options.require_new_folder("out", out)
     rounds = config.onpolicy.rounds if ON_POLICY in config.families else 0
     needs_ray = bool(numbers) or rounds > 0
     if needs_ray:

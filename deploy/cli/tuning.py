@@ -9,19 +9,8 @@ import typer
 
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
+from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    Corpus,
-    Device,
-    Documents,
-    Dtype,
-    Model,
-    Seed,
-    Threads,
-    parse_layers,
-    require_new_folder,
-)
 from offramp.deploy.cli.tables import tuning_table
 
 
@@ -32,9 +21,9 @@ def add_to(app: typer.Typer) -> None:
 
 def tune_exits(
     out: Annotated[Path, typer.Option(help="Folder for the translators.")],
-    model: Model = DEFAULT_MODEL,
-    corpus: Corpus = None,
-    documents: Documents = 320,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
+    documents: options.Documents = 320,
     exits: Annotated[
         str, typer.Option(help="Layers to fit, like 3,6,9 [default: quarters of the depth].")
     ] = "",
@@ -49,17 +38,17 @@ def tune_exits(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
     ] = False,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    threads: Threads = 1,
-    seed: Seed = 0,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = 1,
+    seed: options.Seed = 0,
 ) -> None:
     """Fit exit translators to a model that was not trained to exit; full depth stays as it is."""
     config = TuneConfig(
         model=model,
         corpus=corpus,
         documents=documents,
-        exits=parse_layers("exits", exits),
+        exits=options.parse_layers("exits", exits),
         rank=rank,
         steps=steps,
         batch_tokens=batch_tokens,
@@ -75,7 +64,7 @@ def tune_exits(
     )
     require_exits(config)
     if not resume:
-        require_new_folder("out", out)
+        options.require_new_folder("out", out)
     with progress("tune", "tokens") as advance:
         report = tune(config, out, resume=resume, on_tokens=advance)
     console.print(tuning_table(report))

@@ -8,14 +8,7 @@ from typing import Annotated
 
 import typer
 
-from offramp.deploy.cli.options import (
-    DEFAULT_MODEL,
-    Model,
-    Seed,
-    SharedThreads,
-    parse_threads,
-    require_folder,
-)
+from offramp.deploy.cli import options
 from offramp.deploy.demo.closed_loop import run_demo
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.serve.publishing import open_registry
@@ -29,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo(
-    model: Model = DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
         "runs/demo"
     ),
@@ -37,14 +30,14 @@ def demo(
         bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
-    threads: SharedThreads = "auto",
-    seed: Seed = 0,
+    threads: options.SharedThreads = "auto",
+    seed: options.Seed = 0,
 ) -> None:
     """Run the closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
     settings = Settings.from_environment()
     config = DemoConfig(model=model, out=out, port=port, seed=seed)
-    config = replace(config, threads=parse_threads(threads, config.replicas))
-    require_folder("out", out)
+    config = replace(config, threads=options.parse_threads(threads, config.replicas))
+    options.require_folder("out", out)
     if port:
         require_free(LOOPBACK[0], port)
     if settings.redis_url is not None:

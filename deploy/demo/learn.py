@@ -14,7 +14,7 @@ from offramp.agents.recording.record import RecordConfig, RecordReport, record_t
 from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
-from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.deploy.demo.demo_config import DemoConfig
@@ -79,7 +79,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
         "  wall time per token over KV-cached full depth, interleaved at batch 1, 95 % intervals;\n"
         f"  energy likewise ({found.energy.label})"
     )
-    console.print(f"  {found.reason}", soft_wrap=True)
+    say(f"  {found.reason}")
     return learned
 
 

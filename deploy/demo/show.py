@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from offramp.deploy.cli.console import console
+from offramp.deploy.cli.console import console, say
 from offramp.deploy.demo.traffic import StreamRecord, tokens_per_s
 
 DEPTH_STYLES = ("green", "cyan", "yellow", "magenta", "red")
@@ -21,7 +21,7 @@ def show_completion(record: StreamRecord) -> None:
     line = Text(record.prompt[-120:], style="dim")
     for text, layer in zip(record.texts, record.exit_layers, strict=True):
         line.append(text, style=_style(layer, seen))
-    console.print(line, soft_wrap=True)
+    say(line)
     legend = Text("  layers: ")
     for layer in seen:
         count = record.exit_layers.count(layer)

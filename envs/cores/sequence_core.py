@@ -11,19 +11,18 @@ import math
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, BoolArray, FloatArray
-from offramp.controller.traces import TraceHeader
+from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, FloatArray
 from offramp.envs.charges.pending import PendingTokens, added_by_pending
 from offramp.envs.charges.token_costs import TokenCosts
-from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
+from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range
 from offramp.envs.cores.batch import Finals, IndexArray, RewardArray, StepBatch
 from offramp.envs.cores.history import ACTIVE, PENDING, History
-from offramp.envs.cores.token_core import checked_costs, checked_tokens
-from offramp.envs.cores.walk import ActionKind, Actions, Walk
+from offramp.envs.cores.token_core import TokenExitCore, checked_costs
+from offramp.envs.cores.walk import ActionKind, Actions
 from offramp.envs.traces.sequences import Sequences
 from offramp.envs.traces.tokens import Quality, TokenTraces
 
@@ -37,7 +36,7 @@ DebtMode = Literal["project", "defer"]
 """What becomes of skipped layers: projected at once, or run later by the token that goes past."""
 
 
-class SequenceExitCore:
+class SequenceExitCore(TokenExitCore):
     """B parallel episodes, each a run of recorded tokens of one document.
 
     ``SequenceExitEnv`` documents observations, actions and reward. Runs are drawn uniformly from
@@ -97,12 +96,15 @@ class SequenceExitCore:
         token_costs = [
             TokenCosts.of(costs, header.exits, each, fills=not is_deferred) for each in rows
         ]
-        self.num_envs = num_envs
-        self.objectives = token_costs[0].objectives
-        self.rng = np.random.default_rng()
-        self.actions = Actions(actions, len(header.exits), jumps, asks_first, ends)
-        self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
-        self._walk = Walk(traces, token_costs, self.actions, num_envs)
+        self._set_up(
+            traces,
+            token_costs,
+            Actions(actions, len(header.exits), jumps, asks_first, ends),
+            num_envs,
+            (lambda_range, energy_range),
+            quality,
+            autoreset,
+        )
         self._pending: PendingTokens | None = None
         if is_deferred:
             added_MO = added_by_pending(costs, max_pending, pending_share)
@@ -110,61 +112,19 @@ class SequenceExitCore:
                 header.exits, header.layers, max_pending, added_MO, num_envs
             )
         self.num_columns = self._walk.width + OUTLOOK_V1.width + len(self.weights.names)
-        self._autoreset = autoreset
         self._debt_loss, self._debt_power = 0.0 if is_deferred else debt_loss, debt_power
         self._max_pending = max_pending
         self._active_C = np.array(rows, np.float64) / max(rows)
         self._sequences = Sequences(traces, horizon)
-        self._set_tables(traces, header, quality)
-        self._history = History(num_envs, self._layer_E1)
+        self._full, self._layers = len(header.exits), header.layers
+        self._history = History(num_envs, self._layer_E1.astype(np.float64))
         self.reset()
 
-    def _set_tables(self, traces: TokenTraces, header: TraceHeader, quality: Quality) -> None:
-        self._quality_NE1 = traces.quality(quality)
-        self._agree_NE1 = traces.quality("agreement")
-        self._full = len(header.exits)
-        self._layer_E1 = np.array([*header.exits, header.layers], np.float64)
-        self._layers = header.layers
-
-    def reset(
-        self,
-        seed: int | np.random.Generator | None = None,
-        *,
-        tokens: ArrayLike | None = None,
-        lambdas: ArrayLike | None = None,
-        mus: ArrayLike | None = None,
-    ) -> FloatArray:
-        """Start B new episodes and return their observations [B, D].
-
-        Args:
-            seed: New seed or generator; None goes on with the present one.
-            tokens: Rows of the traces where runs start, one or B; None draws them.
-            lambdas: Weights of latency to start with, one or B; None draws them.
-            mus: Weights of energy.
-
-        Raises:
-            ConfigError: a token or weight is out of range.
-        """
-        if seed is not None:
-            self.rng = np.random.default_rng(seed)
-        everyone = np.arange(self.num_envs)
+    def _allocate(self) -> None:
         self._total_BV = np.zeros((self.num_envs, len(self.objectives)), np.float64)
         # Sums over an episode's tokens: layers, agreement, probes, tokens never asked.
         self._sums_B4 = np.zeros((self.num_envs, 4), np.float64)
         self._start_B = np.zeros(self.num_envs, np.int64)
-        self._begin(everyone)
-        if tokens is not None:
-            given = checked_tokens(tokens, len(self._quality_NE1))
-            self._place(everyone, np.broadcast_to(given, self.num_envs))
-        if lambdas is not None:
-            self.weights.assign("lambda", lambdas)
-        if mus is not None:
-            self.weights.assign("mu", mus)
-        return self._observe()
-
-    def action_masks(self) -> BoolArray:
-        """Which actions lead somewhere that no lower action does, [B, A]."""
-        return self.actions.masks(self._walk.here_B)
 
     def step(self, actions_B: NDArray[Any]) -> StepBatch:
         """Act in every episode.
@@ -185,7 +145,7 @@ class SequenceExitCore:
         self._run_unasked(done_K, vector_BV)
         self._total_BV += vector_BV
         ended_K = done_K[self._history.left_B[done_K] == 0]
-        finals = self._end(ended_K)
+        finals = self._finish(ended_K)
         terminated_B = np.zeros(self.num_envs, np.bool_)
         terminated_B[ended_K] = True
         reward_B = self.weights.reward(vector_BV)
@@ -258,7 +218,7 @@ class SequenceExitCore:
         self._seen_BD = obs_BD.copy()  # what is returned is the caller's
         return obs_BD
 
-    def _end(self, place_K: IndexArray) -> Finals:
+    def _finish(self, place_K: IndexArray) -> Finals:
         tokens_K = self._history.step_B[place_K]
         means_KV = self._total_BV[place_K] / tokens_K[:, None]
         sums_K4 = self._sums_B4[place_K]
@@ -272,11 +232,8 @@ class SequenceExitCore:
             "tokens": tokens_K,
             "token": self._start_B[place_K],
         }
-        if "energy" in self.objectives:
-            info["energy"] = -means_KV[:, 2]
-        for w, name in enumerate(self.weights.names):
-            info[name] = self.weights.value_BW[place_K, w]
-        return Finals(place_K, self._seen_BD[place_K], info)
+        energy_K = -means_KV[:, 2] if "energy" in self.objectives else None
+        return Finals(place_K, self._seen_BD[place_K], self._with_weights(info, place_K, energy_K))
 
 
 def _check_mode(

@@ -7,6 +7,7 @@ V = 1 + O objectives of a reward vector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import BoolArray, FloatArray
 from offramp.envs.charges.token_costs import ENERGY, LATENCY, TokenCosts, costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
-from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
+from offramp.envs.cores.batch import Finals, IndexArray, RewardArray, StepBatch
 from offramp.envs.cores.walk import ActionKind, Actions, Walk
 from offramp.envs.traces.pairs import schema_of
 from offramp.envs.traces.tokens import Quality, TokenTraces
@@ -72,20 +73,38 @@ class TokenExitCore:
     ) -> None:
         costs = checked_costs(traces, costs, num_envs)
         exits = traces.header.exits
-        token_costs = TokenCosts.of(costs, exits)
-        self.num_envs = num_envs
-        self.objectives = token_costs.objectives
-        self.rng = np.random.default_rng()
-        self.actions = Actions(actions, len(exits), jumps, asks_first, ends)
-        self.weights = Weights(num_envs, lambda_range, energy_range, "energy" in self.objectives)
-        self._walk = Walk(traces, [token_costs], self.actions, num_envs)
+        self._set_up(
+            traces,
+            [TokenCosts.of(costs, exits)],
+            Actions(actions, len(exits), jumps, asks_first, ends),
+            num_envs,
+            (lambda_range, energy_range),
+            quality,
+            autoreset,
+        )
         self.num_columns = self._walk.width + len(self.weights.names)
+        self.reset()
+
+    def _set_up(
+        self,
+        traces: TokenTraces,
+        token_costs: Sequence[TokenCosts],
+        actions: Actions,
+        num_envs: int,
+        ranges: tuple[Range, Range | None],
+        quality: Quality,
+        autoreset: bool,
+    ) -> None:
+        self.num_envs = num_envs
+        self.objectives = token_costs[0].objectives
+        self.rng = np.random.default_rng()
+        self.actions = actions
+        self.weights = Weights(num_envs, *ranges, "energy" in self.objectives)
+        self._walk = Walk(traces, token_costs, actions, num_envs)
         self._autoreset = autoreset
-        self._tokens = len(traces)
         self._quality_NE1 = traces.quality(quality)
         self._agree_NE1 = traces.quality("agreement")
-        self._layer_E1 = np.array([*exits, traces.header.layers], np.int64)
-        self.reset()
+        self._layer_E1 = np.array([*traces.header.exits, traces.header.layers], np.int64)
 
     def reset(
         self,
@@ -109,16 +128,16 @@ class TokenExitCore:
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         everyone = np.arange(self.num_envs)
-        self._spent_BO = np.zeros((self.num_envs, len(self.objectives) - 1), np.float64)
+        self._allocate()
         self._begin(everyone)
         if tokens is not None:
-            given = checked_tokens(tokens, self._tokens)
-            self._walk.begin(everyone, np.broadcast_to(given, self.num_envs))
+            given = checked_tokens(tokens, len(self._quality_NE1))
+            self._place(everyone, np.broadcast_to(given, self.num_envs))
         if lambdas is not None:
             self.weights.assign("lambda", lambdas)
         if mus is not None:
             self.weights.assign("mu", mus)
-        return self._observe(everyone)
+        return self._observe()
 
     def action_masks(self) -> BoolArray:
         """Which actions lead somewhere that no lower action does, [B, A]."""
@@ -143,17 +162,26 @@ class TokenExitCore:
         self._walk.advance(target_B)
         if self._autoreset:
             self._begin(ended_K)
-        obs_BD = self._observe(np.arange(self.num_envs))
+        obs_BD = self._observe()
         if not self._autoreset:
             obs_BD[ended_K] = finals.obs_KD
         return StepBatch(obs_BD, reward_B, terminated_B, finals, vector_BV)
 
+    def _allocate(self) -> None:
+        self._spent_BO = np.zeros((self.num_envs, len(self.objectives) - 1), np.float64)
+
     def _begin(self, place_K: IndexArray) -> None:
-        self._spent_BO[place_K] = 0
-        self._walk.begin(place_K, self.rng.integers(self._tokens, size=len(place_K)))
+        self._place(place_K, self.rng.integers(len(self._quality_NE1), size=len(place_K)))
         self.weights.draw(self.rng, place_K)
 
-    def _observe(self, place_K: IndexArray) -> FloatArray:
+    def _place(self, place_K: IndexArray, token_K: IndexArray) -> None:
+        self._spent_BO[place_K] = 0
+        self._walk.begin(place_K, token_K)
+
+    def _observe(self) -> FloatArray:
+        return self._observe_at(np.arange(self.num_envs))
+
+    def _observe_at(self, place_K: IndexArray) -> FloatArray:
         obs_KD = np.empty((len(place_K), self.num_columns), np.float32)
         self._walk.observe(obs_KD, place_K)
         obs_KD[:, self._walk.width :] = self.weights.log_BW[place_K]
@@ -169,11 +197,19 @@ class TokenExitCore:
             "agree": self._agree_NE1[token_K, column_K].astype(np.float64),
             "token": token_K,
         }
-        if "energy" in self.objectives:
-            info["energy"] = self._spent_BO[place_K, ENERGY]
+        energy_K = self._spent_BO[place_K, ENERGY] if "energy" in self.objectives else None
+        info = self._with_weights(info, place_K, energy_K)
+        return Finals(place_K, self._observe_at(place_K), info)
+
+    def _with_weights(
+        self, info: dict[str, NDArray[Any]], place_K: IndexArray, energy_K: RewardArray | None
+    ) -> dict[str, NDArray[Any]]:
+        """The info columns of ended episodes, with their energy, if known, and their weights."""
+        if energy_K is not None:
+            info["energy"] = energy_K
         for w, name in enumerate(self.weights.names):
             info[name] = self.weights.value_BW[place_K, w]
-        return Finals(place_K, self._observe(place_K), info)
+        return info
 
 
 def checked_tokens(tokens: ArrayLike, count: int) -> IndexArray:
