@@ -24,10 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from offramp.agents.calibration.calibration_documents import (
-    calibration_windows,
-    unseen_documents,
-)
+from offramp.agents.calibration.calibration_documents import calibration_windows, unseen_documents
 from offramp.agents.calibration.fixed_sequence import (
     LossesOf,
     WalkResult,

@@ -65,12 +65,7 @@ def hindsight(traces: TokenTraces, costs: CostTable) -> float:
 
     It leaves at the first right exit, or verifies unasked; it still pays one probe per draft.
     """
-    core = DraftExitCore(
-        traces,
-        costs,
-        num_envs=len(traces.documents),
-        autoreset=False,
-    )
+    core = DraftExitCore(traces, costs, num_envs=len(traces.documents), autoreset=False)
     core.reset(tokens=np.flatnonzero(np.diff(traces.document_N, prepend=-1)))
     exits = core.exits
     ended = False

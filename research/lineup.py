@@ -14,9 +14,7 @@ from offramp.research.rulebook import GREEN_CODE, PUBLISHED
 
 
 def train_lineup(
-    config: TrainConfig,
-    folder: Path,
-    on_steps: Callable[[str, int, int], None] = lambda *_: None,
+    config: TrainConfig, folder: Path, on_steps: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[Contender]:
     """Train, place and save every family; GREEN-CODE if the traces hold hidden states.
 

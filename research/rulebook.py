@@ -14,20 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.agents.learning.phat import train_phat
-from offramp.agents.placing.contenders import (
-    GRID,
-    Contender,
-    measured,
-    nearest,
-    placed,
-)
-from offramp.agents.training.families import (
-    BEST_EXITS,
-    JUMPS,
-    PROBABILITIES,
-    classifiers,
-    register,
-)
+from offramp.agents.placing.contenders import GRID, Contender, measured, nearest, placed
+from offramp.agents.training.families import BEST_EXITS, JUMPS, PROBABILITIES, classifiers, register
 from offramp.agents.training.train_config import GATE_FAMILIES
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.features import SOFTMAX_V2, STATE_V1, FeatureSchema
@@ -38,11 +26,7 @@ from offramp.controller.policies.rules.position import PositionSchedule
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.research.fitting.backward_induction import fit_stopping
 from offramp.research.fitting.budget import fit_budget
-from offramp.research.fitting.greencode import (
-    GreenCodeConfig,
-    greencode_policy,
-    train_greencode,
-)
+from offramp.research.fitting.greencode import GreenCodeConfig, greencode_policy, train_greencode
 from offramp.research.fitting.online import fit_bandit, fit_beta
 
 TRADE_OFFS = np.geomspace(0.02, 2.0, GRID)

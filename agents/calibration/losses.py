@@ -23,11 +23,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.calibration.calibration_documents import (
-    LINES,
-    LONGEST,
-    CalibrationDocument,
-)
+from offramp.agents.calibration.calibration_documents import LINES, LONGEST, CalibrationDocument
 from offramp.agents.calibration.pvalues import Losses
 from offramp.agents.evaluation.lines import Line, complete, edit_similarity
 from offramp.agents.evaluation.statistics import Floats
@@ -107,10 +103,7 @@ class OnPolicy(TokenLosses):
     """
 
     def __init__(
-        self,
-        engine: AdaptiveEngine,
-        documents: Sequence[CalibrationDocument],
-        prompt_tokens: int,
+        self, engine: AdaptiveEngine, documents: Sequence[CalibrationDocument], prompt_tokens: int
     ) -> None:
         self.decode_mode: DecodeMode = serving_mode(engine)
         self.new_tokens = _counted(documents, prompt_tokens)

@@ -162,11 +162,7 @@ def _family(
 ) -> SettingFamily:
     distinct = tuple(dict.fromkeys(float(setting) for setting in settings))
     return SettingFamily(
-        name=point.family,
-        parameter=parameter,
-        settings=distinct,
-        build=build,
-        bundle=point.bundle,
+        name=point.family, parameter=parameter, settings=distinct, build=build, bundle=point.bundle
     )
 
 

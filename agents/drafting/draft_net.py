@@ -108,10 +108,7 @@ def tanh_net(inputs: int, widths: Sequence[int]) -> nn.Sequential:
 
 
 def router_of(
-    model: Any,
-    exits: tuple[int, ...],
-    max_pending: int,
-    candidates_VK: IntArray | None = None,
+    model: Any, exits: tuple[int, ...], max_pending: int, candidates_VK: IntArray | None = None
 ) -> DraftRouter:
     """The actor's two nets as a policy; what they were not shown in training has weight 0.
 

@@ -114,12 +114,7 @@ def train_drafter(
         ent_coef=config.entropy,
         seed=config.seed,
         device="cpu",
-        policy_kwargs={
-            "nets": {
-                "exits": len(traces.header.exits),
-                "hidden": config.hidden,
-            }
-        },
+        policy_kwargs={"nets": {"exits": len(traces.header.exits), "hidden": config.hidden}},
     )
     model.learn(config.steps, callback=_Rate(config.rate_share, on_rate))
     return model

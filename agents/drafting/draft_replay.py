@@ -165,11 +165,7 @@ def _core(
     traces: TokenTraces, costs: CostTable, prices: DraftPrices, first_B: IndexArray
 ) -> DraftExitCore:
     core = DraftExitCore(
-        traces,
-        costs,
-        num_envs=len(first_B),
-        max_pending=len(prices.layer_W) - 1,
-        autoreset=False,
+        traces, costs, num_envs=len(first_B), max_pending=len(prices.layer_W) - 1, autoreset=False
     )
     core.prices = prices
     core.reset(tokens=first_B)

@@ -13,13 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offramp.agents.evaluation.lines import (
-    Line,
-    complete,
-    cut_lines,
-    edit_similarity,
-    exact_match,
-)
+from offramp.agents.evaluation.lines import Line, complete, cut_lines, edit_similarity, exact_match
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
 from offramp.agents.recording.corpus import Document, long_documents, window

@@ -14,13 +14,7 @@ from pathlib import Path
 
 from offramp.agents.evaluation.energy_ratios import Metered, metered
 from offramp.agents.evaluation.evaluation_rows import Measured
-from offramp.agents.evaluation.matched import (
-    AllPicks,
-    MatchedRow,
-    choose_all,
-    matched_rows,
-    needed,
-)
+from offramp.agents.evaluation.matched import AllPicks, MatchedRow, choose_all, matched_rows, needed
 from offramp.agents.evaluation.measure import (
     HeldOut,
     PairedCosts,

@@ -118,10 +118,7 @@ def nearest(tried: Sequence[Contender], targets: Sequence[float]) -> list[Conten
 
 
 def save_contenders(
-    folder: Path,
-    contenders: Sequence[Contender],
-    data: TrainingData,
-    settings: Mapping[str, Any],
+    folder: Path, contenders: Sequence[Contender], data: TrainingData, settings: Mapping[str, Any]
 ) -> None:
     """Write one unsigned bundle per contender, then the index of them all.
 

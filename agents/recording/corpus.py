@@ -69,10 +69,7 @@ def split_of(digest: str) -> Split:
 
 
 def load_corpus(
-    folder: Path | None,
-    limit: int | None = None,
-    min_chars: int = 2000,
-    max_line: int = 400,
+    folder: Path | None, limit: int | None = None, min_chars: int = 2000, max_line: int = 400
 ) -> list[Document]:
     """Read the documents under a folder, each content once, in order of digest.
 

@@ -14,14 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from offramp.agents.learning.phat import logit
-from offramp.agents.placing.contenders import (
-    GRID,
-    Contender,
-    full_depth,
-    measured,
-    nearest,
-    placed,
-)
+from offramp.agents.placing.contenders import GRID, Contender, full_depth, measured, nearest, placed
 from offramp.agents.placing.state_replay import SubsetGrid
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError

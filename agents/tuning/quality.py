@@ -99,11 +99,7 @@ def summarise(sums: Sums, tokens: int) -> list[ExitQuality]:
 
 
 def compare(
-    windows: Sequence[Sequence[int]],
-    before: Sums,
-    after: Sums,
-    seed: int,
-    curve: list[list[float]],
+    windows: Sequence[Sequence[int]], before: Sums, after: Sums, seed: int, curve: list[list[float]]
 ) -> TuneReport:
     """The report of a run, from the sums per document before and after it."""
     tokens_W: NDArray[np.float64] = np.asarray([len(each) - 1 for each in windows], np.float64)

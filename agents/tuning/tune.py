@@ -16,12 +16,7 @@ import torch
 from offramp.agents.recording.corpus import Document, load_corpus, window
 from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.resuming import Resumable
-from offramp.agents.tuning.distil import (
-    TrainableTranslator,
-    backward,
-    freeze,
-    fresh_translators,
-)
+from offramp.agents.tuning.distil import TrainableTranslator, backward, freeze, fresh_translators
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest

@@ -64,11 +64,7 @@ class EnergyReading:
 def unavailable(window_s: float, why: str) -> EnergyReading:
     """The reading of a machine that offers none."""
     return EnergyReading(
-        joules=None,
-        method=EnergyMethod.UNAVAILABLE,
-        source=why,
-        scope="none",
-        window_s=window_s,
+        joules=None, method=EnergyMethod.UNAVAILABLE, source=why, scope="none", window_s=window_s
     )
 
 

@@ -29,8 +29,7 @@ Dtype = Annotated[str, typer.Option(help="Weights' dtype: float32 or bfloat16.")
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
 SharedThreads = Annotated[
-    str,
-    typer.Option(help="Torch threads per worker; auto: this machine's usable cores / workers."),
+    str, typer.Option(help="Torch threads per worker; auto: this machine's usable cores / workers.")
 ]
 CacheMode = Annotated[
     str, typer.Option(help="Layers that tokens skip, unless a request says: project|defer|verify.")

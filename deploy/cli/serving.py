@@ -19,12 +19,7 @@ from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.serve_app import (
-    PoolConfig,
-    ray_session,
-    require_free,
-    running_pool,
-)
+from offramp.deploy.serve.serve_app import PoolConfig, ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec
@@ -50,8 +45,7 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
     trust: Annotated[
-        Path | None,
-        typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME]."),
+        Path | None, typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME].")
     ] = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",

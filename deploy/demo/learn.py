@@ -98,10 +98,7 @@ def assess_config(config: DemoConfig, model: str) -> AssessConfig:
     )
 
 
-SHOWN = (
-    "def read_config(path):\n    ",
-    "import argparse\n\ndef main():\n    parser = argparse.",
-)
+SHOWN = ("def read_config(path):\n    ", "import argparse\n\ndef main():\n    parser = argparse.")
 """Prompts whose completions are printed."""
 
 

@@ -33,12 +33,7 @@ class PendingTokens:
     """
 
     def __init__(
-        self,
-        exits: tuple[int, ...],
-        layers: int,
-        most: int,
-        added_MO: RewardArray,
-        num_envs: int,
+        self, exits: tuple[int, ...], layers: int, most: int, added_MO: RewardArray, num_envs: int
     ) -> None:
         self._segment_S1 = np.diff([0, *exits, layers])[:, None].astype(np.float64)
         self._added_MO = added_MO

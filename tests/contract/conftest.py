@@ -40,10 +40,7 @@ def mlp(seed: int, vocab: int = 7) -> MlpPolicy:
     rng = np.random.default_rng(seed)
     sizes = [CANDIDATES_V1.width, 8, 1]
     weights = [
-        (
-            rng.normal(size=(i, o)).astype(np.float32),
-            rng.normal(size=o).astype(np.float32),
-        )
+        (rng.normal(size=(i, o)).astype(np.float32), rng.normal(size=o).astype(np.float32))
         for i, o in itertools.pairwise(sizes)
     ]
     table_VK = rng.integers(0, vocab, size=(vocab, 3), dtype=np.int32)

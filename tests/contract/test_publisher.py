@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.controller.errors import (
-    ConfigError,
-    PolicyRefusedError,
-    PromoteConflictError,
-    Refusal,
-)
+from offramp.controller.errors import ConfigError, PolicyRefusedError, PromoteConflictError, Refusal
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.certificate import Certificate
@@ -42,10 +37,7 @@ def stamp_of(site: Site) -> Stamp:
 def test_a_release_is_recorded_and_uploaded_but_not_served(site: Site, make_mlp: Any) -> None:
     mine = _certificate(make_mlp(1))
     release = site.release(
-        make_mlp(1),
-        certificate=mine,
-        expires_in_s=60.0,
-        rollout=Rollout(percent=100, salt="x"),
+        make_mlp(1), certificate=mine, expires_in_s=60.0, rollout=Rollout(percent=100, salt="x")
     )
     assert release.generation == 1
     assert site.registry.head() is None

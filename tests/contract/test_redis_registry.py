@@ -215,9 +215,7 @@ def test_a_key_of_another_type_is_an_error_and_no_crash(redis_registry: RedisReg
         redis_registry.head()
 
 
-def test_records_that_are_no_acknowledgement_are_passed_over(
-    redis_registry: RedisRegistry,
-) -> None:
+def test_records_that_are_no_acknowledgement_are_passed_over(redis_registry: RedisRegistry) -> None:
     redis_registry._client.hset(redis_registry._key("ack:x"), mapping={"state": "?"})
     redis_registry._client.hset(redis_registry._key("ack:y"), mapping={b"\xff": "?"})
     assert redis_registry.acks() == []

@@ -82,10 +82,7 @@ def nan(weight: Any) -> Any:
 
 
 BLOBS: dict[str, tuple[dict[str, Any], Refusal]] = {
-    "NaN weights": (
-        {"layers__0__bias": np.full(8, np.nan, np.float32)},
-        Refusal.NOT_FINITE,
-    ),
+    "NaN weights": ({"layers__0__bias": np.full(8, np.nan, np.float32)}, Refusal.NOT_FINITE),
     "infinite canned input": (
         {"canned__features": np.full((16, 11), np.inf, np.float32)},
         Refusal.NOT_FINITE,
@@ -113,10 +110,7 @@ BLOBS: dict[str, tuple[dict[str, Any], Refusal]] = {
         {"canned__features": np.zeros((16, 3), np.float32)},
         Refusal.BAD_SHAPE,
     ),
-    "too few canned decisions": (
-        {"canned__leave": np.zeros(3, np.uint8)},
-        Refusal.BAD_SHAPE,
-    ),
+    "too few canned decisions": ({"canned__leave": np.zeros(3, np.uint8)}, Refusal.BAD_SHAPE),
 }
 
 

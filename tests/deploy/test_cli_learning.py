@@ -127,8 +127,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [pytest.param(name) if name == "candidates emptied" else name for name in DAMAGES],
+    "damage", [pytest.param(name) if name == "candidates emptied" else name for name in DAMAGES]
 )
 def test_damaged_traces_are_named(
     cli: Any, tmp_path: Path, traces: Path, policies: Path, untouched: Untouched, damage: str
@@ -376,11 +375,7 @@ def test_publish_asks_for_redis_url_and_makes_no_key_before(
     ],
 )
 def test_publish_refuses_a_damaged_policy(
-    cli: Any,
-    policies: Path,
-    untouched: Untouched,
-    damage: Callable[[Path], object],
-    told: str,
+    cli: Any, policies: Path, untouched: Untouched, damage: Callable[[Path], object], told: str
 ) -> None:
     damage(policies / "00")
     untouched()

@@ -9,12 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.agents.placing.contenders import (
-    Contender,
-    load_contenders,
-    nearest,
-    save_contenders,
-)
+from offramp.agents.placing.contenders import Contender, load_contenders, nearest, save_contenders
 from offramp.agents.placing.replay import replay, walk
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.families import BEST_EXITS, JUMPS, place_all
@@ -55,10 +50,7 @@ def states(data: TrainingData) -> TrainingData:
 def contenders(states: TrainingData) -> list[Contender]:
     parts = TrainedParts(CONFIG, states, Path("unused"))
     families = [each for each in PUBLISHED if each not in ("PPO", JUMPS)]
-    return [
-        *place_all(families, parts),
-        *green_code(parts, GreenCodeConfig(steps=20_000, envs=64)),
-    ]
+    return [*place_all(families, parts), *green_code(parts, GreenCodeConfig(steps=20_000, envs=64))]
 
 
 def test_every_family_is_there_and_meets_a_target_if_it_can(

@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    StoppingCriteria,
-    StopStringCriteria,
-)
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from offramp.controller.errors import RequestError

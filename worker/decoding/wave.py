@@ -37,11 +37,7 @@ class Wave:
     """
 
     def __init__(
-        self,
-        context: WaveContext,
-        rows: Rows[Sequence],
-        first: int,
-        catch_up: Rows[Sequence] = (),
+        self, context: WaveContext, rows: Rows[Sequence], first: int, catch_up: Rows[Sequence] = ()
     ) -> None:
         self.context = context
         self.stack = context.stack

@@ -86,9 +86,7 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
 
 
 def pinned(
-    policy: Policy | PolicySnapshot | None,
-    current: Callable[[], PolicySnapshot],
-    stack: LayerStack,
+    policy: Policy | PolicySnapshot | None, current: Callable[[], PolicySnapshot], stack: LayerStack
 ) -> PolicySnapshot:
     """The snapshot that a request runs under: of its own policy, or the current one.
 

@@ -120,12 +120,7 @@ class EarlyExit:
         place = Place(len(batch.rows), len(batch.input_ids_BN))
         prompt_N, sampling = batch.input_ids_BN[place.row], batch.sampling(self.engine.stack.vocab)
         sampler = HFSampler(
-            sampling,
-            place,
-            prompt_N,
-            processors,
-            self.engine.stack.vocab,
-            records=batch.records,
+            sampling, place, prompt_N, processors, self.engine.stack.vocab, records=batch.records
         )
         prompt = prompt_N[len(prompt_N) - length :].tolist()
         request = self.engine.submit(

@@ -141,9 +141,7 @@ def make_probe(schema: FeatureSchema, inputs: ProbeInputs) -> Probe:
 
 
 def _candidates(
-    ngrams: Sequence[NgramIndex | None],
-    table_VK: IntArray | None,
-    drafted: Sequence[Sequence[int]],
+    ngrams: Sequence[NgramIndex | None], table_VK: IntArray | None, drafted: Sequence[Sequence[int]]
 ) -> IntArray:
     assert table_VK is not None  # the engine admits no candidate policy without a table
     return candidates_of([row for row in ngrams if row is not None], table_VK, drafted)

@@ -16,13 +16,7 @@ from offramp.controller.features import CANDIDATES_V1, FeatureSchema, FloatArray
 from offramp.controller.traces import TraceChunk
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
-from offramp.worker.probes import (
-    Candidates,
-    ProbeInputs,
-    Readout,
-    make_probe,
-    softmax_features,
-)
+from offramp.worker.probes import Candidates, ProbeInputs, Readout, make_probe, softmax_features
 from offramp.worker.probes.candidates.successors import NgramIndex, candidates_of
 
 

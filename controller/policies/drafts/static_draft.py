@@ -10,11 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
-from offramp.controller.policies.drafts.drafter import (
-    open_drafts,
-    require_exits,
-    require_length,
-)
+from offramp.controller.policies.drafts.drafter import open_drafts, require_exits, require_length
 from offramp.controller.policies.protocols import IndexArray
 
 

@@ -11,11 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
-from offramp.controller.policies.drafts.drafter import (
-    open_drafts,
-    require_exits,
-    require_length,
-)
+from offramp.controller.policies.drafts.drafter import open_drafts, require_exits, require_length
 from offramp.controller.policies.protocols import IndexArray, Verdict
 
 

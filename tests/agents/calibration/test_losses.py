@@ -15,11 +15,7 @@ from offramp.agents.calibration.calibration_documents import (
     data_digest,
     unseen_documents,
 )
-from offramp.agents.calibration.losses import (
-    OnPolicy,
-    Replayed,
-    by_unit,
-)
+from offramp.agents.calibration.losses import OnPolicy, Replayed, by_unit
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import SOFTMAX_V2

@@ -91,9 +91,7 @@ def table_VK(request: pytest.FixtureRequest) -> IntArray | None:
 
 @pytest.fixture(scope="module")
 def traces(
-    engine: AdaptiveEngine,
-    documents: list[tuple[Document, list[int]]],
-    table_VK: IntArray | None,
+    engine: AdaptiveEngine, documents: list[tuple[Document, list[int]]], table_VK: IntArray | None
 ) -> TokenTraces:
     config = Continuations(exits=EXITS, prompt_tokens=PROMPT, new_tokens=NEW)
     return record_continuations(engine, documents, config, candidates_VK=table_VK)

@@ -11,11 +11,7 @@ import pytest
 import torch
 
 from offramp.agents.evaluation.energy_ratios import Metered, energy_of, metered
-from offramp.agents.evaluation.evaluation_rows import (
-    Measured,
-    energy_ratio,
-    evaluation_row,
-)
+from offramp.agents.evaluation.evaluation_rows import Measured, energy_ratio, evaluation_row
 from offramp.agents.evaluation.matched import matched_row
 from offramp.agents.evaluation.measure import (
     TIME_ALONE,

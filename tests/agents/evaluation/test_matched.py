@@ -8,11 +8,7 @@ import pytest
 from offramp.agents.evaluation.evaluation_rows import Measured, wall_ratio
 from offramp.agents.evaluation.matched import choose, matched_row, needed
 from offramp.agents.evaluation.page import frontier_volume
-from offramp.agents.evaluation.scores import (
-    AGREEMENT,
-    EDIT_SIMILARITY,
-    PERPLEXITY,
-)
+from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY
 from offramp.agents.evaluation.statistics import Resample
 from support.measured import DOCUMENTS, FULL, measured
 

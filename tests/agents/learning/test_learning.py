@@ -168,8 +168,7 @@ def test_contenders_are_placed_saved_and_read_back(
     assert [c.name for c in again] == [c.name for c in contenders]
     for before, after in zip(contenders, again, strict=True):
         np.testing.assert_array_equal(
-            exits_taken(before.policy, data.validation),
-            exits_taken(after.policy, data.validation),
+            exits_taken(before.policy, data.validation), exits_taken(after.policy, data.validation)
         )
 
 

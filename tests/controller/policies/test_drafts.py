@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import PolicyFaultError, PolicyRefusedError, RequestError
-from offramp.controller.features import (
-    CANDIDATES_V1,
-    OUTLOOK_V1,
-    SOFTMAX_V2,
-    FloatArray,
-    IntArray,
-)
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray, IntArray
 from offramp.controller.policies import weights
 from offramp.controller.policies.drafts import (
     ConfidentDraft,

@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import PolicyFaultError, RequestError
-from offramp.controller.features import (
-    CANDIDATES_V1,
-    OUTLOOK_V1,
-    SOFTMAX_V2,
-    STATE_V1,
-    FloatArray,
-)
-from offramp.controller.policies.protocols import (
-    Verdict,
-)
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, STATE_V1, FloatArray
+from offramp.controller.policies.protocols import Verdict
 from offramp.controller.policies.rules.bandit import ThresholdBandit
 from offramp.controller.policies.rules.beta import GRID, BetaThreshold, beta_parameters, moments_of
 from offramp.controller.policies.rules.decay import DecayingThreshold

@@ -110,8 +110,7 @@ def test_what_is_no_sampling_and_no_prompt_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"prefill_tokens": 1.5}, {"max_pending": "x"}, {"kv_budget_mb": float("nan")}],
+    "settings", [{"prefill_tokens": 1.5}, {"max_pending": "x"}, {"kv_budget_mb": float("nan")}]
 )
 def test_settings_that_are_no_numbers_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

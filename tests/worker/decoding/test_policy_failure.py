@@ -15,14 +15,7 @@ from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
 from support.models import LAYERS, make_model
-from support.rows import (
-    CLOSE,
-    RAGGED,
-    ReplayedExits,
-    decode,
-    drain,
-    shortfalls,
-)
+from support.rows import CLOSE, RAGGED, ReplayedExits, decode, drain, shortfalls
 
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 COHORTS = Schedule(holds=(1, 3), rows=3, patience=3)

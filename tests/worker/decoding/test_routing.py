@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.controller.features import (
-    OUTLOOK_V1,
-    STATE_V1,
-    BoolArray,
-    FeatureSchema,
-    FloatArray,
-)
+from offramp.controller.features import OUTLOOK_V1, STATE_V1, BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policies.protocols import (
     ExitPolicy,
     IndexArray,

@@ -20,15 +20,7 @@ from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.samples import random_policy
 from support.models import FAMILIES, LAYERS, VOCAB, make_model
-from support.rows import (
-    ALL_EXITS,
-    CLOSE,
-    RandomExit,
-    ReplayedExits,
-    drain,
-    ends_right,
-    shortfalls,
-)
+from support.rows import ALL_EXITS, CLOSE, RandomExit, ReplayedExits, drain, ends_right, shortfalls
 
 END_TOKENS = frozenset({4, 21, 46, 77, 90})
 CANDIDATES_VK = np.tile(np.arange(6, dtype=np.int32), (VOCAB, 1))

@@ -42,11 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 16}, WINDOW),
     ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 5}, WINDOW),
-    (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
-        WINDOW,
-    ),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, WINDOW),
     (
         "smollm3",
         {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2},
