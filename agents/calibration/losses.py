@@ -27,7 +27,7 @@ from offramp.agents.calibration.calibration_documents import LINES, LONGEST, Cal
 from offramp.agents.calibration.pvalues import Losses
 from offramp.agents.evaluation.lines import Line, complete, edit_similarity
 from offramp.agents.evaluation.statistics import Floats
-from offramp.agents.placing.replay import exits_taken
+from offramp.agents.placing.replay import walk
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.controller.policies.protocols import NeverExit, Policy
@@ -167,7 +167,7 @@ class Replayed(TokenLosses):
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's, all after an exact cache."""
         traces = self._traces
-        taken_N = exits_taken(policy, traces)
+        taken_N = walk(policy, traces).taken_N
         differs_N = traces.quality("agreement")[np.arange(len(traces)), taken_N] == 0
         return [
             differs_N[self._counted_N & (traces.document_N == index)]

@@ -127,6 +127,8 @@ class StoppingProblem:
     def values(self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
         """Expected return from each state on, the way to it already paid, [N, S].
 
+        It is divided by 1 + λ as the environment's reward is; the first is that of whole tokens.
+
         Args:
             log_pi_NSA: Log-probabilities of the actions in each state; of invalid ones −inf.
             quality_NE1: Quality of leaving at each exit, and of full depth, in [0, 1].
@@ -149,13 +151,6 @@ class StoppingProblem:
                 total_N = total_N + pi_NA[:, action] * onward_N
             value[state] = total_N
         return torch.stack([value[state] for state in self.states], dim=1) / (1 + lambda_N[:, None])
-
-    def expected_return(self, log_pi_NSA: Tensor, quality_NE1: Tensor, lambda_N: Tensor) -> Tensor:
-        """Expected return of whole tokens, divided by 1 + λ as the environment's reward is, [N].
-
-        Arguments are those of ``values``.
-        """
-        return self.values(log_pi_NSA, quality_NE1, lambda_N)[:, 0]
 
     def paid_S(self) -> Tensor:
         """What the environment has charged for the way before a state is decided in, [S].

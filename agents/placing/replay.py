@@ -67,7 +67,7 @@ class TakenExits:
 
 
 def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
-    """TakenExits every recorded token through a policy.
+    """Send every recorded token through a policy.
 
     Offline numbers are optimistic: the cache the traces were recorded with is exact. Use them to
     place operating points, never to report one.
@@ -92,15 +92,6 @@ def mean_cost(policy: Policy, walked: TakenExits, traces: TokenTraces, costs: Co
     """Average the cost of all tokens, in units of a full-depth token's time."""
     under = TokenCosts.under(policy.schema, costs, traces.header.exits)
     return float(walked.cost_N(under).mean())
-
-
-def exits_taken(policy: Policy, traces: TokenTraces) -> IndexArray:
-    """Index of the recorded exit each token leaves at, their number for full depth; [N].
-
-    Raises:
-        ConfigError, PolicyFaultError: as ``replay``.
-    """
-    return walk(policy, traces).taken_N
 
 
 def walk(policy: Policy, traces: TokenTraces) -> TakenExits:
@@ -165,7 +156,7 @@ def _walk(
     walked: TakenExits,
     seen: dict[int, FloatArray] | None = None,
 ) -> None:
-    """TakenExits some rows; ``seen`` takes, by row, what was probed of each where it left."""
+    """Send some rows through a policy; ``seen`` takes what was probed of each where it left."""
     blank_MF = np.empty((len(rows_M), 0), np.float32)
     ask_M = decide(-1, blank_MF, outlook_NC[rows_M])
     for here, recorded in enumerate(view.recorded):

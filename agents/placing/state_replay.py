@@ -143,7 +143,7 @@ class SubsetGrid:
 
     @classmethod
     def of(cls, table: StateTable, phat: Weights, thresholds: Sequence[float]) -> SubsetGrid:
-        """Chase all tokens of a table through all of them."""
+        """Send all tokens of a table through all of them."""
         logits = table.logits(phat)
         every = list(subsets(table.problem.exits))
         agreement_QZ = np.zeros((len(every), len(thresholds)))

@@ -15,6 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
@@ -26,7 +27,7 @@ if not console.is_terminal:
     console = Console(highlight=False, width=NARROWEST)
 
 
-def say(text: str) -> None:
+def say(text: str | Text) -> None:
     """Print a sentence whole: a terminal wraps it, a pipe or a file gets one line."""
     console.print(text, soft_wrap=True)
 

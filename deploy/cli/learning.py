@@ -14,13 +14,12 @@ from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import RecordConfig, record_traces
 from offramp.agents.recording.recording import is_whole
-from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
 from offramp.deploy.cli.drafting import teach
-from offramp.deploy.cli.train_by_file import train_by_file
+from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
@@ -137,14 +136,10 @@ def train_policies(
         families=GATE_FAMILIES,
         seed=seed,
         threads=threads,
-        targets=options.parse_shares("targets", targets),
+        targets=options.parse_list("targets", targets, float, "numbers", ".9,.97"),
         gate=PPOConfig(steps=steps),
     )
-    with progress("train", "steps") as advance:
-        contenders = train(
-            settings, out, on_progress=lambda stage, done, total: advance(done, total, stage)
-        )
-    console.print(f"{len(contenders)} policies → {out}")
+    train_here(settings, out)
 
 
 def _require_unused(options: Mapping[str, object]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, TypeVar, cast
 
 import typer
 
@@ -56,37 +56,34 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 DEFAULT_MODEL = "models/reference"
 
-
-def parse_layers(field: str, text: str) -> tuple[int, ...]:
-    """Read comma-separated layer numbers.
-
-    >>> parse_layers("exits", "3,6")
-    (3, 6)
-
-    Raises:
-        ConfigError: something else is in the list, or the layers do not ascend from 1 on.
-    """
-    try:
-        layers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ConfigError(field, f"{text!r} is no list of layers", "Write it like 3,6,9") from error
-    if list(layers) != sorted(set(layers)) or any(layer < 1 for layer in layers):
-        raise ConfigError(field, f"{text!r} does not ascend from 1 on", "Write it like 3,6,9")
-    return layers
+T = TypeVar("T")
 
 
-def parse_shares(field: str, text: str) -> tuple[float, ...]:
-    """Read comma-separated numbers in (0, 1).
+def parse_list(
+    field: str, text: str, number: Callable[[str], T], what: str, like: str
+) -> tuple[T, ...]:
+    """Read comma-separated numbers of something.
+
+    >>> parse_list("targets", ".9,.97", float, "shares", ".8,.9")
+    (0.9, 0.97)
 
     Raises:
         ConfigError: something else is in the list.
     """
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        return tuple(number(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(
-            field, f"{text!r} is no list of numbers", "Write it like .9,.97"
+            field, f"{text!r} is no list of {what}", f"Write it like {like}"
         ) from error
+
+
+def parse_layers(field: str, text: str) -> tuple[int, ...]:
+    """Read comma-separated layer numbers, which ascend from 1 on, or raise as ``parse_list``."""
+    layers = parse_list(field, text, int, "layers", "3,6,9")
+    if list(layers) != sorted(set(layers)) or any(layer < 1 for layer in layers):
+        raise ConfigError(field, f"{text!r} does not ascend from 1 on", "Write it like 3,6,9")
+    return layers
 
 
 def usable_cores() -> int:

@@ -49,7 +49,9 @@ def train_by_file(
     config = load_config(path, TrainConfig)
     config = config if traces is None else replace(config, traces=str(traces))
     address = ray_address or Settings.from_environment().ray_address
-    numbers = parse_seeds(seeds)
+    numbers = options.parse_list("seeds", seeds, int, "seeds", "0,1")
+    if any(number < 0 for number in numbers):
+        raise ConfigError("seeds", f"{seeds!r} holds a negative one", "Write it like 0,1")
     if not resume:
         options.require_new_folder("out", out)
     rounds = config.onpolicy.rounds if ON_POLICY in config.families else 0
@@ -63,10 +65,15 @@ def train_by_file(
                 sweep(config, numbers, out.resolve(), advance)
             console.print(f"{len(numbers)} runs → {out}")
             return
-        _train(config, out, resume)
+        train_here(config, out, resume=resume)
 
 
-def _train(config: TrainConfig, out: Path, resume: bool) -> None:
+def train_here(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
+    """Train in this process, and show how far it is.
+
+    Raises:
+        ConfigError, TraceError: as ``train``.
+    """
     with progress("train", "steps") as advance:
         run = open_run(
             config,
@@ -78,24 +85,6 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             console.print("this run is finished: nothing is trained again")
         contenders = complete(run, out)
     console.print(f"{len(contenders)} policies → {out}")
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read comma-separated seeds.
-
-    >>> parse_seeds("0,1")
-    (0, 1)
-
-    Raises:
-        ConfigError: something else is in the list.
-    """
-    try:
-        seeds = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ConfigError("seeds", f"{text!r} is no list of seeds", "Write it like 0,1") from error
-    if any(seed < 0 for seed in seeds):
-        raise ConfigError("seeds", f"{text!r} holds a negative one", "Write it like 0,1")
-    return seeds
 
 
 def require_reachable(address: str | None) -> None:

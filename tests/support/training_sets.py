@@ -158,5 +158,5 @@ def exact_return(
         obs = torch.from_numpy(observations.of(part_N, log_lambda_N))
         lambda_N = torch.full((len(part_N),), preference)
         log_pi = log_chances(actor, obs)
-        returns.append(problem.expected_return(log_pi, quality_NE1[part_N], lambda_N))
+        returns.append(problem.values(log_pi, quality_NE1[part_N], lambda_N)[:, 0])
     return np.asarray(torch.cat(returns).numpy())

@@ -6,6 +6,7 @@ Shape suffix: V vocabulary.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
@@ -88,6 +89,8 @@ class EngineCore:
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
         self._ids = itertools.count()
+        # Events that nobody has taken yet, by request: only whoever follows requests has any.
+        self._inboxes: dict[str, deque[TokenEvent]] = {}
 
     def submit(
         self,

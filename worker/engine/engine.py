@@ -98,20 +98,6 @@ class AdaptiveEngine(EngineCore):
     ``step`` and ``cancel``. Arguments and errors are those of the core.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        slots: int = 8,
-        current_policy: Callable[[], PolicySnapshot] = lambda: FULL_DEPTH,
-        config: EngineConfig | None = None,
-    ) -> None:
-        super().__init__(
-            model, tokenizer, slots=slots, current_policy=current_policy, config=config
-        )
-        self._inboxes: dict[str, deque[TokenEvent]] = {}
-
     @classmethod
     def from_pretrained(
         cls,

@@ -13,7 +13,7 @@ from offramp.agents.learning.export import Normaliser, ppo_weights
 from offramp.agents.learning.phat import PhatConfig, logit, train_phat
 from offramp.agents.learning.ppo import PPOConfig, TrainedAgent, observation_normaliser, train_ppo
 from offramp.agents.placing.contenders import load_contenders, save_contenders
-from offramp.agents.placing.replay import exits_taken, replay
+from offramp.agents.placing.replay import replay, walk
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.families import place_all
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
@@ -109,7 +109,7 @@ def test_replay_takes_the_exits_that_the_environment_would(
     preference = 0.3
     weights = ppo_weights(agent.model, agent.normaliser, preference)
     policy = MlpPolicy((2, 4, 6), CANDIDATES_V1, weights)
-    taken = exits_taken(policy, data.validation)
+    taken = walk(policy, data.validation).taken_N
     rows = np.arange(200)
     core = TokenExitCore(
         data.validation,
@@ -168,7 +168,8 @@ def test_contenders_are_placed_saved_and_read_back(
     assert [c.name for c in again] == [c.name for c in contenders]
     for before, after in zip(contenders, again, strict=True):
         np.testing.assert_array_equal(
-            exits_taken(before.policy, data.validation), exits_taken(after.policy, data.validation)
+            walk(before.policy, data.validation).taken_N,
+            walk(after.policy, data.validation).taken_N,
         )
 
 

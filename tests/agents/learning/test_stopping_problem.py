@@ -70,7 +70,7 @@ def test_the_value_is_the_mean_over_all_paths(data: TrainingData, jumps: int) ->
     problem = make_game(data, jumps)
     logits, quality, lam = draw(problem)
     log_pi = log_chances(problem, logits)
-    found = problem.expected_return(log_pi, quality, lam)
+    found = problem.values(log_pi, quality, lam)[:, 0]
     expected = [
         enumerated(problem, log_pi[n].exp().numpy(), quality[n].numpy(), float(lam[n]))
         for n in range(N)
@@ -82,7 +82,7 @@ def test_for_jumps_of_one_exit_it_is_the_sum_over_stopping_times(data: TrainingD
     problem = make_game(data, 1)
     logits, quality, lam = draw(problem)
     log_pi = log_chances(problem, logits)
-    found = problem.expected_return(log_pi, quality, lam)
+    found = problem.values(log_pi, quality, lam)[:, 0]
     costs = torch.from_numpy(leaving(replace(data.costs, build_s=0.05), EXITS)) + problem.begin
     leave_NE = log_pi[:, 1:, 0].exp()
     survive = torch.cumprod(1 - leave_NE, dim=1)
@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_finite_differences(data: TrainingData, jumps: i
     logits, quality, lam = (each.double() for each in draw(problem))  # differences of 1e-6 need it
 
     def mean(logits: torch.Tensor) -> torch.Tensor:
-        return problem.expected_return(log_chances(problem, logits), quality, lam).mean()
+        return problem.values(log_chances(problem, logits), quality, lam)[:, 0].mean()
 
     logits.requires_grad_()
     mean(logits).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
