@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 
 class OfframpError(Exception):
     """Base of every error that offramp raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray pickles errors across processes. Exception's own way calls the class again with
+        # ``args``, which hold the message alone.
+        return _again, (type(self), *self.args), vars(self)
 
 
 class FieldError(OfframpError):
@@ -23,10 +29,6 @@ class FieldError(OfframpError):
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{field}: {problem}." + (f" {remedy}." if remedy else ""))
-
-    def __reduce__(self) -> tuple[type[FieldError], tuple[str, str, str]]:
-        # Ray pickles errors across processes; Exception.args holds only the message.
-        return type(self), (self.field, self.problem, self.remedy)
 
 
 class ConfigError(FieldError):
@@ -56,9 +58,6 @@ class PolicyFaultError(OfframpError):
         self.problem = problem
         super().__init__(f"the policy's decision is unusable: {problem}")
 
-    def __reduce__(self) -> tuple[type[PolicyFaultError], tuple[str]]:
-        return type(self), (self.problem,)
-
 
 class RegistryUnavailableError(FieldError):
     """The policy registry cannot be reached."""
@@ -74,9 +73,6 @@ class OverloadedError(OfframpError):
     def __init__(self, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(f"every slot is taken; retry after {retry_after_s} s")
-
-    def __reduce__(self) -> tuple[type[OverloadedError], tuple[int]]:
-        return type(self), (self.retry_after_s,)
 
 
 class PromoteConflictError(OfframpError):
@@ -95,9 +91,6 @@ class PromoteConflictError(OfframpError):
             f"promote refused: {problem} (expected head generation {expected}, found {found}). "
             "Read the head again and decide anew."
         )
-
-    def __reduce__(self) -> tuple[type[PromoteConflictError], tuple[int, int, str]]:
-        return type(self), (self.expected, self.found, self.problem)
 
 
 class Refusal(StrEnum):
@@ -137,5 +130,6 @@ class PolicyRefusedError(OfframpError):
         self.detail = detail
         super().__init__(f"policy refused ({reason.value}): {detail}")
 
-    def __reduce__(self) -> tuple[type[PolicyRefusedError], tuple[Refusal, str]]:
-        return type(self), (self.reason, self.detail)
+
+def _again(kind: type[OfframpError], *args: Any) -> OfframpError:
+    return kind.__new__(kind, *args)

@@ -19,9 +19,8 @@ IndexArray = NDArray[np.int64]
 """Places, counts."""
 
 
-@runtime_checkable
-class ExitPolicy(Protocol):
-    """Decides, after each of its exits, which rows leave.
+class PolicyInputs(Protocol):
+    """Where a policy is asked, and what it reads there.
 
     Attributes:
         exits: Numbers of executed layers after which to ask, ascending; () never asks.
@@ -38,30 +37,23 @@ class ExitPolicy(Protocol):
     @property
     def candidates_VK(self) -> IntArray | None: ...  # noqa: D102
 
+
+@runtime_checkable
+class ExitPolicy(PolicyInputs, Protocol):
+    """Decides, after each of its exits, which rows leave."""
+
     def leave(self, features_NF: FloatArray) -> BoolArray:
         """Which of the N rows leave here. The result may be a view that the next call reuses."""
         ...
 
 
 @runtime_checkable
-class RoutingPolicy(Protocol):
+class RoutingPolicy(PolicyInputs, Protocol):
     """Decides, at each exit where a row is asked, at which exit it is asked next, if at all.
 
     So it can skip probes (jump), and give up asking before the first layer. C columns of outlook
     are those of OUTLOOK_V1; E = len(exits).
-
-    Attributes:
-        exits, schema, candidates_VK: As of an ``ExitPolicy``.
     """
-
-    @property
-    def exits(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    @property
-    def schema(self) -> FeatureSchema | None: ...  # noqa: D102
-
-    @property
-    def candidates_VK(self) -> IntArray | None: ...  # noqa: D102
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """Before the first layer: index of the exit each row is first asked at; E for none, [N].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -153,24 +154,13 @@ class CompletionRequest(BaseModel):
             raise RequestError(
                 "logprobs", f"{self.logprobs} exceeds {MOST_LOGPROBS}", "Ask for fewer"
             )
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self._bias(),
-            seed=self.seed,
-            n=self.n,
-            stop=self._stops(),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-        )
+        given = {each.name: getattr(self, each.name) for each in fields(SamplingParams)}
+        parsed = {
+            "logit_bias": self._bias(),
+            "stop": self._stops(),
+            "stop_token_ids": tuple(self.stop_token_ids),
+        }
+        return SamplingParams(**given | parsed)
 
     def _stops(self) -> tuple[str, ...]:
         if isinstance(self.stop, str):

@@ -66,6 +66,8 @@ class HFStack:
     norm_path: ClassVar[str] = "model.norm"
     rotary_path: ClassVar[str] = "model.rotary_emb"
     """Empty for a family without rotary embeddings."""
+    cache_name: ClassVar[str] = "past_key_values"
+    """What a layer calls the cache."""
     shares_kv_heads: ClassVar[bool] = True
     """Whether the configuration gives key/value heads and head_dim of their own. The older
     families have as many as query heads, and ignore a stray entry."""
@@ -126,9 +128,10 @@ class HFStack:
         self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
     ) -> Tensor:
         """One decoder layer, [B, T, D]."""
-        return self.blocks[index](  # type: ignore[no-any-return]
-            x_BTD, attention_mask=mask, past_key_values=kv, position_embeddings=rotary
-        )
+        given: dict[str, Any] = {"attention_mask": mask, self.cache_name: kv}
+        if rotary:
+            given["position_embeddings"] = rotary
+        return self.blocks[index](x_BTD, **given)  # type: ignore[no-any-return]
 
     def norm(self, x_ND: Tensor) -> Tensor:
         """The final norm, [N, D]."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from offramp.worker.model.families.adapter import HFStack, refuse
-from offramp.worker.model.stack import KVUpdate, KVWeights, Rotary
+from offramp.worker.model.stack import KVWeights
 
 
 class GPT2Stack(HFStack):
@@ -42,14 +42,6 @@ class GPT2Stack(HFStack):
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Token and position embeddings, [B, T, D]."""
         return self._embed(tokens_BT) + self._positions(positions_BT)  # type: ignore[no-any-return]
-
-    def run_layer(
-        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
-    ) -> Tensor:
-        """One decoder layer, [B, T, D]."""
-        return self.blocks[index](  # type: ignore[no-any-return]
-            x_BTD, attention_mask=mask, past_key_values=kv
-        )
 
     def kv_weights(self, index: int) -> KVWeights:
         """One layer's input norm and key/value projections."""

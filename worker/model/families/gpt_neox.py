@@ -5,12 +5,12 @@ Shape suffixes: B rows, T tokens, D width, G heads, H head_dim, R stacked key an
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from offramp.worker.model.families.adapter import HFStack
-from offramp.worker.model.stack import KVUpdate, KVWeights, Rotary
+from offramp.worker.model.stack import KVWeights
 
 
 class GPTNeoXStack(HFStack):
@@ -20,15 +20,8 @@ class GPTNeoXStack(HFStack):
     embed_path: ClassVar[str] = "gpt_neox.embed_in"
     norm_path: ClassVar[str] = "gpt_neox.final_layer_norm"
     rotary_path: ClassVar[str] = "gpt_neox.rotary_emb"
+    cache_name: ClassVar[str] = "layer_past"
     shares_kv_heads: ClassVar[bool] = False
-
-    def run_layer(
-        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
-    ) -> Tensor:
-        """One decoder layer, [B, T, D]."""
-        return self.blocks[index](  # type: ignore[no-any-return]
-            x_BTD, attention_mask=mask, layer_past=kv, position_embeddings=rotary
-        )
 
     def kv_weights(self, index: int) -> KVWeights:
         """One layer's input norm and key/value projections."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp.worker.model.families.adapter import HFStack, refuse, stacked
-from offramp.worker.model.stack import KVUpdate, KVWeights, Rotary
+from offramp.worker.model.stack import KVWeights
 
 
 class OPTStack(HFStack):
@@ -54,14 +54,6 @@ class OPTStack(HFStack):
         """Token and position embeddings, [B, T, D]; the module itself skips its two first rows."""
         where_BTD = self._positions(None, position_ids=positions_BT)
         return self._embed(tokens_BT) + where_BTD  # type: ignore[no-any-return]
-
-    def run_layer(
-        self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
-    ) -> Tensor:
-        """One decoder layer, [B, T, D]."""
-        return self.blocks[index](  # type: ignore[no-any-return]
-            x_BTD, attention_mask=mask, past_key_values=kv
-        )
 
     def kv_weights(self, index: int) -> KVWeights:
         """One layer's input norm and key/value projections."""
