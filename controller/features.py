@@ -20,7 +20,7 @@ class FeatureSchema:
     """The ordered float32 columns of one kind of probe.
 
     Attributes:
-        name: Which probe computes the columns.
+        name: Names the probe that computes the columns.
         version: Raised whenever a column's meaning changes.
         columns: Column names, in order.
         digest: SHA-256 of name, version and columns: equal only if probe and policy agree.

@@ -160,7 +160,7 @@ class PolicyRefresher:
         """Send every new request to full depth at once, until another release comes or a restart.
 
         Args:
-            reason: Which guardrail was hit, and by what.
+            reason: Names the guardrail that was hit, and what hit it.
         """
         with self._swapping:
             self._tripped = self._tripped or f"generation {self.current.generation}: {reason}"

@@ -25,7 +25,7 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.recording.recorder import record_document
 
 TABLE_WIDTH = 2
-"""Of the candidate table that recording asks for and the softmax probe never reads."""
+"""Columns of the candidate table that recording asks for and the softmax probe never reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class RolloutPPO(PPO):  # type: ignore[misc]  # mypy skips stable_baselines3
         columns: Number D of observation columns.
         actions: Number A of actions.
         options: Passed on as SB3's ``policy_kwargs``.
-        config: How it updates.
+        config: Settings of the updates.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Learner:
         agent: Trained on traces; its decisions are the first version's, for the outlook's weights
             begin at 0.
         problem: What its tokens cost.
-        config: How it updates.
+        config: Settings of the updates.
         logger: Where SB3 writes its scalars.
 
     Attributes:

@@ -34,7 +34,7 @@ class OnPolicyConfig:
         model: Folder of the model, as the collectors' machines see it.
         corpus: Folder of the documents; "" takes the interpreter's standard library.
         corpus_documents: Documents taken from it, over all splits, as when they were recorded.
-        learner: How it updates.
+        learner: Settings of the updates.
     """
 
     rounds: int = 0

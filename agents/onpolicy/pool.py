@@ -51,7 +51,7 @@ class CollectorPool:
     Attributes:
         spec: What each collector loads and records.
         candidates_VK: Their candidate table.
-        size: How many there are.
+        size: Number of collectors.
         max_lag: Versions by which a rollout may be older than the learner's.
         cpus: CPUs that Ray sets aside for each.
         counts: What became of the work.

@@ -17,7 +17,7 @@ from offramp.controller.policies.protocols import IndexArray, Verdict
 from offramp.controller.policies.router import MlpRouter
 
 UNKNOWN = -1
-"""Of a token that full depth has not judged."""
+"""Marks a token that full depth has not judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +26,7 @@ class DecodedRollout:
 
     Attributes:
         version: Version of the policy, the same for every decision of a rollout.
-        task: Which document, in which place of the run: reissued under the same number.
+        task: Document and place in the run: reissued under the same number.
         document: SHA-256 of its text.
         preference: λ that was decided under.
         obs_KD: What each decision saw, float32; before the first layer the features are zeros.

@@ -122,7 +122,7 @@ def walk(policy: Policy, traces: TokenTraces) -> TakenExits:
 
 
 Decider = Callable[[int, FloatArray, FloatArray], IndexArray]
-"""Of exit (−1: before the first layer), features and outlook: where rows are asked next."""
+"""Says, by exit (−1: before the first), features and outlook, where rows are asked next."""
 
 
 def _decider(policy: Policy) -> Decider:

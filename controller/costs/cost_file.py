@@ -15,7 +15,7 @@ from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 
 COSTS_VERSION = 2
-"""Of the file's form. Version 1 held seconds at batch 1 without intervals, taken in warm caches."""
+"""Version of the file's form. The first held seconds at batch 1, without intervals."""
 
 PLAIN = {
     "layers": int,

@@ -96,7 +96,7 @@ class Prices:
         step_s: What a launch pays besides (embedding, rotary, bookkeeping).
         build_s: Preparing the probe: paid once per token if its policy reads a probe at all.
         layer_j, head_j, probe_j, policy_j, fill_j, step_j, build_j: Joules; None where unknown.
-        energy_method: How the joules were come by.
+        energy_method: Says how the joules were obtained.
     """
 
     rows: float

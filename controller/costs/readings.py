@@ -32,7 +32,7 @@ class EnergyReading:
 
     Attributes:
         joules: Energy; None where it is unknown.
-        method: How it was come by.
+        method: Says how it was obtained.
         source: The counter or the model, by name.
         scope: What it covers: a device, a package, the process.
         window_s: Seconds it was taken over.

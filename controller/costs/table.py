@@ -30,13 +30,13 @@ class CostTable:
         probes: PolicyParts that depend on the feature schema, by its name, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
-        dtype: Of the weights.
+        dtype: Number format of the weights.
         device: "cpu" or "cuda".
         threads: Torch threads.
         context: Tokens in the cache while timing.
         clock: Whether seconds are wall time or processor time.
         created_at: Seconds since 1970.
-        energy_method: How the joules were come by.
+        energy_method: Says how the joules were obtained.
         energy_source: By which counter, or which model and coefficients.
     """
 

@@ -89,9 +89,9 @@ class Kind:
         needs_schema: Whether the policy cannot do without a feature schema.
         describe: Gives the parameters and tensors of a policy.
         build: Makes the policy again. May raise RequestError or KeyError; both are refusals.
-        clear: Of a policy, features [N, F] and outlook [N, C]: which rows it decides so clearly
-            that another machine's rounding cannot turn them, [N]. None: all, as of rules that
-            only compare what they read.
+        clear: Marks the rows, of a policy's features [N, F] and outlook [N, C], that it decides so
+            clearly that another machine's rounding cannot turn them, [N]. None marks all, right
+            for rules that only compare what they read.
     """
 
     name: str

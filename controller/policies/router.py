@@ -27,7 +27,8 @@ class MlpRouter:
     Args:
         exits: Layers to ask after, ascending; E = len(exits).
         schema: The features read; F = schema.width.
-        weights: Of the net, [F + C] to [A], constants (such as log λ) folded into its first bias.
+        weights: Layers of the net, [F + C] to [A], constants (such as log λ) folded into the first
+            bias.
         first: Index of the exit that every token is first asked at; or the weights of a net on
             the outlook alone, whose last output stands for E ("run to the end", in ``verify``
             "verify now") and output i for exit i.
@@ -68,7 +69,7 @@ class MlpRouter:
 
     @property
     def weights(self) -> list[tuple[FloatArray, FloatArray]]:
-        """Of the net that routes."""
+        """Layers of the net that routes."""
         return self._net.weights
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:

@@ -40,7 +40,7 @@ class PackedPolicy:
         kind: One of ``kinds.KINDS``.
         exits: Layers to ask after, ascending.
         params: What the kind needs besides tensors.
-        schema_digest: Of the feature schema read; None if none is.
+        schema_digest: Names the feature schema that it reads; None if it reads none.
         blob: The tensors, as safetensors.
     """
 
@@ -70,7 +70,7 @@ def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
     """Turn a policy into bytes; the same policy and canned inputs give the same bytes.
 
     Args:
-        policy: Of a type that ``controller.kinds`` knows.
+        policy: Has a type that ``controller.policies.kinds`` knows.
         canned_features_NF: Inputs whose decisions are recorded, for workers to reproduce. Rows
             that the policy decides too narrowly are left out.
 

@@ -45,9 +45,9 @@ class Walked:
     """One setting that was tested.
 
     Attributes:
-        setting: λ.
+        setting: λ that was tested.
         risk: Mean loss on the calibration data, in [0, 1].
-        p_value: Of "the risk exceeds delta"; None for conformal risk control, which has none.
+        p_value: Belongs to "the risk exceeds delta"; None for conformal risk control.
         passed: Whether it was certified.
     """
 
@@ -72,16 +72,16 @@ class Certificate:
         epsilon: Probability that the bound does not hold, in (0, 1); None: see above.
         n: Independent units measured.
         unit: What they are.
-        method: How it was tested.
-        p_value: Of the certified setting; None for "conformal".
-        family: Whose settings were walked.
+        method: Test that was used.
+        p_value: Belongs to the certified setting; None for "conformal".
+        family: Family of policies that were walked.
         parameter: What λ is.
         setting: The certified λ: the last that passed.
         walked: Every setting tested, safest first; at most the last one failed.
         data: SHA-256 over the calibration documents' digests and tokens, hex.
-        decode_mode: How the losses were measured.
+        decode_mode: Says how the losses were measured.
         max_pending: Pending tokens at most, if ``decode_mode`` is "defer"; else None.
-        dtype: Of the weights, such as "float32".
+        dtype: Number format of the weights, such as "float32".
         prompt_tokens: Tokens of each document read at full depth first.
         new_tokens: Tokens after them that losses were measured on, per document.
         policy: SHA-256 of the certified policy's blob, hex.

@@ -70,7 +70,7 @@ class Manifest:
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
         certificate: The calibration's guarantee, of this very blob; None if there is none.
-        rollout: Which requests it may serve. Workers refuse anything below 100 % for now.
+        rollout: Requests that it may serve. Workers refuse anything below 100 % for now.
         guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
         created_at: When it was signed, unix seconds.
         expires_at: From when on it is refused, unix seconds; None: never.

@@ -27,7 +27,7 @@ class Release:
     """A signed release.
 
     Attributes:
-        generation: Its number.
+        generation: Number of the release.
         digest: SHA-256 of its blob, hex.
         envelope: The signed manifest.
     """
@@ -48,7 +48,7 @@ class Publisher:
         clock: Unix seconds.
         epoch: Incarnation of the channel. Raise it when the channel is begun anew on an empty
             registry: a publisher left over from before can then no longer promote.
-        stamp_ttl_s: How long a timestamp vouches for the head.
+        stamp_ttl_s: Seconds that a timestamp vouches for the head.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Publisher:
             uncertified: Said of a policy that may exit and has no certificate; the release
                 records it among its metrics.
             expires_in_s: Seconds from now after which workers refuse it; None: never.
-            rollout: Which requests it may serve; all by default. Workers take nothing else yet.
+            rollout: Requests that it may serve; all by default. Workers take nothing else yet.
             guardrails: Bounds at which a worker trips to full depth. Workers take none yet.
 
         Raises:

@@ -90,6 +90,7 @@ class RedisRegistry:
     def head(self) -> Head | None:
         """See PolicyRegistry."""
         key = self._key("head")
+        # Asked before it is fetched: whoever can write here could else fill a worker's memory.
         size = self._read(lambda: self._client.hstrlen(key, "envelope"))
         if size > MAX_ENVELOPE_BYTES:
             raise too_large("the envelope", size, MAX_ENVELOPE_BYTES)
@@ -217,6 +218,7 @@ class RedisRegistry:
             time.sleep(random.uniform(*RETRY_AFTER_S))
         except RedisError as error:
             raise self._unavailable(error) from error
+        # Outside of the handler: a second failure is its own story, not the first one's context.
         return self._guard(call)
 
     def _guard(self, call: Callable[[], _T]) -> _T:

@@ -59,8 +59,8 @@ class Ack:
     Attributes:
         worker: Name of the worker.
         boot: Random id of this start of the worker.
-        generation: Of the policy it runs; 0: full depth.
-        digest: Of the policy it runs; "": full depth.
+        generation: Number of the release that it runs; 0: full depth.
+        digest: Names the policy that it runs; "": full depth.
         state: What it says about the head.
         reason: Why, beginning with the Refusal for a NACK; "" for an ACK.
         at: Unix seconds by the worker's clock.

@@ -55,7 +55,7 @@ class SignedEnvelope:
 
     Attributes:
         magic: What kind of payload it is.
-        key_id: Which key is said to have signed it.
+        key_id: Names the key that is said to have signed it.
         signature: Ed25519 over magic, key id and payload, 64 bytes.
         payload: The signed bytes.
     """

@@ -37,7 +37,7 @@ class Mark:
     """The highest release a worker has accepted: nothing below it is accepted again.
 
     Attributes:
-        generation: Its number.
+        generation: Number of the release.
         digest: SHA-256 of its blob, hex.
     """
 

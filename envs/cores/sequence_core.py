@@ -54,8 +54,8 @@ class SequenceExitCore(TokenExitCore):
         pending_share: What a pending token adds to a layer in ``defer``, as a share of a layer;
             None reads it off the cost table's spans.
         rows: Numbers of rows in the batch to draw from.
-        lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: As
-            ``TokenExitCore`` takes them.
+        lambda_range, quality, autoreset, actions, jumps, asks_first, ends, energy_range: Mean
+            what they do in ``TokenExitCore``.
 
     Attributes:
         actions: What can be done.

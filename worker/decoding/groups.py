@@ -89,7 +89,7 @@ class ExitGroup(PolicyGroup[Probe]):
     def _note(self, here: int, leave_N: BoolArray, features_NF: FloatArray) -> None:
         """Record where rows leave, for the verdict that full depth will pass on them."""
         for row, leaves, features_F in zip(self.rows, leave_N, features_NF, strict=True):
-            if leaves:
+            if leaves:  # a copy: a probe may use its buffer again at the next exit
                 row.open[-1].left_at = (here, features_F.copy())
 
 
@@ -162,7 +162,7 @@ class RoutedRow:
         if target is None:
             row.policy_failed = True
         if target is None or target == len(self._policy.exits):
-            self.rows = []
+            self.rows = []  # it runs to the end, and is not asked again on the way
             return NOBODY
         self._target = target
         if target != here:

@@ -109,12 +109,14 @@ class Scheduler(Generic[Id]):
 
     def _observe(self, standing: Mapping[int, Sequence[Id]]) -> None:
         waiting = {member for hold in self.schedule.holds for member in standing.get(hold, ())}
+        # Made anew each time, so that rows that were cancelled meanwhile are forgotten.
         self._since = {member: self._since.get(member, self._clock) for member in waiting}
 
     def _stage(self, standing: Mapping[int, Sequence[Id]]) -> int | None:
         """The deepest stage that is due; else the shallowest that has rows."""
         occupied = [i for i, depth in enumerate(self._stages[:-1]) if standing.get(depth)]
         due = [i for i in occupied if i > 0 and self._is_due(standing[self._stages[i]])]
+        # Deep stages first: their rows hold slots, and the longer they wait the later they answer.
         if due:
             return max(due, key=lambda i: (self._longest_wait(standing[self._stages[i]]), i))
         return occupied[0] if occupied else None

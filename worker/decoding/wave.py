@@ -66,6 +66,8 @@ class Wave:
             self._x_NTD = self.stack.run_layer(
                 index, self._x, self._rotary, self._window, self.context.kv
             )
+            # Counted where a layer was called, and never derived from depths: a skipped layer is
+            # one that was not called.
             for row, joined in zip(self.rows, self._joined, strict=True):
                 row.layer_calls += joined
             if index + 1 < self.stack.layers:
@@ -88,11 +90,13 @@ class Wave:
         for row in self.rows:
             row.open.append(OpenToken(row.position, 0, None))
             row.undecided = True
+            # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
         tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
         positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
         self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
+        # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
@@ -112,6 +116,7 @@ class Wave:
         self._fill([row for row in self.rows if row.projects], index)
         counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
         columns = max(counts)
+        # If nobody has joined, the window and the angles of the last layer still hold.
         if columns == 0 or (counts == self._joined and self._rotary):
             return
         if self._x_NTD is None or counts != self._joined:
@@ -128,6 +133,8 @@ class Wave:
     def _widen(self, counts: list[int], columns: int) -> None:
         old = self._x_NTD
         shape = (len(self.rows), columns, self.stack.width)
+        # Aligned to the right, so that the last column is every row's newest token. What a shorter
+        # row has to its left is written nowhere; zeros keep it finite.
         new_NTD = torch.zeros(shape, dtype=self.stack.dtype, device=self.stack.device)
         if old is not None:
             new_NTD[:, columns - old.shape[1] :] = old
@@ -176,6 +183,7 @@ class Wave:
             self._remove_leavers(executed, leaving, read_N1D[:, 0])
 
     def _remove_leavers(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
+        # In order of place, whichever group was asked first.
         places = sorted(leaving)
         for n in places:
             row = self._mark_exited(n, executed)
@@ -188,7 +196,7 @@ class Wave:
         if not stay:
             return
         columns = max(self._joined)
-        if columns == 0:
+        if columns == 0:  # those that stay only catch up, from a deeper layer on
             self._x_NTD = None
             return
         self._x_NTD = self._x[stay][:, -columns:]
@@ -249,6 +257,6 @@ class Wave:
             )
             if row.undecided:
                 row.note_depth(1.0)
-            row.open.clear()
+            row.open.clear()  # every token of the row has now run every layer
             row.undecided = False
             row.group = None

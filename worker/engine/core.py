@@ -147,6 +147,7 @@ class EngineCore:
         Args:
             finished: Takes the sequences that ended in this step, by request id.
         """
+        # Chosen before prompts are read: a row whose prompt ends in this step goes on in the next.
         launches = self._launches()
         self._roster.admit()
         self.decoder.grouper.load = Load(*self.load, self.kv.slots)
@@ -223,6 +224,7 @@ class EngineCore:
         rows = [row for launch in launches for row in launch.members]
         if not rows:
             return
+        # Once, for all launches: growing copies the whole cache.
         self.kv.reserve(1 + max(row.position for row in rows))
         waves = []
         judged: set[Sequence] = set()

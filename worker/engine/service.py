@@ -125,7 +125,7 @@ class EngineService:
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
         self._commands.put(_Submit(prompt, sampling, kv_mode, listener, accepted))
-        if self._has_ended:
+        if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
         try:
             requests = await asyncio.wrap_future(accepted)
@@ -177,7 +177,7 @@ class EngineService:
                 command = self._commands.get(block=block)
             except queue.Empty:
                 return True
-            block = False
+            block = False  # one command wakes an idle thread; the rest are taken as they lie
             if command is None:
                 return False
             if isinstance(command, _Cancel):
@@ -196,6 +196,7 @@ class EngineService:
         except Exception as error:
             command.accepted.set_exception(error)
             return
+        # An idle engine has made no step for long, and is not stuck for that.
         self._last_step_s = time.monotonic()
         self._listeners.update(dict.fromkeys(_ids(requests), command.listener))
         command.accepted.set_result(requests)

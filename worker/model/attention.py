@@ -25,7 +25,7 @@ class Run:
     """Rows of a step in neighbouring slots, so that their cache is one view.
 
     Attributes:
-        rows: Which rows of the step.
+        rows: Rows of the step.
         slots: Slots of the rows in the cache.
         span: Cache entries read.
         mask: Added to the scores, [B, 1, Q, span]; None if every query sees the whole span.

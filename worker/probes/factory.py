@@ -69,7 +69,7 @@ class ProbeFactory:
         """The probe that a policy reads, for some rows at the start of a step.
 
         Args:
-            policy: Its schema says which probe, its table which candidates.
+            policy: Says by its schema which probe, and by its table which candidates.
             ngrams: Each row's index; read only if the schema is of candidates.
             x_ND: The rows' embeddings.
             positions_N: Their token positions.
@@ -94,7 +94,7 @@ class ProbeFactory:
 
         Args:
             policy: Policy that the rows run under.
-            rows: How many at most.
+            rows: Most rows that will be asked together.
         """
         if policy.schema is None or policy.candidates_VK is None or not self._is_compiled:
             return None

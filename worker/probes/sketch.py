@@ -20,10 +20,10 @@ TOKENS = 1024
 """Tokens sketched at most."""
 
 RANK = 32
-"""Of the factorisation."""
+"""Rank of the factorisation."""
 
 POWER_ITERATIONS = 4
-"""Of the randomised range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+"""Power iterations of the range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
 
 
 @dataclass(frozen=True, slots=True)

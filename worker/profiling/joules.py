@@ -27,7 +27,7 @@ class PartEnergy:
     the profile for its time, and the weights that it reads once.
 
     Attributes:
-        method, source: How every figure was come by.
+        method, source: Say how every figure was obtained.
         watts: Mean power; None where unknown.
         bytes_by_part: Weights read, for the model; parts that are not named read none.
         per_byte: Joules of one.

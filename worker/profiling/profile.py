@@ -54,7 +54,7 @@ def measure_costs(
     Args:
         engine: Idle, in lock-step, with slots for all rows.
         candidates_VK: The candidate table whose probes are timed.
-        config: How to profile.
+        config: Says how much is profiled.
         on_round: Told (seconds so far, limit) after each round; the first may pass the limit.
 
     Raises:

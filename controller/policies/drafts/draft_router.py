@@ -42,8 +42,8 @@ class DraftRouter:
 
     Args:
         exits: Layers to ask after, ascending; E = len(exits).
-        starter: Of the net before the first layer, [C + 1] to [E + 1].
-        router: Of the net at the exits, [F + C + 1] to [E + 1].
+        starter: Layers of the net asked before the first layer, [C + 1] to [E + 1].
+        router: Layers of the net asked at the exits, [F + C + 1] to [E + 1].
         max_pending: The engine's.
         candidates_VK: Candidate table. With it, it reads CANDIDATES_V1 and drafts the best
             candidate, *headless*; else SOFTMAX_V2, whose probe is the head.

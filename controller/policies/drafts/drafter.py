@@ -14,7 +14,7 @@ from offramp.controller.policies.protocols import IndexArray
 PENDING = OUTLOOK_V1.index("pending")
 ACCEPTANCE = OUTLOOK_V1.index("acceptance")
 TOP1 = SOFTMAX_V2.index("top1")
-"""Of CANDIDATES_V1 as well."""
+"""Column of the top-1 probability, in CANDIDATES_V1 as well."""
 
 assert CANDIDATES_V1.index("top1") == TOP1
 

@@ -32,7 +32,7 @@ class ThompsonDraft:
         alpha, beta: The prior's parameters.
         length: Drafts per cycle at most.
         max_pending: The engine's.
-        seed: Of the draws.
+        seed: Seeds the draws.
 
     Raises:
         RequestError: an argument is out of range.

@@ -37,7 +37,7 @@ class ThresholdBandit:
         schema: The schema that holds the column.
         column: The confidence compared.
         thresholds: The arms, A of them.
-        trade_off: λ.
+        trade_off: λ, what a full-depth token's time is worth.
         costs: Cost of leaving at each exit and of full depth, in units of a full-depth token,
             E + 1 of them.
         explore: β, at least 0.

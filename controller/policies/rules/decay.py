@@ -34,7 +34,7 @@ class DecayingThreshold:
         exits: Layers to ask after, ascending.
         schema: The schema that holds the column.
         column: The confidence measure.
-        threshold: λ.
+        threshold: λ, where it starts.
         decay: τ, at least 0; 0 is a constant threshold.
         candidates_VK: Needed by the candidate probe only.
 

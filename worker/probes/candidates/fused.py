@@ -104,6 +104,7 @@ class FusedProbe:
         """
         policy = self.policy
         assert policy is not None
+        # float(): a NumPy scalar is another type to the compiled code, which would compile again.
         gone = fused_decision(
             *self._arguments(layer, x_ND), policy.flat, policy.sizes, float(policy.threshold),
             self._gone_S,

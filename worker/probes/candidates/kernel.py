@@ -20,7 +20,7 @@ from offramp.controller.features import CANDIDATES_V1, FloatArray
 from offramp.controller.policies.net_kernel import compiled
 
 Bits = NDArray[np.uint16]
-"""Of bfloat16 numbers, which numpy does not know."""
+"""Bits of bfloat16 numbers, which numpy does not know."""
 
 Rows = FloatArray | Bits
 
@@ -174,7 +174,7 @@ def candidate_features(
     Args:
         x_ND: Hidden states, float32 or bits.
         are_bits: Whether head and states hold bfloat16, as bits.
-        head_VD, candidates_NK, norm, last_ND, memory_NM, depth, exits: See
+        head_VD, candidates_NK, norm, last_ND, memory_NM, depth, exits: Mean what they do in
             ``row_columns``; here for N rows.
     """
     rows, scored = candidates_NK.shape
