@@ -17,8 +17,8 @@ from offramp.controller.errors import (
     Refusal,
     RegistryUnavailableError,
 )
+from offramp.controller.policies.kinds import MAX_BLOB_BYTES, digest_of
 from offramp.controller.policies.protocols import Policy
-from offramp.controller.policies.weights import MAX_BLOB_BYTES, digest_of
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.trust import Mark, ReleaseVerifier

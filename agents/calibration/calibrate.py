@@ -22,7 +22,7 @@ from offramp.agents.calibration.losses import LossSource
 from offramp.agents.calibration.pvalues import Losses, least_units
 from offramp.agents.calibration.setting_families import SettingFamily
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.weights import pack_policy
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate, Method, Unit
 from offramp.worker.engine.engine import AdaptiveEngine

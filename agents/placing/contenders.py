@@ -21,8 +21,8 @@ from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit, Policy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 
 INDEX = "contenders.json"

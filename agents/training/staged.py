@@ -72,7 +72,7 @@ class StagedRun:
     """One run: where it stands, and how it goes on.
 
     Args:
-        config: Settings of the run, seeds in place.
+        config: Settings of the run.
         data: What it learns from.
         out: Where checkpoints and scalars go.
         on_progress: Told as it advances.
@@ -93,7 +93,7 @@ class StagedRun:
         on_progress: Progress = lambda *_: None,
         callback: BaseCallback | None = None,
     ) -> None:
-        self.config = config.with_seeds()
+        self.config = config
         self.data = data
         self.out = out
         self.on_progress = on_progress
@@ -130,6 +130,10 @@ class StagedRun:
         """Whether nothing is left to do: all rounds are done, and the policies lie there."""
         rounds = self.config.onpolicy.rounds
         return (self.stage, self.step) == ("done", rounds) and (self.out / INDEX).exists()
+
+    def finish(self) -> None:
+        """Note that nothing is left to be done, and write a checkpoint."""
+        self.reach("done", self.config.onpolicy.rounds)
 
     def reach(self, stage: Stage, step: int, learner: dict[str, Any] | None = None) -> None:
         """Stand at a step of a stage, and write the checkpoint.

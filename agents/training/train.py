@@ -67,7 +67,7 @@ def open_run(
     if resume and not is_staged:
         raise ConfigError("resume", "is for families that are trained in stages", "Leave it out")
     data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
-    parts = TrainedParts(config.with_seeds(), data, out, on_progress, callback)
+    parts = TrainedParts(config, data, out, on_progress, callback)
     if resume:
         parts.staged.restore(Checkpoint.load(out))
     return parts
@@ -82,5 +82,5 @@ def complete(run: TrainedParts, out: Path) -> list[Contender]:
     del training["traces"]  # a place on one machine
     save_contenders(out, contenders, run.data, training)
     if run.has_stages:
-        run.staged.reach("done", run.config.onpolicy.rounds)
+        run.staged.finish()
     return contenders

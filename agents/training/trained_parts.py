@@ -28,7 +28,7 @@ class TrainedParts:
     """Agents and classifiers of one training run.
 
     Args:
-        config: Settings of the run, seeds in place.
+        config: Settings of the run.
         data: What it learns from.
         out: Folder of checkpoints and scalars, for families that are trained in stages.
         on_progress: Told as training advances.

@@ -1,36 +1,43 @@
-"""Every kind of policy that a release can carry: one line per kind.
+"""Every kind of policy that a release can carry, and the bytes (safetensors) it travels as.
 
-A worker that does not know a release's kind refuses it by name.
+A worker that does not know a release's kind refuses it by name. Bytes are packed once, and checked
+from every side before use. Tensors: ``policy`` (uint8, canonical JSON of kind, exits, params and
+schema, so the digest pins the whole policy and not only its matrices), ``candidates`` (int32),
+those of the kind, and the canned inputs (``controller/policies/codec.py``).
+
+Shape suffixes: N canned rows, F features, V vocabulary, K candidates per token.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
-from offramp.controller.errors import RequestError
-from offramp.controller.features import BoolArray, FloatArray
+from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
+from offramp.controller.features import FeatureSchema, FloatArray, schema_of
 from offramp.controller.policies.codec import (
-    CLOSE_LOGIT,
     Kind,
     Params,
     PolicyParts,
     Tensors,
-    pack_layers,
-    unpack_layers,
+    canned_tensors,
+    check_canned,
 )
-from offramp.controller.policies.drafts import (
-    ConfidentDraft,
-    DelDraft,
-    DraftRouter,
-    StaticDraft,
-    ThompsonDraft,
-)
-from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
-from offramp.controller.policies.router import MlpRouter
+from offramp.controller.policies.drafts.confident import CONFIDENT
+from offramp.controller.policies.drafts.del_rule import DEL
+from offramp.controller.policies.drafts.draft_router import DRAFT_ROUTER
+from offramp.controller.policies.drafts.static_draft import STATIC
+from offramp.controller.policies.drafts.thompson import THOMPSON
+from offramp.controller.policies.mlp import MLP
+from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
+from offramp.controller.policies.router import ROUTER
 from offramp.controller.policies.rules.bandit import THRESHOLD_BANDIT
 from offramp.controller.policies.rules.beta import BETA_THRESHOLD
 from offramp.controller.policies.rules.decay import DECAYING_THRESHOLD
@@ -38,129 +45,25 @@ from offramp.controller.policies.rules.entropy_patience import ENTROPY, PATIENCE
 from offramp.controller.policies.rules.optimal_stopping import STOPPING
 from offramp.controller.policies.rules.position import POSITION_SCHEDULE
 from offramp.controller.policies.rules.stages import STAGE_THRESHOLDS
-from offramp.controller.strict import COUNT, NUMBER, TEXT, Check, list_of, or_null
+from offramp.controller.release.manifest import Manifest, Shapes
+from offramp.controller.strict import NUMBER, TEXT, canonical_json
 
-_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
+MAX_BLOB_BYTES = 8 * 1024 * 1024
+"""Larger blobs are neither packed nor fetched."""
+
+_DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
 
 def _build_fixed(parts: PolicyParts) -> FixedExit:
     return FixedExit(parts.only_exit, parts.schema, parts.candidates_VK)
 
 
-def _describe_mlp(policy: MlpPolicy) -> tuple[Params, Tensors]:
-    return {"threshold": float(policy.threshold)}, pack_layers(policy.weights)
-
-
-def _build_mlp(parts: PolicyParts) -> MlpPolicy:
-    weights = unpack_layers(parts.tensors)
-    threshold = parts.params["threshold"]
-    return MlpPolicy(parts.exits, parts.required_schema, weights, threshold, parts.candidates_VK)
-
-
-def _clear_mlp(policy: MlpPolicy, features_NF: FloatArray, _outlook_NC: FloatArray) -> BoolArray:
-    # One row at a time: so that the logit is the one that a lone row gets.
-    distances = [abs(policy.logits(row[None])[0] - policy.threshold) for row in features_NF]
-    return np.asarray(distances) > CLOSE_LOGIT
-
-
-def _describe_router(policy: MlpRouter) -> tuple[Params, Tensors]:
-    params = {"ends": policy.ends, "first": policy.first if isinstance(policy.first, int) else None}
-    tensors = pack_layers(policy.weights)
-    if not isinstance(policy.first, int):
-        tensors |= pack_layers(list(policy.first), "start")
-    return params, tensors
-
-
-def _build_router(parts: PolicyParts) -> MlpRouter:
-    first = parts.params["first"]
-    return MlpRouter(
-        parts.exits,
-        parts.required_schema,
-        unpack_layers(parts.tensors),
-        first=unpack_layers(parts.tensors, "start") if first is None else int(first),
-        ends=parts.params["ends"],
-        candidates_VK=parts.candidates_VK,
-    )
-
-
-def _clear_router(policy: MlpRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
-    return policy.lead(features_NF, outlook_NC) > CLOSE_LOGIT
-
-
-def _build_static(parts: PolicyParts) -> StaticDraft:
-    return StaticDraft(layer=parts.only_exit, **parts.params)
-
-
-def _build_confident(parts: PolicyParts) -> ConfidentDraft:
-    table_VK = parts.candidates_VK
-    return ConfidentDraft(layer=parts.only_exit, candidates_VK=table_VK, **parts.params)
-
-
-def _describe_thompson(policy: ThompsonDraft) -> tuple[Params, Tensors]:
-    policy.rewind()  # so that who unpacks it draws what the canned inputs drew
-    names = ("alpha", "beta", "length", "max_pending", "seed")
-    return {name: getattr(policy, name) for name in names}, {}
-
-
-def _build_thompson(parts: PolicyParts) -> ThompsonDraft:
-    return ThompsonDraft(parts.only_exit, **parts.params)
-
-
-def _describe_del(policy: DelDraft) -> tuple[Params, Tensors]:
-    return {
-        "layers": policy.layers,
-        "acceptance": policy.acceptance_E.tolist(),
-        "thresholds": policy.threshold_E.tolist(),
-        "omega": policy.omega,
-        "max_pending": policy.max_pending,
-    }, {}
-
-
-def _build_del(parts: PolicyParts) -> DelDraft:
-    return DelDraft(parts.exits, **parts.params)
-
-
-def _describe_drafter(policy: DraftRouter) -> tuple[Params, Tensors]:
-    tensors = pack_layers(policy.starter.weights, "starter")
-    tensors |= pack_layers(policy.router.weights, "router")
-    return {"max_pending": policy.max_pending}, tensors
-
-
-def _build_drafter(parts: PolicyParts) -> DraftRouter:
-    nets = (unpack_layers(parts.tensors, "starter"), unpack_layers(parts.tensors, "router"))
-    return DraftRouter(parts.exits, *nets, candidates_VK=parts.candidates_VK, **parts.params)
-
-
-def _clear_drafter(
-    policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray
-) -> BoolArray:
-    everywhere = range(len(policy.exits))
-    routed = [policy.route_logits(here, features_NF, outlook_NC) for here in everywhere]
-    ordered_PNA = np.sort([policy.start_logits(outlook_NC), *routed], axis=-1)
-    lead_PN = ordered_PNA[:, :, -1] - ordered_PNA[:, :, -2]
-    return np.asarray((lead_PN > CLOSE_LOGIT).all(0))
-
-
 _SHIPPED = (
     Kind(name="never", type=NeverExit, needs_schema=False),
     Kind(name="fixed", type=FixedExit, build=_build_fixed),
     Kind(name="threshold", type=ThresholdPolicy, params={"column": TEXT, "threshold": NUMBER}),
-    Kind(
-        name="mlp",
-        type=MlpPolicy,
-        params={"threshold": NUMBER},
-        describe=_describe_mlp,
-        build=_build_mlp,
-        clear=_clear_mlp,
-    ),
-    Kind(
-        name="router",
-        type=MlpRouter,
-        params={"ends": _FLAG, "first": or_null(COUNT)},
-        describe=_describe_router,
-        build=_build_router,
-        clear=_clear_router,
-    ),
+    MLP,
+    ROUTER,
     DECAYING_THRESHOLD,
     ENTROPY,
     PATIENCE,
@@ -169,52 +72,11 @@ _SHIPPED = (
     BETA_THRESHOLD,
     THRESHOLD_BANDIT,
     STOPPING,
-    Kind(
-        name="draft-static",
-        type=StaticDraft,
-        params={"length": COUNT, "max_pending": COUNT},
-        build=_build_static,
-    ),
-    Kind(
-        name="draft-confident",
-        type=ConfidentDraft,
-        params={"length": COUNT, "max_pending": COUNT, "threshold": NUMBER},
-        build=_build_confident,
-    ),
-    Kind(
-        name="draft-thompson",
-        type=ThompsonDraft,
-        params={
-            "alpha": NUMBER,
-            "beta": NUMBER,
-            "length": COUNT,
-            "max_pending": COUNT,
-            "seed": COUNT,
-        },
-        describe=_describe_thompson,
-        build=_build_thompson,
-    ),
-    Kind(
-        name="draft-del",
-        type=DelDraft,
-        params={
-            "layers": COUNT,
-            "acceptance": list_of(NUMBER),
-            "thresholds": list_of(NUMBER),
-            "omega": NUMBER,
-            "max_pending": COUNT,
-        },
-        describe=_describe_del,
-        build=_build_del,
-    ),
-    Kind(
-        name="draft-router",
-        type=DraftRouter,
-        params={"max_pending": COUNT},
-        describe=_describe_drafter,
-        build=_build_drafter,
-        clear=_clear_drafter,
-    ),
+    STATIC,
+    CONFIDENT,
+    THOMPSON,
+    DEL,
+    DRAFT_ROUTER,
 )
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})
@@ -231,5 +93,199 @@ def kind_of(policy: Any) -> Kind:
         if kind.type is type(policy):
             return kind
     raise RequestError(
-        "policy", f"{type(policy).__name__} cannot be packed", "Add its kind to controller.kinds"
+        "policy", f"{type(policy).__name__} cannot be packed", "Add its kind to KINDS"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPolicy:
+    """A policy as plain values and bytes.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        exits: Layers to ask after, ascending.
+        params: What the kind needs besides tensors.
+        schema_digest: Names the feature schema that it reads; None if it reads none.
+        blob: The tensors, as safetensors.
+    """
+
+    kind: str
+    exits: tuple[int, ...]
+    params: Params
+    schema_digest: str | None
+    blob: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the blob, hex."""
+        return digest_of(self.blob)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Dtype and shape of each tensor in the blob."""
+        return _shapes(_parse(self.blob))
+
+
+def digest_of(blob: bytes) -> str:
+    """SHA-256 of a blob, hex."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
+    """Turn a policy into bytes; the same policy and canned inputs give the same bytes.
+
+    Args:
+        policy: Has a type that ``KINDS`` knows.
+        canned_features_NF: Inputs whose decisions are recorded, for workers to reproduce. Rows
+            that the policy decides too narrowly are left out.
+
+    Raises:
+        RequestError: another type of policy, parameters that its kind does not allow, weights
+            that are not finite, or canned inputs that it cannot read or that are all too close.
+        ConfigError: the blob would exceed MAX_BLOB_BYTES.
+    """
+    kind = kind_of(policy)
+    params, tensors = kind.describe_policy(policy)
+    assert params.keys() == kind.params.keys()  # what a kind describes, it also checks
+    for name, (holds, expected) in kind.params.items():
+        if not holds(params[name]):
+            raise RequestError(name, f"{params[name]!r} is not {expected}", "Train it again")
+    schema_digest = None if policy.schema is None else policy.schema.digest
+    tensors = tensors | canned_tensors(policy, kind, canned_features_NF)
+    tensors["policy"] = _descriptor(kind.name, policy.exits, params, schema_digest)
+    if policy.candidates_VK is not None:
+        tensors["candidates"] = np.ascontiguousarray(policy.candidates_VK, np.int32)
+    return PackedPolicy(
+        kind=kind.name,
+        exits=tuple(policy.exits),
+        params=params,
+        schema_digest=schema_digest,
+        blob=_blob(tensors),
+    )
+
+
+def _blob(tensors: Tensors) -> bytes:
+    for name, each in tensors.items():
+        if not np.isfinite(each).all():
+            raise RequestError(name, "holds NaN or infinite values", "Train the policy again")
+    blob: bytes = save(dict(sorted(tensors.items())))
+    if len(blob) > MAX_BLOB_BYTES:
+        raise ConfigError("policy", f"packs to {len(blob)} bytes, over {MAX_BLOB_BYTES}")
+    return blob
+
+
+def _descriptor(
+    kind: str, exits: tuple[int, ...], params: Params, schema_digest: str | None
+) -> NDArray[np.uint8]:
+    values = {
+        "kind": kind,
+        "exits": [int(layer) for layer in exits],
+        "params": params,
+        "schema": schema_digest,
+    }
+    return np.frombuffer(canonical_json(values), np.uint8)
+
+
+def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
+    """Rebuild the policy of a verified manifest from bytes that nobody vouches for yet.
+
+    Raises:
+        PolicyRefusedError: TOO_LARGE, DIGEST_MISMATCH, NOT_SAFETENSORS, BAD_SHAPE, NOT_FINITE,
+            WRONG_SCHEMA, BAD_FORMAT or CANNED_INPUTS, checked in this order.
+    """
+    _check_bytes(manifest, blob)
+    tensors = _parse(blob)
+    _check_shapes(manifest, tensors)
+    _check_finite(tensors)
+    schema = _schema(manifest.schema, tensors)
+    _check_candidates(tensors)
+    try:
+        policy = _build(manifest, schema, tensors)
+    except (KeyError, RequestError) as error:
+        raise PolicyRefusedError(
+            Refusal.BAD_SHAPE, f"no {manifest.kind} policy: {error}"
+        ) from error
+    if (None if policy.schema is None else policy.schema.digest) != manifest.schema:
+        detail = "the policy reads other features than its manifest says"
+        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, detail)
+    check_canned(policy, tensors)
+    return policy
+
+
+def _check_bytes(manifest: Manifest, blob: bytes) -> None:
+    if len(blob) > MAX_BLOB_BYTES:
+        detail = f"the blob has {len(blob)} bytes, over {MAX_BLOB_BYTES}"
+        raise PolicyRefusedError(Refusal.TOO_LARGE, detail)
+    found = digest_of(blob)
+    if len(blob) != manifest.size or found != manifest.digest:
+        detail = f"{len(blob)} bytes of digest {found}, not {manifest.size} of {manifest.digest}"
+        raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
+
+
+def _parse(blob: bytes) -> Tensors:
+    try:
+        entries = deserialize(blob)  # type: ignore[no-untyped-call]  # ships no types
+    except SafetensorError as error:
+        raise PolicyRefusedError(Refusal.NOT_SAFETENSORS, str(error)) from error
+    tensors: Tensors = {}
+    for name, entry in entries:
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            detail = f"{name} has dtype {entry['dtype']}, none of {', '.join(_DTYPES)}"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return tensors
+
+
+def _shapes(tensors: Tensors) -> Shapes:
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    return {name: (names[each.dtype], each.shape) for name, each in tensors.items()}
+
+
+def _check_shapes(manifest: Manifest, tensors: Tensors) -> None:
+    found = _shapes(tensors)
+    for name in sorted(manifest.shapes.keys() | found.keys()):
+        if manifest.shapes.get(name) != found.get(name):
+            detail = f"{name} is {found.get(name)}, signed as {manifest.shapes.get(name)}"
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+
+
+def _check_finite(tensors: Tensors) -> None:
+    for name, each in tensors.items():
+        if not np.isfinite(each).all():
+            raise PolicyRefusedError(Refusal.NOT_FINITE, f"{name} holds NaN or infinite values")
+
+
+def _schema(digest: str | None, tensors: Tensors) -> FeatureSchema | None:
+    if digest is None:
+        return None
+    canned = tensors.get("canned.features")
+    schema = schema_of(digest, 0 if canned is None or canned.ndim != 2 else canned.shape[1])
+    if schema is None:
+        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, f"schema {digest} is unknown here")
+    return schema
+
+
+def _check_candidates(tensors: Tensors) -> None:
+    table_VK = tensors.get("candidates")
+    if table_VK is None:
+        return
+    if table_VK.dtype != np.int32 or table_VK.ndim != 2 or not table_VK.size:
+        raise PolicyRefusedError(Refusal.BAD_SHAPE, f"candidates has shape {table_VK.shape}")
+    if table_VK.min() < 0 or table_VK.max() >= len(table_VK):
+        detail = f"candidates names tokens outside [0, {len(table_VK)})"
+        raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+
+
+def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -> Policy:
+    signed = _descriptor(manifest.kind, manifest.exits, manifest.params, manifest.schema)
+    if tensors["policy"].tobytes() != signed.tobytes():
+        raise PolicyRefusedError(Refusal.BAD_FORMAT, "the blob was packed for another manifest")
+    parts = PolicyParts(
+        exits=manifest.exits,
+        schema=schema,
+        candidates_VK=tensors.get("candidates"),
+        params=manifest.params,
+        tensors=tensors,
+    )
+    return KINDS[manifest.kind].build_policy(parts)

@@ -11,7 +11,17 @@ import numpy as np
 
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policies.codec import (
+    CLOSE_LOGIT,
+    Kind,
+    Params,
+    PolicyParts,
+    Tensors,
+    pack_layers,
+    unpack_layers,
+)
 from offramp.controller.policies.net import MAX_ROWS, TanhNet, Weights
+from offramp.controller.strict import NUMBER
 
 
 class MlpPolicy:
@@ -84,3 +94,29 @@ class MlpPolicy:
 def _require_finite(value: float) -> None:
     if not math.isfinite(value):
         raise PolicyFaultError(f"logits sum up to {value}")
+
+
+def _describe(policy: MlpPolicy) -> tuple[Params, Tensors]:
+    return {"threshold": float(policy.threshold)}, pack_layers(policy.weights)
+
+
+def _build(parts: PolicyParts) -> MlpPolicy:
+    weights = unpack_layers(parts.tensors)
+    threshold = parts.params["threshold"]
+    return MlpPolicy(parts.exits, parts.required_schema, weights, threshold, parts.candidates_VK)
+
+
+def _clear(policy: MlpPolicy, features_NF: FloatArray, _outlook_NC: FloatArray) -> BoolArray:
+    # One row at a time: so that the logit is the one that a lone row gets.
+    distances = [abs(policy.logits(row[None])[0] - policy.threshold) for row in features_NF]
+    return np.asarray(distances) > CLOSE_LOGIT
+
+
+MLP = Kind(
+    name="mlp",
+    type=MlpPolicy,
+    params={"threshold": NUMBER},
+    describe=_describe,
+    build=_build,
+    clear=_clear,
+)

@@ -9,9 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import OUTLOOK_V1, FeatureSchema, FloatArray, IntArray
+from offramp.controller.features import OUTLOOK_V1, BoolArray, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policies.codec import (
+    CLOSE_LOGIT,
+    Kind,
+    Params,
+    PolicyParts,
+    Tensors,
+    pack_layers,
+    unpack_layers,
+)
 from offramp.controller.policies.net import MAX_ROWS, TanhNet, Weights, finite
 from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.strict import COUNT, FLAG, or_null
 
 LEAVE = 0
 """Action: leave at this exit. Action k ≥ 1 asks next at the k-th exit from here."""
@@ -171,3 +181,37 @@ def _require_jumps(jumps: int, exits: int) -> None:
 
 def _slices(rows_N: FloatArray) -> list[FloatArray]:
     return [rows_N[at : at + MAX_ROWS] for at in range(0, max(1, len(rows_N)), MAX_ROWS)]
+
+
+def _describe(policy: MlpRouter) -> tuple[Params, Tensors]:
+    params = {"ends": policy.ends, "first": policy.first if isinstance(policy.first, int) else None}
+    tensors = pack_layers(policy.weights)
+    if not isinstance(policy.first, int):
+        tensors |= pack_layers(list(policy.first), "start")
+    return params, tensors
+
+
+def _build(parts: PolicyParts) -> MlpRouter:
+    first = parts.params["first"]
+    return MlpRouter(
+        parts.exits,
+        parts.required_schema,
+        unpack_layers(parts.tensors),
+        first=unpack_layers(parts.tensors, "start") if first is None else int(first),
+        ends=parts.params["ends"],
+        candidates_VK=parts.candidates_VK,
+    )
+
+
+def _clear(policy: MlpRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
+    return policy.lead(features_NF, outlook_NC) > CLOSE_LOGIT
+
+
+ROUTER = Kind(
+    name="router",
+    type=MlpRouter,
+    params={"ends": FLAG, "first": or_null(COUNT)},
+    describe=_describe,
+    build=_build,
+    clear=_clear,
+)

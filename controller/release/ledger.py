@@ -15,7 +15,7 @@ from pathlib import Path
 
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.weights import digest_of
+from offramp.controller.policies.kinds import digest_of
 
 
 class Ledger:

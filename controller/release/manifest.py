@@ -58,7 +58,7 @@ class Manifest:
         channel: The channel it was signed for; "" for a draft not yet released.
         epoch: Incarnation of the channel; 0 for a draft.
         generation: Number of the release, from 1 on; 0 for a draft.
-        kind: One of ``controller.kinds.KINDS``.
+        kind: One of ``controller.policies.kinds.KINDS``.
         exits: Numbers of executed layers after which the policy is asked, ascending.
         params: What the kind needs besides tensors; its fields are the kind's.
         schema: Digest of the feature schema read; None if none is.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.weights import PackedPolicy
+from offramp.controller.policies.kinds import PackedPolicy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.ledger import Ledger

@@ -32,7 +32,7 @@ from offramp.controller.errors import (
     Refusal,
     RegistryUnavailableError,
 )
-from offramp.controller.policies.weights import digest_of
+from offramp.controller.policies.kinds import digest_of
 from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head, too_large
 from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from offramp.controller.errors import PolicyRefusedError, PromoteConflictError, Refusal
-from offramp.controller.policies.weights import digest_of
+from offramp.controller.policies.kinds import digest_of
 
 MAX_EVENTS = 1000
 """Promotions remembered for audit."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from offramp.controller.errors import RegistryUnavailableError
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, PolicyRegistry

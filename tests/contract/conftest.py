@@ -15,9 +15,9 @@ from safetensors.numpy import load, save
 
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.codec import Tensors
+from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, NeverExit
-from offramp.controller.policies.weights import digest_of, pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest

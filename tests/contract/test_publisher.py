@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, PromoteConflictError, Refusal
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout

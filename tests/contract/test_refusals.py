@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import Refusal
-from offramp.controller.policies.weights import MAX_BLOB_BYTES
+from offramp.controller.policies.kinds import MAX_BLOB_BYTES
 from offramp.controller.release.registry import AckState
 from offramp.controller.release.signing import load_or_create_key
 

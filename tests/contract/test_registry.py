@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import PolicyRefusedError, PromoteConflictError, Refusal
-from offramp.controller.policies.weights import digest_of
+from offramp.controller.policies.kinds import digest_of
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 

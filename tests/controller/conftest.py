@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.signing import SigningKey, load_or_create_key
 from support.certificates import certificate

@@ -19,8 +19,8 @@ from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.training_data import save_candidates
 from offramp.controller.features import SOFTMAX_V2
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.cli.calibrating import NOTHING_CERTIFIED
 from offramp.deploy.cli.evaluating import save_assessment

@@ -21,8 +21,8 @@ from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded

@@ -14,8 +14,8 @@ from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.protocol import AssessConfig, Findings
 from offramp.agents.evaluation.scores import AGREEMENT
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.research.archive import plain_scores
 from offramp.research.comparisons import comparisons, matched_points

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import RegistryUnavailableError
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher, Release
 from offramp.controller.release.redis_registry import RedisRegistry

@@ -17,6 +17,7 @@ from offramp.controller.features import (
     FloatArray,
     IntArray,
 )
+from offramp.controller.policies.codec import Kind, PolicyParts
 from offramp.controller.policies.drafts.drafter import (
     TOP1,
     open_drafts,
@@ -25,6 +26,7 @@ from offramp.controller.policies.drafts.drafter import (
     require_share,
 )
 from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.strict import COUNT, NUMBER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,3 +81,16 @@ class ConfidentDraft:
     def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Leave if confident, else verify."""
         return np.where(features_NF[:, TOP1] > self.threshold, here, here + 1)
+
+
+def _build(parts: PolicyParts) -> ConfidentDraft:
+    table_VK = parts.candidates_VK
+    return ConfidentDraft(layer=parts.only_exit, candidates_VK=table_VK, **parts.params)
+
+
+CONFIDENT = Kind(
+    name="draft-confident",
+    type=ConfidentDraft,
+    params={"length": COUNT, "max_pending": COUNT, "threshold": NUMBER},
+    build=_build,
+)

@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import MAX_PENDING, SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
 from offramp.controller.policies.drafts.drafter import TOP1, open_drafts, require_exits
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import IndexArray, Verdict
+from offramp.controller.strict import COUNT, NUMBER, list_of
 
 PRIOR_ROUNDS = 8.0
 """Verdicts that the recorded acceptance counts for at the start."""
@@ -122,3 +124,32 @@ def _shares(name: str, values: ArrayLike, exits: tuple[int, ...]) -> NDArray[np.
     if shares_E.shape != (len(exits),) or not ((shares_E >= 0) & (shares_E <= 1)).all():
         raise RequestError(name, f"{values!r} is no share for each of {exits}")
     return shares_E
+
+
+def _describe(policy: DelDraft) -> tuple[Params, Tensors]:
+    return {
+        "layers": policy.layers,
+        "acceptance": policy.acceptance_E.tolist(),
+        "thresholds": policy.threshold_E.tolist(),
+        "omega": policy.omega,
+        "max_pending": policy.max_pending,
+    }, {}
+
+
+def _build(parts: PolicyParts) -> DelDraft:
+    return DelDraft(parts.exits, **parts.params)
+
+
+DEL = Kind(
+    name="draft-del",
+    type=DelDraft,
+    params={
+        "layers": COUNT,
+        "acceptance": list_of(NUMBER),
+        "thresholds": list_of(NUMBER),
+        "omega": NUMBER,
+        "max_pending": COUNT,
+    },
+    describe=_describe,
+    build=_build,
+)

@@ -12,9 +12,19 @@ from offramp.controller.features import (
     MAX_PENDING,
     OUTLOOK_V1,
     SOFTMAX_V2,
+    BoolArray,
     FeatureSchema,
     FloatArray,
     IntArray,
+)
+from offramp.controller.policies.codec import (
+    CLOSE_LOGIT,
+    Kind,
+    Params,
+    PolicyParts,
+    Tensors,
+    pack_layers,
+    unpack_layers,
 )
 from offramp.controller.policies.drafts.drafter import (
     ACCEPTANCE,
@@ -26,6 +36,7 @@ from offramp.controller.policies.drafts.drafter import (
 from offramp.controller.policies.net import TanhNet, Weights, finite
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.router import targets
+from offramp.controller.strict import COUNT
 
 
 class DraftRouter:
@@ -136,3 +147,32 @@ class DraftRouter:
         drafts_N = open_drafts(outlook_NC, self.max_pending)
         estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
         return estimate_N
+
+
+def _describe(policy: DraftRouter) -> tuple[Params, Tensors]:
+    tensors = pack_layers(policy.starter.weights, "starter")
+    tensors |= pack_layers(policy.router.weights, "router")
+    return {"max_pending": policy.max_pending}, tensors
+
+
+def _build(parts: PolicyParts) -> DraftRouter:
+    nets = (unpack_layers(parts.tensors, "starter"), unpack_layers(parts.tensors, "router"))
+    return DraftRouter(parts.exits, *nets, candidates_VK=parts.candidates_VK, **parts.params)
+
+
+def _clear(policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
+    everywhere = range(len(policy.exits))
+    routed = [policy.route_logits(here, features_NF, outlook_NC) for here in everywhere]
+    ordered_PNA = np.sort([policy.start_logits(outlook_NC), *routed], axis=-1)
+    lead_PN = ordered_PNA[:, :, -1] - ordered_PNA[:, :, -2]
+    return np.asarray((lead_PN > CLOSE_LOGIT).all(0))
+
+
+DRAFT_ROUTER = Kind(
+    name="draft-router",
+    type=DraftRouter,
+    params={"max_pending": COUNT},
+    describe=_describe,
+    build=_build,
+    clear=_clear,
+)

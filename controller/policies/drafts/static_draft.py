@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
+from offramp.controller.policies.codec import Kind, PolicyParts
 from offramp.controller.policies.drafts.drafter import open_drafts, require_exits, require_length
 from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.strict import COUNT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +51,15 @@ class StaticDraft:
     def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Everybody leaves."""
         return np.full(len(features_NF), here, np.int64)
+
+
+def _build(parts: PolicyParts) -> StaticDraft:
+    return StaticDraft(layer=parts.only_exit, **parts.params)
+
+
+STATIC = Kind(
+    name="draft-static",
+    type=StaticDraft,
+    params={"length": COUNT, "max_pending": COUNT},
+    build=_build,
+)

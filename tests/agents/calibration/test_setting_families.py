@@ -17,10 +17,10 @@ from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.recording.training_data import TrainingData
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.policies.router import MlpRouter
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 
 EXITS = (2, 4, 6)

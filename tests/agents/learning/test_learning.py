@@ -20,9 +20,9 @@ from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit
-from offramp.controller.policies.weights import pack_policy
 from offramp.envs import TokenExitCore
 
 PPO_CONFIG = PPOConfig(steps=60_000, envs=256, batch=2048, lambda_range=(0.05, 2.0))

@@ -22,14 +22,13 @@ from offramp.controller.policies.drafts import (
     ThompsonDraft,
 )
 from offramp.controller.policies.drafts.del_rule import tokens_per_layer
-from offramp.controller.policies.kinds import KINDS, kind_of
+from offramp.controller.policies.kinds import KINDS, kind_of, pack_policy
 from offramp.controller.policies.protocols import (
     LearningPolicy,
     RoutingPolicy,
     Verdict,
     is_headless,
 )
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 
 SEEN = OUTLOOK_V1.width + 1

@@ -10,6 +10,7 @@ from safetensors.numpy import load, save
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, STATE_V1
+from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.protocols import ExitPolicy, LearningPolicy, Policy, RoutingPolicy
 from offramp.controller.policies.rules.bandit import ThresholdBandit
 from offramp.controller.policies.rules.beta import BetaThreshold
@@ -18,7 +19,6 @@ from offramp.controller.policies.rules.entropy_patience import EntropyExit, Pati
 from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy
 from offramp.controller.policies.rules.position import PositionSchedule
 from offramp.controller.policies.rules.stages import StageThresholds
-from offramp.controller.policies.weights import digest_of, pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
 

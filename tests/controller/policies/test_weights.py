@@ -15,9 +15,9 @@ from safetensors.numpy import load
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, FeatureSchema, FloatArray
 from offramp.controller.policies.codec import CLOSE_LOGIT
+from offramp.controller.policies.kinds import MAX_BLOB_BYTES, PackedPolicy, pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
-from offramp.controller.policies.weights import MAX_BLOB_BYTES, PackedPolicy, pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 
 MakeMlp = Callable[..., MlpPolicy]
@@ -73,7 +73,7 @@ def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     # Hash randomisation must not reach the bytes.
     script = (
         "import numpy as np\n"
-        "from offramp.controller.policies.weights import pack_policy\n"
+        "from offramp.controller.policies.kinds import pack_policy\n"
         "from offramp.controller.policies.protocols import ThresholdPolicy\n"
         "from offramp.controller.features import CANDIDATES_V1\n"
         "policy = ThresholdPolicy((2, 4), CANDIDATES_V1, 'top1', 0.5, np.zeros((5, 2), np.int32))\n"

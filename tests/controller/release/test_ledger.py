@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.weights import digest_of
+from offramp.controller.policies.kinds import digest_of
 from offramp.controller.release.ledger import Ledger
 
 

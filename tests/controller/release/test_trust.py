@@ -7,8 +7,8 @@ import pytest
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1, FloatArray, IntArray
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, Policy, ThresholdPolicy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.registry import Head

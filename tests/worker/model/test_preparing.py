@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.features import SKETCH_V1, IntArray
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, Policy, ThresholdPolicy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, InMemoryRegistry

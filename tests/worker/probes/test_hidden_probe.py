@@ -8,8 +8,8 @@ import torch
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray, hidden_schema, schema_of
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.weights import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine
 from offramp.worker.probes import ProbeInputs, Readout, make_probe
