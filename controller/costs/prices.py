@@ -6,8 +6,9 @@ Seconds and joules are those of the whole launch: divide by its rows for a row's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
@@ -79,6 +80,21 @@ class Batch:
     size: int
     parts: Mapping[str, Timing]
 
+    @classmethod
+    def of_constants(cls, seconds: Mapping[str, float]) -> Batch:
+        """One row, each part timed once."""
+        timings = {
+            part: Timing(median_s=value, low_s=value, high_s=value)
+            for part, value in seconds.items()
+        }
+        return cls(size=1, parts=timings)
+
+    def scaled(self, part: str, factor: float) -> Batch:
+        """The same with one part, if it is there, at ``factor`` times its price."""
+        if part not in self.parts:
+            return self
+        return replace(self, parts={**self.parts, part: self.parts[part].scaled(factor)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
@@ -129,3 +145,76 @@ class Prices:
         if self.step_j is None or self.layer_j is None or self.head_j is None:
             return None
         return self.step_j + self.layers * self.layer_j + self.head_j
+
+
+def batches_from_json(name: str, records: Any) -> tuple[Batch, ...]:
+    """Read batches back from JSON values.
+
+    Raises:
+        ConfigError: naming what is missing, unknown or unusable.
+    """
+    if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
+        raise ConfigError(name, "are no list of objects")
+    for record in records:
+        require_names(name, record, {"size", "parts"})
+        if not isinstance(record["parts"], dict):
+            raise ConfigError(name, "have parts that are no object")
+    return tuple(
+        Batch(
+            size=typed("size", record["size"], int),
+            parts={part: _timing(part, value) for part, value in record["parts"].items()},
+        )
+        for record in records
+    )
+
+
+def _timing(part: str, record: Any) -> Timing:
+    if not isinstance(record, dict):
+        raise ConfigError(part, "is no object")
+    require_names(part, record, {"median_s", "low_s", "high_s", "joules", "repeats"})
+    joules = record["joules"]
+    seconds = {name: typed(name, record[name], float) for name in ("median_s", "low_s", "high_s")}
+    return Timing(
+        **seconds,
+        joules=None if joules is None else typed("joules", joules, float),
+        repeats=typed("repeats", record["repeats"], int),
+    )
+
+
+def require_names(where: str, record: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuse an object whose fields are not exactly those named.
+
+    Raises:
+        ConfigError: naming what is missing or unknown.
+    """
+    missing, unknown = set(names) - set(record), set(record) - set(names)
+    if missing or unknown:
+        problem = f"lacks {sorted(missing)}" if missing else f"has unknown {sorted(unknown)}"
+        raise ConfigError(where, problem)
+
+
+def typed(name: str, value: Any, kind: type) -> Any:
+    """A JSON value of that type; a whole number may stand for a float.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(name, f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def require_batches(name: str, batches: Sequence[Batch], parts: Sequence[str]) -> None:
+    """Refuse sizes that do not ascend from 1, and other parts than those named.
+
+    Raises:
+        ConfigError: they do not, or there are others.
+    """
+    sizes = [batch.size for batch in batches]
+    if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
+        raise ConfigError(name, f"have sizes {sizes}, which do not ascend from 1")
+    for batch in batches:
+        if set(batch.parts) != set(parts):
+            raise ConfigError(name, f"hold {sorted(batch.parts)}, not {sorted(parts)}")

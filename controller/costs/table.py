@@ -1,17 +1,46 @@
-"""Measured costs of a decode step's parts: workers measure them, envs charge them."""
+"""Measured costs of a decode step's parts: workers measure them, envs charge them.
+
+As a JSON file a table is strict when read, and whole or absent when written.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offramp.controller.costs.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch, Prices
+from offramp.controller.costs.prices import (
+    PARTS,
+    PROBE_PARTS,
+    SPAN_PARTS,
+    Batch,
+    Prices,
+    batches_from_json,
+    require_batches,
+    require_names,
+    typed,
+)
 from offramp.controller.costs.readings import EnergyMethod
+from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
+
+COSTS_VERSION = 2
+"""Version of the file's form. The first held seconds at batch 1, without intervals."""
+
+PLAIN: dict[str, type] = {
+    **dict.fromkeys(("machine", "schema", "model", "dtype", "device", "clock"), str),
+    **dict.fromkeys(("layers", "threads", "context"), int),
+    "created_at": float,
+    "energy_source": str,
+}
+"""Fields that are one JSON value, and their types."""
+
+FIELDS = {"version", "batches", "spans", "probes", "energy_method", *PLAIN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +98,10 @@ class CostTable:
                 raise ConfigError(name, "must be a positive number of seconds")
         if self.layers < 1:
             raise ConfigError("layers", f"{self.layers} is below 1")
-        _require_batches("batches", self.batches, PARTS)
-        _require_batches("spans", self.spans, SPAN_PARTS)
+        require_batches("batches", self.batches, PARTS)
+        require_batches("spans", self.spans, SPAN_PARTS)
         for name, batches in self.probes.items():
-            _require_batches(f"probes of {name}", batches, PROBE_PARTS)
+            require_batches(f"probes of {name}", batches, PROBE_PARTS)
             if [each.size for each in batches] != [each.size for each in self.batches]:
                 raise ConfigError(f"probes of {name}", "are at other numbers of rows than the rest")
         for part in PARTS if self.batches else ():
@@ -132,7 +161,7 @@ class CostTable:
         """The same table with one part at ``factor`` times its price: for what-if questions."""
         changes: dict[str, Any] = {f"{part}_s": getattr(self, f"{part}_s") * factor}
         for name in ("batches", "spans"):
-            changes[name] = tuple(_scaled(batch, part, factor) for batch in getattr(self, name))
+            changes[name] = tuple(batch.scaled(part, factor) for batch in getattr(self, name))
         return replace(self, **changes)
 
     def require_model(self, model: str) -> None:
@@ -184,16 +213,87 @@ def view_of_one(batches: Sequence[Batch]) -> dict[str, Any]:
     return {f"{part}_s": batches[0].parts[part].median_s for part in PARTS}
 
 
-def _scaled(batch: Batch, part: str, factor: float) -> Batch:
-    if part not in batch.parts:
-        return batch
-    return replace(batch, parts={**batch.parts, part: batch.parts[part].scaled(factor)})
+def save_costs(path: Path, costs: CostTable) -> None:
+    """Write a table, replacing what is there only once the new one is whole.
+
+    A table of constants is written as one batch of one row.
+
+    Raises:
+        ConfigError: the file cannot be written (permission, full disk); an old one is untouched.
+    """
+    try:
+        write_durably(path, json.dumps(to_json(costs), indent=1).encode())
+    except OSError as error:
+        raise ConfigError(
+            "costs",
+            f"cannot be written to {str(path)!r} ({error.strerror or error})",
+            "Name a writable file on a disk with room",
+        ) from error
 
 
-def _require_batches(name: str, batches: Sequence[Batch], parts: Sequence[str]) -> None:
-    sizes = [batch.size for batch in batches]
-    if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
-        raise ConfigError(name, f"have sizes {sizes}, which do not ascend from 1")
-    for batch in batches:
-        if set(batch.parts) != set(parts):
-            raise ConfigError(name, f"hold {sorted(batch.parts)}, not {sorted(parts)}")
+def load_costs(path: Path) -> CostTable:
+    """Read a table.
+
+    Raises:
+        ConfigError: the file is missing, damaged, of another version, or says what cannot be.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refusal(path, f"is unreadable ({error})") from error
+    try:
+        return from_json(record)
+    except ConfigError as error:
+        raise _refusal(path, f"holds no cost table ({error.field}: {error.problem})") from error
+
+
+def to_json(costs: CostTable) -> dict[str, Any]:
+    """The table as JSON values."""
+    batches = costs.batches or (
+        Batch.of_constants({part: getattr(costs, f"{part}_s") for part in PARTS}),
+    )
+    return {
+        "version": COSTS_VERSION,
+        **{name: getattr(costs, name) for name in PLAIN},
+        "energy_method": costs.energy_method.value,
+        "batches": [asdict(batch) for batch in batches],
+        "spans": [asdict(span) for span in costs.spans],
+        "probes": {name: [asdict(each) for each in part] for name, part in costs.probes.items()},
+    }
+
+
+def from_json(record: Any) -> CostTable:
+    """The table again.
+
+    Raises:
+        ConfigError: naming the field that is missing, unknown or unusable.
+    """
+    if not isinstance(record, dict):
+        raise ConfigError("file", "is no JSON object")
+    version = record.get("version", 1)
+    if version != COSTS_VERSION:
+        raise ConfigError("version", f"is {version}, not {COSTS_VERSION}")
+    require_names("file", record, FIELDS)
+    batches = batches_from_json("batches", record["batches"])
+    if not batches:
+        raise ConfigError("batches", "are empty")
+    require_names("batches", batches[0].parts, PARTS)
+    if not isinstance(record["probes"], dict):
+        raise ConfigError("probes", "are no object")
+    try:
+        method = EnergyMethod(record["energy_method"])
+    except ValueError as error:
+        raise ConfigError("energy_method", f"{record['energy_method']!r} is none") from error
+    plain = {name: typed(name, record[name], kind) for name, kind in PLAIN.items()}
+    return CostTable(
+        **plain,
+        **view_of_one(batches),
+        batches=batches,
+        spans=batches_from_json("spans", record["spans"]),
+        probes={name: batches_from_json("probes", part) for name, part in record["probes"].items()},
+        energy_method=method,
+    )
+
+
+def _refusal(path: Path, problem: str) -> ConfigError:
+    return ConfigError(str(path), problem, "Run `offramp profile` to measure this machine")

@@ -29,6 +29,9 @@ Params = dict[str, Any]
 Tensors = dict[str, NDArray[Any]]
 """Arrays of float32, int32 or uint8, by name."""
 
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Safetensors dtype and shape of each tensor, by name."""
+
 Weights = list[tuple[FloatArray, FloatArray]]
 """One (weight [in, out], bias [out]) pair per layer, float32."""
 

@@ -1,9 +1,10 @@
 """Every kind of policy that a release can carry, and the bytes (safetensors) it travels as.
 
-A worker that does not know a release's kind refuses it by name. Bytes are packed once, and checked
-from every side before use. Tensors: ``policy`` (uint8, canonical JSON of kind, exits, params and
-schema, so the digest pins the whole policy and not only its matrices), ``candidates`` (int32),
-those of the kind, and the canned inputs (``controller/policies/codec.py``).
+A worker that does not know a release's kind refuses it by name. Bytes are packed here, and checked
+from every side before use in ``controller/policies/weights.py``. Tensors: ``policy`` (uint8,
+canonical JSON of kind, exits, params and schema, so the digest pins the whole policy and not only
+its matrices), ``candidates`` (int32), those of the kind, and the canned inputs
+(``controller/policies/codec.py``).
 
 Shape suffixes: N canned rows, F features, V vocabulary, K candidates per token.
 """
@@ -21,14 +22,14 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
-from offramp.controller.features import FeatureSchema, FloatArray, schema_of
+from offramp.controller.features import FloatArray
 from offramp.controller.policies.codec import (
     Kind,
     Params,
     PolicyParts,
+    Shapes,
     Tensors,
     canned_tensors,
-    check_canned,
 )
 from offramp.controller.policies.drafts.confident import CONFIDENT
 from offramp.controller.policies.drafts.del_rule import DEL
@@ -45,7 +46,6 @@ from offramp.controller.policies.rules.entropy_patience import ENTROPY, PATIENCE
 from offramp.controller.policies.rules.optimal_stopping import STOPPING
 from offramp.controller.policies.rules.position import POSITION_SCHEDULE
 from offramp.controller.policies.rules.stages import STAGE_THRESHOLDS
-from offramp.controller.release.manifest import Manifest, Shapes
 from offramp.controller.strict import NUMBER, TEXT, canonical_json
 
 MAX_BLOB_BYTES = 8 * 1024 * 1024
@@ -123,7 +123,7 @@ class PackedPolicy:
     @property
     def shapes(self) -> Shapes:
         """Dtype and shape of each tensor in the blob."""
-        return _shapes(_parse(self.blob))
+        return shapes_of(parse_blob(self.blob))
 
 
 def digest_of(blob: bytes) -> str:
@@ -152,7 +152,7 @@ def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
             raise RequestError(name, f"{params[name]!r} is not {expected}", "Train it again")
     schema_digest = None if policy.schema is None else policy.schema.digest
     tensors = tensors | canned_tensors(policy, kind, canned_features_NF)
-    tensors["policy"] = _descriptor(kind.name, policy.exits, params, schema_digest)
+    tensors["policy"] = descriptor(kind.name, policy.exits, params, schema_digest)
     if policy.candidates_VK is not None:
         tensors["candidates"] = np.ascontiguousarray(policy.candidates_VK, np.int32)
     return PackedPolicy(
@@ -174,9 +174,10 @@ def _blob(tensors: Tensors) -> bytes:
     return blob
 
 
-def _descriptor(
+def descriptor(
     kind: str, exits: tuple[int, ...], params: Params, schema_digest: str | None
 ) -> NDArray[np.uint8]:
+    """What the blob itself says of the policy: canonical JSON, as bytes."""
     values = {
         "kind": kind,
         "exits": [int(layer) for layer in exits],
@@ -186,43 +187,12 @@ def _descriptor(
     return np.frombuffer(canonical_json(values), np.uint8)
 
 
-def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
-    """Rebuild the policy of a verified manifest from bytes that nobody vouches for yet.
+def parse_blob(blob: bytes) -> Tensors:
+    """Read the tensors of a blob.
 
     Raises:
-        PolicyRefusedError: TOO_LARGE, DIGEST_MISMATCH, NOT_SAFETENSORS, BAD_SHAPE, NOT_FINITE,
-            WRONG_SCHEMA, BAD_FORMAT or CANNED_INPUTS, checked in this order.
+        PolicyRefusedError: NOT_SAFETENSORS, or BAD_SHAPE of a dtype that none has here.
     """
-    _check_bytes(manifest, blob)
-    tensors = _parse(blob)
-    _check_shapes(manifest, tensors)
-    _check_finite(tensors)
-    schema = _schema(manifest.schema, tensors)
-    _check_candidates(tensors)
-    try:
-        policy = _build(manifest, schema, tensors)
-    except (KeyError, RequestError) as error:
-        raise PolicyRefusedError(
-            Refusal.BAD_SHAPE, f"no {manifest.kind} policy: {error}"
-        ) from error
-    if (None if policy.schema is None else policy.schema.digest) != manifest.schema:
-        detail = "the policy reads other features than its manifest says"
-        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, detail)
-    check_canned(policy, tensors)
-    return policy
-
-
-def _check_bytes(manifest: Manifest, blob: bytes) -> None:
-    if len(blob) > MAX_BLOB_BYTES:
-        detail = f"the blob has {len(blob)} bytes, over {MAX_BLOB_BYTES}"
-        raise PolicyRefusedError(Refusal.TOO_LARGE, detail)
-    found = digest_of(blob)
-    if len(blob) != manifest.size or found != manifest.digest:
-        detail = f"{len(blob)} bytes of digest {found}, not {manifest.size} of {manifest.digest}"
-        raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
-
-
-def _parse(blob: bytes) -> Tensors:
     try:
         entries = deserialize(blob)  # type: ignore[no-untyped-call]  # ships no types
     except SafetensorError as error:
@@ -237,55 +207,7 @@ def _parse(blob: bytes) -> Tensors:
     return tensors
 
 
-def _shapes(tensors: Tensors) -> Shapes:
+def shapes_of(tensors: Tensors) -> Shapes:
+    """Dtype and shape of each tensor."""
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
     return {name: (names[each.dtype], each.shape) for name, each in tensors.items()}
-
-
-def _check_shapes(manifest: Manifest, tensors: Tensors) -> None:
-    found = _shapes(tensors)
-    for name in sorted(manifest.shapes.keys() | found.keys()):
-        if manifest.shapes.get(name) != found.get(name):
-            detail = f"{name} is {found.get(name)}, signed as {manifest.shapes.get(name)}"
-            raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
-
-
-def _check_finite(tensors: Tensors) -> None:
-    for name, each in tensors.items():
-        if not np.isfinite(each).all():
-            raise PolicyRefusedError(Refusal.NOT_FINITE, f"{name} holds NaN or infinite values")
-
-
-def _schema(digest: str | None, tensors: Tensors) -> FeatureSchema | None:
-    if digest is None:
-        return None
-    canned = tensors.get("canned.features")
-    schema = schema_of(digest, 0 if canned is None or canned.ndim != 2 else canned.shape[1])
-    if schema is None:
-        raise PolicyRefusedError(Refusal.WRONG_SCHEMA, f"schema {digest} is unknown here")
-    return schema
-
-
-def _check_candidates(tensors: Tensors) -> None:
-    table_VK = tensors.get("candidates")
-    if table_VK is None:
-        return
-    if table_VK.dtype != np.int32 or table_VK.ndim != 2 or not table_VK.size:
-        raise PolicyRefusedError(Refusal.BAD_SHAPE, f"candidates has shape {table_VK.shape}")
-    if table_VK.min() < 0 or table_VK.max() >= len(table_VK):
-        detail = f"candidates names tokens outside [0, {len(table_VK)})"
-        raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
-
-
-def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -> Policy:
-    signed = _descriptor(manifest.kind, manifest.exits, manifest.params, manifest.schema)
-    if tensors["policy"].tobytes() != signed.tobytes():
-        raise PolicyRefusedError(Refusal.BAD_FORMAT, "the blob was packed for another manifest")
-    parts = PolicyParts(
-        exits=manifest.exits,
-        schema=schema,
-        candidates_VK=tensors.get("candidates"),
-        params=manifest.params,
-        tensors=tensors,
-    )
-    return KINDS[manifest.kind].build_policy(parts)

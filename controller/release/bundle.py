@@ -9,8 +9,9 @@ from typing import Any
 
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.kinds import PackedPolicy, unpack_policy
+from offramp.controller.policies.kinds import PackedPolicy
 from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.manifest import Manifest, Rollout
 

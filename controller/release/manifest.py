@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.codec import Shapes
 from offramp.controller.policies.kinds import KINDS
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.strict import (
@@ -31,9 +32,6 @@ FORMAT_VERSION = 2
 
 Guarantee = Literal["full depth", "certified", "uncertified"]
 """Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
-
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
-"""Safetensors dtype and shape of each tensor, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

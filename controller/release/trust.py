@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.policies.kinds import unpack_policy
 from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Head
 from offramp.controller.release.signing import STAMP_MAGIC, open_envelope

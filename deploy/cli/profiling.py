@@ -9,9 +9,8 @@ import numpy as np
 import typer
 
 from offramp.agents.recording.training_data import load_candidates
-from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.prices import LEAST_REPEATS
-from offramp.controller.costs.table import CostTable
+from offramp.controller.costs.table import CostTable, save_costs
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
 from offramp.deploy.cli import options

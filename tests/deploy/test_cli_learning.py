@@ -17,8 +17,7 @@ from offramp.agents.recording.training_data import (
     save_candidates,
     save_measured,
 )
-from offramp.controller.costs.cost_file import save_costs
-from offramp.controller.costs.table import CostTable
+from offramp.controller.costs.table import CostTable, save_costs
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.kinds import pack_policy

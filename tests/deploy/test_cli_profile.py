@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.controller.costs.cost_file import load_costs
+from offramp.controller.costs.table import load_costs
 from offramp.worker.model.loading import load_model, model_fingerprint
 
 SMALL = ("--rows", "1", "--tokens", "1,2", "--context", 8, "--exits", "6", "--limit-s", 0)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from offramp.controller.costs.cost_file import load_costs, save_costs, to_json
-from offramp.controller.costs.table import CostTable
+from offramp.controller.costs.table import CostTable, load_costs, save_costs, to_json
 from offramp.controller.errors import ConfigError
 from support.cost_tables import measured
 

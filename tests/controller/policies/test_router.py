@@ -12,9 +12,10 @@ from safetensors import deserialize
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FloatArray
-from offramp.controller.policies.kinds import pack_policy, unpack_policy
+from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import RoutingPolicy
 from offramp.controller.policies.router import MlpRouter
+from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.bundle import PolicyBundle
 
 EXITS = (2, 4, 6, 8)
