@@ -8,7 +8,7 @@ is seeded from the run's seed and the number of the segment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -93,7 +93,7 @@ class StagedRun:
         on_progress: Progress = lambda *_: None,
         callback: BaseCallback | None = None,
     ) -> None:
-        self.config = config
+        self.config = with_seeds(config)
         self.data = data
         self.out = out
         self.on_progress = on_progress
@@ -243,3 +243,16 @@ class StagedRun:
         if not self.config.tensorboard:
             return configure(None, [])
         return configure(str(self.out / "tensorboard"), ["tensorboard"])
+
+
+def with_seeds(config: TrainConfig) -> TrainConfig:
+    """Give every stage the run's seed."""
+    seed = config.seed
+    learner = replace(config.onpolicy.learner, seed=seed)
+    return replace(
+        config,
+        phat=replace(config.phat, seed=seed),
+        gate=replace(config.gate, seed=seed),
+        jump=replace(config.jump, ppo=replace(config.jump.ppo, seed=seed)),
+        onpolicy=replace(config.onpolicy, learner=learner),
+    )

@@ -64,15 +64,6 @@ class TrainConfig:
         for name in ("threads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
-        learner = replace(self.onpolicy.learner, seed=self.seed)
-        seeded = {
-            "phat": replace(self.phat, seed=self.seed),
-            "gate": replace(self.gate, seed=self.seed),
-            "jump": replace(self.jump, ppo=replace(self.jump.ppo, seed=self.seed)),
-            "onpolicy": replace(self.onpolicy, learner=learner),
-        }
-        for name, value in seeded.items():
-            object.__setattr__(self, name, value)  # how a frozen dataclass sets a derived field
 
 
 def load_config(path: Path, kind: type[C]) -> C:

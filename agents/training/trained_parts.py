@@ -17,7 +17,7 @@ from offramp.agents.placing.contenders import Contender
 from offramp.agents.placing.state_replay import StateTable
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.onpolicy_phase import go_on_policy
-from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.staged import StagedRun, with_seeds
 from offramp.agents.training.train_config import TrainConfig
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +46,7 @@ class TrainedParts:
         on_progress: Progress = lambda *_: None,
         callback: BaseCallback | None = None,
     ) -> None:
-        self.config = config
+        self.config = with_seeds(config)
         self.data = data
         self.out = out
         self.on_progress = on_progress
