@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from enum import StrEnum
 from typing import Any
 
@@ -12,7 +13,8 @@ class OfframpError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Ray pickles errors across processes. Exception's own way calls the class again with
         # ``args``, which hold the message alone.
-        return _again, (type(self), *self.args), vars(self)
+        remade = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed leaves it out
+        return remade, (type(self), *self.args), vars(self)
 
 
 class FieldError(OfframpError):
@@ -129,7 +131,3 @@ class PolicyRefusedError(OfframpError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"policy refused ({reason.value}): {detail}")
-
-
-def _again(kind: type[OfframpError], *args: Any) -> OfframpError:
-    return kind.__new__(kind, *args)

@@ -102,10 +102,6 @@ def is_fingerprint(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]+", value) is not None
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def is_share(value: Any) -> bool:
     """A number in [0, 1]."""
     return is_number(value) and 0 <= value <= 1
@@ -132,4 +128,4 @@ DIGEST: Check = (is_digest, "64 lower-case hex digits")
 FINGERPRINT: Check = (is_fingerprint, "lower-case hex digits")
 SHARE: Check = (is_share, "a number in [0, 1]")
 FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
-OBJECT: Check = (_is_object, "an object")
+OBJECT: Check = (lambda value: isinstance(value, dict), "an object")

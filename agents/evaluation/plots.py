@@ -99,8 +99,10 @@ def draw_savings(rows: Sequence[MatchedRow], quality: str, path: Path) -> None:
             squeeze=False,
         )  # fmt: skip
         for axes, target in zip(panels, targets, strict=True):
-            for row in (row for row in rows if row.target_loss == target):
-                _draw_saving(axes, row, order.index(row.policy))
+            for row in rows:
+                if row.target_loss == target and row.wall is not None:
+                    place, shade = order.index(row.policy), colour(row.policy)
+                    dot_with_interval(axes, row.wall, place, shade, is_hollow=row.loss > target)
             mark_full_depth(axes)
             axes.set_title(f"≤ {100 * target:g} % loss", fontsize=10.5)
             bare_rows(axes)
@@ -180,12 +182,6 @@ def _by_saving(rows: Sequence[MatchedRow]) -> list[str]:
     for row in rows:
         ratios.setdefault(row.policy, []).append(1.0 if row.wall_ratio is None else row.wall_ratio)
     return sorted(ratios, key=lambda family: float(np.mean(ratios[family])))
-
-
-def _draw_saving(axes: plt.Axes, row: MatchedRow, place: int) -> None:
-    if row.wall is not None:
-        is_hollow = row.loss > row.target_loss
-        dot_with_interval(axes, row.wall, place, colour(row.policy), is_hollow=is_hollow)
 
 
 def _draw_family(axes: plt.Axes, family: str, points: Sequence[FrontierPoint]) -> None:

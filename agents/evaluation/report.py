@@ -135,9 +135,8 @@ def _pictures(report: EvaluationReport, folder: Path) -> list[Section]:
             if metric is not AGREEMENT:
                 text += f" Full depth's {metric.label} is {rows[0].quality_full:.3f}."
             title = f"Time left at a bounded loss of {metric.label}"
-            sections.append(
-                Section(title, text, f"savings_{name}.png", matched_table(_ordered(rows)))
-            )
+            ordered = sorted(rows, key=lambda row: (row.target_loss, row.wall_ratio or 1.0))
+            sections.append(Section(title, text, f"savings_{name}.png", matched_table(ordered)))
         if report.points.get(name):
             picture = "frontier.png" if metric is AGREEMENT else f"frontier_{name}.png"
             draw_frontier(report.points[name], metric.label, folder / picture)
@@ -154,10 +153,6 @@ def _pictures(report: EvaluationReport, folder: Path) -> list[Section]:
         draw_exit_depths(report.depths, report.layers, folder / "exit_depths.png")
         sections.append(Section("Exit depths", "Teacher-forced test tokens.", "exit_depths.png"))
     return sections
-
-
-def _ordered(rows: Sequence[MatchedRow]) -> list[MatchedRow]:
-    return sorted(rows, key=lambda row: (row.target_loss, row.wall_ratio or 1.0))
 
 
 def _markdown(report: EvaluationReport, sections: Sequence[Section]) -> str:

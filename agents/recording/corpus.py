@@ -88,7 +88,7 @@ def load_corpus(
     """
     if limit is not None and limit < len(SPLITS):
         raise TraceError("limit", f"{limit} leaves a split empty", "Use 3 or more")
-    root = _standard_library() if folder is None else folder
+    root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     paths = _library_files(root) if folder is None else _folder_files(root)
     texts = (item for item in _read(root, paths) if _is_usable(item[1], min_chars, max_line))
     unique: dict[str, Document] = {}
@@ -156,10 +156,6 @@ def write_split(documents: Iterable[Document], path: Path) -> None:
     table = {each.digest: {"path": each.path, "split": each.split} for each in documents}
     content = json.dumps(table, indent=1, sort_keys=True) + "\n"
     write_traces(path, content.encode())
-
-
-def _standard_library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
 
 
 def _library_files(root: Path) -> list[Path]:

@@ -151,7 +151,8 @@ def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) not in allowed:
-        raise ConfigError(name, f"{value!r} is no {_names(allowed)}", "Correct its type")
+        names = " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)
+        raise ConfigError(name, f"{value!r} is no {names}", "Correct its type")
     return value
 
 
@@ -162,7 +163,3 @@ def _types(hint: Any) -> tuple[type, ...]:
     if args and all(isinstance(each, str) for each in args):  # a Literal of names
         return (str,)
     return (get_origin(hint) or hint,)
-
-
-def _names(allowed: tuple[type, ...]) -> str:
-    return " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)

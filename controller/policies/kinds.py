@@ -23,14 +23,7 @@ from safetensors.numpy import save
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.codec import (
-    Kind,
-    Params,
-    PolicyParts,
-    Shapes,
-    Tensors,
-    canned_tensors,
-)
+from offramp.controller.policies.codec import Kind, Params, Shapes, Tensors, canned_tensors
 from offramp.controller.policies.drafts.confident import CONFIDENT
 from offramp.controller.policies.drafts.del_rule import DEL
 from offramp.controller.policies.drafts.draft_router import DRAFT_ROUTER
@@ -54,13 +47,13 @@ MAX_BLOB_BYTES = 8 * 1024 * 1024
 _DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
 
-def _build_fixed(parts: PolicyParts) -> FixedExit:
-    return FixedExit(parts.only_exit, parts.schema, parts.candidates_VK)
-
-
 _SHIPPED = (
     Kind(name="never", type=NeverExit, needs_schema=False),
-    Kind(name="fixed", type=FixedExit, build=_build_fixed),
+    Kind(
+        name="fixed",
+        type=FixedExit,
+        build=lambda parts: FixedExit(parts.only_exit, parts.schema, parts.candidates_VK),
+    ),
     Kind(name="threshold", type=ThresholdPolicy, params={"column": TEXT, "threshold": NUMBER}),
     MLP,
     ROUTER,

@@ -14,9 +14,7 @@ from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, In
 from offramp.controller.policies.codec import (
     CLOSE_LOGIT,
     Kind,
-    Params,
     PolicyParts,
-    Tensors,
     pack_layers,
     unpack_layers,
 )
@@ -96,10 +94,6 @@ def _require_finite(value: float) -> None:
         raise PolicyFaultError(f"logits sum up to {value}")
 
 
-def _describe(policy: MlpPolicy) -> tuple[Params, Tensors]:
-    return {"threshold": float(policy.threshold)}, pack_layers(policy.weights)
-
-
 def _build(parts: PolicyParts) -> MlpPolicy:
     weights = unpack_layers(parts.tensors)
     threshold = parts.params["threshold"]
@@ -116,7 +110,7 @@ MLP = Kind(
     name="mlp",
     type=MlpPolicy,
     params={"threshold": NUMBER},
-    describe=_describe,
+    describe=lambda policy: ({"threshold": float(policy.threshold)}, pack_layers(policy.weights)),
     build=_build,
     clear=_clear,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,8 @@ class TanhNet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The buffers are views of each other, which a plain copy would cut apart.
-        return _rebuild, (self.weights, self._input.size - 1, self.outputs)
+        inputs = self._input.size - 1
+        return partial(TanhNet, inputs=inputs, outputs=self.outputs), (self.weights,)
 
     def row(self, *parts: FloatArray) -> FloatArray:
         """Outputs [A] for one row; a view that the next call reuses.
@@ -139,10 +141,6 @@ def _flattened(weights: Weights) -> tuple[FloatArray, NDArray[np.int64]]:
     parts = [part.ravel() for pair in weights for part in pair]
     sizes = [len(weights[0][0]), *(bias.size for _, bias in weights)]
     return np.concatenate(parts).astype(np.float32), np.array(sizes, np.int64)
-
-
-def _rebuild(weights: Weights, inputs: int, outputs: int) -> TanhNet:
-    return TanhNet(weights, inputs=inputs, outputs=outputs)
 
 
 def check_chain(weights: Weights, inputs: int, outputs: int, field: str = "weights") -> None:

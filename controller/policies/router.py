@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import OUTLOOK_V1, BoolArray, FeatureSchema, FloatArray, IntArray
+from offramp.controller.features import OUTLOOK_V1, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import (
     CLOSE_LOGIT,
     Kind,
@@ -203,15 +203,11 @@ def _build(parts: PolicyParts) -> MlpRouter:
     )
 
 
-def _clear(policy: MlpRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:
-    return policy.lead(features_NF, outlook_NC) > CLOSE_LOGIT
-
-
 ROUTER = Kind(
     name="router",
     type=MlpRouter,
     params={"ends": FLAG, "first": or_null(COUNT)},
     describe=_describe,
     build=_build,
-    clear=_clear,
+    clear=lambda policy, *inputs: policy.lead(*inputs) > CLOSE_LOGIT,
 )

@@ -58,7 +58,8 @@ def train_by_file(
     needs_ray = bool(numbers) or rounds > 0
     if needs_ray:
         require_reachable(address)
-    session = ray_session(address, _cpus(config)) if needs_ray else contextlib.nullcontext()
+    cpus = max(config.onpolicy.collectors, os.cpu_count() or 1)
+    session = ray_session(address, cpus) if needs_ray else contextlib.nullcontext()
     with session:
         if numbers:
             with progress("seeds", "runs") as advance:
@@ -105,7 +106,3 @@ def require_reachable(address: str | None) -> None:
             f"nobody answers at {address!r} ({error})",
             "Start a cluster there (`ray start --head`), or unset RAY_ADDRESS for a local one",
         ) from error
-
-
-def _cpus(config: TrainConfig) -> int:
-    return max(config.onpolicy.collectors, os.cpu_count() or 1)

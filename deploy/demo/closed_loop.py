@@ -104,7 +104,8 @@ def _exercise(config: DemoConfig, panel: ControlPanel, traffic: Traffic) -> dict
     restored = traffic.one_by_one(timed)
     rollback["text_as_before"] = _texts(restored) == _texts(before)
     rollback["tokens_per_s"] = tokens_per_s(restored)
-    console.print(f"  generation {rollback['generation']}, acknowledged {_ms(rollback)}")
+    acknowledged = ", ".join(f"{name} {ms:.0f} ms" for name, ms in rollback["ack_ms"].items())
+    console.print(f"  generation {rollback['generation']}, acknowledged {acknowledged}")
     show_speed(before, after, restored)
     return {
         "swap": swap,
@@ -192,7 +193,3 @@ def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
 
 def _texts(records: list[StreamRecord]) -> list[list[str]]:
     return [record.texts for record in records]
-
-
-def _ms(moved: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {ms:.0f} ms" for name, ms in moved["ack_ms"].items())

@@ -20,7 +20,6 @@ from offramp.envs.adapters.spaces import (
     reward_space,
     start_arguments,
 )
-from offramp.envs.cores.batch import Finals
 from offramp.envs.traces.store import open_traces
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -94,7 +93,8 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
         batch = self.core.step(np.array([int(action)]))
         ended = bool(batch.terminated_B[0])
         self._running = not ended
-        info = _final_info(batch.finals) if ended else self._mask_info()
+        columns = batch.finals.info.items()
+        info = {name: of_K[0].item() for name, of_K in columns} if ended else self._mask_info()
         info["reward_vector"] = batch.vector_BV[0]
         return batch.obs_BD[0], float(batch.reward_B[0]), ended, False, info
 
@@ -107,7 +107,3 @@ class CoreEnv(gym.Env[FloatArray, np.int64]):
         if not self.core.actions.is_jump:
             return {}
         return {"action_mask": self.action_masks().astype(np.int8)}
-
-
-def _final_info(finals: Finals) -> dict[str, Any]:
-    return {name: column_K[0].item() for name, column_K in finals.info.items()}

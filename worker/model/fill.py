@@ -37,7 +37,8 @@ class KVProjector:
         self.centres = weights[0].norm == "layer"
         self.eps = weights[0].eps
         self.rows = 2 * stack.kv_heads * stack.head_dim
-        self.weight_RD = torch.cat([_folded(w) for w in weights]).to(stack.dtype)
+        folded = [each.weight_RD.float() * each.scale_D.float() for each in weights]
+        self.weight_RD = torch.cat(folded).to(stack.dtype)
         self.bias_R = _stacked_bias(weights, stack.dtype)
         self._packed: dict[int, PackedWeight] = {}
         self.key_norm_LH = _stacked_key_norm(weights)
@@ -150,10 +151,6 @@ def _require_one_norm(weights: list[KVWeights]) -> None:
                 f"has {what} norms whose kind or epsilon differs between layers: {names}",
                 "Use a model whose layers share one kind of norm and one epsilon",
             )
-
-
-def _folded(weights: KVWeights) -> Tensor:
-    return weights.weight_RD.float() * weights.scale_D.float()
 
 
 def _stacked_bias(weights: list[KVWeights], dtype: torch.dtype) -> Tensor | None:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import MAX_PENDING, SOFTMAX_V2, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind, Params, Tensors
 from offramp.controller.policies.drafts.drafter import TOP1, open_drafts, require_exits
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import IndexArray, Verdict
@@ -136,10 +136,6 @@ def _describe(policy: DelDraft) -> tuple[Params, Tensors]:
     }, {}
 
 
-def _build(parts: PolicyParts) -> DelDraft:
-    return DelDraft(parts.exits, **parts.params)
-
-
 DEL = Kind(
     name="draft-del",
     type=DelDraft,
@@ -151,5 +147,5 @@ DEL = Kind(
         "max_pending": COUNT,
     },
     describe=_describe,
-    build=_build,
+    build=lambda parts: DelDraft(parts.exits, **parts.params),
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, PolicyParts
+from offramp.controller.policies.codec import Kind
 from offramp.controller.policies.drafts.drafter import open_drafts, require_exits, require_length
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.strict import COUNT
@@ -53,13 +53,9 @@ class StaticDraft:
         return np.full(len(features_NF), here, np.int64)
 
 
-def _build(parts: PolicyParts) -> StaticDraft:
-    return StaticDraft(layer=parts.only_exit, **parts.params)
-
-
 STATIC = Kind(
     name="draft-static",
     type=StaticDraft,
     params={"length": COUNT, "max_pending": COUNT},
-    build=_build,
+    build=lambda parts: StaticDraft(layer=parts.only_exit, **parts.params),
 )

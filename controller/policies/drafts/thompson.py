@@ -11,7 +11,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import MAX_PENDING, FloatArray, IntArray
-from offramp.controller.policies.codec import Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.codec import Kind, Params, Tensors
 from offramp.controller.policies.drafts.drafter import open_drafts, require_exits, require_length
 from offramp.controller.policies.protocols import IndexArray, Verdict
 from offramp.controller.strict import COUNT, NUMBER
@@ -99,14 +99,10 @@ def _describe(policy: ThompsonDraft) -> tuple[Params, Tensors]:
     return {name: getattr(policy, name) for name in names}, {}
 
 
-def _build(parts: PolicyParts) -> ThompsonDraft:
-    return ThompsonDraft(parts.only_exit, **parts.params)
-
-
 THOMPSON = Kind(
     name="draft-thompson",
     type=ThompsonDraft,
     params={"alpha": NUMBER, "beta": NUMBER, "length": COUNT, "max_pending": COUNT, "seed": COUNT},
     describe=_describe,
-    build=_build,
+    build=lambda parts: ThompsonDraft(parts.only_exit, **parts.params),
 )
