@@ -65,6 +65,10 @@ class RegistryUnavailableError(FieldError):
     """The policy registry cannot be reached."""
 
 
+class DecodeFailedError(OfframpError):
+    """A request, or the engine as a whole, failed while it decoded; the cause is chained."""
+
+
 class OverloadedError(OfframpError):
     """Every slot is taken and the waiting line is full.
 

@@ -60,21 +60,26 @@ class Emitter:
         self._guard = guard
 
     def conclude(self, results: Iterable[RowResult]) -> None:
-        """Emit, draft or confirm, row by row."""
+        """Emit, draft or confirm, row by row; a row that cannot fails alone."""
         for result in results:
-            if result.left:
-                self._teach(result)
-            if result.row.request.kv_mode != "verify":
-                if not result.decides:
-                    continue
+            try:
+                self._conclude(result)
+            except Exception as error:  # samplers are a caller's code, too
+                result.row.error = error
+
+    def _conclude(self, result: RowResult) -> None:
+        if result.left:
+            self._teach(result)
+        if result.row.request.kv_mode != "verify":
+            if result.decides:
                 logits_V, best = result.logits_MV[-1], result.best_M[-1]
                 self.emit(result.row, logits_V, best, result.exit_layer)
-            elif result.exit_layer < self.stack.layers:
-                self._draft(result)
-            elif result.row.sampler.is_plain_greedy:
-                self._confirm_greedily(result)
-            else:
-                self._confirm(result)
+        elif result.exit_layer < self.stack.layers:
+            self._draft(result)
+        elif result.row.sampler.is_plain_greedy:
+            self._confirm_greedily(result)
+        else:
+            self._confirm(result)
 
     def emit(self, row: Sequence, logits_V: Tensor, best: int, exit_layer: int) -> None:
         """Add the token after a row's last one.

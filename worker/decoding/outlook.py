@@ -45,7 +45,9 @@ def outlook_of(row: Sequence, load: Load, layers: int, max_pending: int) -> Floa
     """
     made = len(row.emitted) + len(row.drafts)
     left = row.request.sampling.max_tokens - made
-    pending = 0 if row.projects else len(row.open) - 1
+    # In ``defer`` neighbours may have taken pending tokens along, which must change no decision.
+    pending = row.early if row.request.kv_mode == "defer" else len(row.open) - 1
+    pending = 0 if row.projects else pending
     last = row.drafts[-1].exit_layer if row.drafts else row.exit_layers[-1]
     return np.array(
         [

@@ -73,6 +73,8 @@ class Sequence:
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
         debt: Moving average of the share of layers that its tokens skipped.
         acceptance: Moving average of early tokens that full depth, where asked, agreed with.
+        early: Tokens that left early since the last one that ran all layers by itself.
+        error: What its request failed with, by itself; it is then finished.
         policy: The pinned one.
         routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
     """
@@ -99,6 +101,8 @@ class Sequence:
     policy_failed: bool = False
     debt: float = 0.0
     acceptance: float = 1.0
+    early: int = 0
+    error: Exception | None = None
     policy: Policy = field(init=False)
     routes: bool = field(init=False)
     learns: bool = field(init=False)
@@ -142,8 +146,8 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last token was emitted."""
-        return self.finish_reason is not None
+        """Whether the last token was emitted, or none will be."""
+        return self.finish_reason is not None or self.error is not None
 
     @property
     def entries(self) -> int:
@@ -186,10 +190,12 @@ class Sequence:
         """Whether its newest token may not leave early: nothing more may be pending."""
         if self.request.kv_mode == "project":
             return False
+        if self.request.kv_mode == "defer":
+            # Not what is still pending: that depends on whether a neighbour's launch took it along,
+            # and a row's tokens must depend on nothing but its request.
+            return self.early >= max_pending
         if len(self.open) > max_pending:  # the newest one is open, too
             return True
-        if self.request.kv_mode == "defer":
-            return False
         drafted = len(self.emitted) + len(self.drafts)
         last = drafted + 1 >= self.request.sampling.max_tokens
         return last or bool(self.drafts and self._ends(self.drafts[-1].token, eos_tokens))

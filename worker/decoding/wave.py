@@ -209,6 +209,7 @@ class Wave:
         self._note_depth(n, executed)
         row.undecided = False
         row.group = None
+        row.early += 1
         row.open[-1].is_underway = False
         row.note_depth(executed / self.stack.layers)
         if row.projects:
@@ -257,6 +258,7 @@ class Wave:
             )
             if row.undecided:
                 row.note_depth(1.0)
+                row.early = 0
             row.open.clear()  # every token of the row has now run every layer
             row.undecided = False
             row.group = None

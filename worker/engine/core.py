@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
 
-from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
 from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
@@ -52,6 +52,9 @@ class EngineCore:
         current_policy: Asked at each admission for the policy to pin; full depth by default.
         config: How rows share the machine.
 
+    Attributes:
+        failed: What requests failed with, by id, until it is taken or they are cancelled.
+
     Raises:
         ModelError: the architecture is unsupported.
         ConfigError: fewer than one slot, or a setting or translators that do not fit the model.
@@ -88,6 +91,7 @@ class EngineCore:
         self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
+        self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
         # Events that nobody has taken yet, by request: only whoever follows requests has any.
         self._inboxes: dict[str, deque[TokenEvent]] = {}
@@ -144,8 +148,13 @@ class EngineCore:
         Between two launches at most ``config.prefill_tokens`` prompt tokens are read, whatever
         the length of the prompts that wait.
 
+        A request that fails by itself ends without a further event; ``failed`` says with what.
+
         Args:
             finished: Takes the sequences that ended in this step, by request id.
+
+        Raises:
+            DecodeFailedError: with ``finished``, a request failed.
         """
         # Chosen before prompts are read: a row whose prompt ends in this step goes on in the next.
         launches = self._launches()
@@ -154,16 +163,17 @@ class EngineCore:
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
         self._run(launches)
-        events = [
-            event for row, before in emitted.items() for event in self._outbox.events(row, before)
-        ]
-        self._release(finished if finished is not None else {})
+        events = [event for row, before in emitted.items() for event in self._events(row, before)]
+        self._release({} if finished is None else finished)
+        if finished is not None and self.failed:
+            raise self.failed.popitem()[1]
         return events
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, running or waiting; its slot is free at the next step."""
         self._roster.remove(request_id)
         self._outbox.forget(request_id)
+        self.failed.pop(request_id, None)
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Change how rows share launches.
@@ -201,9 +211,19 @@ class EngineCore:
                 return
             budget -= tokens
             self.kv.reserve(row.prefilled + tokens)
-            logits_V = self.decoder.prefill(row, tokens)
-            if logits_V is not None:
-                self._emitter.emit(row, logits_V, int(logits_V.argmax()), self.stack.layers)
+            try:
+                logits_V = self.decoder.prefill(row, tokens)
+                if logits_V is not None:
+                    self._emitter.emit(row, logits_V, int(logits_V.argmax()), self.stack.layers)
+            except Exception as error:
+                row.error = error
+
+    def _events(self, row: Sequence, before: int) -> list[TokenEvent]:
+        try:
+            return self._outbox.events(row, before)
+        except Exception as error:  # a tokenizer may not know every id that a head can give
+            row.error = error
+            return []
 
     def _launches(self) -> list[Launch[Sequence]]:
         """What runs now: the stages that are due, and then the next tokens of all other rows.
@@ -251,6 +271,11 @@ class EngineCore:
 
     def _release(self, finished: dict[str, Sequence]) -> None:
         for row in [row for row in self._roster.rows if row.is_finished]:
-            finished[row.request.id] = row
+            if row.error is None:
+                finished[row.request.id] = row
+            else:
+                failure = DecodeFailedError("the request failed while it was decoded")
+                failure.__cause__ = row.error
+                self.failed[row.request.id] = failure
             self._roster.vacate(row)
             self._outbox.forget(row.request.id)

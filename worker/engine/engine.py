@@ -149,6 +149,7 @@ class AdaptiveEngine(EngineCore):
 
         Raises:
             RequestError: a prompt, sampling value or policy that cannot be served.
+            DecodeFailedError: a completion failed while it was decoded; the others are given up.
         """
         samples = (sampling or SamplingParams()).each()
         prompts = as_prompts(prompts)
@@ -196,6 +197,9 @@ class AdaptiveEngine(EngineCore):
                     if event.finish_reason is not None:
                         del self._inboxes[request_id]
                     yield event
+                if request_id in self.failed:
+                    del self._inboxes[request_id]
+                    raise self.failed.pop(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, running or waiting; its slot is free at the next step."""
@@ -232,6 +236,8 @@ class AdaptiveEngine(EngineCore):
                 yield event
                 if event.finish_reason is not None:
                     return
+            if request.id in self.failed:
+                raise self.failed.pop(request.id)
             self._pump()
 
     def _pump(self) -> None:

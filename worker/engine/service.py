@@ -8,11 +8,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.worker.decoding.request import KVMode, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt
@@ -29,10 +29,6 @@ RETRY_AFTER_S = 1
 
 STOPPED = "the worker is shutting down"
 """What open streams and late requests are told once the service stops."""
-
-
-class DecodeFailedError(OfframpError):
-    """The engine raised in the middle of a step; the cause is chained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +153,18 @@ class EngineService:
         while True:
             idle = self.engine.load == (0, 0)
             if not self._obey(block=idle):
-                self._fail_all(DecodeFailedError(STOPPED))
+                self._fail(dict.fromkeys(self._listeners, DecodeFailedError(STOPPED)))
                 self._has_ended = True
                 self._refuse_queued()
                 return
             try:
                 self._deliver(self.engine.step())
+                self._fail(self.engine.failed)
             except Exception as error:
                 log.exception("decoding failed; the requests under way are ended")
                 failure = DecodeFailedError("decoding failed")
                 failure.__cause__ = error
-                self._fail_all(failure)
+                self._fail(dict.fromkeys(self._listeners, failure))
             self._last_step_s = time.monotonic()
 
     def _obey(self, *, block: bool) -> bool:
@@ -240,11 +237,12 @@ class EngineService:
         if listener is not None:
             listener.tell(event)
 
-    def _fail_all(self, error: Exception) -> None:
-        for request_id in list(self._listeners):
+    def _fail(self, errors: Mapping[str, DecodeFailedError]) -> None:
+        for request_id, error in list(errors.items()):
+            log.error("request %s failed: %r", request_id, error.__cause__ or error)
             self.engine.cancel(request_id)
             self._tell(request_id, error)
-            del self._listeners[request_id]
+            self._listeners.pop(request_id, None)
 
 
 def _ids(requests: Sequence[Request]) -> tuple[str, ...]:

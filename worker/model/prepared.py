@@ -6,6 +6,7 @@ Layers are cloned without their weights being copied; the caller's model stays a
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
+from offramp.worker.model.products import prefers_plain
 
 
 class Preparable(Protocol):
@@ -29,17 +31,31 @@ class PackedWeight:
     """A matrix in oneDNN's blocked layout.
 
     For 2 to 16 rows in float32 a product with it is 2 to 4 times as fast as with a plain matrix
-    (benchmarks/decode.py), at the price of a second copy of the weight.
+    (benchmarks/decode.py), at the price of a second copy of the weight. With one row it depends on
+    the processor, so there the plain matrix may be used, if that was measured to be faster.
 
     Args:
         weight_OI: Weight of the product, [out, in].
+        measures: Whether one row's kernel is chosen by measurement; else it is the packed one.
+
+    Attributes:
+        is_plain: Whether one row is multiplied with the plain matrix.
     """
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous())
+    def __init__(self, weight_OI: Tensor, *, measures: bool = False) -> None:
+        weight_OI = weight_OI.detach()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+        self._plain = weight_OI
+        self.is_plain = False
+        # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
+        if measures and weight_OI.dtype is torch.float32:
+            plain = partial(nn.functional.linear, weight=weight_OI)
+            self.is_plain = prefers_plain(weight_OI, plain, lambda x: self(x, None))
 
     def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x Wᵀ + b."""
+        if self.is_plain and x.numel() == x.shape[-1]:
+            return nn.functional.linear(x, self._plain, bias_O)
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             x, self._packed, bias_O, "none", [], ""
         )
@@ -60,7 +76,7 @@ class PackedLinear(nn.Module):
         # What was hooked to the plain module must go on being called.
         self._forward_hooks = plain._forward_hooks
         self._forward_pre_hooks = plain._forward_pre_hooks
-        self.packed = PackedWeight(weight_OI)
+        self.packed = PackedWeight(weight_OI, measures=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""

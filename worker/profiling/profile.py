@@ -18,6 +18,7 @@ from offramp.controller.costs.table import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
 from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.model.products import processor
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import PartClock, clocked, most_tokens
 from offramp.worker.profiling.rounds import ProfileConfig, Rounds, whole_script
@@ -83,7 +84,7 @@ def measure_costs(
 def describe_machine(dtype: torch.dtype) -> str:
     """Processor, operating system, dtype and threads, on one line."""
     name = str(dtype).removeprefix("torch.")
-    return f"{_processor()}, {platform.system()}, {name}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {platform.system()}, {name}, {torch.get_num_threads()} threads"
 
 
 def _table(
@@ -151,14 +152,3 @@ def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:
             f"Use at most {stack.context - longest + config.context}",
         )
     return replace(config, exits=exits)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

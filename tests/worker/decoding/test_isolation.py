@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, PolicySnapshot, SamplingParams
-from support.models import make_model
+from offramp.worker.decoding.sampler import Draw, Sampler
+from support.models import VOCAB, make_model
+from support.rows import drain
 
 POISON = 50
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -115,3 +118,67 @@ def test_what_is_no_sampling_and_no_prompt_is_refused() -> None:
 def test_settings_that_are_no_numbers_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         EngineConfig(**settings)
+
+
+class Explodes(Sampler):
+    """Raises at the given token of its request."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(SamplingParams(logprobs=0), (), frozenset(), VOCAB)
+        self.at = at
+
+    def draw(self, logits_V: torch.Tensor, emitted: Sequence[int]) -> Draw:
+        if len(emitted) == self.at:
+            raise IndexError("out of bounds")
+        return super().draw(logits_V, emitted)
+
+    def distribution(self, logits_V: torch.Tensor, emitted: Sequence[int]) -> torch.Tensor:
+        if len(emitted) >= self.at:
+            raise IndexError("out of bounds")
+        return super().distribution(logits_V, emitted)
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_row_that_cannot_be_drawn_fails_alone(at: int, kv_mode: KVMode) -> None:
+    engine = AdaptiveEngine(make_model("llama"), slots=3)
+    [alone] = engine.generate([[1, 2, 3]], LONG, FixedExit(2), kv_mode=kv_mode)
+    before, bad, after = (
+        engine.submit([1, 2, 3], LONG, FixedExit(2), kv_mode=kv_mode, sampler=sampler)
+        for sampler in (None, Explodes(at), None)
+    )
+    tokens = drained(engine)
+    assert tokens[before.id] == tokens[after.id] == alone.token_ids
+    assert len(tokens.get(bad.id, [])) <= at
+    assert isinstance(engine.failed[bad.id].__cause__, IndexError)
+    engine.cancel(bad.id)
+    assert not engine.failed
+
+
+def test_who_waits_for_a_row_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AdaptiveEngine(make_model("llama"))
+    bad = engine.submit([1, 2], LONG, sampler=Explodes(3))
+    with pytest.raises(DecodeFailedError):
+        list(engine.follow([bad]))
+    bad = engine.submit([1, 2], LONG, sampler=Explodes(3))
+    with pytest.raises(DecodeFailedError):
+        drain(engine, [bad])
+    monkeypatch.setattr(engine._outbox, "events", lambda *_: [][0])
+    with pytest.raises(DecodeFailedError) as caught:
+        engine.generate([[1, 2]], LONG)
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert engine.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("eos", "found"), [([96, 97], {96}), (-1, set()), (None, set()), ([300, -1], set())]
+)
+def test_end_tokens_outside_the_vocabulary_are_none(eos: Any, found: set[int]) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = eos
+    if eos is None:
+        model.config.eos_token_id = None
+    engine = AdaptiveEngine(model)
+    assert engine.stack.eos_tokens == found
+    wanted = SamplingParams(max_tokens=3, min_tokens=3, logit_bias={VOCAB - 2: 100})
+    assert engine.generate([[1, 2]], wanted)[0].token_ids == [VOCAB - 2] * 3

@@ -7,15 +7,22 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2
-from offramp.controller.policies.protocols import ExitPolicy, ThresholdPolicy
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policies.protocols import (
+    ExitPolicy,
+    FixedExit,
+    IndexArray,
+    Policy,
+    ThresholdPolicy,
+)
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import KVMode, Request
-from offramp.worker.decoding.schedule import Schedule
+from offramp.worker.decoding.schedule import Launch, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.samples import random_policy
@@ -115,6 +122,51 @@ def assert_as_alone(model: Any, row: Sequence) -> None:
             return
     assert (row.emitted, row.exit_layers) == (other.emitted, other.exit_layers)
     assert row.finish_reason == other.finish_reason
+
+
+@dataclass
+class LeavesWhilePending:
+    """Routes by what the outlook says of the row alone: leaves while little is pending."""
+
+    exits: tuple[int, ...] = (2,)
+    schema: None = None
+    candidates_VK: None = None
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        return (outlook_NC[:, OUTLOOK_V1.index("pending")] > 0.5).astype(np.int64)
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        return np.full(len(features_NF), here)
+
+
+@pytest.mark.parametrize("policy", [FixedExit(2), LeavesWhilePending()])
+def test_which_tokens_go_deep_does_not_depend_on_the_neighbours(policy: Policy) -> None:
+    model = model_of("gpt2")
+    schedule = Schedule(holds=(2,), rows=2, patience=2)
+    config = EngineConfig(kv_mode="defer", max_pending=3, schedule=schedule)
+    lone, shared = (AdaptiveEngine(model, slots=slots, config=config) for slots in (1, 2))
+    caught_up: list[Sequence] = []
+    plain = shared._riders
+
+    def spied(launch: Launch[Sequence]) -> list[Sequence]:
+        caught_up.extend(found := plain(launch))
+        return found
+
+    shared._riders = spied  # type: ignore[method-assign]
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(1, VOCAB, size=rng.choice([1, 2, 9])).tolist() for _ in range(7)]
+        asked = [
+            SamplingParams(max_tokens=int(rng.choice([1, 2, 7, 20])), ignore_eos=True)
+            for _ in prompts
+        ]
+        pairs = list(zip(prompts, asked, strict=True))
+        rows = drain(shared, [shared.submit(prompt, how, policy) for prompt, how in pairs])
+        for row, (prompt, how) in zip(rows, pairs, strict=True):
+            [completion] = lone.generate([prompt], how, policy)
+            assert row.exit_layers == completion.exit_layers
+            assert row.emitted == completion.token_ids
+    assert caught_up  # neighbours did take pending tokens along, or nothing was tested
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

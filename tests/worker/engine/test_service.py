@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from offramp.controller.errors import OverloadedError, RequestError
+from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot, TokenEvent
 from offramp.worker.engine import service as service_module
-from offramp.worker.engine.service import DecodeFailedError, EngineService
+from offramp.worker.engine.service import EngineService
 from offramp.worker.spec import freeze_heap
 
 PROMPTS = [
@@ -236,12 +236,10 @@ def test_a_bad_request_is_refused_and_disturbs_nobody(
     assert [event.token for event in seen] == expected
 
 
-@pytest.mark.parametrize("part", ["prefill", "launch"])
 def test_a_failing_step_ends_the_open_streams_and_not_the_service(
     make_engine: Callable[..., AdaptiveEngine],
     reference: AdaptiveEngine,
     monkeypatch: pytest.MonkeyPatch,
-    part: str,
 ) -> None:
     engine = make_engine(slots=2)
 
@@ -253,10 +251,7 @@ def test_a_failing_step_ends_the_open_streams_and_not_the_service(
         for events in streams:
             await anext(events)
         with monkeypatch.context() as patch:
-            patch.setattr(engine.decoder, part, explode)
-            if part == "prefill":
-                await close(streams.pop())  # makes room for one more to be admitted
-                streams.append((await service.submit(PROMPTS[2], tokens(5)))[1])
+            patch.setattr(engine.decoder, "launch", explode)
             for events in streams:
                 with pytest.raises(DecodeFailedError) as failed:
                     [event async for event in events]
@@ -269,6 +264,33 @@ def test_a_failing_step_ends_the_open_streams_and_not_the_service(
 
     with serving(engine) as service:
         run(scenario(service))
+
+
+def test_a_prompt_that_fails_ends_its_own_stream_alone(
+    make_engine: Callable[..., AdaptiveEngine],
+    reference: AdaptiveEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(slots=2)
+
+    def explode(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    async def scenario(service: EngineService) -> list[int]:
+        _, events = await service.submit(PROMPTS[0], tokens(40))
+        seen = [await anext(events)]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.decoder, "prefill", explode)
+            _, failing = await service.submit(PROMPTS[2], tokens(5))
+            with pytest.raises(DecodeFailedError) as failed:
+                [event async for event in failing]
+        assert isinstance(failed.value.__cause__, MemoryError)
+        seen += [event async for event in events]
+        return [event.token for event in seen]
+
+    with serving(engine) as service:
+        found = run(scenario(service))
+    assert found == reference.generate(PROMPTS[0], tokens(40))[0].token_ids
 
 
 def test_stopping_ends_open_streams_and_refuses_late_callers(

@@ -171,7 +171,9 @@ def _eos_tokens(model: Any) -> frozenset[int]:
         eos = model.config.eos_token_id
     if eos is None:
         return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
+    # Published configurations name ids beyond the vocabulary, and -1 for none: no token has them.
+    vocab = int(model.config.vocab_size)
+    return frozenset(each for each in ([eos] if isinstance(eos, int) else eos) if 0 <= each < vocab)
 
 
 def _refuse_quantised(config: Any) -> None:
