@@ -249,15 +249,15 @@ class EngineCore:
         waves = []
         judged: set[Sequence] = set()
         for launch in launches:
-            riders = self._riders(launch)
-            # What full depth says of a rider's drafts decides what its next token is.
-            judged |= {row for row in riders if row.drafts}
+            catch_up = self._catch_up(launch)
+            # What full depth says of a catch-up row's drafts decides what its next token is.
+            judged |= {row for row in catch_up if row.drafts}
             members = tuple(row for row in launch.members if row not in judged)
             if members:
-                waves.append((replace(launch, members=members), riders))
+                waves.append((replace(launch, members=members), catch_up))
         self._emitter.conclude(self.decoder.launch(waves))
 
-    def _riders(self, launch: Launch[Sequence]) -> list[Sequence]:
+    def _catch_up(self, launch: Launch[Sequence]) -> list[Sequence]:
         """Rows whose pending tokens all stand within a stage that runs to the end."""
         if launch.first == 0 or launch.last < self.stack.layers:
             return []

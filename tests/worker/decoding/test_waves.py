@@ -63,7 +63,7 @@ def test_a_put_off_token_deeper_than_the_stage_keeps_its_entries(
     ]
     [row, *_] = drain(engine, requests)
     assert row.exit_layers.count(4) == 1 or row.drafts_made == 1
-    # Only one token of the row was put off, and its entries were completed: full depth.
+    # Only one token of the row was postponed, and its entries were completed: full depth.
     start = 2 if kv_mode == "defer" else 0  # a deferred token itself is layer 4's
     assert float(shortfalls(model, row)[start:].max()) <= CLOSE
 
