@@ -5,8 +5,8 @@ products as chosen on this machine (*chosen*; `worker/model/products.py`), and H
 ``generate`` (*hf*: KV cache, sdpa). Their tokens must be equal. A ratio is the median over rounds,
 between its smallest and largest.
 
-    python benchmarks/products.py --threads 1 --json products.json
-    python benchmarks/products.py --quick
+    python benchmarks/one_row.py --threads 1 --json products.json
+    python benchmarks/one_row.py --quick
 """
 
 from __future__ import annotations
