@@ -44,9 +44,9 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     model = build(shape, torch.float32)
     [prompt] = prompts_of(model, shape, 1)
     packed, chosen = (AdaptiveEngine(model, slots=1) for _ in range(2))
-    plain = sum(each.packed.is_plain for each in products(chosen))
+    plain = sum(each.packed.plain_rows > 0 for each in products(chosen))
     for each in products(packed):
-        each.packed.is_plain = False
+        each.packed.plain_rows = 0
     ways: dict[str, Callable[[], Report]] = {
         "packed": lambda: ours(packed, [prompt], NEW_TOKENS, NeverExit()),
         "chosen": lambda: ours(chosen, [prompt], NEW_TOKENS, NeverExit()),

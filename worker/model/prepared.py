@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
-from offramp.worker.model.products import prefers_plain
+from offramp.worker.model.products import plain_rows
 
 
 class Preparable(Protocol):
@@ -31,30 +31,31 @@ class PackedWeight:
     """A matrix in oneDNN's blocked layout.
 
     For 2 to 16 rows in float32 a product with it is 2 to 4 times as fast as with a plain matrix
-    (benchmarks/decode.py), at the price of a second copy of the weight. With one row it depends on
-    the processor, so there the plain matrix may be used, if that was measured to be faster.
+    (benchmarks/decode.py), at the price of a second copy of the weight. How few
+    rows gain depends on the processor, so for fewer the plain matrix is used, if that was measured
+    to be faster.
 
     Args:
         weight_OI: Weight of the product, [out, in].
-        measures: Whether one row's kernel is chosen by measurement; else it is the packed one.
+        measures: Whether kernels are chosen by measurement; else it is always the packed one.
 
     Attributes:
-        is_plain: Whether one row is multiplied with the plain matrix.
+        plain_rows: Up to so many rows are multiplied with the plain matrix.
     """
 
     def __init__(self, weight_OI: Tensor, *, measures: bool = False) -> None:
         weight_OI = weight_OI.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
         self._plain = weight_OI
-        self.is_plain = False
+        self.plain_rows = 0
         # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
         if measures and weight_OI.dtype is torch.float32:
             plain = partial(nn.functional.linear, weight=weight_OI)
-            self.is_plain = prefers_plain(weight_OI, plain, lambda x: self(x, None))
+            self.plain_rows = plain_rows(weight_OI, plain, lambda x: self(x, None))
 
     def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x Wᵀ + b."""
-        if self.is_plain and x.numel() == x.shape[-1]:
+        if self.plain_rows and x.numel() <= self.plain_rows * x.shape[-1]:
             return nn.functional.linear(x, self._plain, bias_O)
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             x, self._packed, bias_O, "none", [], ""

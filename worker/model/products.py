@@ -1,13 +1,15 @@
 """Products with few rows: which kernel is faster is measured on this machine, once, and kept.
 
 What wins differs between processors: with one row in float32 oneDNN's blocked layout is faster
-than a plain matrix on AMD's, and slower on Intel's (docs/decoding.md). A choice is kept on disk, so
-that every process of a machine computes with the same kernels, bit for bit.
+than a plain matrix on AMD's, and slower on Intel's, there with up to 2 to 9 rows, by the matrix
+(docs/decoding.md). A choice is kept on disk, so that every process of a machine computes with the
+same kernels, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -24,29 +26,35 @@ from offramp.controller.durable import write_durably
 
 Product = Callable[[Tensor], Tensor]
 
-PAIRS = 15
-"""Runs of each kernel, in turns."""
+SIZES = (1, 2, 4, 8, 16)
+"""Numbers of rows at which kernels are compared, until the packed one wins."""
+
+PAIRS = 9
+"""Runs of each kernel at each size, in turns."""
 
 MARGIN = 0.95
 """The plain kernel is chosen where it takes less than this share of the packed one's time."""
 
 
-def prefers_plain(weight_OI: Tensor, plain: Product, packed: Product) -> bool:
-    """Whether one row is multiplied faster by the plain kernel.
+def plain_rows(weight_OI: Tensor, plain: Product, packed: Product) -> int:
+    """Up to how many rows the plain kernel is faster; 0 for none.
 
     Args:
         weight_OI: The matrix, [out, in].
-        plain: Multiplies rows [1, in] with the matrix as it lies.
+        plain: Multiplies rows [N, in] with the matrix as it lies.
         packed: Multiplies them with it in a blocked layout.
     """
     known = _known()
     key = (
         f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{weight_OI.dtype}, {list(weight_OI.shape)}, 1 row"
+        f"{weight_OI.dtype}, {list(weight_OI.shape)}, plain up to rows"
     )
     if key not in known:
-        x_1I = torch.ones(1, weight_OI.shape[1], dtype=weight_OI.dtype)
-        known[key] = _seconds(plain, packed, x_1I) < MARGIN
+        rows_MI = torch.ones(SIZES[-1], weight_OI.shape[1], dtype=weight_OI.dtype)
+        faster = itertools.takewhile(
+            lambda size: _seconds(plain, packed, rows_MI[:size]) < MARGIN, SIZES
+        )
+        known[key] = max(faster, default=0)
         _keep(known)
     return known[key]
 
@@ -68,32 +76,32 @@ def processor() -> str:
 
 
 @torch.inference_mode()
-def _seconds(plain: Product, packed: Product, x_1I: Tensor) -> float:
+def _seconds(plain: Product, packed: Product, rows_NI: Tensor) -> float:
     """Median time of the plain kernel over that of the packed one."""
     ratios = []
     for _ in range(PAIRS):
         marks = [time.perf_counter()]
         for product in (plain, packed):
-            product(x_1I)
+            product(rows_NI)
             marks.append(time.perf_counter())
         ratios.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
     return statistics.median(ratios)
 
 
 @lru_cache(maxsize=1)
-def _known() -> dict[str, bool]:
+def _known() -> dict[str, int]:
     return _read()
 
 
-def _read() -> dict[str, bool]:
+def _read() -> dict[str, int]:
     try:
         kept = json.loads(choices_file().read_text(encoding="utf-8"))
-        return {str(key): bool(choice) for key, choice in kept.items()}
-    except (OSError, ValueError, AttributeError):
+        return {str(key): int(choice) for key, choice in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}  # measured anew
 
 
-def _keep(known: dict[str, bool]) -> None:
+def _keep(known: dict[str, int]) -> None:
     # Another process may have written since; what it measured of the same stays, and is taken over.
     known |= _read()
     with contextlib.suppress(OSError):  # without a folder, each process measures for itself

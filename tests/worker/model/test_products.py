@@ -1,9 +1,10 @@
-"""The kernel of one row is measured once per machine and kept; the others are not touched."""
+"""The kernel of few rows is measured once per machine and kept; more rows are not touched."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,89 +17,108 @@ WEIGHT = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.skipif(not can_pack(WEIGHT), reason="this torch has no packed kernels")
 
 
+class Machine:
+    """A machine on which the plain kernel is faster up to so many rows."""
+
+    def __init__(self) -> None:
+        self.faster_up_to = 0
+        self.measured: list[int] = []
+
+    def seconds(self, _: Any, __: Any, rows_NI: torch.Tensor) -> float:
+        self.measured.append(len(rows_NI))
+        return 0.5 if len(rows_NI) <= self.faster_up_to else 0.97
+
+
 @pytest.fixture
-def ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Ratios that the next measurements find."""
-    found: list[float] = []
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    found = Machine()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(products, "_seconds", lambda *_: found.pop())
+    monkeypatch.setattr(products, "_seconds", found.seconds)
     products._known.cache_clear()
     yield found
     products._known.cache_clear()
 
 
-def chosen(rows: int) -> bool:
-    """Whether that many rows are multiplied with the plain matrix; whoever does, rightly."""
-    weight = PackedWeight(WEIGHT, measures=True)
-    x = torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(weight(x, None), x @ WEIGHT.T)
-    if not weight.is_plain:
-        return False
-    weight._plain = 2 * WEIGHT
-    return bool((weight(x, None) / (x @ WEIGHT.T)).mean() > 1.5)
+def chosen() -> list[int]:
+    """Numbers of rows that are multiplied with the plain matrix; all are, rightly."""
+    weight, plain = PackedWeight(WEIGHT, measures=True), []
+    for rows in (1, 2, 3, 4, 5, 8, 16, 17, 40):
+        x = torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
+        weight._plain = WEIGHT
+        torch.testing.assert_close(weight(x, None), x @ WEIGHT.T)
+        weight._plain = 2 * WEIGHT
+        if torch.allclose(weight(x, None), 2 * (x @ WEIGHT.T), atol=1e-4):
+            plain.append(rows)
+    return plain
 
 
-@pytest.mark.parametrize(("ratio", "plain"), [(0.5, True), (0.97, False), (1.6, False)])
-def test_one_row_takes_the_faster_kernel_and_more_rows_the_packed_one(
-    ratios: list[float], ratio: float, plain: bool
+@pytest.mark.parametrize(
+    ("faster_up_to", "plain", "measured"),
+    [(0, [], [1]), (1, [1], [1, 2]), (5, [1, 2, 3, 4], [1, 2, 4, 8]),
+     (99, [1, 2, 3, 4, 5, 8, 16], [1, 2, 4, 8, 16])],
+)  # fmt: skip
+def test_few_rows_take_the_faster_kernel_and_more_the_packed_one(
+    machine: Machine, faster_up_to: int, plain: list[int], measured: list[int]
 ) -> None:
-    ratios.append(ratio)
-    assert chosen(1) == plain
-    assert not chosen(2)
-    assert ratios == []  # and it was measured once
+    machine.faster_up_to = faster_up_to
+    assert chosen() == plain
+    assert chosen() == plain
+    assert machine.measured == measured  # once, and no further than the packed one's first win
 
 
-def test_a_choice_outlives_the_process(ratios: list[float]) -> None:
-    ratios.append(0.5)
-    assert chosen(1)
+def test_a_choice_outlives_the_process(machine: Machine) -> None:
+    machine.faster_up_to = 1
+    assert chosen() == [1]
     products._known.cache_clear()
-    assert chosen(1)
+    machine.faster_up_to = 0
+    assert chosen() == [1]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        ratios.append(2.0)
-        assert not chosen(1)  # another number of threads is measured for itself
+        assert chosen() == []  # another number of threads is measured for itself
     finally:
         torch.set_num_threads(threads)
-    assert chosen(1)
+    assert chosen() == [1]
 
 
-def test_of_two_processes_that_measure_at_once_the_first_is_right(ratios: list[float]) -> None:
-    ratios.append(0.5)
-    products._known()  # this process has read the empty file
-    mine = dict(products._known())
-    assert chosen(1)
+def test_of_two_processes_that_measure_at_once_the_first_is_right(machine: Machine) -> None:
+    machine.faster_up_to = 1
+    mine = dict(products._known())  # this process has read the empty file
+    assert chosen() == [1]
     products._known().clear()
     products._known().update(mine)
-    ratios.append(2.0)
-    assert chosen(1)
+    machine.faster_up_to = 0
+    assert chosen() == [1]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "\x00"])
-def test_a_spoilt_file_is_measured_anew(ratios: list[float], content: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00", '{"a": null}'])
+def test_a_spoilt_file_is_measured_anew(machine: Machine, content: str) -> None:
     products.choices_file().parent.mkdir()
     products.choices_file().write_text(content)
-    ratios.append(0.5)
-    assert chosen(1)
+    machine.faster_up_to = 1
+    assert chosen() == [1]
     products._known.cache_clear()
-    assert chosen(1)
+    machine.faster_up_to = 0
+    assert chosen() == [1]
 
 
 def test_without_a_folder_each_process_measures(
-    ratios: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    ratios += [2.0, 0.5]
-    assert chosen(1)
+    machine.faster_up_to = 1
+    assert chosen() == [1]
     products._known.cache_clear()
-    assert not chosen(1)
+    machine.faster_up_to = 0
+    assert chosen() == []
 
 
-def test_bfloat16_and_fills_are_packed_unmeasured(ratios: list[float]) -> None:
-    assert not PackedWeight(WEIGHT).is_plain
+def test_bfloat16_and_fills_are_packed_unmeasured(machine: Machine) -> None:
+    assert PackedWeight(WEIGHT).plain_rows == 0
     if can_pack(WEIGHT.bfloat16()):
-        assert not PackedWeight(WEIGHT.bfloat16(), measures=True).is_plain
+        assert PackedWeight(WEIGHT.bfloat16(), measures=True).plain_rows == 0
+    assert machine.measured == []
 
 
 def test_the_real_measurement_names_a_ratio() -> None:
