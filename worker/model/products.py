@@ -1,9 +1,8 @@
 """Products with few rows: which kernel is faster is measured on this machine, once, and kept.
 
-What wins differs between processors: with one row in float32 oneDNN's blocked layout is faster
-than a plain matrix on AMD's, and slower on Intel's, there with up to 2 to 9 rows, by the matrix
-(docs/decoding.md). A choice is kept on disk, so that every process of a machine computes with the
-same kernels, bit for bit.
+Whether oneDNN's blocked layout or a plain matrix is faster differs between processors, matrices and
+numbers of rows (benchmarks/one_row.py). A choice is kept on disk, so that the processes of a
+machine compute with the same kernels.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ def plain_rows(weight_OI: Tensor, plain: Product, packed: Product) -> int:
     known = _known()
     key = (
         f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{weight_OI.dtype}, {list(weight_OI.shape)}, plain up to rows"
+        f"{weight_OI.dtype}, {list(weight_OI.shape)}, strides {list(weight_OI.stride())}, "
+        "plain up to rows"
     )
     if key not in known:
         rows_MI = torch.ones(SIZES[-1], weight_OI.shape[1], dtype=weight_OI.dtype)
