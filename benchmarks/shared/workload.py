@@ -69,7 +69,9 @@ def prompts_of(model: Any, shape: str, batch: int) -> list[list[int]]:
     """Random tokens; of the reference model, beginnings of source files that it never saw."""
     if shape == "reference":
         tokenizer = load_tokenizer("models/reference")
-        files = [path for path in sorted(Path("worker").rglob("*.py")) if path.stat().st_size > 2000]
+        files = [
+            path for path in sorted(Path("worker").rglob("*.py")) if path.stat().st_size > 2000
+        ]
         return [tokenizer.encode(files[n].read_text())[:PROMPT_TOKENS] for n in range(batch)]
     rng = np.random.default_rng(batch)
     return rng.integers(1, model.config.vocab_size, size=(batch, PROMPT_TOKENS)).tolist()  # type: ignore[no-any-return]

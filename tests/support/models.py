@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,14 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
                 low = -0.5 if family == "gemma" else 0.5
                 parameter.uniform_(low, low + 1.0)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def truncated(model: Any, layers: int) -> Any:
+    """The same weights, with only the first layers."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    short = type(model)(config)
+    short.load_state_dict(model.state_dict(), strict=False)
+    return short.to(model.dtype).eval()

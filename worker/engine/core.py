@@ -37,6 +37,7 @@ from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.model.prepared import prepare
+from offramp.worker.model.quantised import quantise
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 
 
@@ -74,11 +75,12 @@ class EngineCore:
             raise ConfigError("slots", f"{slots!r} is no integer from 1 on", "Ask for 1 or more")
         self.model = model
         self.config = config or EngineConfig()
-        self.stack = prepare(stack_for(model))
+        precision = self.config.precision
+        self.stack = prepare(quantise(stack_for(model), precision))
         self.tokenizer = tokenizer
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
-        self.model_fingerprint = model_fingerprint(model)
+        self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
         self.decoder = Decoder(
             self.stack,
             self.kv,

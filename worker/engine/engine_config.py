@@ -12,6 +12,7 @@ from offramp.controller.features import MAX_PENDING
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.model.kv import BLOCK_TOKENS
+from offramp.worker.model.quantised import NATIVE, Precision
 
 MIB = 2**20
 
@@ -28,6 +29,7 @@ class EngineConfig:
         max_pending: Tokens a row may have pending before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
+        precision: How the model's matrices are kept: as loaded, or in fewer bytes.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
 
@@ -40,6 +42,7 @@ class EngineConfig:
     prefill_tokens: int = 256
     max_pending: int = MAX_PENDING
     translators: Path | None = None
+    precision: Precision = NATIVE
     kv_budget_mb: float | None = None
 
     def __post_init__(self) -> None:

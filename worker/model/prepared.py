@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
-from offramp.worker.model.products import plain_rows
+from offramp.worker.model.products import rows_up_to
+from offramp.worker.model.stack import cloned
 
 
 class Preparable(Protocol):
@@ -51,7 +52,7 @@ class PackedWeight:
         # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
         if measures and weight_OI.dtype is torch.float32:
             plain = partial(nn.functional.linear, weight=weight_OI)
-            self.plain_rows = plain_rows(weight_OI, plain, lambda x: self(x, None))
+            self.plain_rows = rows_up_to("plain", weight_OI, plain, lambda x: self(x, None))
 
     def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x Wᵀ + b."""
@@ -97,23 +98,21 @@ def can_pack(weight: Tensor) -> bool:
 
 def prepare(stack: S) -> S:
     """Let a stack run layers that compute the same over a slot cache, and faster for few rows."""
-    stack.blocks = [_clone(block) for block in stack.blocks]
+    stack.blocks = [cloned(block, _faster) for block in stack.blocks]
+    for block in stack.blocks:
+        _attend_to_slots(block)
     stack.head = _faster(stack.head) or stack.head
     return stack
 
 
-def _clone(module: nn.Module) -> nn.Module:
-    # Copied shallowly: parameters and hooks stay the original's own objects.
-    twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else _faster(child) or _clone(child)
-        for name, child in module._modules.items()
-    }
-    config: Any = getattr(module, "config", None)
-    if config is not None:
-        twin.config = copy.copy(config)
-        twin.config._attn_implementation_internal = attention.NAME  # type: ignore[union-attr]  # nn.Module attributes are untyped
-    return twin
+def _attend_to_slots(block: nn.Module) -> None:
+    for module in block.modules():
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            # nn.Module's attributes are untyped.
+            twin: Any = module
+            twin.config = copy.copy(config)
+            twin.config._attn_implementation_internal = attention.NAME
 
 
 def _faster(module: nn.Module) -> nn.Module | None:

@@ -14,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,33 +26,37 @@ from offramp.controller.durable import write_durably
 Product = Callable[[Tensor], Tensor]
 
 SIZES = (1, 2, 4, 8, 16)
-"""Numbers of rows at which kernels are compared, until the packed one wins."""
+"""Numbers of rows at which kernels are compared, until the one for many rows wins."""
 
 PAIRS = 9
 """Runs of each kernel at each size, in turns."""
 
 MARGIN = 0.95
-"""The plain kernel is chosen where it takes less than this share of the packed one's time."""
+"""The kernel for few rows is chosen where it takes less than this share of the other's time."""
 
 
-def plain_rows(weight_OI: Tensor, plain: Product, packed: Product) -> int:
-    """Up to how many rows the plain kernel is faster; 0 for none.
+def rows_up_to(
+    name: str, weight_OI: Tensor, few: Product, many: Product, sizes: Sequence[int] = SIZES
+) -> int:
+    """Up to how many rows one kernel is faster than another; 0 for none.
 
     Args:
+        name: What the kernel for few rows is called in the file of choices.
         weight_OI: The matrix, [out, in].
-        plain: Multiplies rows [N, in] with the matrix as it lies.
-        packed: Multiplies them with it in a blocked layout.
+        few: Multiplies rows [N, in] with the matrix, and gains for few rows if at all.
+        many: Multiplies them in the other way.
+        sizes: Numbers of rows to compare at, ascending.
     """
     known = _known()
     key = (
         f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{weight_OI.dtype}, {list(weight_OI.shape)}, strides {list(weight_OI.stride())}, "
-        "plain up to rows"
+        f"{name} up to rows"
     )
     if key not in known:
-        rows_MI = torch.ones(SIZES[-1], weight_OI.shape[1], dtype=weight_OI.dtype)
+        rows_MI = torch.ones(sizes[-1], weight_OI.shape[1], dtype=weight_OI.dtype)
         faster = itertools.takewhile(
-            lambda size: _seconds(plain, packed, rows_MI[:size]) < MARGIN, SIZES
+            lambda size: _seconds(few, many, rows_MI[:size]) < MARGIN, sizes
         )
         known[key] = max(faster, default=0)
         _keep(known)
@@ -76,12 +80,12 @@ def processor() -> str:
 
 
 @torch.inference_mode()
-def _seconds(plain: Product, packed: Product, rows_NI: Tensor) -> float:
-    """Median time of the plain kernel over that of the packed one."""
+def _seconds(few: Product, many: Product, rows_NI: Tensor) -> float:
+    """Median time of one kernel over that of the other."""
     ratios = []
     for _ in range(PAIRS):
         marks = [time.perf_counter()]
-        for product in (plain, packed):
+        for product in (few, many):
             product(rows_NI)
             marks.append(time.perf_counter())
         ratios.append((marks[1] - marks[0]) / (marks[2] - marks[1]))

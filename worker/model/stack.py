@@ -6,6 +6,8 @@ H head_dim, G key/value heads, R = 2·G·H rows of stacked key and value project
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -58,6 +60,10 @@ class LayerStack(Protocol):
     blocks: list[nn.Module]
     head: nn.Module
     head_weight_VD: Tensor
+
+    def adopt(self, blocks: list[nn.Module]) -> None:
+        """Run these layers from now on, and read keys' and values' weights off them, too."""
+        ...
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """What enters the first layer, [B, T, D]."""
@@ -112,3 +118,18 @@ class KVWeights:
     """That norm's epsilon."""
     rotates: bool = True
     """Whether the keys are rotated by position."""
+
+
+def cloned(module: nn.Module, replaced: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """Copy a module and what it is made of, but not parameters and hooks: these are shared.
+
+    Args:
+        module: Stays as it was.
+        replaced: Gives what stands in for a part; None: a clone.
+    """
+    twin = copy.copy(module)
+    twin._modules = {
+        name: None if child is None else replaced(child) or cloned(child, replaced)
+        for name, child in module._modules.items()
+    }
+    return twin

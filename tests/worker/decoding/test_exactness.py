@@ -5,7 +5,6 @@ Shape suffixes: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverEx
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.decoder import Decoder
 from support.exactness import check_fill, hf_greedy
-from support.models import LAYERS, VOCAB, make_model
+from support.models import LAYERS, VOCAB, make_model, truncated
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
 GREEDY = SamplingParams(max_tokens=24)
@@ -42,17 +41,6 @@ class CoinFlipExit:
 
     def leave(self, features_NF: FloatArray) -> BoolArray:
         return self.rng.random(len(features_NF)) < 0.4
-
-
-def truncated(model: Any, layers: int) -> Any:
-    """The same weights, with only the first layers."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    short = type(model)(config)
-    short.load_state_dict(model.state_dict(), strict=False)
-    return short.to(model.dtype).eval()
 
 
 @contextmanager

@@ -116,6 +116,11 @@ class HFStack:
         _refuse_sliding_window(config, cls.window_everywhere)
         _refuse_dynamic_rope(config)
 
+    def adopt(self, blocks: list[nn.Module]) -> None:
+        """Run these layers from now on, and read keys' and values' weights off them, too."""
+        self.blocks = blocks
+        self._layers = tuple(blocks)
+
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Token embeddings, [B, T, D]."""
         return self._embed(tokens_BT)  # type: ignore[no-any-return]

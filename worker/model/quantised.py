@@ -1,0 +1,299 @@
+"""Weights of fewer bytes: int8 per output, or int4 in groups, through PyTorch's own kernels.
+
+A quantised model is another model: its fingerprint says which weights it has. Its layers' and
+head's matrices are quantised; norms, biases and embeddings stay as they are.
+
+Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from offramp.controller.errors import ConfigError
+from offramp.worker.model.products import rows_up_to
+from offramp.worker.model.stack import LayerStack, cloned
+
+Weights = Literal["native", "int8", "int4"]
+
+GROUP_SIZES = (32, 64, 128, 256)
+"""Weights that share a scale and a zero point, as far as the int4 kernel goes."""
+
+SIZES = (1, 4, 16, 64, 256)
+"""Numbers of rows at which a quantised kernel is compared with the product of restored values."""
+
+REFITS = 3
+"""How often int4 scales and zero points are fitted anew to the values that were chosen by them."""
+
+NATIVE_REMEDY = "Use weights=native"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How a model's matrices are kept.
+
+    Attributes:
+        weights: "native" as they were loaded, "int8" with one scale per output, "int4" with a
+            scale and a zero point per group.
+        group_size: Weights of a group (int4).
+        head: The same for the LM head; None: as ``weights``, but int8 where they are int4.
+
+    Raises:
+        ConfigError: another name, or a group size that the kernel does not know.
+    """
+
+    weights: Weights = "native"
+    group_size: int = 32
+    head: Weights | None = None
+
+    def __post_init__(self) -> None:
+        known = get_args(Weights)
+        for field, value in (("weights", self.weights), ("head_weights", self.head_weights)):
+            if value not in known:
+                raise ConfigError(field, f"{value!r} is unknown", f"Use one of {', '.join(known)}")
+        if self.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ConfigError("group_size", f"{self.group_size!r} is unknown", f"Use {sizes}")
+
+    @property
+    def head_weights(self) -> Weights:
+        """How the LM head is kept."""
+        if self.head is not None:
+            return self.head
+        return "int8" if self.weights == "int4" else self.weights
+
+    @property
+    def is_native(self) -> bool:
+        """Whether nothing is quantised."""
+        return self.weights == self.head_weights == "native"
+
+    @property
+    def name(self) -> str:
+        """Name it, such as ``int4 in groups of 32, head int8``."""
+        grouped = f" in groups of {self.group_size}"
+        weights, head = (
+            each + grouped * (each == "int4") for each in (self.weights, self.head_weights)
+        )
+        return weights if weights == head else f"{weights}, head {head}"
+
+    def fingerprint(self, native: str) -> str:
+        """The fingerprint of a model with such weights; of native ones, the model's own.
+
+        Args:
+            native: Fingerprint of the model as it was loaded.
+        """
+        if self.is_native:
+            return native
+        return hashlib.sha256(f"{native} {self.name}".encode()).hexdigest()
+
+
+NATIVE = Precision()
+"""The weights as they were loaded."""
+
+
+def quantise(stack: LayerStack, precision: Precision) -> LayerStack:
+    """Let a stack run with quantised matrices; the caller's model stays as it was.
+
+    Raises:
+        ConfigError: the machine has no kernels for it, or a matrix does not fit them.
+    """
+    if precision.is_native:
+        return stack
+    _require_kernels(stack.blocks[0], precision)
+    if precision.weights != "native":
+        replaced = partial(_quantised, precision=precision, weights=precision.weights)
+        stack.adopt([cloned(block, replaced) for block in stack.blocks])
+    if precision.head_weights != "native":
+        stack.head = _quantised_head(stack.head, precision)
+    return stack
+
+
+class QuantisedLinear(nn.Module):
+    """A linear map whose weight is kept in int8 or int4.
+
+    Few rows are multiplied with the weight as it is kept, many with its values restored: where the
+    one overtakes the other is measured (``worker/model/products.py``).
+
+    Args:
+        plain: The module it stands in for; its bias and hooks stay its own.
+        kept: The weight, quantised.
+
+    Attributes:
+        kernel_rows: Up to so many rows are multiplied with the weight as it is kept.
+    """
+
+    def __init__(self, plain: Any, kept: Int8Weight | Int4Weight) -> None:
+        super().__init__()
+        self.bias = plain.bias
+        self._forward_hooks = plain._forward_hooks
+        self._forward_pre_hooks = plain._forward_pre_hooks
+        self._transposed = type(plain) is Conv1D
+        self.kept = kept
+        self.kernel_rows = rows_up_to(
+            f"{kept.name} kernel", kept.restored(), kept.product, self._restored_product, SIZES
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight's values, restored, in the shape of the module that it stands in for."""
+        weight_OI = self.kept.restored()
+        return weight_OI.T if self._transposed else weight_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        few = len(x_NI) <= self.kernel_rows
+        y_NO = self.kept.product(x_NI) if few else self._restored_product(x_NI)
+        if self.bias is not None:
+            y_NO = y_NO + self.bias
+        return y_NO.view(*x.shape[:-1], -1)
+
+    def _restored_product(self, x_NI: Tensor) -> Tensor:
+        return nn.functional.linear(x_NI, self.kept.restored())
+
+
+class Int8Weight:
+    """Whole numbers from -127 to 127, and one scale per output.
+
+    Args:
+        weight_OI: The matrix, [out, in].
+    """
+
+    name = "int8"
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        weight_OI = weight_OI.detach()
+        scale_O1 = weight_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self._scale_O = scale_O1[:, 0].to(weight_OI.dtype)
+        # By the scale as it is kept, so that rounding it costs nothing.
+        values_OI = weight_OI.float() / self._scale_O.float()[:, None]
+        self._values_OI = values_OI.round().clamp(-127, 127).to(torch.int8).contiguous()
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        """x Wᵀ, [N, O]."""
+        return torch.ops.aten._weight_int8pack_mm(x_NI, self._values_OI, self._scale_O)  # type: ignore[no-any-return]
+
+    def restored(self) -> Tensor:
+        """The matrix that the numbers stand for, [O, I]."""
+        return self._values_OI.to(self._scale_O.dtype) * self._scale_O[:, None]
+
+
+class Int4Weight:
+    """Numbers from 0 to 15; per group a scale s and a zero point z: w = (q - 8) s + z.
+
+    Scales and zero points start at the group's range and are fitted to the chosen numbers by least
+    squares, and the numbers chosen anew, some times over.
+
+    Args:
+        weight_OI: The matrix, [out, in].
+        group_size: Neighbouring inputs of an output that share a scale.
+
+    Raises:
+        ConfigError: the group size does not divide the inputs, or 16 the outputs.
+    """
+
+    def __init__(self, weight_OI: Tensor, group_size: int) -> None:
+        outputs, inputs = weight_OI.shape
+        if inputs % group_size:
+            raise ConfigError(
+                "group_size",
+                f"{group_size} does not divide a matrix's {inputs} inputs",
+                f"Use {' or '.join(str(n) for n in GROUP_SIZES if not inputs % n) or 'int8'}",
+            )
+        if outputs % 16:
+            raise ConfigError(
+                "weights", f"int4 takes outputs by 16s, a matrix has {outputs}", "Use int8"
+            )
+        self.name = f"int4 in groups of {group_size}"
+        self._group_size = group_size
+        self._dtype = weight_OI.dtype
+        groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
+        q_OGS, scale_OG, zero_OG = _fit_groups(groups_OGS, self._dtype)
+        q_OI = q_OGS.view(outputs, inputs)
+        self._kept_OI2 = (q_OI[:, ::2] | (q_OI[:, 1::2] << 4)).to(torch.uint8)
+        self._scale_OG, self._zero_OG = scale_OG, zero_OG
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_OI, 1)
+        self._scales_GO2 = torch.stack((scale_OG, zero_OG), dim=-1).transpose(0, 1).contiguous()
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        """x Wᵀ, [N, O]."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
+            x_NI, self._packed, self._group_size, self._scales_GO2
+        )
+
+    def restored(self) -> Tensor:
+        """The matrix that the numbers stand for, [O, I]."""
+        kept = self._kept_OI2
+        q_OI = torch.stack((kept & 15, kept >> 4), dim=-1).view(len(kept), -1)
+        q_OGS = q_OI.view(*self._scale_OG.shape, -1).to(torch.int8) - 8
+        weight_OGS = q_OGS.float() * self._scale_OG.float()[:, :, None]
+        weight_OGS += self._zero_OG.float()[:, :, None]
+        return weight_OGS.view(len(kept), -1).to(self._dtype)
+
+
+def _fit_groups(w_OGS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [O, G, S] (int32), scales and zero points [O, G] in the weights' dtype."""
+    low, high = w_OGS.amin(-1), w_OGS.amax(-1)
+    scale = ((high - low) / 15).clamp(min=1e-8)
+    zero = low + 8 * scale
+    for refit in range(REFITS + 1):
+        scale, zero = scale.to(dtype).float(), zero.to(dtype).float()
+        q = ((w_OGS - zero[:, :, None]) / scale[:, :, None]).round_().add_(8).clamp_(0, 15)
+        if refit == REFITS:
+            break
+        centred = q - q.mean(-1, keepdim=True)
+        spread = centred.square().sum(-1)
+        slope = (centred * w_OGS).sum(-1) / spread.clamp(min=1e-8)
+        scale = torch.where((spread > 0) & (slope > 1e-8), slope, scale)
+        zero = w_OGS.mean(-1) - scale * (q.mean(-1) - 8)
+    return q.to(torch.int32), scale.to(dtype), zero.to(dtype)
+
+
+def _quantised(module: nn.Module, precision: Precision, weights: Weights) -> nn.Module | None:
+    # Subclasses may compute something else.
+    if type(module) not in (nn.Linear, Conv1D):
+        return None
+    weight: Any = module.weight
+    weight_OI = weight.T.contiguous() if type(module) is Conv1D else weight
+    if weights == "int8":
+        return QuantisedLinear(module, Int8Weight(weight_OI))
+    return QuantisedLinear(module, Int4Weight(weight_OI, precision.group_size))
+
+
+def _quantised_head(head: nn.Module, precision: Precision) -> nn.Module:
+    try:
+        quantised = _quantised(head, precision, precision.head_weights)
+    except ConfigError as error:
+        field = "head_weights" if error.field == "weights" else error.field
+        raise ConfigError(field, f"{error.problem} (the head)", error.remedy) from error
+    if quantised is None:
+        kind = type(head).__name__
+        raise ConfigError("head_weights", f"cannot quantise a {kind}", "Use head_weights=native")
+    return quantised
+
+
+def _require_kernels(block: nn.Module, precision: Precision) -> None:
+    weight = next(block.parameters())
+    if weight.device.type != "cpu":
+        raise ConfigError(
+            "weights", f"{precision.name} runs on the CPU only", f"{NATIVE_REMEDY}, or device=cpu"
+        )
+    if weight.dtype is not torch.bfloat16:
+        raise ConfigError(
+            "weights",
+            f"{precision.name} has no kernel for {str(weight.dtype)[6:]} activations",
+            f"Use dtype=bfloat16, or {NATIVE_REMEDY[4:]}",
+        )
+    needed = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu")
+    if not all(hasattr(torch.ops.aten, name) for name in needed):
+        raise ConfigError(
+            "weights", f"torch {torch.__version__} has no kernels for {precision.name}",
+            NATIVE_REMEDY,
+        )  # fmt: skip
