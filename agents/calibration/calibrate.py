@@ -159,7 +159,7 @@ def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
             raise ConfigError(
                 field,
                 f"the policies were made for {theirs[:12]}, {ours[:12]} is loaded",
-                "Name the model that was recorded",
+                "Name the model that was recorded, with the weights (native, int8, int4) it had",
             )
 
 

@@ -94,7 +94,9 @@ class Collector:
         self.engine = load_engine(spec.worker)
         if spec.model not in ("", self.engine.model_fingerprint):
             raise ConfigError(
-                "model", f"{spec.worker.model!r} is not the recorded one", "Name that folder"
+                "model",
+                f"{spec.worker.model!r} with native weights is not the recorded one",
+                "Name that folder; for int8 or int4 weights, train without on-policy rounds",
             )
 
     def describe(self) -> tuple[ModelFacts, int]:

@@ -34,7 +34,6 @@ from offramp.controller.release.certificate import Method, Unit, Walked
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine
 
 CERTIFIED = "certified"
@@ -105,6 +104,7 @@ def calibrate_policies(
     kv_mode: options.CacheMode = "project",
     max_pending: options.MaxPending = 8,
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "native",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     slots: Annotated[int, typer.Option(min=1, help="Documents decoded together.")] = 16,
@@ -120,8 +120,7 @@ def calibrate_policies(
     options.require_new_folder("out", out)
     wish = parse_wish(quality, latency_budget, energy_budget)
     picked, walked = _family(policies, family, steps, wish)
-    mode = options.parse_kv_mode(kv_mode)
-    config = EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators)
+    config = options.engine_config(kv_mode, max_pending, translators, weights)
     spec = WorkerSpec(
         model=model, dtype=dtype, device=device, threads=threads, slots=slots, engine=config
     )

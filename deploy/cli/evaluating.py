@@ -37,7 +37,6 @@ from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine
 
 SLOTS = 16
@@ -74,6 +73,7 @@ def evaluate_policies(
         typer.Option(help="Choose by this relative loss of line-completion edit similarity."),
     ] = None,
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "native",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     kv_mode: options.CacheMode = "project",
@@ -95,16 +95,11 @@ def evaluate_policies(
         threads=threads,
         seed=seed,
     )
-    mode = options.parse_kv_mode(kv_mode)
+    engine_config = options.engine_config(kv_mode, max_pending, translators, weights)
     spec = WorkerSpec(
-        model=model,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        slots=SLOTS,
-        engine=EngineConfig(kv_mode=mode, max_pending=max_pending, translators=translators),
+        model=model, dtype=dtype, device=device, threads=threads, slots=SLOTS, engine=engine_config
     )
-    _require_open(mode)
+    _require_open(engine_config.kv_mode)
     contenders, engine = _load(policies, traces, spec)
     require_recorded(corpus, documents, traces)
     with progress("evaluate", "runs") as advance:
@@ -127,7 +122,7 @@ def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contende
         raise ConfigError(
             "model",
             f"{spec.model!r} is not the model of {traces}",
-            "Name the one that was recorded",
+            "Name the one that was recorded, with the --weights it had",
         )
     return contenders, engine
 

@@ -24,6 +24,7 @@ from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import layers_and_vocab
+from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
 
@@ -45,6 +46,7 @@ def record(
     candidates: Annotated[int, typer.Option(min=2, help="Candidate tokens per token.")] = 64,
     recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "native",
     device: options.Device = "cpu",
     threads: options.SharedThreads = "auto",
     translators: options.Translators = None,
@@ -61,7 +63,10 @@ def record(
             dtype=dtype,
             device=device,
             threads=options.parse_threads(threads, recorders),
-            engine=EngineConfig(translators=translators and translators.resolve()),
+            engine=EngineConfig(
+                translators=translators and translators.resolve(),
+                precision=Precision.parse(weights),
+            ),
         ),
         corpus=corpus,
         documents=documents,

@@ -14,7 +14,9 @@ from offramp.controller.errors import ConfigError
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import check_model, layers_and_vocab, parse_dtype, require_device
+from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec, load_engine
 
 Model = Annotated[str, typer.Option(help="Model folder in Hugging Face format.")]
@@ -26,6 +28,12 @@ Documents = Annotated[
     int, typer.Option(min=3, help="Documents taken from the corpus, over all splits.")
 ]
 Dtype = Annotated[str, typer.Option(help="Weights' dtype: float32 or bfloat16.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="native, int8 or int4 (int4:64: in groups of 64; int4,native: the head as it is)."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
 SharedThreads = Annotated[
@@ -111,6 +119,22 @@ def parse_threads(text: str, workers: int) -> int:
     return int(text)
 
 
+def engine_config(
+    kv_mode: str, max_pending: int, translators: Path | None, weights: str
+) -> EngineConfig:
+    """Read the settings of an engine that measures policies.
+
+    Raises:
+        ConfigError: a cache mode or weights that are unknown, or a number below its bound.
+    """
+    return EngineConfig(
+        kv_mode=parse_kv_mode(kv_mode),
+        max_pending=max_pending,
+        translators=translators,
+        precision=Precision.parse(weights),
+    )
+
+
 def parse_schedule(holds: Sequence[str] | None, rows: int, patience: int) -> Schedule:
     """Read a schedule: lock-step, or cohorts that wait at holds.
 
@@ -184,6 +208,9 @@ def require_loadable(spec: WorkerSpec, settings: Settings) -> None:
         raise ConfigError(
             "hold", f"{holds[-1]} is not below the model's {layers} layers", "Hold earlier"
         )
-    if spec.engine.translators is not None or spec.engine.kv_budget_mb is not None:
-        # Only the weights tell whether translators are theirs, and only the cache its block's size.
+    engine = spec.engine
+    asks = (engine.translators, engine.kv_budget_mb, None if engine.precision.is_native else True)
+    if any(each is not None for each in asks):
+        # Only the weights tell whether translators are theirs and kernels fit them, and only the
+        # cache its block's size.
         load_engine(replace(spec, device="cpu"))

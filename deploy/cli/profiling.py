@@ -19,6 +19,7 @@ from offramp.deploy.cli.tables import costs_table, spans_table
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import layers_and_vocab
+from offramp.worker.model.precision import Precision
 from offramp.worker.profiling.profile import Profile, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.spec import WorkerSpec, load_engine
@@ -52,6 +53,7 @@ def profile(
     ] = 0.05,
     limit_s: Annotated[float, typer.Option(help="Stop after so many seconds in any case.")] = 300.0,
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "native",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     translators: options.Translators = None,
@@ -71,7 +73,7 @@ def profile(
         device=device,
         threads=threads,
         slots=config.rows[-1],
-        engine=EngineConfig(translators=translators),
+        engine=EngineConfig(translators=translators, precision=Precision.parse(weights)),
     )
     options.require_writable("out", out)
     options.require_loadable(spec, Settings.from_environment())

@@ -22,6 +22,7 @@ from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import PoolConfig, ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
 
@@ -48,6 +49,7 @@ def serve(
         Path | None, typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME].")
     ] = None,
     dtype: options.Dtype = "float32",
+    weights: options.Weights = "native",
     device: options.Device = "cpu",
     threads: options.SharedThreads = "auto",
     kv_mode: options.CacheMode = "project",
@@ -75,6 +77,7 @@ def serve(
                 max_pending=max_pending,
                 kv_budget_mb=kv_budget_mb,
                 translators=translators and translators.resolve(),
+                precision=Precision.parse(weights),
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,
@@ -88,12 +91,12 @@ def serve(
         api_key=settings.api_key,
         max_waiting=max_waiting,
     )
-    _require_servable(config, settings, trust, redis_port)
     _serve(config, settings, trust, redis_port)
 
 
 def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
     """Serve until told to stop."""
+    _require_servable(config, settings, trust, redis_port)
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))

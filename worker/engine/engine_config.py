@@ -12,7 +12,7 @@ from offramp.controller.features import MAX_PENDING
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.model.kv import BLOCK_TOKENS
-from offramp.worker.model.quantised import NATIVE, Precision
+from offramp.worker.model.precision import NATIVE, Precision
 
 MIB = 2**20
 

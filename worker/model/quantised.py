@@ -8,94 +8,25 @@ Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
+from offramp.worker.model.precision import GROUP_SIZES, Precision, Weights
 from offramp.worker.model.products import rows_up_to
 from offramp.worker.model.stack import LayerStack, cloned
 
-Weights = Literal["native", "int8", "int4"]
-
-GROUP_SIZES = (32, 64, 128, 256)
-"""Weights that share a scale and a zero point, as far as the int4 kernel goes."""
+NATIVE_REMEDY = "Use weights=native"
 
 SIZES = (1, 4, 16, 64, 256)
 """Numbers of rows at which a quantised kernel is compared with the product of restored values."""
 
 REFITS = 3
 """How often int4 scales and zero points are fitted anew to the values that were chosen by them."""
-
-NATIVE_REMEDY = "Use weights=native"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Precision:
-    """How a model's matrices are kept.
-
-    Attributes:
-        weights: "native" as they were loaded, "int8" with one scale per output, "int4" with a
-            scale and a zero point per group.
-        group_size: Weights of a group (int4).
-        head: The same for the LM head; None: as ``weights``, but int8 where they are int4.
-
-    Raises:
-        ConfigError: another name, or a group size that the kernel does not know.
-    """
-
-    weights: Weights = "native"
-    group_size: int = 32
-    head: Weights | None = None
-
-    def __post_init__(self) -> None:
-        known = get_args(Weights)
-        for field, value in (("weights", self.weights), ("head_weights", self.head_weights)):
-            if value not in known:
-                raise ConfigError(field, f"{value!r} is unknown", f"Use one of {', '.join(known)}")
-        if self.group_size not in GROUP_SIZES:
-            sizes = ", ".join(map(str, GROUP_SIZES))
-            raise ConfigError("group_size", f"{self.group_size!r} is unknown", f"Use {sizes}")
-
-    @property
-    def head_weights(self) -> Weights:
-        """How the LM head is kept."""
-        if self.head is not None:
-            return self.head
-        return "int8" if self.weights == "int4" else self.weights
-
-    @property
-    def is_native(self) -> bool:
-        """Whether nothing is quantised."""
-        return self.weights == self.head_weights == "native"
-
-    @property
-    def name(self) -> str:
-        """Name it, such as ``int4 in groups of 32, head int8``."""
-        grouped = f" in groups of {self.group_size}"
-        weights, head = (
-            each + grouped * (each == "int4") for each in (self.weights, self.head_weights)
-        )
-        return weights if weights == head else f"{weights}, head {head}"
-
-    def fingerprint(self, native: str) -> str:
-        """The fingerprint of a model with such weights; of native ones, the model's own.
-
-        Args:
-            native: Fingerprint of the model as it was loaded.
-        """
-        if self.is_native:
-            return native
-        return hashlib.sha256(f"{native} {self.name}".encode()).hexdigest()
-
-
-NATIVE = Precision()
-"""The weights as they were loaded."""
 
 
 def quantise(stack: LayerStack, precision: Precision) -> LayerStack:

@@ -19,7 +19,8 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model.quantised import Int4Weight, Int8Weight, Precision, QuantisedLinear
+from offramp.worker.model.precision import Precision
+from offramp.worker.model.quantised import Int4Weight, Int8Weight, QuantisedLinear
 from support.models import make_model, truncated
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
@@ -179,6 +180,20 @@ def test_an_unknown_precision_is_refused(settings: dict[str, Any], field: str, r
         Precision(**settings)
     assert refusal.value.field == field
     assert remedy in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "int4:", "int4:x", "int4,", "int4:64:64", "int4:48"])
+def test_a_precision_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"int4|group_size|weights"):
+        Precision.parse(text)
+
+
+def test_a_precision_is_read_as_commands_take_it() -> None:
+    assert Precision.parse("native").is_native
+    assert Precision.parse("int8") == INT8
+    assert Precision.parse("int4:64,native") == Precision(
+        weights="int4", group_size=64, head="native"
+    )
 
 
 @pytest.mark.parametrize(
