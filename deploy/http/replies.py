@@ -137,6 +137,7 @@ def _cost(stats: CompletionStats | None) -> dict[str, Any]:
         return {}
     return {
         "layer_calls": stats.layer_calls,
+        "copy_calls": stats.copy_calls,
         "exact_share": stats.exact_share,
         "drafts": stats.drafts,
         "drafts_accepted": stats.drafts_accepted,

@@ -104,7 +104,7 @@ class ServedWorker:
             config.state_dir / self.worker_id,
             self.worker_id,
             config.poll_s,
-            engine.decoder.probes.prepare,
+            engine.decoder.prepare,
         )
         engine.current_policy = lambda: self.refresher.current
         self.service = EngineService(engine, max_waiting=config.max_waiting)

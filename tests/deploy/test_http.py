@@ -127,6 +127,7 @@ def test_exit_statistics_are_opt_in(post: Post, expected: Any) -> None:
         "exit_layers": [12, 6, 6, 6, 6, 6],
         "mean_exit_layer": 7.0,
         "layer_calls": 30,
+        "copy_calls": 0,
         "exact_share": expected.stats.exact_share,
         "drafts": 0,
         "drafts_accepted": 0,

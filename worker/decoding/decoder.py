@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import MAX_PENDING
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.draft_wave import DraftWave
 from offramp.worker.decoding.grouping import RowGrouper
 from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.outlook import Load
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.decoding.wave import Wave
-from offramp.worker.decoding.wave_context import Arrival, ExitRecords, Overhead, WaveContext
+from offramp.worker.decoding.wave_context import (
+    Arrival,
+    DraftCopy,
+    ExitRecords,
+    Overhead,
+    WaveContext,
+)
 from offramp.worker.model.attention import prefill_window
 from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kv import EXACT, SlotKV
@@ -38,6 +47,7 @@ class RowResult:
         best_M: The most likely token after each.
         decides: Whether the last of them is to be followed by a new token.
         left: Exits and features where the tokens before the last had left, if the policy learns.
+        drafted: Whether it came out at an exit.
     """
 
     row: Sequence
@@ -46,6 +56,7 @@ class RowResult:
     best_M: list[int]
     decides: bool
     left: ExitRecords = ()
+    drafted: bool = False
 
 
 class Decoder:
@@ -58,6 +69,7 @@ class Decoder:
         translators: Correct the hidden state that exits are read from.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
+        copy: The model's layers in fewer bytes, for rows in ``verify`` to draft on.
 
     Attributes:
         overhead: What was spent beside the model.
@@ -76,6 +88,7 @@ class Decoder:
         max_pending: int = MAX_PENDING,
         translators: ExitTranslators = UNTRANSLATED,
         fills: bool = True,
+        copy: LayerStack | None = None,
     ) -> None:
         self.stack = stack
         self.kv = kv
@@ -94,8 +107,25 @@ class Decoder:
             guard=self.guard,
             max_pending=max_pending,
             overhead=self.overhead,
+            copy=None if copy is None else self._draft_copy(copy, max_pending),
         )
         self._no_logits = torch.empty(0, stack.vocab, device=stack.device)
+
+    def _draft_copy(self, stack: LayerStack, max_pending: int) -> DraftCopy:
+        probes = ProbeFactory(stack)
+        return DraftCopy(stack, probes, RowGrouper(probes, self.guard, stack.layers, max_pending))
+
+    def prepare(self, policy: Policy) -> None:
+        """Compute now what a policy's probes would compute on their first use, from any thread."""
+        copy = self.context.copy
+        for probes in (self.probes, *(() if copy is None else (copy.probes,))):
+            probes.prepare(policy)
+
+    def observe(self, load: Load) -> None:
+        """Say how busy the engine is."""
+        copy = self.context.copy
+        for grouper in (self.grouper, *(() if copy is None else (copy.grouper,))):
+            grouper.load = load
 
     @property
     def failures(self) -> int:
@@ -134,8 +164,27 @@ class Decoder:
         """
         arrivals: list[Arrival] = []
         for launch, catch_up in waves:
-            arrivals += Wave(self.context, launch.members, launch.first, catch_up).run(launch.last)
+            members = launch.members
+            if launch.first == 0:
+                drafted = self._draft(members)
+                arrivals += drafted
+                gone = {each.row for each in drafted}
+                members = tuple(row for row in members if row not in gone)
+            if members or catch_up:
+                arrivals += Wave(self.context, members, launch.first, catch_up).run(launch.last)
         return self._results(arrivals)
+
+    def _draft(self, rows: Rows[Sequence]) -> list[Arrival]:
+        """Let rows draft on the quantised copy, if there is one and they may."""
+        copy = self.context.copy
+        if copy is None:
+            return []
+        drafting = [
+            row
+            for row in rows
+            if self.context.drafts_on_copy(row) and row.policy.exits and not row.policy_failed
+        ]
+        return DraftWave(self.context, copy, drafting).run() if drafting else []
 
     def _results(self, arrivals: list[Arrival]) -> list[RowResult]:
         """Run one LM head for all tokens whose logits are asked for and not known."""
@@ -151,7 +200,13 @@ class Decoder:
             best_M = best[start:end] if each.token is None else [each.token]
             results.append(
                 RowResult(
-                    each.row, each.exit_layer, logits[start:end], best_M, each.decides, each.left
+                    each.row,
+                    each.exit_layer,
+                    logits[start:end],
+                    best_M,
+                    each.decides,
+                    each.left,
+                    each.drafted,
                 )
             )
             start = end
@@ -164,14 +219,25 @@ class Decoder:
         unknown = [each for each in arrivals if each.logits_V is None]
         if not unknown:
             return torch.stack([each.logits_V for each in arrivals if each.logits_V is not None])
-        states = [each.states_MD[-_tokens_to_judge(each) :] for each in unknown]
-        logits = self.stack.logits(torch.cat(states))
-        if len(unknown) == len(arrivals):
-            return logits
-        computed = iter(torch.split(logits, [len(part) for part in states]))
+        if len(unknown) == len(arrivals) and len({each.on_copy for each in unknown}) == 1:
+            return self._head(unknown)
+        computed = {}
+        for on_copy in (False, True):
+            some = [each for each in unknown if each.on_copy is on_copy]
+            if some:
+                counts = [_tokens_to_judge(each) for each in some]
+                parts = torch.split(self._head(some), counts)
+                computed.update({id(each): part for each, part in zip(some, parts, strict=True)})
         return torch.cat(
-            [next(computed) if a.logits_V is None else a.logits_V[None] for a in arrivals]
+            [computed[id(a)] if a.logits_V is None else a.logits_V[None] for a in arrivals]
         )
+
+    def _head(self, arrivals: list[Arrival]) -> Tensor:
+        """Run the head that reads them over all tokens that are judged."""
+        states = torch.cat([each.states_MD[-_tokens_to_judge(each) :] for each in arrivals])
+        copy = self.context.copy
+        stack = copy.stack if copy is not None and arrivals[0].on_copy else self.stack
+        return stack.logits(states)
 
 
 def _tokens_to_judge(arrival: Arrival) -> int:

@@ -74,7 +74,7 @@ class Emitter:
             if result.decides:
                 logits_V, best = result.logits_MV[-1], result.best_M[-1]
                 self.emit(result.row, logits_V, best, result.exit_layer)
-        elif result.exit_layer < self.stack.layers:
+        elif result.drafted:
             self._draft(result)
         elif result.row.sampler.is_plain_greedy:
             self._confirm_greedily(result)

@@ -87,6 +87,7 @@ class CompletionStats:
         generation: Policy generation it ran under (0: built-in full depth).
         mean_exit_layer: Mean layers before each token was emitted or drafted (all for the first).
         layer_calls: Layers executed after the prompt, those of rejected drafts included.
+        copy_calls: Beside these, layers of the quantised copy that drafted.
         exact_share: Share of its cache positions whose every layer was executed.
         drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
     """
@@ -95,6 +96,7 @@ class CompletionStats:
     generation: int
     mean_exit_layer: float
     layer_calls: int = 0
+    copy_calls: int = 0
     exact_share: float = 1.0
     drafts: int = 0
     drafts_accepted: int = 0

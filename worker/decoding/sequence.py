@@ -69,6 +69,7 @@ class Sequence:
         group: The rows it is probed with while it is on its way.
         last_group: The last group that it was the first row of, whose probe is used again.
         layer_calls: Layers executed for its tokens, deferred ones included.
+        copy_calls: Layers executed for its tokens on the quantised copy.
         drafts_made, drafts_accepted: Drafts in all, and those that full depth confirmed.
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
         debt: Moving average of the share of layers that its tokens skipped.
@@ -96,6 +97,7 @@ class Sequence:
     group: RowGroup | None = None
     last_group: RowGroup | None = None
     layer_calls: int = 0
+    copy_calls: int = 0
     drafts_accepted: int = 0
     drafts_made: int = 0
     policy_failed: bool = False

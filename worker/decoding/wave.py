@@ -88,7 +88,8 @@ class Wave:
     def _begin_tokens(self) -> None:
         device = self.stack.device
         for row in self.rows:
-            row.open.append(OpenToken(row.position, 0, None))
+            if not row.undecided:  # a token that nobody could draft has been opened before
+                row.open.append(OpenToken(row.position, 0, None))
             row.undecided = True
             # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
@@ -97,7 +98,7 @@ class Wave:
         positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
         self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
-        free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
+        free = [n for n, row in enumerate(self.rows) if self._may_leave(row)]
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
         start = time.perf_counter()
@@ -105,6 +106,9 @@ class Wave:
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
         self.context.overhead.failures += sum(row.policy_failed for row in free_rows)
         self.context.overhead.deciding_s += time.perf_counter() - start
+
+    def _may_leave(self, row: Sequence) -> bool:
+        return not (self.context.drafts_on_copy(row) or self.context.must_go_deep(row))
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
@@ -187,7 +191,9 @@ class Wave:
         places = sorted(leaving)
         for n in places:
             row = self._mark_exited(n, executed)
-            self.arrivals.append(Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n]))
+            self.arrivals.append(
+                Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n], drafted=True)
+            )
         full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
         self._fill([row for row in full if row.projects], executed)
         stay = [n for n in range(len(self.rows)) if n not in leaving]

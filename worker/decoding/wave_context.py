@@ -19,6 +19,7 @@ from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators
+from offramp.worker.probes import ProbeFactory
 
 ExitRecords = Rows[tuple[int, FloatArray]]
 """Per token: index of the exit where it left, and what was probed there."""
@@ -49,6 +50,8 @@ class Arrival:
         logits_V: Logits of that last one, if a probe computed them anyway.
         token: Its successor, if it is drafted without the LM head.
         left: Where the tokens that were pending had left, if their policy learns.
+        drafted: Whether it came out at an exit, and in ``verify`` is a draft.
+        on_copy: Whether it was drafted on the quantised copy, whose head reads it.
     """
 
     row: Sequence
@@ -58,6 +61,8 @@ class Arrival:
     logits_V: Tensor | None = None
     token: int | None = None
     left: ExitRecords = ()
+    drafted: bool = False
+    on_copy: bool = False
 
 
 @dataclass(slots=True)
@@ -75,6 +80,21 @@ class Overhead:
     failures: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCopy:
+    """The model's layers in fewer bytes, on which rows in ``verify`` draft.
+
+    Attributes:
+        stack: The quantised layers and head.
+        probes: Makes the probes that policies read there.
+        grouper: Puts rows into the groups they are asked in.
+    """
+
+    stack: LayerStack
+    probes: ProbeFactory
+    grouper: RowGrouper
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveContext:
     """What every wave of an engine works with.
@@ -88,6 +108,7 @@ class WaveContext:
         guard: Asks policies, and survives those that fail.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
         overhead: Counts what is spent beside the model.
+        copy: Where rows in ``verify`` draft; None: in the model's own layers.
     """
 
     stack: LayerStack
@@ -98,6 +119,11 @@ class WaveContext:
     guard: PolicyGuard
     max_pending: int
     overhead: Overhead
+    copy: DraftCopy | None = None
+
+    def drafts_on_copy(self, row: Sequence) -> bool:
+        """Whether a row's policy is asked on the quantised copy, and never on the way through."""
+        return self.copy is not None and row.request.kv_mode == "verify"
 
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""

@@ -75,7 +75,7 @@ class EngineCore:
             raise ConfigError("slots", f"{slots!r} is no integer from 1 on", "Ask for 1 or more")
         self.model = model
         self.config = config or EngineConfig()
-        precision = self.config.precision
+        precision, drafts = self.config.precision, self.config.draft_precision
         self.stack = prepare(quantise(stack_for(model), precision))
         self.tokenizer = tokenizer
         self.kv = SlotKV(self.stack, slots)
@@ -86,6 +86,7 @@ class EngineCore:
             self.kv,
             max_pending=self.config.max_pending,
             translators=self._translators(),
+            copy=None if drafts is None else prepare(quantise(stack_for(model), drafts)),
         )
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
@@ -161,7 +162,7 @@ class EngineCore:
         # Chosen before prompts are read: a row whose prompt ends in this step goes on in the next.
         launches = self._launches()
         self._roster.admit()
-        self.decoder.grouper.load = Load(*self.load, self.kv.slots)
+        self.decoder.observe(Load(*self.load, self.kv.slots))
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
         self._run(launches)

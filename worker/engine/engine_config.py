@@ -30,6 +30,8 @@ class EngineConfig:
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
         precision: How the model's matrices are kept: as loaded, or in fewer bytes.
+        draft_precision: Requests in ``verify`` draft on a copy of the layers in so many bytes, and
+            may leave after any of its layers, the last included; None: they draft in the model's.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
 
@@ -43,6 +45,7 @@ class EngineConfig:
     max_pending: int = MAX_PENDING
     translators: Path | None = None
     precision: Precision = NATIVE
+    draft_precision: Precision | None = None
     kv_budget_mb: float | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +58,13 @@ class EngineConfig:
                 raise ConfigError(name, f"{value!r} is no integer from 1 on", "Use 1 or more")
             if value < 1:
                 raise ConfigError(name, f"{value} is below 1", "Use 1 or more")
+        drafts = self.draft_precision
+        if drafts is not None and drafts.weights in ("native", self.precision.weights):
+            raise ConfigError(
+                "draft_weights",
+                f"{drafts.weights} drafts no faster than {self.precision.weights} verifies",
+                "Use fewer bytes, such as int4, or leave it out",
+            )
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
