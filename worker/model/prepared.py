@@ -6,6 +6,7 @@ Layers are cloned without their weights being copied; the caller's model stays a
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
-from offramp.worker.model.products import rows_up_to
+from offramp.worker.model.lean import LeanLayer, Rotation, has_lean_form
+from offramp.worker.model.products import Product, rows_up_to
 from offramp.worker.model.stack import cloned
 
 
@@ -29,38 +31,46 @@ S = TypeVar("S", bound=Preparable)
 
 
 class PackedWeight:
-    """A matrix in oneDNN's blocked layout.
+    """One matrix, or several of the same input one above the other, in oneDNN's blocked layout.
 
     For 2 to 16 rows in float32 a product with it is 2 to 4 times as fast as with a plain matrix
-    (benchmarks/decode.py), at the price of a second copy of the weight. How few
-    rows gain depends on the processor, so for fewer the plain matrix is used, if that was measured
-    to be faster.
+    (benchmarks/decode.py), at the price of a second copy of the weights. How few
+    rows gain depends on the processor, so for fewer the plain matrices are used, if that was
+    measured to be faster; they are never copied.
 
     Args:
-        weight_OI: Weight of the product, [out, in].
+        parts_OI: Weights of the product, each [out, in].
         measures: Whether kernels are chosen by measurement; else it is always the packed one.
 
     Attributes:
-        plain_rows: Up to so many rows are multiplied with the plain matrix.
+        plain_rows: Up to so many rows are multiplied with the plain matrices.
     """
 
-    def __init__(self, weight_OI: Tensor, *, measures: bool = False) -> None:
-        weight_OI = weight_OI.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
-        self._plain = weight_OI
+    def __init__(self, *parts_OI: Tensor, measures: bool = False) -> None:
+        self._plain: tuple[Tensor, ...] = tuple(part_OI.detach() for part_OI in parts_OI)
+        whole_OI = self._plain[0] if len(parts_OI) == 1 else torch.cat(self._plain)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(whole_OI.contiguous())
         self.plain_rows = 0
         # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
-        if measures and weight_OI.dtype is torch.float32:
-            plain = partial(nn.functional.linear, weight=weight_OI)
-            self.plain_rows = rows_up_to("plain", weight_OI, plain, lambda x: self(x, None))
+        if measures and whole_OI.dtype is torch.float32:
+            parts = [(len(part_OI), part_OI.stride()) for part_OI in self._plain]
+            name = "plain" if len(parts) == 1 else f"plain in parts {parts}"
+            plain = partial(self._multiply_plainly, bias_O=None)
+            self.plain_rows = rows_up_to(name, whole_OI, plain, partial(self, bias_O=None))
 
     def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x Wᵀ + b."""
         if self.plain_rows and x.numel() <= self.plain_rows * x.shape[-1]:
-            return nn.functional.linear(x, self._plain, bias_O)
+            return self._multiply_plainly(x, bias_O)
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             x, self._packed, bias_O, "none", [], ""
         )
+
+    def _multiply_plainly(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        if len(self._plain) == 1:
+            return nn.functional.linear(x, self._plain[0], bias_O)
+        out = torch.cat([nn.functional.linear(x, part_OI) for part_OI in self._plain], dim=-1)
+        return out if bias_O is None else out.add_(bias_O)
 
 
 class PackedLinear(nn.Module):
@@ -98,11 +108,38 @@ def can_pack(weight: Tensor) -> bool:
 
 def prepare(stack: S) -> S:
     """Let a stack run layers that compute the same over a slot cache, and faster for few rows."""
-    stack.blocks = [cloned(block, _faster) for block in stack.blocks]
-    for block in stack.blocks:
-        _attend_to_slots(block)
+    rotation = Rotation()
+    stack.blocks = [_prepared(block, rotation) for block in stack.blocks]
     stack.head = _faster(stack.head) or stack.head
     return stack
+
+
+def _prepared(block: nn.Module, rotation: Rotation) -> nn.Module:
+    lean = has_lean_form(block) and can_pack(next(block.parameters()))
+    # The lean layer's own products are packed; its clone, which runs while hooked, needs none.
+    twin = cloned(block, _kept if lean else _faster)
+    _attend_to_slots(twin)
+    return LeanLayer(twin, rotation, _fused) if lean else twin
+
+
+def _fused(linears: Sequence[nn.Module]) -> Product:
+    """One product of linear maps of the same input, their outputs one after the other."""
+    parts: Any = linears
+    biases = [each.bias.detach() for each in parts if each.bias is not None]
+    if any(type(each) is not nn.Linear for each in parts) or len(biases) not in (0, len(parts)):
+        return _one_by_one(linears)
+    packed = PackedWeight(*(each.weight for each in parts), measures=True)
+    return partial(packed, bias_O=torch.cat(biases) if biases else None)
+
+
+def _one_by_one(linears: Sequence[nn.Module]) -> Product:
+    if len(linears) == 1:
+        return linears[0]
+    return lambda x: torch.cat([each(x) for each in linears], dim=-1)
+
+
+def _kept(_: nn.Module) -> None:
+    """Put a clone in every part's place, which shares its parameters."""
 
 
 def _attend_to_slots(block: nn.Module) -> None:

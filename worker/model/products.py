@@ -1,7 +1,7 @@
 """Products with few rows: which kernel is faster is measured on this machine, once, and kept.
 
 Whether oneDNN's blocked layout or a plain matrix is faster differs between processors, matrices and
-numbers of rows (benchmarks/one_row.py). A choice is kept on disk, so that the processes of a
+numbers of rows (benchmarks/few_rows.py). A choice is kept on disk, so that the processes of a
 machine compute with the same kernels.
 """
 

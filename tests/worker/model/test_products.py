@@ -44,9 +44,9 @@ def chosen() -> list[int]:
     weight, plain = PackedWeight(WEIGHT, measures=True), []
     for rows in (1, 2, 3, 4, 5, 8, 16, 17, 40):
         x = torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
-        weight._plain = WEIGHT
+        weight._plain = (WEIGHT,)
         torch.testing.assert_close(weight(x, None), x @ WEIGHT.T)
-        weight._plain = 2 * WEIGHT
+        weight._plain = (2 * WEIGHT,)
         if torch.allclose(weight(x, None), 2 * (x @ WEIGHT.T), atol=1e-4):
             plain.append(rows)
     return plain
