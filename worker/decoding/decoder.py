@@ -134,7 +134,8 @@ class Decoder:
         """
         arrivals: list[Arrival] = []
         for launch, catch_up in waves:
-            arrivals += Wave(self.context, launch.members, launch.first, catch_up).run(launch.last)
+            wave = Wave(self.context, launch.members, launch.first, catch_up, launch.ending)
+            arrivals += wave.run(launch.last)
         return self._results(arrivals)
 
     def _results(self, arrivals: list[Arrival]) -> list[RowResult]:

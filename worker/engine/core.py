@@ -243,7 +243,7 @@ class EngineCore:
         return launches
 
     def _run(self, launches: list[Launch[Sequence]]) -> None:
-        rows = [row for launch in launches for row in launch.members]
+        rows = [row for launch in launches for row in (*launch.members, *launch.later)]
         if not rows:
             return
         # Once, for all launches: growing copies the whole cache.
@@ -251,11 +251,11 @@ class EngineCore:
         waves = []
         judged: set[Sequence] = set()
         for launch in launches:
-            catch_up = self._catch_up(launch)
+            catch_up = [*launch.later, *self._catch_up(launch)]
             # What full depth says of a catch-up row's drafts decides what its next token is.
             judged |= {row for row in catch_up if row.drafts}
             members = tuple(row for row in launch.members if row not in judged)
-            if members:
+            if members or launch.later:
                 waves.append((replace(launch, members=members), catch_up))
         self._emitter.conclude(self.decoder.launch(waves))
 
