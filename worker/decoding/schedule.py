@@ -7,10 +7,11 @@ ids and depths.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 
 Id = TypeVar("Id", bound=Hashable)
@@ -38,11 +39,16 @@ class Schedule:
     pending draft of every row. No token depends on it: in ``verify`` they are full depth's, and in
     the other modes no row's depth is changed, only when it goes there.
 
+    Priced, it is chosen launch by launch, from measured costs and from how many drafts turn out
+    right: drafting and verifying together, for how many waiting rows the others stop drafting, or,
+    for rows in ``verify``, no exits at all. Batches without rows that draft run in lock-step.
+
     Attributes:
         holds: Depths at which stayers wait, ascending; () is lock-step.
-        rows: So many waiting rows start the deeper stage.
+        rows: So many waiting rows start the deeper stage; not looked at if priced.
         patience: A row waits for at most so many launches of others.
         together: Rows wait where they are bound for the end, not at holds.
+        costs: What launches cost here; None: the schedule is as it is set. Implies ``together``.
 
     Raises:
         ConfigError: holds out of order or beside ``together``, or a number below its bound.
@@ -52,6 +58,7 @@ class Schedule:
     rows: int = 4
     patience: int = 4
     together: bool = False
+    costs: CostTable | None = None
 
     def __post_init__(self) -> None:
         for name, numbers in (("holds", self.holds), ("rows", (self.rows, self.patience))):
@@ -59,8 +66,9 @@ class Schedule:
                 raise ConfigError(name, f"{numbers} are not all integers", "Use whole numbers")
         if list(self.holds) != sorted(set(self.holds)) or any(hold < 1 for hold in self.holds):
             raise ConfigError("holds", f"{self.holds} do not ascend from 1 on", "Sort them")
-        if self.together and self.holds:
-            raise ConfigError("holds", f"{self.holds} and together exclude each other", "Drop one")
+        if (self.together or self.costs) and self.holds:
+            problem = f"{self.holds} are set where rows go deep together"
+            raise ConfigError("holds", problem, "Drop them, or together and costs")
         if self.rows < 1:
             raise ConfigError("rows", f"{self.rows} is below 1", "Use 1 or more")
         if self.patience < 0:
@@ -69,6 +77,8 @@ class Schedule:
 
 LOCKSTEP = Schedule()
 """All rows take a token per launch."""
+
+Price = Callable[[Sequence[Id], Sequence[Id]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +106,14 @@ class Scheduler(Generic[Id]):
     Args:
         schedule: How rows share launches.
         layers: Number of layers of the model.
+        price: Says of a priced schedule, of rows that stand at 0 and rows that wait, whether all
+            should go to the end now.
 
     Raises:
         ConfigError: a hold at or beyond the last layer.
     """
 
-    def __init__(self, schedule: Schedule, layers: int) -> None:
+    def __init__(self, schedule: Schedule, layers: int, price: Price[Id] | None = None) -> None:
         if any(hold >= layers for hold in schedule.holds):
             raise ConfigError(
                 "holds",
@@ -109,6 +121,7 @@ class Scheduler(Generic[Id]):
                 "Hold before the last layer",
             )
         self.schedule = schedule
+        self._price = price
         self._stages = (0, *schedule.holds, layers)
         self._clock = 0
         self._since: dict[Id, int] = {}
@@ -120,7 +133,7 @@ class Scheduler(Generic[Id]):
             standing: Rows by the depth they stand at: 0, or where they wait.
         """
         self._observe(standing)
-        if self.schedule.together:
+        if self.schedule.together or self._price is not None:
             return self._next_together(standing)
         stage = self._stage(standing)
         if stage is None:
@@ -138,8 +151,13 @@ class Scheduler(Generic[Id]):
         waiting = tuple(row for depth, rows in standing.items() if depth > 0 for row in rows)
         if not begin and not waiting:
             return None
+        is_over = bool(waiting) and self._longest_wait(waiting) >= self.schedule.patience
+        if self._price is not None:
+            deep = not begin or is_over or self._price(begin, waiting)
+        else:
+            deep = not begin or is_over or len(waiting) >= self.schedule.rows
         self._clock += 1
-        if begin and not (waiting and self._is_due(waiting)):
+        if not deep:
             return Launch(0, self._stages[-1], begin, "wait", waiting)
         first = 0 if begin else min(depth for depth, rows in standing.items() if rows)
         return Launch(first, self._stages[-1], begin, "all", waiting)

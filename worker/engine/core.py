@@ -17,6 +17,7 @@ from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.outlook import Load
+from offramp.worker.decoding.pricing import DraftPrices
 from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -90,7 +91,7 @@ class EngineCore:
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
         self._roster = Roster(self.kv, self.stack)
-        self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
+        self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
         self.failed: dict[str, DecodeFailedError] = {}
@@ -181,11 +182,20 @@ class EngineCore:
         """Change how rows share launches.
 
         Raises:
-            ConfigError: rows are running, or a hold is not below the last layer.
+            ConfigError: rows are running, a hold is not below the last layer, or costs are not
+                this model's or of fewer rows than there are slots.
         """
         if self._roster.rows:
             raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
-        self._scheduler = Scheduler(schedule, self.stack.layers)
+        self._scheduler = self._schedule(schedule)
+
+    def _schedule(self, schedule: Schedule) -> Scheduler[Sequence]:
+        costs, price = schedule.costs, None
+        if costs is not None:
+            costs.require_model(self.model_fingerprint)
+            costs.at(self.kv.slots)
+            price = DraftPrices(costs, self.config.max_pending)
+        return Scheduler(schedule, self.stack.layers, price)
 
     @property
     def load(self) -> tuple[int, int]:
