@@ -18,7 +18,7 @@ MEMORY = 0.99
 """What is known of a policy's drafts loses this factor a launch, so that it is tried again."""
 
 
-class DraftPrices:
+class DraftingPrice:
     """Decides for a priced schedule whether all rows go deep now.
 
     A row's drafts are expected to be right as often as its policy's were lately, until its own

@@ -17,7 +17,7 @@ from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.outlook import Load
-from offramp.worker.decoding.pricing import DraftPrices
+from offramp.worker.decoding.pricing import DraftingPrice
 from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -194,7 +194,7 @@ class EngineCore:
         if costs is not None:
             costs.require_model(self.model_fingerprint)
             costs.at(self.kv.slots)
-            price = DraftPrices(costs, self.config.max_pending)
+            price = DraftingPrice(costs, self.config.max_pending)
         return Scheduler(schedule, self.stack.layers, price)
 
     @property
