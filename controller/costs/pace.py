@@ -101,14 +101,17 @@ class Pacer:
         self.costs = costs
         longest = max((batch.size for batch in costs.spans), default=most + 1)
         self.most = min(most, longest - 1)
+        # Interpolating takes a tenth of a millisecond, and a launch asks for dozens of prices.
+        self.draft_s = lru_cache(maxsize=4096)(self._draft_s)
+        self.verify_s = lru_cache(maxsize=4096)(self._verify_s)
         self._best = lru_cache(maxsize=4096)(self._find_best)
 
-    def draft_s(self, rows: int, depth: int) -> float:
+    def _draft_s(self, rows: int, depth: int) -> float:
         """Seconds of a launch in which so many rows draft after so many layers."""
         prices = self.costs.at(rows)
         return prices.step_s + depth * prices.layer_s + prices.head_s
 
-    def verify_s(self, rows: int, depth: int, drafts: int) -> float:
+    def _verify_s(self, rows: int, depth: int, drafts: int) -> float:
         """Seconds of a launch that takes rows, each with so many drafts of a depth, to the end."""
         one = self.costs.at(rows)
         if drafts == 0:
