@@ -9,10 +9,12 @@ trained to exit; ``accepted`` says how often.
 
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
+    python benchmarks/decode.py --drafting --dtypes bfloat16 --batches 1,2,4,8,16,32 --threads 1
     python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
 
-The last measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary``
-the table of docs/decoding.md.
+The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
+verified together, and priced by costs that it profiles first. The last measures nothing: it prints
+rows of a file, by shape, dtype and batch; with ``--summary`` the table of docs/decoding.md.
 
 ``bound`` is the time of full depth over that of the layer, head and fill calls that were really
 made (counted), each at the price of such a call for its number of tokens, measured in the same
@@ -39,18 +41,27 @@ from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
 from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
 from shared.workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.drafts.static_draft import StaticDraft
 from offramp.controller.policies.protocols import ExitPolicy, NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.profiling.profile import describe_machine, measure_costs
+from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import random_policy
 from offramp.worker.spec import freeze_heap
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
+
+STATIC = ((3, 2), (6, 3))
+"""Exits and lengths of the static drafts: near the best by the cost table (docs/decoding.md)."""
+
+PROFILE_S = 15.0
+"""Seconds of profiling for the priced schedule."""
 
 SPREAD = 61
 """Tokens between a row's candidates, so that they lie all over the head."""
@@ -80,6 +91,7 @@ def main(
     policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    drafting: Annotated[bool, typer.Option(help="Static drafts, by schedule.")] = False,
     shown: Annotated[Path | None, typer.Option("--show", help="Only print this file.")] = None,
     short: Annotated[bool, typer.Option("--summary", help="Of --show, the summary.")] = False,
 ) -> None:
@@ -89,6 +101,8 @@ def main(
         return
     if quick:
         shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
+    if drafting:
+        shapes = "reference"
     torch.set_num_threads(threads)
     rows: list[DecodeRow] = []
     machine = ""
@@ -98,7 +112,7 @@ def main(
             machine = machine or describe_machine(model.dtype)
             for batch in map(int, batches.split(",")):
                 new = measure(model, shape, batch, [float(d) for d in depths.split(",")],
-                              repeats, policy, tokens)  # fmt: skip
+                              repeats, policy, tokens, drafting)  # fmt: skip
                 show(new)
                 rows += new
                 if json_file is not None:
@@ -148,6 +162,27 @@ def contenders(
     return found
 
 
+def drafters() -> list[Competitor]:
+    """Full depth, and drafts of a fixed exit and length, by schedule."""
+    found = [Competitor("full depth", "verify", "lock-step")]
+    for layer, length in STATIC:
+        policy = StaticDraft(layer=layer, length=length)
+        for schedule in ("lock-step", "together", "priced"):
+            name = f"static, exit {layer}, {length}"
+            found.append(Competitor(name, "verify", schedule, lambda policy=policy: policy))
+    return found
+
+
+def profiled(engine: AdaptiveEngine) -> CostTable:
+    """What launches cost, up to the engine's slots."""
+    rows = tuple(n for n in (1, 2, 4, 8, 16, 32) if n < engine.kv.slots)
+    table_VK = np.random.default_rng(0).integers(
+        0, engine.stack.vocab, (engine.stack.vocab, 64), np.int32
+    )
+    config = ProfileConfig(rows=(*rows, engine.kv.slots), tokens=(1, 5, 9), limit_s=PROFILE_S)
+    return measure_costs(engine, table_VK, config).costs
+
+
 def measure(
     model: Any,
     shape: str,
@@ -156,6 +191,7 @@ def measure(
     repeats: int,
     policy: Path | None,
     tokens: int | None = None,
+    drafting: bool = False,
 ) -> list[DecodeRow]:
     layers = model.config.num_hidden_layers
     hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
@@ -165,12 +201,16 @@ def measure(
         learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
     todo = contenders(batch, layers, engine.stack.vocab, depths, learned)
+    schedules = {"cohorts": hold, "together": Schedule(together=True, rows=batch, patience=12)}
+    if drafting:
+        todo = drafters()
+        schedules["priced"] = Schedule(costs=profiled(engine), patience=12)
     new = tokens or NEW_TOKENS[shape]
 
     def run(each: Competitor) -> Report:
         if each.name.startswith("HF"):
             return hugging_face(model, prompts, new, each.name)
-        engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
+        engine.set_schedule(schedules.get(each.schedule or "", LOCKSTEP))
         return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
 
     peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
@@ -206,15 +246,17 @@ def row_of(
     seconds = np.asarray([run.seconds for run in runs])
     tokens = runs[0].tokens
     # Neighbours in time are compared, so a drifting machine drifts for both.
-    ratio_hf, ratio_full = (
-        float(np.median([run.seconds / run.tokens * tokens for run in baseline] / seconds))
+    ratios_hf, ratios_full = (
+        np.asarray([run.seconds / run.tokens * tokens for run in baseline]) / seconds
         for baseline in baselines
     )
+    ratio_hf, ratio_full = float(np.median(ratios_hf)), float(np.median(ratios_full))
     rate = tokens / float(np.median(seconds))
     row = DecodeRow(shape, dtype, batch, each.name, each.kv_mode, each.schedule,
               each.exit_share, None, rate, tokens / seconds.max(), tokens / seconds.min(),
               ratio_hf, ratio_full, None, None, None, None, None, None, peak)  # fmt: skip
     row.threads = torch.get_num_threads()
+    row.ratio_full_low, row.ratio_full_high = float(ratios_full.min()), float(ratios_full.max())
     done = [each for run in runs for each in run.rows]
     if not done or calls is None:
         return row

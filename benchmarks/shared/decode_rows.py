@@ -49,6 +49,8 @@ class DecodeRow:
     peak_mb: float | None
     threads: int | None = None
     run: int | None = None
+    ratio_full_low: float | None = None
+    ratio_full_high: float | None = None
 
 
 def read_rows(
@@ -91,7 +93,7 @@ def show(rows: list[DecodeRow]) -> None:
             f"{row.tokens_per_s:.1f}",
             f"{row.tokens_per_s_low:.1f}-{row.tokens_per_s_high:.1f}",
             f"{row.ratio_hf:.2f}",
-            f"{row.ratio_full:.2f}",
+            f"{row.ratio_full:.2f}{_range(row)}",
             _number(row.bound, ".2f"),
             _number(row.share_of_bound, ".0%"),
             _number(row.bound_packed, ".2f"),
@@ -136,6 +138,12 @@ def _summed_up(table: list[DecodeRow], engine: str, name: str) -> list[str]:
         *("" if row is None else f"{row.ratio_full:.2f}" for row in ratios),
     ]
     return [f"| {' | '.join(texts)} |"]
+
+
+def _range(row: DecodeRow) -> str:
+    if row.ratio_full_low is None or row.ratio_full_high is None:
+        return ""
+    return f" ({row.ratio_full_low:.2f}-{row.ratio_full_high:.2f})"
 
 
 def _number(value: float | None, form: str) -> str:

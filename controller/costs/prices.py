@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
 
@@ -145,6 +147,32 @@ class Prices:
         if self.step_j is None or self.layer_j is None or self.head_j is None:
             return None
         return self.step_j + self.layers * self.layer_j + self.head_j
+
+
+def read_prices(field_name: str, batches: Sequence[Batch], size: float) -> dict[str, float]:
+    """Seconds and joules of each part at some size, between measured sizes interpolated linearly.
+
+    Raises:
+        ConfigError: outside of what was measured; a guess would be no measurement.
+    """
+    if not batches:
+        return {}
+    sizes = [batch.size for batch in batches]
+    if not sizes[0] <= size <= sizes[-1]:
+        raise ConfigError(
+            field_name,
+            f"{size} is outside of the {sizes[0]} to {sizes[-1]} that were profiled",
+            f"Run `offramp profile` with larger --{field_name}",
+        )
+    values = {}
+    for part in batches[0].parts:
+        timings = [batch.parts[part] for batch in batches]
+        seconds = [timing.median_s for timing in timings]
+        values[f"{part}_s"] = float(np.interp(size, sizes, seconds))
+        joules = [timing.joules for timing in timings]
+        if None not in joules:
+            values[f"{part}_j"] = float(np.interp(size, sizes, np.asarray(joules, np.float64)))
+    return values
 
 
 def batches_from_json(name: str, records: Any) -> tuple[Batch, ...]:

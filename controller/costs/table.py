@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from offramp.controller.costs.prices import (
     PARTS,
     PROBE_PARTS,
@@ -21,6 +19,7 @@ from offramp.controller.costs.prices import (
     Batch,
     Prices,
     batches_from_json,
+    read_prices,
     require_batches,
     require_names,
     typed,
@@ -29,8 +28,8 @@ from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 
-COSTS_VERSION = 2
-"""Version of the file's form. The first held seconds at batch 1, without intervals."""
+COSTS_VERSION = 3
+"""Version of the file's form: the first held seconds at batch 1, the second no ``passes``."""
 
 PLAIN: dict[str, type] = {
     **dict.fromkeys(("machine", "schema", "model", "dtype", "device", "clock"), str),
@@ -40,7 +39,7 @@ PLAIN: dict[str, type] = {
 }
 """Fields that are one JSON value, and their types."""
 
-FIELDS = {"version", "batches", "spans", "probes", "energy_method", *PLAIN}
+FIELDS = {"version", "batches", "spans", "passes", "probes", "energy_method", *PLAIN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +55,7 @@ class CostTable:
         machine: What it was measured on: processor, system.
         batches: Every part, by rows, ascending from 1 (``view_of_one`` gives the view).
         spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
+        passes: The same over several tokens of each of some rows, by the number of rows (above 1).
         probes: PolicyParts that depend on the feature schema, by its name, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
@@ -80,6 +80,7 @@ class CostTable:
     machine: str
     batches: tuple[Batch, ...] = ()
     spans: tuple[Batch, ...] = ()
+    passes: Mapping[int, tuple[Batch, ...]] = field(default_factory=dict)
     probes: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
     schema: str = ""
     model: str = ""
@@ -100,6 +101,8 @@ class CostTable:
             raise ConfigError("layers", f"{self.layers} is below 1")
         require_batches("batches", self.batches, PARTS)
         require_batches("spans", self.spans, SPAN_PARTS)
+        for rows, spans in self.passes.items():
+            require_batches(f"passes of {rows} rows", spans, SPAN_PARTS)
         for name, batches in self.probes.items():
             require_batches(f"probes of {name}", batches, PROBE_PARTS)
             if [each.size for each in batches] != [each.size for each in self.batches]:
@@ -128,7 +131,7 @@ class CostTable:
         Raises:
             ConfigError: outside of what was measured; a guess would be no measurement.
         """
-        return self._prices(rows, 1, self._read("rows", self.batches, rows))
+        return self._prices(rows, 1, read_prices("rows", self.batches, rows))
 
     def launch(self, tokens: float) -> Prices:
         """Prices of a launch of that many tokens of one row, as a verifying pass takes them.
@@ -136,8 +139,8 @@ class CostTable:
         ``full_s`` is the whole pass; layer and head are those of all its tokens, the other parts
         those of one row. Raises as ``at`` does.
         """
-        one = self._read("rows", self.batches, 1)
-        return self._prices(1, tokens, one | self._read("tokens", self.spans, tokens))
+        one = read_prices("rows", self.batches, 1)
+        return self._prices(1, tokens, one | read_prices("tokens", self.spans, tokens))
 
     def with_probe(self, schema: str) -> CostTable:
         """The same table with the probe of another feature schema.
@@ -162,6 +165,10 @@ class CostTable:
         changes: dict[str, Any] = {f"{part}_s": getattr(self, f"{part}_s") * factor}
         for name in ("batches", "spans"):
             changes[name] = tuple(batch.scaled(part, factor) for batch in getattr(self, name))
+        changes["passes"] = {
+            rows: tuple(each.scaled(part, factor) for each in spans)
+            for rows, spans in self.passes.items()
+        }
         return replace(self, **changes)
 
     def require_model(self, model: str) -> None:
@@ -176,26 +183,6 @@ class CostTable:
                 f"were measured on model {self.model[:12]}, not on {model[:12]}",
                 "Run `offramp profile` for this model",
             )
-
-    def _read(self, field_name: str, batches: tuple[Batch, ...], size: float) -> dict[str, float]:
-        if not batches:
-            return {}
-        sizes = [batch.size for batch in batches]
-        if not sizes[0] <= size <= sizes[-1]:
-            raise ConfigError(
-                field_name,
-                f"{size} is outside of the {sizes[0]} to {sizes[-1]} that were profiled",
-                f"Run `offramp profile` with larger --{field_name}",
-            )
-        values = {}
-        for part in batches[0].parts:
-            timings = [batch.parts[part] for batch in batches]
-            seconds = [timing.median_s for timing in timings]
-            values[f"{part}_s"] = float(np.interp(size, sizes, seconds))
-            joules = [timing.joules for timing in timings]
-            if None not in joules:
-                values[f"{part}_j"] = float(np.interp(size, sizes, np.asarray(joules, np.float64)))
-        return values
 
     def _prices(self, rows: float, tokens: float, values: dict[str, float]) -> Prices:
         view = {f"{part}_s": getattr(self, f"{part}_s") for part in PARTS}
@@ -258,6 +245,7 @@ def to_json(costs: CostTable) -> dict[str, Any]:
         "energy_method": costs.energy_method.value,
         "batches": [asdict(batch) for batch in batches],
         "spans": [asdict(span) for span in costs.spans],
+        "passes": {str(rows): [asdict(each) for each in s] for rows, s in costs.passes.items()},
         "probes": {name: [asdict(each) for each in part] for name, part in costs.probes.items()},
     }
 
@@ -278,8 +266,11 @@ def from_json(record: Any) -> CostTable:
     if not batches:
         raise ConfigError("batches", "are empty")
     require_names("batches", batches[0].parts, PARTS)
-    if not isinstance(record["probes"], dict):
-        raise ConfigError("probes", "are no object")
+    for name in ("passes", "probes"):
+        if not isinstance(record[name], dict):
+            raise ConfigError(name, "are no object")
+    if not all(rows.isdecimal() and int(rows) > 1 for rows in record["passes"]):
+        raise ConfigError("passes", f"are of {sorted(record['passes'])}, not of rows above 1")
     try:
         method = EnergyMethod(record["energy_method"])
     except ValueError as error:
@@ -290,6 +281,7 @@ def from_json(record: Any) -> CostTable:
         **view_of_one(batches),
         batches=batches,
         spans=batches_from_json("spans", record["spans"]),
+        passes={int(n): batches_from_json("passes", s) for n, s in record["passes"].items()},
         probes={name: batches_from_json("probes", part) for name, part in record["probes"].items()},
         energy_method=method,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from offramp.agents.recording.training_data import load_candidates
+from offramp.controller.costs.pace import FREE_GROWTH, knee_of
 from offramp.controller.costs.prices import LEAST_REPEATS
 from offramp.controller.costs.table import CostTable, save_costs
 from offramp.controller.errors import ConfigError
@@ -104,6 +105,7 @@ def _show(costs: CostTable) -> None:
     console.print(f"{costs.machine}; {costs.context} tokens in the cache; {costs.clock}")
     console.print(costs_table(costs))
     console.print(spans_table(costs))
+    say(f"up to {knee_of(costs)} rows a layer takes at most {FREE_GROWTH:g} times one row's time")
     joules = costs.at(1).full_j
     energy = "unknown" if joules is None else f"{joules * 1e3:.2f} mJ"
     say(

@@ -38,6 +38,10 @@ def measured(model: str = "ab" * 32) -> CostTable:
         machine="invented",
         batches=batches,
         spans=(batch(1, 0.2, SPAN_PARTS), batch(9, 0.2, SPAN_PARTS)),
+        passes={
+            rows: (batch(1, 0.2, SPAN_PARTS), batch(9, 0.2 + 0.1 * rows, SPAN_PARTS))
+            for rows in (4, 8)
+        },
         probes={"softmax": softmax},
         schema="candidates",
         model=model,

@@ -151,7 +151,10 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
         watts = COEFFICIENTS["watts_per_busy_core"].value
         step = costs.batches[0].parts["step"]
         assert step.joules == pytest.approx(watts * step.median_s)
-    assert len(found.loose) == 2 * 7 + 2 * 2 + len(SCHEMAS) * 2 * 3  # one value gives no interval
+    assert set(costs.passes) == {3}
+    assert [span.size for span in costs.passes[3]] == [1, 4]
+    # One value gives no interval: parts by rows, spans, passes of three rows, probes.
+    assert len(found.loose) == 2 * 7 + 2 * 2 + 2 * 2 + len(SCHEMAS) * 2 * 3
     grown = replace(QUICK, context=150)  # beyond the cache's first block
     measure_costs(engine, table_VK, grown)
     assert len(engine.generate([[3, 4]], SamplingParams(max_tokens=3))[0].token_ids) == 3

@@ -165,13 +165,14 @@ class Decoder:
         arrivals: list[Arrival] = []
         for launch, catch_up in waves:
             members = launch.members
-            if launch.first == 0:
+            if launch.first == 0 and launch.ending != "all":
                 drafted = self._draft(members)
                 arrivals += drafted
                 gone = {each.row for each in drafted}
                 members = tuple(row for row in members if row not in gone)
-            if members or catch_up:
-                arrivals += Wave(self.context, members, launch.first, catch_up).run(launch.last)
+            if members or launch.first > 0:
+                wave = Wave(self.context, members, launch.first, catch_up, launch.ending)
+                arrivals += wave.run(launch.last)
         return self._results(arrivals)
 
     def _draft(self, rows: Rows[Sequence]) -> list[Arrival]:

@@ -74,6 +74,7 @@ class Sequence:
         policy_failed: Whether its policy raised or made no sense; it is not asked again.
         debt: Moving average of the share of layers that its tokens skipped.
         acceptance: Moving average of early tokens that full depth, where asked, agreed with.
+        judged, agreed: Early tokens that full depth was asked about, and those it agreed with.
         early: Tokens that left early since the last one that ran all layers by itself.
         error: What its request failed with, by itself; it is then finished.
         policy: The pinned one.
@@ -103,6 +104,8 @@ class Sequence:
     policy_failed: bool = False
     debt: float = 0.0
     acceptance: float = 1.0
+    judged: int = 0
+    agreed: int = 0
     early: int = 0
     error: Exception | None = None
     policy: Policy = field(init=False)
@@ -176,6 +179,8 @@ class Sequence:
     def note_verdict(self, agreed: bool) -> None:
         """Full depth agreed with an early token, or did not."""
         self.acceptance += (1 - KEEP) * (agreed - self.acceptance)
+        self.judged += 1
+        self.agreed += agreed
 
     def cut(self, tokens: int) -> None:
         """Forget what was emitted after the first tokens."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
-from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext
+from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, widened
 from offramp.worker.model.attention import decode_window, ragged_window
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
@@ -33,18 +35,27 @@ class Wave:
         context: Model, cache and what decides.
         rows: Rows whose newest token stands at ``first``; at 0 they begin a token.
         first: Index of the first layer to run.
-        catch_up: Rows without a token on its way, whose pending tokens come along to the end.
+        later: Rows that join at the depths of their own tokens and run to the end: those that wait
+            there, and those without a token on its way, whose pending tokens come along.
+        ending: What becomes of rows that no policy is asked about any more.
     """
 
     def __init__(
-        self, context: WaveContext, rows: Rows[Sequence], first: int, catch_up: Rows[Sequence] = ()
+        self,
+        context: WaveContext,
+        rows: Rows[Sequence],
+        first: int,
+        later: Rows[Sequence] = (),
+        ending: Ending = "each",
     ) -> None:
         self.context = context
         self.stack = context.stack
         # In the order of their slots: attention then reads runs of the cache, without a gather.
-        self.rows = sorted((*rows, *catch_up), key=lambda row: row.slot)
+        self.rows = sorted(rows, key=attrgetter("slot"))
         self.arrivals: list[Arrival] = []
         self._at = first
+        self._later = list(later)
+        self._ending = ending
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
@@ -54,15 +65,16 @@ class Wave:
         else:
             self._resume_groups()
         self._exits = {layer for group in self.groups for layer in group.exits}
-        self._join_depths = {token.depth for row in self.rows for token in row.open} | {first}
+        everybody = (*self.rows, *self._later)
+        self._join_depths = {token.depth for row in everybody for token in row.open} | {first}
 
     def run(self, last: int) -> list[Arrival]:
         """Advance to depth ``last``, where the rows that stay are left standing."""
         for index in range(self._at, last):
             if index in self._join_depths:
                 self._join(index)
-            if self._x_NTD is None:
-                continue  # those that are left only catch up, and stand deeper
+            if not self.rows:
+                continue  # those that are left join deeper
             self._x_NTD = self.stack.run_layer(
                 index, self._x, self._rotary, self._window, self.context.kv
             )
@@ -72,13 +84,27 @@ class Wave:
                 row.layer_calls += joined
             if index + 1 < self.stack.layers:
                 self._ask_exits(index + 1)
-                if not self.rows:
+                if self._is_over(index + 1):
                     return self.arrivals
         if last == self.stack.layers:
             self._finish()
         else:
             self._hold(last)
         return self.arrivals
+
+    def _is_over(self, executed: int) -> bool:
+        """Whether nothing runs on from here: nobody is left, or those that are left now wait."""
+        if not self.rows:
+            return not self._later or self._ending == "wait"
+        if self._ending != "wait" or any(_is_asked_beyond(g, executed) for g in self.groups):
+            return False
+        if self.arrivals:
+            # Others have left and will draft on: who is bound for the end waits for their drafts.
+            self._hold(executed)
+            return True
+        self._ending = "each"  # nobody has left, so there is nothing to wait for
+        self._later = [row for row in self._later if row.open[-1].depth >= executed]
+        return False
 
     @property
     def _x(self) -> Tensor:
@@ -106,8 +132,13 @@ class Wave:
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
         self.context.overhead.failures += sum(row.policy_failed for row in free_rows)
         self.context.overhead.deciding_s += time.perf_counter() - start
+        if not self.groups and self._ending == "wait":
+            self._ending = "each"  # nobody will leave, so there is nothing to wait for
 
     def _may_leave(self, row: Sequence) -> bool:
+        # Only where tokens are full depth's in any case may the others have a say in a row's depth.
+        if self._ending == "all" and row.request.kv_mode == "verify":
+            return False
         return not (self.context.drafts_on_copy(row) or self.context.must_go_deep(row))
 
     def _resume_groups(self) -> None:
@@ -117,16 +148,20 @@ class Wave:
 
     def _join(self, index: int) -> None:
         """Take in, or project, the tokens that stand at this depth."""
+        old, joined = self.rows, dict(zip(self.rows, self._joined, strict=True))
+        self._take_in(index)
         self._fill([row for row in self.rows if row.projects], index)
         counts = [sum(token.depth <= index for token in row.open) for row in self.rows]
-        columns = max(counts)
         # If nobody has joined, the window and the angles of the last layer still hold.
-        if columns == 0 or (counts == self._joined and self._rotary):
+        if not counts or (counts == self._joined and self._rotary):
             return
         if self._x_NTD is None or counts != self._joined:
-            self._widen(counts, columns)
+            joined_N = [joined.get(row, 0) for row in self.rows]
+            places = [self.rows.index(row) for row in old]
+            self._x_NTD = widened(self.stack, self.rows, counts, joined_N, (self._x_NTD, places))
         self._joined = counts
         self._place()
+        columns = max(counts)
         positions = [
             [max(0, row.open[-1].position - back) for back in range(columns - 1, -1, -1)]
             for row in self.rows
@@ -134,20 +169,12 @@ class Wave:
         positions_NT = torch.tensor(positions, device=self.stack.device)
         self._rotary = self.stack.rotary(self._x, positions_NT)
 
-    def _widen(self, counts: list[int], columns: int) -> None:
-        old = self._x_NTD
-        shape = (len(self.rows), columns, self.stack.width)
-        # Aligned to the right, so that the last column is every row's newest token. What a shorter
-        # row has to its left is written nowhere; zeros keep it finite.
-        new_NTD = torch.zeros(shape, dtype=self.stack.dtype, device=self.stack.device)
-        if old is not None:
-            new_NTD[:, columns - old.shape[1] :] = old
-        for n, row in enumerate(self.rows):
-            fresh = row.open[len(row.open) - counts[n] : len(row.open) - self._joined[n]]
-            for offset, token in enumerate(fresh):
-                if token.state_D is not None:
-                    new_NTD[n, columns - counts[n] + offset] = token.state_D
-        self._x_NTD = new_NTD
+    def _take_in(self, index: int) -> None:
+        """Let rows that join later take their places, once the depth of their tokens is reached."""
+        joining = [row for row in self._later if row.open[-1].depth == index]
+        if joining and self._ending != "wait":
+            self._later = [row for row in self._later if row not in joining]
+            self.rows = sorted((*self.rows, *joining), key=attrgetter("slot"))
 
     def _place(self) -> None:
         """Say where the rows' tokens are written and what they attend to."""
@@ -200,11 +227,9 @@ class Wave:
         self.rows = [self.rows[n] for n in stay]
         self._joined = [self._joined[n] for n in stay]
         if not stay:
+            self._x_NTD, self._rotary = None, ()
             return
         columns = max(self._joined)
-        if columns == 0:  # those that stay only catch up, from a deeper layer on
-            self._x_NTD = None
-            return
         self._x_NTD = self._x[stay][:, -columns:]
         self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
         self._place()
@@ -250,8 +275,10 @@ class Wave:
         self.context.overhead.filling_s += time.perf_counter() - start
 
     def _hold(self, depth: int) -> None:
-        for n in range(len(self.rows)):
+        for n, row in enumerate(self.rows):
             self._note_depth(n, depth)
+            if self._ending == "wait":
+                row.group = None  # bound for the end: it is not asked again on the way
 
     def _finish(self) -> None:
         for n, row in enumerate(self.rows):
@@ -268,3 +295,8 @@ class Wave:
             row.open.clear()  # every token of the row has now run every layer
             row.undecided = False
             row.group = None
+
+
+def _is_asked_beyond(group: RowGroup, executed: int) -> bool:
+    """Whether a group still holds rows that may be asked after more layers."""
+    return bool(group.rows) and group.exits[-1] > executed

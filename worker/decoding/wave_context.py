@@ -1,6 +1,6 @@
 """What every wave of an engine works with, what comes out of one, and what is counted beside it.
 
-Shape suffixes: M tokens that came out, D width, V vocabulary.
+Shape suffixes: N rows, T columns, M tokens that came out, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from offramp.controller.features import FloatArray
@@ -128,3 +129,40 @@ class WaveContext:
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""
         return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
+
+
+def widened(
+    stack: LayerStack,
+    rows: Rows[Sequence],
+    counts: Rows[int],
+    joined: Rows[int],
+    old: tuple[Tensor | None, Rows[int]],
+) -> Tensor:
+    """Hidden states of a wave that tokens have joined, [N, T, D], aligned to the right.
+
+    The last column is every row's newest token. What a shorter row has to its left is written
+    nowhere; zeros keep it finite.
+
+    Args:
+        stack: The model, as a stack of layers.
+        rows: The rows, those that have just joined included.
+        counts: Tokens of each row that now take part.
+        joined: Tokens of each row that took part before.
+        old: The states so far, if any, and the places of their rows among these.
+    """
+    columns = max(counts)
+    shape = (len(rows), columns, stack.width)
+    new_NTD = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
+    old_NTD, places = old
+    if old_NTD is not None:
+        before = slice(columns - old_NTD.shape[1], columns)
+        if len(places) == len(rows):
+            new_NTD[:, before] = old_NTD
+        else:
+            new_NTD[list(places), before] = old_NTD
+    for n, row in enumerate(rows):
+        fresh = row.open[len(row.open) - counts[n] : len(row.open) - joined[n]]
+        for offset, token in enumerate(fresh):
+            if token.state_D is not None:
+                new_NTD[n, columns - counts[n] + offset] = token.state_D
+    return new_NTD

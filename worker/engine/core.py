@@ -17,6 +17,7 @@ from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.outlook import Load
+from offramp.worker.decoding.pricing import DraftingPrice
 from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -91,7 +92,7 @@ class EngineCore:
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
         self._roster = Roster(self.kv, self.stack)
-        self._scheduler: Scheduler[Sequence] = Scheduler(self.config.schedule, self.stack.layers)
+        self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
         self.failed: dict[str, DecodeFailedError] = {}
@@ -182,11 +183,20 @@ class EngineCore:
         """Change how rows share launches.
 
         Raises:
-            ConfigError: rows are running, or a hold is not below the last layer.
+            ConfigError: rows are running, a hold is not below the last layer, or costs are not
+                this model's or of fewer rows than there are slots.
         """
         if self._roster.rows:
             raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
-        self._scheduler = Scheduler(schedule, self.stack.layers)
+        self._scheduler = self._schedule(schedule)
+
+    def _schedule(self, schedule: Schedule) -> Scheduler[Sequence]:
+        costs, price = schedule.costs, None
+        if costs is not None:
+            costs.require_model(self.model_fingerprint)
+            costs.at(self.kv.slots)
+            price = DraftingPrice(costs, self.config.max_pending)
+        return Scheduler(schedule, self.stack.layers, price)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -244,7 +254,7 @@ class EngineCore:
         return launches
 
     def _run(self, launches: list[Launch[Sequence]]) -> None:
-        rows = [row for launch in launches for row in launch.members]
+        rows = [row for launch in launches for row in (*launch.members, *launch.later)]
         if not rows:
             return
         # Once, for all launches: growing copies the whole cache.
@@ -252,11 +262,11 @@ class EngineCore:
         waves = []
         judged: set[Sequence] = set()
         for launch in launches:
-            catch_up = self._catch_up(launch)
+            catch_up = [*launch.later, *self._catch_up(launch)]
             # What full depth says of a catch-up row's drafts decides what its next token is.
             judged |= {row for row in catch_up if row.drafts}
             members = tuple(row for row in launch.members if row not in judged)
-            if members:
+            if members or launch.later:
                 waves.append((replace(launch, members=members), catch_up))
         self._emitter.conclude(self.decoder.launch(waves))
 

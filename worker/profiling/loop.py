@@ -4,7 +4,7 @@ Nothing is timed in isolation: an engine decodes, and a clock is put around the 
 anyway. A probe between two layers thus meets the caches that those layers leave, as it will in
 service.
 
-Shape suffixes: T tokens of one row, D width.
+Shape suffixes: N rows, T tokens of each, D width.
 """
 
 from __future__ import annotations
@@ -203,30 +203,30 @@ def most_tokens(rows: int, steps: int) -> int:
 
 
 def span_pass(
-    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int
+    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int, rows: int = 1
 ) -> dict[str, float]:
-    """Seconds of a layer and of the head over several tokens of one row, all layers in turn."""
+    """Seconds of a layer and of the head over several tokens of some rows, all layers in turn."""
     engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
-    return _span_pass(engine, clock, context, tokens)
+    return _span_pass(engine, clock, context, tokens, rows)
 
 
 @torch.inference_mode()
 def _span_pass(
-    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int
+    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int, rows: int
 ) -> dict[str, float]:
     stack = engine.stack
-    positions_1T = torch.arange(context, context + tokens, device=stack.device)[None]
-    x_1TD = stack.embed(positions_1T % stack.vocab, positions_1T)
-    rotary = stack.rotary(x_1TD, positions_1T)
-    last = context + tokens - 1
+    positions_NT = torch.arange(context, context + tokens, device=stack.device).repeat(rows, 1)
+    x_NTD = stack.embed(positions_NT % stack.vocab, positions_NT)
+    rotary = stack.rotary(x_NTD, positions_NT)
+    slots, lasts = range(rows), [context + tokens - 1] * rows
     window = (
-        decode_window([0], [last], stack.heads_per_key, x_1TD)
+        decode_window(slots, lasts, stack.heads_per_key, x_NTD)
         if tokens == 1
-        else ragged_window([0], [last], [tokens], stack.heads_per_key, x_1TD)
+        else ragged_window(slots, lasts, [tokens] * rows, stack.heads_per_key, x_NTD)
     )
     engine.kv.open(window)
     clock.wipe()
     for index in range(stack.layers):
-        x_1TD = stack.run_layer(index, x_1TD, rotary, window, engine.kv)
-    stack.logits(x_1TD[0])
+        x_NTD = stack.run_layer(index, x_NTD, rotary, window, engine.kv)
+    stack.logits(x_NTD.flatten(0, 1))
     return {"layer": clock.seconds["layer"] / stack.layers, "head": clock.seconds["head"]}

@@ -21,7 +21,7 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.products import processor
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import PartClock, clocked, most_tokens
-from offramp.worker.profiling.rounds import ProfileConfig, Rounds, whole_script
+from offramp.worker.profiling.rounds import ProfileConfig, Rounds, pass_table, whole_script
 from offramp.worker.profiling.samples import Key, Samples
 
 
@@ -113,6 +113,10 @@ def _table(
         machine=describe_machine(engine.stack.dtype),
         batches=by_rows,
         spans=batches("tokens", config.tokens, SPAN_PARTS),
+        passes={
+            rows: batches(pass_table(rows), config.pass_tokens, SPAN_PARTS)
+            for rows in config.rows[1:]
+        },
         probes={
             schema.name: batches(schema.name, config.rows, PROBE_PARTS)
             for schema in SCHEMAS.values()

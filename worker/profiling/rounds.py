@@ -28,6 +28,9 @@ from offramp.worker.profiling.samples import Samples, random_policy
 REPEATS = 6
 """Steps of a kind in a round."""
 
+PASSES = 3
+"""Verifying passes of several rows in a round: there are many sizes, and large ones take long."""
+
 PROMPT_TOKENS = 512
 """Distinct tokens of the invented prompts."""
 
@@ -51,6 +54,11 @@ class ProfileConfig:
     exits: tuple[int, ...] = ()
     half_width: float = 0.05
     limit_s: float = 300.0
+
+    @property
+    def pass_tokens(self) -> tuple[int, ...]:
+        """Tokens of each row to measure several rows at: the first, the middle, the last."""
+        return tuple(sorted({1, self.tokens[len(self.tokens) // 2], self.tokens[-1]}))
 
     def __post_init__(self) -> None:
         for name in ("rows", "tokens"):
@@ -109,6 +117,8 @@ class Rounds:
                 yield partial(self._probe, rows, name)
         for tokens in self.config.tokens:
             yield partial(self._span, tokens)
+        for rows, tokens in itertools.product(self.config.rows[1:], self.config.pass_tokens):
+            yield partial(self._pass, rows, tokens)
 
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
@@ -145,9 +155,21 @@ class Rounds:
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add("tokens", tokens, parts)
 
+    def _pass(self, rows: int, tokens: int) -> None:
+        """A launch that verifies: several tokens of each row."""
+        context = self.config.context
+        passes = [span_pass(self.engine, self.clock, context, tokens, rows) for _ in range(PASSES)]
+        parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
+        self.samples.add(pass_table(rows), tokens, parts)
+
     def _decode(self, rows: int, name: str, acts: Sequence[int]) -> list[Step]:
         script = self.scripts[name]
         return decode_steps(self.engine, self.clock, script, self.prompts[:rows], acts)
+
+
+def pass_table(rows: int) -> str:
+    """Name of the samples over several tokens of each of so many rows."""
+    return f"tokens of {rows} rows"
 
 
 def whole_script(exits: int) -> list[int]:

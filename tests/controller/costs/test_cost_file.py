@@ -37,8 +37,10 @@ def first_timing(record: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version 1": (lambda r: r.pop("version"), "version: is 1, not 2"),
-    "version 3": (lambda r: r.update(version=3), "version: is 3, not 2"),
+    "version 1": (lambda r: r.pop("version"), "version: is 1, not 3"),
+    "version 4": (lambda r: r.update(version=4), "version: is 4, not 3"),
+    "passes of another kind": (lambda r: r.update(passes=[]), "passes: are no object"),
+    "passes of one row": (lambda r: r.update(passes={"1": []}), "passes: are of"),
     "field gone": (lambda r: r.pop("threads"), r"lacks \['threads'\]"),
     "field too many": (lambda r: r.update(color="red"), r"unknown \['color'\]"),
     "a word for a number": (lambda r: r.update(layers="12"), "layers: '12' is no int"),

@@ -41,7 +41,8 @@ COHORTS = [
     Schedule(holds=(1,), rows=4, patience=9),
     Schedule(holds=(1, 2, 3, 4), rows=2, patience=1),
 ]
-SCHEDULES = [LOCKSTEP, *COHORTS]
+TOGETHER = Schedule(together=True, rows=3, patience=4)
+SCHEDULES = [LOCKSTEP, *COHORTS, TOGETHER]
 BF16_CLOSE = 2**-6
 """Of the largest logit; two to four steps of bfloat16."""
 
@@ -172,7 +173,7 @@ def test_verified_tokens_are_full_depths(family: str) -> None:
     model = make_model(family)
     ends = end_tokens(model)
     rows = []
-    for seed, (schedule, most) in enumerate(zip(SCHEDULES, (1, 3, 8, 8, 3), strict=True)):
+    for seed, (schedule, most) in enumerate(zip(SCHEDULES, (1, 3, 8, 8, 3, 5), strict=True)):
         rows += verified(model, schedule, seed, most, ends)
     for row in rows:
         assert float(shortfalls(model, row).max()) <= CLOSE
@@ -185,7 +186,7 @@ def test_verified_tokens_are_full_depths(family: str) -> None:
 
 def test_verified_tokens_alone_are_full_depths(family: str) -> None:
     model = make_model(family)
-    for max_pending, schedule in zip((3, 8), (COHORTS[0], LOCKSTEP), strict=True):
+    for max_pending, schedule in zip((3, 8, 5), (COHORTS[0], LOCKSTEP, TOGETHER), strict=True):
         engine = engine_of(model, schedule=schedule, max_pending=max_pending)
         sampling = SamplingParams(max_tokens=40, ignore_eos=True)
         [row] = decode(engine, ALONE, sampling, RandomExit(0.5), "verify")
@@ -195,8 +196,13 @@ def test_verified_tokens_alone_are_full_depths(family: str) -> None:
 def test_verified_tokens_in_bfloat16_are_full_depths_but_for_ties(family: str) -> None:
     """Another token than the best only where bfloat16 can hardly tell the two apart."""
     model = make_model(family, torch.bfloat16)
-    engine = engine_of(model, schedule=COHORTS[1])
-    rows = decode(engine, RAGGED, LONG, RandomExit(0.5, 1), "verify")
+    rows = [
+        row
+        for schedule in (COHORTS[1], TOGETHER)
+        for row in decode(
+            engine_of(model, schedule=schedule), RAGGED, LONG, RandomExit(0.5, 1), "verify"
+        )
+    ]
     missed = []
     for row in rows:
         short = shortfalls(model, row)
@@ -230,7 +236,7 @@ def test_without_the_fill_projected_tokens_change(family: str) -> None:
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS[1]])
+@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS[1], TOGETHER])
 def test_layer_calls_are_what_hooks_count(family: str, schedule: Schedule, kv_mode: KVMode) -> None:
     engine = engine_of(make_model(family), schedule=schedule, max_pending=3)
     request = engine.submit(
@@ -251,12 +257,14 @@ def test_layer_calls_are_what_hooks_count(family: str, schedule: Schedule, kv_mo
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
-def test_policies_that_read_features_decide_in_cohorts_as_alone(kv_mode: KVMode) -> None:
+@pytest.mark.parametrize("schedule", [Schedule(holds=(2,), rows=3, patience=6), TOGETHER])
+def test_policies_that_read_features_decide_in_company_as_alone(
+    kv_mode: KVMode, schedule: Schedule
+) -> None:
     """Rows change slots while they wait; each must still be judged by its own state."""
     model = make_model("llama")
     policy = ThresholdPolicy((1, 3, 4), SOFTMAX_V2, "margin", 0.2)
     lengths = [3, 25, 5, 21, 8, 17, 4, 12]
-    schedule = Schedule(holds=(2,), rows=3, patience=6)
     engine = engine_of(model, schedule=schedule, kv_mode=kv_mode)
     together = drain(
         engine,

@@ -19,6 +19,7 @@ from support.rows import CLOSE, RAGGED, ReplayedExits, decode, drain, shortfalls
 
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 COHORTS = Schedule(holds=(1, 3), rows=3, patience=3)
+TOGETHER = Schedule(together=True, rows=3, patience=3)
 
 
 @dataclass
@@ -65,7 +66,7 @@ def test_a_request_whose_policy_fails_goes_on_at_full_depth(
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS])
+@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS, TOGETHER])
 def test_the_other_rows_notice_nothing(
     schedule: Schedule, kv_mode: KVMode, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ from support.rows import ALL_EXITS, RAGGED, counted_tokens, decode, full_logits,
 
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
 COHORTS = Schedule(holds=(2,), rows=2, patience=3)
+TOGETHER = Schedule(together=True, rows=3, patience=3)
 
 
 @dataclass
@@ -93,7 +94,9 @@ def test_a_jump_skips_the_probes_between() -> None:
     assert row.exit_layers == [LAYERS, *[ALL_EXITS[3]] * 23]
 
 
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS], ids=["lock-step", "cohorts"])
+@pytest.mark.parametrize(
+    "schedule", [LOCKSTEP, COHORTS, TOGETHER], ids=["lock-step", "cohorts", "together"]
+)
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
 def test_a_router_that_asks_at_every_exit_is_the_gate_it_copies(
     kv_mode: KVMode, schedule: Schedule
@@ -143,7 +146,9 @@ def test_running_to_the_end_at_once_means_verify_now(drafts: int) -> None:
     assert sum(counts.values()) - prompt * LAYERS == row.layer_calls
 
 
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS], ids=["lock-step", "cohorts"])
+@pytest.mark.parametrize(
+    "schedule", [LOCKSTEP, COHORTS, TOGETHER], ids=["lock-step", "cohorts", "together"]
+)
 def test_verdicts_of_drafts_are_what_was_accepted(schedule: Schedule) -> None:
     engine, policy = engine_of(schedule=schedule), LearningExit()
     rows = decode(engine, RAGGED, SAMPLING, policy, "verify")
@@ -155,7 +160,9 @@ def test_verdicts_of_drafts_are_what_was_accepted(schedule: Schedule) -> None:
     assert all(verdict.features_F.tobytes() in shown for verdict in policy.told)
 
 
-@pytest.mark.parametrize("schedule", [LOCKSTEP, COHORTS], ids=["lock-step", "cohorts"])
+@pytest.mark.parametrize(
+    "schedule", [LOCKSTEP, COHORTS, TOGETHER], ids=["lock-step", "cohorts", "together"]
+)
 def test_verdicts_of_deferred_tokens_are_full_depths(schedule: Schedule) -> None:
     engine, policy = engine_of(schedule=schedule), LearningExit()
     [row] = decode(engine, RAGGED[:1], SAMPLING, policy, "defer")

@@ -50,9 +50,15 @@ class Simulation:
             return None
         self.launches += 1
         # Whoever stands there goes along, and only along one stage.
-        assert list(launch.members) == standing[launch.first]
+        assert sorted((*launch.members, *launch.later)) == sorted(
+            set(standing[launch.first]) | set(launch.later)
+        )
         stages = (0, *self.schedule.holds, LAYERS)
-        assert stages.index(launch.last) == stages.index(launch.first) + 1
+        if launch.ending == "each":
+            assert stages.index(launch.last) == stages.index(launch.first) + 1
+        if launch.ending != "each":
+            assert sorted((*launch.members, *launch.later)) == sorted(self.depth)
+            return self._go_together(launch)
         for row, depth in self.depth.items():
             if row not in launch.members and depth > 0:
                 self.waited[row] = self.waited.get(row, 0) + 1
@@ -60,6 +66,23 @@ class Simulation:
         for row in launch.members:
             self.waited.pop(row, None)
             self._advance(row, launch.last)
+        return launch
+
+    def _go_together(self, launch: Launch[int]) -> Launch[int]:
+        """Rows stay at random, where an exit may be, and wait there if others have left."""
+        staying = [row for row in launch.members if self.rng.random() < self.stay]
+        waits = launch.ending == "wait" and len(staying) < len(launch.members)
+        for row in launch.later if waits else ():
+            self.waited[row] = self.waited.get(row, 0) + 1
+            self.longest = max(self.longest, self.waited[row])
+        for row in launch.members:
+            if row in staying and waits:
+                self.depth[row] = int(self.rng.integers(1, LAYERS))
+            else:
+                self._advance(row, LAYERS)
+        for row in () if waits else launch.later:
+            self.waited.pop(row, None)
+            self._advance(row, LAYERS)
         return launch
 
     def _advance(self, row: int, last: int) -> None:
@@ -77,6 +100,10 @@ schedules = st.builds(
         holds=tuple(sorted(holds)), rows=rows, patience=patience
     ),
     st.sets(st.integers(1, LAYERS - 1), max_size=4),
+    st.integers(1, 6),
+    st.integers(0, 8),
+) | st.builds(
+    lambda rows, patience: Schedule(together=True, rows=rows, patience=patience),
     st.integers(1, 6),
     st.integers(0, 8),
 )
@@ -119,11 +146,11 @@ def test_rows_that_never_end_all_get_their_turns(
     for step in range(400):
         launch = simulation.step()
         assert launch is not None
-        for row in launch.members:
+        for row in launch.members if launch.ending != "all" else (*launch.members, *launch.later):
             gap = max(gap, step - last_seen[row])
             last_seen[row] = step
     holds = len(schedule.holds)
-    assert gap <= schedule.patience + 1 + holds * (holds + 1)
+    assert gap <= schedule.patience + 1 + holds * (holds + 1) + schedule.together
 
 
 def test_without_holds_all_rows_launch_through_all_layers() -> None:
@@ -167,6 +194,7 @@ def test_a_row_that_went_and_came_back_waits_anew() -> None:
         ({"holds": (3, 2)}, "holds"),
         ({"holds": (2, 2)}, "holds"),
         ({"holds": (0, 2)}, "holds"),
+        ({"holds": (2,), "together": True}, "holds"),
         ({"rows": 0}, "rows"),
         ({"patience": -1}, "patience"),
     ],

@@ -12,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policies.drafts.static_draft import StaticDraft
 from offramp.controller.policies.protocols import (
     ExitPolicy,
     FixedExit,
@@ -22,7 +24,7 @@ from offramp.controller.policies.protocols import (
 )
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import KVMode, Request
-from offramp.worker.decoding.schedule import Launch, Schedule
+from offramp.worker.decoding.schedule import LOCKSTEP, Launch, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.profiling.samples import random_policy
@@ -30,6 +32,7 @@ from support.models import FAMILIES, LAYERS, VOCAB, make_model
 from support.rows import ALL_EXITS, CLOSE, RandomExit, ReplayedExits, drain, ends_right, shortfalls
 
 END_TOKENS = frozenset({4, 21, 46, 77, 90})
+TOGETHER = Schedule(together=True, rows=2, patience=3)
 CANDIDATES_VK = np.tile(np.arange(6, dtype=np.int32), (VOCAB, 1))
 model_of = cache(make_model)
 
@@ -55,13 +58,41 @@ plans = st.builds(
     submitted=st.integers(0, 12),
     cancelled=st.none() | st.none() | st.integers(1, 25),
 )
-schedules = st.builds(
-    lambda holds, rows, patience: Schedule(
-        holds=tuple(sorted(holds)), rows=rows, patience=patience
-    ),
-    st.sets(st.sampled_from(ALL_EXITS)),
-    st.integers(1, 4),
-    st.integers(0, 5),
+
+
+def constants(layer_s: float) -> CostTable:
+    """Costs that no number of rows changes; beside a cheap layer the head makes drafts dear."""
+    return CostTable(
+        layer_s=layer_s,
+        head_s=1,
+        probe_s=0,
+        policy_s=0,
+        fill_s=0,
+        step_s=0,
+        layers=LAYERS,
+        machine="",
+    )
+
+
+schedules = (
+    st.builds(
+        lambda holds, rows, patience: Schedule(
+            holds=tuple(sorted(holds)), rows=rows, patience=patience
+        ),
+        st.sets(st.sampled_from(ALL_EXITS)),
+        st.integers(1, 4),
+        st.integers(0, 5),
+    )
+    | st.builds(
+        lambda rows, patience: Schedule(together=True, rows=rows, patience=patience),
+        st.integers(1, 5),
+        st.integers(0, 5),
+    )
+    | st.builds(
+        lambda layer_s, patience: Schedule(costs=constants(layer_s), patience=patience),
+        st.sampled_from([0.001, 1.0]),
+        st.integers(0, 5),
+    )
 )
 
 
@@ -140,9 +171,11 @@ class LeavesWhilePending:
 
 
 @pytest.mark.parametrize("policy", [FixedExit(2), LeavesWhilePending()])
-def test_which_tokens_go_deep_does_not_depend_on_the_neighbours(policy: Policy) -> None:
+@pytest.mark.parametrize("schedule", [Schedule(holds=(2,), rows=2, patience=2), TOGETHER])
+def test_which_tokens_go_deep_does_not_depend_on_the_neighbours(
+    policy: Policy, schedule: Schedule
+) -> None:
     model = model_of("gpt2")
-    schedule = Schedule(holds=(2,), rows=2, patience=2)
     config = EngineConfig(kv_mode="defer", max_pending=3, schedule=schedule)
     lone, shared = (AdaptiveEngine(model, slots=slots, config=config) for slots in (1, 2))
     caught_up: list[Sequence] = []
@@ -166,7 +199,71 @@ def test_which_tokens_go_deep_does_not_depend_on_the_neighbours(policy: Policy) 
             [completion] = lone.generate([prompt], how, policy)
             assert row.exit_layers == completion.exit_layers
             assert row.emitted == completion.token_ids
-    assert caught_up  # neighbours did take pending tokens along, or nothing was tested
+    # In cohorts neighbours did take pending tokens along, or nothing was tested.
+    assert bool(caught_up) == (not schedule.together)
+
+
+@pytest.mark.parametrize("layer_s", [1.0, 0.001])
+def test_no_exits_where_they_do_not_pay_and_only_in_verify(layer_s: float) -> None:
+    engine = AdaptiveEngine(
+        model_of("llama"), slots=4, config=EngineConfig(schedule=Schedule(costs=constants(layer_s)))
+    )
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    modes: list[KVMode] = ["project", "verify", "defer", "verify"]
+    requests = [
+        engine.submit([5, 17, 33 + n], sampling, FixedExit(1), kv_mode=mode)
+        for n, mode in enumerate(modes)
+    ]
+    project, verify, defer, other = drain(engine, requests)
+    assert set(project.exit_layers[1:]) == {1}
+    assert set(defer.exit_layers[1:]) == {1, LAYERS}  # by ``max_pending`` alone
+    assert defer.exit_layers.index(LAYERS, 1) == 1 + engine.config.max_pending
+    drafts = verify.drafts_made + other.drafts_made
+    assert (drafts > 0) == (layer_s == 1)
+    for row in (verify, other):
+        assert float(shortfalls(engine.model, row).max()) <= CLOSE
+
+
+def test_a_row_cancelled_while_it_waits_is_forgotten() -> None:
+    model = model_of("llama")
+    schedule = Schedule(together=True, rows=3, patience=50)
+    engine = AdaptiveEngine(model, slots=3, config=EngineConfig(schedule=schedule, max_pending=9))
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    drafting = engine.submit([5, 17, 33], sampling, FixedExit(2), kv_mode="verify")
+    waiting = engine.submit([9, 9, 1], sampling, kv_mode="verify")
+    engine.step()
+    engine.step()
+    [row] = [row for row in engine._roster.rows if row.request is waiting]
+    assert row.undecided  # it has no exits, and waits where the other drafts
+    assert row.depth == 2
+    engine.cancel(waiting.id)
+    [kept] = drain(engine, [drafting])
+    assert float(shortfalls(model, kept).max()) <= CLOSE
+    assert kept.drafts_made > 0
+
+
+def test_rows_are_verified_in_the_same_launches() -> None:
+    """Rows that begin at different times, alone each in a deep pass of its own: together in one."""
+    deep = {}
+    for schedule in (LOCKSTEP, Schedule(together=True, rows=4, patience=8)):
+        engine = AdaptiveEngine(model_of("llama"), slots=4, config=EngineConfig(schedule=schedule))
+        passes: list[int] = []
+        engine.stack.blocks[-1].register_forward_hook(
+            lambda _, __, out, passes=passes: passes.append(out.shape[0])
+        )
+        finished: dict[str, Sequence] = {}
+        policy = StaticDraft(layer=2, length=3)
+        sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+        for row in range(4):
+            engine.submit([5 + row, 17], sampling, policy, kv_mode="verify")
+            engine.step(finished)
+        passes.clear()
+        while engine.load != (0, 0):
+            engine.step(finished)
+        deep[schedule.together] = passes
+        assert all(float(shortfalls(engine.model, row).max()) <= CLOSE for row in finished.values())
+    assert len(deep[True]) < 0.6 * len(deep[False])
+    assert np.mean(deep[True]) > 1.5 * np.mean(deep[False])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -77,7 +77,12 @@ def chi_square(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
-    ("schedule", "samples"), [(LOCKSTEP, 3000), (Schedule(holds=(1,), rows=8, patience=2), 1000)]
+    ("schedule", "samples"),
+    [
+        (LOCKSTEP, 3000),
+        (Schedule(holds=(1,), rows=8, patience=2), 1000),
+        (Schedule(together=True, rows=8, patience=3), 1000),
+    ],
 )
 def test_verified_samples_follow_full_depths_distribution(
     model: Any, schedule: Schedule, samples: int
