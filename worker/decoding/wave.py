@@ -18,6 +18,7 @@ from offramp.worker.model.attention import decode_window, ragged_window
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.model.stack import Rotary
+from offramp.worker.model.transfers import take, upload
 
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
@@ -48,6 +49,8 @@ class Wave:
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
+        # Slots and positions of the rows' newest tokens on the device; None: not there yet.
+        self._places_2N: Tensor | None = None
         self.groups: list[RowGroup] = []
         if first == 0:
             self._begin_tokens()
@@ -86,20 +89,22 @@ class Wave:
         return self._x_NTD
 
     def _begin_tokens(self) -> None:
-        device = self.stack.device
         for row in self.rows:
             row.open.append(OpenToken(row.position, 0, None))
             row.undecided = True
             # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
-        tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
-        positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
-        self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
+        tokens = [[row.next_input] for row in self.rows]
+        slots = [[row.slot] for row in self.rows]
+        positions = [[row.position] for row in self.rows]
+        numbers_3N1 = upload([tokens, slots, positions], self.stack.device)
+        self._places_2N = numbers_3N1[1:, :, 0]
+        self._x_NTD = self.stack.embed(numbers_3N1[0], numbers_3N1[2])
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         x_ND = self._x_NTD[:, 0]
-        states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
+        states_ND = x_ND if len(free) in (0, len(self.rows)) else take(x_ND, free)
         start = time.perf_counter()
         free_rows = [self.rows[n] for n in free]
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
@@ -123,12 +128,7 @@ class Wave:
             self._widen(counts, columns)
         self._joined = counts
         self._place()
-        positions = [
-            [max(0, row.open[-1].position - back) for back in range(columns - 1, -1, -1)]
-            for row in self.rows
-        ]
-        positions_NT = torch.tensor(positions, device=self.stack.device)
-        self._rotary = self.stack.rotary(self._x, positions_NT)
+        self._rotary = self.stack.rotary(self._x, self._window.positions_BT)
 
     def _widen(self, counts: list[int], columns: int) -> None:
         old = self._x_NTD
@@ -151,7 +151,7 @@ class Wave:
         positions = [row.open[-1].position for row in self.rows]
         heads = self.stack.heads_per_key
         if self._x.shape[1] == 1 and all(self._joined):
-            self._window = decode_window(slots, positions, heads, self._x)
+            self._window = decode_window(slots, positions, heads, self._x, self._places_2N)
         else:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
         self.context.kv.open(self._window)
@@ -171,7 +171,8 @@ class Wave:
             asked = group.rows
             # Rows may have changed slots, and so their order, while they waited.
             in_order = asked == self.rows
-            asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
+            places = [] if in_order else [self.rows.index(row) for row in asked]
+            asked_N1D = read_N1D if in_order else take(read_N1D, places)
             left = group.ask(self.context.guard, executed, asked_N1D)
             if len(group.rows) + len(left.rows) < len(asked):
                 self.context.overhead.failures += sum(row.policy_failed for row in asked)
@@ -197,10 +198,16 @@ class Wave:
             return
         columns = max(self._joined)
         if columns == 0:  # those that stay only catch up, from a deeper layer on
-            self._x_NTD = None
+            self._x_NTD = self._places_2N = None
             return
-        self._x_NTD = self._x[stay][:, -columns:]
-        self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
+        slots = [row.slot for row in self.rows]
+        positions = [row.open[-1].position for row in self.rows]
+        numbers_3N = upload([stay, slots, positions], self.stack.device)
+        self._places_2N = numbers_3N[1:]
+        self._x_NTD, *angles = (
+            part.index_select(0, numbers_3N[0])[:, -columns:] for part in (self._x, *self._rotary)
+        )
+        self._rotary = tuple(angles)
         self._place()
 
     def _mark_exited(self, n: int, executed: int) -> Sequence:
