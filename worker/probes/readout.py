@@ -2,7 +2,8 @@
 
 At batch 1 the price of a probe is not arithmetic but dispatch: a torch operation costs 3 to 10 µs,
 a numpy one about 1 µs (measured; see docs/probes.md). So on a CPU they run in compiled code and in
-numpy. On another device the scores run there, and all else here, after one transfer.
+numpy. On another device the candidate and state probes run there, and all else here, after one
+transfer.
 
 Shape suffixes: N rows, K candidates, D width, V vocabulary; 2 weight and bias.
 """

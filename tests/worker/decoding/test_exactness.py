@@ -61,7 +61,7 @@ def counted_rows(blocks: list[nn.Module]) -> Iterator[Counter[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_exits_off_equals_generate_alone(family: str, dtype: torch.dtype) -> None:
     model = make_model(family, dtype)
     engine = AdaptiveEngine.from_pretrained(model)
@@ -70,7 +70,7 @@ def test_exits_off_equals_generate_alone(family: str, dtype: torch.dtype) -> Non
         assert_same(model, [prompt], [engine.generate(prompt, GREEDY)[0].token_ids], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_exits_off_equals_generate_in_a_ragged_batch(family: str, dtype: torch.dtype) -> None:
     model = make_model(family, dtype)
     engine = AdaptiveEngine.from_pretrained(model)
@@ -84,7 +84,7 @@ def test_the_model_is_no_degenerate_one(family: str) -> None:
     assert len({token for row in rows for token in row}) > 12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_a_static_exit_equals_the_truncated_model(
     family: str, layer: int, dtype: torch.dtype
