@@ -49,8 +49,8 @@ class Wave:
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
-        # Slots and positions of the rows' newest tokens on the device; None: not there yet.
-        self._places_2N: Tensor | None = None
+        # Slots and positions [N, 1] of the rows' newest tokens on the device; None: not there yet.
+        self._places: tuple[Tensor, Tensor] | None = None
         self.groups: list[RowGroup] = []
         if first == 0:
             self._begin_tokens()
@@ -99,8 +99,9 @@ class Wave:
         slots = [[row.slot] for row in self.rows]
         positions = [[row.position] for row in self.rows]
         numbers_3N1 = upload([tokens, slots, positions], self.stack.device)
-        self._places_2N = numbers_3N1[1:, :, 0]
-        self._x_NTD = self.stack.embed(numbers_3N1[0], numbers_3N1[2])
+        tokens_N1, slots_N1, positions_N1 = numbers_3N1.unbind()
+        self._places = (slots_N1, positions_N1)
+        self._x_NTD = self.stack.embed(tokens_N1, positions_N1)
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         x_ND = self._x_NTD[:, 0]
@@ -151,7 +152,7 @@ class Wave:
         positions = [row.open[-1].position for row in self.rows]
         heads = self.stack.heads_per_key
         if self._x.shape[1] == 1 and all(self._joined):
-            self._window = decode_window(slots, positions, heads, self._x, self._places_2N)
+            self._window = decode_window(slots, positions, heads, self._x, self._places)
         else:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
         self.context.kv.open(self._window)
@@ -198,14 +199,16 @@ class Wave:
             return
         columns = max(self._joined)
         if columns == 0:  # those that stay only catch up, from a deeper layer on
-            self._x_NTD = self._places_2N = None
+            self._x_NTD = self._places = None
             return
-        slots = [row.slot for row in self.rows]
-        positions = [row.open[-1].position for row in self.rows]
-        numbers_3N = upload([stay, slots, positions], self.stack.device)
-        self._places_2N = numbers_3N[1:]
+        slots = [[row.slot] for row in self.rows]
+        positions = [[row.open[-1].position] for row in self.rows]
+        numbers_3N1 = upload([[[n] for n in stay], slots, positions], self.stack.device)
+        stay_N1, slots_N1, positions_N1 = numbers_3N1.unbind()
+        self._places = (slots_N1, positions_N1)
+        stay_N = stay_N1[:, 0]
         self._x_NTD, *angles = (
-            part.index_select(0, numbers_3N[0])[:, -columns:] for part in (self._x, *self._rotary)
+            part.index_select(0, stay_N)[:, -columns:] for part in (self._x, *self._rotary)
         )
         self._rotary = tuple(angles)
         self._place()

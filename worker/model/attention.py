@@ -117,7 +117,7 @@ def decode_window(
     positions: Sequence[int],
     heads_per_key: int,
     like: Tensor,
-    places_2B: Tensor | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Window:
     """One new token per row.
 
@@ -126,19 +126,20 @@ def decode_window(
         positions: Where each row's token goes; it sees everything up to itself.
         heads_per_key: Query heads per key/value head.
         like: Tensor whose dtype and device the masks take.
-        places_2B: Slots and positions on the device, where they are there already.
+        places: Slots and positions [B, 1] on the device, where they are there already.
     """
-    if places_2B is None:
-        places_2B = upload([list(slots), list(positions)], like.device)
-    slots_B, positions_B = places_2B.unbind()
-    positions_B1 = positions_B[:, None]
+    if places is None:
+        numbers = [[[slot] for slot in slots], [[position] for position in positions]]
+        slots_B1, positions_B1 = upload(numbers, like.device).unbind()
+    else:
+        slots_B1, positions_B1 = places
     runs = tuple(
         _run(rows, slots, positions, positions_B1, heads_per_key, like) for rows in _runs(slots)
     )
     if len(slots) == 1:
         here = slice(positions[0], positions[0] + 1)
         return Window(runs, (slots[0], slice(None), here), positions_B1)
-    return Window(runs, (slots_B, slice(None), positions_B), positions_B1)
+    return Window(runs, (slots_B1[:, 0], slice(None), positions_B1[:, 0]), positions_B1)
 
 
 def ragged_window(
