@@ -95,12 +95,7 @@ class Wave:
             # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
-        tokens = [[row.next_input] for row in self.rows]
-        slots = [[row.slot] for row in self.rows]
-        positions = [[row.position] for row in self.rows]
-        numbers_3N1 = upload([tokens, slots, positions], self.stack.device)
-        tokens_N1, slots_N1, positions_N1 = numbers_3N1.unbind()
-        self._places = (slots_N1, positions_N1)
+        tokens_N1, positions_N1 = self._sent([row.next_input for row in self.rows])
         self._x_NTD = self.stack.embed(tokens_N1, positions_N1)
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
@@ -111,6 +106,15 @@ class Wave:
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
         self.context.overhead.failures += sum(row.policy_failed for row in free_rows)
         self.context.overhead.deciding_s += time.perf_counter() - start
+
+    def _sent(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """One number per row, and its newest token's position, on the device, each [N, 1]."""
+        slots = [[row.slot] for row in self.rows]
+        positions = [[row.open[-1].position] for row in self.rows]
+        three = upload([[[number] for number in numbers], slots, positions], self.stack.device)
+        numbers_N1, slots_N1, positions_N1 = three.unbind()
+        self._places = (slots_N1, positions_N1)
+        return numbers_N1, positions_N1
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
@@ -201,12 +205,7 @@ class Wave:
         if columns == 0:  # those that stay only catch up, from a deeper layer on
             self._x_NTD = self._places = None
             return
-        slots = [[row.slot] for row in self.rows]
-        positions = [[row.open[-1].position] for row in self.rows]
-        numbers_3N1 = upload([[[n] for n in stay], slots, positions], self.stack.device)
-        stay_N1, slots_N1, positions_N1 = numbers_3N1.unbind()
-        self._places = (slots_N1, positions_N1)
-        stay_N = stay_N1[:, 0]
+        stay_N = self._sent(stay)[0][:, 0]
         self._x_NTD, *angles = (
             part.index_select(0, stay_N)[:, -columns:] for part in (self._x, *self._rotary)
         )
