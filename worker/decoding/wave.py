@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
-from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext
+from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, sent
 from offramp.worker.model.attention import decode_window, ragged_window
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.model.stack import Rotary
-from offramp.worker.model.transfers import take, upload
+from offramp.worker.model.transfers import take
 
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
@@ -95,8 +95,8 @@ class Wave:
             # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
-        tokens_N1, positions_N1 = self._sent([row.next_input for row in self.rows])
-        self._x_NTD = self.stack.embed(tokens_N1, positions_N1)
+        tokens_N1, self._places = sent(self.rows, [row.next_input for row in self.rows], self.stack)
+        self._x_NTD = self.stack.embed(tokens_N1, self._places[1])
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         x_ND = self._x_NTD[:, 0]
@@ -106,15 +106,6 @@ class Wave:
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
         self.context.overhead.failures += sum(row.policy_failed for row in free_rows)
         self.context.overhead.deciding_s += time.perf_counter() - start
-
-    def _sent(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """One number per row, and its newest token's position, on the device, each [N, 1]."""
-        slots = [[row.slot] for row in self.rows]
-        positions = [[row.open[-1].position] for row in self.rows]
-        three = upload([[[number] for number in numbers], slots, positions], self.stack.device)
-        numbers_N1, slots_N1, positions_N1 = three.unbind()
-        self._places = (slots_N1, positions_N1)
-        return numbers_N1, positions_N1
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())
@@ -205,9 +196,9 @@ class Wave:
         if columns == 0:  # those that stay only catch up, from a deeper layer on
             self._x_NTD = self._places = None
             return
-        stay_N = self._sent(stay)[0][:, 0]
+        stay_N1, self._places = sent(self.rows, stay, self.stack)
         self._x_NTD, *angles = (
-            part.index_select(0, stay_N)[:, -columns:] for part in (self._x, *self._rotary)
+            part.index_select(0, stay_N1[:, 0])[:, -columns:] for part in (self._x, *self._rotary)
         )
         self._rotary = tuple(angles)
         self._place()

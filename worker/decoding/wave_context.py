@@ -18,6 +18,7 @@ from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.transfers import upload
 from offramp.worker.model.translators import ExitTranslators
 
 ExitRecords = Rows[tuple[int, FloatArray]]
@@ -102,3 +103,17 @@ class WaveContext:
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""
         return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
+
+
+def sent(
+    rows: Rows[Sequence], numbers: Rows[int], stack: LayerStack
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A number per row, and slots and positions of the rows' newest tokens, each [N, 1].
+
+    They go to the model's device together, since each upload costs a launch.
+    """
+    slots = [[row.slot] for row in rows]
+    positions = [[row.open[-1].position] for row in rows]
+    three = upload([[[number] for number in numbers], slots, positions], stack.device)
+    numbers_N1, slots_N1, positions_N1 = three.unbind()
+    return numbers_N1, (slots_N1, positions_N1)
