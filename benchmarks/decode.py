@@ -10,6 +10,7 @@ trained to exit; ``accepted`` says how often.
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
     python benchmarks/decode.py --drafting --dtypes bfloat16 --batches 1,2,4,8,16,32 --threads 1
+    python benchmarks/decode.py --device cuda --engines "HF static,exits" --json gpu.json
     python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
 
 The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
@@ -21,6 +22,10 @@ made (counted), each at the price of such a call for its number of tokens, measu
 run; everything else (probes, policy, sampling, bookkeeping) is what keeps ``share_of_bound`` below
 1, and full depth's own bookkeeping what may lift it above. ``bound_packed`` is what perfectly
 filled launches would allow (project only: there a layer call has one token per row).
+
+On a GPU a clock beside one part of a step measures what was launched before it. So there is no
+``fill_share`` there, and ``decision_share`` is of "3 probes, no exit" alone: the share of its time
+that full depth does not take.
 """
 
 from __future__ import annotations
@@ -50,6 +55,8 @@ from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import require_device
+from offramp.worker.model.products import processor
 from offramp.worker.profiling.profile import describe_machine, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import random_policy
@@ -89,6 +96,8 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="New tokens [default: by shape].")] = None,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
     policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    engines: Annotated[str, typer.Option(help="Beginnings of their names [default: all].")] = "",
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
     drafting: Annotated[bool, typer.Option(help="Static drafts, by schedule.")] = False,
@@ -103,24 +112,31 @@ def main(
         shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
     if drafting:
         shapes = "reference"
+    require_device(device)
     torch.set_num_threads(threads)
     rows: list[DecodeRow] = []
     machine = ""
     for shape in shapes.split(","):
         for dtype in dtypes.split(","):
-            model = build(shape, getattr(torch, dtype))
+            model = build(shape, getattr(torch, dtype), device)
             machine = machine or describe_machine(model.dtype)
             for batch in map(int, batches.split(",")):
+                wanted = tuple(engines.split(","))
                 new = measure(model, shape, batch, [float(d) for d in depths.split(",")],
-                              repeats, policy, tokens, drafting)  # fmt: skip
+                              repeats, policy, tokens, wanted, drafting)  # fmt: skip
                 show(new)
                 rows += new
                 if json_file is not None:
-                    found = {"machine": machine, "rows": [asdict(row) for row in rows]}
+                    found = {"machine": machine, "device": device_name(model.device),
+                             "rows": [asdict(row) for row in rows]}  # fmt: skip
                     json_file.write_text(json.dumps(found, indent=1))
             del model
             gc.unfreeze()
             gc.collect()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def print_file(
@@ -136,9 +152,11 @@ def print_file(
 
 
 def contenders(
-    batch: int, layers: int, vocab: int, depths: list[float], learned: Any
+    batch: int, layers: int, vocab: int, depths: list[float], learned: Any, wanted: tuple[str, ...]
 ) -> list[Competitor]:
     found = [Competitor("HF generate"), Competitor("full depth", "project", "lock-step")]
+    if any("HF static".startswith(name) for name in wanted if name):  # only where it is asked for
+        found.append(Competitor("HF static"))
     at = exit_layer(layers)
     if batch == 1:
         tried = (3, 6, 9) if learned is not None else (at,)
@@ -159,7 +177,8 @@ def contenders(
     if learned is not None:
         found += [Competitor("learned", mode, "lock-step", lambda: learned)
                   for mode in get_args(KVMode)]  # fmt: skip
-    return found
+    baselines = ("HF generate", "full depth")  # what all others are divided by
+    return [each for each in found if each.name in baselines or each.name.startswith(wanted)]
 
 
 def drafters() -> list[Competitor]:
@@ -191,6 +210,7 @@ def measure(
     repeats: int,
     policy: Path | None,
     tokens: int | None = None,
+    wanted: tuple[str, ...] = ("",),
     drafting: bool = False,
 ) -> list[DecodeRow]:
     layers = model.config.num_hidden_layers
@@ -200,7 +220,7 @@ def measure(
     if shape == "reference" and policy is not None:
         learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
-    todo = contenders(batch, layers, engine.stack.vocab, depths, learned)
+    todo = contenders(batch, layers, engine.stack.vocab, depths, learned, wanted)
     schedules = {"cohorts": hold, "together": Schedule(together=True, rows=batch, patience=12)}
     if drafting:
         todo = drafters()
@@ -213,7 +233,7 @@ def measure(
         engine.set_schedule(schedules.get(each.schedule or "", LOCKSTEP))
         return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
 
-    peaks = [peak_mb(partial(run, each)) for each in todo]  # also warms everything up
+    peaks = [peak_mb(partial(run, each), model.device) for each in todo]  # also warms all up
     freeze_heap()  # as a serving worker does
     reports: list[list[Report]] = [[] for _ in todo]
     prices = StepPrices(engine, batch, exit_layer(layers))
@@ -231,6 +251,9 @@ def measure(
             calls["head", 1] -= batch  # the prompts'
         rows.append(row_of(each, runs, [reports[0], full], prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
+        if model.device.type != "cpu":
+            rows[-1].fill_share, is_asking = None, each.name.startswith("3 probes")
+            rows[-1].decision_share = max(0.0, 1 - rows[-1].ratio_full) if is_asking else None
     return rows
 
 

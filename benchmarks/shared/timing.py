@@ -33,6 +33,13 @@ class Report:
     filling_s: float = 0.0
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the clock, once a GPU has done what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def ours(
     engine: AdaptiveEngine,
     prompts: list[list[int]],
@@ -48,10 +55,10 @@ def ours(
     engine.step(finished)
     spent = engine.decoder.overhead
     before = (spent.deciding_s, spent.filling_s)
-    start = time.perf_counter()
+    start = now(engine.stack.device)
     while engine.load != (0, 0):
         engine.step(finished)
-    seconds = time.perf_counter() - start
+    seconds = now(engine.stack.device) - start
     return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
                   spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
 
@@ -65,19 +72,22 @@ class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is unt
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         if not self.start:
-            self.start, self.length = time.perf_counter(), input_ids.shape[1]
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+            self.start, self.length = now(input_ids.device), input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
-    ids = torch.tensor(prompts)
+    """Its own loop; ``static`` in the name asks for a static cache, compiled on a GPU."""
+    ids = torch.tensor(prompts, device=model.device)
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    if "static" in name:
+        options["cache_implementation"] = "static"
     if "=" in name:
         options["assistant_early_exit"] = int(name.partition("=")[2])
     clock = TokenClock()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                          stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
-    seconds = time.perf_counter() - clock.start
+    seconds = now(model.device) - clock.start
     return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
 
 
@@ -115,8 +125,8 @@ class StepPrices:
         rows = min(tokens, kv.slots)
         columns = tokens // rows
         at = PROMPT_TOKENS + 8
-        x = torch.randn(rows, columns, stack.width).to(stack.dtype)
-        rotary = stack.rotary(x, torch.full((rows, columns), at))
+        x = torch.randn(rows, columns, stack.width).to(stack.device, stack.dtype)
+        rotary = stack.rotary(x, torch.full((rows, columns), at, device=stack.device))
         window = (
             decode_window(range(rows), [at] * rows, stack.heads_per_key, x)
             if columns == 1
@@ -124,19 +134,19 @@ class StepPrices:
         )
         kv.open(window)
         states = x.flatten(0, 1)
-        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at))
+        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at, device=stack.device))
         projector = self.engine.decoder.projector
         assert projector is not None
         for _ in range(2):
-            times = [time.perf_counter()]
+            times = [now(stack.device)]
             y = x
             for index in range(stack.layers):
                 y = stack.run_layer(index, y, rotary, window, kv)
-            times.append(time.perf_counter())
+            times.append(now(stack.device))
             stack.logits(y.flatten(0, 1))
-            times.append(time.perf_counter())
+            times.append(now(stack.device))
             projector.project(states, self.exit, angles)
-            times.append(time.perf_counter())
+            times.append(now(stack.device))
             layers, head, fill = np.diff(times)
             for part, seconds in (("layer", layers / self.layers), ("head", head), ("fill", fill)):
                 self.samples.setdefault((part, tokens), []).append(float(seconds))
@@ -172,8 +182,15 @@ def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
         handle.remove()
 
 
-def peak_mb(action: Callable[[], object]) -> float | None:
-    """Highest resident memory of this process during an action, in MiB; None if unknown."""
+def peak_mb(action: Callable[[], object], device: torch.device) -> float | None:
+    """Highest memory of an action in MiB: a GPU's that torch took, else what this process holds.
+
+    None if it is not known.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

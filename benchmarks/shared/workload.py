@@ -45,13 +45,14 @@ class ScriptedExit:
         return np.asarray(self.rng.random(len(features_NF)) < self.share)
 
 
-def build(shape: str, dtype: torch.dtype) -> Any:
+def build(shape: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     if shape == "reference":
-        return load_model("models/reference", dtype, "cpu")
+        return load_model("models/reference", dtype, device)
     config_class, model_class, values = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    model = model_class(config_class(**values, **LLAMA)).eval().requires_grad_(False)
+    with torch.device(device):  # drawn where they stay: a billion numbers take a CPU half a minute
+        model = model_class(config_class(**values, **LLAMA)).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     model.set_attn_implementation("sdpa")
     for block in model.model.layers[exit_layer(len(model.model.layers)) :]:

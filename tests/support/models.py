@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+
+DEVICE = torch.device(os.environ.get("OFFRAMP_TEST_DEVICE", "cpu"))
+"""Where the models of the exactness tests lie; benchmarks/gpu.sh runs those with cuda."""
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 LAYERS = 5
@@ -112,7 +116,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
                 # Gemma's norms multiply by 1 + weight.
                 low = -0.5 if family == "gemma" else 0.5
                 parameter.uniform_(low, low + 1.0)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.to(DEVICE, dtype).eval().requires_grad_(False)
 
 
 def truncated(model: Any, layers: int) -> Any:
@@ -123,4 +127,4 @@ def truncated(model: Any, layers: int) -> Any:
         config.layer_types = config.layer_types[:layers]
     short = type(model)(config)
     short.load_state_dict(model.state_dict(), strict=False)
-    return short.to(model.dtype).eval()
+    return short.to(model.device, model.dtype).eval()

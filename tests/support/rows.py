@@ -91,7 +91,7 @@ def full_logits(model: Any, row: Row) -> torch.Tensor:
     """Hugging Face's logits before each emitted token, in one pass over the row, [T, V]."""
     first = len(row.request.prompt) - 1
     tokens = [*row.request.prompt, *row.emitted[:-1]]
-    logits_TV: torch.Tensor = model(torch.tensor([tokens])).logits[0, first:]
+    logits_TV: torch.Tensor = model(torch.tensor([tokens], device=model.device)).logits[0, first:]
     return logits_TV.float()
 
 
@@ -101,7 +101,7 @@ def shortfalls(model: Any, row: Row) -> torch.Tensor:
     All 0 means, by induction over the tokens, that the row is full depth's greedy decoding.
     """
     logits_TV = full_logits(model, row)
-    emitted_T = torch.tensor(row.emitted)
+    emitted_T = torch.tensor(row.emitted, device=logits_TV.device)
     return logits_TV.amax(-1) - logits_TV.gather(1, emitted_T[:, None])[:, 0]
 
 

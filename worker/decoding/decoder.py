@@ -31,6 +31,7 @@ from offramp.worker.model.attention import prefill_window
 from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kv import EXACT, SlotKV
 from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.transfers import fetch, upload
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.probes import ProbeFactory
 
@@ -43,7 +44,8 @@ class RowResult:
         row: The row that came out.
         exit_layer: Layers executed so far.
         logits_MV: Logits after each of the tokens that came out, the oldest first: one, unless
-            the row verifies and came to the end; none, if the successor takes no head.
+            the row verifies and came to the end; none, if the successor takes no head. In host
+            memory if the row's sampler reads them.
         best_M: The most likely token after each.
         decides: Whether the last of them is to be followed by a new token.
         left: Exits and features where the tokens before the last had left, if the policy learns.
@@ -133,26 +135,28 @@ class Decoder:
         return self.overhead.failures
 
     @torch.inference_mode()
-    def prefill(self, row: Sequence, tokens: int) -> Tensor | None:
+    def prefill(self, row: Sequence, tokens: int) -> tuple[Tensor, int] | None:
         """Run the next tokens of a row's prompt at full depth.
 
         Returns:
-            Logits [V] after the whole prompt; None while some of it is left.
+            Logits [V] after the whole prompt and the most likely token by them; None while some
+            of it is left.
         """
         first = row.prefilled
         chunk = row.request.prompt[first : first + tokens]
-        device = self.stack.device
-        tokens_BT = torch.tensor([chunk], device=device)
-        positions_BT = torch.arange(first, first + len(chunk), device=device)[None]
-        x_BTD = self.stack.embed(tokens_BT, positions_BT)
-        rotary = self.stack.rotary(x_BTD, positions_BT)
-        window = prefill_window(row.slot, first, len(chunk), self.stack.heads_per_key, x_BTD)
+        like = self.kv.keys_LSGCH
+        window = prefill_window(row.slot, first, len(chunk), self.stack.heads_per_key, like)
+        x_BTD = self.stack.embed(upload([chunk], self.stack.device), window.positions_BT)
+        rotary = self.stack.rotary(x_BTD, window.positions_BT)
         self.kv.open(window)
         for index in range(self.stack.layers):
             x_BTD = self.stack.run_layer(index, x_BTD, rotary, window, self.kv)
         self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
         row.prefilled += len(chunk)
-        return self.stack.logits(x_BTD[:, -1])[0] if row.is_prefilled else None
+        if not row.is_prefilled:
+            return None
+        [best], logits_1V = self._judged(self.stack.logits(x_BTD[:, -1]), [row])
+        return logits_1V[0], best
 
     @torch.inference_mode()
     def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[RowResult]:
@@ -193,8 +197,8 @@ class Decoder:
         arrivals = [each for each in arrivals if each.decides or each.row.drafts or each.left]
         if not arrivals:
             return []
-        logits = self._logits([each for each in arrivals if each.token is None])
-        best = logits.argmax(-1).tolist()
+        judged = [each for each in arrivals if each.token is None]
+        best, logits = self._judged(self._logits(judged), [each.row for each in judged])
         results, start = [], 0
         for each in arrivals:
             end = start + _tokens_to_judge(each) * (each.token is None)
@@ -212,6 +216,20 @@ class Decoder:
             )
             start = end
         return results
+
+    def _judged(self, logits_NV: Tensor, rows: Rows[Sequence]) -> tuple[list[int], Tensor]:
+        """Say which tokens are most likely; bring logits to the host if a row's sampler reads them.
+
+        All come in one transfer: on a GPU each takes a wait for all that was launched.
+        """
+        if not rows:
+            return [], logits_NV
+        best_N = logits_NV.argmax(-1)
+        is_host = logits_NV.device.type == "cpu"
+        if is_host or all(row.sampler.is_plain_greedy for row in rows):
+            return fetch(best_N)[0].tolist(), logits_NV
+        best_N, logits_NV = fetch(best_N, logits_NV)
+        return best_N.tolist(), logits_NV
 
     def _logits(self, arrivals: list[Arrival]) -> Tensor:
         """Compute the logits after all tokens that are judged, in order, [Σ M, V]."""

@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence as Rows
 from operator import attrgetter
 
-import torch
 from torch import Tensor
 
 from offramp.worker.decoding.grouping import RowGrouper
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
-from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext
+from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext, sent
 from offramp.worker.model.attention import decode_window
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import PENDING
+from offramp.worker.model.transfers import take
 
 
 class DraftWave:
@@ -41,13 +41,16 @@ class DraftWave:
         self.arrivals: list[Arrival] = []
         # In the order of their slots: attention then reads runs of the cache, without a gather.
         self.rows = sorted(rows, key=attrgetter("slot"))
-        device = self.stack.device
-        tokens_N1 = torch.tensor([[row.next_input] for row in self.rows], device=device)
-        positions_N1 = torch.tensor([[row.position] for row in self.rows], device=device)
+        for row in self.rows:
+            row.open.append(OpenToken(row.position, 0, None))
+            row.undecided = True
+            context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
+        tokens_N1, self._places = sent(self.rows, [row.next_input for row in self.rows], self.stack)
         # The model's own: the pass that verifies begins from it, too.
-        self._x_N1D = context.stack.embed(tokens_N1, positions_N1)
-        self._rotary = self.stack.rotary(self._x_N1D, positions_N1)
-        self._begin_tokens()
+        self._x_N1D = context.stack.embed(tokens_N1, self._places[1])
+        for row, x_1D in zip(self.rows, self._x_N1D, strict=True):
+            row.open[-1].state_D = x_1D[0]
+        self._rotary = self.stack.rotary(self._x_N1D, self._places[1])
         self.groups = self._ask_first(copy.grouper)
         self._exits = {layer for group in self.groups for layer in group.exits}
         self._place()
@@ -68,18 +71,13 @@ class DraftWave:
                 self._drop_unasked()
         return self.arrivals
 
-    def _begin_tokens(self) -> None:
-        """Open each row's newest token, which full depth will begin from its embedding."""
-        for row, x_1D in zip(self.rows, self._x_N1D, strict=True):
-            row.open.append(OpenToken(row.position, 0, x_1D[0]))
-            row.undecided = True
-            self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
-
     def _ask_first(self, grouper: RowGrouper) -> list[RowGroup]:
         start = time.perf_counter()
         free = [n for n, row in enumerate(self.rows) if not self.context.must_go_deep(row)]
         rows = [self.rows[n] for n in free]
-        groups = grouper.group_rows(rows, self._x_N1D[free, 0])
+        x_ND = self._x_N1D[:, 0]
+        states_ND = x_ND if len(free) in (0, len(x_ND)) else take(x_ND, free)
+        groups = grouper.group_rows(rows, states_ND)
         self.context.overhead.failures += sum(row.policy_failed for row in rows)
         self.context.overhead.deciding_s += time.perf_counter() - start
         return groups
@@ -89,8 +87,10 @@ class DraftWave:
         leaving: list[tuple[int, Known]] = []
         for group in [each for each in self.groups if each.asks_at(executed)]:
             asked = group.rows
-            places = [self.rows.index(row) for row in asked]
-            left = group.ask(self.context.guard, executed, self._x_N1D[places])
+            x_N1D = self._x_N1D
+            if asked != self.rows:
+                x_N1D = take(x_N1D, [self.rows.index(row) for row in asked])
+            left = group.ask(self.context.guard, executed, x_N1D)
             if len(group.rows) + len(left.rows) < len(asked):
                 self.context.overhead.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(left.rows):
@@ -138,14 +138,19 @@ class DraftWave:
         if len(places) == len(self.rows):
             return
         self.rows = [self.rows[n] for n in places]
-        self._x_N1D = self._x_N1D[places]
-        self._rotary = tuple(part[places] for part in self._rotary)
+        if not self.rows:
+            return
+        stay_N1, self._places = sent(self.rows, places, self.stack)
+        self._x_N1D, *angles = (
+            part.index_select(0, stay_N1[:, 0]) for part in (self._x_N1D, *self._rotary)
+        )
+        self._rotary = tuple(angles)
         self._place()
 
     def _place(self) -> None:
-        if not self.rows:
-            return
         slots = [row.slot for row in self.rows]
         positions = [row.open[-1].position for row in self.rows]
-        self._window = decode_window(slots, positions, self.stack.heads_per_key, self._x_N1D)
+        self._window = decode_window(
+            slots, positions, self.stack.heads_per_key, self._x_N1D, self._places
+        )
         self.context.kv.open(self._window)

@@ -12,11 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
-from offramp.worker.decoding.groups import ExitGroup, FusedGroup, RoutedRow
+from offramp.worker.decoding.groups import DecidedGroup, ExitGroup, RoutedRow
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import RowGroup, Sequence
-from offramp.worker.probes import FusedProbe, Probe, ProbeFactory
+from offramp.worker.model.transfers import take
+from offramp.worker.probes import DeviceProbe, FusedProbe, Probe, ProbeFactory
 from offramp.worker.probes.candidates.successors import NgramIndex
 
 
@@ -65,14 +66,14 @@ class RowGrouper:
         for indices in by_policy.values():
             members = [rows[index] for index in indices]
             asked = self._route if members[0].routes else self._group
-            found += asked(members, x_ND[indices])
+            found += asked(members, take(x_ND, indices))
         return found
 
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
         probe = self._probe(rows, x_ND)
         group: RowGroup
-        if isinstance(probe, FusedProbe) and probe.policy is not None:
-            group = FusedGroup(probe.policy, rows, probe)
+        if isinstance(probe, FusedProbe | DeviceProbe) and probe.policy is not None:
+            group = DecidedGroup(probe.policy, rows, probe)
         else:
             # A cast: to look whether an object has a protocol's methods takes longer than the rest.
             group = ExitGroup(cast(ExitPolicy, rows[0].policy), rows, probe)

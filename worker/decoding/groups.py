@@ -18,7 +18,8 @@ from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import Leaving, Sequence
-from offramp.worker.probes import Candidates, FusedProbe, Probe
+from offramp.worker.model.transfers import take
+from offramp.worker.probes import Candidates, Decider, Probe
 
 NOBODY = Leaving([])
 
@@ -81,7 +82,7 @@ class ExitGroup(PolicyGroup[Probe]):
         # The answer lies in a buffer of the policy's, which its next decision overwrites.
         leave_N = leave_N.copy()
         logits_NV = self.probe.logits()
-        known_NV = None if logits_NV is None else logits_NV[np.flatnonzero(leave_N)]
+        known_NV = None if logits_NV is None else take(logits_NV, np.flatnonzero(leave_N).tolist())
         leaving = [row for row, leaves in zip(self.rows, leave_N, strict=True) if leaves]
         self._keep(~leave_N)
         return Leaving(leaving, known_NV)
@@ -93,8 +94,8 @@ class ExitGroup(PolicyGroup[Probe]):
                 row.open[-1].left_at = (here, features_F.copy())
 
 
-class FusedGroup(PolicyGroup[FusedProbe]):
-    """Rows whose probe and policy are one compiled call."""
+class DecidedGroup(PolicyGroup[Decider]):
+    """Rows whose probe and policy are one call, compiled or on the device."""
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Probe and decide at once; a row whose features are not finite fails alone."""

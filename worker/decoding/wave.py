@@ -10,16 +10,16 @@ import time
 from collections.abc import Sequence as Rows
 from operator import attrgetter
 
-import torch
 from torch import Tensor
 
 from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
-from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, widened
+from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, sent, widened
 from offramp.worker.model.attention import decode_window, ragged_window
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.model.stack import Rotary
+from offramp.worker.model.transfers import take
 
 FILL_AT = 16
 """Exited tokens of a row that are projected together at the latest."""
@@ -53,12 +53,12 @@ class Wave:
         # In the order of their slots: attention then reads runs of the cache, without a gather.
         self.rows = sorted(rows, key=attrgetter("slot"))
         self.arrivals: list[Arrival] = []
-        self._at = first
-        self._later = list(later)
-        self._ending = ending
+        self._at, self._later, self._ending = first, list(later), ending
         self._joined = [0] * len(self.rows)
         self._x_NTD: Tensor | None = None
         self._rotary: Rotary = ()
+        # Slots and positions [N, 1] of the rows' newest tokens on the device; None: not there yet.
+        self._places: tuple[Tensor, Tensor] | None = None
         self.groups: list[RowGroup] = []
         if first == 0:
             self._begin_tokens()
@@ -112,7 +112,6 @@ class Wave:
         return self._x_NTD
 
     def _begin_tokens(self) -> None:
-        device = self.stack.device
         for row in self.rows:
             if not row.undecided:  # a token that nobody could draft has been opened before
                 row.open.append(OpenToken(row.position, 0, None))
@@ -120,13 +119,12 @@ class Wave:
             # Until its last layer has run, the entry is not full depth's, whatever it holds.
             self.context.kv.mark(row.slot, slice(row.position, row.position + 1), PENDING)
         self._joined = [1] * len(self.rows)
-        tokens_NT = torch.tensor([[row.next_input] for row in self.rows], device=device)
-        positions_NT = torch.tensor([[row.position] for row in self.rows], device=device)
-        self._x_NTD = self.stack.embed(tokens_NT, positions_NT)
+        tokens_N1, self._places = sent(self.rows, [row.next_input for row in self.rows], self.stack)
+        self._x_NTD = self.stack.embed(tokens_N1, self._places[1])
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
         free = [n for n, row in enumerate(self.rows) if self._may_leave(row)]
         x_ND = self._x_NTD[:, 0]
-        states_ND = x_ND if len(free) == len(self.rows) else x_ND[free]
+        states_ND = x_ND if len(free) in (0, len(self.rows)) else take(x_ND, free)
         start = time.perf_counter()
         free_rows = [self.rows[n] for n in free]
         self.groups = self.context.grouper.group_rows(free_rows, states_ND)
@@ -161,20 +159,15 @@ class Wave:
             self._x_NTD = widened(self.stack, self.rows, counts, joined_N, (self._x_NTD, places))
         self._joined = counts
         self._place()
-        columns = max(counts)
-        positions = [
-            [max(0, row.open[-1].position - back) for back in range(columns - 1, -1, -1)]
-            for row in self.rows
-        ]
-        positions_NT = torch.tensor(positions, device=self.stack.device)
-        self._rotary = self.stack.rotary(self._x, positions_NT)
+        self._rotary = self.stack.rotary(self._x, self._window.positions_BT)
 
     def _take_in(self, index: int) -> None:
-        """Let rows that join later take their places, once the depth of their tokens is reached."""
+        """Let rows join that stand at this depth, unless they wait on."""
         joining = [row for row in self._later if row.open[-1].depth == index]
         if joining and self._ending != "wait":
             self._later = [row for row in self._later if row not in joining]
             self.rows = sorted((*self.rows, *joining), key=attrgetter("slot"))
+            self._places = None
 
     def _place(self) -> None:
         """Say where the rows' tokens are written and what they attend to."""
@@ -182,7 +175,7 @@ class Wave:
         positions = [row.open[-1].position for row in self.rows]
         heads = self.stack.heads_per_key
         if self._x.shape[1] == 1 and all(self._joined):
-            self._window = decode_window(slots, positions, heads, self._x)
+            self._window = decode_window(slots, positions, heads, self._x, self._places)
         else:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
         self.context.kv.open(self._window)
@@ -202,7 +195,8 @@ class Wave:
             asked = group.rows
             # Rows may have changed slots, and so their order, while they waited.
             in_order = asked == self.rows
-            asked_N1D = read_N1D if in_order else read_N1D[[self.rows.index(row) for row in asked]]
+            places = [] if in_order else [self.rows.index(row) for row in asked]
+            asked_N1D = read_N1D if in_order else take(read_N1D, places)
             left = group.ask(self.context.guard, executed, asked_N1D)
             if len(group.rows) + len(left.rows) < len(asked):
                 self.context.overhead.failures += sum(row.policy_failed for row in asked)
@@ -221,17 +215,20 @@ class Wave:
             self.arrivals.append(
                 Arrival(row, executed, read_ND[n : n + 1], True, *leaving[n], drafted=True)
             )
-        full = [self.rows[n] for n in places if len(self.rows[n].open) >= FILL_AT]
-        self._fill([row for row in full if row.projects], executed)
+        left = [self.rows[n] for n in places]
+        self._fill([row for row in left if row.projects and len(row.open) >= FILL_AT], executed)
         stay = [n for n in range(len(self.rows)) if n not in leaving]
         self.rows = [self.rows[n] for n in stay]
         self._joined = [self._joined[n] for n in stay]
         if not stay:
-            self._x_NTD, self._rotary = None, ()
+            self._x_NTD, self._rotary, self._places = None, (), None
             return
         columns = max(self._joined)
-        self._x_NTD = self._x[stay][:, -columns:]
-        self._rotary = tuple(part[stay][:, -columns:] for part in self._rotary)
+        stay_N1, self._places = sent(self.rows, stay, self.stack)
+        self._x_NTD, *angles = (
+            part.index_select(0, stay_N1[:, 0])[:, -columns:] for part in (self._x, *self._rotary)
+        )
+        self._rotary = tuple(angles)
         self._place()
 
     def _mark_exited(self, n: int, executed: int) -> Sequence:

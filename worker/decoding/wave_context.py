@@ -19,6 +19,7 @@ from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.transfers import upload
 from offramp.worker.model.translators import ExitTranslators
 from offramp.worker.probes import ProbeFactory
 
@@ -159,10 +160,24 @@ def widened(
         if len(places) == len(rows):
             new_NTD[:, before] = old_NTD
         else:
-            new_NTD[list(places), before] = old_NTD
+            new_NTD[upload(places, stack.device), before] = old_NTD
     for n, row in enumerate(rows):
         fresh = row.open[len(row.open) - counts[n] : len(row.open) - joined[n]]
         for offset, token in enumerate(fresh):
             if token.state_D is not None:
                 new_NTD[n, columns - counts[n] + offset] = token.state_D
     return new_NTD
+
+
+def sent(
+    rows: Rows[Sequence], numbers: Rows[int], stack: LayerStack
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A number per row, and slots and positions of the rows' newest tokens, each [N, 1].
+
+    They go to the model's device together, since each upload costs a launch.
+    """
+    slots = [[row.slot] for row in rows]
+    positions = [[row.open[-1].position] for row in rows]
+    three = upload([[[number] for number in numbers], slots, positions], stack.device)
+    numbers_N1, slots_N1, positions_N1 = three.unbind()
+    return numbers_N1, (slots_N1, positions_N1)

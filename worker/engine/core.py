@@ -225,9 +225,9 @@ class EngineCore:
             budget -= tokens
             self.kv.reserve(row.prefilled + tokens)
             try:
-                logits_V = self.decoder.prefill(row, tokens)
-                if logits_V is not None:
-                    self._emitter.emit(row, logits_V, int(logits_V.argmax()), self.stack.layers)
+                judged = self.decoder.prefill(row, tokens)
+                if judged is not None:
+                    self._emitter.emit(row, *judged, self.stack.layers)
             except Exception as error:
                 row.error = error
 

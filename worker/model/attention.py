@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from offramp.worker.model.transfers import upload
+
 NAME = "offramp_slots"
 """Under which Hugging Face's attention modules find ``slot_attention``."""
 
@@ -46,11 +48,13 @@ class Window:
     Attributes:
         runs: The rows, in order.
         write: Index of the cache [S, G, C, H] that the new entries go to.
+        positions_BT: Position of every column, on the device; 0 at most for padding.
         chosen: Which of the [B, T] new entries are written, as two index tensors; None: all.
     """
 
     runs: tuple[Run, ...]
     write: tuple[Any, ...]
+    positions_BT: Tensor
     chosen: tuple[Tensor, Tensor] | None = None
 
 
@@ -100,13 +104,20 @@ def prefill_window(slot: int, first: int, tokens: int, heads_per_key: int, like:
     """Some tokens in a row of one slot, from position ``first`` on."""
     last = first + tokens
     write = (slot, slice(None), slice(first, last))
+    positions_1T = torch.arange(first, last, device=like.device)[None]
+    where = slice(slot, slot + 1)
     if first == 0:
-        return Window((Run(slice(0, 1), slice(slot, slot + 1), last, None, causal=True),), write)
-    return Window((_run(slice(0, 1), [slot], [last - 1], tokens, heads_per_key, like),), write)
+        return Window((Run(slice(0, 1), where, last, None, causal=True),), write, positions_1T)
+    run = _run(slice(0, 1), [slot], [last - 1], positions_1T, heads_per_key, like)
+    return Window((run,), write, positions_1T)
 
 
 def decode_window(
-    slots: Sequence[int], positions: Sequence[int], heads_per_key: int, like: Tensor
+    slots: Sequence[int],
+    positions: Sequence[int],
+    heads_per_key: int,
+    like: Tensor,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Window:
     """One new token per row.
 
@@ -115,12 +126,20 @@ def decode_window(
         positions: Where each row's token goes; it sees everything up to itself.
         heads_per_key: Query heads per key/value head.
         like: Tensor whose dtype and device the masks take.
+        places: Slots and positions [B, 1] on the device, where they are there already.
     """
-    runs = tuple(_run(rows, slots, positions, 1, heads_per_key, like) for rows in _runs(slots))
+    if places is None:
+        numbers = [[[slot] for slot in slots], [[position] for position in positions]]
+        slots_B1, positions_B1 = upload(numbers, like.device).unbind()
+    else:
+        slots_B1, positions_B1 = places
+    runs = tuple(
+        _run(rows, slots, positions, positions_B1, heads_per_key, like) for rows in _runs(slots)
+    )
     if len(slots) == 1:
-        return Window(runs, (slots[0], slice(None), slice(positions[0], positions[0] + 1)))
-    at = (torch.tensor(slots, device=like.device), torch.tensor(positions, device=like.device))
-    return Window(runs, (at[0], slice(None), at[1]))
+        here = slice(positions[0], positions[0] + 1)
+        return Window(runs, (slots[0], slice(None), here), positions_B1)
+    return Window(runs, (slots_B1[:, 0], slice(None), positions_B1[:, 0]), positions_B1)
 
 
 def ragged_window(
@@ -139,19 +158,25 @@ def ragged_window(
         heads_per_key, like: See ``decode_window``.
     """
     columns = max(lengths)
-    runs = tuple(
-        _run(rows, slots, positions, columns, heads_per_key, like) for rows in _runs(slots)
-    )
     if len(slots) == 1:
         first = positions[0] - columns + 1
-        return Window(runs, (slots[0], slice(None), slice(first, positions[0] + 1)))
+        return prefill_window(slots[0], first, columns, heads_per_key, like)
     cells = [
         (row, column, slots[row], positions[row] - (columns - 1 - column))
         for row in range(len(slots))
         for column in range(columns - lengths[row], columns)
     ]
-    row_M, column_M, slot_M, position_M = torch.tensor(cells, device=like.device).unbind(-1)
-    return Window(runs, (slot_M, slice(None), position_M), chosen=(row_M, column_M))
+    # In one go: each upload costs a launch.
+    numbers = upload([*positions, *itertools.chain.from_iterable(cells)], like.device)
+    last_B1 = numbers[: len(slots), None]
+    positions_BT = last_B1 - torch.arange(columns - 1, -1, -1, device=like.device)
+    # Padding may lie before a row's first token; then it sees that one, so that no sum is empty.
+    positions_BT = positions_BT.clamp(min=0)
+    runs = tuple(
+        _run(rows, slots, positions, positions_BT, heads_per_key, like) for rows in _runs(slots)
+    )
+    row_M, column_M, slot_M, position_M = numbers[len(slots) :].view(-1, 4).unbind(-1)
+    return Window(runs, (slot_M, slice(None), position_M), positions_BT, chosen=(row_M, column_M))
 
 
 def _runs(slots: Sequence[int]) -> list[slice]:
@@ -164,20 +189,17 @@ def _run(
     rows: slice,
     slots: Sequence[int],
     positions: Sequence[int],
-    columns: int,
+    positions_BT: Tensor,
     heads_per_key: int,
     like: Tensor,
 ) -> Run:
     last = positions[rows]
     span = max(last) + 1
     where = slice(slots[rows.start], slots[rows.stop - 1] + 1)
-    if columns == 1 and min(last) == span - 1:
+    if positions_BT.shape[1] == 1 and min(last) == span - 1:
         return Run(rows, where, span, None)
-    device = like.device
-    end_BT = torch.tensor(last, device=device)[:, None] - torch.arange(
-        columns - 1, -1, -1, device=device
-    )
-    seen_BTS = torch.arange(span, device=device) <= end_BT.clamp(min=0)[:, :, None]
-    mask = torch.zeros(seen_BTS.shape, dtype=like.dtype, device=device)
-    mask.masked_fill_(~seen_BTS, float("-inf"))
+    end_BT1 = positions_BT[rows, :, None]
+    unseen_BTS = torch.arange(span, device=like.device) > end_BT1
+    mask = torch.zeros(unseen_BTS.shape, dtype=like.dtype, device=like.device)
+    mask.masked_fill_(unseen_BTS, float("-inf"))
     return Run(rows, where, span, mask.repeat(1, heads_per_key, 1)[:, None])

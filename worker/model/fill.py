@@ -16,6 +16,7 @@ from offramp.controller.errors import ModelError
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight, can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
+from offramp.worker.model.transfers import upload
 
 
 class KVProjector:
@@ -43,8 +44,9 @@ class KVProjector:
         self._packed: dict[int, PackedWeight] = {}
         self.key_norm_LH = _stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
-        rotates_L = torch.tensor([w.rotates for w in weights], device=stack.device)
-        self.rotates_L11 = None if rotates_L.all() else rotates_L[:, None, None]
+        rotates = [[[w.rotates]] for w in weights]
+        is_plain = all(w.rotates for w in weights)
+        self.rotates_L11 = None if is_plain else upload(rotates, stack.device, torch.bool)
 
     def project(self, x_ND: Tensor, first_layer: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Keys and values for the layers from ``first_layer`` (index) on.
@@ -131,10 +133,9 @@ class CacheFiller:
 
     def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
         assert self._projector is not None
-        device = self._stack.device
         x_ND = torch.stack([token.state_D for token in tokens])
-        positions_N = torch.tensor([token.position for token in tokens], device=device)
-        slots_N = torch.tensor([token.slot for token in tokens], device=device)
+        places = [[token.position for token in tokens], [token.slot for token in tokens]]
+        positions_N, slots_N = upload(places, self._stack.device).unbind()
         rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
         keys, values = self._projector.project(x_ND, depth, rotary)
         self._kv.fill(depth, slots_N, positions_N, keys, values)

@@ -41,7 +41,7 @@ class SlotKV:
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
         self._used = [0] * slots
-        self._window = Window((), ())
+        self._window = Window((), (), torch.empty((0, 0)))
 
     @property
     def bytes_per_token(self) -> int:

@@ -22,16 +22,18 @@ from offramp.controller.features import (
     IntArray,
     hidden_schema,
 )
+from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import Policy
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
+from offramp.worker.probes.candidates.device_probe import DeviceProbe
 from offramp.worker.probes.candidates.fused import FusedProbe
 from offramp.worker.probes.candidates.successors import NgramIndex, candidates_of
 from offramp.worker.probes.probe import BlankProbe, Probe, ProbeInputs
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
-from offramp.worker.probes.state import HiddenProbe, StateProbe
+from offramp.worker.probes.state import HiddenProbe, state_probe
 
 MakesProbe = Callable[[ProbeInputs], Probe]
 
@@ -40,7 +42,7 @@ PROBES: MappingProxyType[str, MakesProbe] = MappingProxyType(
         CANDIDATES_V1.digest: CandidateProbe.of,
         SOFTMAX_V2.digest: SoftmaxProbe,
         SKETCH_V1.digest: SketchProbe.of,
-        STATE_V1.digest: StateProbe,
+        STATE_V1.digest: state_probe,
     }
 )
 """How to probe, by digest of the schema."""
@@ -87,6 +89,9 @@ class ProbeFactory:
         inputs = ProbeInputs(
             self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK
         )
+        # Kinds of policies derive from it, and decide otherwise.
+        if candidates_NK is not None and not self.readout.is_host and type(policy) is MlpPolicy:
+            return DeviceProbe(inputs, policy)
         return make_probe(policy.schema, inputs)
 
     def fused_probe(self, policy: Policy, rows: int) -> FusedProbe | None:

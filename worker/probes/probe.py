@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import BoolArray, FloatArray, IntArray
+from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.probes.readout import Readout
 
 
@@ -30,6 +31,28 @@ class Probe(Protocol):
 
     def logits(self) -> Tensor | None:
         """Whole logits [N, V] that the last ``features`` computed anyway; None if it did not."""
+        ...
+
+
+class Decider(Probe, Protocol):
+    """A probe that can ask an MLP policy by itself.
+
+    Attributes:
+        policy: The policy that it asks; None if the rows' policy is of another kind.
+    """
+
+    policy: MlpPolicy | None
+
+    def leaving(self, layer: int, x_N1D: Tensor) -> tuple[list[int], list[int]]:
+        """Ask the policy about all rows; those that leave, or fail, are then forgotten.
+
+        Args:
+            layer: Layers executed so far.
+            x_N1D: The rows' hidden states.
+
+        Returns:
+            Places of the rows that leave, and of those whose features or logit are not finite.
+        """
         ...
 
 

@@ -2,7 +2,8 @@
 
 At batch 1 the price of a probe is not arithmetic but dispatch: a torch operation costs 3 to 10 µs,
 a numpy one about 1 µs (measured; see docs/probes.md). So on a CPU they run in compiled code and in
-numpy. On another device the scores run there, and all else here, after one transfer.
+numpy. On another device the candidate and state probes run there, and all else here, after one
+transfer.
 
 Shape suffixes: N rows, K candidates, D width, V vocabulary; 2 weight and bias.
 """
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from offramp.controller.features import FloatArray, IntArray
 from offramp.worker.model.stack import LayerStack
+from offramp.worker.model.transfers import fetch, upload
 from offramp.worker.probes.candidates.kernel import Bits, Rows
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 DERIVED = 8
@@ -113,7 +116,7 @@ class Readout:
         self.is_host = stack.device.type == "cpu"
         self.norm_2D = None if self.norm is None else self.norm.both_2D
         self.head_VD = _head_view(stack) if self.is_host else None
-        self._derived: dict[tuple[object, int], tuple[IntArray, Any]] = {}
+        self._derived: dict[tuple[object, int], tuple[object, Any]] = {}
         self._deriving = threading.Lock()  # held to change the dictionary, not to compute
 
     def host(self, x_ND: Tensor) -> FloatArray:
@@ -128,19 +131,22 @@ class Readout:
 
     def head_rows(self, tokens_NK: IntArray) -> FloatArray:
         """Rows of the head in host memory, [N, K, D] float32."""
-        tokens = torch.tensor(tokens_NK, device=self.stack.device)
-        return _host(self.stack.head_rows(tokens))
+        return _host(self.stack.head_rows(upload(tokens_NK, self.stack.device)))
 
-    def derived(self, make: Callable[[Readout, IntArray], T], table_VK: IntArray) -> T:
-        """``make(self, table_VK)``, computed once per table and kept for the latest few.
+    def derived(self, make: Callable[[Readout, S], T], source: S) -> T:
+        """``make(self, source)``, computed once per source and kept for the latest few.
 
         Another thread than the engine's may ask too, to have it ready.
+
+        Args:
+            make: What computes it.
+            source: A candidate table or a policy, told apart by its identity.
         """
-        key = (make, id(table_VK))
+        key = (make, id(source))
         known = self._derived.get(key)
         if known is None:
-            # The table is kept too, so that its id stays its own.
-            known = (table_VK, make(self, table_VK))
+            # The source is kept too, so that its id stays its own.
+            known = (source, make(self, source))
             with self._deriving:
                 while len(self._derived) >= DERIVED:
                     del self._derived[next(iter(self._derived))]
@@ -150,7 +156,7 @@ class Readout:
 
 
 def _host(x: Tensor) -> FloatArray:
-    array: FloatArray = x.detach().float().cpu().numpy()
+    array: FloatArray = fetch(x.detach().float())[0].numpy()
     return array
 
 

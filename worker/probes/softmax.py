@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray, IntArray
 from offramp.controller.traces import SOFTMAX_COLUMNS
+from offramp.worker.model.transfers import fetch
 from offramp.worker.probes.probe import ProbeInputs
 
 
@@ -67,9 +68,10 @@ def softmax_features(logits_NV: Tensor) -> tuple[FloatArray, IntArray]:
     # entr(0) is 0, where p · ln p would be NaN.
     entropy_N = torch.special.entr(chances_NV).sum(-1) / math.log(logits_NV.shape[-1])
     top1_N, second_N = best_N2.values.unbind(-1)
-    sure_NS = torch.stack((top1_N, top1_N - second_N, entropy_N), dim=-1).cpu().numpy()
+    sure_NS = torch.stack((top1_N, top1_N - second_N, entropy_N), dim=-1)
     assert sure_NS.shape[1] == len(SOFTMAX_COLUMNS)
-    return sure_NS, best_N2.indices[:, 0].to(torch.int32).cpu().numpy()
+    sure_NS, best_N = fetch(sure_NS, best_N2.indices[:, 0].to(torch.int32))
+    return sure_NS.numpy(), best_N.numpy()
 
 
 def one_row(logits_1V: Tensor) -> tuple[FloatArray, IntArray]:

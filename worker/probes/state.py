@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from offramp.controller.features import STATE_V1, BoolArray, FloatArray
+from offramp.worker.model.transfers import fetch, take
 from offramp.worker.probes.probe import ProbeInputs
 
 TINY = 1e-30
@@ -40,15 +42,8 @@ class StateProbe:
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of STATE_V1, [N, F]."""
-        state_ND = self._host(x_ND)
-        vectors = self._vectors_N5D
-        vectors[:, STATE + 1] = vectors[:, STATE]
-        vectors[:, UPDATE + 1] = vectors[:, UPDATE]
-        vectors[:, STATE] = state_ND
-        np.subtract(state_ND, vectors[:, STATE + 1], vectors[:, UPDATE])
-        products = np.matmul(vectors, vectors.transpose(0, 2, 1)).tolist()
-        peaks = np.abs(state_ND).max(-1).tolist()
-        out_NF = np.empty((len(state_ND), STATE_V1.width), np.float32)
+        products, peaks = self._products(x_ND)
+        out_NF = np.empty((len(products), STATE_V1.width), np.float32)
         for row, (product, peak) in enumerate(zip(products, peaks, strict=True)):
             place = (layer / self._layers, self._position_N[row])
             out_NF[row] = (*_statistics(product, peak), *place)
@@ -62,6 +57,53 @@ class StateProbe:
     def logits(self) -> Tensor | None:
         """Give None: no logits were computed."""
         return None
+
+    def _products(self, x_ND: Tensor) -> tuple[list[list[list[float]]], list[float]]:
+        """Products of each row's five vectors, [N, 5, 5], and its largest |h_i|, [N]."""
+        state_ND = self._host(x_ND)
+        vectors = self._vectors_N5D
+        vectors[:, STATE + 1] = vectors[:, STATE]
+        vectors[:, UPDATE + 1] = vectors[:, UPDATE]
+        vectors[:, STATE] = state_ND
+        np.subtract(state_ND, vectors[:, STATE + 1], vectors[:, UPDATE])
+        products = np.matmul(vectors, vectors.transpose(0, 2, 1)).tolist()
+        return products, np.abs(state_ND).max(-1).tolist()
+
+
+class DeviceStateProbe(StateProbe):
+    """STATE_V1 of states on another device: only the products come to the host, in one transfer.
+
+    Args: as for ``StateProbe``.
+    """
+
+    def __init__(self, inputs: ProbeInputs) -> None:
+        stack = inputs.readout.stack
+        self._layers = stack.layers
+        self._position_N = inputs.positions_N / stack.context
+        start_ND = inputs.x_ND.float()
+        still_ND = torch.zeros_like(start_ND)
+        self._rows_N5D = torch.stack(
+            (torch.ones_like(start_ND), start_ND, start_ND, still_ND, still_ND), dim=1
+        )
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Forget the rows that left."""
+        self._rows_N5D = take(self._rows_N5D, np.flatnonzero(stay_N).tolist())
+        self._position_N = self._position_N[stay_N]
+
+    def _products(self, x_ND: Tensor) -> tuple[list[list[list[float]]], list[float]]:
+        state_ND = x_ND.float()
+        ones_ND, last_ND, _, update_ND, _ = self._rows_N5D.unbind(1)
+        vectors = (ones_ND, state_ND, last_ND, state_ND - last_ND, update_ND)
+        self._rows_N5D = torch.stack(vectors, dim=1)
+        products_N55 = torch.bmm(self._rows_N5D, self._rows_N5D.transpose(1, 2))
+        products_N55, peaks_N = fetch(products_N55, state_ND.abs().amax(-1))
+        return products_N55.tolist(), peaks_N.tolist()
+
+
+def state_probe(inputs: ProbeInputs) -> StateProbe:
+    """The probe of STATE_V1 for where the model's states lie."""
+    return (StateProbe if inputs.readout.is_host else DeviceStateProbe)(inputs)
 
 
 def _statistics(product: list[list[float]], peak: float) -> tuple[float, ...]:

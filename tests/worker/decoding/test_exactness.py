@@ -20,7 +20,7 @@ from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.decoder import Decoder
-from support.exactness import check_fill, hf_greedy
+from support.exactness import assert_same, check_fill, hf_greedy
 from support.models import LAYERS, VOCAB, make_model, truncated
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
@@ -61,21 +61,22 @@ def counted_rows(blocks: list[nn.Module]) -> Iterator[Counter[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_exits_off_equals_generate_alone(family: str, dtype: torch.dtype) -> None:
     model = make_model(family, dtype)
     engine = AdaptiveEngine.from_pretrained(model)
     for prompt in PROMPTS:
-        [expected] = hf_greedy(model, [prompt], GREEDY.max_tokens)
-        assert engine.generate(prompt, GREEDY)[0].token_ids == expected
+        expected = hf_greedy(model, [prompt], GREEDY.max_tokens)
+        assert_same(model, [prompt], [engine.generate(prompt, GREEDY)[0].token_ids], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_exits_off_equals_generate_in_a_ragged_batch(family: str, dtype: torch.dtype) -> None:
     model = make_model(family, dtype)
     engine = AdaptiveEngine.from_pretrained(model)
     completions = engine.generate(PROMPTS, GREEDY, NeverExit())
-    assert [c.token_ids for c in completions] == hf_greedy(model, PROMPTS, GREEDY.max_tokens)
+    expected = hf_greedy(model, PROMPTS, GREEDY.max_tokens)
+    assert_same(model, PROMPTS, [c.token_ids for c in completions], expected)
 
 
 def test_the_model_is_no_degenerate_one(family: str) -> None:
@@ -83,7 +84,7 @@ def test_the_model_is_no_degenerate_one(family: str) -> None:
     assert len({token for row in rows for token in row}) > 12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_a_static_exit_equals_the_truncated_model(
     family: str, layer: int, dtype: torch.dtype
@@ -95,9 +96,9 @@ def test_a_static_exit_equals_the_truncated_model(
     # the first layers, whose cached entries the truncated model shares.
     for prompt in PROMPTS:
         first = engine.generate(prompt, SamplingParams(max_tokens=1))[0].token_ids
-        [expected] = hf_greedy(short, [prompt + first], GREEDY.max_tokens - 1)
+        expected = hf_greedy(short, [prompt + first], GREEDY.max_tokens - 1)
         emitted = engine.generate(prompt, GREEDY, FixedExit(layer))[0]
-        assert emitted.token_ids[1:] == expected
+        assert_same(short, [prompt + first], [emitted.token_ids[1:]], expected)
         assert emitted.exit_layers[1:] == [layer] * (len(emitted.token_ids) - 1)
 
 

@@ -54,7 +54,8 @@ def engine_of(model: Any, **config: Any) -> AdaptiveEngine:
 @torch.inference_mode()
 def full_entries(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a full pass, [L, G, T, H]."""
-    cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
+    ids = torch.tensor([tokens], device=model.device)
+    cache = model(ids, use_cache=True).past_key_values
     keys, values = zip(*((layer.keys[0], layer.values[0]) for layer in cache.layers), strict=True)
     return torch.stack(keys), torch.stack(values)
 

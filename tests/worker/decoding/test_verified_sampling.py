@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
-from support.models import SHAPE
+from support.models import DEVICE, SHAPE
 from support.rows import RandomExit, drain
 
 VOCAB, LAYERS = 4, 2
@@ -27,7 +27,7 @@ def model() -> Any:
     torch.manual_seed(3)
     shape = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "initializer_range": 0.3}
     config = LlamaConfig(**{**SHAPE, **shape, "eos_token_id": None})
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False).to(DEVICE)
 
 
 def nucleus(logits_V: np.ndarray) -> np.ndarray:
@@ -44,7 +44,8 @@ def exact_chances(model: Any) -> dict[tuple[int, ...], float]:
     """Of every sequence of three tokens, from Hugging Face's logits."""
     chances = {}
     for tokens in itertools.product(range(VOCAB), repeat=3):
-        logits_TV = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 :].numpy()
+        ids = torch.tensor([[*PROMPT, *tokens]], device=DEVICE)
+        logits_TV = model(ids).logits[0, len(PROMPT) - 1 :].cpu().numpy()
         steps = [nucleus(logits_TV[t].astype(np.float64))[tokens[t]] for t in range(3)]
         chances[tokens] = float(np.prod(steps))
     return chances

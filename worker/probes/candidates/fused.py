@@ -85,28 +85,20 @@ class FusedProbe:
         self.begin([NgramIndex((0,))], [()], x_1D, [0])
         self.features(1, x_1D)
         if self.policy is not None:
-            self.leaving(1, x_1D)
+            self.leaving(1, x_1D[:, None])
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
         features_NF: FloatArray = fused_features(*self._arguments(layer, x_ND))
         return features_NF
 
-    def leaving(self, layer: int, x_ND: Tensor) -> tuple[list[int], list[int]]:
-        """Ask the policy about all rows; those that leave, or fail, are then forgotten.
-
-        Args:
-            layer: Layers executed so far.
-            x_ND: The rows' hidden states.
-
-        Returns:
-            Places of the rows that leave, and of those whose features or logit are not finite.
-        """
+    def leaving(self, layer: int, x_N1D: Tensor) -> tuple[list[int], list[int]]:
+        """Ask the policy about all rows, as ``Decider`` says."""
         policy = self.policy
         assert policy is not None
         # float(): a NumPy scalar is another type to the compiled code, which would compile again.
         gone = fused_decision(
-            *self._arguments(layer, x_ND), policy.flat, policy.sizes, float(policy.threshold),
+            *self._arguments(layer, x_N1D), policy.flat, policy.sizes, float(policy.threshold),
             self._gone_S,
         )  # fmt: skip
         if not gone:

@@ -5,39 +5,25 @@ Shape suffixes: N rows, K candidates, D width, F features.
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
+from offramp.controller.features import BoolArray, FloatArray, IntArray
+from offramp.worker.model.transfers import fetch, upload
 from offramp.worker.probes.candidates.kernel import (
     BEST,
+    LOGIT_SCALE,
     SMALLEST,
     Rows,
     candidate_features,
     remember,
 )
-from offramp.worker.probes.confidence import Confidence
 from offramp.worker.probes.readout import Readout, raw
-
-
-def motion_rows(
-    dots_N: FloatArray, squares_N: FloatArray, last_squares_N: FloatArray
-) -> FloatArray:
-    """Both columns of N rows, [N, 2].
-
-    Args:
-        dots_N: Product of each state and the last one.
-        squares_N, last_squares_N: Their squared lengths.
-    """
-    squares_N = np.maximum(squares_N, np.float32(SMALLEST))
-    last_squares_N = np.maximum(last_squares_N, np.float32(SMALLEST))
-    cosine_N = dots_N / np.sqrt(squares_N) / np.sqrt(last_squares_N)
-    return np.stack((cosine_N, 0.5 * np.log(squares_N / last_squares_N)), axis=-1)
-
 
 Start = tuple[IntArray, FloatArray, FloatArray]
 
@@ -128,8 +114,38 @@ class HostScorer:
         self._last_ND, self._memory_NM = self._last_ND[stay_N], self._memory_NM[stay_N]
 
 
+class DeviceRows(NamedTuple):
+    """What is remembered of rows, on the device.
+
+    Attributes:
+        candidates_NK: The tokens that are scored.
+        head_NKD: Their rows of the LM head.
+        place_N: Position / context length.
+        last_ND: State of the last probe, float32.
+        best_N: Place of the best candidate; −1: none yet.
+        top1_N: Probability of that candidate.
+        run_N: Probes in a row with it.
+    """
+
+    candidates_NK: Tensor
+    head_NKD: Tensor
+    place_N: Tensor
+    last_ND: Tensor
+    best_N: Tensor
+    top1_N: Tensor
+    run_N: Tensor
+
+
 class DeviceScorer:
-    """Through the model's own norm, on its device: one transfer, so one synchronisation."""
+    """In torch, on the model's device and through its own norm; what comes back is one transfer.
+
+    Args:
+        readout: The model's norm and head.
+        candidates_NK: The candidates' tokens.
+        x_ND: What comes before the rows' first states.
+        place_N: Position / context length of each row's token.
+        exits: Number of exits the policy may ask at.
+    """
 
     def __init__(
         self,
@@ -139,55 +155,80 @@ class DeviceScorer:
         place_N: FloatArray,
         exits: int,
     ) -> None:
-        self._stack = readout.stack
-        rows, self._scored = candidates_NK.shape
-        tokens = torch.tensor(candidates_NK, device=self._stack.device)
-        self._rows_NKD = self._stack.head_rows(tokens)
-        self._candidates_NK = candidates_NK
-        self._last_ND = x_ND.float()
-        self._confidence = Confidence(rows, self._scored, exits)
-        self._place_N = place_N
+        self._stack, device = readout.stack, readout.stack.device
+        self._exits = exits
+        tokens_NK = upload(candidates_NK, device)
+        nothing_N = torch.zeros(len(x_ND), device=device)
+        self._rows = DeviceRows(
+            candidates_NK=tokens_NK,
+            head_NKD=self._stack.head_rows(tokens_NK),
+            place_N=upload(place_N, device, torch.float32),
+            last_ND=x_ND.float().clone(),  # the caller may overwrite its states
+            best_N=torch.full((len(x_ND),), -1, device=device),
+            top1_N=nothing_N,
+            run_N=nothing_N,
+        )
+        self._named_N = np.empty(0, np.int32)
+
+    def columns(self, depth: float, x_ND: Tensor) -> Tensor:
+        """Compute all columns on the device, [N, F] float32; nothing waits for them."""
+        rows = self._rows
+        scores_NK = torch.bmm(rows.head_NKD, self._stack.norm(x_ND).unsqueeze(-1)).squeeze(-1)
+        sure_N4, best_N = _sure(scores_NK.float())
+        top1_N, agrees_N = sure_N4[:, 0], best_N == rows.best_N
+        change_N = torch.where(rows.best_N < 0, 0.0, top1_N - rows.top1_N)
+        run_N = torch.where(agrees_N, rows.run_N + 1.0, 0.0)
+        state_ND = x_ND.float()
+        motion_N2 = _motion(state_ND, rows.last_ND)
+        last_ND = state_ND.clone() if state_ND is x_ND else state_ND
+        self._rows = rows._replace(last_ND=last_ND, best_N=best_N, top1_N=top1_N, run_N=run_N)
+        depth_N = torch.full_like(change_N, depth)
+        since = (agrees_N.float(), run_N / self._exits, change_N, depth_N, rows.place_N)
+        return torch.cat((sure_N4, motion_N2, torch.stack(since, dim=-1)), dim=-1)
 
     def features(self, depth: float, x_ND: Tensor) -> FloatArray:
-        """Compute all columns, [N, F]."""
-        scores_NK, *products = self._score(x_ND)
-        out_NF = np.empty((len(scores_NK), CANDIDATES_V1.width), np.float32)
-        out_NF[:, :4], out_NF[:, 6:9] = self._confidence.rows(scores_NK)
-        out_NF[:, 4:6] = motion_rows(*products)
-        out_NF[:, 9] = depth
-        out_NF[:, 10] = self._place_N
-        return out_NF
+        """Compute all columns, [N, F]; the best candidates come along."""
+        columns_NF = self.columns(depth, x_ND)
+        rows = self._rows
+        named_N1 = rows.candidates_NK.gather(1, rows.best_N[:, None])
+        columns_NF, named_N1 = fetch(columns_NF, named_N1)
+        self._named_N = named_N1[:, 0].numpy().astype(np.int32)
+        features_NF: FloatArray = columns_NF.numpy()
+        return features_NF
 
     def best_N(self) -> IntArray:
         """Name the best candidates, [N]."""
-        return _taken(self._candidates_NK, self._confidence.best_N)
+        return self._named_N
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._candidates_NK = self._candidates_NK[stay_N]
-        stay = torch.from_numpy(stay_N).to(self._stack.device)
-        self._rows_NKD, self._last_ND = self._rows_NKD[stay], self._last_ND[stay]
-        self._confidence.keep(stay_N)
-        self._place_N = self._place_N[stay_N]
+        if len(self._named_N):
+            self._named_N = self._named_N[stay_N]
+        stay_M = upload(np.flatnonzero(stay_N), self._stack.device)
+        self._rows = DeviceRows(*(part.index_select(0, stay_M) for part in self._rows))
 
-    def _score(self, x_ND: Tensor) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Scores [N, K]; product with the last state, squared length, the last state's, [N]."""
-        stack = self._stack
-        scores_NK = torch.bmm(self._rows_NKD, stack.norm(x_ND).unsqueeze(-1)).squeeze(-1)
-        state_ND = x_ND.float()
-        last_ND = self._last_ND
-        products_N3 = torch.stack(
-            [
-                torch.linalg.vecdot(state_ND, last_ND),
-                torch.linalg.vecdot(state_ND, state_ND),
-                torch.linalg.vecdot(last_ND, last_ND),
-            ],
-            dim=-1,
-        )
-        # A copy where float() made none: the caller may overwrite its states.
-        self._last_ND = state_ND.clone() if state_ND is x_ND else state_ND
-        packed = torch.cat((scores_NK.float(), products_N3), dim=-1).cpu().numpy()
-        return packed[:, : self._scored], packed[:, -3], packed[:, -2], packed[:, -1]
+
+def _sure(scores_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """top1, margin, entropy / ln K and top score of each row's softmax; the best one's place."""
+    top_N, second_N = scores_NK.topk(2, dim=-1).values.unbind(-1)
+    shifted_NK = scores_NK - top_N[:, None]
+    weights_NK = shifted_NK.exp()
+    total_N = weights_NK.sum(-1)
+    second_N = (second_N - top_N).exp()
+    mean_N = (weights_NK * shifted_NK).sum(-1) / total_N
+    entropy_N = (total_N.log() - mean_N) / math.log(scores_NK.shape[1])
+    parts = (1.0 / total_N, (1.0 - second_N) / total_N, entropy_N, top_N / LOGIT_SCALE)
+    # Of equal scores the first counts, as on the host; topk may name any of them.
+    return torch.stack(parts, dim=-1), scores_NK.argmax(-1)
+
+
+def _motion(state_ND: Tensor, last_ND: Tensor) -> Tensor:
+    """Cosine of each state to the last one, and the logarithm of their lengths' ratio, [N, 2]."""
+    dots_N = torch.linalg.vecdot(state_ND, last_ND)
+    squares_N = torch.linalg.vecdot(state_ND, state_ND).clamp(min=SMALLEST)
+    before_N = torch.linalg.vecdot(last_ND, last_ND).clamp(min=SMALLEST)
+    cosine_N = dots_N / squares_N.sqrt() / before_N.sqrt()
+    return torch.stack((cosine_N, 0.5 * (squares_N / before_N).log()), dim=-1)
 
 
 def make_scorer(
