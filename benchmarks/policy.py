@@ -1,4 +1,4 @@
-"""What does one decision cost? One PPO actor, three ways to run it.
+"""What does one decision cost? One PPO actor, three ways to run it; and each probe in the loop.
 
 *numpy* is the exported policy that workers run, *sb3* is Stable-Baselines3's ``predict``, *torch*
 the actor's modules called directly. All decide the same rows, and their decisions must be equal on
@@ -6,6 +6,12 @@ every one of them. Backends take turns, call by call; a number is the median ove
 the rows.
 
     python benchmarks/policy.py --json policy.json
+    python benchmarks/policy.py --probes --json probes.json
+
+With ``--probes``, what a whole question costs: *warm* is a call right after itself; *loop* is what
+the same call takes between two layers of a real decode step, whose weights have pushed everything
+out of the caches. Only the latter is paid. All parts are taken in turn, and a part's time is
+reported in microseconds and in layers of that model.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +34,13 @@ from stable_baselines3 import PPO
 from offramp.agents.learning.export import Normaliser, ppo_weights
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
+from offramp.research.probe_costs import probe_costs
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.profiling.samples import median_interval
+from offramp.worker.spec import WorkerSpec, load_engine
 
+EXITS = (3, 6, 9)
+CANDIDATES = 64
 ROWS = (1, 8, 64, 1024)
 CHECKED_ROWS = 20_000
 """Rows on which all backends must decide alike."""
@@ -55,7 +66,13 @@ def main(
     repeats: Annotated[int, typer.Option(help="Timings per backend and number of rows.")] = 4000,
     quick: Annotated[bool, typer.Option("--quick", help="400 timings: seconds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    probes: Annotated[bool, typer.Option(help="Measure probes in the loop instead.")] = False,
+    model: Annotated[str, typer.Option(help="Of probes: model folder.")] = "models/reference",
+    dtype: Annotated[str, typer.Option(help="Of probes: float32 or bfloat16.")] = "float32",
 ) -> None:
+    if probes:
+        measure_probes(WorkerSpec(model=model, dtype=dtype, threads=1), quick, json_file)
+        return
     torch.set_num_threads(1)
     backends = build()
     rng = np.random.default_rng(1)
@@ -68,6 +85,28 @@ def main(
     ]
     show(found)
     if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1))
+
+
+def measure_probes(spec: WorkerSpec, quick: bool, json_file: Path | None) -> None:
+    engine = load_engine(spec)
+    vocab, rng = engine.stack.vocab, np.random.default_rng(0)
+    table_VK = np.stack([rng.permutation(vocab)[:CANDIDATES] for _ in range(vocab)])
+    repeats = 20 if quick else 200
+    costs = probe_costs(engine, table_VK.astype(np.int32), exits=EXITS, repeats=repeats)
+    machine = describe_machine(engine.stack.dtype)
+    heads = ("warm", "loop", "decide", "question", "build", "per token", "share", "layers")
+    title = f"{machine}; K={CANDIDATES}, batch 1, exits {EXITS}"
+    table = Table("schema", *heads, title=title, caption="µs; layers: one question in the loop")
+    for name, cost in costs.items():
+        parts = (cost.warm_s, cost.probe_s, cost.decide_s, cost.ask_s, cost.build_s, cost.token_s)
+        cells = [f"{part * 1e6:.1f}" for part in parts]
+        table.add_row(name, *cells, f"{cost.share:.1%}", f"{cost.layers:.3f}")
+    Console().print(table)
+    if json_file is not None:
+        rows = {name: asdict(cost) for name, cost in costs.items()}
+        settings = {"model": spec.model, "candidates": CANDIDATES, "exits": EXITS}
+        found = {"machine": machine, "repeats": repeats, **settings, "rows": rows}
         json_file.write_text(json.dumps(found, indent=1))
 
 
@@ -88,7 +127,7 @@ def build() -> dict[str, Decide]:
         actor.action_net.weight.mul_(100)  # as it begins, it hardly tells actions apart
     columns = CANDIDATES_V1.width + 1
     plain = Normaliser(np.zeros(columns, np.float32), np.ones(columns, np.float32))
-    exported = MlpPolicy((3, 6, 9), CANDIDATES_V1, ppo_weights(model, plain, PREFERENCE))
+    exported = MlpPolicy(EXITS, CANDIDATES_V1, ppo_weights(model, plain, PREFERENCE))
     net = torch.nn.Sequential(*actor.mlp_extractor.policy_net, actor.action_net)
 
     def observed(features_NF: FloatArray) -> FloatArray:

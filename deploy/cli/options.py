@@ -34,6 +34,9 @@ Weights = Annotated[
         help="native, int8 or int4 (int4:64: in groups of 64; int4,native: the head as it is)."
     ),
 ]
+DraftWeights = Annotated[
+    str, typer.Option(help="In verify, draft on a copy with such weights, as int4 [default: none].")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
 SharedThreads = Annotated[
@@ -209,8 +212,8 @@ def require_loadable(spec: WorkerSpec, settings: Settings) -> None:
             "hold", f"{holds[-1]} is not below the model's {layers} layers", "Hold earlier"
         )
     engine = spec.engine
-    asks = (engine.translators, engine.kv_budget_mb, None if engine.precision.is_native else True)
-    if any(each is not None for each in asks):
+    fewer_bytes = engine.draft_precision is not None or not engine.precision.is_native
+    if engine.translators is not None or engine.kv_budget_mb is not None or fewer_bytes:
         # Only the weights tell whether translators are theirs and kernels fit them, and only the
         # cache its block's size.
         load_engine(replace(spec, device="cpu"))

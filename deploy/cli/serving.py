@@ -32,6 +32,11 @@ def add_to(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
+Trust = Annotated[
+    Path | None, typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME].")
+]
+
+
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: Annotated[
@@ -45,11 +50,10 @@ def serve(
     ] = 6390,
     slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
-    trust: Annotated[
-        Path | None, typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME].")
-    ] = None,
+    trust: Trust = None,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
+    draft_weights: options.DraftWeights = "",
     device: options.Device = "cpu",
     threads: options.SharedThreads = "auto",
     kv_mode: options.CacheMode = "project",
@@ -78,6 +82,7 @@ def serve(
                 kv_budget_mb=kv_budget_mb,
                 translators=translators and translators.resolve(),
                 precision=Precision.parse(weights),
+                draft_precision=Precision.parse(draft_weights) if draft_weights else None,
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,

@@ -15,6 +15,7 @@ from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.serve.serve_app import PoolConfig
 from offramp.worker import AdaptiveEngine, EngineConfig, Schedule
+from offramp.worker.model.precision import Precision
 from offramp.worker.model.translators import ExitTranslators, Translator
 from offramp.worker.spec import WorkerSpec, load_engine
 
@@ -52,6 +53,30 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_settings_left_out_are_the_engines_own(served: Callable[..., PoolConfig]) -> None:
     assert served().worker.engine == EngineConfig()
+
+
+def test_weights_reach_the_workers(served: Callable[..., PoolConfig]) -> None:
+    asked = ("--dtype", "bfloat16", "--weights", "int8", "--draft-weights", "int4:64,native")
+    engine = served(*asked).worker.engine
+    assert engine.precision == Precision(weights="int8")
+    assert engine.draft_precision == Precision(weights="int4", group_size=64, head="native")
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        (("--weights", "int8"), "bfloat16"),
+        (("--weights", "int3", "--dtype", "bfloat16"), "int3"),
+        (("--draft-weights", "native"), "draft_weights"),
+        (("--draft-weights", "int4:128,int4", "--dtype", "bfloat16"), "group_size"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_refused_before_anything_starts(
+    cli: Callable[..., tuple[int, str]], asked: tuple[str, ...], problem: str
+) -> None:
+    status, output = cli("serve", *asked)
+    assert status != 0
+    assert problem in output
 
 
 @pytest.mark.parametrize("hold", [["--hold", "3,6"], ["--hold", "3", "--hold", "6"]])
