@@ -49,7 +49,7 @@ from shared.workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.drafts.static_draft import StaticDraft
-from offramp.controller.policies.protocols import ExitPolicy, NeverExit
+from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
@@ -81,7 +81,7 @@ class Competitor:
     name: str
     kv_mode: KVMode | None = None
     schedule: str | None = None
-    policy: Callable[[], ExitPolicy] = NeverExit
+    policy: Callable[[], Policy] = NeverExit
     exit_share: float | None = None
 
 
@@ -185,10 +185,10 @@ def drafters() -> list[Competitor]:
     """Full depth, and drafts of a fixed exit and length, by schedule."""
     found = [Competitor("full depth", "verify", "lock-step")]
     for layer, length in STATIC:
-        policy = StaticDraft(layer=layer, length=length)
+        policy = partial(StaticDraft, layer=layer, length=length)
         for schedule in ("lock-step", "together", "priced"):
             name = f"static, exit {layer}, {length}"
-            found.append(Competitor(name, "verify", schedule, lambda policy=policy: policy))
+            found.append(Competitor(name, "verify", schedule, policy))
     return found
 
 

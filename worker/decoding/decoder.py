@@ -15,8 +15,8 @@ from offramp.controller.features import MAX_PENDING
 from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.draft_wave import DraftWave
 from offramp.worker.decoding.grouping import RowGrouper
+from offramp.worker.decoding.groups import Load
 from offramp.worker.decoding.guard import PolicyGuard
-from offramp.worker.decoding.outlook import Load
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.decoding.wave import Wave

@@ -12,9 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
-from offramp.worker.decoding.groups import DecidedGroup, ExitGroup, RoutedRow
+from offramp.worker.decoding.groups import DecidedGroup, ExitGroup, Load, RoutedRow, outlook_of
 from offramp.worker.decoding.guard import PolicyGuard
-from offramp.worker.decoding.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.model.transfers import take
 from offramp.worker.probes import DeviceProbe, FusedProbe, Probe, ProbeFactory

@@ -1,11 +1,12 @@
 """Rows that are asked together because they run under one policy, and rows that are asked alone.
 
-Shape suffixes: N rows, D width, V vocabulary, F features.
+Shape suffixes: N rows, D width, V vocabulary, F features, C columns of outlook.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import numpy as np
@@ -16,10 +17,15 @@ from offramp.controller.features import BoolArray, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
 from offramp.worker.decoding.guard import PolicyGuard
-from offramp.worker.decoding.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import Leaving, Sequence
 from offramp.worker.model.transfers import take
 from offramp.worker.probes import Candidates, Decider, Probe
+
+TOKENS_SCALE = 256
+"""Divides counts of tokens so that the columns are of order one."""
+
+MOST_WAITING = 8.0
+"""Requests in line / slots; more counts as this."""
 
 NOBODY = Leaving([])
 
@@ -178,3 +184,50 @@ class RoutedRow:
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """Forget the row if it was cancelled while it waited at a hold."""
         self.rows = [row for row in self.rows if row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is.
+
+    Attributes:
+        active: Number of rows that run.
+        waiting: Requests in line.
+        slots: Rows that can run.
+    """
+
+    active: int = 1
+    waiting: int = 0
+    slots: int = 1
+
+
+def outlook_of(row: Sequence, load: Load, layers: int, max_pending: int) -> FloatArray:
+    """The columns of a row that is about to begin a token or is on its way, [1, C].
+
+    Args:
+        row: The row; its newest token is open.
+        load: Rows that run and wait in the engine.
+        layers: Number of layers of the model.
+        max_pending: Tokens a row may have pending.
+    """
+    made = len(row.emitted) + len(row.drafts)
+    left = row.request.sampling.max_tokens - made
+    # In ``defer`` neighbours may have taken pending tokens along, which must change no decision.
+    pending = row.early if row.request.kv_mode == "defer" else len(row.open) - 1
+    pending = 0 if row.projects else pending
+    last = row.drafts[-1].exit_layer if row.drafts else row.exit_layers[-1]
+    return np.array(
+        [
+            (
+                made / TOKENS_SCALE,
+                max(0, left) / TOKENS_SCALE,
+                pending / max(1, max_pending),
+                row.debt,
+                row.acceptance,
+                last / layers,
+                load.active / load.slots,
+                min(load.waiting / load.slots, MOST_WAITING),
+            )
+        ],
+        np.float32,
+    )

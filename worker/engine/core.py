@@ -16,7 +16,7 @@ from offramp.controller.errors import ConfigError, DecodeFailedError, RequestErr
 from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
-from offramp.worker.decoding.outlook import Load
+from offramp.worker.decoding.groups import Load
 from offramp.worker.decoding.pricing import DraftingPrice
 from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
