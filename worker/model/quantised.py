@@ -9,7 +9,7 @@ Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ REFITS = 3
 """How often int4 scales and zero points are fitted anew to the values that were chosen by them."""
 
 
-def quantise(stack: LayerStack, precision: Precision) -> LayerStack:
+S = TypeVar("S", bound=LayerStack)
+
+
+def quantise(stack: S, precision: Precision) -> S:
     """Let a stack run with quantised matrices; the caller's model stays as it was.
 
     Raises:
