@@ -24,13 +24,14 @@ from shared.workload import PROMPT_TOKENS
 
 @dataclass
 class Report:
-    """What one run of a contender gave."""
+    """What one run of a contender gave; ``emitted`` are the new tokens of each prompt."""
 
     seconds: float
     tokens: int
     rows: list[Sequence] = field(default_factory=list)
     deciding_s: float = 0.0
     filling_s: float = 0.0
+    emitted: list[list[int]] = field(default_factory=list)
 
 
 def now(device: torch.device) -> float:
@@ -49,8 +50,7 @@ def ours(
 ) -> Report:
     """The prompts are read, and the first tokens emitted, before the clock starts."""
     sampling = SamplingParams(max_tokens=new, ignore_eos=True)
-    for prompt in prompts:
-        engine.submit(prompt, sampling, policy, kv_mode=kv_mode)
+    asked = [engine.submit(prompt, sampling, policy, kv_mode=kv_mode) for prompt in prompts]
     finished: dict[str, Sequence] = {}
     engine.step(finished)
     spent = engine.decoder.overhead
@@ -60,7 +60,8 @@ def ours(
         engine.step(finished)
     seconds = now(engine.stack.device) - start
     return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
-                  spent.deciding_s - before[0], spent.filling_s - before[1])  # fmt: skip
+                  spent.deciding_s - before[0], spent.filling_s - before[1],
+                  [finished[request.id].emitted for request in asked])  # fmt: skip
 
 
 class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
@@ -76,10 +77,15 @@ class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is unt
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> Report:
-    """Its own loop; ``static`` in the name asks for a static cache, compiled on a GPU."""
+def hugging_face(
+    model: Any, prompts: list[list[int]], new: int, name: str, **options: Any
+) -> Report:
+    """Its own loop, with more options of ``generate`` if any; timed from the first token on.
+
+    ``static`` in the name asks for a static cache, compiled on a GPU.
+    """
     ids = torch.tensor(prompts, device=model.device)
-    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    options |= {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     if "static" in name:
         options["cache_implementation"] = "static"
     if "=" in name:
@@ -88,7 +94,8 @@ def hugging_face(model: Any, prompts: list[list[int]], new: int, name: str) -> R
     out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0,
                          stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
     seconds = now(model.device) - clock.start
-    return Report(seconds, (out.shape[1] - clock.length) * len(prompts))
+    return Report(seconds, (out.shape[1] - clock.length) * len(prompts),
+                  emitted=out[:, ids.shape[1] :].tolist())  # fmt: skip
 
 
 class StepPrices:
