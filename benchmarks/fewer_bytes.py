@@ -49,7 +49,6 @@ from offramp.worker.profiling.profile import describe_machine
 
 KINDS = ("int8", "int8,native", "int4,native", "int4", "int4,int4", "int4:64")
 COPIES = ("int8", "int4", "int4,int4")
-LENGTHS = (2, 3, 4, 6, 8)
 PROMPT = 64
 RESAMPLES = 2000
 SAY = Console(width=130, highlight=False)
@@ -62,6 +61,8 @@ def main(
     documents: Annotated[int, typer.Option(help="Test documents.")] = 24,
     tokens: Annotated[int, typer.Option(help="New tokens of a run.")] = 64,
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8",
+    copies: Annotated[str, typer.Option(help="Weights of copies, by spaces.")] = " ".join(COPIES),
+    lengths: Annotated[str, typer.Option(help="Drafts, comma-separated.")] = "2,3,4,6,8",
     acceptance: Annotated[float | None, typer.Option(help="Chance that a draft is right.")] = None,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
@@ -81,9 +82,11 @@ def main(
         texts = _unseen(model, corpus, documents)
         found["quality"] = quality(native, texts)
         _show("quality", found["quality"])
-    found["speed"] = speed(native, texts, [int(n) for n in batches.split(",")], tokens)
+    kinds = tuple(copies.split())
+    found["speed"] = speed(native, texts, [int(n) for n in batches.split(",")], tokens, kinds)
     _show("speed", found["speed"])
-    found["drafts"] = drafts(native, texts, tokens, acceptance)
+    plans = [(kind, int(length)) for kind in kinds for length in lengths.split(",")]
+    found["drafts"] = drafts(native, texts, tokens, plans, acceptance)
     _show("drafts", found["drafts"])
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1))
@@ -139,13 +142,13 @@ def _loss(logits: list[torch.Tensor], texts: list[list[int]]) -> float:
 
 
 def speed(
-    native: Any, texts: list[list[int]], batches: list[int], tokens: int
+    native: Any, texts: list[list[int]], batches: list[int], tokens: int, copies: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Full depth with fewer bytes over full depth with native weights, runs in turn."""
     rows = []
     for batch in batches:
         prompts = [(texts * batch)[n][:PROMPT] for n in range(batch)]
-        kinds = ("native", *COPIES)
+        kinds = ("native", *copies)
         engines = {kind: _engine(native, batch, precision=Precision.parse(kind)) for kind in kinds}
         runs: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(8):
@@ -163,27 +166,30 @@ def speed(
 
 
 def drafts(
-    native: Any, texts: list[list[int]], tokens: int, acceptance: float | None
+    native: Any,
+    texts: list[list[int]],
+    tokens: int,
+    plans: list[tuple[str, int]],
+    acceptance: float | None,
 ) -> list[dict[str, Any]]:
     """Drafts on a copy against native full depth, prompt by prompt in turn."""
     full = _engine(native, 1)
     layers = full.stack.layers
     copies = {kind: _engine(native, 1, kv_mode="verify", draft_precision=Precision.parse(kind))
-              for kind in COPIES}  # fmt: skip
-    contenders = [(kind, length) for kind in COPIES for length in LENGTHS]
+              for kind in dict(plans)}  # fmt: skip
     base: list[Report] = []
-    runs: dict[tuple[str, int], list[Report]] = {each: [] for each in contenders}
+    runs: dict[tuple[str, int], list[Report]] = {each: [] for each in plans}
     for index, text in enumerate([texts[0], *texts]):
         prompt = [text[:PROMPT]]
         first = ours(full, prompt, tokens, NeverExit())
         mine = {each: ours(copies[each[0]], prompt, tokens,
                            StaticDraft(layer=layers, length=each[1]), "verify")
-                for each in contenders}  # fmt: skip
+                for each in plans}  # fmt: skip
         if index:  # the first prompt warms up
             base.append(first)
             for each, report in mine.items():
                 runs[each].append(report)
-    return [_draft_row(each, base, runs[each], acceptance) for each in contenders]
+    return [_draft_row(each, base, runs[each], acceptance) for each in plans]
 
 
 def _draft_row(

@@ -12,6 +12,7 @@ from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine import AdaptiveEngine, Completion
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.hf.hf_generate import early_exit
+from offramp.worker.model.precision import Precision
 
 __all__ = [
     "FULL_DEPTH",
@@ -22,6 +23,7 @@ __all__ = [
     "EngineConfig",
     "KVMode",
     "PolicySnapshot",
+    "Precision",
     "SamplingParams",
     "Schedule",
     "TokenEvent",

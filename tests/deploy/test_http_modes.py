@@ -13,7 +13,7 @@ from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-COST = ("layer_calls", "exact_share", "drafts", "drafts_accepted")
+COST = ("layer_calls", "copy_calls", "exact_share", "drafts", "drafts_accepted")
 MODES: tuple[KVMode, ...] = ("project", "defer", "verify")
 
 Ask = Callable[..., httpx.Response]
