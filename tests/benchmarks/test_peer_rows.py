@@ -130,3 +130,10 @@ def test_the_largest_cache_counts(tmp_path: Path) -> None:
         (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
     assert last_level_bytes(tmp_path) == 30 * 2**20
     assert last_level_bytes(tmp_path / "none") == 0
+
+
+def test_the_page_holds_the_measured_rows() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    rows = read_peer_rows(docs / "peers.json")
+    assert rows
+    assert peers_summary(rows) in (docs / "decoding.md").read_text(encoding="utf-8")
