@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.prepared import PackedWeight, can_pack
+from offramp.worker.model.prepared import PackedWeight
+from offramp.worker.model.products import can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
 from offramp.worker.model.lean import LeanLayer, Rotation, has_lean_form
-from offramp.worker.model.products import Product, rows_up_to
+from offramp.worker.model.products import Product, can_pack, packed_product, rows_up_to
 from offramp.worker.model.stack import cloned
 
 
@@ -49,7 +49,7 @@ class PackedWeight:
     def __init__(self, *parts_OI: Tensor, measures: bool = False) -> None:
         self._plain: tuple[Tensor, ...] = tuple(part_OI.detach() for part_OI in parts_OI)
         whole_OI = self._plain[0] if len(parts_OI) == 1 else torch.cat(self._plain)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(whole_OI.contiguous())
+        self._multiply_packed = packed_product(whole_OI)
         self.plain_rows = 0
         # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
         if measures and whole_OI.dtype is torch.float32:
@@ -62,9 +62,7 @@ class PackedWeight:
         """x Wᵀ + b."""
         if self.plain_rows and x.numel() <= self.plain_rows * x.shape[-1]:
             return self._multiply_plainly(x, bias_O)
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-            x, self._packed, bias_O, "none", [], ""
-        )
+        return self._multiply_packed(x, bias_O)
 
     def _multiply_plainly(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         if len(self._plain) == 1:
@@ -93,17 +91,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
         return self.packed(x, self.bias)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether this torch, on this processor, has the packed kernels for the weight."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if weight.dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype is torch.float32
 
 
 def prepare(stack: S) -> S:

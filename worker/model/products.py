@@ -35,6 +35,29 @@ MARGIN = 0.95
 """The kernel for few rows is chosen where it takes less than this share of the other's time."""
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether this torch, on this processor, has the packed kernels for the weight."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype is torch.float32
+
+
+def packed_product(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Multiply rows with a matrix [out, in] that is kept in oneDNN's blocked layout; add a bias."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous())
+
+    def product(x: Tensor, bias_O: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            x, packed, bias_O, "none", [], ""
+        )
+
+    return product
+
+
 def rows_up_to(
     name: str, weight_OI: Tensor, few: Product, many: Product, sizes: Sequence[int] = SIZES
 ) -> int:

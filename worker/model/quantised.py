@@ -8,6 +8,7 @@ Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,13 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.precision import GROUP_SIZES, Precision, Weights
-from offramp.worker.model.products import rows_up_to
+from offramp.worker.model.products import can_pack, packed_product, rows_up_to
 from offramp.worker.model.stack import LayerStack, cloned
 
 NATIVE_REMEDY = "Use weights=native"
-
-SIZES = (1, 4, 16, 64, 256)
-"""Numbers of rows at which a quantised kernel is compared with the product of restored values."""
 
 REFITS = 3
 """How often int4 scales and zero points are fitted anew to the values that were chosen by them."""
@@ -52,8 +50,10 @@ def quantise(stack: S, precision: Precision) -> S:
 class QuantisedLinear(nn.Module):
     """A linear map whose weight is kept in int8 or int4.
 
-    Few rows are multiplied with the weight as it is kept, many with its values restored: where the
-    one overtakes the other is measured (``worker/model/products.py``).
+    Few rows are multiplied with the weight as it is kept, many with its restored values, which are
+    kept in oneDNN's blocked layout, too: PyTorch's kernels for quantised weights take as long for
+    eight rows as eight times for one. Where the one overtakes the other is measured
+    (``worker/model/products.py``).
 
     Args:
         plain: The module it stands in for; its bias and hooks stay its own.
@@ -70,8 +70,13 @@ class QuantisedLinear(nn.Module):
         self._forward_pre_hooks = plain._forward_pre_hooks
         self._transposed = type(plain) is Conv1D
         self.kept = kept
+        restored_OI = kept.restored()
+        self._multiply_restored = _product_of(restored_OI)
         self.kernel_rows = rows_up_to(
-            f"{kept.name} kernel", kept.restored(), kept.product, self._restored_product, SIZES
+            f"{kept.name}, then packed,",
+            restored_OI,
+            kept.product,
+            lambda x_NI: self._multiply_restored(x_NI, None),
         )
 
     @property
@@ -82,15 +87,18 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        few = len(x_NI) <= self.kernel_rows
-        y_NO = self.kept.product(x_NI) if few else self._restored_product(x_NI)
+        if x.numel() > self.kernel_rows * x.shape[-1]:
+            return self._multiply_restored(x, self.bias)
+        y_NO = self.kept.product(x.reshape(-1, x.shape[-1]))
         if self.bias is not None:
             y_NO = y_NO + self.bias
         return y_NO.view(*x.shape[:-1], -1)
 
-    def _restored_product(self, x_NI: Tensor) -> Tensor:
-        return nn.functional.linear(x_NI, self.kept.restored())
+
+def _product_of(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    if can_pack(weight_OI):
+        return packed_product(weight_OI)
+    return lambda x, bias_O: nn.functional.linear(x, weight_OI, bias_O)
 
 
 class Int8Weight:

@@ -16,7 +16,8 @@ from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.lean import LeanLayer, has_lean_form
 from offramp.worker.model.precision import Precision
-from offramp.worker.model.prepared import PackedWeight, can_pack, prepare
+from offramp.worker.model.prepared import PackedWeight, prepare
+from offramp.worker.model.products import can_pack
 from support.exactness import hf_greedy
 from support.models import make_model
 

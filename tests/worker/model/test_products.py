@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from offramp.worker.model import products
-from offramp.worker.model.prepared import PackedWeight, can_pack
+from offramp.worker.model.prepared import PackedWeight
+from offramp.worker.model.products import can_pack
 
 WEIGHT = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
 
