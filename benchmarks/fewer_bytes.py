@@ -11,8 +11,8 @@ over the native one's, teacher-forced.
 no training. The number of drafts is fixed; each run is divided by full depth's on the same prompt.
 Tokens are full depth's; ``differ`` counts prompts where a tie in bfloat16 fell the other way.
 
-With ``--shape`` the weights are random, and only speed is real; ``at acceptance`` then says what
-drafts would be worth if each were accepted with a chance that was measured elsewhere.
+With ``--shape`` the weights are random, and only speed is real; ``at acceptance`` then estimates
+what drafts would be worth if each were accepted with a chance that was measured elsewhere.
 
     python benchmarks/fewer_bytes.py --json fewer_bytes.json
     python benchmarks/fewer_bytes.py --quick
