@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,27 @@ from numba import njit
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
     """The function compiled, and kept on disk where there is a folder for it.
+
+    Args:
+        function: What to compile.
+        reorders: Whether its sums may be reordered.
 
     numba stamps what it keeps with the function's own file: after changing a function that
     compiled code of another file calls, remove ``__pycache__/*.nb?`` there.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST}
+    fastmath = FAST if reorders else False
+    return kept_on_disk(partial(njit, nogil=True, fastmath=fastmath), function)
+
+
+def kept_on_disk(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """A function compiled by one of numba's decorators, kept where there is a folder for it."""
+    options = {"error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return compiler(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor a home can be written
-        return njit(**options)(function)
+        return compiler(**options)(function)
 
 
 @compiled

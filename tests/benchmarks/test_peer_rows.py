@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
-from offramp.worker.model.quantised import Int4Weight, Int8Weight, QuantisedLinear
+from offramp.worker.model.quantised import QuantisedLinear
 
 CELL = PeerCell("tiny", "random", "bfloat16", 2, 1, 4, "a machine", "2026-11-28")
 
@@ -113,15 +113,9 @@ def test_scales_are_read_too(precision: Precision) -> None:
     for root in (*engine.stack.blocks, engine.stack.head):
         for module in root.modules():
             if isinstance(module, QuantisedLinear):
-                kept += nbytes(module.kept)
+                kept += module.matrix.nbytes
     norms = sum(each.nbytes for each in model.parameters() if each.dim() == 1)
     assert bytes_read(model, precision) == kept + norms
-
-
-def nbytes(kept: Int8Weight | Int4Weight) -> int:
-    if isinstance(kept, Int8Weight):
-        return kept._values_OI.nbytes + kept._scale_O.nbytes
-    return kept._kept_OI2.nbytes + kept._scales_GO2.nbytes
 
 
 def test_the_largest_cache_counts(tmp_path: Path) -> None:

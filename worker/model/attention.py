@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -49,12 +51,14 @@ class Window:
         runs: The rows, in order.
         write: Index of the cache [S, G, C, H] that the new entries go to.
         positions_BT: Position of every column, on the device; 0 at most for padding.
+        cells_M3: The same for compiled code, column by column: slot, position, 0 for padding.
         chosen: Which of the [B, T] new entries are written, as two index tensors; None: all.
     """
 
     runs: tuple[Run, ...]
     write: tuple[Any, ...]
     positions_BT: Tensor
+    cells_M3: NDArray[np.int64]
     chosen: tuple[Tensor, Tensor] | None = None
 
 
@@ -106,10 +110,13 @@ def prefill_window(slot: int, first: int, tokens: int, heads_per_key: int, like:
     write = (slot, slice(None), slice(first, last))
     positions_1T = torch.arange(first, last, device=like.device)[None]
     where = slice(slot, slot + 1)
+    cells_T3 = np.ones((tokens, 3), np.int64)
+    cells_T3[:, 0], cells_T3[:, 1] = slot, np.arange(first, last)
     if first == 0:
-        return Window((Run(slice(0, 1), where, last, None, causal=True),), write, positions_1T)
-    run = _run(slice(0, 1), [slot], [last - 1], positions_1T, heads_per_key, like)
-    return Window((run,), write, positions_1T)
+        run = Run(slice(0, 1), where, last, None, causal=True)
+    else:
+        run = _run(slice(0, 1), [slot], [last - 1], positions_1T, heads_per_key, like)
+    return Window((run,), write, positions_1T, cells_T3)
 
 
 def decode_window(
@@ -136,10 +143,13 @@ def decode_window(
     runs = tuple(
         _run(rows, slots, positions, positions_B1, heads_per_key, like) for rows in _runs(slots)
     )
+    cells = [(slot, position, 1) for slot, position in zip(slots, positions, strict=True)]
+    cells_B3 = np.array(cells, np.int64)
     if len(slots) == 1:
         here = slice(positions[0], positions[0] + 1)
-        return Window(runs, (slots[0], slice(None), here), positions_B1)
-    return Window(runs, (slots_B1[:, 0], slice(None), positions_B1[:, 0]), positions_B1)
+        return Window(runs, (slots[0], slice(None), here), positions_B1, cells_B3)
+    write = (slots_B1[:, 0], slice(None), positions_B1[:, 0])
+    return Window(runs, write, positions_B1, cells_B3)
 
 
 def ragged_window(
@@ -176,7 +186,12 @@ def ragged_window(
         _run(rows, slots, positions, positions_BT, heads_per_key, like) for rows in _runs(slots)
     )
     row_M, column_M, slot_M, position_M = numbers[len(slots) :].view(-1, 4).unbind(-1)
-    return Window(runs, (slot_M, slice(None), position_M), positions_BT, chosen=(row_M, column_M))
+    cells_BT3 = np.zeros((len(slots), columns, 3), np.int64)
+    for row, column, slot, position in cells:
+        cells_BT3[row, column] = slot, position, 1
+    write = (slot_M, slice(None), position_M)
+    chosen = (row_M, column_M)
+    return Window(runs, write, positions_BT, cells_BT3.reshape(-1, 3), chosen)
 
 
 def _runs(slots: Sequence[int]) -> list[slice]:

@@ -6,7 +6,7 @@ R = L·2·G·H stacked output rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offramp.controller.errors import ModelError
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight
-from offramp.worker.model.products import can_pack
+from offramp.worker.model.products import Product, can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 
@@ -42,7 +42,7 @@ class KVProjector:
         folded = [each.weight_RD.float() * each.scale_D.float() for each in weights]
         self.weight_RD = torch.cat(folded).to(stack.dtype)
         self.bias_R = _stacked_bias(weights, stack.dtype)
-        self._packed: dict[int, PackedWeight] = {}
+        self._products: dict[int, Product] = {}
         self.key_norm_LH = _stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
@@ -61,22 +61,24 @@ class KVProjector:
         Returns:
             Keys (rotated) and values, each [N, L, G, H].
         """
-        start = first_layer * self.rows
-        bias_R = None if self.bias_R is None else self.bias_R[start:]
-        out = self._linear(first_layer)(self._unit(x_ND), bias_R)
+        out = self._linear(first_layer)(self._unit(x_ND))
         keys, values = out.view(len(x_ND), -1, 2, self.heads, self.head_dim).unbind(2)
         if self.key_norm_LH is not None:
             keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
         return self._rotated(keys, first_layer, rotary), values
 
-    def _linear(self, first_layer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _linear(self, first_layer: int) -> Product:
         """The product with the weights from a layer on; packed for each exit that occurs."""
-        weight_RD = self.weight_RD[first_layer * self.rows :]
-        if not can_pack(weight_RD):
-            return lambda x_ND, bias_R: nn.functional.linear(x_ND, weight_RD, bias_R)
-        if first_layer not in self._packed:
-            self._packed[first_layer] = PackedWeight(weight_RD)
-        return self._packed[first_layer]
+        if first_layer not in self._products:
+            start = first_layer * self.rows
+            weight_RD = self.weight_RD[start:]
+            bias_R = None if self.bias_R is None else self.bias_R[start:]
+            self._products[first_layer] = (
+                PackedWeight(weight_RD, bias_O=bias_R)
+                if can_pack(weight_RD)
+                else lambda x_ND: nn.functional.linear(x_ND, weight_RD, bias_R)
+            )
+        return self._products[first_layer]
 
     def _unit(self, x_ND: Tensor) -> Tensor:
         """The norm that all layers share, without weight and bias; in float32 inside."""

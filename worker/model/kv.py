@@ -41,7 +41,7 @@ class SlotKV:
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
         self._used = [0] * slots
-        self._window = Window((), (), torch.empty((0, 0)))
+        self._window = Window((), (), torch.empty((0, 0)), np.empty((0, 3), np.int64))
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,6 +72,12 @@ class SlotKV:
         keys_SGCH[write] = self._entries(keys_BGTH)
         values_SGCH[write] = self._entries(values_BGTH)
         return keys_SGCH, values_SGCH
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Where a layer's keys and values begin, for compiled code."""
+        keys, values = self.keys_LSGCH, self.values_LSGCH
+        offset = layer * keys.stride(0) * keys.element_size()
+        return keys.data_ptr() + offset, values.data_ptr() + offset
 
     def fill(
         self,

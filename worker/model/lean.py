@@ -2,6 +2,8 @@
 
 A layer of a small model is bound by calls, not by bytes: queries, keys and values come from one
 product, gate and up projection from another, and what all layers of a step share is computed once.
+Few tokens take one call for the whole layer (``kernels/layer.py``), which sums in an order of its
+own.
 
 Shape suffixes: B rows, T tokens, D width, N query and key heads, H head_dim, F rows of the MLP.
 """
@@ -21,6 +23,8 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from offramp.worker.model.attention import slot_attention
+from offramp.worker.model.kernels.compiled_layer import CompiledLayer
+from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import Product
 from offramp.worker.model.quantised import QuantisedLinear
 from offramp.worker.model.stack import KVUpdate, Rotary
@@ -115,10 +119,19 @@ class LeanLayer(nn.Module):
         layer: Clone of a layer with a lean form. Runs in its place while a part of it is hooked.
         rotation: Shared by all layers of a stack.
         fuse: Makes one product of several linear maps.
+        compiled: Computes the same in one call, for few tokens; None: there is no such form.
+
+    Attributes:
+        index: Which layer of the stack it is, from 0.
+        compiled_rows: Up to so many tokens are left to the compiled form.
     """
 
-    def __init__(self, layer: Any, rotation: Rotation, fuse: FuseLinears) -> None:
+    def __init__(
+        self, layer: Any, rotation: Rotation, fuse: FuseLinears, compiled: CompiledLayer | None
+    ) -> None:
         super().__init__()
+        self.compiled = compiled
+        self.compiled_rows = 0
         self._modules = layer._modules
         self._forward_hooks = layer._forward_hooks
         self._forward_pre_hooks = layer._forward_pre_hooks
@@ -126,7 +139,7 @@ class LeanLayer(nn.Module):
         attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
         # In a tuple, so that they are found without the detour by which modules look up modules.
         self._parts = (layer,)
-        self._index: int = attention.layer_idx
+        self.index: int = attention.layer_idx
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
         self._keys = config.num_key_value_heads
@@ -159,6 +172,12 @@ class LeanLayer(nn.Module):
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
             )
+        if (
+            x_BTD.numel() <= self.compiled_rows * x_BTD.shape[-1]
+            and type(past_key_values) is SlotKV
+        ):
+            assert self.compiled is not None
+            return self.compiled(x_BTD, attention_mask, past_key_values, position_embeddings)
         attend, think = self._norms
         heads_BTNH = self._heads(attend(x_BTD))
         context_BTX = self._attend(heads_BTNH, attention_mask, past_key_values, position_embeddings)
@@ -183,6 +202,6 @@ class LeanLayer(nn.Module):
         queries, keys = turned_BTNH.transpose(1, 2).tensor_split([self._queries], 1)
         values = heads_BTNH[:, :, turning:].transpose(1, 2)
         if kv is not None:
-            keys, values = kv.update(keys, values, self._index)
+            keys, values = kv.update(keys, values, self.index)
         context_BTNH, _ = slot_attention(self, queries, keys, values, mask, self._scaling)
         return context_BTNH.flatten(2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
+from offramp.worker.model.attention import Window, decode_window
+from offramp.worker.model.kernels.compiled_layer import CompiledLayer
+from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
+from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.lean import LeanLayer, Rotation, has_lean_form
-from offramp.worker.model.products import Product, can_pack, packed_product, rows_up_to
-from offramp.worker.model.stack import cloned
+from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
+from offramp.worker.model.quantised import QuantisedLinear
+from offramp.worker.model.stack import Rotary, cloned
+
+MEASURED_AT = 100
+"""Position at which layers are compared: attention has something to read there."""
 
 
 class Preparable(Protocol):
@@ -33,42 +41,49 @@ S = TypeVar("S", bound=Preparable)
 class PackedWeight:
     """One matrix, or several of the same input one above the other, in oneDNN's blocked layout.
 
-    For 2 to 16 rows in float32 a product with it is 2 to 4 times as fast as with a plain matrix
-    (benchmarks/decode.py), at the price of a second copy of the weights. How few
-    rows gain depends on the processor, so for fewer the plain matrices are used, if that was
-    measured to be faster; they are never copied.
+    For many rows a product with it is up to 4 times as fast as with a plain matrix in float32
+    (benchmarks/few_rows.py), at the price of a second copy of the weights. Few rows are multiplied
+    by compiled code with the plain matrices, which are never copied, up to where that is measured
+    to be faster.
 
     Args:
         parts_OI: Weights of the product, each [out, in].
-        measures: Whether kernels are chosen by measurement; else it is always the packed one.
+        bias_O: Added to it; None: nothing.
 
     Attributes:
         plain_rows: Up to so many rows are multiplied with the plain matrices.
     """
 
-    def __init__(self, *parts_OI: Tensor, measures: bool = False) -> None:
+    def __init__(self, *parts_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self._plain: tuple[Tensor, ...] = tuple(part_OI.detach() for part_OI in parts_OI)
+        self._bias_O = bias_O
         whole_OI = self._plain[0] if len(parts_OI) == 1 else torch.cat(self._plain)
         self._multiply_packed = packed_product(whole_OI)
         self.plain_rows = 0
-        # In bfloat16 the two kernels' sums differ by a rounding step, and neither is much faster.
-        if measures and whole_OI.dtype is torch.float32:
-            parts = [(len(part_OI), part_OI.stride()) for part_OI in self._plain]
-            name = "plain" if len(parts) == 1 else f"plain in parts {parts}"
-            plain = partial(self._multiply_plainly, bias_O=None)
-            self.plain_rows = rows_up_to(name, whole_OI, plain, partial(self, bias_O=None))
+        if all(is_readable(part_OI) for part_OI in self._plain):
+            heights = [len(part_OI) for part_OI in self._plain]
+            biases = [None] * len(heights) if bias_O is None else torch.split(bias_O, heights)
+            self._parts = [
+                KernelMatrix(part_OI, part_O)
+                for part_OI, part_O in zip(self._plain, biases, strict=True)
+            ]
+            self.plain_rows = rows_up_to(
+                f"plain or packed, {whole_OI.dtype}, {heights} of {whole_OI.shape[1]}",
+                whole_OI.new_ones(SIZES[-1], whole_OI.shape[1]),
+                self._multiply_plainly,
+                lambda x_NI: self._multiply_packed(x_NI, bias_O),
+            )
 
-    def __call__(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        if self.plain_rows and x.numel() <= self.plain_rows * x.shape[-1]:
-            return self._multiply_plainly(x, bias_O)
-        return self._multiply_packed(x, bias_O)
+        if x.numel() <= self.plain_rows * x.shape[-1]:
+            return self._multiply_plainly(x)
+        return self._multiply_packed(x, self._bias_O)
 
-    def _multiply_plainly(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
-        if len(self._plain) == 1:
-            return nn.functional.linear(x, self._plain[0], bias_O)
-        out = torch.cat([nn.functional.linear(x, part_OI) for part_OI in self._plain], dim=-1)
-        return out if bias_O is None else out.add_(bias_O)
+    def _multiply_plainly(self, x: Tensor) -> Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0].product(x)
+        return torch.cat([part.product(x) for part in self._parts], dim=-1)
 
 
 class PackedLinear(nn.Module):
@@ -86,11 +101,12 @@ class PackedLinear(nn.Module):
         # What was hooked to the plain module must go on being called.
         self._forward_hooks = plain._forward_hooks
         self._forward_pre_hooks = plain._forward_pre_hooks
-        self.packed = PackedWeight(weight_OI, measures=True)
+        bias_O = None if plain.bias is None else plain.bias.detach()
+        self.packed = PackedWeight(weight_OI, bias_O=bias_O)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        return self.packed(x, self.bias)
+        return self.packed(x)
 
 
 def prepare(stack: S) -> S:
@@ -98,6 +114,7 @@ def prepare(stack: S) -> S:
     rotation = Rotation()
     stack.blocks = [_prepared(block, rotation) for block in stack.blocks]
     stack.head = _faster(stack.head) or stack.head
+    _choose_compiled(stack)
     return stack
 
 
@@ -106,7 +123,57 @@ def _prepared(block: nn.Module, rotation: Rotation) -> nn.Module:
     # The lean layer's own products are packed; its clone, which runs while hooked, needs none.
     twin = cloned(block, _kept if lean else _faster)
     _attend_to_slots(twin)
-    return LeanLayer(twin, rotation, _fused) if lean else twin
+    return LeanLayer(twin, rotation, _fused, _compiled(twin)) if lean else twin
+
+
+def _compiled(layer: Any) -> CompiledLayer | None:
+    """A layer for few rows; None if a matrix is not readable as it lies."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    matrices = [
+        _matrix_of(part) for part in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    ]
+    readable = [matrix for matrix in matrices if matrix is not None]
+    return CompiledLayer(layer, readable) if len(readable) == len(matrices) else None
+
+
+def _matrix_of(linear: Any) -> KernelMatrix | None:
+    if isinstance(linear, QuantisedLinear):
+        return linear.matrix
+    bias_O = None if linear.bias is None else linear.bias.detach()
+    return KernelMatrix(linear.weight.detach(), bias_O) if is_readable(linear.weight) else None
+
+
+def _choose_compiled(stack: Any) -> None:
+    """Measure up to how many rows compiled layers are faster, and let them run those."""
+    by_form: dict[str, list[LeanLayer]] = {}
+    for block in stack.blocks:
+        if isinstance(block, LeanLayer) and block.compiled is not None:
+            by_form.setdefault(block.compiled.form, []).append(block)
+    for form, layers in by_form.items():
+        rows = _rows_compiled(stack, form, layers[0])
+        for layer in layers:
+            layer.compiled_rows = rows
+
+
+def _rows_compiled(stack: Any, form: str, layer: LeanLayer) -> int:
+    kv = SlotKV(stack, SIZES[-1])
+
+    @lru_cache
+    def step(rows: int) -> tuple[Window, Rotary]:
+        positions = [min(MEASURED_AT, stack.context - 1)] * rows
+        window = decode_window(range(rows), positions, stack.heads_per_key, rows_MD)
+        return window, stack.rotary(rows_MD[:rows, None], window.positions_BT)
+
+    def run(x_ND: Tensor, compiled_rows: int) -> Tensor:
+        layer.compiled_rows = compiled_rows
+        window, rotary = step(len(x_ND))
+        kv.open(window)
+        return stack.run_layer(layer.index, x_ND[:, None], rotary, window, kv)  # type: ignore[no-any-return]
+
+    rows_MD = torch.ones(SIZES[-1], stack.width, dtype=stack.dtype)
+    compiled, lean = (partial(run, compiled_rows=rows) for rows in (SIZES[-1], 0))
+    return rows_up_to(f"compiled or lean layer, {form}", rows_MD, compiled, lean)
 
 
 def _fused(linears: Sequence[nn.Module]) -> Product:
@@ -115,8 +182,8 @@ def _fused(linears: Sequence[nn.Module]) -> Product:
     biases = [each.bias.detach() for each in parts if each.bias is not None]
     if any(type(each) is not nn.Linear for each in parts) or len(biases) not in (0, len(parts)):
         return _one_by_one(linears)
-    packed = PackedWeight(*(each.weight for each in parts), measures=True)
-    return partial(packed, bias_O=torch.cat(biases) if biases else None)
+    weights = (each.weight for each in parts)
+    return PackedWeight(*weights, bias_O=torch.cat(biases) if biases else None)
 
 
 def _one_by_one(linears: Sequence[nn.Module]) -> Product:

@@ -59,25 +59,20 @@ def packed_product(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tenso
 
 
 def rows_up_to(
-    name: str, weight_OI: Tensor, few: Product, many: Product, sizes: Sequence[int] = SIZES
+    what: str, rows_MI: Tensor, few: Product, many: Product, sizes: Sequence[int] = SIZES
 ) -> int:
     """Up to how many rows one kernel is faster than another; 0 for none.
 
     Args:
-        name: What the kernel for few rows is called in the file of choices.
-        weight_OI: The matrix, [out, in].
-        few: Multiplies rows [N, in] with the matrix, and gains for few rows if at all.
-        many: Multiplies them in the other way.
+        what: The two kernels and what they work on, by shape; the name in the file of choices.
+        rows_MI: As many rows as the last of the sizes.
+        few: Takes rows [N, I], and gains for few of them if at all.
+        many: Computes the same in the other way.
         sizes: Numbers of rows to compare at, ascending.
     """
     known = _known()
-    key = (
-        f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{weight_OI.dtype}, {list(weight_OI.shape)}, strides {list(weight_OI.stride())}, "
-        f"{name} up to rows"
-    )
+    key = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {what}"
     if key not in known:
-        rows_MI = torch.ones(sizes[-1], weight_OI.shape[1], dtype=weight_OI.dtype)
         faster = itertools.takewhile(
             lambda size: _seconds(few, many, rows_MI[:size]) < MARGIN, sizes
         )
@@ -106,6 +101,7 @@ def processor() -> str:
 def _seconds(few: Product, many: Product, rows_NI: Tensor) -> float:
     """Median time of one kernel over that of the other."""
     ratios = []
+    few(rows_NI)  # compiled, or read from disk, before it is measured
     for _ in range(PAIRS):
         marks = [time.perf_counter()]
         for product in (few, many):

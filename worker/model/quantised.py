@@ -1,9 +1,10 @@
-"""Weights of fewer bytes: int8 per output, or int4 in groups, through PyTorch's own kernels.
+"""Weights of fewer bytes: int8 per output, or int4 in groups, multiplied by compiled kernels.
 
 A quantised model is another model: its fingerprint says which weights it has. Its layers' and
 head's matrices are quantised; norms, biases and embeddings stay as they are.
 
-Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows.
+Shape suffixes: O outputs, I inputs, G groups of an output's weights, N rows, B blocks of weights,
+H half of a block, J = I / 2 bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
+from offramp.worker.model.kernels.matrix import KernelMatrix
+from offramp.worker.model.kernels.multiply import BLOCK
+from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, Precision, Weights
-from offramp.worker.model.products import can_pack, packed_product, rows_up_to
+from offramp.worker.model.products import SIZES, can_pack, packed_product, rows_up_to
 from offramp.worker.model.stack import LayerStack, cloned
-
-NATIVE_REMEDY = "Use weights=native"
 
 REFITS = 3
 """How often int4 scales and zero points are fitted anew to the values that were chosen by them."""
@@ -34,7 +36,7 @@ def quantise(stack: S, precision: Precision) -> S:
     """Let a stack run with quantised matrices; the caller's model stays as it was.
 
     Raises:
-        ConfigError: the machine has no kernels for it, or a matrix does not fit them.
+        ConfigError: the device has no kernels for it, or a matrix does not fit them.
     """
     if precision.is_native:
         return stack
@@ -51,8 +53,7 @@ class QuantisedLinear(nn.Module):
     """A linear map whose weight is kept in int8 or int4.
 
     Few rows are multiplied with the weight as it is kept, many with its restored values, which are
-    kept in oneDNN's blocked layout, too: PyTorch's kernels for quantised weights take as long for
-    eight rows as eight times for one. Where the one overtakes the other is measured
+    kept in oneDNN's blocked layout, too. Where the one overtakes the other is measured
     (``worker/model/products.py``).
 
     Args:
@@ -60,6 +61,7 @@ class QuantisedLinear(nn.Module):
         kept: The weight, quantised.
 
     Attributes:
+        matrix: The weight and the bias, as compiled kernels take them.
         kernel_rows: Up to so many rows are multiplied with the weight as it is kept.
     """
 
@@ -70,12 +72,13 @@ class QuantisedLinear(nn.Module):
         self._forward_pre_hooks = plain._forward_pre_hooks
         self._transposed = type(plain) is Conv1D
         self.kept = kept
+        self.matrix = kept.matrix(None if plain.bias is None else plain.bias.detach())
         restored_OI = kept.restored()
         self._multiply_restored = _product_of(restored_OI)
         self.kernel_rows = rows_up_to(
-            f"{kept.name}, then packed,",
-            restored_OI,
-            kept.product,
+            f"{kept.name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
+            torch.ones(SIZES[-1], restored_OI.shape[1], dtype=restored_OI.dtype),
+            self.matrix.product,
             lambda x_NI: self._multiply_restored(x_NI, None),
         )
 
@@ -89,10 +92,7 @@ class QuantisedLinear(nn.Module):
         """x Wᵀ + b."""
         if x.numel() > self.kernel_rows * x.shape[-1]:
             return self._multiply_restored(x, self.bias)
-        y_NO = self.kept.product(x.reshape(-1, x.shape[-1]))
-        if self.bias is not None:
-            y_NO = y_NO + self.bias
-        return y_NO.view(*x.shape[:-1], -1)
+        return self.matrix.product(x)
 
 
 def _product_of(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -118,9 +118,9 @@ class Int8Weight:
         values_OI = weight_OI.float() / self._scale_O.float()[:, None]
         self._values_OI = values_OI.round().clamp(-127, 127).to(torch.int8).contiguous()
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        """x Wᵀ, [N, O]."""
-        return torch.ops.aten._weight_int8pack_mm(x_NI, self._values_OI, self._scale_O)  # type: ignore[no-any-return]
+    def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
+        """The numbers and scales, with a bias, as compiled kernels take them."""
+        return KernelMatrix(self._values_OI, bias_O, self._scale_O.float())
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
@@ -138,7 +138,7 @@ class Int4Weight:
         group_size: Neighbouring inputs of an output that share a scale.
 
     Raises:
-        ConfigError: the group size does not divide the inputs, or 16 the outputs.
+        ConfigError: the group size does not divide the inputs.
     """
 
     def __init__(self, weight_OI: Tensor, group_size: int) -> None:
@@ -149,35 +149,33 @@ class Int4Weight:
                 f"{group_size} does not divide a matrix's {inputs} inputs",
                 f"Use {' or '.join(str(n) for n in GROUP_SIZES if not inputs % n) or 'int8'}",
             )
-        if outputs % 16:
-            raise ConfigError(
-                "weights", f"int4 takes outputs by 16s, a matrix has {outputs}", "Use int8"
-            )
         self.name = f"int4 in groups of {group_size}"
         self._group_size = group_size
         self._dtype = weight_OI.dtype
         groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
-        q_OGS, scale_OG, zero_OG = _fit_groups(groups_OGS, self._dtype)
-        q_OI = q_OGS.view(outputs, inputs)
-        self._kept_OI2 = (q_OI[:, ::2] | (q_OI[:, 1::2] << 4)).to(torch.uint8)
-        self._scale_OG, self._zero_OG = scale_OG, zero_OG
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_OI, 1)
-        self._scales_GO2 = torch.stack((scale_OG, zero_OG), dim=-1).transpose(0, 1).contiguous()
+        q_OGS, self._scale_OG, self._zero_OG = _fit_groups(groups_OGS, self._dtype)
+        # A block's first half lies in the lower four bits.
+        q_OB2H = q_OGS.view(outputs, -1, 2, BLOCK // 2)
+        pairs_OBH = q_OB2H[:, :, 0] | (q_OB2H[:, :, 1] << 4)
+        self._kept_OJ = pairs_OBH.to(torch.uint8).view(outputs, -1).contiguous()
 
-    def product(self, x_NI: Tensor) -> Tensor:
-        """x Wᵀ, [N, O]."""
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
-            x_NI, self._packed, self._group_size, self._scales_GO2
+    def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
+        """The numbers, scales and offsets, with a bias, as compiled kernels take them."""
+        scale_OG, zero_OG = self._scale_OG.float(), self._zero_OG.float()
+        spare = -scale_OG.shape[1] % LANES
+        scales, offsets = (
+            nn.functional.pad(part, (0, spare)) for part in (scale_OG, zero_OG - 8 * scale_OG)
         )
+        return KernelMatrix(self._kept_OJ, bias_O, scales, offsets, self._group_size)
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
-        kept = self._kept_OI2
-        q_OI = torch.stack((kept & 15, kept >> 4), dim=-1).view(len(kept), -1)
-        q_OGS = q_OI.view(*self._scale_OG.shape, -1).to(torch.int8) - 8
+        kept_OBH = self._kept_OJ.view(len(self._kept_OJ), -1, BLOCK // 2)
+        q_OB2H = torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2)
+        q_OGS = q_OB2H.view(*self._scale_OG.shape, -1).to(torch.int8) - 8
         weight_OGS = q_OGS.float() * self._scale_OG.float()[:, :, None]
         weight_OGS += self._zero_OG.float()[:, :, None]
-        return weight_OGS.view(len(kept), -1).to(self._dtype)
+        return weight_OGS.view(len(kept_OBH), -1).to(self._dtype)
 
 
 def _fit_groups(w_OGS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,20 +220,7 @@ def _quantised_head(head: nn.Module, precision: Precision) -> nn.Module:
 
 
 def _require_kernels(block: nn.Module, precision: Precision) -> None:
-    weight = next(block.parameters())
-    if weight.device.type != "cpu":
+    if next(block.parameters()).device.type != "cpu":
         raise ConfigError(
-            "weights", f"{precision.name} runs on the CPU only", f"{NATIVE_REMEDY}, or device=cpu"
+            "weights", f"{precision.name} runs on the CPU only", "Use weights=native, or device=cpu"
         )
-    if weight.dtype is not torch.bfloat16:
-        raise ConfigError(
-            "weights",
-            f"{precision.name} has no kernel for {str(weight.dtype)[6:]} activations",
-            f"Use dtype=bfloat16, or {NATIVE_REMEDY[4:]}",
-        )
-    needed = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu")
-    if not all(hasattr(torch.ops.aten, name) for name in needed):
-        raise ConfigError(
-            "weights", f"torch {torch.__version__} has no kernels for {precision.name}",
-            NATIVE_REMEDY,
-        )  # fmt: skip

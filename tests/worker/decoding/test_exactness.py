@@ -141,16 +141,25 @@ def test_executed_layer_calls_equal_the_reported_depths(family: str) -> None:
 def test_a_layer_finds_an_entry_at_every_position_it_reads(family: str) -> None:
     # Exited tokens are projected when a layer is about to read them, and not before.
     engine = AdaptiveEngine.from_pretrained(make_model(family), slots=1)
-    update, reads = engine.kv.update, []
+    update, addresses, reads = engine.kv.update, engine.kv.addresses, []
+
+    def require_entries(keys_SGCH: torch.Tensor, span: int) -> None:
+        reads.append(span)
+        assert (keys_SGCH[0, :, :span].abs().sum(-1) > 0).all()
 
     def checked(keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
         found = update(keys, values, layer)
-        span = engine.kv._window.runs[0].span
-        reads.append(span)
-        assert (found[0][0, :, :span].abs().sum(-1) > 0).all()
+        require_entries(found[0], engine.kv._window.runs[0].span)
         return found
 
+    def asked(layer: int) -> tuple[int, int]:
+        # Compiled layers write the step's own entries themselves, after they have asked.
+        before = int(engine.kv._window.cells_M3[0, 1])
+        require_entries(engine.kv.keys_LSGCH[layer], before)
+        return addresses(layer)
+
     engine.kv.update = checked  # type: ignore[method-assign,assignment]
+    engine.kv.addresses = asked  # type: ignore[method-assign]
     [completion] = engine.generate(PROMPTS[0], GREEDY, CoinFlipExit((1, 3)))
     assert len(reads) == LAYERS + completion.stats.layer_calls
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offramp.worker.model import products
+from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.prepared import PackedWeight
 from offramp.worker.model.products import can_pack
 
@@ -42,13 +43,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 
 def chosen() -> list[int]:
     """Numbers of rows that are multiplied with the plain matrix; all are, rightly."""
-    weight, plain = PackedWeight(WEIGHT, measures=True), []
+    weight, plain = PackedWeight(WEIGHT), []
     for rows in (1, 2, 3, 4, 5, 8, 16, 17, 40):
         x = torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
-        weight._plain = (WEIGHT,)
-        torch.testing.assert_close(weight(x, None), x @ WEIGHT.T)
-        weight._plain = (2 * WEIGHT,)
-        if torch.allclose(weight(x, None), 2 * (x @ WEIGHT.T), atol=1e-4):
+        weight._parts = [KernelMatrix(WEIGHT)]
+        torch.testing.assert_close(weight(x), x @ WEIGHT.T)
+        weight._parts = [KernelMatrix(2 * WEIGHT)]
+        if torch.allclose(weight(x), 2 * (x @ WEIGHT.T), atol=1e-4):
             plain.append(rows)
     return plain
 
@@ -115,11 +116,11 @@ def test_without_a_folder_each_process_measures(
     assert chosen() == []
 
 
-def test_bfloat16_and_fills_are_packed_unmeasured(machine: Machine) -> None:
-    assert PackedWeight(WEIGHT).plain_rows == 0
-    if can_pack(WEIGHT.bfloat16()):
-        assert PackedWeight(WEIGHT.bfloat16(), measures=True).plain_rows == 0
+def test_a_matrix_that_compiled_code_cannot_read_is_packed_unmeasured(machine: Machine) -> None:
+    machine.faster_up_to = 4
+    assert PackedWeight(WEIGHT.T).plain_rows == 0
     assert machine.measured == []
+    assert PackedWeight(WEIGHT.T.contiguous()).plain_rows == 4
 
 
 def test_the_real_measurement_names_a_ratio() -> None:

@@ -198,11 +198,7 @@ def test_a_precision_is_read_as_commands_take_it() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "field", "remedy"),
-    [
-        (INT8, torch.float32, "weights", "dtype=bfloat16"),
-        (Precision(weights="int4", group_size=64), torch.bfloat16, "group_size", "Use 32"),
-        (Precision(weights="int4", head="int4"), torch.bfloat16, "head_weights", "int8"),
-    ],
+    [(Precision(weights="int4", group_size=64), torch.bfloat16, "group_size", "Use 32")],
 )
 def test_what_a_model_cannot_have_is_refused(
     precision: Precision, dtype: torch.dtype, field: str, remedy: str

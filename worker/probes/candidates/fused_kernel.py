@@ -9,27 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.net_kernel import compiled, outputs_of
+from offramp.worker.model.kernels.floats import pointer
 from offramp.worker.probes.candidates.kernel import COLUMNS, begin, row_columns, widen
 from offramp.worker.probes.candidates.successors import merge_row
 
 POSITION, LAST, FOLLOWERS = range(3)
 """What a row begins with: its position, its last token, and its own candidates (-1 is none)."""
-
-
-@intrinsic
-def _pointer(_: Any, address: Any) -> Any:
-    """What lies at an address: to ask torch for it takes a sixth of what a numpy view takes."""
-
-    def to_pointer(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), to_pointer
 
 
 @compiled
@@ -62,7 +51,7 @@ def begin_rows(
         start_J = starts_NJ[n]
         merge_row(table_VK[start_J[LAST]], start_J[FOLLOWERS:], candidates_SK[n])
         place = np.float32(start_J[POSITION] / context)
-        here = _pointer(states[0] + n * states[1])
+        here = pointer(states[0] + n * states[1])
         width = last_SD.shape[1]
         if is_bits:
             begin(carray(here, width, np.uint16), True, place, last_SD[n], memory_SM[n])
@@ -98,7 +87,7 @@ def fused_features(
     x_u = x_D.view(np.uint32)
     spare = (np.empty(width, np.float32), np.empty(width, np.float32), np.empty(scored, np.float32))
     for n in range(rows):
-        here = _pointer(states[0] + n * states[1])
+        here = pointer(states[0] + n * states[1])
         if are_bits[1]:
             widen(carray(here, width, np.uint16), True, x_u, x_D)
         else:

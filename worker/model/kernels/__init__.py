@@ -1,0 +1,1 @@
+"""Compiled kernels for few rows: products with kept weights, and whole decoder layers."""

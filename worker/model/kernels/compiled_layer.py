@@ -1,0 +1,78 @@
+"""A decoder layer of known form, described once and run by compiled code for few rows.
+
+Shape suffixes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.worker.model.attention import Window
+from offramp.worker.model.kernels.layer import run_layer
+from offramp.worker.model.kernels.matrix import GROUP, INPUTS, KIND, OUTPUTS, KernelMatrix
+from offramp.worker.model.kernels.multiply import BITS, FLOATS, code_for
+from offramp.worker.model.kv import SlotKV
+from offramp.worker.model.stack import Rotary
+
+COARSE_LANES = {"AVX512": 16, "AVX2": 8}
+"""Weights of bfloat16 whose exponential PyTorch's attention takes coarsely, in vectors of so many.
+
+What does not fill a vector, and all of it on other machines, is exact."""
+
+
+class CompiledLayer:
+    """Runs a layer for few rows as one call.
+
+    Args:
+        layer: A decoder layer in the form of Hugging Face's Llama; only read.
+        matrices: Its matrices in the order of ``QUERIES`` and its neighbours.
+
+    Attributes:
+        form: What its speed depends on, in words.
+    """
+
+    def __init__(self, layer: Any, matrices: Sequence[KernelMatrix]) -> None:
+        attention = layer.self_attn
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._kept = (norms, matrices)  # addresses do not keep alive
+        self._index: int = attention.layer_idx
+        sizes = [matrix.described[[KIND, GROUP, OUTPUTS, INPUTS]].tolist() for matrix in matrices]
+        self.form = f"{norms[0].weight.dtype}, heads of {attention.head_dim}, matrices {sizes}"
+        self._scaling = float(attention.scaling)
+        self._matrices = np.stack([matrix.described for matrix in matrices])
+        self._epsilons = np.array(
+            [0.0 if norm is None else norm.variance_epsilon for norm in norms], np.float32
+        )
+        is_bits = norms[0].weight.dtype is torch.bfloat16
+        key_heads = attention.config.num_key_value_heads
+        self._described = np.array(
+            [
+                is_bits,
+                code_for(BITS if is_bits else FLOATS),
+                COARSE_LANES.get(torch.backends.cpu.get_cpu_capability(), 0) if is_bits else 0,
+                attention.num_key_value_groups * key_heads,
+                key_heads,
+                attention.head_dim,
+                getattr(attention, "use_rope", True),
+                *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
+            ],
+            np.int64,
+        )
+
+    def __call__(self, x_BTD: Tensor, window: Window, kv: SlotKV, rotary: Rotary) -> Tensor:
+        """What the layer computes, [B, T, D]; its new keys and values are in the cache."""
+        x_BTD = x_BTD.contiguous()
+        out_BTD = torch.empty_like(x_BTD)
+        cos_BTH, sin_BTH = (angles.contiguous() for angles in rotary)
+        run_layer(
+            self._described, self._matrices, self._epsilons, self._scaling,
+            x_BTD.data_ptr(), out_BTD.data_ptr(), cos_BTH.data_ptr(), sin_BTH.data_ptr(),
+            window.cells_M3, *kv.addresses(self._index), kv.capacity,
+        )  # fmt: skip
+        return out_BTD

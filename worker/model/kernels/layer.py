@@ -1,0 +1,294 @@
+"""A Llama-like decoder layer for few rows as one compiled call.
+
+It rounds where Hugging Face's layer rounds; only the order within a sum is its own, and that is the
+same for every row, whatever rows stand beside it.
+
+Shape suffixes: M tokens of the step, of any rows; D width, A query heads, G key and value heads,
+N heads of all three, H head_dim, F rows of the MLP, Q query heads of one key head, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from offramp.controller.policies.net_kernel import compiled
+from offramp.worker.model.kernels.floats import (
+    address,
+    coarse_exponential,
+    exponential,
+    read,
+    round_all,
+    rounded,
+    write,
+)
+from offramp.worker.model.kernels.matrix import INPUTS, OUTPUTS, add_bias, product_into
+from offramp.worker.model.kernels.multiply import multiply
+
+IS_BITS, CODE_OF_CACHE, COARSE, QUERY_HEADS, KEY_HEADS, HEAD_DIM, ROTATES = range(7)
+"""What a layer's description holds: sizes, and the code that multiplies with keys in the cache."""
+
+BEFORE, AFTER, OF_QUERIES, OF_KEYS = range(7, 11)
+"""What follows there: the addresses of its norms' weights; 0 for a norm that it lacks."""
+
+QUERIES, KEYS, VALUES, OUT, GATE, UP, DOWN = range(7)
+"""The order of a layer's matrices."""
+
+ATTENTION_BLOCK = 512
+"""Positions that PyTorch's attention on CPUs takes at once."""
+
+SLOT, POSITION, COUNTS = range(3)
+"""What is said of a token: where its row is kept, which position it has, and 0 if it is padding."""
+
+
+@compiled
+def run_layer(
+    layer: Any,
+    matrices: Any,
+    epsilons: Any,
+    scaling: float,
+    x: int,
+    out: int,
+    cos: int,
+    sin: int,
+    cells_M3: Any,
+    keys: int,
+    values: int,
+    capacity: int,
+) -> None:
+    """Run some tokens through a layer; their keys and values are written to the cache.
+
+    Args:
+        layer: See ``IS_BITS`` and its neighbours, int64.
+        matrices: One description of a matrix per row (``KIND`` and its neighbours), int64.
+        epsilons: One for each norm: before attention, before the MLP, of queries, of keys.
+        scaling: What scores are multiplied by.
+        x, out: Addresses of the states that come in and go out, [M, D].
+        cos, sin: Addresses of the tokens' angles, [M, H].
+        cells_M3: See ``SLOT`` and its neighbours, int64; of a row's tokens each sees those before.
+        keys, values: Addresses of the layer's cache, [slots, G, capacity, H].
+        capacity: Positions of a slot.
+    """
+    is_bits = layer[IS_BITS] != 0
+    tokens, width = len(cells_M3), matrices[QUERIES, INPUTS]
+    x_MD = np.empty((tokens, width), np.float32)
+    read(x, is_bits, x_MD.reshape(-1))
+    normed_MD = np.empty_like(x_MD)
+    normed(x_MD, layer[BEFORE], epsilons[0], is_bits, normed_MD)
+    asked, kept = layer[QUERY_HEADS], layer[KEY_HEADS]
+    heads_MNH = np.empty((tokens, asked + 2 * kept, layer[HEAD_DIM]), np.float32)
+    heads_MX = heads_MNH.reshape(tokens, -1)
+    first = 0
+    for part in (QUERIES, KEYS, VALUES):
+        last = first + matrices[part, OUTPUTS]
+        linear(matrices[part], normed_MD, is_bits, heads_MX[:, first:last])
+        first = last
+    turn(layer, epsilons, cos, sin, heads_MNH)
+    keep(layer, cells_M3, heads_MNH, keys, values, capacity)
+    context_MX = np.zeros((tokens, asked * layer[HEAD_DIM]), np.float32)
+    attend(layer, scaling, cells_M3, heads_MNH, keys, values, capacity, context_MX)
+    y_MD = np.empty_like(x_MD)
+    linear(matrices[OUT], context_MX, is_bits, y_MD)
+    add(y_MD, is_bits, x_MD)
+    normed(x_MD, layer[AFTER], epsilons[1], is_bits, normed_MD)
+    gate_MF = np.empty((tokens, matrices[GATE, OUTPUTS]), np.float32)
+    up_MF = np.empty_like(gate_MF)
+    linear(matrices[GATE], normed_MD, is_bits, gate_MF)
+    linear(matrices[UP], normed_MD, is_bits, up_MF)
+    gated(up_MF.reshape(-1), is_bits, gate_MF.reshape(-1))
+    linear(matrices[DOWN], gate_MF, is_bits, y_MD)
+    add(y_MD, is_bits, x_MD)
+    write(x_MD.reshape(-1), is_bits, out)
+
+
+@compiled
+def normed(x_MD: Any, weight: int, eps: float, is_bits: bool, out_MD: Any) -> None:
+    """The RMS norm of each row; the weight is multiplied after rounding, as Hugging Face does."""
+    width = x_MD.shape[1]
+    weight_D = np.empty(width, np.float32)
+    read(weight, is_bits, weight_D)
+    for m in range(len(x_MD)):
+        total = np.float32(0)
+        for d in range(width):
+            total += x_MD[m, d] * x_MD[m, d]
+        factor = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + eps))
+        for d in range(width):
+            out_MD[m, d] = x_MD[m, d] * factor
+        round_all(out_MD[m], is_bits)
+        for d in range(width):
+            out_MD[m, d] *= weight_D[d]
+        round_all(out_MD[m], is_bits)
+
+
+@compiled
+def linear(matrix: Any, x_MI: Any, is_bits: bool, y_MO: Any) -> None:
+    """A product with its bias, rounded."""
+    product_into(matrix, x_MI, y_MO)
+    add_bias(matrix, is_bits, y_MO)
+    for m in range(len(y_MO)):
+        round_all(y_MO[m], is_bits)
+
+
+@compiled
+def turn(layer: Any, epsilons: Any, cos: int, sin: int, heads_MNH: Any) -> None:
+    """Norm queries and keys, where the layer does, and rotate them by position."""
+    is_bits, width = layer[IS_BITS] != 0, layer[HEAD_DIM]
+    half = width // 2
+    cos_H = np.empty(width, np.float32)
+    sin_H = np.empty(width, np.float32)
+    turned_H = np.empty(width, np.float32)
+    size = 2 if is_bits else 4
+    for m in range(len(heads_MNH)):
+        read(cos + m * width * size, is_bits, cos_H)
+        read(sin + m * width * size, is_bits, sin_H)
+        for n in range(layer[QUERY_HEADS] + layer[KEY_HEADS]):
+            is_query = n < layer[QUERY_HEADS]
+            norm = layer[OF_QUERIES] if is_query else layer[OF_KEYS]
+            head_1H = heads_MNH[m, n : n + 1]
+            if norm != 0:
+                normed(head_1H, norm, epsilons[2 if is_query else 3], is_bits, head_1H)
+            if layer[ROTATES] == 0:
+                continue
+            for h in range(half):
+                left, right = head_1H[0, h], head_1H[0, half + h]
+                turned_H[h] = rounded(left * cos_H[h], is_bits) - rounded(right * sin_H[h], is_bits)
+                turned_H[half + h] = rounded(right * cos_H[half + h], is_bits) + rounded(
+                    left * sin_H[half + h], is_bits
+                )
+            for h in range(width):
+                head_1H[0, h] = rounded(turned_H[h], is_bits)
+
+
+@compiled
+def keep(layer: Any, cells_M3: Any, heads_MNH: Any, keys: int, values: int, capacity: int) -> None:
+    """Write the tokens' keys and values to the cache; padding goes nowhere."""
+    is_bits, width, kept = layer[IS_BITS] != 0, layer[HEAD_DIM], layer[KEY_HEADS]
+    size = 2 if is_bits else 4
+    for m in range(len(cells_M3)):
+        if cells_M3[m, COUNTS] == 0:
+            continue
+        for g in range(kept):
+            row = (cells_M3[m, SLOT] * kept + g) * capacity + cells_M3[m, POSITION]
+            n = layer[QUERY_HEADS] + g
+            write(heads_MNH[m, n], is_bits, keys + row * width * size)
+            write(heads_MNH[m, n + kept], is_bits, values + row * width * size)
+
+
+@compiled
+def attend(
+    layer: Any,
+    scaling: float,
+    cells_M3: Any,
+    heads_MNH: Any,
+    keys: int,
+    values: int,
+    capacity: int,
+    context_MX: Any,
+) -> None:
+    """Each token's context: of all positions of its row up to its own."""
+    is_bits, width, kept = layer[IS_BITS] != 0, layer[HEAD_DIM], layer[KEY_HEADS]
+    size = 2 if is_bits else 4
+    shared = layer[QUERY_HEADS] // kept
+    for m in range(len(cells_M3)):
+        if cells_M3[m, COUNTS] == 0:
+            continue
+        span = cells_M3[m, POSITION] + 1
+        for g in range(kept):
+            here = (cells_M3[m, SLOT] * kept + g) * capacity * width * size
+            asking_QH = heads_MNH[m, g * shared : (g + 1) * shared]
+            columns_X = context_MX[m, g * shared * width : (g + 1) * shared * width]
+            context_QH = columns_X.reshape(shared, width)
+            attend_to(layer, scaling, asking_QH, span, keys + here, values + here, context_QH)
+        round_all(context_MX[m], is_bits)
+
+
+@compiled
+def attend_to(
+    layer: Any, scaling: float, asking_QH: Any, span: int, keys: int, values: int, context_QH: Any
+) -> None:
+    """Add up the values of one key head for the query heads that share it; context starts at 0."""
+    is_bits = layer[IS_BITS] != 0
+    shared, width = asking_QH.shape
+    row_bytes = width * (2 if is_bits else 4)
+    weights_QP = np.empty((shared, span), np.float32)
+    arguments = (
+        keys, row_bytes, 0, 0, 1, span, width, address(asking_QH), 0, shared,
+        address(weights_QP), span,
+    )  # fmt: skip
+    multiply(layer[CODE_OF_CACHE], arguments)
+    value_H = np.empty(width, np.float32)
+    totals_Q = np.zeros(shared, np.float32)
+    highest_Q = np.full(shared, np.float32(-np.inf), np.float32)
+    for first in range(0, span, ATTENTION_BLOCK):
+        last = min(first + ATTENTION_BLOCK, span)
+        for q in range(shared):
+            weigh(
+                layer, np.float32(scaling), weights_QP[q, first:last], highest_Q[q : q + 1],
+                totals_Q[q : q + 1], context_QH[q],
+            )  # fmt: skip
+        for p in range(first, last):
+            read(values + p * row_bytes, is_bits, value_H)
+            for q in range(shared):
+                weight = weights_QP[q, p]
+                for h in range(width):
+                    context_QH[q, h] += weight * value_H[h]
+    for q in range(shared):
+        share = np.float32(1) / totals_Q[q]
+        for h in range(width):
+            context_QH[q, h] *= share
+
+
+@compiled
+def weigh(
+    layer: Any, scaling: float, scores_P: Any, highest_1: Any, total_1: Any, context_H: Any
+) -> None:
+    """Turn a block's scores into weights, in place; what was summed before comes to their scale.
+
+    As PyTorch's attention on CPUs does it: weights are rounded after they were summed, and not
+    divided by their sum.
+    """
+    is_bits = layer[IS_BITS] != 0
+    highest = np.float32(-np.inf)
+    for p in range(scores_P.size):
+        scores_P[p] *= scaling
+        highest = max(highest, scores_P[p])
+    highest = max(highest, highest_1[0])
+    coarse = scores_P.size - scores_P.size % layer[COARSE] if layer[COARSE] != 0 else 0
+    for p in range(coarse):
+        scores_P[p] = coarse_exponential(scores_P[p] - highest)
+    for p in range(coarse, scores_P.size):
+        scores_P[p] = exponential(scores_P[p] - highest)
+    total = np.float32(0)
+    for p in range(scores_P.size):
+        total += scores_P[p]
+    round_all(scores_P, is_bits)
+    if total_1[0] != 0:
+        before = exponential(highest_1[0] - highest)
+        total += before * total_1[0]
+        for h in range(context_H.size):
+            context_H[h] *= before
+    highest_1[0], total_1[0] = highest, total
+
+
+@compiled
+def gated(up_N: Any, is_bits: bool, gate_N: Any) -> None:
+    """SiLU of the gate times up, in the gate's place."""
+    # Loop by loop: in one, compilers find nothing to vectorise.
+    for n in range(gate_N.size):
+        gate = gate_N[n]
+        gate_N[n] = gate / (np.float32(1) + exponential(-gate))
+    round_all(gate_N, is_bits)
+    for n in range(gate_N.size):
+        gate_N[n] *= up_N[n]
+    round_all(gate_N, is_bits)
+
+
+@compiled
+def add(y_MD: Any, is_bits: bool, x_MD: Any) -> None:
+    """Add what a part of the layer gave to what came in."""
+    for m in range(len(x_MD)):
+        for d in range(x_MD.shape[1]):
+            x_MD[m, d] += y_MD[m, d]
+        round_all(x_MD[m], is_bits)

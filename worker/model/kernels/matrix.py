@@ -1,0 +1,134 @@
+"""A matrix as the compiled kernels take it, and its products with few rows.
+
+Shape suffixes: O outputs, I inputs, N rows, G groups of an output's weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.controller.policies.net_kernel import compiled
+from offramp.worker.model.kernels.floats import address, read, write
+from offramp.worker.model.kernels.multiply import BITS, FLOATS, INT4, INT8, code_for, multiply
+from offramp.worker.model.kernels.vectors import LANES
+    BITS,
+    FLOATS,
+    INT4,
+    INT8,
+    LANES,
+    code_for,
+    multiply,
+)
+
+KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
+"""The kind of weights that a tensor of a dtype holds."""
+
+KIND, CODE, WEIGHTS, STRIDE, SCALES, OFFSETS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
+"""What a matrix's description holds: addresses, sizes, and 0 for what it lacks."""
+
+
+class KernelMatrix:
+    """A matrix in the form that compiled code reads; nothing of it is copied.
+
+    Args:
+        weight: bfloat16, float32 or int8 [O, I]; for int4 uint8 [O, I / 2] (``INT4``).
+        bias_O: Added to the product, in the activations' dtype; None: nothing.
+        scales: int8's [O] or int4's [O, G], float32, groups padded to 16s.
+        offsets_OG: What int4's numbers are moved by, float32.
+        group_size: Inputs that share one of int4's scales.
+
+    Attributes:
+        nbytes: Bytes of weights, scales and offsets.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias_O: Tensor | None = None,
+        scales: Tensor | None = None,
+        offsets_OG: Tensor | None = None,
+        group_size: int = 1,
+    ) -> None:
+        self._kept = (weight, bias_O, scales, offsets_OG)  # addresses do not keep alive
+        self.nbytes = sum(part.nbytes for part in (weight, scales, offsets_OG) if part is not None)
+        outputs, columns = weight.shape
+        self._outputs = outputs
+        kind = KINDS[weight.dtype]
+        inputs = 2 * columns if kind == INT4 else columns
+        self.described = np.zeros(10, np.int64)
+        self.described[[KIND, CODE]] = kind, code_for(kind)
+        self.described[STRIDE] = weight.stride(0) * weight.element_size()
+        self.described[[GROUP, OUTPUTS, INPUTS]] = group_size, outputs, inputs
+        for place, part in zip((WEIGHTS, BIAS, SCALES, OFFSETS), self._kept, strict=True):
+            self.described[place] = 0 if part is None else part.data_ptr()
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b over the last dimension; each row's bits depend on that row alone."""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._outputs)
+        rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
+        _multiply_rows(self.described, x.data_ptr(), is_bits, rows, y.data_ptr())
+        return y
+
+
+def is_readable(weight_OI: Tensor) -> bool:
+    """Whether compiled code can read a matrix: on the CPU, its inputs side by side."""
+    kept = weight_OI.dtype in (torch.bfloat16, torch.float32)
+    return kept and weight_OI.device.type == "cpu" and weight_OI.stride(1) == 1
+
+
+@compiled
+def product_into(matrix: Any, x_NI: Any, y_NO: Any) -> None:
+    """Multiply widened rows; add no bias, and round nothing.
+
+    Args:
+        matrix: See ``KIND`` and its neighbours.
+        x_NI: Rows, float32, side by side in memory.
+        y_NO: What is written, float32; its rows may lie apart.
+    """
+    rows, inputs = x_NI.shape
+    if matrix[KIND] == INT4:
+        group = matrix[GROUP]
+        groups = inputs // group
+        sums_NG = np.zeros((rows, -(-groups // LANES) * LANES), np.float32)
+        for n in range(rows):
+            for g in range(groups):
+                total = np.float32(0)
+                for i in range(g * group, (g + 1) * group):
+                    total += x_NI[n, i]
+                sums_NG[n, g] = total
+    else:
+        sums_NG = np.zeros((1, 1), np.float32)
+    arguments = (
+        matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[OFFSETS], matrix[GROUP],
+        matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_NG), rows,
+        address(y_NO), y_NO.strides[0] // 4,
+    )  # fmt: skip
+    multiply(matrix[CODE], arguments)
+    # Until here: compiled code drops what it does not name again.
+    sums_NG[0, 0] = 0
+
+
+@compiled
+def add_bias(matrix: Any, is_bits: bool, y_NO: Any) -> None:
+    """Add a matrix's bias to its product, if it has one."""
+    if matrix[BIAS] != 0:
+        bias_O = np.empty(y_NO.shape[1], np.float32)
+        read(matrix[BIAS], is_bits, bias_O)
+        for n in range(len(y_NO)):
+            for o in range(bias_O.size):
+                y_NO[n, o] += bias_O[o]
+
+
+@compiled
+def _multiply_rows(matrix: Any, x: int, is_bits: bool, rows: int, y: int) -> None:
+    x_NI = np.empty((rows, matrix[INPUTS]), np.float32)
+    read(x, is_bits, x_NI.reshape(-1))
+    y_NO = np.empty((rows, matrix[OUTPUTS]), np.float32)
+    product_into(matrix, x_NI, y_NO)
+    add_bias(matrix, is_bits, y_NO)
+    write(y_NO.reshape(-1), is_bits, y)

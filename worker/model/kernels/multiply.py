@@ -1,0 +1,250 @@
+"""Products of few rows with a matrix, in whatever form its weights are kept: compiled vector code.
+
+Every sum runs over the inputs in one order, whatever number of rows is multiplied together: a row's
+bits depend on nothing but the row. Weights are read once, widened in registers, and the rows that
+follow are asked for ahead of time, which is what brings one row to the speed of memory.
+
+Shape suffixes: O outputs, I inputs, M rows, G groups of an output's weights (padded to 16s).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+from llvmlite import ir
+from numba import cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from offramp.controller.policies.net_kernel import kept_on_disk
+from offramp.worker.model.kernels.vectors import (
+    F32,
+    FLOAT_LANES,
+    I8,
+    I16,
+    I64,
+    INT_LANES,
+    LANES,
+    VectorCode,
+    int_lanes,
+    whole_number,
+)
+
+BITS, FLOATS, INT8, INT4 = range(4)
+"""How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups."""
+
+TILE = 4
+"""Outputs, and rows at most, whose sums are kept in registers together."""
+
+LINE = 64
+"""Bytes that memory hands over at once."""
+
+BLOCK = 32
+"""Neighbouring int4 weights that 16 bytes keep: the first half in their lower four bits."""
+
+_ELEMENTS = {BITS: I16, FLOATS: F32, INT8: I8}
+_BYTES = {BITS: 2, FLOATS: 4, INT8: 1}
+
+
+class _Product(VectorCode):
+    """Writes the code of one product: numba gives the addresses and sizes, LLVM the registers."""
+
+    def __init__(self, builder: Any, kind: int, arguments: Any) -> None:
+        super().__init__(builder)
+        self.kind = kind
+        (
+            self.weights, self.stride, self.scales, self.offsets, self.group, self.outputs,
+            self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
+        ) = arguments  # fmt: skip
+
+    def emit(self) -> None:
+        """All outputs by tiles, each over all rows, so that its weights stay in the first cache."""
+        whole = self.b.and_(self.outputs, whole_number(-TILE))
+        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
+            self._all_rows(TILE, o)
+        with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
+            self._all_rows(1, o)
+
+    def _all_rows(self, outputs: int, o: Any) -> None:
+        whole = self.b.and_(self.rows, whole_number(-TILE))
+        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (m, _):
+            # int4 needs two registers per sum: more outputs at once would spill.
+            step = min(outputs, 2) if self.kind == INT4 else outputs
+            for first in range(0, outputs, step):
+                self._tile(step, TILE, self.b.add(o, whole_number(first)), m)
+        for count, first in ((2, whole), (1, self.b.and_(self.rows, whole_number(-2)))):
+            bit = self.b.and_(self.rows, whole_number(count))
+            with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
+                self._tile(outputs, count, o, first)
+
+    def _tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
+        """Sums of some outputs of some rows, which start at o and m."""
+        sums = [[self.register() for _ in range(rows)] for _ in range(outputs)]
+        w_at = [self.row(self.weights, o, k, self.stride) for k in range(outputs)]
+        x_at = [self.row(self.x, m, k, self.times(self.inputs, 4)) for k in range(rows)]
+        if self.kind == INT4:
+            self._sum_groups(sums, w_at, x_at, o, m)
+        else:
+            self._sum_columns(sums, w_at, x_at)
+        for k, of_output in enumerate(sums):
+            for j, total in enumerate(of_output):
+                row = self.b.mul(self.b.add(m, whole_number(j)), self.y_stride)
+                column = self.b.add(o, whole_number(k))
+                value = self.total(self.b.load(total))
+                if self.kind == INT8:
+                    value = self.b.fmul(value, self.scalar(self.at(self.scales, column, 4)))
+                place = self.at(self.y, self.b.add(row, column), 4)
+                self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
+
+    def _sum_columns(self, sums: Any, w_at: Any, x_at: Any) -> None:
+        """Whole lines of memory first, then what is left in vectors, then in single columns."""
+        size = _BYTES[self.kind]
+        step = LINE // size
+        lines = self.b.and_(self.inputs, whole_number(-step))
+        vectors = self.b.and_(self.inputs, whole_number(-LANES))
+        with cgutils.for_range_slice(self.b, whole_number(0), lines, whole_number(step)) as (i, _):
+            self._ask_ahead(w_at, self.times(i, size))
+            for first in range(0, step, LANES):
+                self._add_vectors(sums, w_at, x_at, self.b.add(i, whole_number(first)))
+        with cgutils.for_range_slice(self.b, lines, vectors, whole_number(LANES)) as (i, _):
+            self._add_vectors(sums, w_at, x_at, i)
+        with cgutils.for_range_slice(self.b, vectors, self.inputs, whole_number(1)) as (i, _):
+            self._add_vectors(sums, w_at, x_at, i, lanes=1)
+
+    def _add_vectors(self, sums: Any, w_at: Any, x_at: Any, i: Any, lanes: int = LANES) -> None:
+        xs = [self.spread(self.load(self.at(row, i, 4), F32, lanes)) for row in x_at]
+        for of_output, row in zip(sums, w_at, strict=True):
+            kept = self.load(self.at(row, i, _BYTES[self.kind]), _ELEMENTS[self.kind], lanes)
+            weights = self._widened(self.spread(kept))
+            for total, x in zip(of_output, xs, strict=True):
+                self.b.store(self.fma(weights, x, self.b.load(total)), total)
+
+    def _sum_groups(self, sums: Any, w_at: Any, x_at: Any, o: Any, m: Any) -> None:
+        """Each group's numbers by its scale; the rows' own sums by its offset."""
+        groups = self.b.sdiv(self.inputs, self.group)
+        padded = self.b.and_(self.b.add(groups, whole_number(LANES - 1)), whole_number(-LANES))
+        scales_at = [self.row(self.scales, o, k, self.times(padded, 4)) for k in range(len(w_at))]
+        parts = [[self.register() for _ in of_output] for of_output in sums]
+        with cgutils.for_range(self.b, groups) as loop:
+            first = self.b.mul(loop.index, self.group)
+            self._ask_ahead(w_at, self.b.sdiv(first, whole_number(2)))
+            self._add_block(parts, w_at, x_at, first, begins=True)
+            end = self.b.add(first, self.group)
+            second = self.b.add(first, whole_number(BLOCK))
+            with cgutils.for_range_slice(self.b, second, end, whole_number(BLOCK)) as (i, _):
+                self._add_block(parts, w_at, x_at, i, begins=False)
+            for scales, of_output, of_parts in zip(scales_at, sums, parts, strict=True):
+                scale = self.splat(self.scalar(self.at(scales, loop.index, 4)))
+                for total, part in zip(of_output, of_parts, strict=True):
+                    summed = self.fma(self.b.load(part), scale, self.b.load(total))
+                    self.b.store(summed, total)
+        offsets_at = [self.row(self.offsets, o, k, self.times(padded, 4)) for k in range(len(w_at))]
+        sums_at = [self.row(self.sums, m, k, self.times(padded, 4)) for k in range(len(x_at))]
+        with cgutils.for_range_slice(self.b, whole_number(0), padded, whole_number(LANES)) as (
+            g,
+            _,
+        ):
+            of_rows = [self.load(self.at(row, g, 4), F32) for row in sums_at]
+            for offsets, of_output in zip(offsets_at, sums, strict=True):
+                offset = self.load(self.at(offsets, g, 4), F32)
+                for total, of_row in zip(of_output, of_rows, strict=True):
+                    self.b.store(self.fma(offset, of_row, self.b.load(total)), total)
+
+    def _add_block(self, parts: Any, w_at: Any, x_at: Any, i: Any, *, begins: bool) -> None:
+        xs = [[self.load(self.at(row, i, 4, n), F32) for n in (0, LANES)] for row in x_at]
+        for of_output, row in zip(parts, w_at, strict=True):
+            at = self.b.add(row, self.b.sdiv(i, whole_number(2)))
+            pairs = self.b.zext(self.load(at, I8), INT_LANES)
+            low = self.b.uitofp(self.b.and_(pairs, int_lanes(15)), FLOAT_LANES)
+            high = self.b.uitofp(self.b.lshr(pairs, int_lanes(4)), FLOAT_LANES)
+            for part, (x_low, x_high) in zip(of_output, xs, strict=True):
+                if begins:
+                    summed = self.b.fmul(low, x_low)
+                else:
+                    summed = self.fma(low, x_low, self.b.load(part))
+                self.b.store(self.fma(high, x_high, summed), part)
+
+    def _ask_ahead(self, w_at: Any, column: Any) -> None:
+        """Let memory hand over what the next tile reads in the same place."""
+        ahead = self.b.add(column, self.times(self.stride, len(w_at)))
+        for row in w_at:
+            self.ask_for(self.b.add(row, ahead))
+
+    def _widened(self, kept: Any) -> Any:
+        if self.kind == BITS:
+            bits = self.b.shl(self.b.zext(kept, INT_LANES), int_lanes(16))
+            return self.b.bitcast(bits, FLOAT_LANES)
+        if self.kind == INT8:
+            return self.b.sitofp(self.b.sext(kept, INT_LANES), FLOAT_LANES)
+        return kept
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]  # numba is untyped
+def _product_of(_: Any, kind: Any, arguments: Any) -> Any:
+    def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        _Product(builder, kind.literal_value, cgutils.unpack_tuple(builder, values[1])).emit()
+        return context.get_dummy_value()
+
+    return types.void(kind, arguments), emit
+
+
+@lru_cache
+def code_for(kind: int) -> int:
+    """Address of the code that multiplies with one kind of weights; called by ``multiply``."""
+
+    def product(
+        weights: int,
+        stride: int,
+        scales: int,
+        offsets: int,
+        group: int,
+        outputs: int,
+        inputs: int,
+        x: int,
+        sums: int,
+        rows: int,
+        y: int,
+        y_stride: int,
+    ) -> None:
+        arguments = (
+            weights, stride, scales, offsets, group, outputs, inputs, x, sums, rows, y, y_stride
+        )  # fmt: skip
+        _product_of(kind, arguments)
+
+    code = kept_on_disk(partial(cfunc, types.void(*[types.int64] * 12)), product)
+    _COMPILED.append(code)
+    return int(code.address)
+
+
+_COMPILED: list[Any] = []
+"""Keeps code alive whose addresses were given away."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba is untyped
+def multiply(_: Any, code: Any, arguments: Any) -> Any:
+    """Multiply rows with a matrix: y = x Wᵀ. Takes an address from ``code_for`` and a tuple.
+
+    By address, since what calls it would else be compiled together with it, for half a minute.
+
+    Args:
+        weights: Address of the matrix [O, I], its inputs side by side.
+        stride: Bytes from one output's weights to the next one's.
+        scales: Address of int8's scales [O], or int4's [O, G], float32.
+        offsets: Address of what int4's numbers from 0 to 15 are moved by, [O, G], float32.
+        group: Inputs that share one of int4's scales.
+        outputs, inputs: Sizes of the matrix.
+        x: Address of the rows [M, I], float32.
+        sums: Address of each row's sums over int4's groups, [M, G], float32.
+        rows: Number of rows.
+        y: Address of what is written, float32.
+        y_stride: Numbers from one row of it to the next.
+    """
+
+    def call(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        signature = ir.FunctionType(ir.VoidType(), (I64,) * len(arguments))
+        code = builder.inttoptr(values[0], signature.as_pointer())
+        builder.call(code, cgutils.unpack_tuple(builder, values[1]))
+        return context.get_dummy_value()
+
+    return types.void(code, arguments), call

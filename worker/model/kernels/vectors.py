@@ -1,0 +1,110 @@
+"""Vector instructions as LLVM knows them, for code that numba would not vectorise as it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+LANES = 16
+"""Values that are multiplied at once."""
+
+F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (8, 16, 32, 64))
+FLOAT_LANES = ir.VectorType(F32, LANES)
+INT_LANES = ir.VectorType(I32, LANES)
+ZEROS = ir.Constant(FLOAT_LANES, [0.0] * LANES)
+
+
+class VectorCode:
+    """Writes instructions of one function.
+
+    Args:
+        builder: numba's, at the place where the code goes.
+    """
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    def ask_for(self, place: Any) -> None:
+        """Let memory hand over what lies at an address."""
+        signature = ir.FunctionType(ir.VoidType(), (I8.as_pointer(), I32, I32, I32))
+        ask = cgutils.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0i8")
+        # To read, into every cache, data.
+        how = [ir.Constant(I32, n) for n in (0, 3, 1)]
+        self.b.call(ask, (self.b.inttoptr(place, I8.as_pointer()), *how))
+
+    def load(self, place: Any, element: Any, lanes: int = LANES) -> Any:
+        """A vector, or a single value, at an address that need not be aligned."""
+        kind = element if lanes == 1 else ir.VectorType(element, lanes)
+        size = 4 if element is F32 else element.width // 8
+        return self.b.load(self.b.inttoptr(place, kind.as_pointer()), align=size)
+
+    def spread(self, loaded: Any) -> Any:
+        """A single value as a vector whose other lanes are 0."""
+        if isinstance(loaded.type, ir.VectorType):
+            return loaded
+        zeros = ir.Constant(ir.VectorType(loaded.type, LANES), None)
+        return self.b.insert_element(zeros, loaded, ir.Constant(I32, 0))
+
+    def splat(self, value: Any) -> Any:
+        """A value in every lane."""
+        first = self.b.insert_element(
+            ir.Constant(FLOAT_LANES, ir.Undefined), value, ir.Constant(I32, 0)
+        )
+        return self.b.shuffle_vector(first, ir.Constant(FLOAT_LANES, ir.Undefined), int_lanes(0))
+
+    def total(self, lanes: Any) -> Any:
+        """The sum of all lanes, halves by halves."""
+        count = LANES
+        while count > 1:
+            count //= 2
+            low, high = (
+                self.b.shuffle_vector(
+                    lanes,
+                    lanes,
+                    ir.Constant(ir.VectorType(I32, count), list(range(first, first + count))),
+                )
+                for first in (0, count)
+            )
+            lanes = self.b.fadd(low, high)
+        return self.b.extract_element(lanes, ir.Constant(I32, 0))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x y + z, rounded once."""
+        signature = ir.FunctionType(FLOAT_LANES, (FLOAT_LANES,) * 3)
+        name = f"llvm.fma.v{LANES}f32"
+        fma = cgutils.get_or_insert_function(self.b.module, signature, name)
+        return self.b.call(fma, (x, y, z))
+
+    def register(self) -> Any:
+        """A vector of sums, 0 at first."""
+        register = cgutils.alloca_once(self.b, FLOAT_LANES)
+        self.b.store(ZEROS, register)
+        return register
+
+    def scalar(self, place: Any) -> Any:
+        """The float32 at an address."""
+        return self.b.load(self.b.inttoptr(place, F32.as_pointer()))
+
+    def row(self, base: Any, first: Any, offset: int, stride: Any) -> Any:
+        """The address of a row: some rows after another one."""
+        return self.b.add(base, self.b.mul(self.b.add(first, whole_number(offset)), stride))
+
+    def at(self, base: Any, index: Any, size: int, offset: int = 0) -> Any:
+        """The address of an item of so many bytes."""
+        return self.b.add(base, self.times(self.b.add(index, whole_number(offset)), size))
+
+    def times(self, value: Any, factor: int) -> Any:
+        """A number times a constant."""
+        return self.b.mul(value, whole_number(factor))
+
+
+def whole_number(value: int) -> Any:
+    """A constant of 64 bits."""
+    return ir.Constant(I64, value)
+
+
+def int_lanes(value: int) -> Any:
+    """A vector of one constant."""
+    return ir.Constant(INT_LANES, [value] * LANES)
