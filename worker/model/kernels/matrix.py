@@ -15,14 +15,6 @@ from offramp.controller.policies.net_kernel import compiled
 from offramp.worker.model.kernels.floats import address, read, write
 from offramp.worker.model.kernels.multiply import BITS, FLOATS, INT4, INT8, code_for, multiply
 from offramp.worker.model.kernels.vectors import LANES
-    BITS,
-    FLOATS,
-    INT4,
-    INT8,
-    LANES,
-    code_for,
-    multiply,
-)
 
 KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
 """The kind of weights that a tensor of a dtype holds."""
