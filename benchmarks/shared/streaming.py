@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import NATIVE, Precision
 
 CACHES_OVER = 4
@@ -68,5 +67,4 @@ def _kept_bytes(weight: torch.Tensor, kept: str, group_size: int) -> int:
         return weight.nbytes
     if kept == "int8":
         return weight.numel() + 4 * len(weight)
-    groups = -(-weight.shape[1] // (group_size * LANES)) * LANES
-    return weight.numel() // 2 + len(weight) * groups * 2 * 4
+    return weight.numel() // 2 + weight.numel() // group_size * 2 * 2

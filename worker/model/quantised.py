@@ -153,20 +153,20 @@ class Int4Weight:
         self._group_size = group_size
         self._dtype = weight_OI.dtype
         groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
-        q_OGS, self._scale_OG, self._zero_OG = _fit_groups(groups_OGS, self._dtype)
+        q_OGS, scale_OG, zero_OG = _fit_groups(groups_OGS)
+        # Kernels read a vector to its end, which may lie behind the last group.
+        groups = torch.stack((scale_OG, zero_OG)).flatten(1)
+        self._kept_groups = nn.functional.pad(groups, (0, LANES))
+        self._scale_OG, self._zero_OG = scale_OG, zero_OG
         # A block's first half lies in the lower four bits.
         q_OB2H = q_OGS.view(outputs, -1, 2, BLOCK // 2)
         pairs_OBH = q_OB2H[:, :, 0] | (q_OB2H[:, :, 1] << 4)
         self._kept_OJ = pairs_OBH.to(torch.uint8).view(outputs, -1).contiguous()
 
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
-        """The numbers, scales and offsets, with a bias, as compiled kernels take them."""
-        scale_OG, zero_OG = self._scale_OG.float(), self._zero_OG.float()
-        spare = -scale_OG.shape[1] % LANES
-        scales, offsets = (
-            nn.functional.pad(part, (0, spare)) for part in (scale_OG, zero_OG - 8 * scale_OG)
-        )
-        return KernelMatrix(self._kept_OJ, bias_O, scales, offsets, self._group_size)
+        """The numbers, scales and zero points, with a bias, as compiled kernels take them."""
+        scale_OG, zero_OG = self._kept_groups[:, : self._scale_OG.numel()]
+        return KernelMatrix(self._kept_OJ, bias_O, scale_OG, zero_OG, self._group_size)
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
@@ -178,13 +178,13 @@ class Int4Weight:
         return weight_OGS.view(len(kept_OBH), -1).to(self._dtype)
 
 
-def _fit_groups(w_OGS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers [O, G, S] (int32), scales and zero points [O, G] in the weights' dtype."""
+def _fit_groups(w_OGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [O, G, S] (int32), scales and zero points [O, G] (bfloat16)."""
     low, high = w_OGS.amin(-1), w_OGS.amax(-1)
     scale = ((high - low) / 15).clamp(min=1e-8)
     zero = low + 8 * scale
     for refit in range(REFITS + 1):
-        scale, zero = scale.to(dtype).float(), zero.to(dtype).float()
+        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
         q = ((w_OGS - zero[:, :, None]) / scale[:, :, None]).round_().add_(8).clamp_(0, 15)
         if refit == REFITS:
             break
@@ -193,7 +193,7 @@ def _fit_groups(w_OGS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         slope = (centred * w_OGS).sum(-1) / spread.clamp(min=1e-8)
         scale = torch.where((spread > 0) & (slope > 1e-8), slope, scale)
         zero = w_OGS.mean(-1) - scale * (q.mean(-1) - 8)
-    return q.to(torch.int32), scale.to(dtype), zero.to(dtype)
+    return q.to(torch.int32), scale.bfloat16(), zero.bfloat16()
 
 
 def _quantised(module: nn.Module, precision: Precision, weights: Weights) -> nn.Module | None:

@@ -19,7 +19,7 @@ from offramp.worker.model.kernels.vectors import LANES
 KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
 """The kind of weights that a tensor of a dtype holds."""
 
-KIND, CODE, WEIGHTS, STRIDE, SCALES, OFFSETS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
+KIND, CODE, WEIGHTS, STRIDE, SCALES, ZEROS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
 """What a matrix's description holds: addresses, sizes, and 0 for what it lacks."""
 
 
@@ -29,12 +29,12 @@ class KernelMatrix:
     Args:
         weight: bfloat16, float32 or int8 [O, I]; for int4 uint8 [O, I / 2] (``INT4``).
         bias_O: Added to the product, in the activations' dtype; None: nothing.
-        scales: int8's [O] or int4's [O, G], float32, groups padded to 16s.
-        offsets_OG: What int4's numbers are moved by, float32.
+        scales: int8's [O], float32, or int4's [O, G], bfloat16.
+        zeros_OG: int4's zero points, bfloat16.
         group_size: Inputs that share one of int4's scales.
 
     Attributes:
-        nbytes: Bytes of weights, scales and offsets.
+        nbytes: Bytes of weights, scales and zero points.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class KernelMatrix:
         weight: Tensor,
         bias_O: Tensor | None = None,
         scales: Tensor | None = None,
-        offsets_OG: Tensor | None = None,
+        zeros_OG: Tensor | None = None,
         group_size: int = 1,
     ) -> None:
-        self._kept = (weight, bias_O, scales, offsets_OG)  # addresses do not keep alive
-        self.nbytes = sum(part.nbytes for part in (weight, scales, offsets_OG) if part is not None)
+        self._kept = (weight, bias_O, scales, zeros_OG)  # addresses do not keep alive
+        self.nbytes = sum(part.nbytes for part in (weight, scales, zeros_OG) if part is not None)
         outputs, columns = weight.shape
         self._outputs = outputs
         kind = KINDS[weight.dtype]
@@ -55,7 +55,7 @@ class KernelMatrix:
         self.described[[KIND, CODE]] = kind, code_for(kind)
         self.described[STRIDE] = weight.stride(0) * weight.element_size()
         self.described[[GROUP, OUTPUTS, INPUTS]] = group_size, outputs, inputs
-        for place, part in zip((WEIGHTS, BIAS, SCALES, OFFSETS), self._kept, strict=True):
+        for place, part in zip((WEIGHTS, BIAS, SCALES, ZEROS), self._kept, strict=True):
             self.described[place] = 0 if part is None else part.data_ptr()
 
     def product(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def product_into(matrix: Any, x_NI: Any, y_NO: Any) -> None:
     else:
         sums_NG = np.zeros((1, 1), np.float32)
     arguments = (
-        matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[OFFSETS], matrix[GROUP],
+        matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[ZEROS], matrix[GROUP],
         matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_NG), rows,
         address(y_NO), y_NO.strides[0] // 4,
     )  # fmt: skip

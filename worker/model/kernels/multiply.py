@@ -4,7 +4,7 @@ Every sum runs over the inputs in one order, whatever number of rows is multipli
 bits depend on nothing but the row. Weights are read once, widened in registers, and the rows that
 follow are asked for ahead of time, which is what brings one row to the speed of memory.
 
-Shape suffixes: O outputs, I inputs, M rows, G groups of an output's weights (padded to 16s).
+Shape suffixes: O outputs, I inputs, M rows, G groups of an output's weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Product(VectorCode):
         super().__init__(builder)
         self.kind = kind
         (
-            self.weights, self.stride, self.scales, self.offsets, self.group, self.outputs,
+            self.weights, self.stride, self.scales, self.zeros, self.group, self.outputs,
             self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
         ) = arguments  # fmt: skip
 
@@ -116,15 +116,18 @@ class _Product(VectorCode):
         xs = [self.spread(self.load(self.at(row, i, 4), F32, lanes)) for row in x_at]
         for of_output, row in zip(sums, w_at, strict=True):
             kept = self.load(self.at(row, i, _BYTES[self.kind]), _ELEMENTS[self.kind], lanes)
-            weights = self._widened(self.spread(kept))
+            weights = self._weights(self.spread(kept))
             for total, x in zip(of_output, xs, strict=True):
                 self.b.store(self.fma(weights, x, self.b.load(total)), total)
 
     def _sum_groups(self, sums: Any, w_at: Any, x_at: Any, o: Any, m: Any) -> None:
-        """Each group's numbers by its scale; the rows' own sums by its offset."""
+        """Each group's numbers by its scale; then what the rows' own sums add: (q - 8) s + z."""
         groups = self.b.sdiv(self.inputs, self.group)
-        padded = self.b.and_(self.b.add(groups, whole_number(LANES - 1)), whole_number(-LANES))
-        scales_at = [self.row(self.scales, o, k, self.times(padded, 4)) for k in range(len(w_at))]
+        stride = self.times(groups, 2)
+        scales_at, zeros_at = (
+            [self.row(base, o, k, stride) for k in range(len(w_at))]
+            for base in (self.scales, self.zeros)
+        )
         parts = [[self.register() for _ in of_output] for of_output in sums]
         with cgutils.for_range(self.b, groups) as loop:
             first = self.b.mul(loop.index, self.group)
@@ -135,19 +138,24 @@ class _Product(VectorCode):
             with cgutils.for_range_slice(self.b, second, end, whole_number(BLOCK)) as (i, _):
                 self._add_block(parts, w_at, x_at, i, begins=False)
             for scales, of_output, of_parts in zip(scales_at, sums, parts, strict=True):
-                scale = self.splat(self.scalar(self.at(scales, loop.index, 4)))
+                bits = self.load(self.at(scales, loop.index, 2), I16, lanes=1)
+                scale = self.splat(self.widened(bits))
                 for total, part in zip(of_output, of_parts, strict=True):
-                    summed = self.fma(self.b.load(part), scale, self.b.load(total))
-                    self.b.store(summed, total)
-        offsets_at = [self.row(self.offsets, o, k, self.times(padded, 4)) for k in range(len(w_at))]
+                    self.b.store(self.fma(self.b.load(part), scale, self.b.load(total)), total)
+        # Beyond a row's groups lie the next one's; the rows' sums are 0 there.
+        padded = self.b.and_(self.b.add(groups, whole_number(LANES - 1)), whole_number(-LANES))
         sums_at = [self.row(self.sums, m, k, self.times(padded, 4)) for k in range(len(x_at))]
+        minus_8 = ir.Constant(FLOAT_LANES, [-8.0] * LANES)
         with cgutils.for_range_slice(self.b, whole_number(0), padded, whole_number(LANES)) as (
             g,
             _,
         ):
             of_rows = [self.load(self.at(row, g, 4), F32) for row in sums_at]
-            for offsets, of_output in zip(offsets_at, sums, strict=True):
-                offset = self.load(self.at(offsets, g, 4), F32)
+            for scales, zeros, of_output in zip(scales_at, zeros_at, sums, strict=True):
+                scale, zero = (
+                    self.widened(self.load(self.at(row, g, 2), I16)) for row in (scales, zeros)
+                )
+                offset = self.fma(scale, minus_8, zero)
                 for total, of_row in zip(of_output, of_rows, strict=True):
                     self.b.store(self.fma(offset, of_row, self.b.load(total)), total)
 
@@ -171,10 +179,9 @@ class _Product(VectorCode):
         for row in w_at:
             self.ask_for(self.b.add(row, ahead))
 
-    def _widened(self, kept: Any) -> Any:
+    def _weights(self, kept: Any) -> Any:
         if self.kind == BITS:
-            bits = self.b.shl(self.b.zext(kept, INT_LANES), int_lanes(16))
-            return self.b.bitcast(bits, FLOAT_LANES)
+            return self.widened(kept)
         if self.kind == INT8:
             return self.b.sitofp(self.b.sext(kept, INT_LANES), FLOAT_LANES)
         return kept
@@ -197,7 +204,7 @@ def code_for(kind: int) -> int:
         weights: int,
         stride: int,
         scales: int,
-        offsets: int,
+        zeros: int,
         group: int,
         outputs: int,
         inputs: int,
@@ -208,7 +215,7 @@ def code_for(kind: int) -> int:
         y_stride: int,
     ) -> None:
         arguments = (
-            weights, stride, scales, offsets, group, outputs, inputs, x, sums, rows, y, y_stride
+            weights, stride, scales, zeros, group, outputs, inputs, x, sums, rows, y, y_stride
         )  # fmt: skip
         _product_of(kind, arguments)
 
@@ -230,12 +237,14 @@ def multiply(_: Any, code: Any, arguments: Any) -> Any:
     Args:
         weights: Address of the matrix [O, I], its inputs side by side.
         stride: Bytes from one output's weights to the next one's.
-        scales: Address of int8's scales [O], or int4's [O, G], float32.
-        offsets: Address of what int4's numbers from 0 to 15 are moved by, [O, G], float32.
+        scales: Address of int8's scales [O], float32, or of int4's [O, G], bits of bfloat16.
+        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind both, what fills up
+            a vector is read, too.
         group: Inputs that share one of int4's scales.
         outputs, inputs: Sizes of the matrix.
         x: Address of the rows [M, I], float32.
-        sums: Address of each row's sums over int4's groups, [M, G], float32.
+        sums: Address of each row's sums over int4's groups, [M, G], float32, groups
+            padded by 0 to 16s.
         rows: Number of rows.
         y: Address of what is written, float32.
         y_stride: Numbers from one row of it to the next.

@@ -47,6 +47,13 @@ class VectorCode:
         zeros = ir.Constant(ir.VectorType(loaded.type, LANES), None)
         return self.b.insert_element(zeros, loaded, ir.Constant(I32, 0))
 
+    def widened(self, bits: Any) -> Any:
+        """What bits of bfloat16, one or a vector, stand for."""
+        if isinstance(bits.type, ir.VectorType):
+            wide = self.b.shl(self.b.zext(bits, INT_LANES), int_lanes(16))
+            return self.b.bitcast(wide, FLOAT_LANES)
+        return self.b.bitcast(self.b.shl(self.b.zext(bits, I32), ir.Constant(I32, 16)), F32)
+
     def splat(self, value: Any) -> Any:
         """A value in every lane."""
         first = self.b.insert_element(
