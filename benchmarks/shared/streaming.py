@@ -67,4 +67,4 @@ def _kept_bytes(weight: torch.Tensor, kept: str, group_size: int) -> int:
         return weight.nbytes
     if kept == "int8":
         return weight.numel() + 4 * len(weight)
-    return weight.numel() // 2 + weight.numel() // group_size * 2 * 2
+    return weight.numel() // 2 + weight.numel() // group_size * (4 + 2)

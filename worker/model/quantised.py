@@ -153,11 +153,7 @@ class Int4Weight:
         self._group_size = group_size
         self._dtype = weight_OI.dtype
         groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
-        q_OGS, scale_OG, zero_OG = _fit_groups(groups_OGS)
-        # Kernels read a vector to its end, which may lie behind the last group.
-        groups = torch.stack((scale_OG, zero_OG)).flatten(1)
-        self._kept_groups = nn.functional.pad(groups, (0, LANES))
-        self._scale_OG, self._zero_OG = scale_OG, zero_OG
+        q_OGS, self._scale_OG, self._zero_OG = _fit_groups(groups_OGS)
         # A block's first half lies in the lower four bits.
         q_OB2H = q_OGS.view(outputs, -1, 2, BLOCK // 2)
         pairs_OBH = q_OB2H[:, :, 0] | (q_OB2H[:, :, 1] << 4)
@@ -165,8 +161,12 @@ class Int4Weight:
 
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
         """The numbers, scales and zero points, with a bias, as compiled kernels take them."""
-        scale_OG, zero_OG = self._kept_groups[:, : self._scale_OG.numel()]
-        return KernelMatrix(self._kept_OJ, bias_O, scale_OG, zero_OG, self._group_size)
+        # Kernels read a vector to its end, which may lie behind the last group.
+        scale, zero = (
+            nn.functional.pad(part_OG.flatten(), (0, LANES))[: part_OG.numel()]
+            for part_OG in (self._scale_OG.float(), self._zero_OG)
+        )
+        return KernelMatrix(self._kept_OJ, bias_O, scale, zero, self._group_size)
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""

@@ -63,7 +63,9 @@ def test_a_product_is_exact_whatever_its_sizes(kind: str, outputs: int, inputs: 
     for rows in ROWS:
         x_NI = numbers(rows, inputs)
         truth = x_NI.double() @ whole_OI.T + numbers(outputs, seed=2).double()
-        torch.testing.assert_close(matrix.product(x_NI).double(), truth, rtol=1e-5, atol=2e-4)
+        # int4's sums lose five bits to the ones that its kernel adds and takes away again.
+        atol = 2e-3 if kind == "int4" else 2e-4
+        torch.testing.assert_close(matrix.product(x_NI).double(), truth, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])

@@ -24,7 +24,7 @@ from offramp.worker.model.kernels.floats import (
     rounded,
     write,
 )
-from offramp.worker.model.kernels.matrix import INPUTS, OUTPUTS, add_bias, product_into
+from offramp.worker.model.kernels.matrix import INPUTS, OUTPUTS, add_bias, product_into, weighted
 from offramp.worker.model.kernels.multiply import multiply
 
 IS_BITS, CODE_OF_CACHE, COARSE, QUERY_HEADS, KEY_HEADS, HEAD_DIM, ROTATES = range(7)
@@ -80,27 +80,38 @@ def run_layer(
     asked, kept = layer[QUERY_HEADS], layer[KEY_HEADS]
     heads_MNH = np.empty((tokens, asked + 2 * kept, layer[HEAD_DIM]), np.float32)
     heads_MX = heads_MNH.reshape(tokens, -1)
+    weighted_MD, sums = weighted(matrices[QUERIES], normed_MD)
     first = 0
     for part in (QUERIES, KEYS, VALUES):
         last = first + matrices[part, OUTPUTS]
-        linear(matrices[part], normed_MD, is_bits, heads_MX[:, first:last])
+        linear(matrices[part], weighted_MD, sums, is_bits, heads_MX[:, first:last])
         first = last
     turn(layer, epsilons, cos, sin, heads_MNH)
     keep(layer, cells_M3, heads_MNH, keys, values, capacity)
     context_MX = np.zeros((tokens, asked * layer[HEAD_DIM]), np.float32)
     attend(layer, scaling, cells_M3, heads_MNH, keys, values, capacity, context_MX)
     y_MD = np.empty_like(x_MD)
-    linear(matrices[OUT], context_MX, is_bits, y_MD)
+    weighted_MX, of_context = weighted(matrices[OUT], context_MX)
+    linear(matrices[OUT], weighted_MX, of_context, is_bits, y_MD)
     add(y_MD, is_bits, x_MD)
     normed(x_MD, layer[AFTER], epsilons[1], is_bits, normed_MD)
-    gate_MF = np.empty((tokens, matrices[GATE, OUTPUTS]), np.float32)
-    up_MF = np.empty_like(gate_MF)
-    linear(matrices[GATE], normed_MD, is_bits, gate_MF)
-    linear(matrices[UP], normed_MD, is_bits, up_MF)
-    gated(up_MF.reshape(-1), is_bits, gate_MF.reshape(-1))
-    linear(matrices[DOWN], gate_MF, is_bits, y_MD)
+    gate_MF = think(matrices, normed_MD, is_bits)
+    weighted_MF, of_gate = weighted(matrices[DOWN], gate_MF)
+    linear(matrices[DOWN], weighted_MF, of_gate, is_bits, y_MD)
     add(y_MD, is_bits, x_MD)
     write(x_MD.reshape(-1), is_bits, out)
+
+
+@compiled
+def think(matrices: Any, normed_MD: Any, is_bits: bool) -> Any:
+    """The MLP up to where it is projected down again, [M, F]."""
+    gate_MF = np.empty((len(normed_MD), matrices[GATE, OUTPUTS]), np.float32)
+    up_MF = np.empty_like(gate_MF)
+    weighted_MD, sums = weighted(matrices[GATE], normed_MD)
+    linear(matrices[GATE], weighted_MD, sums, is_bits, gate_MF)
+    linear(matrices[UP], weighted_MD, sums, is_bits, up_MF)
+    gated(up_MF.reshape(-1), is_bits, gate_MF.reshape(-1))
+    return gate_MF
 
 
 @compiled
@@ -123,9 +134,9 @@ def normed(x_MD: Any, weight: int, eps: float, is_bits: bool, out_MD: Any) -> No
 
 
 @compiled
-def linear(matrix: Any, x_MI: Any, is_bits: bool, y_MO: Any) -> None:
-    """A product with its bias, rounded."""
-    product_into(matrix, x_MI, y_MO)
+def linear(matrix: Any, x_MI: Any, sums: Any, is_bits: bool, y_MO: Any) -> None:
+    """A product with its bias, rounded; of what ``weighted`` gave."""
+    product_into(matrix, x_MI, sums, y_MO)
     add_bias(matrix, is_bits, y_MO)
     for m in range(len(y_MO)):
         round_all(y_MO[m], is_bits)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from offramp.controller.policies.net_kernel import compiled
 from offramp.worker.model.kernels.floats import address, read, write
-from offramp.worker.model.kernels.multiply import BITS, FLOATS, INT4, INT8, code_for, multiply
+from offramp.worker.model.kernels.multiply import (
+    BITS,
+    BLOCK,
+    FLOATS,
+    INT4,
+    INT8,
+    code_for,
+    multiply,
+)
 from offramp.worker.model.kernels.vectors import LANES
 
 KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
@@ -29,7 +37,7 @@ class KernelMatrix:
     Args:
         weight: bfloat16, float32 or int8 [O, I]; for int4 uint8 [O, I / 2] (``INT4``).
         bias_O: Added to the product, in the activations' dtype; None: nothing.
-        scales: int8's [O], float32, or int4's [O, G], bfloat16.
+        scales: int8's [O] or int4's [O, G], float32.
         zeros_OG: int4's zero points, bfloat16.
         group_size: Inputs that share one of int4's scales.
 
@@ -74,35 +82,53 @@ def is_readable(weight_OI: Tensor) -> bool:
 
 
 @compiled
-def product_into(matrix: Any, x_NI: Any, y_NO: Any) -> None:
-    """Multiply widened rows; add no bias, and round nothing.
+def weighted(matrix: Any, x_NI: Any) -> Any:
+    """Rows as a kind of weights needs them, and sums of them; only int4 needs others.
+
+    int4's kernel reads a number q as 1 + q / 256 in the first half of a block, and as 1 + q / 16 in
+    the second. So inputs are multiplied by 256 and 16, and per group of a row there are two sums:
+    what the scale s multiplies beside q, to take the ones away again and to centre q, and what the
+    zero point z multiplies: Σ x ((q - 8) s + z) = s (Σ x' (1 + q / ..) - Σ x' - 8 Σ x) + z Σ x.
+
+    Returns:
+        Rows [N, I], and sums [N, 2, groups padded by 0 to whole vectors].
+    """
+    if matrix[KIND] != INT4:
+        return x_NI, np.zeros((1, 2, 1), np.float32)
+    rows, inputs = x_NI.shape
+    group = matrix[GROUP]
+    groups = inputs // group
+    weighted_NI = np.empty_like(x_NI)
+    sums_N2G = np.zeros((rows, 2, -(-groups // LANES) * LANES), np.float32)
+    for n in range(rows):
+        for g in range(groups):
+            first, second = np.float32(0), np.float32(0)
+            for block in range(g * group, (g + 1) * group, BLOCK):
+                for i in range(block, block + LANES):
+                    weighted_NI[n, i] = np.float32(256) * x_NI[n, i]
+                    weighted_NI[n, i + LANES] = np.float32(16) * x_NI[n, i + LANES]
+                    first += x_NI[n, i]
+                    second += x_NI[n, i + LANES]
+            sums_N2G[n, 0, g] = np.float32(-256 - 8) * first - np.float32(16 + 8) * second
+            sums_N2G[n, 1, g] = first + second
+    return weighted_NI, sums_N2G
+
+
+@compiled
+def product_into(matrix: Any, x_NI: Any, sums_N2G: Any, y_NO: Any) -> None:
+    """Multiply rows that ``weighted`` gave; add no bias, and round nothing.
 
     Args:
         matrix: See ``KIND`` and its neighbours.
-        x_NI: Rows, float32, side by side in memory.
+        x_NI, sums_N2G: What ``weighted`` returned.
         y_NO: What is written, float32; its rows may lie apart.
     """
-    rows, inputs = x_NI.shape
-    if matrix[KIND] == INT4:
-        group = matrix[GROUP]
-        groups = inputs // group
-        sums_NG = np.zeros((rows, -(-groups // LANES) * LANES), np.float32)
-        for n in range(rows):
-            for g in range(groups):
-                total = np.float32(0)
-                for i in range(g * group, (g + 1) * group):
-                    total += x_NI[n, i]
-                sums_NG[n, g] = total
-    else:
-        sums_NG = np.zeros((1, 1), np.float32)
     arguments = (
         matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[ZEROS], matrix[GROUP],
-        matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_NG), rows,
+        matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_N2G), len(x_NI),
         address(y_NO), y_NO.strides[0] // 4,
     )  # fmt: skip
     multiply(matrix[CODE], arguments)
-    # Until here: compiled code drops what it does not name again.
-    sums_NG[0, 0] = 0
 
 
 @compiled
@@ -121,6 +147,7 @@ def _multiply_rows(matrix: Any, x: int, is_bits: bool, rows: int, y: int) -> Non
     x_NI = np.empty((rows, matrix[INPUTS]), np.float32)
     read(x, is_bits, x_NI.reshape(-1))
     y_NO = np.empty((rows, matrix[OUTPUTS]), np.float32)
-    product_into(matrix, x_NI, y_NO)
+    weighted_NI, sums_N2G = weighted(matrix, x_NI)
+    product_into(matrix, weighted_NI, sums_N2G, y_NO)
     add_bias(matrix, is_bits, y_NO)
     write(y_NO.reshape(-1), is_bits, y)

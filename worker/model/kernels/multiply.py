@@ -43,6 +43,9 @@ LINE = 64
 BLOCK = 32
 """Neighbouring int4 weights that 16 bytes keep: the first half in their lower four bits."""
 
+ONE = 0x3F800000
+"""The bits of 1."""
+
 _ELEMENTS = {BITS: I16, FLOATS: F32, INT8: I8}
 _BYTES = {BITS: 2, FLOATS: 4, INT8: 1}
 
@@ -121,13 +124,10 @@ class _Product(VectorCode):
                 self.b.store(self.fma(weights, x, self.b.load(total)), total)
 
     def _sum_groups(self, sums: Any, w_at: Any, x_at: Any, o: Any, m: Any) -> None:
-        """Each group's numbers by its scale; then what the rows' own sums add: (q - 8) s + z."""
+        """Each group's numbers by its scale; then what the rows' own sums add (``weighted``)."""
         groups = self.b.sdiv(self.inputs, self.group)
-        stride = self.times(groups, 2)
-        scales_at, zeros_at = (
-            [self.row(base, o, k, stride) for k in range(len(w_at))]
-            for base in (self.scales, self.zeros)
-        )
+        scales_at = [self.row(self.scales, o, k, self.times(groups, 4)) for k in range(len(w_at))]
+        zeros_at = [self.row(self.zeros, o, k, self.times(groups, 2)) for k in range(len(w_at))]
         parts = [[self.register() for _ in of_output] for of_output in sums]
         with cgutils.for_range(self.b, groups) as loop:
             first = self.b.mul(loop.index, self.group)
@@ -138,34 +138,39 @@ class _Product(VectorCode):
             with cgutils.for_range_slice(self.b, second, end, whole_number(BLOCK)) as (i, _):
                 self._add_block(parts, w_at, x_at, i, begins=False)
             for scales, of_output, of_parts in zip(scales_at, sums, parts, strict=True):
-                bits = self.load(self.at(scales, loop.index, 2), I16, lanes=1)
-                scale = self.splat(self.widened(bits))
+                scale = self.splat(self.load(self.at(scales, loop.index, 4), F32, lanes=1))
                 for total, part in zip(of_output, of_parts, strict=True):
                     self.b.store(self.fma(self.b.load(part), scale, self.b.load(total)), total)
         # Beyond a row's groups lie the next one's; the rows' sums are 0 there.
         padded = self.b.and_(self.b.add(groups, whole_number(LANES - 1)), whole_number(-LANES))
-        sums_at = [self.row(self.sums, m, k, self.times(padded, 4)) for k in range(len(x_at))]
-        minus_8 = ir.Constant(FLOAT_LANES, [-8.0] * LANES)
-        with cgutils.for_range_slice(self.b, whole_number(0), padded, whole_number(LANES)) as (
-            g,
-            _,
-        ):
-            of_rows = [self.load(self.at(row, g, 4), F32) for row in sums_at]
+        sums_at = [self.row(self.sums, m, k, self.times(padded, 8)) for k in range(len(x_at))]
+        every = cgutils.for_range_slice(self.b, whole_number(0), padded, whole_number(LANES))
+        with every as (g, _):
+            by_scale = [self.load(self.at(row, g, 4), F32) for row in sums_at]
+            behind = self.b.add(g, padded)
+            by_zero = [self.load(self.at(row, behind, 4), F32) for row in sums_at]
             for scales, zeros, of_output in zip(scales_at, zeros_at, sums, strict=True):
-                scale, zero = (
-                    self.widened(self.load(self.at(row, g, 2), I16)) for row in (scales, zeros)
-                )
-                offset = self.fma(scale, minus_8, zero)
-                for total, of_row in zip(of_output, of_rows, strict=True):
-                    self.b.store(self.fma(offset, of_row, self.b.load(total)), total)
+                scale = self.load(self.at(scales, g, 4), F32)
+                zero = self.widened(self.load(self.at(zeros, g, 2), I16))
+                for total, one, other in zip(of_output, by_scale, by_zero, strict=True):
+                    summed = self.fma(scale, one, self.b.load(total))
+                    self.b.store(self.fma(zero, other, summed), total)
 
     def _add_block(self, parts: Any, w_at: Any, x_at: Any, i: Any, *, begins: bool) -> None:
+        """Sum numbers without converting them: their bits become the first ones behind a 1.
+
+        A number q of the lower bits reads 1 + q / 256 then, one of the upper bits 1 + q / 16.
+        """
         xs = [[self.load(self.at(row, i, 4, n), F32) for n in (0, LANES)] for row in x_at]
         for of_output, row in zip(parts, w_at, strict=True):
             at = self.b.add(row, self.b.sdiv(i, whole_number(2)))
-            pairs = self.b.zext(self.load(at, I8), INT_LANES)
-            low = self.b.uitofp(self.b.and_(pairs, int_lanes(15)), FLOAT_LANES)
-            high = self.b.uitofp(self.b.lshr(pairs, int_lanes(4)), FLOAT_LANES)
+            pairs = self.b.shl(self.b.zext(self.load(at, I8), INT_LANES), int_lanes(15))
+            low, high = (
+                self.b.bitcast(
+                    self.b.or_(self.b.and_(pairs, int_lanes(bits)), int_lanes(ONE)), FLOAT_LANES
+                )
+                for bits in (15 << 15, 15 << 19)
+            )
             for part, (x_low, x_high) in zip(of_output, xs, strict=True):
                 if begins:
                     summed = self.b.fmul(low, x_low)
@@ -237,14 +242,13 @@ def multiply(_: Any, code: Any, arguments: Any) -> Any:
     Args:
         weights: Address of the matrix [O, I], its inputs side by side.
         stride: Bytes from one output's weights to the next one's.
-        scales: Address of int8's scales [O], float32, or of int4's [O, G], bits of bfloat16.
-        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind both, what fills up
-            a vector is read, too.
+        scales: Address of int8's scales [O], or int4's [O, G], float32.
+        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind them and the scales,
+            what fills up a vector is read, too.
         group: Inputs that share one of int4's scales.
         outputs, inputs: Sizes of the matrix.
-        x: Address of the rows [M, I], float32.
-        sums: Address of each row's sums over int4's groups, [M, G], float32, groups
-            padded by 0 to 16s.
+        x: Address of the rows [M, I], float32; for int4 as ``weighted`` leaves them.
+        sums: Address of what ``weighted`` sums of each row.
         rows: Number of rows.
         y: Address of what is written, float32.
         y_stride: Numbers from one row of it to the next.
