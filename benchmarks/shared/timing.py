@@ -146,9 +146,7 @@ class StepPrices:
         assert projector is not None
         for _ in range(2):
             times = [now(stack.device)]
-            y = x
-            for index in range(stack.layers):
-                y = stack.run_layer(index, y, rotary, window, kv)
+            y = stack.run_layers(0, stack.layers, x, rotary, window, kv)
             times.append(now(stack.device))
             stack.logits(y.flatten(0, 1))
             times.append(now(stack.device))

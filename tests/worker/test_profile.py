@@ -89,7 +89,7 @@ def test_nothing_stays_on_the_engine(engine: AdaptiveEngine, table_VK: IntArray)
     decoded(engine, table_VK, 1, [STAY])
     decoder = engine.decoder
     owners = (engine.stack, decoder.probes, decoder.grouper, decoder.projector, engine.kv)
-    names = {"run_layer", "logits", "probe", "group_rows", "project", "fill"}
+    names = {"run_layers", "logits", "probe", "group_rows", "project", "fill"}
     assert not any(names & set(vars(owner)) for owner in owners)
 
 

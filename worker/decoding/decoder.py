@@ -149,8 +149,7 @@ class Decoder:
         x_BTD = self.stack.embed(upload([chunk], self.stack.device), window.positions_BT)
         rotary = self.stack.rotary(x_BTD, window.positions_BT)
         self.kv.open(window)
-        for index in range(self.stack.layers):
-            x_BTD = self.stack.run_layer(index, x_BTD, rotary, window, self.kv)
+        x_BTD = self.stack.run_layers(0, self.stack.layers, x_BTD, rotary, window, self.kv)
         self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
         row.prefilled += len(chunk)
         if not row.is_prefilled:

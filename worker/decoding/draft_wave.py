@@ -58,17 +58,19 @@ class DraftWave:
     def run(self) -> list[Arrival]:
         """Draft, and give what left."""
         self._drop_unasked()
-        for index in range(self.stack.layers):
+        index = 0
+        for stop in sorted({*self._exits, self.stack.layers}):
             if not self.rows:
                 break
-            self._x_N1D = self.stack.run_layer(
-                index, self._x_N1D, self._rotary, self._window, self.context.kv
+            self._x_N1D = self.stack.run_layers(
+                index, stop, self._x_N1D, self._rotary, self._window, self.context.kv
             )
             for row in self.rows:
-                row.copy_calls += 1
-            if index + 1 in self._exits:
-                self._ask(index + 1)
+                row.copy_calls += stop - index
+            if stop in self._exits:
+                self._ask(stop)
                 self._drop_unasked()
+            index = stop
         return self.arrivals
 
     def _ask_first(self, grouper: RowGrouper) -> list[RowGroup]:

@@ -6,6 +6,7 @@ M tokens that came to an end, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence as Rows
 from operator import attrgetter
@@ -70,27 +71,30 @@ class Wave:
 
     def run(self, last: int) -> list[Arrival]:
         """Advance to depth ``last``, where the rows that stay are left standing."""
-        for index in range(self._at, last):
-            if index in self._join_depths:
-                self._join(index)
+        stops = {depth for depth in self._exits | self._join_depths if self._at < depth < last}
+        for first, stop in itertools.pairwise(sorted({self._at, *stops, last})):
+            if first in self._join_depths:
+                self._join(first)
             if not self.rows:
                 continue  # those that are left join deeper
-            self._x_NTD = self.stack.run_layer(
-                index, self._x, self._rotary, self._window, self.context.kv
-            )
-            # Counted where a layer was called, and never derived from depths: a skipped layer is
-            # one that was not called.
-            for row, joined in zip(self.rows, self._joined, strict=True):
-                row.layer_calls += joined
-            if index + 1 < self.stack.layers:
-                self._ask_exits(index + 1)
-                if self._is_over(index + 1):
+            self._run_layers(first, stop)
+            if stop < self.stack.layers:
+                self._ask_exits(stop)
+                if self._is_over(stop):
                     return self.arrivals
         if last == self.stack.layers:
             self._finish()
         else:
             self._hold(last)
         return self.arrivals
+
+    def _run_layers(self, first: int, last: int) -> None:
+        self._x_NTD = self.stack.run_layers(
+            first, last, self._x, self._rotary, self._window, self.context.kv
+        )
+        # Counted where layers are called: a skipped layer is one that was not.
+        for row, joined in zip(self.rows, self._joined, strict=True):
+            row.layer_calls += joined * (last - first)
 
     def _is_over(self, executed: int) -> bool:
         """Whether nothing runs on from here: nobody is left, or those that are left now wait."""

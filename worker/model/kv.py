@@ -73,11 +73,11 @@ class SlotKV:
         values_SGCH[write] = self._entries(values_BGTH)
         return keys_SGCH, values_SGCH
 
-    def addresses(self, layer: int) -> tuple[int, int]:
-        """Where a layer's keys and values begin, for compiled code."""
-        keys, values = self.keys_LSGCH, self.values_LSGCH
-        offset = layer * keys.stride(0) * keys.element_size()
-        return keys.data_ptr() + offset, values.data_ptr() + offset
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the first layer's keys and values begin, for compiled code; bytes of a layer."""
+        keys = self.keys_LSGCH
+        layer_bytes = keys.stride(0) * keys.element_size()
+        return keys.data_ptr(), self.values_LSGCH.data_ptr(), layer_bytes
 
     def fill(
         self,

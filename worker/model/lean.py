@@ -23,7 +23,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from offramp.worker.model.attention import slot_attention
-from offramp.worker.model.kernels.compiled_layer import CompiledLayer
+from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import Product
 from offramp.worker.model.quantised import QuantisedLinear
@@ -119,18 +119,19 @@ class LeanLayer(nn.Module):
         layer: Clone of a layer with a lean form. Runs in its place while a part of it is hooked.
         rotation: Shared by all layers of a stack.
         fuse: Makes one product of several linear maps.
-        compiled: Computes the same in one call, for few tokens; None: there is no such form.
+        form: What compiled code must know of it; None: it cannot be compiled.
 
     Attributes:
-        index: Which layer of the stack it is, from 0.
-        compiled_rows: Up to so many tokens are left to the compiled form.
+        compiled: Runs it, among the layers of its stack, in one call; None: nothing does.
+        compiled_rows: Up to so many tokens are left to compiled code.
     """
 
     def __init__(
-        self, layer: Any, rotation: Rotation, fuse: FuseLinears, compiled: CompiledLayer | None
+        self, layer: Any, rotation: Rotation, fuse: FuseLinears, form: LayerForm | None
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.form = form
+        self.compiled: CompiledLayers | None = None
         self.compiled_rows = 0
         self._modules = layer._modules
         self._forward_hooks = layer._forward_hooks
@@ -173,17 +174,24 @@ class LeanLayer(nn.Module):
                 position_embeddings=position_embeddings,
             )
         if (
-            x_BTD.numel() <= self.compiled_rows * x_BTD.shape[-1]
+            self.compiled is not None
+            and x_BTD.numel() <= self.compiled_rows * x_BTD.shape[-1]
             and type(past_key_values) is SlotKV
         ):
-            assert self.compiled is not None
-            return self.compiled(x_BTD, attention_mask, past_key_values, position_embeddings)
+            step = (x_BTD, attention_mask, past_key_values, position_embeddings)
+            return self.compiled.run(self.index, self.index + 1, *step)
         attend, think = self._norms
         heads_BTNH = self._heads(attend(x_BTD))
         context_BTX = self._attend(heads_BTNH, attention_mask, past_key_values, position_embeddings)
         x_BTD = self._out(context_BTX).add_(x_BTD)
         gate_BTF, up_BTF = self._gate_up(think(x_BTD)).chunk(2, dim=-1)
         return self._down(nn.functional.silu(gate_BTF).mul_(up_BTF)).add_(x_BTD)
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody wants to know when this layer, or a part of it, is called."""
+        own = self._forward_hooks or self._forward_pre_hooks
+        return bool(own) or any(self._hooked_within)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         """Queries, keys and values, head by head, [B, T, N, H]."""
@@ -205,3 +213,28 @@ class LeanLayer(nn.Module):
             keys, values = kv.update(keys, values, self.index)
         context_BTNH, _ = slot_attention(self, queries, keys, values, mask, self._scaling)
         return context_BTNH.flatten(2)
+
+
+class LeanRun:
+    """Runs neighbouring layers of a stack in one call, where nobody asks to see one of them.
+
+    Args:
+        layers: All layers of the stack.
+        compiled: Runs them.
+    """
+
+    def __init__(self, layers: Sequence[LeanLayer], compiled: CompiledLayers) -> None:
+        self._layers = tuple(layers)
+        self._run = compiled.run
+
+    def __call__(
+        self, first: int, last: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: Any
+    ) -> Tensor | None:
+        """What the layers compute, [B, T, D]; None where they have to be run one by one."""
+        if type(kv) is not SlotKV:
+            return None
+        tokens = x_BTD.numel() // x_BTD.shape[-1]
+        for layer in self._layers[first:last]:
+            if tokens > layer.compiled_rows or layer.is_hooked:
+                return None
+        return self._run(first, last, x_BTD, mask, kv, rotary)

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
 from offramp.worker.model.attention import Window, decode_window
-from offramp.worker.model.kernels.compiled_layer import CompiledLayer
+from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
 from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.lean import LeanLayer, Rotation, has_lean_form
+from offramp.worker.model.lean import LeanLayer, LeanRun, Rotation, has_lean_form
 from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
 from offramp.worker.model.quantised import QuantisedLinear
 from offramp.worker.model.stack import Rotary, cloned
@@ -123,18 +123,17 @@ def _prepared(block: nn.Module, rotation: Rotation) -> nn.Module:
     # The lean layer's own products are packed; its clone, which runs while hooked, needs none.
     twin = cloned(block, _kept if lean else _faster)
     _attend_to_slots(twin)
-    return LeanLayer(twin, rotation, _fused, _compiled(twin)) if lean else twin
+    return LeanLayer(twin, rotation, _fused, _form_of(twin)) if lean else twin
 
 
-def _compiled(layer: Any) -> CompiledLayer | None:
-    """A layer for few rows; None if a matrix is not readable as it lies."""
+def _form_of(layer: Any) -> LayerForm | None:
+    """What compiled code must know of a layer; None if a matrix is not readable as it lies."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    matrices = [
-        _matrix_of(part) for part in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    ]
+    parts = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices = [_matrix_of(part) for part in parts]
     readable = [matrix for matrix in matrices if matrix is not None]
-    return CompiledLayer(layer, readable) if len(readable) == len(matrices) else None
+    return LayerForm(layer, readable) if len(readable) == len(matrices) else None
 
 
 def _matrix_of(linear: Any) -> KernelMatrix | None:
@@ -145,15 +144,19 @@ def _matrix_of(linear: Any) -> KernelMatrix | None:
 
 
 def _choose_compiled(stack: Any) -> None:
-    """Measure up to how many rows compiled layers are faster, and let them run those."""
-    by_form: dict[str, list[LeanLayer]] = {}
-    for block in stack.blocks:
-        if isinstance(block, LeanLayer) and block.compiled is not None:
-            by_form.setdefault(block.compiled.form, []).append(block)
-    for form, layers in by_form.items():
-        rows = _rows_compiled(stack, form, layers[0])
-        for layer in layers:
-            layer.compiled_rows = rows
+    """Measure up to how many tokens compiled layers are faster, and let them run those."""
+    layers = [block for block in stack.blocks if isinstance(block, LeanLayer)]
+    forms = [layer.form for layer in layers if layer.form is not None]
+    if len(forms) < stack.layers:
+        return
+    compiled = CompiledLayers(forms)
+    rows: dict[str, int] = {}
+    for layer, form in zip(layers, forms, strict=True):
+        layer.compiled = compiled
+        if form.name not in rows:
+            rows[form.name] = _rows_compiled(stack, form.name, layer)
+        layer.compiled_rows = rows[form.name]
+    stack.run_compiled = LeanRun(layers, compiled)
 
 
 def _rows_compiled(stack: Any, form: str, layer: LeanLayer) -> int:

@@ -30,6 +30,10 @@ class KVUpdate(Protocol):
         ...
 
 
+RunCompiled = Callable[[int, int, Tensor, Rotary, Any, Any], Tensor | None]
+"""Takes what ``LayerStack.run_layers`` takes."""
+
+
 class LayerStack(Protocol):
     """What the decode loop needs of a model. Layers are counted from 1 in exits, 0 in indices.
 
@@ -43,6 +47,7 @@ class LayerStack(Protocol):
         dtype, device: Dtype and device of the weights.
         eos_tokens: Tokens that end a completion; may be empty.
         blocks: The layers that ``run_layer`` calls; equivalents may take their places.
+        run_compiled: Runs neighbouring layers in one call, or gives None; None: nothing does.
         head: The LM head that ``logits`` calls; an equivalent may take its place.
         head_weight_VD: The head's weight as it was loaded, whatever ``head`` is now.
     """
@@ -58,6 +63,7 @@ class LayerStack(Protocol):
     device: torch.device
     eos_tokens: frozenset[int]
     blocks: list[nn.Module]
+    run_compiled: RunCompiled | None
     head: nn.Module
     head_weight_VD: Tensor
 
@@ -77,6 +83,12 @@ class LayerStack(Protocol):
         self, index: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
     ) -> Tensor:
         """One decoder layer, [B, T, D]. The mask goes to the attention function as it is."""
+        ...
+
+    def run_layers(
+        self, first: int, last: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
+    ) -> Tensor:
+        """The decoder layers from ``first`` on, without ``last``, [B, T, D]."""
         ...
 
     def norm(self, x_ND: Tensor) -> Tensor:

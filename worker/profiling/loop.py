@@ -49,8 +49,16 @@ class PartClock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
-    def timed(self, part: str, call: Callable[..., Any]) -> Any:
-        """Wrap a function so that its time is counted as this part's."""
+    def timed(
+        self, part: str, call: Callable[..., Any], times: Callable[..., int] = lambda *_, **__: 1
+    ) -> Any:
+        """Wrap a function so that its time is counted as this part's.
+
+        Args:
+            part: Gets the time.
+            call: Runs as before.
+            times: Says of its arguments as how many calls they count.
+        """
 
         def run(*arguments: Any, **named: Any) -> Any:
             start = self.now()
@@ -58,7 +66,7 @@ class PartClock:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds[part] += self.now() - start
-            self.calls[part] += 1
+            self.calls[part] += times(*arguments, **named)
             return result
 
         return run
@@ -82,7 +90,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
     bench, group_rows = decoder.probes, clock.timed("build", decoder.grouper.group_rows)
     probe, fused = bench.probe, bench.fused_probe
     calls = {
-        (engine.stack, "run_layer"): clock.timed("layer", engine.stack.run_layer),
+        (engine.stack, "run_layers"): clock.timed("layer", engine.stack.run_layers, _layers_run),
         (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
         (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
@@ -97,6 +105,10 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
             setattr(owner, name, call)
             restored.callback(delattr, owner, name)
         yield clock
+
+
+def _layers_run(first: int, last: int, *_: Any) -> int:
+    return last - first
 
 
 def _watched(made: Any, methods: Sequence[str], part: str, clock: PartClock) -> Any:
@@ -226,7 +238,6 @@ def _span_pass(
     )
     engine.kv.open(window)
     clock.wipe()
-    for index in range(stack.layers):
-        x_NTD = stack.run_layer(index, x_NTD, rotary, window, engine.kv)
+    x_NTD = stack.run_layers(0, stack.layers, x_NTD, rotary, window, engine.kv)
     stack.logits(x_NTD.flatten(0, 1))
     return {"layer": clock.seconds["layer"] / stack.layers, "head": clock.seconds["head"]}

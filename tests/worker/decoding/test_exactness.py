@@ -152,12 +152,20 @@ def test_a_layer_finds_an_entry_at_every_position_it_reads(family: str) -> None:
         require_entries(found[0], engine.kv._window.runs[0].span)
         return found
 
-    def asked(layer: int) -> tuple[int, int]:
+    def asked() -> tuple[int, int, int]:
         # Compiled layers write the step's own entries themselves, after they have asked.
         before = int(engine.kv._window.cells_M3[0, 1])
-        require_entries(engine.kv.keys_LSGCH[layer], before)
-        return addresses(layer)
+        for keys_SGCH in engine.kv.keys_LSGCH[: run[1]][run[0] :]:
+            require_entries(keys_SGCH, before)
+        return addresses()
 
+    run_layers, run = engine.stack.run_layers, [0, 0]
+
+    def told(first: int, last: int, *rest: Any) -> torch.Tensor:
+        run[:] = first, last
+        return run_layers(first, last, *rest)
+
+    engine.stack.run_layers = told  # type: ignore[method-assign,assignment]
     engine.kv.update = checked  # type: ignore[method-assign,assignment]
     engine.kv.addresses = asked  # type: ignore[method-assign]
     [completion] = engine.generate(PROMPTS[0], GREEDY, CoinFlipExit((1, 3)))

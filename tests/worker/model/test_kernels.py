@@ -180,7 +180,7 @@ def test_a_compiled_layer_computes_its_layer(name: str, dtype: torch.dtype) -> N
     Behind a mask PyTorch's attention rounds some weights by the longest row, and ours by each own.
     """
     stack = prepare(stack_for(make_model(name, dtype)))
-    assert all(isinstance(layer, LeanLayer) and layer.compiled for layer in stack.blocks)
+    assert all(isinstance(layer, LeanLayer) and layer.form for layer in stack.blocks)
     for x_BTD, window in windows(stack, dtype):
         (ours, mine), (theirs, others) = (run(stack, x_BTD, window, rows) for rows in (ALL, 0))
         share = 1e-5 if dtype is torch.float32 else 0.03
@@ -275,10 +275,40 @@ def test_what_is_faster_is_measured_and_both_give_the_tokens(
 
 
 @needs_packing
-def test_a_layer_whose_matrix_cannot_be_read_has_no_compiled_form() -> None:
+def test_layers_are_compiled_together_or_not_at_all() -> None:
     model = make_model("llama")
     down = model.model.layers[0].mlp.down_proj
     down.weight = nn.Parameter(down.weight.T.contiguous().T, False)
-    layers: list[Any] = list(prepare(stack_for(model)).blocks)
-    assert [layer.compiled is None for layer in layers] == [True] + [False] * (len(layers) - 1)
-    assert layers[0].compiled_rows == 0
+    stack = prepare(stack_for(model))
+    layers: list[Any] = list(stack.blocks)
+    assert [layer.form is None for layer in layers] == [True] + [False] * (len(layers) - 1)
+    assert stack.run_compiled is None
+    assert {layer.compiled_rows for layer in layers} == {0}
+
+
+@needs_packing
+@torch.inference_mode()
+def test_neighbouring_layers_run_in_one_call_unless_somebody_watches() -> None:
+    stack = prepare(stack_for(make_model("llama")))
+    blocks: list[Any] = stack.blocks
+    for layer in blocks:
+        layer.compiled_rows = ALL
+    kv, x_BTD = cache(stack), states(stack, 2, 1, torch.float32)
+    window = decode_window([0, 1], [9, 9], stack.heads_per_key, x_BTD)
+    rotary = stack.rotary(x_BTD, window.positions_BT)
+    kv.open(window)
+    one_by_one = x_BTD
+    for index in range(1, 4):
+        one_by_one = stack.run_layer(index, one_by_one, rotary, window, kv)
+    assert stack.run_compiled is not None
+    together = stack.run_compiled(1, 4, x_BTD, rotary, window, kv)
+    assert together is not None
+    assert torch.equal(together, one_by_one)
+    watched = blocks[2].register_forward_hook(lambda *_: None)
+    assert stack.run_compiled(1, 4, x_BTD, rotary, window, kv) is None
+    assert stack.run_compiled(3, 4, x_BTD, rotary, window, kv) is not None
+    assert torch.equal(stack.run_layers(1, 4, x_BTD, rotary, window, kv), one_by_one)
+    watched.remove()
+    blocks[1].compiled_rows = 1
+    assert stack.run_compiled(1, 4, x_BTD, rotary, window, kv) is None
+    assert stack.run_compiled(1, 4, x_BTD, rotary, window, None) is None

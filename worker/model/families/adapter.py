@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
-from offramp.worker.model.stack import KVUpdate, KVWeights, Rotary
+from offramp.worker.model.stack import KVUpdate, KVWeights, Rotary, RunCompiled
 
 TABLE_BYTES = 64 * 1024 * 1024
 """A larger table is not kept; then each step asks the model's module."""
@@ -94,6 +94,7 @@ class HFStack:
         # Two lists: ``blocks`` may be replaced, the fill keeps reading the model's own weights.
         self._layers: tuple[Any, ...] = tuple(model.get_submodule(self.blocks_path))
         self.blocks: list[nn.Module] = list(self._layers)
+        self.run_compiled: RunCompiled | None = None
         self.head: nn.Module = model.lm_head
         self.head_weight_VD: Tensor = model.lm_head.weight
         self._embed = model.get_submodule(self.embed_path)
@@ -137,6 +138,18 @@ class HFStack:
         if rotary:
             given["position_embeddings"] = rotary
         return self.blocks[index](x_BTD, **given)  # type: ignore[no-any-return]
+
+    def run_layers(
+        self, first: int, last: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
+    ) -> Tensor:
+        """The decoder layers from ``first`` on, without ``last``, [B, T, D]."""
+        if self.run_compiled is not None:
+            out_BTD = self.run_compiled(first, last, x_BTD, rotary, mask, kv)
+            if out_BTD is not None:
+                return out_BTD
+        for index in range(first, last):
+            x_BTD = self.run_layer(index, x_BTD, rotary, mask, kv)
+        return x_BTD
 
     def norm(self, x_ND: Tensor) -> Tensor:
         """The final norm, [N, D]."""

@@ -1,4 +1,4 @@
-"""A decoder layer of known form, described once and run by compiled code for few rows.
+"""Decoder layers of known form, described once and run by compiled code for few tokens.
 
 Shape suffixes: B rows, T tokens, D width.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.worker.model.attention import Window
-from offramp.worker.model.kernels.layer import run_layer
+from offramp.worker.model.kernels.layer import run_layers
 from offramp.worker.model.kernels.matrix import GROUP, INPUTS, KIND, OUTPUTS, KernelMatrix
 from offramp.worker.model.kernels.multiply import BITS, FLOATS, code_for
 from offramp.worker.model.kv import SlotKV
@@ -25,15 +25,16 @@ COARSE_LANES = {"AVX512": 16, "AVX2": 8}
 What does not fill a vector, and all of it on other machines, is exact."""
 
 
-class CompiledLayer:
-    """Runs a layer for few rows as one call.
+class LayerForm:
+    """What compiled code must know of a layer.
 
     Args:
         layer: A decoder layer in the form of Hugging Face's Llama; only read.
         matrices: Its matrices in the order of ``QUERIES`` and its neighbours.
 
     Attributes:
-        form: What its speed depends on, in words.
+        name: What its speed depends on, in words.
+        described, matrices, reals: See ``run_layers``.
     """
 
     def __init__(self, layer: Any, matrices: Sequence[KernelMatrix]) -> None:
@@ -41,17 +42,14 @@ class CompiledLayer:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._kept = (norms, matrices)  # addresses do not keep alive
-        self._index: int = attention.layer_idx
         sizes = [matrix.described[[KIND, GROUP, OUTPUTS, INPUTS]].tolist() for matrix in matrices]
-        self.form = f"{norms[0].weight.dtype}, heads of {attention.head_dim}, matrices {sizes}"
-        self._scaling = float(attention.scaling)
-        self._matrices = np.stack([matrix.described for matrix in matrices])
-        self._epsilons = np.array(
-            [0.0 if norm is None else norm.variance_epsilon for norm in norms], np.float32
-        )
+        self.name = f"{norms[0].weight.dtype}, heads of {attention.head_dim}, matrices {sizes}"
+        self.matrices = np.stack([matrix.described for matrix in matrices])
+        epsilons = [0.0 if norm is None else norm.variance_epsilon for norm in norms]
+        self.reals = np.array([*epsilons, attention.scaling], np.float32)
         is_bits = norms[0].weight.dtype is torch.bfloat16
         key_heads = attention.config.num_key_value_heads
-        self._described = np.array(
+        self.described = np.array(
             [
                 is_bits,
                 code_for(BITS if is_bits else FLOATS),
@@ -65,14 +63,33 @@ class CompiledLayer:
             np.int64,
         )
 
-    def __call__(self, x_BTD: Tensor, window: Window, kv: SlotKV, rotary: Rotary) -> Tensor:
-        """What the layer computes, [B, T, D]; its new keys and values are in the cache."""
+
+class CompiledLayers:
+    """Runs neighbouring layers of a stack for few tokens as one call.
+
+    Args:
+        forms: All layers of the stack.
+    """
+
+    def __init__(self, forms: Sequence[LayerForm]) -> None:
+        self._forms = tuple(forms)  # addresses do not keep alive
+        self._described = np.stack([form.described for form in forms])
+        self._matrices = np.stack([form.matrices for form in forms])
+        self._reals = np.stack([form.reals for form in forms])
+
+    def run(
+        self, first: int, last: int, x_BTD: Tensor, window: Window, kv: SlotKV, rotary: Rotary
+    ) -> Tensor:
+        """What the layers from ``first`` on, without ``last``, compute, [B, T, D].
+
+        Their new keys and values are in the cache then.
+        """
         x_BTD = x_BTD.contiguous()
         out_BTD = torch.empty_like(x_BTD)
-        cos_BTH, sin_BTH = (angles.contiguous() for angles in rotary)
-        run_layer(
-            self._described, self._matrices, self._epsilons, self._scaling,
+        cos_BTH, sin_BTH = rotary[0].contiguous(), rotary[1].contiguous()
+        run_layers(
+            self._described, self._matrices, self._reals, first, last,
             x_BTD.data_ptr(), out_BTD.data_ptr(), cos_BTH.data_ptr(), sin_BTH.data_ptr(),
-            window.cells_M3, *kv.addresses(self._index), kv.capacity,
+            window.cells_M3, *kv.addresses(), kv.capacity,
         )  # fmt: skip
         return out_BTD

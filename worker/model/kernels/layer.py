@@ -38,11 +38,12 @@ QUERIES, KEYS, VALUES, OUT, GATE, UP, DOWN = range(7)
 
 
 @compiled
-def run_layer(
-    layer: Any,
+def run_layers(
+    layers: Any,
     matrices: Any,
-    epsilons: Any,
-    scaling: float,
+    reals: Any,
+    first: int,
+    last: int,
     x: int,
     out: int,
     cos: int,
@@ -50,27 +51,44 @@ def run_layer(
     cells_M3: Any,
     keys: int,
     values: int,
+    layer_bytes: int,
     capacity: int,
 ) -> None:
-    """Run some tokens through a layer; their keys and values are written to the cache.
+    """Run some tokens through neighbouring layers; keys and values are written to the cache.
 
     Args:
-        layer: See ``IS_BITS`` and its neighbours, int64.
-        matrices: One description of a matrix per row (``KIND`` and its neighbours), int64.
-        epsilons: One for each norm: before attention, before the MLP, of queries, of keys.
-        scaling: What scores are multiplied by.
+        layers: A layer's description per row (``IS_BITS`` and its neighbours), int64.
+        matrices: For each layer one description of a matrix per row (``KIND`` and its neighbours).
+        reals: For each layer the epsilons of the norms before attention, before the MLP, of queries
+            and of keys; then what scores are multiplied by.
+        first, last: The layers that are run: from ``first`` on, without ``last``.
         x, out: Addresses of the states that come in and go out, [M, D].
         cos, sin: Addresses of the tokens' angles, [M, H].
         cells_M3: See ``SLOT`` and its neighbours, int64; of a row's tokens each sees those before.
-        keys, values: Addresses of the layer's cache, [slots, G, capacity, H].
+        keys, values: Addresses of the first layer's cache, [slots, G, capacity, H].
+        layer_bytes: From one layer's keys to the next one's.
         capacity: Positions of a slot.
     """
-    is_bits = layer[IS_BITS] != 0
-    tokens, width = len(cells_M3), matrices[QUERIES, INPUTS]
-    x_MD = np.empty((tokens, width), np.float32)
+    is_bits = layers[first, IS_BITS] != 0
+    x_MD = np.empty((len(cells_M3), matrices[first, QUERIES, INPUTS]), np.float32)
     read(x, is_bits, x_MD.reshape(-1))
+    for index in range(first, last):
+        at = index * layer_bytes
+        cache = (keys + at, values + at, capacity)
+        step(layers[index], matrices[index], reals[index], cos, sin, cells_M3, cache, x_MD)
+    write(x_MD.reshape(-1), is_bits, out)
+
+
+@compiled
+def step(
+    layer: Any, matrices: Any, reals: Any, cos: int, sin: int, cells_M3: Any, cache: Any, x_MD: Any
+) -> None:
+    """Run one layer, the states in place."""
+    is_bits = layer[IS_BITS] != 0
+    tokens = len(cells_M3)
+    keys, values, capacity = cache
     normed_MD = np.empty_like(x_MD)
-    normed(x_MD, layer[BEFORE], epsilons[0], is_bits, normed_MD)
+    normed(x_MD, layer[BEFORE], reals[0], is_bits, normed_MD)
     asked, kept = layer[QUERY_HEADS], layer[KEY_HEADS]
     heads_MNH = np.empty((tokens, asked + 2 * kept, layer[HEAD_DIM]), np.float32)
     heads_MX = heads_MNH.reshape(tokens, -1)
@@ -80,20 +98,19 @@ def run_layer(
         last = first + matrices[part, OUTPUTS]
         linear(matrices[part], weighted_MD, sums, is_bits, heads_MX[:, first:last])
         first = last
-    turn(layer, epsilons, cos, sin, heads_MNH)
+    turn(layer, reals, cos, sin, heads_MNH)
     keep(layer, cells_M3, heads_MNH, keys, values, capacity)
     context_MX = np.zeros((tokens, asked * layer[HEAD_DIM]), np.float32)
-    attend(layer, scaling, cells_M3, heads_MNH, keys, values, capacity, context_MX)
+    attend(layer, reals[4], cells_M3, heads_MNH, keys, values, capacity, context_MX)
     y_MD = np.empty_like(x_MD)
     weighted_MX, of_context = weighted(matrices[OUT], context_MX)
     linear(matrices[OUT], weighted_MX, of_context, is_bits, y_MD)
     add(y_MD, is_bits, x_MD)
-    normed(x_MD, layer[AFTER], epsilons[1], is_bits, normed_MD)
+    normed(x_MD, layer[AFTER], reals[1], is_bits, normed_MD)
     gate_MF = think(matrices, normed_MD, is_bits)
     weighted_MF, of_gate = weighted(matrices[DOWN], gate_MF)
     linear(matrices[DOWN], weighted_MF, of_gate, is_bits, y_MD)
     add(y_MD, is_bits, x_MD)
-    write(x_MD.reshape(-1), is_bits, out)
 
 
 @compiled
@@ -137,7 +154,7 @@ def linear(matrix: Any, x_MI: Any, sums: Any, is_bits: bool, y_MO: Any) -> None:
 
 
 @compiled
-def turn(layer: Any, epsilons: Any, cos: int, sin: int, heads_MNH: Any) -> None:
+def turn(layer: Any, reals: Any, cos: int, sin: int, heads_MNH: Any) -> None:
     """Norm queries and keys, where the layer does, and rotate them by position."""
     is_bits, width = layer[IS_BITS] != 0, layer[HEAD_DIM]
     half = width // 2
@@ -153,7 +170,7 @@ def turn(layer: Any, epsilons: Any, cos: int, sin: int, heads_MNH: Any) -> None:
             norm = layer[OF_QUERIES] if is_query else layer[OF_KEYS]
             head_1H = heads_MNH[m, n : n + 1]
             if norm != 0:
-                normed(head_1H, norm, epsilons[2 if is_query else 3], is_bits, head_1H)
+                normed(head_1H, norm, reals[2 if is_query else 3], is_bits, head_1H)
             if layer[ROTATES] == 0:
                 continue
             for h in range(half):
