@@ -71,8 +71,8 @@ class Wave:
 
     def run(self, last: int) -> list[Arrival]:
         """Advance to depth ``last``, where the rows that stay are left standing."""
-        stops = {depth for depth in self._exits | self._join_depths if self._at < depth < last}
-        for first, stop in itertools.pairwise(sorted({self._at, *stops, last})):
+        stops = sorted(self._exits | self._join_depths | {self._at, last})
+        for first, stop in itertools.pairwise(at for at in stops if self._at <= at <= last):
             if first in self._join_depths:
                 self._join(first)
             if not self.rows:
@@ -100,7 +100,8 @@ class Wave:
         """Whether nothing runs on from here: nobody is left, or those that are left now wait."""
         if not self.rows:
             return not self._later or self._ending == "wait"
-        if self._ending != "wait" or any(_is_asked_beyond(g, executed) for g in self.groups):
+        asked = any(group.rows and group.exits[-1] > executed for group in self.groups)
+        if self._ending != "wait" or asked:
             return False
         if self.arrivals:
             # Others have left and will draft on: who is bound for the end waits for their drafts.
@@ -296,8 +297,3 @@ class Wave:
             row.open.clear()  # every token of the row has now run every layer
             row.undecided = False
             row.group = None
-
-
-def _is_asked_beyond(group: RowGroup, executed: int) -> bool:
-    """Whether a group still holds rows that may be asked after more layers."""
-    return bool(group.rows) and group.exits[-1] > executed
