@@ -12,6 +12,7 @@ from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
 from offramp.controller.policies.protocols import Policy, is_headless
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.detokenize import decode
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 
@@ -80,9 +81,7 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
         return prompt
     if tokenizer is None:
         raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
-    return str(
-        tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return decode(tokenizer, prompt)
 
 
 def pinned(

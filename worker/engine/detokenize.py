@@ -13,15 +13,27 @@ CONTEXT_TOKENS = 6
 """At least so many are decoded again with each new one, so that joins come out right."""
 
 
-class StreamDecoder:
-    """Turns one request's tokens into text pieces whose concatenation is the whole text."""
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens, that one character takes at most in UTF-8."""
 
-    def __init__(self, tokenizer: Any) -> None:
+
+class StreamDecoder:
+    """Turns one request's tokens into text pieces whose concatenation is the whole text.
+
+    That is what the tokens read as behind the prompt: a decoder of the SentencePiece kind drops a
+    space that its text begins with, and the completion's first space is in the middle of a text.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        prompt: Token ids that come before them.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._tokens = self._context(prompt)
         # Where shown text ended: only there may decoding begin, since a decoder with byte fallback
         # spoils every byte that follows half a character.
-        self._ends = deque([0])
+        self._ends = deque(sorted({0, len(self._tokens)}))
 
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that became readable with this token; "" inside a multi-byte character.
@@ -44,17 +56,36 @@ class StreamDecoder:
         self._ends.append(count)
         while self._ends[1] <= count - CONTEXT_TOKENS:
             self._ends.popleft()
+        if not now.startswith(before):  # a prompt of token ids ended inside a character
+            before = before.rstrip(UNFINISHED) or before
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        # Cleaning up would take back spaces that have been shown already.
-        return str(
-            self.tokenizer.decode(
-                self._tokens[start:end],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-        )
+        return decode(self.tokenizer, self._tokens[start:end])
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from the beginning of a character on."""
+        tails = [
+            list(prompt[-count:])
+            for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + LONGEST_CHARACTER)
+        ]
+        try:
+            whole = (each for each in tails if not self._begins_inside(each))
+            return next(whole, tails[0])
+        except Exception:  # ids of a prompt may be none of the tokenizer's; then none is context
+            return []
+
+    def _begins_inside(self, tokens: list[int]) -> bool:
+        """Whether the first of the tokens continues a character."""
+        return decode(self.tokenizer, tokens).startswith(UNFINISHED)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """What tokens read as, special ones left out."""
+    # Cleaning up would take back spaces that have been shown already.
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 class StopStrings:

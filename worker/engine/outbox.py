@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.worker.decoding.request import CompletionStats, TokenEvent
+from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.detokenize import StopStrings, StreamDecoder
 from offramp.worker.model.kv import SlotKV
@@ -71,7 +71,7 @@ class Outbox:
         if self._tokenizer is None:
             return 0, ""
         if row.request.id not in self._texts:
-            self._texts[row.request.id] = _Text(self._tokenizer, row.request.sampling.stop)
+            self._texts[row.request.id] = _Text(self._tokenizer, row.request)
         text = self._texts[row.request.id]
         return text.length, text.push(row, index)
 
@@ -79,9 +79,9 @@ class Outbox:
 class _Text:
     """One request's text: decoded, and cut at a stop string."""
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(stops)
+    def __init__(self, tokenizer: Any, request: Request) -> None:
+        self._decoder = StreamDecoder(tokenizer, request.prompt)
+        self._stops = StopStrings(request.sampling.stop)
         self.length = 0
 
     def push(self, row: Sequence, index: int) -> str:
