@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"
@@ -12,6 +12,9 @@ UNFINISHED = "\ufffd"
 CONTEXT_TOKENS = 6
 """At least so many are decoded again with each new one, so that joins come out right."""
 
+
+FIRST_MARK = 0xD800
+"""Where half surrogate pairs begin; there are 2048."""
 
 LONGEST_CHARACTER = 4
 """Bytes, and so tokens, that one character takes at most in UTF-8."""
@@ -86,6 +89,53 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+class SpecialTokens:
+    """The special tokens that some stop strings spell, which no text shows.
+
+    Each is given a mark, half of a surrogate pair, which no text has either. With it in the place
+    of the token, a stop string is looked for in the text as any other.
+
+    Args:
+        tokenizer: Whose special tokens they are.
+        stops: The stop strings.
+
+    Attributes:
+        stops: The stop strings as given, and those that spell special tokens with marks as well:
+            the model may also write the same characters as text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        named = _special_tokens(tokenizer) if stops else {}
+        spelt = [name for name in named if any(name in stop for stop in stops)]
+        # Of two names that begin alike, the longer is looked for first.
+        spelt.sort(key=len, reverse=True)
+        marks = {name: chr(FIRST_MARK + index) for index, name in enumerate(spelt)}
+        self._marks = {named[name]: mark for name, mark in marks.items()}
+        self.stops = tuple(dict.fromkeys((*stops, *(_replaced(stop, marks) for stop in stops))))
+
+    def mark(self, token: int) -> str:
+        """What stands for a token where stop strings are looked for; "" for most."""
+        return self._marks.get(token, "")
+
+    def without_marks(self, text: str) -> str:
+        """The text as it may be shown."""
+        return _replaced(text, dict.fromkeys(self._marks.values(), ""))
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out, by what they are called."""
+    added = {
+        str(each): token for token, each in tokenizer.added_tokens_decoder.items() if each.special
+    }
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
+
+
+def _replaced(text: str, replacements: Mapping[str, str]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text
 
 
 class StopStrings:

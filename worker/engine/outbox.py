@@ -6,7 +6,7 @@ from typing import Any
 
 from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.detokenize import StopStrings, StreamDecoder
+from offramp.worker.engine.detokenize import SpecialTokens, StopStrings, StreamDecoder
 from offramp.worker.model.kv import SlotKV
 
 
@@ -81,20 +81,22 @@ class _Text:
 
     def __init__(self, tokenizer: Any, request: Request) -> None:
         self._decoder = StreamDecoder(tokenizer, request.prompt)
-        self._stops = StopStrings(request.sampling.stop)
+        self._special = SpecialTokens(tokenizer, request.sampling.stop)
+        self._stops = StopStrings(self._special.stops)
         self.length = 0
 
     def push(self, row: Sequence, index: int) -> str:
         """Text to show with the row's token at an index; ends the row there at a stop string."""
         is_end = row.is_finished and index == len(row.emitted) - 1
         if is_end and row.finish_reason == "stop":  # at a token, which is no part of the text
-            piece = self._decoder.flush()
+            piece, mark = self._decoder.flush(), ""
         else:
-            piece = self._decoder.push(row.emitted[index], last=is_end)
+            token = row.emitted[index]
+            piece, mark = self._decoder.push(token, last=is_end), self._special.mark(token)
         self.length += len(piece)
         muted = index < row.request.sampling.min_tokens
-        shown, stopped = self._stops.push(piece, is_end, muted=muted)
+        shown, stopped = self._stops.push(piece + mark, is_end, muted=muted)
         if stopped:
             row.finish_reason = "stop"
             row.cut(index + 1)
-        return shown
+        return self._special.without_marks(shown)
