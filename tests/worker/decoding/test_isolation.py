@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
+from offramp.controller.errors import ConfigError, DecodeFailedError, ModelError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, PolicySnapshot, SamplingParams
@@ -182,3 +182,24 @@ def test_end_tokens_outside_the_vocabulary_are_none(eos: Any, found: set[int]) -
     assert engine.stack.eos_tokens == found
     wanted = SamplingParams(max_tokens=3, min_tokens=3, logit_bias={VOCAB - 2: 100})
     assert engine.generate([[1, 2]], wanted)[0].token_ids == [VOCAB - 2] * 3
+
+
+@pytest.mark.parametrize("eos", ["</s>", [96, None], [[96]], 96.0, True])
+def test_end_tokens_that_are_no_ids_are_refused_when_the_engine_is_made(eos: Any) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ModelError, match=r"eos_token_id.*generation_config\.json"):
+        AdaptiveEngine(model)
+
+
+@pytest.mark.parametrize("eos", [[96, 300], [-1, 96], 10**12])
+def test_an_end_token_outside_the_vocabulary_disturbs_nobody(eos: Any) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = eos
+    engine = AdaptiveEngine(model)
+    [alone] = engine.generate([[1, 2, 3]], LONG)
+    bystander = engine.submit([1, 2, 3], LONG)
+    held_off = engine.submit([4, 5], SamplingParams(max_tokens=8, min_tokens=8))
+    tokens = drained(engine)
+    assert tokens[bystander.id] == alone.token_ids
+    assert len(tokens[held_off.id]) == 8
