@@ -85,10 +85,13 @@ def error_body(message: str, kind: str, param: str | None, code: str | None) -> 
 
 
 def token_namer(tokenizer: Any) -> Callable[[int], str]:
-    """Names tokens by their text, or, where that is half a character, by their vocabulary entry."""
+    """Names tokens by their text, or, where they have none or half a character, by their entry."""
 
     def decode(*tokens: int) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        try:
+            return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        except Exception:  # a tokenizer may not know every id that a head can give
+            return UNFINISHED
 
     def name(token: int) -> str:
         text = decode(token)

@@ -75,13 +75,17 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
     """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
 
     Raises:
-        RequestError: it is token ids, and there is no tokenizer.
+        RequestError: it is token ids, and there is no tokenizer, or it cannot decode them.
     """
     if isinstance(prompt, str):
         return prompt
     if tokenizer is None:
         raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
-    return decode(tokenizer, prompt)
+    try:
+        return decode(tokenizer, prompt)
+    except Exception as error:  # tokenizers raise what they like of ids that they do not know
+        problem = "of token ids that the tokenizer cannot decode"
+        raise RequestError("echo", problem, "Leave it out") from error
 
 
 def pinned(

@@ -33,7 +33,7 @@ from offramp.worker.engine.admission import (
 )
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
-from offramp.worker.engine.roster import Roster
+from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
@@ -162,7 +162,7 @@ class EngineCore:
         """
         # Chosen before prompts are read: a row whose prompt ends in this step goes on in the next.
         launches = self._launches()
-        self._roster.admit()
+        self.failed |= self._roster.admit()
         self.decoder.observe(Load(*self.load, self.kv.slots))
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
@@ -234,7 +234,7 @@ class EngineCore:
     def _events(self, row: Sequence, before: int) -> list[TokenEvent]:
         try:
             return self._outbox.events(row, before)
-        except Exception as error:  # a tokenizer may not know every id that a head can give
+        except Exception as error:  # tokenizers are a caller's code, too
             row.error = error
             return []
 
@@ -287,8 +287,6 @@ class EngineCore:
             if row.error is None:
                 finished[row.request.id] = row
             else:
-                failure = DecodeFailedError("the request failed while it was decoded")
-                failure.__cause__ = row.error
-                self.failed[row.request.id] = failure
+                self.failed[row.request.id] = failure_of(row.error)
             self._roster.vacate(row)
             self._outbox.forget(row.request.id)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from offramp.controller.errors import DecodeFailedError
+
 UNFINISHED = "\ufffd"
 """What a tokenizer prints for bytes that do not make a character yet."""
 
@@ -42,9 +44,18 @@ class StreamDecoder:
         """The text that became readable with this token; "" inside a multi-byte character.
 
         With ``last``, bytes that never became a character come out as the replacement mark.
+
+        Raises:
+            DecodeFailedError: the tokenizer cannot decode the token.
         """
         self._tokens.append(token)
-        return self._readable(last=last)
+        try:
+            return self._readable(last=last)
+        except Exception as error:  # a tokenizer may not know every id that a head can give
+            raise DecodeFailedError(
+                f"token {token} has no text: the tokenizer cannot decode it. Forbid it by "
+                f'logit_bias, {{"{token}": -100}}'
+            ) from error
 
     def flush(self) -> str:
         """What is left when no token follows: the replacement mark for half a character."""
@@ -98,7 +109,7 @@ class SpecialTokens:
     of the token, a stop string is looked for in the text as any other.
 
     Args:
-        tokenizer: Whose special tokens they are.
+        tokenizer: Says which tokens are special.
         stops: The stop strings.
 
     Attributes:
