@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from operator import index
 from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
@@ -39,36 +38,6 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if tokens:
         raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
     return [item for item in items if not isinstance(item, int)]
-
-
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a prompt.
-
-    Raises:
-        RequestError: it is empty, or a string that cannot be encoded, or holds no token ids.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError("prompt", "is a string, but the engine has no tokenizer")
-        prompt = _encode(prompt, tokenizer)
-    try:
-        tokens = tuple(index(token) for token in prompt)
-    except TypeError as error:
-        problem = f"{prompt!r} is neither text nor a list of token ids"
-        raise RequestError("prompt", problem, "Use a string or integers") from error
-    if not tokens:
-        raise RequestError("prompt", "is empty", "Give at least one token")
-    return tokens
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "prompt", f"holds half of a surrogate pair at index {error.start}", "Send valid Unicode"
-        ) from error
-    return list(tokenizer.encode(text))
 
 
 def prompt_text(prompt: Prompt, tokenizer: Any) -> str:

@@ -25,12 +25,12 @@ from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.admission import (
     Prompt,
-    encode_prompt,
     pinned,
     require_memory,
     require_mode,
     require_request,
 )
+from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
 from offramp.worker.engine.roster import Roster, failure_of
@@ -79,6 +79,7 @@ class EngineCore:
         precision, drafts = self.config.precision, self.config.draft_precision
         self.stack = prepare(quantise(stack_for(model), precision))
         self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
         self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
@@ -124,7 +125,7 @@ class EngineCore:
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
         """
-        tokens = encode_prompt(prompt, self.tokenizer)
+        tokens = self.encoder.encode(prompt)
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
