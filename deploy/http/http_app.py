@@ -59,10 +59,12 @@ def create_app(worker: Worker) -> FastAPI:
     async def complete(body: CompletionRequest) -> Response:
         _require_model(body.model, worker)
         body.require_supported()
+        # Before anything is queued, which a refusal would leave behind with nobody to read it.
+        style = _style(worker, body)
         requests, events = await worker.service.submit_all(
             body.one_prompt, body.sampling, kv_mode=body.kv_mode
         )
-        reply = _Reply(_style(worker, body), body, requests, events)
+        reply = _Reply(style, body, requests, events)
         return await (reply.stream() if body.stream else reply.whole())
 
     return app

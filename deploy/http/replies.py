@@ -85,11 +85,20 @@ def error_body(message: str, kind: str, param: str | None, code: str | None) -> 
 
 
 def token_namer(tokenizer: Any) -> Callable[[int], str]:
-    """Names tokens by their text, or, where that is half a character, by their vocabulary entry."""
+    """Names tokens by their text, or, where they have none or half a character, by their entry."""
+
+    def decode(*tokens: int) -> str:
+        try:
+            return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        except Exception:  # a tokenizer may not know every id that a head can give
+            return UNFINISHED
 
     def name(token: int) -> str:
-        text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return str(tokenizer.convert_ids_to_tokens(token)) if UNFINISHED in text else text
+        text = decode(token)
+        if UNFINISHED in text:
+            return str(tokenizer.convert_ids_to_tokens(token))
+        # The text behind some other, here itself: at the beginning of a text its space is dropped.
+        return decode(token, token)[len(text) :]
 
     return name
 

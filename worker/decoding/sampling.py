@@ -54,7 +54,7 @@ class SamplingParams:
             the i-th, counted from 0, has ``seed + i``.
         n: Completions of each prompt, independent of one another.
         stop: Strings that end the request with "stop"; neither they nor what follows them is in
-            the text.
+            the text. They may spell special tokens, which no text shows.
         stop_token_ids: Tokens that do; such a token is among the token ids, not in the text.
         ignore_eos: Go on past the end-of-sequence token.
         logprobs: Report each token's log-probability and those of so many of the most likely

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from operator import index
 from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
@@ -12,6 +11,7 @@ from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
 from offramp.controller.policies.protocols import Policy, is_headless
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.detokenize import decode
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 
@@ -40,49 +40,21 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [item for item in items if not isinstance(item, int)]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a prompt.
-
-    Raises:
-        RequestError: it is empty, or a string that cannot be encoded, or holds no token ids.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError("prompt", "is a string, but the engine has no tokenizer")
-        prompt = _encode(prompt, tokenizer)
-    try:
-        tokens = tuple(index(token) for token in prompt)
-    except TypeError as error:
-        problem = f"{prompt!r} is neither text nor a list of token ids"
-        raise RequestError("prompt", problem, "Use a string or integers") from error
-    if not tokens:
-        raise RequestError("prompt", "is empty", "Give at least one token")
-    return tokens
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "prompt", f"holds half of a surrogate pair at index {error.start}", "Send valid Unicode"
-        ) from error
-    return list(tokenizer.encode(text))
-
-
 def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
     """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
 
     Raises:
-        RequestError: it is token ids, and there is no tokenizer.
+        RequestError: it is token ids, and there is no tokenizer, or it cannot decode them.
     """
     if isinstance(prompt, str):
         return prompt
     if tokenizer is None:
         raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
-    return str(
-        tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    try:
+        return decode(tokenizer, prompt)
+    except Exception as error:  # tokenizers raise what they like of ids that they do not know
+        problem = "of token ids that the tokenizer cannot decode"
+        raise RequestError("echo", problem, "Leave it out") from error
 
 
 def pinned(

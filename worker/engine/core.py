@@ -25,15 +25,15 @@ from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.admission import (
     Prompt,
-    encode_prompt,
     pinned,
     require_memory,
     require_mode,
     require_request,
 )
+from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
-from offramp.worker.engine.roster import Roster
+from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
@@ -79,6 +79,7 @@ class EngineCore:
         precision, drafts = self.config.precision, self.config.draft_precision
         self.stack = prepare(quantise(stack_for(model), precision))
         self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
         self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
@@ -124,7 +125,7 @@ class EngineCore:
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
         """
-        tokens = encode_prompt(prompt, self.tokenizer)
+        tokens = self.encoder.encode(prompt)
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
@@ -162,7 +163,7 @@ class EngineCore:
         """
         # Chosen before prompts are read: a row whose prompt ends in this step goes on in the next.
         launches = self._launches()
-        self._roster.admit()
+        self.failed |= self._roster.admit()
         self.decoder.observe(Load(*self.load, self.kv.slots))
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prefill()
@@ -234,7 +235,7 @@ class EngineCore:
     def _events(self, row: Sequence, before: int) -> list[TokenEvent]:
         try:
             return self._outbox.events(row, before)
-        except Exception as error:  # a tokenizer may not know every id that a head can give
+        except Exception as error:  # tokenizers are a caller's code, too
             row.error = error
             return []
 
@@ -287,8 +288,6 @@ class EngineCore:
             if row.error is None:
                 finished[row.request.id] = row
             else:
-                failure = DecodeFailedError("the request failed while it was decoded")
-                failure.__cause__ = row.error
-                self.failed[row.request.id] = failure
+                self.failed[row.request.id] = failure_of(row.error)
             self._roster.vacate(row)
             self._outbox.forget(row.request.id)

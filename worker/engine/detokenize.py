@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from offramp.controller.errors import DecodeFailedError
 
 UNFINISHED = "\ufffd"
 """What a tokenizer prints for bytes that do not make a character yet."""
@@ -13,23 +15,47 @@ CONTEXT_TOKENS = 6
 """At least so many are decoded again with each new one, so that joins come out right."""
 
 
-class StreamDecoder:
-    """Turns one request's tokens into text pieces whose concatenation is the whole text."""
+FIRST_MARK = 0xD800
+"""Where half surrogate pairs begin; there are 2048."""
 
-    def __init__(self, tokenizer: Any) -> None:
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens, that one character takes at most in UTF-8."""
+
+
+class StreamDecoder:
+    """Turns one request's tokens into text pieces whose concatenation is the whole text.
+
+    That is what the tokens read as behind the prompt: a decoder of the SentencePiece kind drops a
+    space that its text begins with, and the completion's first space is in the middle of a text.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        prompt: Token ids that come before them.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._tokens = self._context(prompt)
         # Where shown text ended: only there may decoding begin, since a decoder with byte fallback
         # spoils every byte that follows half a character.
-        self._ends = deque([0])
+        self._ends = deque(sorted({0, len(self._tokens)}))
 
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that became readable with this token; "" inside a multi-byte character.
 
         With ``last``, bytes that never became a character come out as the replacement mark.
+
+        Raises:
+            DecodeFailedError: the tokenizer cannot decode the token.
         """
         self._tokens.append(token)
-        return self._readable(last=last)
+        try:
+            return self._readable(last=last)
+        except Exception as error:  # a tokenizer may not know every id that a head can give
+            raise DecodeFailedError(
+                f"token {token} has no text: the tokenizer cannot decode it. Forbid it by "
+                f'logit_bias, {{"{token}": -100}}'
+            ) from error
 
     def flush(self) -> str:
         """What is left when no token follows: the replacement mark for half a character."""
@@ -44,17 +70,83 @@ class StreamDecoder:
         self._ends.append(count)
         while self._ends[1] <= count - CONTEXT_TOKENS:
             self._ends.popleft()
+        if not now.startswith(before):  # a prompt of token ids ended inside a character
+            before = before.rstrip(UNFINISHED) or before
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        # Cleaning up would take back spaces that have been shown already.
-        return str(
-            self.tokenizer.decode(
-                self._tokens[start:end],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-        )
+        return decode(self.tokenizer, self._tokens[start:end])
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from the beginning of a character on."""
+        tails = [
+            list(prompt[-count:])
+            for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + LONGEST_CHARACTER)
+        ]
+        try:
+            whole = (each for each in tails if not self._begins_inside(each))
+            return next(whole, tails[0])
+        except Exception:  # ids of a prompt may be none of the tokenizer's; then none is context
+            return []
+
+    def _begins_inside(self, tokens: list[int]) -> bool:
+        """Whether the first of the tokens continues a character."""
+        return decode(self.tokenizer, tokens).startswith(UNFINISHED)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """What tokens read as, special ones left out."""
+    # Cleaning up would take back spaces that have been shown already.
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+class SpecialTokens:
+    """The special tokens that some stop strings spell, which no text shows.
+
+    Each is given a mark, half of a surrogate pair, which no text has either. With it in the place
+    of the token, a stop string is looked for in the text as any other.
+
+    Args:
+        tokenizer: Says which tokens are special.
+        stops: The stop strings.
+
+    Attributes:
+        stops: The stop strings as given, and those that spell special tokens with marks as well:
+            the model may also write the same characters as text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        named = _special_tokens(tokenizer) if stops else {}
+        spelt = [name for name in named if any(name in stop for stop in stops)]
+        # Of two names that begin alike, the longer is looked for first.
+        spelt.sort(key=len, reverse=True)
+        marks = {name: chr(FIRST_MARK + index) for index, name in enumerate(spelt)}
+        self._marks = {named[name]: mark for name, mark in marks.items()}
+        self.stops = tuple(dict.fromkeys((*stops, *(_replaced(stop, marks) for stop in stops))))
+
+    def mark(self, token: int) -> str:
+        """What stands for a token where stop strings are looked for; "" for most."""
+        return self._marks.get(token, "")
+
+    def without_marks(self, text: str) -> str:
+        """The text as it may be shown."""
+        return _replaced(text, dict.fromkeys(self._marks.values(), ""))
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out, by what they are called."""
+    added = {
+        str(each): token for token, each in tokenizer.added_tokens_decoder.items() if each.special
+    }
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
+
+
+def _replaced(text: str, replacements: Mapping[str, str]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text
 
 
 class StopStrings:

@@ -216,8 +216,9 @@ class AdaptiveEngine(EngineCore):
         """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []
         policy = pinned(policy, self.current_policy, self.stack)
+        encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
-            for prompt, sampling in itertools.product(prompts, samples):
+            for prompt, sampling in itertools.product(encoded, samples):
                 request = self.submit(prompt, sampling, policy, kv_mode=kv_mode)
                 requests.append(request)
                 self._inboxes[request.id] = deque()

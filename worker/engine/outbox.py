@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.worker.decoding.request import CompletionStats, TokenEvent
+from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.detokenize import StopStrings, StreamDecoder
+from offramp.worker.engine.detokenize import SpecialTokens, StopStrings, StreamDecoder
 from offramp.worker.model.kv import SlotKV
 
 
@@ -71,7 +71,7 @@ class Outbox:
         if self._tokenizer is None:
             return 0, ""
         if row.request.id not in self._texts:
-            self._texts[row.request.id] = _Text(self._tokenizer, row.request.sampling.stop)
+            self._texts[row.request.id] = _Text(self._tokenizer, row.request)
         text = self._texts[row.request.id]
         return text.length, text.push(row, index)
 
@@ -79,22 +79,24 @@ class Outbox:
 class _Text:
     """One request's text: decoded, and cut at a stop string."""
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(stops)
+    def __init__(self, tokenizer: Any, request: Request) -> None:
+        self._decoder = StreamDecoder(tokenizer, request.prompt)
+        self._special = SpecialTokens(tokenizer, request.sampling.stop)
+        self._stops = StopStrings(self._special.stops)
         self.length = 0
 
     def push(self, row: Sequence, index: int) -> str:
         """Text to show with the row's token at an index; ends the row there at a stop string."""
         is_end = row.is_finished and index == len(row.emitted) - 1
         if is_end and row.finish_reason == "stop":  # at a token, which is no part of the text
-            piece = self._decoder.flush()
+            piece, mark = self._decoder.flush(), ""
         else:
-            piece = self._decoder.push(row.emitted[index], last=is_end)
+            token = row.emitted[index]
+            piece, mark = self._decoder.push(token, last=is_end), self._special.mark(token)
         self.length += len(piece)
         muted = index < row.request.sampling.min_tokens
-        shown, stopped = self._stops.push(piece, is_end, muted=muted)
+        shown, stopped = self._stops.push(piece + mark, is_end, muted=muted)
         if stopped:
             row.finish_reason = "stop"
             row.cut(index + 1)
-        return shown
+        return self._special.without_marks(shown)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 
+from offramp.controller.errors import DecodeFailedError
 from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
+
+
+def failure_of(error: Exception) -> DecodeFailedError:
+    """What the caller of a request is told of the error that ended it."""
+    if isinstance(error, DecodeFailedError):  # it says more by itself
+        return error
+    failure = DecodeFailedError("the request failed while it was decoded")
+    failure.__cause__ = error
+    return failure
 
 
 class Roster:
@@ -25,14 +35,27 @@ class Roster:
         self.waiting: deque[Request] = deque()
         self.rows: list[Sequence] = []
 
-    def admit(self) -> None:
-        """Seat waiting requests while there are slots, first come, first served."""
+    def admit(self) -> dict[str, DecodeFailedError]:
+        """Seat waiting requests while there are slots, first come, first served.
+
+        Returns:
+            What requests failed with that cannot be seated, by id.
+        """
+        failed: dict[str, DecodeFailedError] = {}
         while self.waiting and len(self.rows) < self.kv.slots:
-            request, stack = self.waiting.popleft(), self.stack
-            sampler = request.sampler or Sampler(
-                request.sampling, request.prompt, stack.eos_tokens, stack.vocab
-            )
-            self.rows.append(Sequence(request, len(self.rows), sampler))
+            request = self.waiting.popleft()
+            try:
+                self.rows.append(self._seated(request))
+            except Exception as error:  # the policies that it looks into are a caller's code
+                failed[request.id] = failure_of(error)
+        return failed
+
+    def _seated(self, request: Request) -> Sequence:
+        stack = self.stack
+        sampler = request.sampler or Sampler(
+            request.sampling, request.prompt, stack.eos_tokens, stack.vocab
+        )
+        return Sequence(request, len(self.rows), sampler)
 
     def standing(self) -> dict[int, list[Sequence]]:
         """Rows that can go on, by the depth at which they stand."""

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
@@ -72,6 +72,9 @@ class EngineService:
         self._listeners: dict[str, _Listener] = {}
         self._last_step_s = time.monotonic()
         self._has_ended = False
+        # Long prompts take seconds: the engine's thread would let every stream wait for them. One
+        # thread, since a tokenizer need not bear several; idle, it ends with the service's object.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="offramp-encoder")
         self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
 
     def start(self) -> None:
@@ -118,7 +121,11 @@ class EngineService:
         Their events come from one iterator, as they are emitted. Arguments and errors are those of
         ``submit``, and it is closed as that is.
         """
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
+        loop = asyncio.get_running_loop()
+        if isinstance(prompt, str):
+            self._require_room(sampling.n)  # once more when it is queued: others come meanwhile
+            prompt = await loop.run_in_executor(self._encoding, self.engine.encoder.encode, prompt)
+        listener = _Listener(loop, asyncio.Queue())
         accepted: Future[list[Request]] = Future()
         self._commands.put(_Submit(prompt, sampling, kv_mode, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it

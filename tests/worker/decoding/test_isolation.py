@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
-from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
+from offramp.controller.errors import ConfigError, DecodeFailedError, ModelError, RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, PolicySnapshot, SamplingParams
 from offramp.worker.decoding.sampler import Draw, Sampler
+from offramp.worker.engine import roster
 from support.models import VOCAB, make_model
 from support.rows import drain
 
@@ -182,3 +184,66 @@ def test_end_tokens_outside_the_vocabulary_are_none(eos: Any, found: set[int]) -
     assert engine.stack.eos_tokens == found
     wanted = SamplingParams(max_tokens=3, min_tokens=3, logit_bias={VOCAB - 2: 100})
     assert engine.generate([[1, 2]], wanted)[0].token_ids == [VOCAB - 2] * 3
+
+
+@pytest.mark.parametrize("eos", ["</s>", [96, None], [[96]], 96.0, True])
+def test_end_tokens_that_are_no_ids_are_refused_when_the_engine_is_made(eos: Any) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ModelError, match=r"eos_token_id.*generation_config\.json"):
+        AdaptiveEngine(model)
+
+
+@pytest.mark.parametrize("eos", [[96, 300], [-1, 96], 10**12])
+def test_an_end_token_outside_the_vocabulary_disturbs_nobody(eos: Any) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = eos
+    engine = AdaptiveEngine(model)
+    [alone] = engine.generate([[1, 2, 3]], LONG)
+    bystander = engine.submit([1, 2, 3], LONG)
+    held_off = engine.submit([4, 5], SamplingParams(max_tokens=8, min_tokens=8))
+    tokens = drained(engine)
+    assert tokens[bystander.id] == alone.token_ids
+    assert len(tokens[held_off.id]) == 8
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
+def test_a_token_that_the_tokenizer_does_not_know_fails_its_request_alone(kv_mode: KVMode) -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)  # pure Python: it raises where others leave out
+    unknown = len(tokenizer) + 40
+    engine = AdaptiveEngine(make_model("llama", vocab_size=unknown + 1), tokenizer)
+    biased = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={100: 100})
+    [alone] = engine.generate(["ab"], biased, kv_mode=kv_mode)
+    bystander = engine.submit("ab", biased, kv_mode=kv_mode)
+    told = SamplingParams(max_tokens=4, logit_bias={unknown: 100})
+    bad = engine.submit("ab", told, kv_mode=kv_mode)
+    tokens = drained(engine)
+    assert tokens[bystander.id] == alone.token_ids
+    assert bad.id not in tokens
+    with pytest.raises(DecodeFailedError, match=f"token {unknown} .* logit_bias"):
+        raise engine.failed.pop(bad.id)
+    [read] = engine.generate([[unknown, 100]], biased)  # what is only read need not be known
+    assert read.text == alone.text
+    with pytest.raises(RequestError, match="echo"):
+        engine.generate([[unknown, 100]], biased, echo=True)
+    assert engine.load == (0, 0)
+
+
+def test_a_request_that_cannot_be_seated_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(sampling: SamplingParams, *rest: Any) -> Sampler:
+        if sampling.seed == 13:
+            raise MemoryError("no room")
+        return Sampler(sampling, *rest)
+
+    monkeypatch.setattr(roster, "Sampler", no_memory)
+    engine = AdaptiveEngine(make_model("llama"), slots=3)
+    [alone] = engine.generate([[1, 2, 3]], LONG)
+    before = engine.submit([1, 2, 3], LONG)
+    bad = engine.submit([1, 2, 3], SamplingParams(seed=13))
+    after = engine.submit([1, 2, 3], LONG)
+    tokens = drained(engine)
+    assert tokens[before.id] == tokens[after.id] == alone.token_ids
+    assert isinstance(engine.failed.pop(bad.id).__cause__, MemoryError)
+    with pytest.raises(DecodeFailedError):
+        engine.generate([[1, 2]], SamplingParams(seed=13))
+    assert engine.load == (0, 0)

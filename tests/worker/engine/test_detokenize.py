@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from offramp.worker import AdaptiveEngine
+from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.engine.detokenize import UNFINISHED, StreamDecoder
+from support.models import make_model
+from support.tokenizers import byte_fallback_tokenizer
 
 quick = settings(deadline=None, max_examples=150)
 
@@ -23,28 +25,7 @@ def tokenizer(reference: AdaptiveEngine) -> Any:
 
 @pytest.fixture(scope="module")
 def byte_fallback() -> Any:
-    """Like Llama 2's: ▁ for spaces, single bytes for what is in no word, first space dropped."""
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁b", "a"]
-    core = Tokenizer(
-        models.BPE(
-            vocab={word: index for index, word in enumerate(words)},
-            merges=[("▁", "a"), ("▁", "b")],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    core.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    return byte_fallback_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +41,8 @@ def word_piece() -> Any:
     )
 
 
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    decoder = StreamDecoder(tokenizer)
+def pieces(tokenizer: Any, tokens: list[int], prompt: list[int] | None = None) -> list[str]:
+    decoder = StreamDecoder(tokenizer, prompt or [])
     last = len(tokens) - 1
     return [decoder.push(token, last=index == last) for index, token in enumerate(tokens)]
 
@@ -147,3 +128,34 @@ def test_no_clean_up_takes_back_what_was_shown(word_piece: Any, tokens: list[int
 def test_generate_returns_the_text_of_its_tokens(reference: AdaptiveEngine) -> None:
     for completion in reference.generate(["# Ü", "🦩🦩", "def f("]):
         assert completion.text == whole(reference.tokenizer, completion.token_ids)
+
+
+@quick
+@given(
+    prompt=st.text(alphabet="ab é🦩", min_size=1, max_size=12),
+    text=st.text(alphabet="ab é🦩", max_size=12),
+)
+@example("a", " b")
+@example("a ", " b")
+@example("🦩🦩", "🦩")
+def test_a_completion_reads_on_from_its_prompt(byte_fallback: Any, prompt: str, text: str) -> None:
+    before = byte_fallback.encode(prompt)
+    tokens = byte_fallback.encode(prompt + text)[len(before) :]
+    streamed = "".join(pieces(byte_fallback, tokens, before))
+    assert prompt + streamed == whole(byte_fallback, [*before, *tokens])
+
+
+def test_a_character_that_the_prompt_began_is_shown(tokenizer: Any) -> None:
+    tokens = tokenizer.encode("ok 🦩")
+    assert pieces(tokenizer, tokens[-1:], tokens[:-1]) == ["🦩"]
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_the_first_space_of_a_completion_is_kept(byte_fallback: Any, as_ids: bool) -> None:
+    engine = AdaptiveEngine(make_model("llama", vocab_size=len(byte_fallback)), byte_fallback)
+    ids = byte_fallback.encode("a")
+    prompt = ids if as_ids else "a"
+    spaced = byte_fallback.convert_tokens_to_ids("▁b")
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True, logit_bias={spaced: 100})
+    assert engine.generate([prompt], sampling, echo=True)[0].text == "a b b"
+    assert [event.text for event in engine.stream(prompt, sampling)] == [" b", " b"]

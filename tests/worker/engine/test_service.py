@@ -165,7 +165,8 @@ def test_a_caller_cancelled_after_it_was_accepted_leaves_nothing_behind(
     brake = Brake(engine)
 
     async def scenario(service: EngineService) -> None:
-        caller = asyncio.create_task(service.submit(PROMPTS[0], tokens(900)))
+        # Token ids: a string would first be encoded, on a thread that answers to the loop.
+        caller = asyncio.create_task(service.submit([5, 6, 7], tokens(900)))
         await asyncio.sleep(0)
         # This blocks the loop: the thread accepts, but the caller cannot learn of it.
         assert brake.reached.wait(PATIENCE_S)

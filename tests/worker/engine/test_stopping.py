@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
+from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.engine.detokenize import StopStrings
+from support.models import make_model
+from support.tokenizers import byte_level_tokenizer
 
 text = st.text("ab\n", max_size=14)
 stops = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
@@ -99,3 +107,65 @@ def test_without_stop_strings_nothing_is_held_back() -> None:
 def test_examples(stops: list[str], pieces: list[str], shown: list[str]) -> None:
     matcher = StopStrings(stops)
     assert [matcher.push(piece)[0] for piece in pieces] == shown
+
+
+PROMPT = "ab"
+IM_END = "<|im_end|>"
+
+
+class Says(Sampler):
+    """Draws the tokens of a text, which may spell special ones, and then "." for ever."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        vocab = len(tokenizer)
+        super().__init__(SamplingParams(logprobs=0), (), frozenset(), vocab)
+        self.tokens = [*tokenizer.encode(text), *tokenizer.encode("." * 20)]
+
+    def draw(self, logits_V: Tensor, emitted: Sequence[int]) -> Draw:
+        return Draw(self.tokens[len(emitted)])
+
+
+def said(text: str, **options: Any) -> tuple[str, str | None, int]:
+    """Text shown of a request that says something, why it ended, and its number of tokens."""
+    tokenizer = byte_level_tokenizer(IM_END, "<|im_end|>2")
+    model = make_model("llama", vocab_size=len(tokenizer))
+    engine = AdaptiveEngine(model, tokenizer)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True, **options)
+    request = engine.submit(PROMPT, sampling, sampler=Says(tokenizer, text))
+    events = list(engine.follow([request]))
+    shown = "".join(event.text for event in events)
+    return shown, events[-1].finish_reason, len(events)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        (f"x{IM_END}", IM_END, ("x", "stop", 2)),
+        (f"x{IM_END}\ny", f"{IM_END}\n", ("x", "stop", 3)),
+        (f"x\n{IM_END}y", f"\n{IM_END}", ("x", "stop", 3)),
+        (f"x{IM_END}<|end|>", f"{IM_END}<|end|>", ("x", "stop", 3)),
+        (f"x{IM_END}y", f"{IM_END}\n", ("xy" + "." * 9, "length", 12)),
+        (f"{IM_END}2x", f"{IM_END}2", ("", "stop", 1)),
+        ("x<|end|>y", IM_END, ("xy" + "." * 9, "length", 12)),
+    ],
+)
+def test_a_stop_string_may_spell_special_tokens(
+    text: str, stop: str, expected: tuple[str, str, int]
+) -> None:
+    assert said(text, stop=("never there", stop)) == expected
+
+
+def test_a_special_token_stops_nothing_before_min_tokens() -> None:
+    text = f"x{IM_END}yz{IM_END}"
+    assert said(text, stop=(IM_END,)) == ("x", "stop", 2)
+    assert said(text, stop=(IM_END,), min_tokens=3) == ("xyz", "stop", 5)
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
+def test_a_special_token_as_a_stop_string_ends_a_request_in_every_mode(kv_mode: KVMode) -> None:
+    tokenizer = byte_level_tokenizer(IM_END)
+    engine = AdaptiveEngine(make_model("llama", vocab_size=len(tokenizer)), tokenizer)
+    bias = {tokenizer.convert_tokens_to_ids(IM_END): 100.0}
+    sampling = SamplingParams(max_tokens=6, stop=(IM_END,), logit_bias=bias)
+    [ended] = engine.generate([PROMPT], sampling, kv_mode=kv_mode)
+    assert (ended.finish_reason, len(ended.token_ids), ended.text) == ("stop", 1, "")

@@ -189,9 +189,15 @@ def _eos_tokens(model: Any) -> frozenset[int]:
         eos = model.config.eos_token_id
     if eos is None:
         return frozenset()
+    tokens = eos if isinstance(eos, list | tuple) else [eos]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in tokens):
+        raise refuse(
+            f"has an eos_token_id of {eos!r:.60}, which is neither a token id nor a list of them",
+            "Correct it in generation_config.json or config.json",
+        )
     # Published configurations name ids beyond the vocabulary, and -1 for none: no token has them.
     vocab = int(model.config.vocab_size)
-    return frozenset(each for each in ([eos] if isinstance(eos, int) else eos) if 0 <= each < vocab)
+    return frozenset(each for each in tokens if 0 <= each < vocab)
 
 
 def _refuse_quantised(config: Any) -> None:

@@ -1,0 +1,71 @@
+"""Prompts become token ids, and what is far too long is refused before the work of encoding it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from operator import index
+from typing import Any
+
+from offramp.controller.errors import RequestError
+from offramp.worker.engine.admission import Prompt, require_context
+
+
+class PromptEncoder:
+    """Encodes the prompts of one engine, from any thread, but one at a time.
+
+    Args:
+        tokenizer: None if prompts are token ids only.
+        context: Tokens that a row holds at most.
+    """
+
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self._tokenizer = tokenizer
+        self._context = context
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt.
+
+        Raises:
+            RequestError: it is empty or too long, or a string that cannot be encoded, or holds no
+                token ids.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError("prompt", "is a string, but the engine has no tokenizer")
+            self._require_text(prompt)
+            prompt = list(self._tokenizer.encode(prompt))
+        try:
+            require_context(len(prompt), 0, self._context)
+            tokens = tuple(index(token) for token in prompt)
+        except TypeError as error:
+            problem = f"{prompt!r:.60} is neither text nor a list of token ids"
+            raise RequestError("prompt", problem, "Use a string or integers") from error
+        if not tokens:
+            raise RequestError("prompt", "is empty", "Give at least one token")
+        return tokens
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """Bytes of UTF-8 that a string may have at most.
+
+        As many as the context holds if all of its tokens are the longest there is; not one byte
+        more can be encoded in it, but by a tokenizer that drops some of its text.
+        """
+        return self._context * max(len(entry.encode()) for entry in self._tokenizer.get_vocab())
+
+    def _require_text(self, text: str) -> None:
+        # Characters are counted first: that takes no time, and each is a byte or more.
+        size = len(text)
+        if size <= self.most_bytes:
+            try:
+                size = len(text.encode())
+            except UnicodeEncodeError as error:
+                problem = f"holds half of a surrogate pair at index {error.start}"
+                raise RequestError("prompt", problem, "Send valid Unicode") from error
+        if size > self.most_bytes:
+            raise RequestError(
+                "prompt",
+                f"has {size} bytes or more, and the {self._context} tokens of the context hold "
+                f"{self.most_bytes} at most",
+                "Shorten it",
+            )
