@@ -34,6 +34,9 @@ from offramp.worker.engine.service import EngineService
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
 
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of an event stream, for proxies to pass each event on as it comes."""
+
 
 class Worker(Protocol):
     """What the routes need of a worker."""
@@ -62,7 +65,7 @@ def create_app(worker: Worker) -> FastAPI:
         requests, events = await worker.service.submit_all(
             body.one_prompt, body.sampling, kv_mode=body.kv_mode
         )
-        reply = _Reply(_style(worker, body), body, requests, events)
+        reply = _Reply(_style(worker, body), requests, events)
         return await (reply.stream() if body.stream else reply.whole())
 
     return app
@@ -77,20 +80,16 @@ def _style(worker: Worker, body: CompletionRequest) -> ReplyStyle:
         prefix=prompt_text(body.one_prompt, tokenizer) if body.echo else "",
         stats=body.offramp.stats,
         name_token=None if body.logprobs is None else token_namer(tokenizer),
+        counts=bool(body.stream_options and body.stream_options.include_usage),
     )
 
 
 class _Reply:
     def __init__(
-        self,
-        style: ReplyStyle,
-        body: CompletionRequest,
-        requests: list[sequence.Request],
-        events: AsyncIterator[TokenEvent],
+        self, style: ReplyStyle, requests: list[sequence.Request], events: AsyncIterator[TokenEvent]
     ) -> None:
         self.style = style
         self.prompt_tokens = len(requests[0].prompt)
-        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.events = events
         # Each choice's events so far, in the order of the choices.
         self.choices: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
@@ -107,7 +106,8 @@ class _Reply:
         # Waiting for the first token keeps the status code honest: what fails before it is still
         # an error response, not a broken stream.
         first = await anext(self.events)
-        return StreamingResponse(self._lines(first), media_type="text/event-stream")
+        lines = self._lines(first)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
 
     async def _lines(self, first: TokenEvent) -> AsyncIterator[str]:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
@@ -115,7 +115,7 @@ class _Reply:
                 yield self._chunk(first)
                 async for event in self.events:
                     yield self._chunk(event)
-                if self.with_usage:
+                if self.style.counts:
                     tokens = sum(map(len, self.choices.values()))
                     yield _line(usage_chunk(self.style, self.prompt_tokens, tokens))
             except OfframpError as error:
@@ -130,7 +130,7 @@ class _Reply:
 
 
 def _line(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 def _require_model(name: str, worker: Worker) -> None:
