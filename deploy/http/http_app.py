@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -34,6 +35,9 @@ from offramp.worker.engine.service import EngineService
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
 
+CLIENT_GONE = 499
+"""Status of a reply that nobody waits for, as nginx logs it."""
+
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of an event stream, for proxies to pass each event on as it comes."""
 
@@ -59,16 +63,38 @@ def create_app(worker: Worker) -> FastAPI:
     _add_status_routes(app, worker)
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionRequest) -> Response:
+    async def complete(body: CompletionRequest, request: Request) -> Response:
         _require_model(body.model, worker)
         body.require_supported()
         requests, events = await worker.service.submit_all(
             body.one_prompt, body.sampling, kv_mode=body.kv_mode
         )
         reply = _Reply(_style(worker, body), requests, events)
-        return await (reply.stream() if body.stream else reply.whole())
+        return await _unless_gone(request, reply.stream() if body.stream else reply.whole())
 
     return app
+
+
+async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Response]) -> Response:
+    """A reply, given up if its client hangs up before it is there.
+
+    Not every server cancels a route whose client is gone; one that waits for its reply would keep
+    its slot until the last token.
+    """
+    replying = asyncio.create_task(reply)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((replying, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return replying.result() if replying.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        for task in (replying, leaving):
+            task.cancel()
+        await asyncio.gather(replying, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _style(worker: Worker, body: CompletionRequest) -> ReplyStyle:
