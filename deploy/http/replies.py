@@ -26,7 +26,7 @@ class ReplyStyle:
         prefix: Text put before each choice's (the echoed prompt).
         stats: Report exit depths, policy generation and, at the end, what it cost.
         name_token: Text of a token id, to report log-probabilities; None reports none.
-        counts: Of a stream: a last chunk counts its tokens, and those before it have null there.
+        counts: Whether a stream counts its tokens in a last chunk; then the others have a null.
     """
 
     id: str
