@@ -38,7 +38,7 @@ class Caller:
         self._said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._said.put_nowait({"type": "http.request", "body": body, "more_body": False})
         self.heard: list[Any] = []
-        self._task = asyncio.create_task(app(SCOPE, self._said.get, self._hear))  # type: ignore[arg-type]  # Starlette's types are of mutable mappings
+        self._task = asyncio.create_task(app(SCOPE, self._said.get, self._hear))
 
     async def _hear(self, message: Any) -> None:
         self.heard.append(message)
