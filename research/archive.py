@@ -97,5 +97,5 @@ def scores_of(plain: Mapping[str, Any]) -> Scores:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("out", f"{path} is unreadable", "Remove it and measure again") from error

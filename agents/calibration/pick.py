@@ -85,7 +85,7 @@ def load_rows(policies: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {split: [dict(row) for row in found[split]] for split in ("validation", "test")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             "policies", f"{path} is no readable evaluation", "Run `offramp evaluate` first"
         ) from error

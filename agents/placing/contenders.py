@@ -200,7 +200,7 @@ def load_saved(folder: Path) -> list[tuple[Contender, PolicyBundle]]:
             (_contender(entry, bundle), bundle)
             for entry, bundle in zip(index, bundles, strict=True)
         ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             "policies", f"{folder} holds no readable {INDEX}", "Run `offramp train` first"
         ) from error

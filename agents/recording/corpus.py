@@ -135,8 +135,9 @@ def recorded_digests(traces: Path) -> set[str]:
         ConfigError: the recording does not say which.
     """
     try:
-        return set(json.loads((traces / SPLIT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        table = json.loads((traces / SPLIT).read_text(encoding="utf-8"))
+        return {digest for digest in table if bytes.fromhex(digest)}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError("traces", f"{traces / SPLIT} is unreadable", "Record again") from error
 
 

@@ -89,5 +89,5 @@ def _begun_dtype(folder: Path) -> str:
     path = folder / BEGUN
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["dtype"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise TraceError(str(path), f"is unreadable ({error})", "Record anew") from error

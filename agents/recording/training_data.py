@@ -9,6 +9,8 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -84,7 +86,7 @@ def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
 def _load_facts(path: Path) -> ModelFacts:
     try:
         return ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TraceError(
             str(path), f"is unreadable ({error})", "Record the traces again"
         ) from error
@@ -98,11 +100,18 @@ def load_candidates(folder: Path) -> IntArray:
     """
     path = folder / CANDIDATES
     try:
-        table: IntArray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        table: Any = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise TraceError(
             str(path), f"is no readable candidate table ({error})", "Record the traces again"
         ) from error
+    if not isinstance(table, np.ndarray):
+        raise TraceError(str(path), "is an archive of arrays, not one", "Record the traces again")
     if table.ndim != 2 or table.dtype != np.int32:
-        raise TraceError(str(path), f"holds {table.dtype} of shape {table.shape}, not int32 [V, K]")
-    return table
+        raise TraceError(
+            str(path),
+            f"holds {table.dtype} of shape {table.shape}, not int32 [V, K]",
+            "Record the traces again",
+        )
+    found: IntArray = table
+    return found

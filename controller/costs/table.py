@@ -226,7 +226,7 @@ def load_costs(path: Path) -> CostTable:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refusal(path, f"is unreadable ({error})") from error
     try:
         return from_json(record)

@@ -11,8 +11,52 @@ from offramp.controller.errors import RequestError
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sampling import SamplingParams
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
-"""OpenAI fields without support yet, and the values of them that change nothing."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI's and vLLM's.
+    "suffix": ("",),
+    "response_format": ({}, {"type": "text"}),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "detokenize": (True,),
+    "include_stop_str_in_output": (False,),
+    "logits_processors": ([],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "structured_outputs": ({},),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
+        ("", [], {}, False),
+    ),
+    # Those of SGLang, llama.cpp and Hugging Face that change tokens.
+    **dict.fromkeys(("regex", "ebnf", "grammar", "json_schema", "stop_regex"), ("", [], {})),
+    "custom_logit_processor": ("",),
+    "lora_path": ("",),
+    "no_stop_trim": (False,),
+    "do_sample": (True,),
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "mirostat": (0,),
+    "samplers": ([],),
+    **dict.fromkeys(("top_a", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
+}
+"""Fields of others' without support here, and the values of them that change nothing (as null)."""
+
+OTHER_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+}
+"""What other servers call fields that are supported here, by that name."""
 
 MOST_STOPS = 4
 """Most stop strings, as OpenAI's API has it."""
@@ -31,13 +75,27 @@ Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
-class StreamOptions(BaseModel):
+class _Nullable(BaseModel):
+    """Fields of a request, of which null means absent.
+
+    OpenAI's fields are nullable, and its client sends null for None.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
+
+
+class StreamOptions(_Nullable):
     """OpenAI's ``stream_options``."""
 
     include_usage: bool = False
 
 
-class OfframpOptions(BaseModel):
+class OfframpOptions(_Nullable):
     """The opt-in namespace ``offramp`` of a request."""
 
     model_config = ConfigDict(extra="forbid")
@@ -51,16 +109,17 @@ class OfframpOptions(BaseModel):
     )
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(_Nullable):
     """Body of POST /v1/completions. Unknown fields are accepted and ignored.
 
+    Fields that are known to change the tokens elsewhere, and would not here, are refused.
     From ``top_k`` to ``ignore_eos`` the fields are vLLM's extensions of OpenAI's.
     """
 
     model_config = ConfigDict(extra="allow")
 
     model: str
-    prompt: str | list[int] | list[str]
+    prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: Integer = 16
     temperature: Number = 1.0
     top_p: Number = 1.0
@@ -83,24 +142,18 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     offramp: OfframpOptions = OfframpOptions()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, body: Any) -> Any:
-        # OpenAI's fields are nullable, and its client sends null for None.
-        if not isinstance(body, dict):
-            return body
-        return {field: value for field, value in body.items() if value is not None}
-
     def require_supported(self) -> None:
         """Refuse what would silently be dropped.
 
         Raises:
-            RequestError: an OpenAI field that is not supported has a value that matters.
+            RequestError: a field that is not supported has a value that matters, or a supported
+                one has another name.
         """
-        for field, neutral in NEUTRAL.items():
-            value = (self.model_extra or {}).get(field)
-            if value not in neutral:
-                raise RequestError(field, f"{value!r} is not supported", "Leave it out")
+        for field, value in (self.model_extra or {}).items():
+            if field in OTHER_NAMES:
+                raise RequestError(field, "is not this API's name", f"Call it {OTHER_NAMES[field]}")
+            if field in NEUTRAL and value not in NEUTRAL[field]:
+                raise RequestError(field, f"{value!r:.40} is not supported", "Leave it out")
         if self.best_of not in (None, self.n):
             raise RequestError(
                 "best_of", f"{self.best_of} other than n is not supported", "Leave it out"
@@ -122,13 +175,15 @@ class CompletionRequest(BaseModel):
         prompt = self.prompt
         if isinstance(prompt, str):
             return prompt
-        if all(isinstance(token, int) for token in prompt):
-            return [int(token) for token in prompt]
+        tokens = [item for item in prompt if isinstance(item, int)]
+        if len(tokens) == len(prompt):
+            return tokens
         if len(prompt) != 1:
             raise RequestError(
                 "prompt", f"holds {len(prompt)} prompts", "Send one request per prompt"
             )
-        return str(prompt[0])
+        [only] = [item for item in prompt if not isinstance(item, int)]
+        return only
 
     @property
     def kv_mode(self) -> KVMode | None:
@@ -159,6 +214,9 @@ class CompletionRequest(BaseModel):
             "logit_bias": self._bias(),
             "stop": self._stops(),
             "stop_token_ids": tuple(self.stop_token_ids),
+            # As in vLLM, -1 stands for none.
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "seed": None if self.seed == -1 else self.seed,
         }
         return SamplingParams(**given | parsed)
 

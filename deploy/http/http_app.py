@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -34,6 +35,12 @@ from offramp.worker.engine.service import EngineService
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
 
+CLIENT_GONE = 499
+"""Status of a reply that nobody waits for, as nginx logs it."""
+
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of an event stream, for proxies to pass each event on as it comes."""
+
 
 class Worker(Protocol):
     """What the routes need of a worker."""
@@ -56,7 +63,7 @@ def create_app(worker: Worker) -> FastAPI:
     _add_status_routes(app, worker)
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionRequest) -> Response:
+    async def complete(body: CompletionRequest, request: Request) -> Response:
         _require_model(body.model, worker)
         body.require_supported()
         # Before anything is queued, which a refusal would leave behind with nobody to read it.
@@ -64,10 +71,32 @@ def create_app(worker: Worker) -> FastAPI:
         requests, events = await worker.service.submit_all(
             body.one_prompt, body.sampling, kv_mode=body.kv_mode
         )
-        reply = _Reply(style, body, requests, events)
-        return await (reply.stream() if body.stream else reply.whole())
+        reply = _Reply(style, requests, events)
+        return await _unless_gone(request, reply.stream() if body.stream else reply.whole())
 
     return app
+
+
+async def _unless_gone(request: Request, reply: Coroutine[Any, Any, Response]) -> Response:
+    """A reply, given up if its client hangs up before it is there.
+
+    Not every server cancels a route whose client is gone; one that waits for its reply would keep
+    its slot until the last token.
+    """
+    replying = asyncio.create_task(reply)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((replying, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return replying.result() if replying.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        for task in (replying, leaving):
+            task.cancel()
+        await asyncio.gather(replying, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _style(worker: Worker, body: CompletionRequest) -> ReplyStyle:
@@ -79,20 +108,16 @@ def _style(worker: Worker, body: CompletionRequest) -> ReplyStyle:
         prefix=prompt_text(body.one_prompt, tokenizer) if body.echo else "",
         stats=body.offramp.stats,
         name_token=None if body.logprobs is None else token_namer(tokenizer),
+        counts=bool(body.stream_options and body.stream_options.include_usage),
     )
 
 
 class _Reply:
     def __init__(
-        self,
-        style: ReplyStyle,
-        body: CompletionRequest,
-        requests: list[sequence.Request],
-        events: AsyncIterator[TokenEvent],
+        self, style: ReplyStyle, requests: list[sequence.Request], events: AsyncIterator[TokenEvent]
     ) -> None:
         self.style = style
         self.prompt_tokens = len(requests[0].prompt)
-        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.events = events
         # Each choice's events so far, in the order of the choices.
         self.choices: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
@@ -109,7 +134,8 @@ class _Reply:
         # Waiting for the first token keeps the status code honest: what fails before it is still
         # an error response, not a broken stream.
         first = await anext(self.events)
-        return StreamingResponse(self._lines(first), media_type="text/event-stream")
+        lines = self._lines(first)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
 
     async def _lines(self, first: TokenEvent) -> AsyncIterator[str]:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
@@ -117,7 +143,7 @@ class _Reply:
                 yield self._chunk(first)
                 async for event in self.events:
                     yield self._chunk(event)
-                if self.with_usage:
+                if self.style.counts:
                     tokens = sum(map(len, self.choices.values()))
                     yield _line(usage_chunk(self.style, self.prompt_tokens, tokens))
             except OfframpError as error:
@@ -132,7 +158,7 @@ class _Reply:
 
 
 def _line(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 def _require_model(name: str, worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from offramp.worker.engine.detokenize import UNFINISHED
 from offramp.worker.engine.engine import mean_layer
 
 LEAST_LOGPROB = -9999.0
-"""JSON has no infinity; this is vLLM's stand-in for it."""
+"""JSON has neither infinity nor NaN; this is vLLM's stand-in, and clients can add it up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class ReplyStyle:
         prefix: Text put before each choice's (the echoed prompt).
         stats: Report exit depths, policy generation and, at the end, what it cost.
         name_token: Text of a token id, to report log-probabilities; None reports none.
+        counts: Whether a stream counts its tokens in a last chunk; then the others have a null.
     """
 
     id: str
@@ -33,12 +35,15 @@ class ReplyStyle:
     prefix: str = ""
     stats: bool = False
     name_token: Callable[[int], str] | None = None
+    counts: bool = False
 
 
 def chunk(style: ReplyStyle, index: int, event: TokenEvent, *, first: bool) -> dict[str, Any]:
     """One streamed token of one choice."""
     text = style.prefix + event.text if first else event.text
     body = _body(style, [_choice(style, index, text, [event])])
+    if style.counts:
+        body["usage"] = None
     if style.stats:
         body["offramp"] = {
             "generation": event.generation,
@@ -127,7 +132,9 @@ def _top(event: TokenEvent, name: Callable[[int], str]) -> dict[str, float | Non
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+    if logprob is None:
+        return None
+    return max(logprob, LEAST_LOGPROB) if math.isfinite(logprob) else LEAST_LOGPROB
 
 
 def _stats(events: Sequence[TokenEvent]) -> dict[str, Any]:

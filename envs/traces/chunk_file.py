@@ -53,7 +53,7 @@ def decode(content: bytes, header: TraceHeader, document: str) -> TraceChunk:
     """
     try:
         table = pq.read_table(pa.BufferReader(content))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow raises OSError for damaged pages
         raise TraceError("chunk", f"is no Parquet file ({error})") from error
     if not table.schema.equals(_schema(header)):
         raise TraceError("chunk", f"has columns {table.schema.names} of another kind")

@@ -227,7 +227,7 @@ def _read_manifest(path: Path) -> StoreManifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TraceError(str(path), "does not exist", "Record traces into this folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TraceError(
             str(path), f"is unreadable ({error})", "Restore it from a copy or record again"
         ) from error

@@ -238,7 +238,7 @@ BAD: list[tuple[str, Any]] = [
     ("repetition_penalty", 1e300),
     ("min_p", -0.1),
     ("min_p", 1.5),
-    ("top_k", -1),
+    ("top_k", -2),
     ("top_k", 0.5),
     ("min_tokens", -1),
     ("min_tokens", 13),

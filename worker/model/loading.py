@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 import textwrap
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from offramp.controller.errors import ConfigError, ModelError
@@ -19,17 +21,27 @@ from offramp.worker.model.families import adapter_of
 SAMPLED_VALUES = 4096
 """Values per tensor that enter a model's fingerprint."""
 
+INDEX = ".index.json"
+"""Ending of a file that names weight files."""
+
+WEIGHTS = tuple(
+    name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", INDEX)
+)
+"""Files that hold or name a folder's weights; Hugging Face reads the first that is there."""
+
+AGAIN = "Download or save the model again"
+
 
 def check_model(path: str | Path) -> None:
     """Refuse a model folder that cannot be served, without loading its weights.
 
     Raises:
         ModelError: folder missing, not a causal LM, an unsupported architecture, or weights
-            that are cut short.
+            that are cut short or are no weights.
     """
     config = _load_config(path)
     adapter_of(_architecture(path, config), repr(str(path))).require_servable(config)
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in _weight_files(Path(path)):
         _require_whole(file)
 
 
@@ -65,10 +77,11 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
             attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever the files' contents lead the readers to
         raise ModelError(
-            "model", f"{str(path)!r} cannot be loaded: {_in_one_line(error)}"
+            "model", f"{str(path)!r} cannot be loaded: {_in_one_line(error)}", AGAIN
         ) from error
     # Hugging Face fills these with random numbers and only warns.
     misfits = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
@@ -77,7 +90,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
             "model",
             f"{str(path)!r} lacks {len(misfits)} of the weights of its config.json, or has them "
             f"in another shape, such as {misfits[0]}",
-            "Download or save the model again",
+            AGAIN,
         )
     return model.eval().requires_grad_(False).to(device)
 
@@ -89,10 +102,10 @@ def load_tokenizer(path: str | Path) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more exact
         raise ModelError(
-            "model", f"{str(path)!r} has no readable tokenizer: {_in_one_line(error)}"
+            "model", f"{str(path)!r} has no readable tokenizer: {_in_one_line(error)}", AGAIN
         ) from error
 
 
@@ -174,11 +187,12 @@ def _load_config(path: str | Path) -> Any:
     if not folder.is_dir() and not _looks_like_hub_id(str(path)):
         raise ModelError("model", f"there is no folder {str(path)!r}", "Check the path")
     try:
-        return AutoConfig.from_pretrained(path)
+        # Were it not said, the terminal would be asked whether to run a folder's own code.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the classes validate config.json each in their own way
         if folder.is_dir():
             raise ModelError(
-                "model", f"{str(path)!r} has an unusable config.json: {_in_one_line(error)}"
+                "model", f"{str(path)!r} has an unusable config.json: {_in_one_line(error)}", AGAIN
             ) from error
         raise ModelError(
             "model",
@@ -206,14 +220,43 @@ def _architecture(path: str | Path, config: Any) -> str:
     return str(causal[0])
 
 
-def _require_whole(file: Path) -> None:
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that the weights will be read from; none of a model that is no folder."""
+    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        return []
+    if not first.name.endswith(INDEX):
+        return [first]
     try:
-        with safe_open(file, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            "model", f"{file.name} in {str(file.parent)!r} is damaged: {_in_one_line(error)}"
-        ) from error
+        named = set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(named)]
+    except Exception as error:  # JSON may be of any shape
+        raise _damaged(first, _in_one_line(error)) from error
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise _damaged(first, f"it names {absent[0]}, which is not there")
+    return files
+
+
+def _require_whole(file: Path) -> None:
+    """Refuse a file that holds no weights, as far as can be seen without reading them all."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                return
+        # weights_only: a model from elsewhere must not run code.
+        is_zip = zipfile.is_zipfile(file)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UnpicklingError as error:  # whose message advises to read it with its code
+        problem = "it holds more than tensors, which could run code and is not read"
+        raise _damaged(file, problem) from error
+    except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
+        raise _damaged(file, _in_one_line(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(file, f"it holds a {type(found).__name__}, not tensors by name")
+
+
+def _damaged(file: Path, problem: str) -> ModelError:
+    return ModelError("model", f"{file.name} in {str(file.parent)!r} is damaged: {problem}", AGAIN)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -162,7 +162,7 @@ UNTRANSLATED = ExitTranslators()
 def _description(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             "translators",
             f"{folder} holds no readable {DESCRIPTION}",
