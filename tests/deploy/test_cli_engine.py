@@ -55,8 +55,9 @@ def test_settings_left_out_are_the_engines_own(served: Callable[..., PoolConfig]
     assert served().worker.engine == EngineConfig()
 
 
-def test_weights_reach_the_workers(served: Callable[..., PoolConfig]) -> None:
-    asked = ("--dtype", "bfloat16", "--weights", "int8", "--draft-weights", "int4:64,native")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_reach_the_workers(served: Callable[..., PoolConfig], dtype: str) -> None:
+    asked = ("--dtype", dtype, "--weights", "int8", "--draft-weights", "int4:64,native")
     engine = served(*asked).worker.engine
     assert engine.precision == Precision(weights="int8")
     assert engine.draft_precision == Precision(weights="int4", group_size=64, head="native")
@@ -65,7 +66,6 @@ def test_weights_reach_the_workers(served: Callable[..., PoolConfig]) -> None:
 @pytest.mark.parametrize(
     ("asked", "problem"),
     [
-        (("--weights", "int8"), "bfloat16"),
         (("--weights", "int3", "--dtype", "bfloat16"), "int3"),
         (("--draft-weights", "native"), "draft_weights"),
         (("--draft-weights", "int4:128,int4", "--dtype", "bfloat16"), "group_size"),
