@@ -1,11 +1,10 @@
-"""What do lean layers, and kernels chosen by measurement, gain at full depth with few rows?
+"""What do compiled and lean layers gain at full depth with few rows?
 
 Four ways in turns on the same prompts: Hugging Face's layers with the products of this machine
-(*layers*), lean layers whose products always have oneDNN's blocked layout (*packed*), lean layers
-with the products of this machine (*lean*: the engine as it is; `worker/model/lean.py`,
-`products.py`), and Hugging Face's ``generate`` (*hf*: KV cache, sdpa). A ratio is the median over
-rounds, between its smallest and largest; `differing` counts rows whose tokens are not those of
-*layers*.
+(*layers*), lean layers whose products always have oneDNN's blocked layout (*lean*), the engine as
+it is, compiled where that was measured to be faster (*compiled*; `worker/model/kernels/`), and
+Hugging Face's ``generate`` (*hf*: KV cache, sdpa). A ratio is the median over rounds, between its
+smallest and largest; `differing` counts rows whose tokens are not those of *lean*.
 
     python benchmarks/few_rows.py --threads 1 --json few_rows.json
     python benchmarks/few_rows.py --quick --dtypes bfloat16 --batches 1,8
@@ -33,7 +32,7 @@ from offramp.worker.model.loading import parse_dtype
 from offramp.worker.profiling.profile import describe_machine
 
 NEW_TOKENS = 32
-PAIRS = (("lean", "layers"), ("lean", "packed"), ("lean", "hf"), ("layers", "hf"))
+PAIRS = (("compiled", "lean"), ("compiled", "layers"), ("compiled", "hf"), ("lean", "layers"))
 SAY = Console(highlight=False)
 
 
@@ -42,8 +41,8 @@ def engines(model: Any, batch: int) -> dict[str, AdaptiveEngine]:
     with patch.object(prepared, "has_lean_form", lambda _: False):
         layers = AdaptiveEngine(model, slots=batch)
     with patch.object(prepared, "rows_up_to", lambda *_: 0):
-        packed = AdaptiveEngine(model, slots=batch)
-    return {"layers": layers, "packed": packed, "lean": AdaptiveEngine(model, slots=batch)}
+        lean = AdaptiveEngine(model, slots=batch)
+    return {"layers": layers, "lean": lean, "compiled": AdaptiveEngine(model, slots=batch)}
 
 
 def measure(shape: str, dtype: torch.dtype, batch: int, rounds: int) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def measure(shape: str, dtype: torch.dtype, batch: int, rounds: int) -> dict[str
         reports: dict[str, Report] = {name: run() for name, run in ways.items()}
         emitted = [
             {tuple(row.request.prompt): row.emitted for row in reports[name].rows}
-            for name in ("layers", "lean")
+            for name in ("lean", "compiled")
         ]
         differing = sum(tokens != emitted[1][prompt] for prompt, tokens in emitted[0].items())
         for name, report in reports.items() if number else ():  # the first round warms up
@@ -95,7 +94,7 @@ def main(
             for name, (low, mid, high) in ((n, v) for n, v in row.items() if "_over_" in n)
         )
         SAY.print(
-            f"{shape}, {dtype}, {batch}: {row['tokens_per_s']['lean']:.1f} tokens/s   {ratios}"
+            f"{shape}, {dtype}, {batch}: {row['tokens_per_s']['compiled']:.1f} tokens/s   {ratios}"
             f"   differing {row['differing']}",
             soft_wrap=True,
         )
