@@ -96,7 +96,8 @@ class _Product(VectorCode):
                 column = self.b.add(o, whole_number(k))
                 value = self.total(self.b.load(total))
                 if self.kind == INT8:
-                    value = self.b.fmul(value, self.scalar(self.at(self.scales, column, 4)))
+                    scale = self.load(self.at(self.scales, column, 4), F32, lanes=1)
+                    value = self.b.fmul(value, scale)
                 place = self.at(self.y, self.b.add(row, column), 4)
                 self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
 

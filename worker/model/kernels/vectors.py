@@ -48,11 +48,9 @@ class VectorCode:
         return self.b.insert_element(zeros, loaded, ir.Constant(I32, 0))
 
     def widened(self, bits: Any) -> Any:
-        """What bits of bfloat16, one or a vector, stand for."""
-        if isinstance(bits.type, ir.VectorType):
-            wide = self.b.shl(self.b.zext(bits, INT_LANES), int_lanes(16))
-            return self.b.bitcast(wide, FLOAT_LANES)
-        return self.b.bitcast(self.b.shl(self.b.zext(bits, I32), ir.Constant(I32, 16)), F32)
+        """What a vector of bits of bfloat16 stands for."""
+        wide = self.b.shl(self.b.zext(bits, INT_LANES), int_lanes(16))
+        return self.b.bitcast(wide, FLOAT_LANES)
 
     def splat(self, value: Any) -> Any:
         """A value in every lane."""
@@ -89,10 +87,6 @@ class VectorCode:
         register = cgutils.alloca_once(self.b, FLOAT_LANES)
         self.b.store(ZEROS, register)
         return register
-
-    def scalar(self, place: Any) -> Any:
-        """The float32 at an address."""
-        return self.b.load(self.b.inttoptr(place, F32.as_pointer()))
 
     def row(self, base: Any, first: Any, offset: int, stride: Any) -> Any:
         """The address of a row: some rows after another one."""
