@@ -33,56 +33,28 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from shared.contenders import Competitor, contenders, drafters, engines_of
 from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
 from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
-from shared.workload import SHAPES, ScriptedExit, build, exit_layer, prompts_of
+from shared.workload import SHAPES, build, exit_layer, prompts_of
 
-from offramp.controller.costs.table import CostTable
-from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.policies.drafts.static_draft import StaticDraft
-from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import require_device
 from offramp.worker.model.products import processor
-from offramp.worker.profiling.profile import describe_machine, measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig
-from offramp.worker.profiling.samples import random_policy
+from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
-
-STATIC = ((3, 2), (6, 3))
-"""Exits and lengths of the static drafts: near the best by the cost table (docs/decoding.md)."""
-
-PROFILE_S = 15.0
-"""Seconds of profiling for the priced schedule."""
-
-SPREAD = 61
-"""Tokens between a row's candidates, so that they lie all over the head."""
-
-
-@dataclass
-class Competitor:
-    """One engine setting."""
-
-    name: str
-    kv_mode: KVMode | None = None
-    schedule: str | None = None
-    policy: Callable[[], Policy] = NeverExit
-    exit_share: float | None = None
 
 
 def main(
@@ -151,57 +123,6 @@ def print_file(
         show(table)
 
 
-def contenders(
-    batch: int, layers: int, vocab: int, depths: list[float], learned: Any, wanted: tuple[str, ...]
-) -> list[Competitor]:
-    found = [Competitor("HF generate"), Competitor("full depth", "project", "lock-step")]
-    if any("HF static".startswith(name) for name in wanted if name):  # only where it is asked for
-        found.append(Competitor("HF static"))
-    at = exit_layer(layers)
-    if batch == 1:
-        tried = (3, 6, 9) if learned is not None else (at,)
-        found[1:1] = [Competitor(f"HF assistant_early_exit={layer}") for layer in tried]
-    for depth in depths:
-        share = (1 - depth) / (1 - at / layers)
-        for schedule in ("lock-step", "cohorts") if batch > 1 else ("lock-step",):
-            for mode in get_args(KVMode):
-                scripted = partial(ScriptedExit, (at,), share)
-                found.append(Competitor(f"exits {depth:.0%}", mode, schedule, scripted, share))
-    exits = tuple(sorted({max(1, layers * n // 4) for n in (1, 2, 3)}))
-    rng = np.random.default_rng(0)
-    start_V1 = rng.integers(0, vocab, (vocab, 1))
-    table_VK = ((start_V1 + SPREAD * np.arange(64)) % vocab).astype(np.int32)
-    asking = random_policy(CANDIDATES_V1, exits, table_VK)
-    asking.threshold = float("inf")
-    found.append(Competitor("3 probes, no exit", "project", "lock-step", lambda: asking))
-    if learned is not None:
-        found += [Competitor("learned", mode, "lock-step", lambda: learned)
-                  for mode in get_args(KVMode)]  # fmt: skip
-    baselines = ("HF generate", "full depth")  # what all others are divided by
-    return [each for each in found if each.name in baselines or each.name.startswith(wanted)]
-
-
-def drafters() -> list[Competitor]:
-    """Full depth, and drafts of a fixed exit and length, by schedule."""
-    found = [Competitor("full depth", "verify", "lock-step")]
-    for layer, length in STATIC:
-        policy = partial(StaticDraft, layer=layer, length=length)
-        for schedule in ("lock-step", "together", "priced"):
-            name = f"static, exit {layer}, {length}"
-            found.append(Competitor(name, "verify", schedule, policy))
-    return found
-
-
-def profiled(engine: AdaptiveEngine) -> CostTable:
-    """What launches cost, up to the engine's slots."""
-    rows = tuple(n for n in (1, 2, 4, 8, 16, 32) if n < engine.kv.slots)
-    table_VK = np.random.default_rng(0).integers(
-        0, engine.stack.vocab, (engine.stack.vocab, 64), np.int32
-    )
-    config = ProfileConfig(rows=(*rows, engine.kv.slots), tokens=(1, 5, 9), limit_s=PROFILE_S)
-    return measure_costs(engine, table_VK, config).costs
-
-
 def measure(
     model: Any,
     shape: str,
@@ -215,28 +136,31 @@ def measure(
 ) -> list[DecodeRow]:
     layers = model.config.num_hidden_layers
     hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
-    engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(prefill_tokens=2**20))
+    engines = engines_of(model, batch, drafting)
+    plain = engines["lock-step"]
     learned = None
     if shape == "reference" and policy is not None:
         learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
-    todo = contenders(batch, layers, engine.stack.vocab, depths, learned, wanted)
-    schedules = {"cohorts": hold, "together": Schedule(together=True, rows=batch, patience=12)}
-    if drafting:
-        todo = drafters()
-        schedules["priced"] = Schedule(costs=profiled(engine), patience=12)
     new = tokens or NEW_TOKENS[shape]
+    todo = (
+        drafters()
+        if drafting
+        else contenders(batch, layers, plain.stack.vocab, depths, learned, wanted)
+    )
 
     def run(each: Competitor) -> Report:
         if each.name.startswith("HF"):
             return hugging_face(model, prompts, new, each.name)
-        engine.set_schedule(schedules.get(each.schedule or "", LOCKSTEP))
+        engine = engines.get(each.schedule or "", plain)
+        if engine is plain:
+            engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
         return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
 
     peaks = [peak_mb(partial(run, each), model.device) for each in todo]  # also warms all up
     freeze_heap()  # as a serving worker does
     reports: list[list[Report]] = [[] for _ in todo]
-    prices = StepPrices(engine, batch, exit_layer(layers))
+    prices = StepPrices(plain, batch, exit_layer(layers))
     for _ in range(repeats):
         for each, into in zip(todo, reports, strict=True):
             into.append(run(each))
@@ -246,7 +170,7 @@ def measure(
     for each, runs, peak in zip(todo, reports, peaks, strict=True):
         calls = None
         if not each.name.startswith("HF"):
-            with counted(engine) as calls:
+            with counted(engines.get(each.schedule or "", plain)) as calls:
                 run(each)
             calls["head", 1] -= batch  # the prompts'
         rows.append(row_of(each, runs, [reports[0], full], prices, calls,

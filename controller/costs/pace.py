@@ -69,11 +69,13 @@ class Drafting:
         pending: Its drafts that wait for confirmation.
         depth: Layers executed for a draft.
         acceptance: Chance that a draft is right if those before it are.
+        length: Most drafts that its policy makes before it is verified; None: not known yet.
     """
 
     pending: int
     depth: int
     acceptance: float
+    length: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,22 @@ class Pacer:
         self.most = min(most, longest - 1)
         # Interpolating takes a tenth of a millisecond, and a launch asks for dozens of prices.
         self.draft_s = lru_cache(maxsize=4096)(self._draft_s)
-        self.verify_s = lru_cache(maxsize=4096)(self._verify_s)
+        self._verify_s = lru_cache(maxsize=4096)(self._verifying_s)
         self._best = lru_cache(maxsize=4096)(self._find_best)
+
+    def verify_s(self, rows: int, depth: int, drafts: int) -> float:
+        """Seconds of a launch that takes rows, each with so many drafts of a depth, to the end.
+
+        More drafts than were measured count as the most that were.
+        """
+        return self._verify_s(rows, depth, min(drafts, self.most))
 
     def _draft_s(self, rows: int, depth: int) -> float:
         """Seconds of a launch in which so many rows draft after so many layers."""
         prices = self.costs.at(rows)
         return prices.step_s + depth * prices.layer_s + prices.head_s
 
-    def _verify_s(self, rows: int, depth: int, drafts: int) -> float:
-        """Seconds of a launch that takes rows, each with so many drafts of a depth, to the end."""
+    def _verifying_s(self, rows: int, depth: int, drafts: int) -> float:
         one = self.costs.at(rows)
         if drafts == 0:
             return one.full_s
@@ -120,11 +128,31 @@ class Pacer:
         deep = (one.layers - depth) * prices.layer_s
         return one.step_s + depth * one.layer_s + deep + prices.head_s
 
-    def best(self, rows: int, depth: int, acceptance: float) -> Cycle:
-        """The cycle of the highest rate, among those of 0 to ``most`` drafts."""
-        return self._best(rows, depth, round(acceptance, 2))
+    def best(
+        self,
+        rows: int,
+        depth: int,
+        acceptance: float,
+        *,
+        longest: float | None = None,
+        drag: float = 1.0,
+    ) -> Cycle:
+        """The cycle of the highest rate, among those of 0 to ``most`` drafts.
 
-    def goes_deep(self, drafting: Sequence[Drafting], rows: int, waiting: int) -> bool:
+        Args:
+            rows: Rows that draft and are verified together.
+            depth: Layers executed for a draft.
+            acceptance: Chance that a draft is right if those before it are.
+            longest: Drafts that the rows' policies make at most; None: ``most``.
+            drag: Seconds of a launch that drafts or verifies, over what the table says, in units
+                of the same ratio of full depth's launches.
+        """
+        length = self.most if longest is None else max(1, min(self.most, round(longest)))
+        return self._best(rows, depth, round(acceptance, 2), length, round(drag, 1))
+
+    def goes_deep(
+        self, drafting: Sequence[Drafting], rows: int, waiting: int, drag: float = 1.0
+    ) -> bool:
         """Whether all rows should now go to the end, and no row draft on.
 
         Where exits pay nothing, always. Else a row's policy says how long it drafts; rows that
@@ -136,28 +164,33 @@ class Pacer:
             drafting: The rows that may draft now.
             rows: All rows, those that draft and that wait included.
             waiting: Rows that wait to be verified.
+            drag: See ``best``.
         """
         if not drafting:
             return True
         depth = round(sum(row.depth for row in drafting) / len(drafting))
         acceptance = sum(row.acceptance for row in drafting) / len(drafting)
-        best = self.best(rows, depth, acceptance)
+        known = [row.length for row in drafting if row.length is not None]
+        longest = sum(known) / len(known) if known else None
+        best = self.best(rows, depth, acceptance, longest=longest, drag=drag)
         if best.length == 0:
             return True
         if not waiting:
             return False
         gain = sum(row.acceptance ** (row.pending + 1) for row in drafting)
-        return gain < best.rate * self.draft_s(rows - waiting, depth)
+        return gain < best.rate * drag * self.draft_s(rows - waiting, depth)
 
-    def _find_best(self, rows: int, depth: int, acceptance: float) -> Cycle:
+    def _find_best(
+        self, rows: int, depth: int, acceptance: float, longest: int, drag: float
+    ) -> Cycle:
         full = rows / self.verify_s(rows, depth, 0)
         best = Cycle(0, full)
         tokens, seconds, chance = 1.0, 0.0, 1.0
-        for length in range(1, self.most + 1):
+        for length in range(1, longest + 1):
             chance *= acceptance
             tokens += chance
             seconds += self.draft_s(rows, depth)
-            rate = rows * tokens / (seconds + self.verify_s(rows, depth, length))
+            rate = rows * tokens / (drag * (seconds + self.verify_s(rows, depth, length)))
             if rate > max(best.rate, LEAST_GAIN * full):
                 best = Cycle(length, rate)
         return best

@@ -7,14 +7,15 @@ ids and depths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 
 Id = TypeVar("Id", bound=Hashable)
+Priced = TypeVar("Priced", contravariant=True)
 
 Ending = Literal["each", "wait", "all"]
 """What becomes of rows that no policy is asked about any more, because they go to the end.
@@ -78,7 +79,17 @@ class Schedule:
 LOCKSTEP = Schedule()
 """All rows take a token per launch."""
 
-Price = Callable[[Sequence[Id], Sequence[Id]], bool]
+
+class Price(Protocol[Priced]):
+    """What decides for a priced schedule."""
+
+    def __call__(self, begin: Sequence[Priced], waiting: Sequence[Priced], /) -> bool:
+        """Whether all rows go deep now: those that stand at 0, and those that wait."""
+        ...
+
+    def took(self, seconds: float, /) -> None:
+        """Learn how long the launch took that was last decided."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +117,7 @@ class Scheduler(Generic[Id]):
     Args:
         schedule: How rows share launches.
         layers: Number of layers of the model.
-        price: Says of a priced schedule, of rows that stand at 0 and rows that wait, whether all
-            should go to the end now.
+        price: Decides for a priced schedule.
 
     Raises:
         ConfigError: a hold at or beyond the last layer.
@@ -144,6 +154,11 @@ class Scheduler(Generic[Id]):
         for member in members:
             self._since.pop(member, None)
         return Launch(first, last, members)
+
+    def took(self, seconds: float) -> None:
+        """Learn how long the last launch took."""
+        if self._price is not None:
+            self._price.took(seconds)
 
     def _next_together(self, standing: Mapping[int, Sequence[Id]]) -> Launch[Id] | None:
         """Let rows draft while few wait; then all go deep."""

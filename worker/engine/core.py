@@ -6,6 +6,7 @@ Shape suffix: V vocabulary.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -269,7 +270,9 @@ class EngineCore:
             members = tuple(row for row in launch.members if row not in judged)
             if members or launch.later:
                 waves.append((replace(launch, members=members), catch_up))
+        start = time.perf_counter()
         self._emitter.conclude(self.decoder.launch(waves))
+        self._scheduler.took(time.perf_counter() - start)
 
     def _catch_up(self, launch: Launch[Sequence]) -> list[Sequence]:
         """Rows whose pending tokens all stand within a stage that runs to the end."""
