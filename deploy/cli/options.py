@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar, cast
 
 import typer
 
+from offramp.controller.costs.table import load_costs
 from offramp.controller.errors import ConfigError
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.request import KVMode
@@ -51,6 +52,12 @@ Holds = Annotated[
 ]
 HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
 HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
+Together = Annotated[
+    bool, typer.Option("--together", help="Rows bound for the end wait, and are verified at once.")
+]
+ScheduleCosts = Annotated[
+    Path | None, typer.Option(help="Table of `offramp profile`; launches are chosen by it.")
+]
 PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
 MaxPending = Annotated[int, typer.Option(help="Tokens a row may leave pending (defer, verify).")]
 CacheBudget = Annotated[
@@ -138,23 +145,39 @@ def engine_config(
     )
 
 
-def parse_schedule(holds: Sequence[str] | None, rows: int, patience: int) -> Schedule:
-    """Read a schedule: lock-step, or cohorts that wait at holds.
+def parse_schedule(
+    holds: Sequence[str] | None,
+    rows: int,
+    patience: int,
+    *,
+    together: bool = False,
+    costs: Path | None = None,
+) -> Schedule:
+    """Read a schedule: lock-step, cohorts that wait at holds, together, or chosen by costs.
 
     >>> parse_schedule(["3", "6,9"], 2, 4).holds
     (3, 6, 9)
 
     Raises:
-        ConfigError: holds that do not ascend, a number below its bound, or numbers without holds.
+        ConfigError: holds that do not ascend, holds beside another schedule, a number below its
+            bound or that nothing reads, or a table that cannot be read.
     """
     depths = parse_layers("hold", ",".join(holds or ()))
+    table = None if costs is None else load_costs(costs)
     try:
-        schedule = Schedule(holds=depths, rows=rows, patience=patience)
+        schedule = Schedule(
+            holds=depths, rows=rows, patience=patience, together=together, costs=table
+        )
     except ConfigError as error:
-        raise ConfigError(f"hold_{error.field}", error.problem, error.remedy) from error
-    if not depths and schedule != LOCKSTEP:
+        field = "hold" if error.field == "holds" else f"hold_{error.field}"
+        raise ConfigError(field, error.problem, error.remedy) from error
+    if not (depths or together or costs) and schedule != LOCKSTEP:
         field = "hold_rows" if rows != LOCKSTEP.rows else "hold_patience"
-        raise ConfigError(field, "does nothing without a hold", "Give --hold, too")
+        raise ConfigError(
+            field, "does nothing without a hold", "Give --hold, --together or --costs"
+        )
+    if costs is not None and rows != LOCKSTEP.rows:
+        raise ConfigError("hold_rows", "does nothing beside --costs", "Leave one of them out")
     return schedule
 
 
@@ -211,9 +234,14 @@ def require_loadable(spec: WorkerSpec, settings: Settings) -> None:
         raise ConfigError(
             "hold", f"{holds[-1]} is not below the model's {layers} layers", "Hold earlier"
         )
+    # Only the weights tell whether translators and costs are theirs and kernels fit them, and only
+    # the cache its block's size.
     engine = spec.engine
-    fewer_bytes = engine.draft_precision is not None or not engine.precision.is_native
-    if engine.translators is not None or engine.kv_budget_mb is not None or fewer_bytes:
-        # Only the weights tell whether translators are theirs and kernels fit them, and only the
-        # cache its block's size.
+    known = EngineConfig(
+        kv_mode=engine.kv_mode,
+        schedule=replace(engine.schedule, costs=None),
+        prefill_tokens=engine.prefill_tokens,
+        max_pending=engine.max_pending,
+    )
+    if engine != known:
         load_engine(replace(spec, device="cpu"))

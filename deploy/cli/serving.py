@@ -60,6 +60,8 @@ def serve(
     hold: options.Holds = None,
     hold_rows: options.HoldRows = 4,
     hold_patience: options.HoldPatience = 4,
+    together: options.Together = False,
+    costs: options.ScheduleCosts = None,
     prefill_tokens: options.PrefillTokens = 256,
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
@@ -76,7 +78,9 @@ def serve(
             slots=slots,
             engine=EngineConfig(
                 kv_mode=options.parse_kv_mode(kv_mode),
-                schedule=options.parse_schedule(hold, hold_rows, hold_patience),
+                schedule=options.parse_schedule(
+                    hold, hold_rows, hold_patience, together=together, costs=costs
+                ),
                 prefill_tokens=prefill_tokens,
                 max_pending=max_pending,
                 kv_budget_mb=kv_budget_mb,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from offramp.controller.costs.table import load_costs, save_costs
 from offramp.deploy.cli import learning, options, serving
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
@@ -18,6 +19,7 @@ from offramp.worker import AdaptiveEngine, EngineConfig, Schedule
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.translators import ExitTranslators, Translator
 from offramp.worker.spec import WorkerSpec, load_engine
+from support.cost_tables import measured
 
 Untouched = Callable[[], None]
 
@@ -98,6 +100,24 @@ def test_every_setting_reaches_the_workers(
     )
 
 
+def test_a_pool_can_verify_together_or_be_paced_by_costs(
+    served: Callable[..., PoolConfig], tmp_path: Path
+) -> None:
+    together = served("--kv-mode", "verify", "--together", "--hold-rows", 2).worker.engine
+    assert together.schedule == Schedule(together=True, rows=2)
+    save_costs(tmp_path / "own", measured())
+    paced = served("--kv-mode", "verify", "--costs", tmp_path / "own").worker.engine
+    assert paced.schedule == Schedule(costs=load_costs(tmp_path / "own"))
+
+
+def test_costs_of_another_model_are_refused_before_anything_is_started(
+    cli: Any, untouched: Untouched, tmp_path: Path
+) -> None:
+    save_costs(tmp_path / "foreign", measured())
+    untouched()
+    assert "were measured on model" in cli.refused("serve", "--costs", tmp_path / "foreign")
+
+
 def test_a_worker_loads_with_its_settings(tuned: Path) -> None:
     config = EngineConfig(
         kv_mode="defer", schedule=Schedule(holds=(6,)), max_pending=2, translators=tuned / "right"
@@ -124,6 +144,8 @@ def test_a_worker_loads_with_its_settings(tuned: Path) -> None:
         (["--hold", "3", "--hold-patience", "-1"], "hold_patience", "below 0"),
         (["--hold-rows", "2"], "hold_rows", "does nothing without a hold"),
         (["--hold-patience", "2"], "hold_patience", "does nothing without a hold"),
+        (["--hold", "3", "--together"], "hold", "are set where rows go deep together"),
+        (["--costs", "no/such/file.json"], "no/such/file.json", "is unreadable"),
         (["--prefill-tokens", "0"], "prefill_tokens", "below 1"),
         (["--max-pending", "0"], "max_pending", "below 1"),
         (["--kv-budget-mb", "0"], "kv_budget_mb", "no amount of memory"),
