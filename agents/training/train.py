@@ -16,6 +16,7 @@ from offramp.agents.training.staged import Checkpoint
 from offramp.agents.training.train_config import TrainConfig
 from offramp.agents.training.trained_parts import TrainedParts
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.candidate_table import require_condensable
 
 
 def train(
@@ -67,6 +68,7 @@ def open_run(
     if resume and not is_staged:
         raise ConfigError("resume", "is for families that are trained in stages", "Leave it out")
     data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
+    require_condensable(data.candidates_VK)
     parts = TrainedParts(config, data, out, on_progress, callback)
     if resume:
         parts.staged.restore(Checkpoint.load(out))

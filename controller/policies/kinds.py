@@ -3,8 +3,8 @@
 A worker that does not know a release's kind refuses it by name. Bytes are packed here, and checked
 from every side before use in ``controller/policies/weights.py``. Tensors: ``policy`` (uint8,
 canonical JSON of kind, exits, params and schema, so the digest pins the whole policy and not only
-its matrices), ``candidates`` (int32), those of the kind, and the canned inputs
-(``controller/policies/codec.py``).
+its matrices), ``candidates.*`` (``controller/policies/candidate_table.py``), those of the kind, and
+the canned inputs (``controller/policies/codec.py``).
 
 Shape suffixes: N canned rows, F features, V vocabulary, K candidates per token.
 """
@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import FloatArray
+from offramp.controller.policies.candidate_table import condense
 from offramp.controller.policies.codec import Kind, Params, Shapes, Tensors, canned_tensors
 from offramp.controller.policies.drafts.confident import CONFIDENT
 from offramp.controller.policies.drafts.del_rule import DEL
@@ -43,6 +44,9 @@ from offramp.controller.strict import NUMBER, TEXT, canonical_json
 
 MAX_BLOB_BYTES = 8 * 1024 * 1024
 """Larger blobs are neither packed nor fetched."""
+
+TABLE_TENSORS = ("candidates.common", "candidates.lengths", "candidates.own")
+"""Where a blob holds the parts of a ``CondensedTable``."""
 
 _DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "I32": np.int32, "U8": np.uint8}
 
@@ -147,7 +151,7 @@ def pack_policy(policy: Policy, canned_features_NF: FloatArray) -> PackedPolicy:
     tensors = tensors | canned_tensors(policy, kind, canned_features_NF)
     tensors["policy"] = descriptor(kind.name, policy.exits, params, schema_digest)
     if policy.candidates_VK is not None:
-        tensors["candidates"] = np.ascontiguousarray(policy.candidates_VK, np.int32)
+        tensors |= dict(zip(TABLE_TENSORS, condense(policy.candidates_VK), strict=True))
     return PackedPolicy(
         kind=kind.name,
         exits=tuple(policy.exits),
@@ -163,7 +167,11 @@ def _blob(tensors: Tensors) -> bytes:
             raise RequestError(name, "holds NaN or infinite values", "Train the policy again")
     blob: bytes = save(dict(sorted(tensors.items())))
     if len(blob) > MAX_BLOB_BYTES:
-        raise ConfigError("policy", f"packs to {len(blob)} bytes, over {MAX_BLOB_BYTES}")
+        raise ConfigError(
+            "policy",
+            f"packs to {len(blob):,} bytes, over {MAX_BLOB_BYTES:,}",
+            "Record with fewer --candidates, or train smaller nets",
+        )
     return blob
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.errors import PolicyRefusedError, Refusal, RequestError
-from offramp.controller.features import FeatureSchema, schema_of
+from offramp.controller.features import FeatureSchema, IntArray, schema_of
+from offramp.controller.policies.candidate_table import CondensedTable
 from offramp.controller.policies.codec import PolicyParts, Tensors, check_canned
 from offramp.controller.policies.kinds import (
     KINDS,
     MAX_BLOB_BYTES,
+    TABLE_TENSORS,
     descriptor,
     digest_of,
     parse_blob,
@@ -34,9 +36,9 @@ def unpack_policy(manifest: Manifest, blob: bytes) -> Policy:
     _check_shapes(manifest, tensors)
     _check_finite(tensors)
     schema = _schema(manifest.schema, tensors)
-    _check_candidates(tensors)
+    candidates_VK = _candidates(tensors)
     try:
-        policy = _build(manifest, schema, tensors)
+        policy = _build(manifest, schema, candidates_VK, tensors)
     except (KeyError, RequestError) as error:
         raise PolicyRefusedError(
             Refusal.BAD_SHAPE, f"no {manifest.kind} policy: {error}"
@@ -82,25 +84,42 @@ def _schema(digest: str | None, tensors: Tensors) -> FeatureSchema | None:
     return schema
 
 
-def _check_candidates(tensors: Tensors) -> None:
+def _candidates(tensors: Tensors) -> IntArray | None:
+    """The candidate table, condensed or, as releases carried it before, whole."""
+    parts = [tensors[name] for name in TABLE_TENSORS if name in tensors]
     table_VK = tensors.get("candidates")
+    if parts:
+        if table_VK is not None or len(parts) < len(TABLE_TENSORS):
+            raise PolicyRefusedError(
+                Refusal.BAD_SHAPE, "the candidate table is neither whole nor condensed"
+            )
+        condensed = CondensedTable(*parts)
+        if fault := condensed.fault():
+            raise PolicyRefusedError(Refusal.BAD_SHAPE, f"the candidate table {fault}")
+        return condensed.spread()
     if table_VK is None:
-        return
+        return None
     if table_VK.dtype != np.int32 or table_VK.ndim != 2 or not table_VK.size:
         raise PolicyRefusedError(Refusal.BAD_SHAPE, f"candidates has shape {table_VK.shape}")
     if table_VK.min() < 0 or table_VK.max() >= len(table_VK):
         detail = f"candidates names tokens outside [0, {len(table_VK)})"
         raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
+    return table_VK
 
 
-def _build(manifest: Manifest, schema: FeatureSchema | None, tensors: Tensors) -> Policy:
+def _build(
+    manifest: Manifest,
+    schema: FeatureSchema | None,
+    candidates_VK: IntArray | None,
+    tensors: Tensors,
+) -> Policy:
     signed = descriptor(manifest.kind, manifest.exits, manifest.params, manifest.schema)
     if tensors["policy"].tobytes() != signed.tobytes():
         raise PolicyRefusedError(Refusal.BAD_FORMAT, "the blob was packed for another manifest")
     parts = PolicyParts(
         exits=manifest.exits,
         schema=schema,
-        candidates_VK=tensors.get("candidates"),
+        candidates_VK=candidates_VK,
         params=manifest.params,
         tensors=tensors,
     )

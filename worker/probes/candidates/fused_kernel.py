@@ -12,10 +12,10 @@ import numpy as np
 from numba import carray
 
 from offramp.controller.features import FloatArray
+from offramp.controller.policies.candidate_table import merge_row
 from offramp.controller.policies.net_kernel import compiled, outputs_of
 from offramp.worker.model.kernels.floats import pointer
 from offramp.worker.probes.candidates.kernel import COLUMNS, begin, row_columns, widen
-from offramp.worker.probes.candidates.successors import merge_row
 
 POSITION, LAST, FOLLOWERS = range(3)
 """What a row begins with: its position, its last token, and its own candidates (-1 is none)."""

@@ -12,30 +12,8 @@ import numpy as np
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
+from offramp.controller.policies.candidate_table import MOST_OWN, CondensedTable, merge_row
 from offramp.controller.policies.net_kernel import compiled
-
-
-@compiled
-def merge_row(table_K: Any, followers_J: Any, out_K: Any) -> None:
-    """K distinct candidates of one row: its own followers (-1 is none), then the table's.
-
-    Args:
-        table_K: The table's, int32, distinct.
-        followers_J: The row's own, the likeliest first, int32.
-        out_K: Where they go.
-    """
-    count = 0
-    for token in followers_J:
-        if token >= 0 and count < out_K.size and not _holds(out_K, count, token):
-            out_K[count] = token
-            count += 1
-    own = count
-    for token in table_K:
-        if count == out_K.size:
-            break
-        if not _holds(out_K, own, token):
-            out_K[count] = token
-            count += 1
 
 
 @compiled
@@ -47,14 +25,6 @@ def merge_rows(table_VK: Any, last_N: Any, followers_NJ: Any) -> Any:
     return out_NK
 
 
-@compiled
-def _holds(tokens_K: Any, count: int, token: int) -> bool:
-    for k in range(count):  # noqa: SIM110 - numba compiles loops, not generators
-        if tokens_K[k] == token:
-            return True
-    return False
-
-
 FOLLOWERS = 4
 """Distinct followers remembered per n-gram, the latest first."""
 
@@ -62,7 +32,8 @@ FOLLOWERS = 4
 def successor_table(documents: Iterable[Sequence[int]], vocab: int, width: int) -> IntArray:
     """The most frequent successors of each token, [V, K] int32, most frequent first.
 
-    Rows with fewer than K distinct successors are filled up with the most frequent tokens.
+    Rows with fewer than K distinct successors are filled up with the most frequent tokens, and so
+    are those of the rarest pairs beyond ``MOST_OWN``: a release can carry every such table.
 
     Args:
         documents: Token ids per document.
@@ -70,7 +41,7 @@ def successor_table(documents: Iterable[Sequence[int]], vocab: int, width: int) 
         width: K, candidates per token.
 
     Raises:
-        ConfigError: the width does not fit into the vocabulary.
+        ConfigError: the width does not fit into the vocabulary, or the table into memory.
     """
     if not 2 <= width <= vocab:
         raise ConfigError("candidates", f"{width} is not between 2 and the vocabulary's {vocab}")
@@ -79,12 +50,16 @@ def successor_table(documents: Iterable[Sequence[int]], vocab: int, width: int) 
     previous, following = np.divmod(codes, vocab)
     popular = _most_popular(following, counts, vocab)
     order = np.lexsort((following, -counts, previous))
-    ends = np.searchsorted(previous[order], np.arange(vocab + 1))
-    table_VK = np.empty((vocab, width), np.int32)
-    for token in range(vocab):
-        seen = following[order[ends[token] : ends[token + 1]]][:width]
-        table_VK[token] = _filled_up(seen, popular, width)
-    return table_VK
+    previous, following, counts = previous[order], following[order], counts[order]
+    rank = np.arange(len(previous)) - np.searchsorted(previous, previous)
+    kept = np.flatnonzero(rank < width)
+    kept = np.sort(kept[np.argsort(-counts[kept], kind="stable")[:MOST_OWN]])
+    lengths = np.bincount(previous[kept], minlength=vocab)
+    parts = (popular[:width], lengths, following[kept])
+    table = CondensedTable(*(np.ascontiguousarray(part, np.int32) for part in parts))
+    if fault := table.fault():
+        raise ConfigError("candidates", f"the table {fault}", "Ask for fewer candidates")
+    return table.spread()
 
 
 class NgramIndex:
@@ -150,8 +125,3 @@ def _pairs(tokens: np.ndarray, vocab: int) -> np.ndarray:
 def _most_popular(following: np.ndarray, counts: np.ndarray, vocab: int) -> np.ndarray:
     totals = np.bincount(following, weights=counts, minlength=vocab)
     return np.argsort(-totals, kind="stable")
-
-
-def _filled_up(seen: np.ndarray, popular: np.ndarray, width: int) -> np.ndarray:
-    merged = dict.fromkeys((*seen.tolist(), *popular[: 2 * width].tolist()))
-    return np.fromiter(merged, np.int32)[:width]
