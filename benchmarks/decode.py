@@ -65,11 +65,13 @@ def main(
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8,16",
     depths: Annotated[str, typer.Option(help="Mean depths, as shares.")] = "0.75,0.5,0.25",
     repeats: Annotated[int, typer.Option(help="Interleaved; medians count.")] = 5,
-    tokens: Annotated[int | None, typer.Option(help="New tokens [default: by shape].")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New tokens.", show_default="by shape")] = None,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
     policy: Annotated[Path | None, typer.Option(help="Bundle for the reference model.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    engines: Annotated[str, typer.Option(help="Beginnings of their names [default: all].")] = "",
+    engines: Annotated[
+        str, typer.Option(help="Beginnings of their names.", show_default="all")
+    ] = "",
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
     drafting: Annotated[bool, typer.Option(help="Static drafts, by schedule.")] = False,

@@ -57,7 +57,9 @@ SAY = Console(width=130, highlight=False)
 def main(
     model: Annotated[str, typer.Option(help="Model folder.")] = "models/reference",
     shape: Annotated[str | None, typer.Option(help="Random weights of a shape instead.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Documents [default: as for record].")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Documents.", show_default="as for record")
+    ] = None,
     documents: Annotated[int, typer.Option(help="Test documents.")] = 24,
     tokens: Annotated[int, typer.Option(help="New tokens of a run.")] = 64,
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8",

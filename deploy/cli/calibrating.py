@@ -57,13 +57,13 @@ def add_to(app: typer.Typer) -> None:
 
 Delta = Annotated[float, typer.Option(help="Bound on the mean loss.")]
 Epsilon = Annotated[
-    float | None, typer.Option(help="Probability that it may not hold [default: 0.05].")
+    float | None, typer.Option(help="Probability that it may not hold.", show_default="0.05")
 ]
 TestMethod = Annotated[str, typer.Option(help="hoeffding-bentkus|betting|binomial|conformal.")]
 LossName = Annotated[str, typer.Option("--loss", help="disagreement|edit-similarity.")]
 Independent = Annotated[str, typer.Option(help="Independent draws: document|token.")]
 FamilyName = Annotated[
-    str, typer.Option(help="Whose settings to walk [default: that of the chosen policy].")
+    str, typer.Option(help="Whose settings to walk.", show_default="that of the chosen policy")
 ]
 Quality = Annotated[
     float | None, typer.Option(help="End at the cheapest measured point that agrees so much.")
@@ -75,7 +75,7 @@ EnergyBudget = Annotated[
     float | None, typer.Option(help="Or at the best within this share of its energy.")
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="New folder [default: certified, beside the policies].")
+    Path | None, typer.Option(help="New folder.", show_default="certified, beside the policies")
 ]
 
 

@@ -68,7 +68,8 @@ def promote(
 
 def rollback(
     to: Annotated[
-        int | None, typer.Option(min=1, help="Generation to return to [default: the last good].")
+        int | None,
+        typer.Option(min=1, help="Generation to return to.", show_default="the last good"),
     ] = None,
 ) -> None:
     """Serve an older policy again, as a new generation."""

@@ -41,7 +41,7 @@ def record(
     documents: options.Documents = 320,
     tokens_per_document: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
     exits: Annotated[
-        str, typer.Option(help="Layers to probe, like 3,6,9 [default: quarters of the depth].")
+        str, typer.Option(help="Layers to probe, like 3,6,9.", show_default="quarters of the depth")
     ] = "",
     candidates: Annotated[int, typer.Option(min=2, help="Candidate tokens per token.")] = 64,
     recorders: Annotated[int, typer.Option(min=1, help="Ray actors at work.")] = 2,
@@ -117,7 +117,7 @@ def train_policies(
         str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
     ] = "",
     ray_address: Annotated[
-        str | None, typer.Option(help="With --config: cluster to join [default: RAY_ADDRESS].")
+        str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
     ] = None,
 ) -> None:
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""

@@ -23,7 +23,7 @@ from offramp.worker.spec import WorkerSpec, load_engine
 Model = Annotated[str, typer.Option(help="Model folder in Hugging Face format.")]
 Corpus = Annotated[
     Path | None,
-    typer.Option(help="Folder of *.py and *.txt documents [default: the standard library]."),
+    typer.Option(help="Folder of *.py and *.txt documents.", show_default="the standard library"),
 ]
 Documents = Annotated[
     int, typer.Option(min=3, help="Documents taken from the corpus, over all splits.")
@@ -36,7 +36,10 @@ Weights = Annotated[
     ),
 ]
 DraftWeights = Annotated[
-    str, typer.Option(help="In verify, draft on a copy with such weights, as int4 [default: none].")
+    str,
+    typer.Option(
+        help="In verify, draft on a copy with such weights, as int4.", show_default="none"
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads per process.")]
@@ -61,14 +64,17 @@ ScheduleCosts = Annotated[
 PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
 MaxPending = Annotated[int, typer.Option(help="Tokens a row may leave pending (defer, verify).")]
 CacheBudget = Annotated[
-    float | None, typer.Option(help="MiB the cache may grow to [default: as the context asks].")
+    float | None,
+    typer.Option(help="MiB the cache may grow to.", show_default="as the context asks"),
 ]
 Translators = Annotated[
     Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
 ]
 Costs = Annotated[
     Path | None,
-    typer.Option(help="Cost table of `offramp profile` [default: as measured when recording]."),
+    typer.Option(
+        help="Cost table of `offramp profile`.", show_default="as measured when recording"
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 

@@ -36,7 +36,9 @@ def profile(
     model: options.Model = options.DEFAULT_MODEL,
     traces: Annotated[
         Path | None,
-        typer.Option(help="Recording whose candidate table is probed [default: a random table]."),
+        typer.Option(
+            help="Recording whose candidate table is probed.", show_default="a random table"
+        ),
     ] = None,
     candidates: Annotated[
         int, typer.Option(min=2, help="Candidate tokens per token of a random table.")
@@ -47,7 +49,7 @@ def profile(
     ] = "1,2,3,5,7,9",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 128,
     exits: Annotated[
-        str, typer.Option(help="Layers to probe, like 3,6,9 [default: quarters of the depth].")
+        str, typer.Option(help="Layers to probe, like 3,6,9.", show_default="quarters of the depth")
     ] = "",
     half_width: Annotated[
         float, typer.Option(help="Go on until no 95 % interval is wider than ± this share.")

@@ -33,14 +33,15 @@ def add_to(app: typer.Typer) -> None:
 
 
 Trust = Annotated[
-    Path | None, typer.Option(help="Publisher's public key [default: the one in OFFRAMP_HOME].")
+    Path | None,
+    typer.Option(help="Publisher's public key.", show_default="the one in OFFRAMP_HOME"),
 ]
 
 
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: Annotated[
-        str | None, typer.Option(help="Name clients ask for [default: the folder's name].")
+        str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

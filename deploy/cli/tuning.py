@@ -25,7 +25,7 @@ def tune_exits(
     corpus: options.Corpus = None,
     documents: options.Documents = 320,
     exits: Annotated[
-        str, typer.Option(help="Layers to fit, like 3,6,9 [default: quarters of the depth].")
+        str, typer.Option(help="Layers to fit, like 3,6,9.", show_default="quarters of the depth")
     ] = "",
     rank: Annotated[int, typer.Option(help="Rank of each translator.")] = 32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
