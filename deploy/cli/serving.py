@@ -36,19 +36,21 @@ Trust = Annotated[
     Path | None,
     typer.Option(help="Publisher's public key.", show_default="the one in OFFRAMP_HOME"),
 ]
+ServedName = Annotated[
+    str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
+]
+RedisPort = Annotated[
+    int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
+]
 
 
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
-    ] = None,
+    served_model_name: ServedName = None,
     replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    redis_port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
-    ] = 6390,
+    redis_port: RedisPort = 6390,
     slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
     trust: Trust = None,

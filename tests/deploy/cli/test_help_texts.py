@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from rich.text import Text
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from offramp.deploy.cli.main import TOPICS, build_app
 
@@ -22,7 +22,7 @@ def help_texts(source: Path) -> list[str]:
     """Every constant that is passed as ``help=``."""
     calls = (node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call))
     values = (word.value for call in calls for word in call.keywords if word.arg == "help")
-    return [value.value for value in values if isinstance(value, ast.Constant)]
+    return [str(value.value) for value in values if isinstance(value, ast.Constant)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -40,9 +40,9 @@ def test_there_are_help_texts_to_check() -> None:
 @pytest.mark.parametrize("command", TOPICS)
 def test_every_option_is_explained(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERMINAL_WIDTH", "400")
-    app = get_command(build_app([command]))
+    app = build_app([command])
     shown = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
-    for parameter in app.commands[command].params:  # type: ignore[attr-defined]
+    for parameter in get_command(app).commands[command].params:  # type: ignore[attr-defined]
         assert parameter.help in shown
         if isinstance(parameter.show_default, str):
             assert f"[default: ({parameter.show_default})]" in shown
