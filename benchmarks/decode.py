@@ -41,7 +41,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared.contenders import Competitor, contenders, drafters, engines_of
+from shared.decode_contenders import Competitor, contenders, drafters, engines_of
 from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
 from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
 from shared.workload import SHAPES, build, exit_layer, prompts_of

@@ -98,7 +98,7 @@ for shape in $SHAPES; do
   done
 done
 tests tests-float32 60 "not bfloat16" "$AT/test_exactness.py" "$AT/test_kv_modes.py" \
-  "$AT/test_waves.py" "$AT/test_verified_sampling.py" "$AT/test_schedules.py"
+  "$AT/test_waves.py" "$AT/test_verified_sampling.py" "$AT/scheduling/test_schedules.py"
 # Last, since compiling takes most of their time, for as many as there is time left.
 for batch in $BATCHES; do
   for shape in $SHAPES; do
