@@ -6,14 +6,13 @@ generations served, in order, one a line) and ``lock``.
 
 from __future__ import annotations
 
-import fcntl
-import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-from offramp.controller.durable import write_durably
+from offramp.controller.durable import lock_file, write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.kinds import digest_of
 
@@ -30,6 +29,8 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._turn = threading.RLock()
+        self._depth = 0
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         self.generations()
 
@@ -39,7 +40,7 @@ class Ledger:
         Raises:
             ConfigError: the generation is there already, or would leave a gap.
         """
-        with self._locked():
+        with self.writing():
             last = self.last()
             if generation <= last:
                 raise _refused(f"generation {generation} is recorded already; nothing is rewritten")
@@ -110,24 +111,30 @@ class Ledger:
 
     def record_promotion(self, generation: int) -> None:
         """Remember that a generation is served, so that an older head can be told apart."""
-        with self._locked():
+        with self.writing():
             lines = [f"{each}\n" for each in (*self.promotions(), generation)]
             write_durably(self._folder / "promoted", "".join(lines).encode())
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep every other writer out, of this process or another, while the block runs.
+
+        It may be entered again within itself. Readers need no lock: files appear whole.
+        """
+        with self._turn, ExitStack() as held:
+            if self._depth == 0:
+                held.enter_context(lock_file(self._folder / "lock"))
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def _release_path(self, generation: int) -> Path:
         return self._folder / f"{generation:08d}.release"
 
     def _blob_path(self, digest: str) -> Path:
         return self._folder / "blobs" / digest
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -140,6 +140,24 @@ class Manifest:
         return cls(**values)
 
 
+def require_said(manifest: Manifest, uncertified: bool) -> None:
+    """Refuse to release an uncertified policy without saying so, and to say so of any other.
+
+    Raises:
+        ConfigError: the policy may exit and has no certificate, or was wrongly said to have none.
+    """
+    if uncertified == (manifest.guarantee == "uncertified"):
+        return
+    if uncertified:
+        problem = f"was said of a policy that is {manifest.guarantee}"
+        raise ConfigError("uncertified", problem, "Leave it out")
+    raise ConfigError(
+        "certificate",
+        "the policy has none",
+        "Calibrate it (offramp calibrate) or say that it is uncertified (--uncertified)",
+    )
+
+
 def _require_own(values: dict[str, Any]) -> None:
     """A certificate of another policy, model or tokenizer says nothing of this one."""
     certificate = values["certificate"]

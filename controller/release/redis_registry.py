@@ -2,7 +2,7 @@
 
 Keys ({c} = channel; the braces are a hash tag, so one channel lives on one cluster node):
 
-    offramp:{c}:blob:<sha256>  string        policy weights (safetensors), set if absent, ≤ 8 MiB
+    offramp:{c}:blob:<sha256>  string        policy weights (safetensors), ≤ 8 MiB
     offramp:{c}:head           hash          gen, epoch, envelope, digest: one atomic read
     offramp:{c}:fresh          string, TTL   signed timestamp: freeze alarm
     offramp:{c}:events         stream ≤ 1000 gen, digest: wake-up and audit, never the truth
@@ -27,6 +27,7 @@ from redis.retry import Retry
 
 from offramp.controller.errors import (
     ConfigError,
+    OfframpError,
     PolicyRefusedError,
     PromoteConflictError,
     Refusal,
@@ -47,7 +48,8 @@ if tonumber(ARGV[1]) <= found then return {found, "the generation is not above t
 if redis.call('EXISTS', KEYS[2]) == 0 then return {found, 'the blob is missing'} end
 redis.call('HSET', KEYS[1],
     'gen', ARGV[1], 'epoch', ARGV[2], 'envelope', ARGV[3], 'digest', ARGV[4])
-redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'gen', ARGV[1], 'digest', ARGV[4])
+-- Only a wake-up: workers that miss it poll.
+redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'gen', ARGV[1], 'digest', ARGV[4])
 return {found, ''}
 """
 
@@ -59,6 +61,14 @@ MAX_BLOCK_S = 2.0
 
 RETRY_AFTER_S = (0.02, 0.08)
 """Bounds of the random pause before the one retry of a read."""
+
+_REFUSING: dict[type[RedisError], tuple[str, str]] = {
+    redis.exceptions.OutOfMemoryError: ("is out of memory", "Free some or raise its maxmemory"),
+    redis.exceptions.ReadOnlyError: ("is a read-only replica", "Name the primary"),
+    redis.exceptions.NoPermissionError: ("does not allow it", "Ask for the permission it names"),
+    redis.exceptions.AuthenticationError: ("refuses to let us in", "Correct user and password"),
+}
+"""Servers that answer, but with no: what is wrong, and what to do about it."""
 
 _CHANNEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOST = (redis.ConnectionError, redis.TimeoutError)
@@ -98,11 +108,15 @@ class RedisRegistry:
         values = self._read(lambda: self._client.hmget(key, names))
         return None if values == [None] * 4 else _head(values)
 
+    def discard_head(self) -> None:
+        """See PolicyRegistry."""
+        self._read(lambda: self._client.delete(self._key("head")))
+
     def put_blob(self, blob: bytes) -> str:
         """See PolicyRegistry."""
         digest = digest_of(blob)
-        # Set-if-absent may be repeated: the second try finds the first one's bytes.
-        self._read(lambda: self._client.set(self._key(f"blob:{digest}"), blob, nx=True))
+        # Whatever else lies under this digest is damaged. To set it twice does no harm.
+        self._read(lambda: self._client.set(self._key(f"blob:{digest}"), blob))
         return digest
 
     def get_blob(self, digest: str, max_bytes: int) -> bytes | None:
@@ -116,12 +130,10 @@ class RedisRegistry:
         arguments: list[Any] = [*keys, *values, expected_generation, MAX_EVENTS]
         try:
             answer: Any = self._client.eval(_PROMOTE, len(keys), *arguments)
-        except _LOST as error:
+        except RedisError as error:
             # The script may have run. A second run would meet its own head and call it a conflict.
             if self.head() == head:
                 return
-            raise self._unavailable(error) from error
-        except RedisError as error:
             raise self._unavailable(error) from error
         found, problem = answer
         if problem:
@@ -227,9 +239,15 @@ class RedisRegistry:
         except RedisError as error:
             raise self._unavailable(error) from error
 
-    def _unavailable(self, error: RedisError) -> RegistryUnavailableError:
-        problem = f"{self._place} does not serve: {error}"
-        return RegistryUnavailableError("REDIS_URL", problem, "Start Redis or correct the address")
+    def _unavailable(self, error: RedisError) -> OfframpError:
+        if str(error).startswith("WRONGTYPE"):
+            # Somebody wrote here who is no offramp: it is as worthless as unsigned bytes.
+            return PolicyRefusedError(Refusal.BAD_FORMAT, f"a key is of another type: {error}")
+        problem, remedy = next(
+            (said for kind, said in _REFUSING.items() if isinstance(error, kind)),
+            ("does not serve", "Start Redis or correct the address"),
+        )
+        return RegistryUnavailableError("REDIS_URL", f"{self._place} {problem}: {error}", remedy)
 
 
 def _connect(url: str, connect_s: float, socket_s: float) -> redis.Redis:

@@ -105,8 +105,12 @@ class PolicyRegistry(Protocol):
         """
         ...
 
+    def discard_head(self) -> None:
+        """Forget the head, whatever is there: for one that the channel's publisher never signed."""
+        ...
+
     def put_blob(self, blob: bytes) -> str:
-        """Keep a blob unless it is there already; returns its SHA-256, hex."""
+        """Keep a blob under its SHA-256, hex, in place of what may lie there; returns it."""
         ...
 
     def get_blob(self, digest: str, max_bytes: int) -> bytes | None:
@@ -181,11 +185,16 @@ class InMemoryRegistry:
         """See PolicyRegistry."""
         return self._head
 
+    def discard_head(self) -> None:
+        """See PolicyRegistry."""
+        with self._changed:
+            self._head = None
+
     def put_blob(self, blob: bytes) -> str:
         """See PolicyRegistry."""
         digest = digest_of(blob)
         with self._changed:
-            self._blobs.setdefault(digest, blob)
+            self._blobs[digest] = blob
         return digest
 
     def get_blob(self, digest: str, max_bytes: int) -> bytes | None:

@@ -6,7 +6,10 @@ the magic, the key id and the payload, so a release can never pass for a timesta
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,9 @@ STAMP_MAGIC = b"OFS1"
 
 MAX_ENVELOPE_BYTES = 256 * 1024
 """Larger envelopes are refused unread."""
+
+OTHERS = 0o077
+"""Permissions that a private key's file must not have: any of its group's or of others'."""
 
 _KEY_ID = slice(4, 20)
 _SIGNATURE = slice(20, 84)
@@ -129,12 +135,13 @@ def load_or_create_key(path: Path) -> SigningKey:
     """Read the private key at a path (PEM), or make one there with mode 0600.
 
     Raises:
-        ConfigError: the file is no Ed25519 private key, or cannot be read or written.
+        ConfigError: the file is no Ed25519 private key, lies open to other users, or cannot be
+            read or written.
     """
     try:
         if not path.exists():
             _write_private(path)
-        private = load_pem_private_key(path.read_bytes(), password=None)
+        private = load_pem_private_key(_read_private(path), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError("signing key", f"{path}: {error}", "Give an Ed25519 PEM file") from error
     if not isinstance(private, Ed25519PrivateKey):
@@ -145,8 +152,20 @@ def load_or_create_key(path: Path) -> SigningKey:
 def _write_private(path: Path) -> None:
     private = Ed25519PrivateKey.generate()
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    # write_durably goes through mkstemp, whose files have mode 0600 from the start.
-    write_durably(path, pem)
+    # write_durably goes through mkstemp, whose files have mode 0600 from the start. Of two that
+    # make the first key at once, one wins: the other's would be lost with what it had signed.
+    with contextlib.suppress(FileExistsError):
+        write_durably(path, pem, replace=False)
+
+
+def _read_private(path: Path) -> bytes:
+    with path.open("rb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if mode & OTHERS:
+            problem = f"{path} has mode {mode:04o}: others may read or replace it"
+            remedy = f"Make a new key if they may have, else run chmod 600 {path}"
+            raise ConfigError("signing key", problem, remedy)
+        return file.read()
 
 
 def save_public_key(path: Path, public: bytes) -> None:

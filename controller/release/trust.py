@@ -25,28 +25,36 @@ from offramp.controller.strict import (
 
 _STAMP_FIELDS: dict[str, Check] = {
     "channel": TEXT,
+    "epoch": COUNT,
     "generation": COUNT,
     "issued_at": NUMBER,
     "expires_at": NUMBER,
 }
-_MARK_FIELDS: dict[str, Check] = {"generation": COUNT, "digest": DIGEST}
+_MARK_FIELDS: dict[str, Check] = {"epoch": COUNT, "generation": COUNT, "digest": DIGEST}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Mark:
     """The highest release a worker has accepted: nothing below it is accepted again.
 
     Attributes:
+        epoch: Incarnation of the channel; every generation of a later one is higher.
         generation: Number of the release.
         digest: SHA-256 of its blob, hex.
     """
 
+    epoch: int
     generation: int
     digest: str
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> Mark:
+        """The mark that an accepted release leaves."""
+        return cls(manifest.epoch, manifest.generation, manifest.digest)
+
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json({"generation": self.generation, "digest": self.digest})
+        return canonical_json({name: getattr(self, name) for name in _MARK_FIELDS})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Mark:
@@ -64,12 +72,14 @@ class Stamp:
 
     Attributes:
         channel: The channel spoken of.
+        epoch: The publisher's epoch.
         generation: The generation promoted last; 0 if none was.
         issued_at: Unix seconds.
         expires_at: Unix seconds after which the word says nothing.
     """
 
     channel: str
+    epoch: int
     generation: int
     issued_at: float
     expires_at: float
@@ -126,12 +136,7 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: with the first check that failed.
         """
-        manifest = self._signed(head.envelope)
-        unsigned = (head.generation, head.epoch, head.digest)
-        signed = (manifest.generation, manifest.epoch, manifest.digest)
-        if unsigned != signed:
-            detail = f"the head says {unsigned}, the signed manifest {signed}"
-            raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
+        manifest = open_head(head, self._trusted, self._channel)
         self.check(manifest, mark)
         return manifest
 
@@ -141,7 +146,7 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: with the first check that failed.
         """
-        manifest = self._signed(envelope)
+        manifest = open_release(envelope, self._trusted, self._channel)
         self.check(manifest, mark)
         return manifest
 
@@ -191,13 +196,13 @@ class ReleaseVerifier:
             raise PolicyRefusedError(Refusal.BAD_SHAPE, detail)
         return policy
 
-    def staleness(self, raw: bytes | None, generation: int) -> str:
+    def staleness(self, raw: bytes | None, head: Head) -> str:
         """Why the signed timestamp does not vouch for the head; "" if it does.
 
         Args:
             raw: The timestamp's envelope, or None if there is none.
-            generation: The head's. A timestamp of an earlier head vouches too, until it expires:
-                the publisher renews it just after it promotes.
+            head: What the registry serves. A timestamp of an earlier head of its epoch vouches too,
+                until it expires: the publisher renews it just after it promotes.
         """
         if raw is None:
             return "the publisher's timestamp is missing"
@@ -209,22 +214,48 @@ class ReleaseVerifier:
             return f"the publisher's timestamp is for channel {stamp.channel!r}"
         if stamp.expires_at <= self._clock():
             return f"the publisher's timestamp expired at {stamp.expires_at:.0f}"
-        if stamp.generation > generation:
-            return f"the publisher has promoted {stamp.generation}, the head is {generation}"
+        if stamp.epoch != head.epoch:
+            return f"the publisher is in epoch {stamp.epoch}, the head in epoch {head.epoch}"
+        if stamp.generation > head.generation:
+            return f"the publisher has promoted {stamp.generation}, the head is {head.generation}"
         return ""
 
-    def _signed(self, envelope: bytes) -> Manifest:
-        manifest = Manifest.from_bytes(open_envelope(envelope, self._trusted))
-        if manifest.channel != self._channel:
-            detail = f"signed for {manifest.channel!r}, this worker listens to {self._channel!r}"
-            raise PolicyRefusedError(Refusal.WRONG_CHANNEL, detail)
-        return manifest
+
+def open_release(envelope: bytes, trusted: Mapping[str, bytes], channel: str) -> Manifest:
+    """Read a signed manifest; the signature is checked before anything is parsed.
+
+    Raises:
+        PolicyRefusedError: see ``open_envelope``; BAD_FORMAT or WRONG_CHANNEL.
+    """
+    manifest = Manifest.from_bytes(open_envelope(envelope, trusted))
+    if manifest.channel != channel:
+        detail = f"signed for {manifest.channel!r}, this is {channel!r}"
+        raise PolicyRefusedError(Refusal.WRONG_CHANNEL, detail)
+    return manifest
+
+
+def open_head(head: Head, trusted: Mapping[str, bytes], channel: str) -> Manifest:
+    """Read the signed manifest of a head, which must say no more than was signed.
+
+    Raises:
+        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if the head says otherwise.
+    """
+    manifest = open_release(head.envelope, trusted, channel)
+    unsigned = (head.generation, head.epoch, head.digest)
+    signed = (manifest.generation, manifest.epoch, manifest.digest)
+    if unsigned != signed:
+        detail = f"the head says {unsigned}, the signed manifest {signed}"
+        raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
+    return manifest
 
 
 def _check_mark(manifest: Manifest, mark: Mark) -> None:
-    if manifest.generation < mark.generation:
+    if (manifest.epoch, manifest.generation) < (mark.epoch, mark.generation):
         detail = f"generation {manifest.generation} is below the mark {mark.generation}"
+        if manifest.epoch < mark.epoch:
+            detail = f"epoch {manifest.epoch} is over: epoch {mark.epoch} was accepted"
         raise PolicyRefusedError(Refusal.ROLLBACK, detail)
-    if manifest.generation == mark.generation and manifest.digest != mark.digest:
+    same = (manifest.epoch, manifest.generation) == (mark.epoch, mark.generation)
+    if same and manifest.digest != mark.digest:
         detail = f"generation {mark.generation} came with digest {mark.digest} before"
         raise PolicyRefusedError(Refusal.EQUIVOCATION, f"{detail}, now with {manifest.digest}")

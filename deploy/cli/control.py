@@ -13,11 +13,12 @@ from rich.table import Table
 
 from offramp.controller.errors import PolicyRefusedError
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.manifest import Manifest
-from offramp.controller.release.publisher import Publisher, Release, require_said
+from offramp.controller.release.manifest import Manifest, require_said
+from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import Head
-from offramp.controller.release.signing import load_public_key, open_envelope, trusted_keys
+from offramp.controller.release.registry import Head, PolicyRegistry
+from offramp.controller.release.signing import load_public_key, trusted_keys
+from offramp.controller.release.trust import open_head
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
@@ -83,11 +84,10 @@ def status() -> None:
     settings = Settings.from_environment()
     registry = open_registry(settings)
     try:
-        head = registry.head()
+        say(_head_line(registry, settings))
         acks = registry.acks()
     finally:
         registry.close()
-    say("head: none" if head is None else _head_line(head, settings))
     table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
     for ack in sorted(acks, key=lambda each: each.worker):
         age_s = f"{time.time() - ack.at:.1f}"
@@ -105,21 +105,26 @@ def standing(manifest: Manifest) -> str:
     return f"{manifest.guarantee}: {certificate.statement}"
 
 
-def _head_line(head: Head, settings: Settings) -> str:
-    line = f"head: generation {head.generation}"
+def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
     path = settings.home / PUBLIC_KEY
-    if not path.exists():
-        return f"{line}; {path} is not here to read what stands behind it"
     try:
-        raw = open_envelope(head.envelope, trusted_keys(load_public_key(path)))
-        return f"{line}, {standing(Manifest.from_bytes(raw))}"
+        head = registry.head()
+        if head is None:
+            return "head: none"
+        if not path.exists():
+            return f"head: says generation {head.generation}; {path} is not here to check that"
+        manifest = open_head(head, trusted_keys(load_public_key(path)), settings.channel)
+        return f"head: generation {manifest.generation}, {standing(manifest)}"
     except PolicyRefusedError as error:
-        return f"{line}; {error}"
+        return (
+            f"head: forged or damaged ({error.reason.value}: {error.detail}); workers keep what "
+            "they run; offramp promote GENERATION puts the ledger's in its place"
+        )
 
 
 def release_bundle(
     publisher: Publisher, bundle: PolicyBundle, *, uncertified: bool = False
-) -> Release:
+) -> Head:
     """Sign a draft as it is.
 
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
@@ -30,7 +31,8 @@ def open_registry(settings: Settings) -> RedisRegistry:
             "Set it to the server that the workers follow (offramp serve prints its own)",
         )
     registry = RedisRegistry(settings.redis_url, settings.channel)
-    registry.head()
+    with contextlib.suppress(PolicyRefusedError):  # somebody answers, whatever lies there
+        registry.head()
     return registry
 
 
@@ -43,7 +45,7 @@ def open_publisher(settings: Settings, registry: PolicyRegistry) -> Publisher:
     key = load_or_create_key(settings.home / KEY)
     save_public_key(settings.home / PUBLIC_KEY, key.public_bytes)
     ledger = Ledger(settings.home / "ledger" / settings.channel)
-    return Publisher(registry, ledger, key, settings.channel)
+    return Publisher(registry, ledger, key, settings.channel, epoch=settings.epoch)
 
 
 def public_key_path(settings: Settings) -> Path:

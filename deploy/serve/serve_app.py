@@ -26,8 +26,9 @@ from offramp.deploy.http.http_app import create_app
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
+from offramp.worker.following.refresh import PolicyRefresher
+from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.model.loading import check_model
-from offramp.worker.refresh import PolicyRefresher
 from offramp.worker.spec import WorkerSpec, freeze_heap, load_engine
 
 APP = "offramp"
@@ -84,8 +85,9 @@ class ServedWorker:
     """One replica: engine thread, policy refresher, HTTP app."""
 
     def __init__(self, config: PoolConfig) -> None:
-        rank = serve.get_replica_context().rank.rank
-        self.worker_id = f"worker-{rank}"
+        # Held for as long as this process lives: no other worker writes there.
+        self._claim = StateClaim(config.state_dir / config.channel)
+        self.worker_id = self._claim.name
         self.model_id = config.model_id
         self.api_key = config.api_key
         self.started_at = int(time.time())
@@ -101,7 +103,7 @@ class ServedWorker:
         self.refresher = PolicyRefresher(
             RedisRegistry(config.redis_url, config.channel),
             verifier,
-            config.state_dir / self.worker_id,
+            self._claim.folder,
             self.worker_id,
             config.poll_s,
             engine.decoder.prepare,
@@ -122,11 +124,14 @@ class ServedWorker:
             raise RuntimeError("the engine makes no progress")
 
     def policy_report(self) -> dict[str, Any]:
-        """This worker's policy; other workers report through their acknowledgements."""
+        """This worker's policy; other workers report through their acknowledgements.
+
+        ``unreported`` says why the registry could not be told of it; "" if it was.
+        """
         engine = self.service.engine
         return describe_policy(
             self.worker_id, self.refresher.current, self.refresher.report, engine
-        )
+        ) | {"unreported": self.refresher.unreported}
 
 
 def describe_policy(

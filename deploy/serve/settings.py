@@ -26,6 +26,8 @@ class Settings(BaseModel):
         ray_address: RAY_ADDRESS: the cluster to join; unset starts a local one.
         home: OFFRAMP_HOME: folder of the publisher's key and ledger.
         channel: OFFRAMP_CHANNEL: which stream of releases to write and follow.
+        epoch: OFFRAMP_EPOCH: incarnation of the channel that is written; raise it when the channel
+            is begun anew without its ledger, so that workers take lower generations again.
         api_key: OFFRAMP_API_KEY: what clients must present; unset asks for none.
     """
 
@@ -35,6 +37,7 @@ class Settings(BaseModel):
     ray_address: str | None = None
     home: Path = Path("runs/home")
     channel: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    epoch: int = Field(default=1, ge=1)
     api_key: str | None = Field(default=None, min_length=8, pattern=r"^[!-~]+$")
 
     @field_validator("redis_url")

@@ -21,13 +21,13 @@ from offramp.controller.policies.protocols import ExitPolicy, NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest
-from offramp.controller.release.publisher import Publisher, Release
+from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, InMemoryRegistry, PolicyRegistry
 from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.worker.refresh import PolicyRefresher
+from offramp.worker.following.refresh import PolicyRefresher
 
 MODEL, TOKENIZER = "aa11", "bb22"
 NOW = 1_800_000_000.0
@@ -96,7 +96,7 @@ class Site:
         ledger = Ledger(self.folder / "ledger")
         return Publisher(self.registry, ledger, self.key, self.channel, self.clock)
 
-    def release(self, policy: ExitPolicy, **options: Any) -> Release:
+    def release(self, policy: ExitPolicy, **options: Any) -> Head:
         given: dict[str, Any] = {
             "model": MODEL,
             "tokenizer": TOKENIZER,
@@ -107,7 +107,7 @@ class Site:
         }
         return self.publisher.release(pack_policy(policy, canned()), **(given | options))
 
-    def serve(self, policy: ExitPolicy, **options: Any) -> Release:
+    def serve(self, policy: ExitPolicy, **options: Any) -> Head:
         release = self.release(policy, **options)
         self.publisher.promote(release.generation)
         return release
@@ -169,6 +169,10 @@ def site(registry: PolicyRegistry, tmp_path: Path) -> Site:
 
         return Site(memory, tmp_path, lambda: InMemoryRegistry.__init__(memory), store)
     assert isinstance(registry, RedisRegistry)
+    return redis_site(registry, tmp_path)
+
+
+def redis_site(registry: RedisRegistry, folder: Path) -> Site:
     client: redis.Redis = registry._client
 
     def store_redis(digest: str, blob: bytes | None) -> None:
@@ -177,11 +181,16 @@ def site(registry: PolicyRegistry, tmp_path: Path) -> Site:
         if blob is not None:
             client.set(key, blob)
 
-    return Site(registry, tmp_path, lambda: _flush(client), store_redis)
+    return Site(registry, folder, lambda: _flush(client), store_redis)
 
 
 def _flush(client: redis.Redis) -> None:
     client.flushdb()
+
+
+@pytest.fixture
+def make_site() -> Callable[[RedisRegistry, Path], Site]:
+    return redis_site
 
 
 @pytest.fixture

@@ -59,10 +59,19 @@ def test_blobs_are_stored_under_their_hash_once(registry: PolicyRegistry) -> Non
     assert registry.get_blob(DIGEST, len(BLOB)) == BLOB
 
 
-def test_a_stored_blob_is_never_overwritten(site: Any) -> None:
-    site.store_raw(DIGEST, b"already there")
+def test_what_lies_wrongly_under_a_digest_is_overwritten(site: Any) -> None:
+    site.store_raw(DIGEST, b"damaged")
     site.registry.put_blob(BLOB)
-    assert site.registry.get_blob(DIGEST, 100) == b"already there"
+    assert site.registry.get_blob(DIGEST, 100) == BLOB
+
+
+def test_a_discarded_head_makes_room_for_a_first_promotion(registry: PolicyRegistry) -> None:
+    registry.put_blob(BLOB)
+    registry.promote(head(7, epoch=3), 0)
+    registry.discard_head()
+    assert registry.head() is None
+    registry.promote(head(1), 0)
+    assert registry.head() == head(1)
 
 
 def test_a_blob_over_its_limit_is_refused(registry: PolicyRegistry) -> None:

@@ -18,14 +18,14 @@ from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.publisher import Publisher, Release
+from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import AckState, InMemoryRegistry, PolicyRegistry
+from offramp.controller.release.registry import AckState, Head, InMemoryRegistry, PolicyRegistry
 from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
-from offramp.worker.refresh import FULL_DEPTH, PolicyRefresher
+from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher
 
 MODEL, TOKENIZER = "aa", "bb"
 
@@ -42,7 +42,7 @@ class Bench:
             registry, Ledger(folder / "ledger"), self.key, "demo", lambda: self.now
         )
 
-    def serve(self, layer: int, **options: Any) -> Release:
+    def serve(self, layer: int, **options: Any) -> Head:
         packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
         release = self.publisher.release(
             packed,
@@ -258,7 +258,7 @@ def test_what_cannot_be_recorded_is_not_taken(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("offramp.worker.refresh.write_durably", full)
+        patch.setattr("offramp.worker.following.worker_state.write_durably", full)
         ack = worker.poll_once()
         assert (ack.state, ack.generation) == (AckState.STALE, 0)
         assert "no space left" in ack.reason

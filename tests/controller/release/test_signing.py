@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,25 @@ def test_files_that_hold_no_key_are_config_errors(tmp_path: Path) -> None:
         load_public_key(tmp_path / "junk")
     with pytest.raises(ConfigError, match="public key"):
         load_public_key(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604, 0o620, 0o602])
+def test_a_private_key_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "key.pem"
+    made = load_or_create_key(path)
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"mode {mode:04o}.*chmod 600"):
+        load_or_create_key(path)
+    path.chmod(0o600)
+    assert load_or_create_key(path).key_id == made.key_id
+
+
+def test_all_who_make_the_first_key_at_once_get_the_same(tmp_path: Path) -> None:
+    start = threading.Barrier(16)
+
+    def make(_: int) -> str:
+        start.wait()
+        return load_or_create_key(tmp_path / "key.pem").key_id
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(make, range(16)))) == 1

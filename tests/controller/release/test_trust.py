@@ -58,7 +58,7 @@ def test_the_mark(
     digest: str,
     reason: Refusal | None,
 ) -> None:
-    mark = Mark(generation, manifest.digest if digest == "same" else "0" * 64)
+    mark = Mark(1, generation, manifest.digest if digest == "same" else "0" * 64)
     if reason is None:
         assert verifier.verify(head_of(manifest, key), mark) == manifest
         return
@@ -97,6 +97,7 @@ def test_no_byte_of_a_whole_release_can_change(
 def stamp(key: SigningKey, **changes: object) -> bytes:
     values: dict[str, object] = {
         "channel": "demo",
+        "epoch": 1,
         "generation": 3,
         "issued_at": NOW - 10,
         "expires_at": NOW + 10,
@@ -104,34 +105,39 @@ def stamp(key: SigningKey, **changes: object) -> bytes:
     return key.sign(Stamp(**(values | changes)).to_bytes(), STAMP_MAGIC)  # type: ignore[arg-type]
 
 
+def at(generation: int) -> Head:
+    return Head(generation, 1, b"", "")
+
+
 def test_a_timestamp_vouches_for_its_head_and_later_ones(
     verifier: ReleaseVerifier, key: SigningKey
 ) -> None:
-    assert verifier.staleness(stamp(key), 3) == ""
-    assert verifier.staleness(stamp(key), 4) == ""
+    assert verifier.staleness(stamp(key), at(3)) == ""
+    assert verifier.staleness(stamp(key), at(4)) == ""
 
 
 def test_a_timestamp_that_says_nothing(verifier: ReleaseVerifier, key: SigningKey) -> None:
-    assert "missing" in verifier.staleness(None, 3)
-    assert "worthless: bad_format" in verifier.staleness(b"junk", 3)
-    assert "worthless: bad_signature" in verifier.staleness(stamp(key) + b" ", 3)
-    assert "worthless: bad_format" in verifier.staleness(key.sign(b"{}", STAMP_MAGIC), 3)
-    assert "channel" in verifier.staleness(stamp(key, channel="other"), 3)
-    assert "expired" in verifier.staleness(stamp(key, expires_at=NOW), 3)
-    assert "promoted 4" in verifier.staleness(stamp(key, generation=4), 3)
+    assert "missing" in verifier.staleness(None, at(3))
+    assert "worthless: bad_format" in verifier.staleness(b"junk", at(3))
+    assert "worthless: bad_signature" in verifier.staleness(stamp(key) + b" ", at(3))
+    assert "worthless: bad_format" in verifier.staleness(key.sign(b"{}", STAMP_MAGIC), at(3))
+    assert "channel" in verifier.staleness(stamp(key, channel="other"), at(3))
+    assert "expired" in verifier.staleness(stamp(key, expires_at=NOW), at(3))
+    assert "epoch 2" in verifier.staleness(stamp(key, epoch=2), at(3))
+    assert "promoted 4" in verifier.staleness(stamp(key, generation=4), at(3))
 
 
 def test_a_release_is_no_timestamp(
     verifier: ReleaseVerifier, manifest: Manifest, key: SigningKey
 ) -> None:
-    assert "bad_format" in verifier.staleness(key.sign(manifest.to_bytes()), 3)
+    assert "bad_format" in verifier.staleness(key.sign(manifest.to_bytes()), at(3))
 
 
 def test_a_mark_survives_its_bytes() -> None:
-    mark = Mark(3, "a" * 64)
+    mark = Mark(1, 3, "a" * 64)
     assert Mark.from_bytes(mark.to_bytes()) == mark
     with pytest.raises(PolicyRefusedError, match="digest"):
-        Mark.from_bytes(b'{"generation":3,"digest":"x"}')
+        Mark.from_bytes(b'{"epoch":1,"generation":3,"digest":"x"}')
 
 
 def test_promises_that_this_worker_cannot_keep_are_refused(

@@ -21,8 +21,8 @@ from offramp.controller.release.registry import AckState, InMemoryRegistry
 from offramp.controller.release.signing import load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.worker import FULL_DEPTH, AdaptiveEngine, SamplingParams
+from offramp.worker.following.refresh import PolicyRefresher
 from offramp.worker.probes.readout import DERIVED, Readout
-from offramp.worker.refresh import PolicyRefresher
 
 THREADS, TURNS = 4, 20_000
 

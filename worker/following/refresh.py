@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import (
     ConfigError,
+    OfframpError,
     PolicyRefusedError,
     Refusal,
     RegistryUnavailableError,
@@ -23,6 +23,7 @@ from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
 
@@ -36,66 +37,6 @@ WAIT_S = 0.5
 """Longest single wait for an event, which bounds how long ``stop`` takes."""
 
 _logger = logging.getLogger(__name__)
-
-
-class WorkerState:
-    """The worker's memory across restarts: the mark, and the last release that it accepted.
-
-    Args:
-        folder: Made if missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._mark = folder / "mark"
-        self._good = folder / "last-known-good"
-
-    def mark(self) -> Mark | None:
-        """The highest release accepted; None if this worker never accepted one.
-
-        Raises:
-            ConfigError: the record is damaged, or missing beside an accepted release.
-        """
-        if not self._mark.exists():
-            if self._good.exists():
-                raise _lost("the mark is missing beside an accepted release")
-            return None
-        try:
-            checksum, _, record = self._mark.read_bytes().partition(b"\n")
-            if checksum != digest_of(record).encode():
-                raise _lost("the mark is damaged")
-            return Mark.from_bytes(record)
-        except (OSError, PolicyRefusedError) as error:
-            raise _lost(f"the mark is unreadable: {error}") from error
-
-    def last_good(self) -> tuple[bytes, bytes] | None:
-        """Envelope and blob of the release accepted last, both unchecked; None if there is none.
-
-        Raises:
-            ConfigError: the file cannot be read.
-        """
-        if not self._good.exists():
-            return None
-        try:
-            raw = self._good.read_bytes()
-        except OSError as error:
-            raise _lost(f"the last-known-good release is unreadable: {error}") from error
-        end = 4 + int.from_bytes(raw[:4], "big")
-        return raw[4:end], raw[end:]
-
-    def save(self, mark: Mark, envelope: bytes, blob: bytes) -> None:
-        """Record an accepted release.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        # The release first: after a crash in between, it is simply newer than the mark.
-        write_durably(self._good, len(envelope).to_bytes(4, "big") + envelope + blob)
-        record = mark.to_bytes()
-        write_durably(self._mark, digest_of(record).encode() + b"\n" + record)
-
-
-def _lost(problem: str) -> ConfigError:
-    return ConfigError("state_dir", problem, "Wait for a release that the publisher vouches for")
 
 
 class PolicyRefresher:
@@ -115,6 +56,8 @@ class PolicyRefresher:
     Attributes:
         current: The running policy: one reference, replaced as a whole.
         report: The latest acknowledgement, also when the registry could not be told.
+        unreported: Why the registry could not be told; "" if it was. To follow a channel it
+            suffices to read it: a worker may be up to date all the same.
     """
 
     def __init__(
@@ -137,23 +80,24 @@ class PolicyRefresher:
         self._mark: Mark | None = None
         self._mark_lost = False
         self._loaded: Mark | None = None
-        self._refused: tuple[Head, PolicyRefusedError] | None = None
+        self._refused: tuple[Mark, PolicyRefusedError] | None = None
         self._tripped = ""
         self._polling = threading.Lock()
         self._swapping = threading.Lock()  # never held during I/O: a trip must not wait
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self.unreported = ""
         self.report = self._ack(AckState.STALE, self._cold_start())
 
     def poll_once(self) -> Ack:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
         with self._polling:
+            self.report = ack = self._ack(*self._refresh())
             try:
-                ack = self._ack(*self._refresh())
                 self._registry.acknowledge(ack, ACK_TTL_POLLS * self._poll_s)
-            except RegistryUnavailableError as error:
-                ack = self._ack(AckState.STALE, str(error))
-            self.report = ack
+                self.unreported = ""
+            except OfframpError as error:
+                self.unreported = str(error)
             return ack
 
     def trip(self, reason: str) -> None:
@@ -193,13 +137,13 @@ class PolicyRefresher:
             try:
                 if self._registry.wait(min(left_s, WAIT_S)):
                     return
-            except RegistryUnavailableError:
+            except OfframpError:
                 self._stopping.wait(left_s)
 
     def _cold_start(self) -> str:
         """Load what was accepted before; returns what there is to say about it."""
         try:
-            self._mark = self._state.mark()
+            self._mark = self._state.mark() or self._state.pool_mark()
         except ConfigError as error:
             self._mark_lost = True
             return f"cold start at full depth: {error}"
@@ -219,13 +163,16 @@ class PolicyRefresher:
             head = self._registry.head()
             if head is None:
                 return self._without_head()
-            stale = self._verifier.staleness(self._registry.fresh(), head.generation)
-            if self._mark_lost and stale:
-                # Without a mark, an old head looks like any other: only the publisher can tell.
-                return AckState.STALE, f"the mark was lost, and {stale}"
-            self._consider(head)
+            stale = self._staleness(head)
+            manifest = self._verifier.verify(head, self._mark)
+            unknown = self._cannot_judge(manifest)
+            if unknown and stale:
+                return AckState.STALE, f"{unknown}, and {stale}"
+            self._consider(manifest, head.envelope)
         except PolicyRefusedError as error:
             return AckState.NACK, f"{error.reason.value}: {error.detail}"
+        except RegistryUnavailableError as error:
+            return AckState.STALE, str(error)
         except OSError as error:
             return AckState.STALE, f"the state folder cannot be written: {error}"
         if self._tripped:
@@ -237,29 +184,49 @@ class PolicyRefresher:
             return AckState.ACK, "nothing was promoted yet"
         return AckState.STALE, "the registry lost its head"
 
-    def _consider(self, head: Head) -> None:
-        """Take the head if it is new and right.
+    def _staleness(self, head: Head) -> str:
+        try:
+            return self._verifier.staleness(self._registry.fresh(), head)
+        except PolicyRefusedError as error:
+            return f"the publisher's timestamp cannot be read: {error}"
+
+    def _cannot_judge(self, manifest: Manifest) -> str:
+        """Why an old head would look like any other, so that only the publisher can tell."""
+        if self._mark_lost:
+            return "the mark was lost"
+        if self._mark is None:
+            return "no release was accepted before"
+        return f"epoch {manifest.epoch} would be new" if manifest.epoch > self._mark.epoch else ""
+
+    def _consider(self, manifest: Manifest, envelope: bytes) -> None:
+        """Take a verified release if it is new and right.
+
+        What a clock or the registry's repair can heal is looked at anew each time; signed bytes
+        that are no policy for this worker stay so.
 
         Raises:
             PolicyRefusedError: it is not right; the running policy is untouched.
             OSError: it could not be recorded, so it was not taken.
         """
-        if self._refused is not None and self._refused[0] == head:
+        offered = Mark.of(manifest)
+        if self._loaded == offered:
+            return
+        if self._refused is not None and self._refused[0] == offered:
             raise PolicyRefusedError(self._refused[1].reason, self._refused[1].detail)
+        blob = self._fetch(manifest)
         try:
-            manifest = self._verifier.verify(head, self._mark)
-            if self._loaded != Mark(manifest.generation, manifest.digest):
-                self._accept(manifest, head.envelope, self._fetch(manifest))
+            self._accept(manifest, envelope, blob)
         except PolicyRefusedError as error:
-            # A missing blob may yet arrive; every other refusal is for good.
-            if error.reason is not Refusal.MISSING_BLOB:
-                self._refused = (head, error)
+            self._refused = (offered, error)
             raise
 
     def _fetch(self, manifest: Manifest) -> bytes:
         blob = self._registry.get_blob(manifest.digest, min(manifest.size, MAX_BLOB_BYTES))
         if blob is None:
             raise PolicyRefusedError(Refusal.MISSING_BLOB, f"no blob {manifest.digest}")
+        if (found := digest_of(blob)) != manifest.digest:
+            detail = f"{len(blob)} bytes of digest {found} lie under {manifest.digest}"
+            raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
         return blob
 
     def _accept(self, manifest: Manifest, envelope: bytes, blob: bytes) -> None:
@@ -269,7 +236,7 @@ class PolicyRefresher:
         except Exception as error:  # what fails here would fail in the middle of decoding
             detail = f"its probe cannot be prepared: {error}"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
-        mark = Mark(manifest.generation, manifest.digest)
+        mark = Mark.of(manifest)
         self._state.save(mark, envelope, blob)
         self._mark = self._loaded = mark
         self._mark_lost = False

@@ -1,0 +1,1 @@
+"""Follows a channel: takes releases, remembers them on disk, and drops those that do harm."""
