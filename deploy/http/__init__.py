@@ -1,1 +1,1 @@
-"""Answers OpenAI-compatible HTTP requests with one worker."""
+"""Answers OpenAI-compatible HTTP requests with whatever decodes behind them."""

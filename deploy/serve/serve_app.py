@@ -22,6 +22,7 @@ from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
 from offramp.controller.release.signing import load_public_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
+from offramp.deploy.http.engine_backend import EngineBackend
 from offramp.deploy.http.http_app import create_app
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.core import EngineCore
@@ -81,7 +82,7 @@ class PoolConfig:
             )
 
 
-class ServedWorker:
+class ServedWorker(EngineBackend):
     """One replica: engine thread, policy refresher, HTTP app."""
 
     def __init__(self, config: PoolConfig) -> None:
@@ -109,7 +110,7 @@ class ServedWorker:
             engine.decoder.prepare,
         )
         engine.current_policy = lambda: self.refresher.current
-        self.service = EngineService(engine, max_waiting=config.max_waiting)
+        super().__init__(EngineService(engine, max_waiting=config.max_waiting))
         freeze_heap()
         self.refresher.start()
         self.service.start()
@@ -123,7 +124,7 @@ class ServedWorker:
         if not self.service.is_healthy:
             raise RuntimeError("the engine makes no progress")
 
-    def policy_report(self) -> dict[str, Any]:
+    async def policy_report(self) -> dict[str, Any]:
         """This worker's policy; other workers report through their acknowledgements.
 
         ``unreported`` says why the registry could not be told of it; "" if it was.

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.cli.main import main
+from offramp.deploy.http.engine_backend import EngineBackend
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import PolicySnapshot
@@ -28,17 +29,17 @@ PATIENCE_S = 60.0
 Ask = Callable[[FastAPI, Callable[[httpx.AsyncClient], Awaitable[Any]]], Any]
 
 
-class StandIn:
+class StandIn(EngineBackend):
     """What the routes need of a worker, without Ray or Redis."""
 
     model_id = "reference"
     started_at = 1_800_000_000
 
     def __init__(self, service: EngineService, api_key: str | None = None) -> None:
-        self.service = service
+        super().__init__(service)
         self.api_key = api_key
 
-    def policy_report(self) -> dict[str, Any]:
+    async def policy_report(self) -> dict[str, Any]:
         return {"worker": "worker-0", "generation": 7, "state": "ACK"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from offramp.controller.errors import OverloadedError, RequestError
-from offramp.deploy.http.replies import legacy_logprobs, token_namer
+from offramp.deploy.http.shapes.token_texts import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine, Completion, PolicySnapshot, SamplingParams
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.service import EngineService
@@ -221,7 +221,7 @@ BAD: list[tuple[str, Any]] = [
     ("n", 1.5),
     ("n", 4),  # two slots, one may wait
     ("n", 129),
-    ("best_of", 2),
+    ("best_of", 0),
     ("logprobs", -1),
     ("logprobs", 6),
     ("logprobs", True),
@@ -279,21 +279,15 @@ def test_numbers_that_are_none_are_refused(post: Post, field: str, number: str) 
     assert response.json()["error"]["param"] == field
 
 
-def test_a_prompts_tokens_have_no_logprobs(post: Post) -> None:
-    response = post(echo=True, logprobs=1)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "echo"
-
-
 def test_choices_are_taken_all_or_none(
     post: Post, service: EngineService, engine: AdaptiveEngine
 ) -> None:
     async def scenario() -> None:
         _, running = await service.submit("import os", SamplingParams(max_tokens=1000))
         await anext(running)
-        _, other = await service.submit_all("import os", SamplingParams(max_tokens=1000, n=2))
+        _, other = await service.submit_all(["import os"], SamplingParams(max_tokens=1000, n=2))
         with pytest.raises(OverloadedError):
-            await service.submit_all("import os", SamplingParams(n=2))
+            await service.submit_all(["import os"], SamplingParams(n=2))
         await running.aclose()  # type: ignore[attr-defined]  # async generators have aclose
         await anext(other)
         await other.aclose()  # type: ignore[attr-defined]  # as above

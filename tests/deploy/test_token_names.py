@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import ByT5Tokenizer
 
-from offramp.deploy.http.replies import token_namer
+from offramp.deploy.http.shapes.token_texts import token_namer
 from support.tokenizers import byte_fallback_tokenizer
 
 

@@ -17,6 +17,7 @@ from offramp.worker.decoding.draft_wave import DraftWave
 from offramp.worker.decoding.grouping import RowGrouper
 from offramp.worker.decoding.groups import Load
 from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.sampler import report_each
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.decoding.wave import Wave
@@ -34,6 +35,9 @@ from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import fetch, upload
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.probes import ProbeFactory
+
+REPORTED_AT_ONCE = 32
+"""Prompt tokens whose logits are held together: those of a whole prompt could fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +155,24 @@ class Decoder:
         self.kv.open(window)
         x_BTD = self.stack.run_layers(0, self.stack.layers, x_BTD, rotary, window, self.kv)
         self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
+        self._report_prompt(row, x_BTD[0])
         row.prefilled += len(chunk)
         if not row.is_prefilled:
             return None
         [best], logits_1V = self._judged(self.stack.logits(x_BTD[:, -1]), [row])
         return logits_1V[0], best
+
+    def _report_prompt(self, row: Sequence, states_MD: Tensor) -> None:
+        """Keep what is to be told of the prompt's tokens that follow those just read."""
+        count = row.request.sampling.prompt_logprobs
+        if count is None:
+            return
+        following = row.request.prompt[row.prefilled + 1 :]
+        for start in range(0, len(states_MD), REPORTED_AT_ONCE):
+            tokens = following[start : min(start + REPORTED_AT_ONCE, len(states_MD))]
+            if tokens:
+                logits_MV = self.stack.logits(states_MD[start : start + len(tokens)])
+                row.prompt_draws += report_each(tokens, logits_MV, count)
 
     @torch.inference_mode()
     def launch(self, waves: Rows[tuple[Launch[Sequence], Rows[Sequence]]]) -> list[RowResult]:

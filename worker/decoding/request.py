@@ -8,7 +8,7 @@ from typing import Literal
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.manifest import Guarantee
-from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 
 
@@ -119,6 +119,8 @@ class TokenEvent:
         top_logprobs: The most likely tokens there and their log-probabilities, best first.
         text_offset: Characters of the completion's text before the token's own.
         stats: What the completion cost; set on the last token only.
+        prompt_draws: What was asked of the prompt's tokens, from the second on; with the first
+            token only.
     """
 
     request_id: str
@@ -131,3 +133,4 @@ class TokenEvent:
     top_logprobs: TopLogprobs = ()
     text_offset: int = 0
     stats: CompletionStats | None = None
+    prompt_draws: tuple[Draw, ...] = ()

@@ -1,6 +1,6 @@
 """How the next token is drawn from logits.
 
-Shape suffix: V vocabulary.
+Shape suffixes: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -114,10 +114,7 @@ class Sampler:
         count = self.sampling.logprobs
         if count is None:
             return Draw(token)
-        logprobs_V = logits_V.float().log_softmax(-1)
-        best = logprobs_V.topk(min(count, self.vocab))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Draw(token, float(logprobs_V[token]), top)
+        return report_each([token], logits_V[None], count)[0]
 
     def _processed(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """What does not need a temperature, in vLLM's order; the logits themselves if nothing."""
@@ -152,6 +149,25 @@ class Sampler:
         if sampling.top_p < 1:
             probabilities_V = _nucleus(probabilities_V, sampling.top_p)
         return probabilities_V
+
+
+def report_each(tokens: Sequence[int], logits_NV: Tensor, count: int) -> list[Draw]:
+    """What is told of tokens that were chosen.
+
+    Args:
+        tokens: Ids of the N tokens.
+        logits_NV: The logits that each was chosen by.
+        count: How many of the most likely tokens to name.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(-1)
+    best = logprobs_NV.topk(min(count, logprobs_NV.shape[-1]))
+    chosen_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
+    own = logprobs_NV.gather(-1, chosen_N1)[:, 0].tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        Draw(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, top in zip(tokens, own, tops, strict=True)
+    ]
 
 
 def _new_generator(sampling: SamplingParams) -> torch.Generator | None:

@@ -61,6 +61,8 @@ class SamplingParams:
             tokens; None reports nothing. They are the log-softmax of the logits as the model gave
             them, before all of the above, at the layer where the token left the stack: an early
             exit reports the early exit's distribution.
+        prompt_logprobs: Report the same of each prompt token but the first, at full depth; None
+            reports nothing.
 
     Raises:
         RequestError: a value outside its range, naming the field.
@@ -82,6 +84,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require_counts(self)
@@ -123,8 +126,10 @@ def _require_counts(asked: SamplingParams) -> None:
     _require_count("min_tokens", asked.min_tokens, 0, None, "Use 0 for none")
     _require_count("top_k", asked.top_k, 0, None, "Use 0 for all tokens")
     _require_count("n", asked.n, 1, MOST_SAMPLES, "Send several requests for more")
-    if asked.logprobs is not None:
-        _require_count("logprobs", asked.logprobs, 0, MOST_LOGPROBS, "Leave it out for none")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(asked, name)
+        if count is not None:
+            _require_count(name, count, 0, MOST_LOGPROBS, "Leave it out for none")
     if asked.min_tokens > asked.max_tokens:
         raise RequestError(
             "min_tokens",

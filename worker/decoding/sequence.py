@@ -63,6 +63,7 @@ class Sequence:
 
     Attributes:
         prefilled: Prompt tokens in the cache.
+        prompt_draws: What is told of the prompt's tokens from the second on, if asked for.
         drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
         open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
         undecided: Whether the last open token is still on its way, waiting at its depth.
@@ -92,6 +93,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     ngrams: NgramIndex | None = None
     prefilled: int = 0
+    prompt_draws: list[Draw] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     open: list[OpenToken] = field(default_factory=list)
     undecided: bool = False

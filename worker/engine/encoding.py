@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 from offramp.controller.errors import RequestError
 from offramp.worker.engine.admission import Prompt, require_context
+
+Result = TypeVar("Result")
 
 
 class PromptEncoder:
@@ -21,6 +26,14 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, context: int) -> None:
         self._tokenizer = tokenizer
         self._context = context
+        # Long prompts take seconds, which nobody else is to wait for. One thread, since a tokenizer
+        # need not bear several; idle, it ends with this object.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="offramp-encoder")
+
+    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do work with the tokenizer in its own thread, where no event loop waits for it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, work, *arguments)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt.
@@ -30,10 +43,7 @@ class PromptEncoder:
                 token ids.
         """
         if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise RequestError("prompt", "is a string, but the engine has no tokenizer")
-            self._require_text(prompt)
-            prompt = list(self._tokenizer.encode(prompt))
+            prompt = self.tokens_of(prompt)
         try:
             require_context(len(prompt), 0, self._context)
             tokens = tuple(index(token) for token in prompt)
@@ -43,6 +53,23 @@ class PromptEncoder:
         if not tokens:
             raise RequestError("prompt", "is empty", "Give at least one token")
         return tokens
+
+    def tokens_of(self, text: str, *, rendered: bool = False) -> list[int]:
+        """Token ids of a text, perhaps none.
+
+        Args:
+            text: What to encode.
+            rendered: It comes from a template, which wrote the special tokens itself.
+
+        Raises:
+            RequestError: it is far too long, or cannot be encoded.
+        """
+        if self._tokenizer is None:
+            raise RequestError("prompt", "is a string, but the engine has no tokenizer")
+        self._require_text(text)
+        if rendered:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text))
 
     @cached_property
     def most_bytes(self) -> int:

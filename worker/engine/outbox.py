@@ -45,6 +45,7 @@ class Outbox:
                     top_logprobs=row.top_logprobs[index],
                     text_offset=offset,
                     stats=self._stats(row) if is_last and row.is_finished else None,
+                    prompt_draws=tuple(row.prompt_draws) if index == 0 else (),
                 )
             )
             if is_last:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
@@ -44,11 +45,15 @@ class _Listener:
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     kv_mode: KVMode | None
     listener: _Listener
     accepted: Future[list[Request]]
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * self.sampling.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,6 @@ class EngineService:
         self._listeners: dict[str, _Listener] = {}
         self._last_step_s = time.monotonic()
         self._has_ended = False
-        # Long prompts take seconds: the engine's thread would let every stream wait for them. One
-        # thread, since a tokenizer need not bear several; idle, it ends with the service's object.
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="offramp-encoder")
         self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
 
     def start(self) -> None:
@@ -110,24 +112,28 @@ class EngineService:
             OverloadedError: every slot is taken and the line is full.
             DecodeFailedError: the service has stopped.
         """
-        requests, events = await self.submit_all(prompt, sampling, kv_mode=kv_mode)
+        requests, events = await self.submit_all([prompt], sampling, kv_mode=kv_mode)
         return requests[0], events
 
     async def submit_all(
-        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, kv_mode: KVMode | None = None
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
-        """Queue the ``sampling.n`` requests of one prompt; all of them run under one policy.
+        """Queue ``sampling.n`` requests per prompt, in order; all of them run under one policy.
 
         Their events come from one iterator, as they are emitted. Arguments and errors are those of
         ``submit``, and it is closed as that is.
         """
-        loop = asyncio.get_running_loop()
-        if isinstance(prompt, str):
-            self._require_room(sampling.n)  # once more when it is queued: others come meanwhile
-            prompt = await loop.run_in_executor(self._encoding, self.engine.encoder.encode, prompt)
-        listener = _Listener(loop, asyncio.Queue())
+        if any(isinstance(prompt, str) for prompt in prompts):
+            # Once more when they are queued: others come while they are encoded.
+            self._require_room(len(prompts) * sampling.n)
+        encoder = self.engine.encoder
+        given = [
+            await encoder.aside(encoder.encode, prompt) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
-        self._commands.put(_Submit(prompt, sampling, kv_mode, listener, accepted))
+        self._commands.put(_Submit(tuple(given), sampling, kv_mode, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
         try:
@@ -195,7 +201,7 @@ class EngineService:
         if not command.accepted.set_running_or_notify_cancel():
             return
         try:
-            self._require_room(command.sampling.n)
+            self._require_room(command.count)
             requests = self._submit_each(command)
         except Exception as error:
             command.accepted.set_exception(error)
@@ -206,20 +212,25 @@ class EngineService:
         command.accepted.set_result(requests)
 
     def _submit_each(self, command: _Submit) -> list[Request]:
-        first, *others = command.sampling.each()
-        prompt, mode = command.prompt, command.kv_mode
-        # They differ in their seeds only: if the first can be served, all can.
-        request = self.engine.submit(prompt, first, kv_mode=mode)
-        pinned = request.snapshot
-        more = (self.engine.submit(prompt, other, pinned, kv_mode=mode) for other in others)
-        return [request, *more]
+        requests: list[Request] = []
+        try:
+            for prompt, sampling in itertools.product(command.prompts, command.sampling.each()):
+                pinned = requests[0].snapshot if requests else None
+                requests.append(
+                    self.engine.submit(prompt, sampling, pinned, kv_mode=command.kv_mode)
+                )
+        except BaseException:
+            for request in requests:
+                self.engine.cancel(request.id)
+            raise
+        return requests
 
     def _require_room(self, count: int) -> None:
         # Counted with the free slots: requests of one burst all wait until the next step.
         room = self.engine.kv.slots + self.max_waiting
         if count > room:
             raise RequestError(
-                "n", f"{count} completions exceed the room for {room}", "Ask for fewer"
+                "n", f"{count} completions exceed the room for {room}", "Ask for fewer at once"
             )
         if sum(self.engine.load) + count > room:
             raise OverloadedError(RETRY_AFTER_S)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from offramp.deploy.http.contract import NEUTRAL, OTHER_NAMES
+from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, OTHER_NAMES
 
 BODY = {"model": "reference", "prompt": [11, 12], "max_tokens": 6, "temperature": 0}
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from offramp.deploy.http.http_app import create_app
-from offramp.deploy.http.replies import legacy_logprobs, token_namer
+from offramp.deploy.http.shapes.token_texts import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.service import EngineService

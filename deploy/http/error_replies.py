@@ -1,0 +1,72 @@
+"""Errors over HTTP: OpenAI's JSON body for every one of them, without a stack trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.deploy.http.shapes.reply_shapes import ErrorFields, ErrorReply
+
+
+def error_body(message: str, kind: str, param: str | None, code: str | None) -> ErrorReply:
+    """Make a body of OpenAI's error shape."""
+    return ErrorReply(error=ErrorFields(message=message, type=kind, param=param, code=code))
+
+
+def error_reply(
+    status: int,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error as a response; its code is the status's own name by default."""
+    code = code or HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return JSONResponse(error_body(message, kind, param, code), status, headers)
+
+
+def overload_reply(error: OverloadedError) -> Response:
+    """Tell a client to come back."""
+    headers = {"Retry-After": str(error.retry_after_s)}
+    kind = code = "overloaded"
+    return error_reply(429, str(error), kind=f"{kind}_error", code=code, headers=headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of the routes."""
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return error_reply(400, str(error), param=error.field, code="invalid_value")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        # Of a body that is no JSON, the location is a number of bytes.
+        field = next((part for part in first["loc"][1:2] if isinstance(part, str)), None)
+        message = f"{field or 'body'}: {first['msg']}."
+        return error_reply(400, message, param=field, code="invalid_value")
+
+    @app.exception_handler(OverloadedError)
+    async def overloaded(_: Request, error: OverloadedError) -> Response:
+        return overload_reply(error)
+
+    @app.exception_handler(OfframpError)
+    async def failed(_: Request, error: OfframpError) -> Response:
+        return error_reply(500, str(error), kind="server_error", code="decode_failed")
+
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
+        return error_reply(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        return error_reply(500, "the worker failed", kind="server_error", code="internal_error")

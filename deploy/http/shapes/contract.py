@@ -1,0 +1,223 @@
+"""The HTTP contract's requests: what is accepted and what is refused (OpenAI's fields)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import fields
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from offramp.controller.errors import RequestError
+from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
+from offramp.worker.decoding.request import KVMode
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.admission import Prompt, as_prompts
+
+MOST_STOPS = 4
+"""Most stop strings, as OpenAI's API has it."""
+
+LONGEST_STOP = 1024
+"""Characters of a stop string: each token's text is compared with all of it."""
+
+MOST_LOGPROBS = 5
+"""Most alternatives reported per token, as OpenAI's API has it for completions."""
+
+MOST_CHOICES = 128
+"""Most choices of one reply, over all of its prompts."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not a boolean")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+
+
+class Nullable(BaseModel):
+    """Fields of a request, of which null means absent.
+
+    OpenAI's fields are nullable, and its client sends null for None.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
+
+
+class StreamOptions(Nullable):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool = False
+
+
+class OfframpOptions(Nullable):
+    """The opt-in namespace ``offramp`` of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stats: bool = Field(default=False, description="Report exit depths, generation and cost.")
+    # Checked in DecodingFields.kv_mode: the error is to name the field within the namespace.
+    kv_mode: Any = Field(
+        default=None,
+        description="What becomes of skipped layers; the engine's own mode by default.",
+        json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
+
+
+class DecodingFields(Nullable):
+    """What completions and conversations have in common. Unknown fields are ignored.
+
+    Fields that are known to change the tokens elsewhere, and would not here, are refused.
+    From ``top_k`` to ``ignore_eos`` the fields are vLLM's extensions of OpenAI's.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    temperature: Number = 1.0
+    top_p: Number = 1.0
+    presence_penalty: Number = 0.0
+    frequency_penalty: Number = 0.0
+    logit_bias: dict[str, Number] = {}
+    seed: Integer | None = None
+    n: Integer = 1
+    stop: str | list[str] = []
+    top_k: Integer = 0
+    min_p: Number = 0.0
+    repetition_penalty: Number = 1.0
+    min_tokens: Integer = 0
+    stop_token_ids: list[Integer] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    offramp: OfframpOptions = OfframpOptions()
+
+    @property
+    def counts(self) -> bool:
+        """Whether a stream is to count its tokens in a last chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def kv_mode(self) -> KVMode | None:
+        """What becomes of skipped layers; None leaves it to the engine.
+
+        Raises:
+            RequestError: an unknown mode.
+        """
+        mode: KVMode | None = self.offramp.kv_mode
+        if mode is not None and mode not in get_args(KVMode):
+            known = ", ".join(get_args(KVMode))
+            raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
+        return mode
+
+    @abstractmethod
+    def own_sampling(self) -> dict[str, Any]:
+        """How to draw tokens, as far as completions and conversations say it differently."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How to draw tokens.
+
+        Raises:
+            RequestError: a value outside its range.
+        """
+        names = {each.name for each in fields(SamplingParams)} & set(DecodingFields.model_fields)
+        parsed = {
+            "logit_bias": self._bias(),
+            "stop": self._stops(),
+            "stop_token_ids": tuple(self.stop_token_ids),
+            # As in vLLM, -1 stands for none.
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "seed": None if self.seed == -1 else self.seed,
+        }
+        given = {name: getattr(self, name) for name in names}
+        return SamplingParams(**given | parsed | self.own_sampling())
+
+    def _stops(self) -> tuple[str, ...]:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stops) > MOST_STOPS:
+            raise RequestError(
+                "stop", f"holds {len(stops)} strings, more than {MOST_STOPS}", "Send fewer"
+            )
+        longest = max(map(len, stops), default=0)
+        if longest > LONGEST_STOP:
+            raise RequestError(
+                "stop", f"holds {longest} characters, more than {LONGEST_STOP}", "Shorten it"
+            )
+        return () if self.stop == "" else stops
+
+    def _bias(self) -> dict[int, float]:
+        for token in self.logit_bias:
+            # 18 digits are more than any vocabulary needs, and fewer than int() refuses.
+            if not (token.isascii() and token.isdecimal() and len(token) <= 18):
+                raise RequestError(
+                    "logit_bias", f"{token!r:.40} is no token id", 'Write {"50": -100}'
+                )
+        return {int(token): bias for token, bias in self.logit_bias.items()}
+
+
+class CompletionRequest(DecodingFields):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Integer = 16
+    best_of: Integer | None = None
+    logprobs: Integer | None = None
+    echo: bool = False
+
+    def own_sampling(self) -> dict[str, Any]:
+        """How to draw tokens, as far as only completions say it."""
+        if self.logprobs is not None and self.logprobs > MOST_LOGPROBS:
+            raise RequestError(
+                "logprobs", f"{self.logprobs} exceeds {MOST_LOGPROBS}", "Ask for fewer"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens", "0 asks for nothing without echo", "Ask for 1 or more")
+        # The best of several are told by their log-probabilities, whether these are reported or no.
+        unasked = 0 if self.candidates > self.n else None
+        return {
+            # Prompts alone are judged, too, by reading them: what that makes is not shown.
+            "max_tokens": self.max_tokens or 1,
+            "n": self.candidates,
+            "logprobs": unasked if self.logprobs is None else self.logprobs,
+            "prompt_logprobs": self.logprobs if self.echo else None,
+        }
+
+    @property
+    def candidates(self) -> int:
+        """Completions made per prompt, of which the ``n`` likeliest are shown.
+
+        Raises:
+            RequestError: fewer than are to be shown, or a choice that a stream cannot make.
+        """
+        if self.best_of is None:
+            return self.n
+        if self.best_of < self.n:
+            raise RequestError("best_of", f"{self.best_of} is below n", "Raise it or lower n")
+        if self.stream and self.best_of > self.n:
+            raise RequestError("best_of", "cannot be chosen in a stream", "Leave one of them out")
+        return self.best_of
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, one or several.
+
+        Raises:
+            RequestError: none, a field with a value that is not supported, or too many choices.
+        """
+        require_supported(self.model_extra or {}, NEUTRAL)
+        prompts = as_prompts(self.prompt) or [[]]  # one that is empty is refused by name
+        if len(prompts) * self.candidates > MOST_CHOICES:
+            raise RequestError(
+                "prompt" if len(prompts) > 1 else "n",
+                f"asks for {len(prompts) * self.candidates} completions, more than {MOST_CHOICES}",
+                "Send several requests",
+            )
+        return prompts

@@ -1,0 +1,75 @@
+"""Routes that say what is served and how it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.shapes.reply_shapes import (
+    ErrorReply,
+    ModelCard,
+    ModelList,
+    StateReply,
+    VersionReply,
+)
+
+UNREADY: dict[int | str, dict[str, Any]] = {503: {"model": StateReply | ErrorReply}}
+
+
+def require_model(name: str, backend: Backend) -> None:
+    """Refuse a model that is not served.
+
+    Raises:
+        HTTPException: 404.
+    """
+    if name != backend.model_id:
+        raise HTTPException(404, f"model: {name!r} is not served. Ask for {backend.model_id!r}.")
+
+
+def add_status_routes(app: FastAPI, backend: Backend) -> None:
+    """Add them to an app."""
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return {"object": "list", "data": [_card(backend)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        require_model(name, backend)
+        return _card(backend)
+
+    @app.get("/v1/policy")
+    async def policy() -> dict[str, Any]:
+        return await backend.policy_report()
+
+    @app.get("/version")
+    async def installed() -> VersionReply:
+        return {"version": version("offramp")}
+
+    @app.get("/health", response_model=StateReply, responses=UNREADY)
+    async def health() -> Response:
+        return _state(backend.trouble() or "ok", is_fine=backend.trouble() is None)
+
+    @app.get("/ready", response_model=StateReply, responses=UNREADY)
+    async def ready() -> Response:
+        waiting, most = backend.waiting()
+        trouble = backend.trouble() or ("busy" if waiting >= most else None)
+        return _state(trouble or "ready", is_fine=trouble is None, waiting=waiting)
+
+
+def _state(status: str, *, is_fine: bool, **numbers: int) -> Response:
+    return JSONResponse({"status": status, **numbers}, 200 if is_fine else 503)
+
+
+def _card(backend: Backend) -> ModelCard:
+    return {
+        "id": backend.model_id,
+        "object": "model",
+        "created": backend.started_at,
+        "owned_by": "offramp",
+    }
