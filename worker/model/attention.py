@@ -194,6 +194,25 @@ def ragged_window(
     return Window(runs, write, positions_BT, cells_BT3.reshape(-1, 3), chosen)
 
 
+def slots_window(
+    slots_BT: Tensor, positions_BT: Tensor, span: int, heads_per_key: int, like: Tensor
+) -> Window:
+    """The first slots of the cache, one after the other, as captured layers need them.
+
+    Nothing is read from the host but sizes, so the window serves whatever the tensors hold later.
+
+    Args:
+        slots_BT: Where the new entries go: a row's own slot, or the spare one for padding.
+        positions_BT: Their positions; each token sees its row's entries up to there.
+        span: Cache entries read; more than any position.
+        heads_per_key, like: See ``decode_window``.
+    """
+    whole = slice(0, len(slots_BT))
+    run = Run(whole, whole, span, _mask(positions_BT, span, heads_per_key, like))
+    write = (slots_BT.flatten(), slice(None), positions_BT.flatten())
+    return Window((run,), write, positions_BT, np.empty((0, 3), np.int64))
+
+
 def _runs(slots: Sequence[int]) -> list[slice]:
     breaks = [i + 1 for i, (a, b) in enumerate(itertools.pairwise(slots)) if b != a + 1]
     edges = [0, *breaks, len(slots)]
@@ -213,8 +232,12 @@ def _run(
     where = slice(slots[rows.start], slots[rows.stop - 1] + 1)
     if positions_BT.shape[1] == 1 and min(last) == span - 1:
         return Run(rows, where, span, None)
-    end_BT1 = positions_BT[rows, :, None]
-    unseen_BTS = torch.arange(span, device=like.device) > end_BT1
+    return Run(rows, where, span, _mask(positions_BT[rows], span, heads_per_key, like))
+
+
+def _mask(positions_BT: Tensor, span: int, heads_per_key: int, like: Tensor) -> Tensor:
+    """What hides later entries from each query, [B, 1, Q, span]."""
+    unseen_BTS = torch.arange(span, device=like.device) > positions_BT[:, :, None]
     mask = torch.zeros(unseen_BTS.shape, dtype=like.dtype, device=like.device)
     mask.masked_fill_(unseen_BTS, float("-inf"))
-    return Run(rows, where, span, mask.repeat(1, heads_per_key, 1)[:, None])
+    return mask.repeat(1, heads_per_key, 1)[:, None]

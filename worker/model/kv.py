@@ -31,12 +31,17 @@ class SlotKV:
     Args:
         stack: The model whose cache this is.
         slots: Rows that can be held at once.
+
+    Attributes:
+        spare: A slot after the others that nobody reads; on a device other than the CPU captured
+            layers write there what belongs to no row.
     """
 
     def __init__(self, stack: LayerStack, slots: int) -> None:
-        self.slots = slots
+        self.slots = self.spare = slots
         self.capacity = BLOCK_TOKENS
-        shape = (stack.layers, slots, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
+        held = slots + (stack.device.type != "cpu")
+        shape = (stack.layers, held, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
         self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
@@ -45,7 +50,7 @@ class SlotKV:
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of one position in all slots."""
+        """Memory of one position in all slots, the spare one included."""
         return 2 * self.keys_LSGCH.nbytes // self.capacity
 
     def reserve(self, tokens: int) -> None:
@@ -120,7 +125,9 @@ class SlotKV:
         chosen = self._window.chosen
         if chosen is not None:
             return new_BGTH.transpose(1, 2)[chosen]
-        return new_BGTH[0] if isinstance(self._window.write[0], int) else new_BGTH[:, :, 0]
+        if isinstance(self._window.write[0], int):
+            return new_BGTH[0]
+        return new_BGTH.transpose(1, 2).flatten(0, 1)
 
 
 def _grown(old: Tensor, capacity: int) -> Tensor:
