@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,28 +55,27 @@ class Recorder:
 
     def __init__(self) -> None:
         self.replays = 0
-        self._tapes: list[Tape] = []
+        self._dirty: Tape | None = None
 
     def __call__(self, action: Callable[[], None]) -> Callable[[], None]:
         action()
         tape = Tape()
         with tape:
             action()
-        self._tapes.append(tape)
+        self._spoil(tape)
 
         def replay() -> None:
-            for each in self._tapes:
-                for *_, made in each.calls:
-                    spoil(made)
+            self._spoil(self._dirty)
             tape.play()
+            self._dirty = tape
             self.replays += 1
 
         return replay
 
-
-def spoil(tensors: list[Tensor]) -> None:
-    for tensor in map(numbers, tensors):
-        tensor.fill_(float("nan") if tensor.is_floating_point() else FAR_AWAY)
+    def _spoil(self, tape: Tape | None) -> None:
+        made = () if tape is None else (each for *_, made in tape.calls for each in made)
+        for tensor in map(numbers, made):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else FAR_AWAY)
 
 
 def numbers(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
@@ -78,7 +79,8 @@ class EngineCore:
         self.model = model
         self.config = config or EngineConfig()
         precision, drafts = self.config.precision, self.config.draft_precision
-        self.stack = prepare(quantise(stack_for(model), precision))
+        ready = partial(prepare, cuda_graphs=self.config.cuda_graphs)
+        self.stack = ready(quantise(stack_for(model), precision))
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
@@ -89,7 +91,7 @@ class EngineCore:
             self.kv,
             max_pending=self.config.max_pending,
             translators=self._translators(),
-            copy=None if drafts is None else prepare(quantise(stack_for(model), drafts)),
+            copy=None if drafts is None else ready(quantise(stack_for(model), drafts)),
         )
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""

@@ -34,6 +34,8 @@ class EngineConfig:
             may leave after any of its layers, the last included; None: they draft in the model's.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
+        cuda_graphs: Whether layers on a GPU are captured once per size, and replayed by one launch;
+            without, each kernel is launched by itself, which is slower and takes less memory.
 
     Raises:
         ConfigError: an unknown mode, or a number below its bound.
@@ -47,6 +49,7 @@ class EngineConfig:
     precision: Precision = NATIVE
     draft_precision: Precision | None = None
     kv_budget_mb: float | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.kv_mode not in get_args(KVMode):

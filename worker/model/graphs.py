@@ -51,7 +51,7 @@ Record = Callable[[Callable[[], None]], Replay]
 def cuda_recorder(device: torch.device) -> Record:
     """Capture CUDA graphs that share one pool of memory; none runs while another one does."""
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(action: Callable[[], None]) -> Replay:
         current = torch.cuda.current_stream(device)
@@ -241,7 +241,9 @@ class GraphedLayers:
             except Exception:  # whatever the driver, or a family's code, says to it
                 self.has_failed = True
                 self._graphs.clear()
-                log.warning("cannot capture layers; each kernel is launched by itself", exc_info=True)
+                log.warning(
+                    "cannot capture layers; each kernel is launched by itself", exc_info=True
+                )
                 return None
             finally:
                 kv.open(window)
@@ -264,7 +266,9 @@ class GraphedLayers:
 
 def _is_step(window: Any, kv: Any) -> bool:
     # The buffers are made in inference mode, and may be written to in it only.
-    is_ours = type(kv) is SlotKV and isinstance(window, Window) and torch.is_inference_mode_enabled()
+    is_ours = (
+        type(kv) is SlotKV and isinstance(window, Window) and torch.is_inference_mode_enabled()
+    )
     return is_ours and not window.runs[0].causal
 
 

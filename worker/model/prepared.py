@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,20 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
 from offramp.worker.model.attention import Window, decode_window
+from offramp.worker.model.graphs import GraphedLayers, cuda_recorder
 from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
 from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.lean import LeanLayer, LeanRun, Rotation, has_lean_form
 from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
 from offramp.worker.model.quantised import QuantisedLinear
-from offramp.worker.model.stack import Rotary, cloned
+from offramp.worker.model.stack import LayerStack, Rotary, cloned
 
 MEASURED_AT = 100
 """Position at which layers are compared: attention has something to read there."""
 
 
-class Preparable(Protocol):
-    """A stack whose modules can be exchanged."""
-
-    blocks: list[nn.Module]
-    head: nn.Module
-
-
-S = TypeVar("S", bound=Preparable)
+S = TypeVar("S", bound=LayerStack)
 
 
 class PackedWeight:
@@ -109,12 +103,19 @@ class PackedLinear(nn.Module):
         return self.packed(x)
 
 
-def prepare(stack: S) -> S:
-    """Let a stack run layers that compute the same over a slot cache, and faster for few rows."""
+def prepare(stack: S, *, cuda_graphs: bool = True) -> S:
+    """Let a stack run layers that compute the same over a slot cache, and faster for few rows.
+
+    Args:
+        stack: Its layers and head are exchanged.
+        cuda_graphs: Whether layers on a GPU are captured, and replayed by one launch.
+    """
     rotation = Rotation()
     stack.blocks = [_prepared(block, rotation) for block in stack.blocks]
     stack.head = _faster(stack.head) or stack.head
     _choose_compiled(stack)
+    if cuda_graphs and stack.device.type == "cuda":
+        stack.run_compiled = GraphedLayers(stack, partial(cuda_recorder, stack.device))
     return stack
 
 

@@ -22,10 +22,13 @@ from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, 
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams, Schedule
 from offramp.worker.decoding.groups import DecidedGroup, ExitGroup
 from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.model.graphs import GraphedLayers, Record
+from offramp.worker.model.kv import BLOCK_TOKENS
 from offramp.worker.probes import DeviceProbe, FusedProbe
 from offramp.worker.profiling.samples import random_policy
 from support.models import VOCAB, make_model
 from support.pretended import CrossingError, Crossings, PretendedTensor, pretend
+from support.replayed import Recorder
 from support.rows import RAGGED, RandomExit, drain
 
 SAMPLING = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -56,12 +59,15 @@ READS_NOTHING = ("full depth", "fixed", "random")
 
 @contextmanager
 def pretended_engine(
-    family: str = "llama", **config: Any
+    family: str = "llama", make_recorder: Callable[[], Record] | None = None, **config: Any
 ) -> Iterator[tuple[AdaptiveEngine, Crossings]]:
     # Views of what was made outside inference mode cannot be made inside it, as steps do.
     with torch.inference_mode(), Crossings() as crossings:
         model = pretend(make_model(family))
-        yield AdaptiveEngine(model, slots=8, config=EngineConfig(**config)), crossings
+        engine = AdaptiveEngine(model, slots=8, config=EngineConfig(**config))
+        if make_recorder is not None:
+            engine.stack.run_compiled = GraphedLayers(engine.stack, make_recorder)
+        yield engine, crossings
 
 
 def decoded(
@@ -131,6 +137,48 @@ def test_a_family_decodes_on_the_device_as_on_the_host(
         rows, counts = watched(engine, crossings, policy, "project", monkeypatch)
     assert [row.emitted for row in rows] == [row.emitted for row in expected]
     assert crossings.fetches == len(RAGGED) + counts["launches"]
+
+
+def test_captured_layers_give_the_same_tokens_and_wait_no_more_often(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ``verify`` a step has several tokens of a row, in other launches one."""
+    expected = decoded(AdaptiveEngine(make_model(family)), RandomExit(0.4, 1), "verify")
+    recorder = Recorder()
+    with pretended_engine(family, lambda: recorder) as (engine, crossings):
+        policy = RandomExit(0.4, 1)
+        rows, counts = watched(engine, crossings, policy, "verify", monkeypatch)
+    assert [row.emitted for row in rows] == [row.emitted for row in expected]
+    assert crossings.fetches == len(RAGGED) + counts["launches"]
+    assert recorder.replays > counts["launches"]
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "defer"])
+def test_captured_layers_serve_rows_that_come_go_and_grow(kv_mode: KVMode) -> None:
+    """Rows of other lengths join, change slots when one is cancelled, and outgrow the cache."""
+
+    def served(engine: AdaptiveEngine) -> list[list[int]]:
+        schedule = Schedule(holds=(2,), rows=3, patience=2)
+        engine.set_schedule(schedule)
+        sampling = SamplingParams(max_tokens=14, ignore_eos=True)
+        prompts = [*RAGGED, [9] * 120, [4, 8] * 65, *RAGGED]
+        asked, finished = [], {}
+        for n, prompt in enumerate(prompts):
+            policy = RandomExit(0.4, n)
+            asked.append(engine.submit(prompt, sampling, policy, kv_mode=kv_mode))
+            engine.step(finished)
+            if n == 5:
+                engine.cancel(asked.pop(1).id)
+        while len(finished) < len(asked):
+            engine.step(finished)
+        return [finished[request.id].emitted for request in asked]
+
+    expected = served(AdaptiveEngine(make_model("llama"), slots=8))
+    recorder = Recorder()
+    with pretended_engine("llama", lambda: recorder) as (engine, _):
+        assert served(engine) == expected
+        assert engine.kv.capacity > BLOCK_TOKENS
+    assert recorder.replays
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])

@@ -1,6 +1,6 @@
 """Captured layers compute, step after step, what the same layers compute when they are launched.
 
-There is no device here: tensors pretend to lie on one, and ``support.replayed`` does what its driver
+There is no device here: tensors pretend to lie on one, and ``support.replayed`` does what a driver
 would.
 
 Shape suffixes: N rows, T columns, D width.
@@ -173,9 +173,7 @@ def test_no_more_graphs_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -
             assert len(layers) <= 4
 
 
-def test_what_a_capture_refuses_is_launched_and_said_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_what_a_capture_refuses_is_launched_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(_: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
