@@ -10,7 +10,7 @@ trained to exit; ``accepted`` says how often.
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
     python benchmarks/decode.py --drafting --dtypes bfloat16 --batches 1,2,4,8,16,32 --threads 1
-    python benchmarks/decode.py --device cuda --engines "HF static,exits" --json gpu.json
+    python benchmarks/decode.py --device cuda --engines "HF static,kernel by kernel" --json gpu.json
     python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
 
 The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
@@ -23,7 +23,8 @@ run; everything else (probes, policy, sampling, bookkeeping) is what keeps ``sha
 1, and full depth's own bookkeeping what may lift it above. ``bound_packed`` is what perfectly
 filled launches would allow (project only: there a layer call has one token per row).
 
-On a GPU a clock beside one part of a step measures what was launched before it. So there is no
+On a GPU ``graphs`` says how many CUDA graphs an engine used; 0 where it launched each kernel by
+itself. A clock beside one part of a step measures what was launched before it. So there is no
 ``fill_share`` there, and ``decision_share`` is of "3 probes, no exit" alone: the share of its time
 that full depth does not take.
 """
@@ -49,8 +50,10 @@ from shared.workload import SHAPES, build, exit_layer, prompts_of
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.model.graphs import GraphedLayers
 from offramp.worker.model.loading import require_device
 from offramp.worker.model.products import processor
+from offramp.worker.model.stack import LayerStack
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap
 
@@ -178,9 +181,16 @@ def measure(
         rows.append(row_of(each, runs, [reports[0], full], prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
         if model.device.type != "cpu":
-            rows[-1].fill_share, is_asking = None, each.name.startswith("3 probes")
-            rows[-1].decision_share = max(0.0, 1 - rows[-1].ratio_full) if is_asking else None
+            complete_on_gpu(rows[-1], engines.get(each.schedule or "", plain).stack)
     return rows
+
+
+def complete_on_gpu(row: DecodeRow, stack: LayerStack) -> None:
+    row.fill_share, is_asking = None, row.engine.startswith("3 probes")
+    row.decision_share = max(0.0, 1 - row.ratio_full) if is_asking else None
+    if not row.engine.startswith("HF"):
+        layers = stack.run_compiled
+        row.graphs = len(layers) if isinstance(layers, GraphedLayers) else 0
 
 
 def row_of(

@@ -12,6 +12,9 @@
 #
 #   DEVICE=cpu SHAPES=reference BATCHES=1 TOKENS=4 REPEATS=1 TESTS=llama bash benchmarks/gpu.sh
 #
+# Layers are replayed as CUDA graphs; in the rows named "kernel by kernel" they are not, so that their
+# `ratio_full` is what graphs are worth, upside down. `graphs` counts them: 0 where none could be made.
+#
 # Each step has a limit and all together have LIMIT_S seconds. A step that runs out of time leaves
 # what it has: its rows so far, and in `steps` how it ended (0: done; 124 or 137: out of time).
 set -uo pipefail
@@ -91,10 +94,11 @@ decode() {
 }
 
 AT=tests/worker/decoding
+tests tests-graphs 60 graphs tests/worker/model/test_graphs.py
 tests tests-bfloat16 90 bfloat16 "$AT/test_exactness.py" "$AT/test_kv_modes.py"
 for shape in $SHAPES; do
   for batch in $BATCHES; do
-    decode "decode-$shape-$batch" 45 "$shape" "$batch" "exits,3 probes" "$REPEATS"
+    decode "decode-$shape-$batch" 45 "$shape" "$batch" "exits,3 probes,kernel by kernel" "$REPEATS"
   done
 done
 tests tests-float32 60 "not bfloat16" "$AT/test_exactness.py" "$AT/test_kv_modes.py" \

@@ -1,6 +1,7 @@
 """What the decoding benchmark lets run against each other.
 
-Full depth, exits at scripted depths, a policy that asks and never leaves, drafts by schedule.
+Full depth, exits at scripted depths, a policy that asks and never leaves, drafts by schedule; on a
+GPU full depth without CUDA graphs, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import random_policy
 from shared.workload import ScriptedExit, exit_layer
+
+LAUNCHED = "kernel by kernel"
+"""Full depth without CUDA graphs, and the schedule that its engine is found under."""
 
 STATIC = ((3, 2), (6, 3))
 """Exits and lengths of the static drafts: near the best by the cost table (docs/decoding.md)."""
@@ -49,8 +53,9 @@ def contenders(
     batch: int, layers: int, vocab: int, depths: list[float], learned: Any, wanted: tuple[str, ...]
 ) -> list[Competitor]:
     found = [Competitor("HF generate"), Competitor("full depth", "project", "lock-step")]
-    if any("HF static".startswith(name) for name in wanted if name):  # only where it is asked for
-        found.append(Competitor("HF static"))
+    only_if_asked_for = (Competitor("HF static"), Competitor(LAUNCHED, "project", LAUNCHED))
+    names = tuple(name for name in wanted if name)
+    found += [each for each in only_if_asked_for if each.name.startswith(names)]
     at = exit_layer(layers)
     if batch == 1:
         tried = (3, 6, 9) if learned is not None else (at,)
@@ -91,7 +96,11 @@ def engines_of(model: Any, batch: int, drafting: bool) -> dict[str, AdaptiveEngi
     config = EngineConfig(prefill_tokens=2**20)
     plain = AdaptiveEngine(model, slots=batch, config=config)
     if not drafting:
-        return {"lock-step": plain}
+        if model.device.type != "cuda":
+            return {"lock-step": plain}
+        launching = replace(config, cuda_graphs=False)
+        launched = AdaptiveEngine(model, slots=batch, config=launching)
+        return {"lock-step": plain, LAUNCHED: launched}
     schedules = {
         "together": Schedule(together=True, rows=batch, patience=12),
         "priced": Schedule(costs=profiled(plain), patience=12),

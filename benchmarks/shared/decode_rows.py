@@ -51,6 +51,7 @@ class DecodeRow:
     run: int | None = None
     ratio_full_low: float | None = None
     ratio_full_high: float | None = None
+    graphs: int | None = None
 
 
 def read_rows(

@@ -21,6 +21,7 @@ from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams, Schedule
 from offramp.worker.decoding.groups import DecidedGroup, ExitGroup
+from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.graphs import GraphedLayers, Record
 from offramp.worker.model.kv import BLOCK_TOKENS
@@ -162,7 +163,8 @@ def test_captured_layers_serve_rows_that_come_go_and_grow(kv_mode: KVMode) -> No
         engine.set_schedule(schedule)
         sampling = SamplingParams(max_tokens=14, ignore_eos=True)
         prompts = [*RAGGED, [9] * 120, [4, 8] * 65, *RAGGED]
-        asked, finished = [], {}
+        asked: list[Request] = []
+        finished: dict[str, Sequence] = {}
         for n, prompt in enumerate(prompts):
             policy = RandomExit(0.4, n)
             asked.append(engine.submit(prompt, sampling, policy, kv_mode=kv_mode))
