@@ -46,7 +46,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 numbers(old).copy_(numbers(new))
 
 
-class Recorder:
+class DriverStandIn:
     """Stands in for ``cuda_recorder``: what shares its memory is one recorder's.
 
     Attributes:

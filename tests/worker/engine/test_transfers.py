@@ -29,7 +29,7 @@ from offramp.worker.probes import DeviceProbe, FusedProbe
 from offramp.worker.profiling.samples import random_policy
 from support.models import VOCAB, make_model
 from support.pretended import CrossingError, Crossings, PretendedTensor, pretend
-from support.replayed import Recorder
+from support.replayed import DriverStandIn
 from support.rows import RAGGED, RandomExit, drain
 
 SAMPLING = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -145,7 +145,7 @@ def test_captured_layers_give_the_same_tokens_and_wait_no_more_often(
 ) -> None:
     """In ``verify`` a step has several tokens of a row, in other launches one."""
     expected = decoded(AdaptiveEngine(make_model(family)), RandomExit(0.4, 1), "verify")
-    recorder = Recorder()
+    recorder = DriverStandIn()
     with pretended_engine(family, lambda: recorder) as (engine, crossings):
         policy = RandomExit(0.4, 1)
         rows, counts = watched(engine, crossings, policy, "verify", monkeypatch)
@@ -176,7 +176,7 @@ def test_captured_layers_serve_rows_that_come_go_and_grow(kv_mode: KVMode) -> No
         return [finished[request.id].emitted for request in asked]
 
     expected = served(AdaptiveEngine(make_model("llama"), slots=8))
-    recorder = Recorder()
+    recorder = DriverStandIn()
     with pretended_engine("llama", lambda: recorder) as (engine, _):
         assert served(engine) == expected
         assert engine.kv.capacity > BLOCK_TOKENS

@@ -28,29 +28,29 @@ from offramp.worker.model.stack import Rotary
 from offramp.worker.model.transfers import upload
 from support.models import DEVICE, LAYERS, make_model
 from support.pretended import Crossings, pretend
-from support.replayed import Recorder, numbers
+from support.replayed import DriverStandIn, numbers
 
 SLOTS = 6
 SEGMENTS = ((0, 2), (2, 3), (3, LAYERS))
 
 
 @dataclass
-class Step:
+class SlotStep:
     """Rows by slot: position of the newest token, and how many tokens come."""
 
     rows: dict[int, tuple[int, int]]
 
 
 STEPS = (
-    Step({0: (4, 1)}),
-    Step({0: (5, 1), 1: (9, 1), 2: (9, 1)}),
-    Step({1: (10, 1), 5: (3, 1)}),
-    Step({0: (6, 1), 4: (127, 1)}),  # the last entry of a span
-    Step({0: (7, 1), 4: (128, 1)}),  # and the first of the next
-    Step({0: (9, 2), 1: (13, 3), 3: (20, 1)}),
-    Step({2: (12, 3)}),
-    Step({2: (13, 1), 3: (200, 9)}),
-    Step({1: (10, 1), 5: (3, 1)}),  # as before: nothing is captured
+    SlotStep({0: (4, 1)}),
+    SlotStep({0: (5, 1), 1: (9, 1), 2: (9, 1)}),
+    SlotStep({1: (10, 1), 5: (3, 1)}),
+    SlotStep({0: (6, 1), 4: (127, 1)}),  # the last entry of a span
+    SlotStep({0: (7, 1), 4: (128, 1)}),  # and the first of the next
+    SlotStep({0: (9, 2), 1: (13, 3), 3: (20, 1)}),
+    SlotStep({2: (12, 3)}),
+    SlotStep({2: (13, 1), 3: (200, 9)}),
+    SlotStep({1: (10, 1), 5: (3, 1)}),  # as before: nothing is captured
 )
 
 
@@ -60,7 +60,7 @@ def launched(action: Callable[[], None]) -> Callable[[], None]:
 
 
 def recorder() -> Record:
-    return cuda_recorder(DEVICE) if DEVICE.type == "cuda" else Recorder()
+    return cuda_recorder(DEVICE) if DEVICE.type == "cuda" else DriverStandIn()
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -88,7 +88,7 @@ def ready_layers(
             yield stack, kv, found
 
 
-def window_of(step: Step, stack: Any, like: Tensor) -> Window:
+def window_of(step: SlotStep, stack: Any, like: Tensor) -> Window:
     slots = list(step.rows)
     positions, lengths = zip(*step.rows.values(), strict=True)
     if max(lengths) == 1:
@@ -96,7 +96,7 @@ def window_of(step: Step, stack: Any, like: Tensor) -> Window:
     return ragged_window(slots, positions, lengths, stack.heads_per_key, like)
 
 
-def run(stack: Any, kv: SlotKV, step: Step, seed: int) -> Tensor:
+def run(stack: Any, kv: SlotKV, step: SlotStep, seed: int) -> Tensor:
     """All segments of a step, and what of the result belongs to tokens, [M, D]."""
     columns = max(length for _, length in step.rows.values())
     torch.manual_seed(seed)
@@ -150,14 +150,14 @@ def test_a_graph_serves_all_steps_of_its_size() -> None:
     with ready_layers("llama", torch.float32, make_recorder) as (stack, kv, layers):
         assert layers is not None
         for position in range(20, 100):
-            run(stack, kv, Step({0: (position, 1), 2: (position + 20, 1)}), position)
+            run(stack, kv, SlotStep({0: (position, 1), 2: (position + 20, 1)}), position)
         assert len(layers) == len(SEGMENTS)
-        run(stack, kv, Step({3: (5, 1)}), 0)  # as many rows, rounded up
+        run(stack, kv, SlotStep({3: (5, 1)}), 0)  # as many rows, rounded up
         assert len(layers) == len(SEGMENTS)
-        run(stack, kv, Step({3: (130, 1)}), 0)
+        run(stack, kv, SlotStep({3: (130, 1)}), 0)
         assert len(layers) == 2 * len(SEGMENTS)
         kv.reserve(300)
-        run(stack, kv, Step({3: (130, 1)}), 0)
+        run(stack, kv, SlotStep({3: (130, 1)}), 0)
         assert len(layers) == len(SEGMENTS)  # those over the old cache are gone
         assert len(recorders) == 2
 
@@ -169,7 +169,7 @@ def test_a_cache_that_grows_moves_and_is_followed() -> None:
             found = []
             for seed, tokens in enumerate((256, 300, 700, 700)):
                 kv.reserve(tokens)
-                found.append(run(stack, kv, Step({0: (30, 1), 1: (40, 1)}), seed))
+                found.append(run(stack, kv, SlotStep({0: (30, 1), 1: (40, 1)}), seed))
             outs.append(torch.cat(found))
     assert same(*outs)
 
@@ -199,7 +199,7 @@ def test_what_a_capture_refuses_is_launched_and_said_once(caplog: pytest.LogCapt
 
 def test_a_layer_with_a_hook_is_called(family: str) -> None:
     with ready_layers(family, torch.float32, recorder) as (stack, kv, _):
-        step = Step({0: (4, 1), 1: (9, 1)})
+        step = SlotStep({0: (4, 1), 1: (9, 1)})
         run(stack, kv, step, 0)
         called: list[Any] = []
         part = next(module for module in stack.blocks[2].modules() if not list(module.children()))
@@ -211,9 +211,9 @@ def test_a_layer_with_a_hook_is_called(family: str) -> None:
 def test_prompts_and_what_is_no_inference_are_left_to_plain_launches() -> None:
     with ready_layers("llama", torch.float32, recorder) as (stack, kv, layers):
         assert layers is not None
-        run(stack, kv, Step({0: (8, 9)}), 0)  # a prompt in one chunk
-        run(stack, kv, Step({0: (60, 20)}), 0)
-        run(stack, kv, Step({slot: (60, 15) for slot in range(SLOTS)}), 0)
+        run(stack, kv, SlotStep({0: (8, 9)}), 0)  # a prompt in one chunk
+        run(stack, kv, SlotStep({0: (60, 20)}), 0)
+        run(stack, kv, SlotStep({slot: (60, 15) for slot in range(SLOTS)}), 0)
         assert len(layers) == 3  # of 6 rows and 16 columns
         x_NTD = upload([[[0.5] * stack.width]], stack.device, stack.dtype)
         with torch.inference_mode(False):
