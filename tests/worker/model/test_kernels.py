@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.model.attention import Window, decode_window, prefill_window, ragged_window
 from offramp.worker.model.families import stack_for
+from offramp.worker.model.kernels import matrix as kernel_matrix
 from offramp.worker.model.kernels.floats import (
     coarse_exponential,
     exponential,
@@ -23,7 +24,9 @@ from offramp.worker.model.kernels.floats import (
     rounded_bits,
     write,
 )
-from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
+from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable, product_into, weighted
+from offramp.worker.model.kernels.multiply import BITS
+from offramp.worker.model.kernels.tiles import has_tiles
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.lean import LeanLayer
 from offramp.worker.model.precision import Precision
@@ -66,6 +69,31 @@ def test_a_product_is_exact_whatever_its_sizes(kind: str, outputs: int, inputs: 
         # int4's sums lose five bits to the ones that its kernel adds and takes away again.
         atol = 2e-3 if kind == "int4" else 2e-4
         torch.testing.assert_close(matrix.product(x_NI).double(), truth, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no tiles of bfloat16")
+@pytest.mark.parametrize("outputs", [16, 31, 32, 47, 70])
+@pytest.mark.parametrize("inputs", [32, 96, 1056])
+def test_tiles_sum_exactly_whatever_their_sizes(outputs: int, inputs: int) -> None:
+    weight_OI = numbers(outputs, inputs, seed=1).bfloat16()
+    matrix = KernelMatrix(weight_OI).described
+    for rows in (1, 2, 7, 16, 17, 33):
+        x_NI = numbers(rows, inputs).bfloat16()
+        y_NO = np.full((rows, outputs), np.nan, np.float32)
+        x_and_packed = weighted(matrix, x_NI.float().numpy())
+        product_into(matrix, *x_and_packed, y_NO)
+        truth = x_NI.double() @ weight_OI.double().T
+        torch.testing.assert_close(torch.from_numpy(y_NO).double(), truth, rtol=1e-5, atol=2e-4)
+
+
+def test_vectors_and_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines without tiles run the same layers: to the rounding of a sum, the same numbers."""
+    weight_OI, x_NI = numbers(96, 320, seed=1).bfloat16(), numbers(5, 320).bfloat16()
+    first = KernelMatrix(weight_OI).product(x_NI)
+    monkeypatch.setattr(kernel_matrix, "has_tiles", lambda: False)
+    vectors = KernelMatrix(weight_OI)
+    assert vectors.described[kernel_matrix.KIND] == BITS
+    torch.testing.assert_close(vectors.product(x_NI), first, rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])

@@ -19,9 +19,11 @@ from offramp.worker.model.kernels.multiply import (
     FLOATS,
     INT4,
     INT8,
+    TILES,
     code_for,
     multiply,
 )
+from offramp.worker.model.kernels.tiles import fits_tiles, has_tiles, packed
 from offramp.worker.model.kernels.vectors import LANES
 
 KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
@@ -65,13 +67,18 @@ class KernelMatrix:
         self.described[[GROUP, OUTPUTS, INPUTS]] = group_size, outputs, inputs
         for place, part in zip((WEIGHTS, BIAS, SCALES, ZEROS), self._kept, strict=True):
             self.described[place] = 0 if part is None else part.data_ptr()
+        self._of_floats = self.described  # rows of float32 do not go into tiles
+        if kind == BITS and fits_tiles(outputs, inputs) and has_tiles():
+            self.described = self.described.copy()
+            self.described[[KIND, CODE]] = TILES, code_for(TILES)
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ + b over the last dimension; each row's bits depend on that row alone."""
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self._outputs)
         rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
-        _multiply_rows(self.described, x.data_ptr(), is_bits, rows, y.data_ptr())
+        described = self.described if is_bits else self._of_floats
+        _multiply_rows(described, x.data_ptr(), is_bits, rows, y.data_ptr())
         return y
 
 
@@ -85,6 +92,8 @@ def is_readable(weight_OI: Tensor) -> bool:
 def weighted(matrix: Any, x_NI: Any) -> Any:
     """Rows as a kind of weights needs them, and sums of them; only int4 needs others.
 
+    Tiles take their rows by the second, see ``packed``.
+
     int4's kernel reads a number q as 1 + q / 256 in the first half of a block, and as 1 + q / 16 in
     the second. So inputs are multiplied by 256 and 16, and per group of a row there are two sums:
     what the scale s multiplies beside q, to take the ones away again and to centre q, and what the
@@ -93,6 +102,8 @@ def weighted(matrix: Any, x_NI: Any) -> Any:
     Returns:
         Rows [N, I], and sums [N, 2, groups padded by 0 to whole vectors].
     """
+    if matrix[KIND] == TILES:
+        return x_NI, packed(x_NI)
     if matrix[KIND] != INT4:
         return x_NI, np.zeros((1, 2, 1), np.float32)
     rows, inputs = x_NI.shape

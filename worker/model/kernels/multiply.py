@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from offramp.controller.policies.net_kernel import kept_on_disk
+from offramp.worker.model.kernels.tiles import TileProduct
 from offramp.worker.model.kernels.vectors import (
     F32,
     FLOAT_LANES,
@@ -31,8 +32,9 @@ from offramp.worker.model.kernels.vectors import (
     whole_number,
 )
 
-BITS, FLOATS, INT8, INT4 = range(4)
-"""How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups."""
+BITS, FLOATS, INT8, INT4, TILES = range(5)
+"""How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups;
+last, bits of bfloat16 that fill the processor's tiles."""
 
 TILE = 4
 """Outputs, and rows at most, whose sums are kept in registers together."""
@@ -196,7 +198,11 @@ class _Product(VectorCode):
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]  # numba is untyped
 def _product_of(_: Any, kind: Any, arguments: Any) -> Any:
     def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        _Product(builder, kind.literal_value, cgutils.unpack_tuple(builder, values[1])).emit()
+        given = cgutils.unpack_tuple(builder, values[1])
+        if kind.literal_value == TILES:
+            TileProduct(builder, given).emit()
+        else:
+            _Product(builder, kind.literal_value, given).emit()
         return context.get_dummy_value()
 
     return types.void(kind, arguments), emit
@@ -249,7 +255,7 @@ def multiply(_: Any, code: Any, arguments: Any) -> Any:
         group: Inputs that share one of int4's scales.
         outputs, inputs: Sizes of the matrix.
         x: Address of the rows [M, I], float32; for int4 as ``weighted`` leaves them.
-        sums: Address of what ``weighted`` sums of each row.
+        sums: Address of what ``weighted`` sums of each row; for tiles of the rows as ``packed``.
         rows: Number of rows.
         y: Address of what is written, float32.
         y_stride: Numbers from one row of it to the next.

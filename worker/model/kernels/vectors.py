@@ -26,12 +26,12 @@ class VectorCode:
     def __init__(self, builder: Any) -> None:
         self.b = builder
 
-    def ask_for(self, place: Any) -> None:
+    def ask_for(self, place: Any, near: int = 3) -> None:
         """Let memory hand over what lies at an address."""
         signature = ir.FunctionType(ir.VoidType(), (I8.as_pointer(), I32, I32, I32))
         ask = cgutils.get_or_insert_function(self.b.module, signature, "llvm.prefetch.p0i8")
         # To read, into every cache, data.
-        how = [ir.Constant(I32, n) for n in (0, 3, 1)]
+        how = [ir.Constant(I32, n) for n in (0, near, 1)]
         self.b.call(ask, (self.b.inttoptr(place, I8.as_pointer()), *how))
 
     def load(self, place: Any, element: Any, lanes: int = LANES) -> Any:
