@@ -43,8 +43,8 @@ COHORTS = [
 ]
 TOGETHER = Schedule(together=True, rows=3, patience=4)
 SCHEDULES = [LOCKSTEP, *COHORTS, TOGETHER]
-BF16_CLOSE = 2**-6
-"""Of the largest logit; two to four steps of bfloat16."""
+BF16_CLOSE = 2**-5
+"""Of the largest logit; Hugging Face's own `generate` is up to 0.024 from one pass over all."""
 
 
 def engine_of(model: Any, **config: Any) -> AdaptiveEngine:

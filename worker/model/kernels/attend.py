@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 
 from offramp.controller.policies.net_kernel import compiled
-from offramp.worker.model.kernels.floats import (
-    address,
-    coarse_exponential,
-    exponential,
-    read,
-    round_all,
-)
+from offramp.worker.model.kernels.floats import address, coarse_exponential, exponential, round_all
 from offramp.worker.model.kernels.multiply import multiply
+from offramp.worker.model.kernels.tiles import SIDE, packed
 
-IS_BITS, CODE_OF_CACHE, COARSE, QUERY_HEADS, KEY_HEADS, HEAD_DIM, ROTATES = range(7)
-"""What a layer's description holds: sizes, and the code that multiplies with keys in the cache."""
+IS_BITS, COARSE, QUERY_HEADS, KEY_HEADS, HEAD_DIM, ROTATES = range(6)
+"""What a layer's description holds: sizes, and how exponentials are taken."""
 
-BEFORE, AFTER, OF_QUERIES, OF_KEYS = range(7, 11)
+OF_KEY_ROWS, OF_KEY_TILES, OF_VALUES = range(6, 9)
+"""The code that multiplies with keys in the cache, by rows or by tiles (0: none), and values."""
+
+BEFORE, AFTER, OF_QUERIES, OF_KEYS = range(9, 13)
 """What follows there: the addresses of its norms' weights; 0 for a norm that it lacks."""
 
 ATTENTION_BLOCK = 512
@@ -66,16 +64,17 @@ def attend_to(
     layer: Any, scaling: float, asking_QH: Any, span: int, keys: int, values: int, context_QH: Any
 ) -> None:
     """Add up the values of one key head for the query heads that share it; context starts at 0."""
-    is_bits = layer[IS_BITS] != 0
     shared, width = asking_QH.shape
-    row_bytes = width * (2 if is_bits else 4)
+    row_bytes = width * (2 if layer[IS_BITS] != 0 else 4)
     weights_QP = np.empty((shared, span), np.float32)
+    tiled = span >= SIDE and layer[OF_KEY_TILES] != 0
+    code = layer[OF_KEY_TILES] if tiled else layer[OF_KEY_ROWS]
+    packed_BPW = packed(asking_QH) if tiled else np.empty((1, 1, 1), np.float32)
     arguments = (
-        keys, row_bytes, 0, 0, 1, span, width, address(asking_QH), 0, shared,
+        keys, row_bytes, 0, 0, 1, span, width, address(asking_QH), address(packed_BPW), shared,
         address(weights_QP), span,
     )  # fmt: skip
-    multiply(layer[CODE_OF_CACHE], arguments)
-    value_H = np.empty(width, np.float32)
+    multiply(code, arguments)
     totals_Q = np.zeros(shared, np.float32)
     highest_Q = np.full(shared, np.float32(-np.inf), np.float32)
     for first in range(0, span, ATTENTION_BLOCK):
@@ -85,12 +84,11 @@ def attend_to(
                 layer, np.float32(scaling), weights_QP[q, first:last], highest_Q[q : q + 1],
                 totals_Q[q : q + 1], context_QH[q],
             )  # fmt: skip
-        for p in range(first, last):
-            read(values + p * row_bytes, is_bits, value_H)
-            for q in range(shared):
-                weight = weights_QP[q, p]
-                for h in range(width):
-                    context_QH[q, h] += weight * value_H[h]
+        parts = (
+            values + first * row_bytes, row_bytes, address(weights_QP) + 4 * first, span,
+            last - first, address(context_QH), shared, width,
+        )  # fmt: skip
+        multiply(layer[OF_VALUES], parts)
     for q in range(shared):
         share = np.float32(1) / totals_Q[q]
         for h in range(width):

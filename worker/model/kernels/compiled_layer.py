@@ -15,7 +15,9 @@ from torch import Tensor
 from offramp.worker.model.attention import Window
 from offramp.worker.model.kernels.layer import run_layers
 from offramp.worker.model.kernels.matrix import GROUP, INPUTS, KIND, OUTPUTS, KernelMatrix
-from offramp.worker.model.kernels.multiply import BITS, FLOATS, code_for
+from offramp.worker.model.kernels.multiply import BITS, FLOATS, TILES, code_for
+from offramp.worker.model.kernels.tiles import SIDE, fits_tiles, has_tiles
+from offramp.worker.model.kernels.weigh_values import value_code_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import Rotary
 
@@ -49,15 +51,18 @@ class LayerForm:
         self.reals = np.array([*epsilons, attention.scaling], np.float32)
         is_bits = norms[0].weight.dtype is torch.bfloat16
         key_heads = attention.config.num_key_value_heads
+        tiled = is_bits and has_tiles() and fits_tiles(SIDE, attention.head_dim)
         self.described = np.array(
             [
                 is_bits,
-                code_for(BITS if is_bits else FLOATS),
                 COARSE_LANES.get(torch.backends.cpu.get_cpu_capability(), 0) if is_bits else 0,
                 attention.num_key_value_groups * key_heads,
                 key_heads,
                 attention.head_dim,
                 getattr(attention, "use_rope", True),
+                code_for(BITS if is_bits else FLOATS),
+                code_for(TILES) if tiled else 0,
+                value_code_for(int(is_bits)),
                 *(0 if norm is None else norm.weight.data_ptr() for norm in norms),
             ],
             np.int64,

@@ -151,9 +151,17 @@ class TileProduct(VectorCode):
             self._write(_SUMS[t], self.b.add(o, whole_number(SIDE * t)), block)
 
     def _write(self, tile: int, o: Any, block: Any) -> None:
-        """Turn a tile of sums, an output per row, and put it where the rows' outputs are."""
+        """Put a tile of sums, an output per row, where the rows' outputs are."""
+        with self.b.if_else(self.b.icmp_signed("==", self.rows, whole_number(1))) as (one, several):
+            with one:
+                self._store(tile, self.at(self.y, o, 4), whole_number(4))
+            with several:
+                self._turn(tile, o, block)
+
+    def _turn(self, tile: int, o: Any, block: Any) -> None:
+        """The same for several rows: outputs of a row lie side by side there."""
         start = self.b.ptrtoint(self._scratch, I64)
-        self._call("llvm.x86.tilestored64", self._tile(tile), self._pointer(start), self.line)
+        self._store(tile, start, self.line)
         first = self.times(block, SIDE)
         left = self.b.sub(self.rows, first)
         some = self.b.icmp_signed("<", left, whole_number(SIDE))
@@ -164,6 +172,9 @@ class TileProduct(VectorCode):
                 value = self.load(self.at(start, at, 4), F32, lanes=1)
                 place = self.at(self.y, self.b.add(row, self.b.add(o, whole_number(k))), 4)
                 self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
+
+    def _store(self, tile: int, place: Any, stride: Any) -> None:
+        self._call("llvm.x86.tilestored64", self._tile(tile), self._pointer(place), stride)
 
     def _load(self, tile: int, place: Any, stride: Any) -> None:
         self._call("llvm.x86.tileloadd64", self._tile(tile), self._pointer(place), stride)
