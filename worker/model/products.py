@@ -25,7 +25,7 @@ from offramp.controller.durable import write_durably
 
 Product = Callable[[Tensor], Tensor]
 
-SIZES = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows at which kernels are compared, until the one for many rows wins."""
 
 PAIRS = 9
@@ -72,6 +72,7 @@ def rows_up_to(
     """
     known = _known()
     key = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {what}"
+    key += f", up to {sizes[-1]}"
     if key not in known:
         faster = itertools.takewhile(
             lambda size: _seconds(few, many, rows_MI[:size]) < MARGIN, sizes

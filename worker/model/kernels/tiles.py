@@ -98,18 +98,21 @@ class TileProduct(VectorCode):
     def emit(self) -> None:
         """All outputs, two tiles at a time; the last tile may repeat some of the one before."""
         self._configure()
+        pairs = self.b.and_(self.outputs, whole_number(-2 * SIDE))
+        every = cgutils.for_range_slice(self.b, whole_number(0), pairs, whole_number(2 * SIDE))
+        with every as (o, _):
+            self._all_rows(2, o)
+        with self._if_any(SIDE):
+            self._all_rows(1, pairs)
+        with self._if_any(SIDE - 1):
+            self._all_rows(1, self.b.sub(self.outputs, whole_number(SIDE)))
+        self._call("llvm.x86.tilerelease")
+
+    def _all_rows(self, count: int, o: Any) -> None:
+        """Every block of rows, while the outputs' weights are in the caches."""
         blocks = self.b.sdiv(self.b.add(self.rows, whole_number(SIDE - 1)), whole_number(SIDE))
         with cgutils.for_range(self.b, blocks) as loop:
-            block = loop.index
-            pairs = self.b.and_(self.outputs, whole_number(-2 * SIDE))
-            every = cgutils.for_range_slice(self.b, whole_number(0), pairs, whole_number(2 * SIDE))
-            with every as (o, _):
-                self._tiles(2, o, block)
-            with self._if_any(SIDE):
-                self._tiles(1, pairs, block)
-            with self._if_any(SIDE - 1):
-                self._tiles(1, self.b.sub(self.outputs, whole_number(SIDE)), block)
-        self._call("llvm.x86.tilerelease")
+            self._tiles(count, o, loop.index)
 
     def _if_any(self, bits: int) -> Any:
         left = self.b.and_(self.outputs, whole_number(bits))
