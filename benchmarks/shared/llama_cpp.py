@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.timing import Report
 
-REMEDY = 'llama.cpp is left out: pip install -e ".[peers]" (xllamacpp, gguf)'
+REMEDY = 'pip install -e ".[peers]" (xllamacpp, gguf)'
 
 STAND_IN = re.compile(r"<t(\d+)>")
 """A token of the vocabulary that ``write_gguf`` writes, by its number."""
