@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from offramp.controller.costs.table import CostTable, load_costs
+from offramp.controller.costs.cost_file import load_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1, IntArray
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.worker.engine.engine import AdaptiveEngine

@@ -39,6 +39,7 @@ from torch.nn.functional import cross_entropy
 
 from offramp.agents.recording.corpus import load_corpus, tokenize
 from offramp.controller.policies.drafts.static_draft import StaticDraft
+from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
@@ -185,7 +186,8 @@ def drafts(
         prompt = [text[:PROMPT]]
         first = ours(full, prompt, tokens, NeverExit())
         mine = {each: ours(copies[each[0]], prompt, tokens,
-                           StaticDraft(layer=layers, length=each[1]), "verify")
+                           StaticDraft(layer=Exit(layers, Precision.parse(each[0]).weights),
+                                       length=each[1]), "verify")
                 for each in plans}  # fmt: skip
         if index:  # the first prompt warms up
             base.append(first)

@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from offramp.agents.recording.corpus import Document
-from offramp.controller.errors import TraceError
+from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, IntArray
+from offramp.controller.policies.exits import copy_weights
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.cores.draft_tables import CandidateDrafts
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.recording.copy_pass import CopyPass
 from offramp.worker.recording.recorder import record_document
 
 TABLE_WIDTH = 2
@@ -33,7 +35,7 @@ class Continuations:
     """How much of which documents is recorded.
 
     Attributes:
-        exits: Layers to probe, ascending.
+        exits: Layers to probe, ascending; those on the engine's copy in fewer bytes first.
         prompt_tokens: Tokens of each document that are read first.
         new_tokens: Tokens that the model goes on for.
     """
@@ -64,6 +66,7 @@ def record_continuations(
 
     Raises:
         TraceError: a document is shorter than its prompt.
+        ConfigError: exits are on a copy that the engine does not have.
     """
     prompts = [list(tokens[: config.prompt_tokens]) for _, tokens in documents]
     if any(len(prompt) < config.prompt_tokens for prompt in prompts):
@@ -71,10 +74,11 @@ def record_continuations(
         raise TraceError("documents", problem, "Leave it out, or ask for shorter prompts")
     sampling = SamplingParams(max_tokens=config.new_tokens + 1, ignore_eos=True)
     done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
+    copy = _copy_pass(engine, config)
     chunks = []
     for (document, _), prompt, completion in zip(documents, prompts, done, strict=True):
         new = list(completion.token_ids)
-        chunks.append(_record(engine, document, [*prompt, *new], config, candidates_VK))
+        chunks.append(_record(engine, document, [*prompt, *new], config, candidates_VK, copy))
         on_document(len(chunks), len(prompts))
     header = TraceHeader(
         model=engine.model_fingerprint,
@@ -86,12 +90,28 @@ def record_continuations(
     return kind.from_chunks(header, chunks)
 
 
+def _copy_pass(engine: AdaptiveEngine, config: Continuations) -> CopyPass | None:
+    """What runs tokens on the engine's copy, if there are exits on it."""
+    wanted = copy_weights(config.exits)
+    if wanted is None:
+        return None
+    copy, precision = engine.decoder.context.copy, engine.config.draft_precision
+    if copy is None or precision is None or precision.weights != wanted:
+        raise ConfigError(
+            "exits",
+            f"({', '.join(map(str, config.exits))}) are on a copy that the engine does not have",
+            f"Load it with draft_precision=Precision(weights={wanted!r})",
+        )
+    return CopyPass(engine.stack, copy.stack, config.prompt_tokens)
+
+
 def _record(
     engine: AdaptiveEngine,
     document: Document,
     tokens: list[int],
     config: Continuations,
     candidates_VK: IntArray | None,
+    copy: CopyPass | None,
 ) -> TraceChunk:
     """The tokens after the prompt's own first one: those that a decode step begins with."""
     headless = candidates_VK is not None
@@ -100,7 +120,14 @@ def _record(
         table_VK = np.tile(np.arange(TABLE_WIDTH, dtype=np.int32), (engine.stack.vocab, 1))
     schema = CANDIDATES_V1 if headless else SOFTMAX_V2
     whole = record_document(
-        engine.stack, document.digest, tokens, config.exits, table_VK, schema, headless=headless
+        engine.stack,
+        document.digest,
+        tokens,
+        config.exits,
+        table_VK,
+        schema,
+        headless=headless,
+        copy=copy,
     )
     kept = slice(config.prompt_tokens, None)
     names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]

@@ -13,10 +13,10 @@ from offramp.agents.drafting.continuations import Continuations, record_continua
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import Document, load_corpus, tokenize
-from offramp.agents.recording.record import require_exits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import IntArray
+from offramp.controller.policies.exits import Exit, ascend, is_on_copy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.decoding.sampling import SamplingParams
@@ -44,7 +44,8 @@ class DraftingConfig:
         corpus: Folder of documents whose beginnings are continued; "" takes Python's standard
             library.
         documents: Documents to take from the corpus, over all splits.
-        exits: Layers that a draft may leave after; () places four within the first half.
+        exits: Layers that a draft may leave after, those on a copy in fewer bytes first, as
+            ``Exit(12, "int4")``; () places four within the first half of the model's own.
         prompt_tokens: Tokens of each document that are read before the model goes on.
         new_tokens: Tokens that the model goes on for.
         candidates: Candidate tokens per token, the best of which is drafted without the LM head.
@@ -57,7 +58,7 @@ class DraftingConfig:
     model: str
     corpus: str = ""
     documents: int = 320
-    exits: tuple[int, ...] = ()
+    exits: tuple[int | Exit, ...] = ()
     prompt_tokens: int = 64
     new_tokens: int = 192
     candidates: int = 64
@@ -109,7 +110,8 @@ def record_parts(
     """
     exits = _exits_of(config, engine)
     train, validation = _documents(config)
-    many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER)
+    own = engine.config
+    many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER, config=own)
     spoken = _continued(many, train, config)
     table_VK = successor_table(spoken, engine.stack.vocab, config.candidates)
     wanted = Continuations(
@@ -122,7 +124,7 @@ def record_parts(
         )
 
     recorded, held_out = record("record", train), record("record validation", validation)
-    alone = AdaptiveEngine(engine.model, engine.tokenizer, slots=1)
+    alone = AdaptiveEngine(engine.model, engine.tokenizer, slots=1, config=own)
     profile = ProfileConfig(rows=(1,), limit_s=config.profile_s)
     parts = DraftParts(
         config=config,
@@ -140,7 +142,12 @@ def _exits_of(config: DraftingConfig, engine: AdaptiveEngine) -> tuple[int, ...]
     exits = config.exits or tuple(
         sorted({max(1, layers * part // 12) for part in (2, 3, 5, 6)} - {layers})
     )
-    require_exits(exits, layers)
+    if not ascend(exits) or any(e >= layers + is_on_copy(e) for e in exits):
+        raise ConfigError(
+            "exits",
+            f"{exits} do not ascend within [1, {layers - 1}], or on a copy within [1, {layers}]",
+            "Use layers of the model, those on a copy first",
+        )
     if config.prompt_tokens + config.new_tokens >= engine.stack.context:
         raise ConfigError(
             "new_tokens",

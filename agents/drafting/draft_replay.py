@@ -25,7 +25,8 @@ from offramp.controller.policies.protocols import (
     is_headless,
 )
 from offramp.envs.cores.draft_core import COUNTS, DraftExitCore
-from offramp.envs.cores.draft_tables import FEATURES, CandidateDrafts, DraftPrices
+from offramp.envs.cores.draft_tables import CandidateDrafts, DraftPrices
+from offramp.envs.cores.draft_view import FEATURES
 from offramp.envs.traces.tokens import TokenTraces
 
 Decide = Callable[[FloatArray], IndexArray]
@@ -81,7 +82,7 @@ def replay_drafts(
         kind = "candidates" if headless else "the head's tokens"
         raise ConfigError("traces", f"hold {kind}, which the policy does not draft")
     probes = policy.schema is not None
-    prices = DraftPrices.of(costs, max_pending, probes=probes, headless=headless)
+    prices = DraftPrices.of(costs, max_pending, policy.exits, probes=probes, headless=headless)
     firsts = _firsts(shown)
     if isinstance(policy, LearningPolicy):
         learner = copy.deepcopy(policy)
@@ -97,7 +98,8 @@ def replay_decisions(
 ) -> DraftReplay:
     """Decode all documents side by side from their first token, as ``decide`` says."""
     headless = isinstance(traces, CandidateDrafts)
-    prices = DraftPrices.of(costs, max_pending, headless=headless)
+    exits = traces.header.exits
+    prices = DraftPrices.of(costs, max_pending, exits, headless=headless)
     return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces)))
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.drafts import ConfidentDraft
+from offramp.controller.policies.exits import exit_to_json
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.decoding.sampling import SamplingParams
@@ -122,13 +124,18 @@ def teach_drafters(
     save_policies(
         out,
         contenders,
-        {name: value for name, value in asdict(config).items() if name not in PLACES},
+        {name: value for name, value in _settings(config).items() if name not in PLACES},
         lambda policy: _canned(policy, rows_NF),
         (engine.model_fingerprint, engine.tokenizer_fingerprint),
     )
     chosen = min(range(1, len(contenders)), key=lambda n: contenders[n].offline_cost or 1.0)
     PolicyBundle.load(out / f"{chosen:02d}").save(out / CHOSEN)
     return Taught(contenders=contenders, chosen=chosen, prompts=prompts)
+
+
+def _settings(config: DraftingConfig) -> dict[str, Any]:
+    """Settings as JSON has them."""
+    return asdict(config) | {"exits": list(map(exit_to_json, config.exits))}
 
 
 def time_drafting(

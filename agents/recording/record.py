@@ -27,6 +27,7 @@ from offramp.agents.recording.recording import Window, begun_store, is_whole, re
 from offramp.agents.recording.training_data import save_measured
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.loading import check_model
@@ -205,12 +206,12 @@ def _require_context(config: RecordConfig, facts: ModelFacts) -> None:
 
 
 def require_exits(exits: tuple[int, ...], layers: int) -> None:
-    """Refuse exits that are not layers of a model, ascending.
+    """Refuse exits that are not layers of a model's own, ascending.
 
     Raises:
         ConfigError: naming them.
     """
-    if list(exits) != sorted(set(exits)) or not all(1 <= e < layers for e in exits):
+    if not ascend(exits) or not all(e < layers and not is_on_copy(e) for e in exits):
         raise ConfigError(
             "exits", f"{exits} do not ascend within [1, {layers - 1}]", "Use layers of the model"
         )

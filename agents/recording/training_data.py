@@ -14,7 +14,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from offramp.controller.costs.table import CostTable, load_costs, save_costs
+from offramp.controller.costs.cost_file import load_costs, save_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.envs.traces.store import TraceStore, write_traces

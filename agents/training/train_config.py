@@ -15,6 +15,7 @@ from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import Exit, exit_from_json
 
 C = TypeVar("C")
 
@@ -143,6 +144,8 @@ def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
         return parse(hint, value, f"{name}.", base)
     if get_origin(hint) is tuple and isinstance(value, list):
         kind = get_args(hint)[0]
+        if Exit in _types(kind):
+            return _exits(name, value)
         if not all(type(each) in ((int, float) if kind is float else (kind,)) for each in value):
             wanted = "names" if kind is str else "numbers"
             raise ConfigError(name, f"{value} is no list of {wanted}", "Correct its type")
@@ -154,6 +157,14 @@ def _value(hint: Any, value: Any, name: str, base: Any) -> Any:
         names = " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)
         raise ConfigError(name, f"{value!r} is no {names}", "Correct its type")
     return value
+
+
+def _exits(name: str, values: list[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(map(exit_from_json, values))
+    except ValueError as error:
+        problem = f"{values} is no list of exits"
+        raise ConfigError(name, problem, 'Write it like ["12:int4", 3, 6]') from error
 
 
 def _types(hint: Any) -> tuple[type, ...]:

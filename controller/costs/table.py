@@ -1,15 +1,10 @@
-"""Measured costs of a decode step's parts: workers measure them, envs charge them.
-
-As a JSON file a table is strict when read, and whole or absent when written.
-"""
+"""Measured costs of a decode step's parts: workers measure them, envs charge them."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.controller.costs.prices import (
@@ -18,28 +13,11 @@ from offramp.controller.costs.prices import (
     SPAN_PARTS,
     Batch,
     Prices,
-    batches_from_json,
     read_prices,
     require_batches,
-    require_names,
-    typed,
 )
 from offramp.controller.costs.readings import EnergyMethod
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-
-COSTS_VERSION = 3
-"""Version of the file's form: the first held seconds at batch 1, the second no ``passes``."""
-
-PLAIN: dict[str, type] = {
-    **dict.fromkeys(("machine", "schema", "model", "dtype", "device", "clock"), str),
-    **dict.fromkeys(("layers", "threads", "context"), int),
-    "created_at": float,
-    "energy_source": str,
-}
-"""Fields that are one JSON value, and their types."""
-
-FIELDS = {"version", "batches", "spans", "passes", "probes", "energy_method", *PLAIN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +35,7 @@ class CostTable:
         spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
         passes: The same over several tokens of each of some rows, by the number of rows (above 1).
         probes: PolicyParts that depend on the feature schema, by its name, by rows.
+        copies: Layer and head of a copy of the layers in fewer bytes, by its weights, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
         dtype: Number format of the weights.
@@ -82,6 +61,7 @@ class CostTable:
     spans: tuple[Batch, ...] = ()
     passes: Mapping[int, tuple[Batch, ...]] = field(default_factory=dict)
     probes: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
+    copies: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
     schema: str = ""
     model: str = ""
     dtype: str = ""
@@ -103,6 +83,8 @@ class CostTable:
         require_batches("spans", self.spans, SPAN_PARTS)
         for rows, spans in self.passes.items():
             require_batches(f"passes of {rows} rows", spans, SPAN_PARTS)
+        for weights, batches in self.copies.items():
+            require_batches(f"copies in {weights}", batches, SPAN_PARTS)
         for name, batches in self.probes.items():
             require_batches(f"probes of {name}", batches, PROBE_PARTS)
             if [each.size for each in batches] != [each.size for each in self.batches]:
@@ -132,6 +114,23 @@ class CostTable:
             ConfigError: outside of what was measured; a guess would be no measurement.
         """
         return self._prices(rows, 1, read_prices("rows", self.batches, rows))
+
+    def on_copy(self, weights: str, rows: float = 1) -> Prices:
+        """Prices of a launch of that many rows, one token each, on a copy in such weights.
+
+        Layer and head are the copy's, the other parts those of any launch.
+
+        Raises:
+            ConfigError: that copy was not measured, or not with so many rows.
+        """
+        if weights not in self.copies:
+            raise ConfigError(
+                "costs",
+                f"do not hold those of a copy in {weights}",
+                f"Run `offramp profile --draft-weights {weights}`",
+            )
+        own = read_prices("rows", self.batches, rows)
+        return self._prices(rows, 1, own | read_prices("rows", self.copies[weights], rows))
 
     def launch(self, tokens: float) -> Prices:
         """Prices of a launch of that many tokens of one row, as a verifying pass takes them.
@@ -165,10 +164,11 @@ class CostTable:
         changes: dict[str, Any] = {f"{part}_s": getattr(self, f"{part}_s") * factor}
         for name in ("batches", "spans"):
             changes[name] = tuple(batch.scaled(part, factor) for batch in getattr(self, name))
-        changes["passes"] = {
-            rows: tuple(each.scaled(part, factor) for each in spans)
-            for rows, spans in self.passes.items()
-        }
+        for name in ("passes", "copies"):
+            changes[name] = {
+                key: tuple(each.scaled(part, factor) for each in batches)
+                for key, batches in getattr(self, name).items()
+            }
         return replace(self, **changes)
 
     def require_model(self, model: str) -> None:
@@ -198,94 +198,3 @@ class CostTable:
 def view_of_one(batches: Sequence[Batch]) -> dict[str, Any]:
     """The fields of a ``CostTable`` that repeat what its first batch says."""
     return {f"{part}_s": batches[0].parts[part].median_s for part in PARTS}
-
-
-def save_costs(path: Path, costs: CostTable) -> None:
-    """Write a table, replacing what is there only once the new one is whole.
-
-    A table of constants is written as one batch of one row.
-
-    Raises:
-        ConfigError: the file cannot be written (permission, full disk); an old one is untouched.
-    """
-    try:
-        write_durably(path, json.dumps(to_json(costs), indent=1).encode())
-    except OSError as error:
-        raise ConfigError(
-            "costs",
-            f"cannot be written to {str(path)!r} ({error.strerror or error})",
-            "Name a writable file on a disk with room",
-        ) from error
-
-
-def load_costs(path: Path) -> CostTable:
-    """Read a table.
-
-    Raises:
-        ConfigError: the file is missing, damaged, of another version, or says what cannot be.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _refusal(path, f"is unreadable ({error})") from error
-    try:
-        return from_json(record)
-    except ConfigError as error:
-        raise _refusal(path, f"holds no cost table ({error.field}: {error.problem})") from error
-
-
-def to_json(costs: CostTable) -> dict[str, Any]:
-    """The table as JSON values."""
-    batches = costs.batches or (
-        Batch.of_constants({part: getattr(costs, f"{part}_s") for part in PARTS}),
-    )
-    return {
-        "version": COSTS_VERSION,
-        **{name: getattr(costs, name) for name in PLAIN},
-        "energy_method": costs.energy_method.value,
-        "batches": [asdict(batch) for batch in batches],
-        "spans": [asdict(span) for span in costs.spans],
-        "passes": {str(rows): [asdict(each) for each in s] for rows, s in costs.passes.items()},
-        "probes": {name: [asdict(each) for each in part] for name, part in costs.probes.items()},
-    }
-
-
-def from_json(record: Any) -> CostTable:
-    """The table again.
-
-    Raises:
-        ConfigError: naming the field that is missing, unknown or unusable.
-    """
-    if not isinstance(record, dict):
-        raise ConfigError("file", "is no JSON object")
-    version = record.get("version", 1)
-    if version != COSTS_VERSION:
-        raise ConfigError("version", f"is {version}, not {COSTS_VERSION}")
-    require_names("file", record, FIELDS)
-    batches = batches_from_json("batches", record["batches"])
-    if not batches:
-        raise ConfigError("batches", "are empty")
-    require_names("batches", batches[0].parts, PARTS)
-    for name in ("passes", "probes"):
-        if not isinstance(record[name], dict):
-            raise ConfigError(name, "are no object")
-    if not all(rows.isdecimal() and int(rows) > 1 for rows in record["passes"]):
-        raise ConfigError("passes", f"are of {sorted(record['passes'])}, not of rows above 1")
-    try:
-        method = EnergyMethod(record["energy_method"])
-    except ValueError as error:
-        raise ConfigError("energy_method", f"{record['energy_method']!r} is none") from error
-    plain = {name: typed(name, record[name], kind) for name, kind in PLAIN.items()}
-    return CostTable(
-        **plain,
-        **view_of_one(batches),
-        batches=batches,
-        spans=batches_from_json("spans", record["spans"]),
-        passes={int(n): batches_from_json("passes", s) for n, s in record["passes"].items()},
-        probes={name: batches_from_json("probes", part) for name, part in record["probes"].items()},
-        energy_method=method,
-    )
-
-
-def _refusal(path: Path, problem: str) -> ConfigError:
-    return ConfigError(str(path), problem, "Run `offramp profile` to measure this machine")

@@ -30,6 +30,7 @@ from offramp.controller.policies.drafts.del_rule import DEL
 from offramp.controller.policies.drafts.draft_router import DRAFT_ROUTER
 from offramp.controller.policies.drafts.static_draft import STATIC
 from offramp.controller.policies.drafts.thompson import THOMPSON
+from offramp.controller.policies.exits import exit_to_json
 from offramp.controller.policies.mlp import MLP
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.policies.router import ROUTER
@@ -181,7 +182,7 @@ def descriptor(
     """What the blob itself says of the policy: canonical JSON, as bytes."""
     values = {
         "kind": kind,
-        "exits": [int(layer) for layer in exits],
+        "exits": list(map(exit_to_json, exits)),
         "params": params,
         "schema": schema_digest,
     }

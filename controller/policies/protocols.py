@@ -23,7 +23,8 @@ class PolicyInputs(Protocol):
     """Where a policy is asked, and what it reads there.
 
     Attributes:
-        exits: Numbers of executed layers after which to ask, ascending; () never asks.
+        exits: Numbers of executed layers after which to ask, ascending; () never asks. In
+            ``verify`` some may be ``Exit`` values on a copy in fewer bytes, which come first.
         schema: The features it reads; None if it reads none.
         candidates_VK: For the candidate probe: likely next tokens of each token; else None.
     """

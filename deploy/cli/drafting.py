@@ -9,8 +9,11 @@ from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.drafting.teach import teach_drafters, time_drafting
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.training.train_config import load_config
+from offramp.controller.policies.exits import copy_weights
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec, load_engine
 
 TIMED = 10
@@ -39,7 +42,9 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
     else:
         config = replace(config, ppo=replace(config.ppo, steps=steps))
     options.require_new_folder("out", out)
-    engine = load_engine(WorkerSpec(model=config.model, threads=config.threads, slots=1))
+    engine = load_engine(
+        WorkerSpec(model=config.model, threads=config.threads, slots=1, engine=_engine_of(config))
+    )
     with progress("record", "") as advance:
         taught = teach_drafters(
             config, engine, out, lambda stage, done, total: advance(done, total, stage)
@@ -55,3 +60,9 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
         f"decoded: {ratio:.2f} × full depth at batch 1 on {len(prompts)} validation documents, "
         f"every token full depth's → {out / CHOSEN}"
     )
+
+
+def _engine_of(config: DraftingConfig) -> EngineConfig:
+    """An engine that keeps the copy which exits are on, if any are."""
+    weights = copy_weights(config.exits)
+    return EngineConfig(draft_precision=None if weights is None else Precision(weights=weights))

@@ -100,6 +100,7 @@ def train_policies(
     model: Annotated[
         str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
     ] = options.DEFAULT_MODEL,
+    exits: options.DraftExits = "",
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Annotated[
         str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
@@ -123,10 +124,14 @@ def train_policies(
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
     if goal == "drafting":
         _require_unused({"traces": traces, "costs": costs, "seeds": seeds, "resume": resume})
-        teach(config, DraftingConfig(model=model, threads=threads, seed=seed), steps, out)
+        left = options.parse_exits("exits", exits)
+        lesson = DraftingConfig(model=model, threads=threads, seed=seed, exits=left)
+        teach(config, lesson, steps, out)
         return
     if goal != "exits":
         raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
+    if exits:
+        raise ConfigError("exits", "are those of the recording", "Leave it out, or record anew")
     if config is not None:
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return

@@ -10,8 +10,9 @@ from typing import Annotated, TypeVar, cast
 
 import typer
 
-from offramp.controller.costs.table import load_costs
+from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import ascend, parse_exit
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
@@ -38,7 +39,15 @@ Weights = Annotated[
 DraftWeights = Annotated[
     str,
     typer.Option(
-        help="In verify, draft on a copy with such weights, as int4.", show_default="none"
+        help="Keep a copy with such weights, as int4, for drafts in verify.", show_default="none"
+    ),
+]
+DraftExits = Annotated[
+    str,
+    typer.Option(
+        help="With --for drafting: layers to draft after, those on a copy in fewer bytes first, "
+        "like 12:int4,3,6.",
+        show_default="four within the first half",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -108,6 +117,20 @@ def parse_layers(field: str, text: str) -> tuple[int, ...]:
     if list(layers) != sorted(set(layers)) or any(layer < 1 for layer in layers):
         raise ConfigError(field, f"{text!r} does not ascend from 1 on", "Write it like 3,6,9")
     return layers
+
+
+def parse_exits(field: str, text: str) -> tuple[int, ...]:
+    """Read comma-separated exits, those on a copy first, or raise as ``parse_list``.
+
+    >>> parse_exits("exits", "6:int4,12:int4,3")
+    (6:int4, 12:int4, 3)
+    """
+    like = "12:int4,3,6"
+    exits = parse_list(field, text, parse_exit, "exits", like)
+    if not ascend(exits):
+        problem = f"{text!r} does not ascend from 1 on, those on a copy first"
+        raise ConfigError(field, problem, f"Write it like {like}")
+    return exits
 
 
 def usable_cores() -> int:

@@ -9,9 +9,10 @@ import numpy as np
 import typer
 
 from offramp.agents.recording.training_data import load_candidates
+from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.pace import FREE_GROWTH, knee_of
 from offramp.controller.costs.prices import LEAST_REPEATS
-from offramp.controller.costs.table import CostTable, save_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
 from offramp.deploy.cli import options
@@ -57,6 +58,7 @@ def profile(
     limit_s: Annotated[float, typer.Option(help="Stop after so many seconds in any case.")] = 300.0,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
+    draft_weights: options.DraftWeights = "",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     translators: options.Translators = None,
@@ -76,7 +78,11 @@ def profile(
         device=device,
         threads=threads,
         slots=config.rows[-1],
-        engine=EngineConfig(translators=translators, precision=Precision.parse(weights)),
+        engine=EngineConfig(
+            translators=translators,
+            precision=Precision.parse(weights),
+            draft_precision=Precision.parse(draft_weights) if draft_weights else None,
+        ),
     )
     options.require_writable("out", out)
     options.require_loadable(spec, Settings.from_environment())
@@ -85,6 +91,11 @@ def profile(
         found = measure_costs(
             load_engine(spec), table_VK, config, lambda *seconds: advance(*map(round, seconds))
         )
+    _save(found, half_width, out)
+
+
+def _save(found: Profile, half_width: float, out: Path) -> None:
+    """Write what was found, and say what it is."""
     save_costs(out, found.costs)
     _show(found.costs)
     _warn(found, half_width)

@@ -69,7 +69,7 @@ def tuning_table(report: TuneReport) -> Table:
 def costs_table(costs: CostTable) -> Table:
     """A cost table in microseconds per launch, ± half of the 95 % interval in per cent.
 
-    A column per number of rows; the probes of other schemas by name.
+    A column per number of rows; the probes of other schemas and a copy in fewer bytes by name.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("µs per launch")
@@ -80,6 +80,9 @@ def costs_table(costs: CostTable) -> Table:
     for name in sorted(set(costs.probes) - {costs.schema}):
         for part in PROBE_PARTS:
             table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
+    for weights, batches in costs.copies.items():
+        for part in SPAN_PARTS:
+            table.add_row(f"{part}, copy in {weights}", *_timings(batches, part))
     return table
 
 

@@ -107,7 +107,7 @@ class ServedWorker(EngineBackend):
             self._claim.folder,
             self.worker_id,
             config.poll_s,
-            engine.decoder.prepare,
+            engine.prepare,
         )
         engine.current_policy = lambda: self.refresher.current
         super().__init__(EngineService(engine, max_waiting=config.max_waiting))

@@ -18,6 +18,13 @@ class DraftExitEnv(CoreEnv):
     token after them. With r < k the row rolls back: the drafts after the r-th are lost, and what
     their layers cost is lost with them. The tokens are those of full depth whatever is done.
 
+    Exits may also be on a copy of the layers in fewer bytes, listed first (``Exit(12, "int4")``). A
+    draft there is a token's run through the copy's layers alone; what it computed is thrown away,
+    so that the token counts as standing at depth 0 for the deep pass. From an exit on the copy a
+    token may go on to a deeper one there, or to one of the model's own layers, which it then runs
+    from the embedding on; never back. The copy reads an entry of every open draft at every layer:
+    those that a draft left out, because it left early, are filled by projection, each once.
+
     A token that joins the newest one at depth d widens each launch from there on; launches of
     several tokens have their own measured price. If two open drafts stand at depths 6 and 3 and
     the newest token goes to 9, layers 0-2 run one token, 3-5 two, and 6-8 three.
@@ -35,8 +42,10 @@ class DraftExitEnv(CoreEnv):
     | place | 0 before the first layer, (i + 1) / E at exit i | 0 … 1 |
 
     ``agrees`` and ``run_length`` compare with the exit asked at last, as the engine's probe does,
-    whatever was jumped over. Tokens after a wrong draft show the features of the recorded text:
-    what the engine would see there, on a wrong path, was not recorded.
+    whatever was jumped over; an exit of the model's own layers is not compared to one on the copy.
+    Exits on the copy show what it says after verified tokens; that its drafts also read what it
+    said of open ones was not recorded. Tokens after a wrong draft show the features of the recorded
+    text: what the engine would see there, on a wrong path, was not recorded.
 
     ## Action
 
@@ -77,13 +86,14 @@ class DraftExitEnv(CoreEnv):
     ## Info
 
     At the end: ``tokens``, ``cycles``, ``drafts``, ``accepted`` (of them), ``asked`` (probes),
-    ``layer_calls`` (layers run, summed over tokens), ``seconds``.
+    ``layer_calls`` (layers run, summed over tokens), ``copy_calls`` (those of the copy),
+    ``seconds``.
 
     ## Arguments
 
     - ``costs``: measured ``CostTable`` of the model that was recorded, with launches of up to
-      ``max_pending`` + 1 tokens and SOFTMAX_V2's probe (CANDIDATES_V1's, if headless); or a
-      table of constants.
+      ``max_pending`` + 1 tokens and SOFTMAX_V2's probe (CANDIDATES_V1's, if headless), and with
+      the copy that exits are on; or a table of constants.
     - ``traces`` or ``store``: tokens in memory, or the folder of a ``TraceStore``. With
       ``CandidateDrafts`` the problem is headless: an exit's token is its best candidate, the
       first three features are confidence among the candidates, and no draft costs a head.

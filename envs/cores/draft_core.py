@@ -16,19 +16,19 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING, BoolArray, FloatArray
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
 from offramp.envs.cores.draft_tables import (
-    COLUMNS,
     CandidateDrafts,
     DraftActions,
     DraftPrices,
     DraftTables,
-    DraftView,
     require_arguments,
     require_same_model,
 )
+from offramp.envs.cores.draft_view import COLUMNS, DraftView
+from offramp.envs.cores.open_drafts import OpenDrafts
 from offramp.envs.cores.walk import Actions
 from offramp.envs.traces.tokens import TokenTraces
 
-COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls")
+COUNTS = ("tokens", "cycles", "drafts", "accepted", "asked", "layer_calls", "copy_calls")
 """What is counted in an episode, beside its seconds."""
 
 
@@ -82,13 +82,13 @@ class DraftExitCore:
         self.actions: Actions = DraftActions(self.exits)
         self.tables = DraftTables.of(traces)
         headless = isinstance(traces, CandidateDrafts)
-        self.prices = DraftPrices.of(costs, max_pending, headless=headless)
+        exits = traces.header.exits
+        self.prices = DraftPrices.of(costs, max_pending, exits, headless=headless)
         self.set_rate(rate)
         self.rng = np.random.default_rng()
         self.view = DraftView(num_envs, self.tables, max_pending)
         self._cycles = cycles
         self._autoreset = autoreset
-        self._layer_L = np.arange(self.layers)
         self._allocate()
         self.reset()
 
@@ -127,7 +127,7 @@ class DraftExitCore:
         if tokens is None:
             self._begin(everyone)
         else:
-            self._begin_at(everyone, self._checked_tokens(tokens))
+            self._begin_at(everyone, self.tables.checked_starts(tokens, self.num_envs))
         return self._observe(everyone)
 
     def step(self, actions_B: NDArray[Any]) -> StepBatch:
@@ -179,15 +179,14 @@ class DraftExitCore:
         return StepBatch(next_BD, reward_B, terminated_B, finals, earned_BV)
 
     def _allocate(self) -> None:
-        places, layers = self.num_envs, self.layers
+        places = self.num_envs
         self._base_B = np.zeros(places, np.int64)  # the cycle's first token
         self._end_B = np.zeros(places, np.int64)  # after its document's last
         self._pending_B = np.zeros(places, np.int64)
         self._here_B = np.full(places, -1, np.int64)
         self._right_B = np.zeros(places, np.int64)  # open drafts up to the first wrong one
         self._intact_B = np.ones(places, np.bool_)  # whether that is all of them
-        # Open drafts that take part when the newest token runs a layer.
-        self._joined_BL = np.zeros((places, layers), np.int64)
+        self._open = OpenDrafts(places, self.layers)
         self._ended_B = np.zeros(places, np.bool_)
         self._spent_B = np.zeros(places, np.float64)
         self._seconds_B = np.zeros(places, np.float64)
@@ -212,7 +211,7 @@ class DraftExitCore:
         self._pending_B[place_K] = 0
         self._right_B[place_K] = 0
         self._intact_B[place_K] = True
-        self._joined_BL[place_K] = 0
+        self._open.begin(place_K)
         self.view.begin_token(place_K)
 
     def _observe(self, place_K: IndexArray) -> FloatArray:
@@ -221,13 +220,20 @@ class DraftExitCore:
 
     def _go_on(self, place_K: IndexArray, target_B: IndexArray) -> None:
         """Run to the next exit and be asked there."""
-        first_K = self._here_B[place_K] < 0
-        target_K = target_B[place_K]
-        self._run(place_K, self.tables.depth_D[target_K + 1])
-        self._spent_B[place_K] += self.prices.ask_s + self.prices.build_s * first_K
+        here_K, target_K = self._here_B[place_K], target_B[place_K]
+        depth_K, on_copy_D = self.tables.depth_D[target_K + 1], self.tables.on_copy_D
+        on_copy_K = on_copy_D[target_K + 1]
+        self._draft_on_copy(place_K[on_copy_K], depth_K[on_copy_K])
+        self._run(place_K[~on_copy_K], depth_K[~on_copy_K])
+        ask_K = np.where(on_copy_K, self.prices.copy_ask_s, self.prices.ask_s)
+        # A probe is prepared for the copy, and anew for the model's own layers.
+        first_K = (here_K < 0) | (on_copy_D[here_K + 1] & ~on_copy_K)
+        self._spent_B[place_K] += ask_K + self.prices.build_s * first_K
         self._counts["asked"][place_K] += 1
         self._here_B[place_K] = target_K
-        self.view.probed(place_K, self._base_B[place_K] + self._pending_B[place_K], target_K)
+        self.view.probed(
+            place_K, self._base_B[place_K] + self._pending_B[place_K], here_K, target_K
+        )
 
     def _leave(self, place_K: IndexArray) -> None:
         """Draft a token from this exit, and begin the token after it."""
@@ -238,10 +244,8 @@ class DraftExitCore:
         self._right_B[place_K] += self._intact_B[place_K]
         self._pending_B[place_K] += 1
         depth_K = self.tables.depth_D[here_K + 1]
-        below_KL = self._layer_L < depth_K[:, None]
-        # All that are open have come this far, so none of them runs a shallower layer again.
-        self._joined_BL[place_K] = np.where(below_KL, 0, self._joined_BL[place_K] + 1)
-        self._spent_B[place_K] += self.prices.step_s
+        filled_K = self._open.left(place_K, depth_K, self.tables.own_D[here_K + 1])
+        self._spent_B[place_K] += self.prices.step_s + self.prices.fill_s * filled_K
         self._counts["drafts"][place_K] += 1
         self._here_B[place_K] = -1
         self.view.drafted(place_K, depth_K, self.tables.sure_NES[token_K, here_K, 0])
@@ -262,12 +266,19 @@ class DraftExitCore:
             self._ended_B[place_K] |= self._counts["cycles"][place_K] >= self._cycles
         self._open_cycle(place_K)
 
+    def _draft_on_copy(self, place_K: IndexArray, until_K: IndexArray) -> None:
+        """Charge the copy's layers from where the newest token stands, and entries it lacks."""
+        layers_K = until_K - self.tables.depth_D[self._here_B[place_K] + 1]
+        filled_K = self._open.filled(place_K)
+        self._counts["copy_calls"][place_K] += layers_K
+        self._spent_B[place_K] += (
+            layers_K * self.prices.copy_layer_s + filled_K * self.prices.fill_s
+        )
+
     def _run(self, place_K: IndexArray, until: IndexArray | int) -> None:
-        """Charge the layers from where the newest token stands up to a depth."""
-        start_K = self.tables.depth_D[self._here_B[place_K] + 1]
-        last_K1 = np.broadcast_to(until, start_K.shape)[:, None]
-        runs_KL = (self._layer_L >= start_K[:, None]) & (self._layer_L < last_K1)
-        joined_KL = self._joined_BL[place_K]
+        """Charge the model's own layers from where the newest token stands up to a depth."""
+        start_K = self.tables.own_D[self._here_B[place_K] + 1]
+        runs_KL, joined_KL = self._open.launched(place_K, start_K, until)
         layer_KL = self.prices.layer_W[joined_KL]
         self._spent_B[place_K] += np.where(runs_KL, layer_KL, 0.0).sum(1)
         self._counts["layer_calls"][place_K] += np.where(runs_KL, joined_KL + 1, 0).sum(1)
@@ -285,9 +296,3 @@ class DraftExitCore:
         }
         info["seconds"] = self._seconds_B[place_K]
         return info
-
-    def _checked_tokens(self, tokens: ArrayLike) -> IndexArray:
-        values = np.broadcast_to(np.asarray(tokens, np.int64), (self.num_envs,))
-        if not np.isin(values, self.tables.startable_M).all():
-            raise ConfigError("token", "is no recorded token, or the last of its document")
-        return values

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.controller.costs.table import load_costs, save_costs
+from offramp.controller.costs.cost_file import load_costs, save_costs
 from offramp.deploy.cli import learning, options, serving
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig

@@ -17,16 +17,18 @@ from offramp.agents.recording.training_data import (
     save_candidates,
     save_measured,
 )
-from offramp.controller.costs.table import CostTable, save_costs
+from offramp.controller.costs.cost_file import save_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.exits import Exit, copy_weights, exit_to_json
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
 from offramp.envs.traces.store import TraceStore
-from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
 from offramp.worker.spec import ModelFacts
 from support.cost_tables import measured
 from support.documents import make_corpus
@@ -285,7 +287,6 @@ def test_a_finished_run_is_told_and_left_alone(
 
 DRAFTING = """
 documents = 40
-exits = [3, 6]
 prompt_tokens = 16
 new_tokens = 8
 candidates = 8
@@ -298,21 +299,29 @@ batch = 64
 """
 
 
-def test_drafters_are_taught_chosen_and_lossless(cli: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exits", [(3, 6), (Exit(6, "int4"), Exit(12, "int4"), 3)])
+def test_drafters_are_taught_chosen_and_lossless(
+    cli: Any, tmp_path: Path, exits: tuple[int, ...]
+) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     (tmp_path / "drafting.toml").write_text(
-        f'model = "{REFERENCE}"\ncorpus = "{corpus}"\n{DRAFTING}'
+        f'model = "{REFERENCE}"\ncorpus = "{corpus}"\n'
+        f"exits = {list(map(exit_to_json, exits))}\n{DRAFTING}"
     )
     arguments = ("train", "--for", "drafting", "--config", tmp_path / "drafting.toml")
     status, said = cli(*arguments, "--out", tmp_path / "out")
     assert status == 0, said
-    families = [each.family for each in load_contenders(tmp_path / "out")]
+    contenders = load_contenders(tmp_path / "out")
+    families = [each.family for each in contenders]
     assert families == ["full depth", "headless confidence stop", "PPO drafting"]
+    assert contenders[2].policy.exits == exits
     assert "every token full depth's" in said
     assert said.count("× full depth by replay") == 2
     assert said.count("← chosen") == 1
     drafter = PolicyBundle.load(tmp_path / "out" / "chosen").policy()
-    engine = AdaptiveEngine.from_pretrained(REFERENCE, config=EngineConfig(kv_mode="verify"))
+    copy = Precision(weights="int4") if copy_weights(exits) else None
+    config = EngineConfig(kv_mode="verify", draft_precision=copy)
+    engine = AdaptiveEngine.from_pretrained(REFERENCE, config=config)
     sampling = SamplingParams(max_tokens=24)
     texts = [
         engine.generate("def main(", sampling, policy)[0].text for policy in (NeverExit(), drafter)
@@ -326,6 +335,10 @@ def test_drafters_are_taught_chosen_and_lossless(cli: Any, tmp_path: Path) -> No
         (("--for", "drafts"), "for: 'drafts' is unknown. Use exits or drafting"),
         (("--for", "drafting", "--traces", "x"), "traces: does not go with --for drafting"),
         (("--for", "drafting", "--model", "no/such"), "model: "),
+        (("--for", "drafting", "--exits", "3,6:int4"), "exits: '3,6:int4' does not ascend"),
+        (("--for", "drafting", "--exits", "6:int3"), "exits: '6:int3' is no list of exits"),
+        (("--for", "drafting", "--exits", "6:int8,6:int4"), "exits: "),
+        (("--exits", "3,6", "--traces", "x"), "exits: are those of the recording"),
     ],
 )
 def test_train_names_what_does_not_go_with_drafting(
@@ -340,6 +353,8 @@ def test_train_names_what_does_not_go_with_drafting(
     [
         ("exits = [6, 3]", "exits: (6, 3) do not ascend"),
         ("exits = [12]", "exits: (12,) do not ascend"),
+        ('exits = ["13:int4"]', "exits: (13:int4,) do not ascend"),
+        ('exits = ["6:int4", "6:native"]', "exits: ['6:int4', '6:native'] is no list of exits"),
         ("new_tokens = 9999", "new_tokens: 9999 after 64 exceed"),
         ("prompt_tokens = 0", "prompt_tokens: 0 is below 1"),
         ("[ppo]\nsteps = 0", "steps: 0 is below 1"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.controller.costs.table import load_costs
+from offramp.controller.costs.cost_file import load_costs
 from offramp.worker.model.loading import load_model, model_fingerprint
 
 SMALL = ("--rows", "1", "--tokens", "1,2", "--context", 8, "--exits", "6", "--limit-s", 0)
@@ -18,11 +18,14 @@ SMALL = ("--rows", "1", "--tokens", "1,2", "--context", 8, "--exits", "6", "--li
 
 def test_profile_writes_a_table_and_says_what_it_is_worth(cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "costs.json"
-    status, output = cli("profile", "--out", out, *SMALL)
+    status, output = cli("profile", "--out", out, *SMALL, "--draft-weights", "int4")
     assert status == 0, output
     costs = load_costs(out)
     assert costs.model == model_fingerprint(load_model("models/reference", torch.float32, "cpu"))
     assert (costs.layers, costs.largest, costs.context) == (12, 1, 8)
+    assert costs.on_copy("int4").layer_s > 0
+    assert costs.on_copy("int4").step_s == costs.step_s
+    assert "layer, copy in int4" in output
     assert "warning 1 rounds give no intervals" in output
     assert f"({costs.energy_method}: " in output
 

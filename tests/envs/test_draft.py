@@ -15,6 +15,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
+from offramp.controller.policies.exits import Exit
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from support.cost_tables import measured
@@ -22,6 +23,7 @@ from support.slow_drafting import SlowEpisode, drafted_traces
 
 MODEL = "ab" * 32
 FEATURES = SOFTMAX_V2.width
+COPY = (Exit(4, "int4"), Exit(12, "int4"))
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,12 @@ def core_of(traces: TokenTraces, num_envs: int = 1, **options: Any) -> DraftExit
     max_pending=st.integers(1, 8),
     bias=st.floats(0, 0.9),
     token=st.integers(0, 10),
+    exits=st.sampled_from([(2, 4, 7), (*COPY, 2, 7), (COPY[1], 2, 4), COPY]),
 )
 def test_it_pays_earns_and_counts_as_the_slow_simulation(
-    seed: int, max_pending: int, bias: float, token: int
+    seed: int, max_pending: int, bias: float, token: int, exits: tuple[int, ...]
 ) -> None:
-    traces = drafted_traces(seed=seed)
+    traces = drafted_traces(seed=seed, exits=exits)
     core = core_of(traces, max_pending=max_pending, rate=1.3, autoreset=False)
     slow = SlowEpisode(traces, measured(MODEL), token, 12, max_pending)
     core.reset(tokens=token)
@@ -61,7 +64,7 @@ def test_it_pays_earns_and_counts_as_the_slow_simulation(
         assert bool(step.terminated_B[0]) == slow.is_over
     info = {name: column[0] for name, column in step.finals.info.items()}
     assert (info["tokens"], info["cycles"]) == (12 - token, slow.cycles)
-    assert info["layer_calls"] == slow.calls
+    assert (info["layer_calls"], info["copy_calls"]) == (slow.calls, slow.copy_calls)
     assert info["seconds"] == pytest.approx(slow.seconds)
 
 
@@ -82,6 +85,27 @@ def test_observations_are_what_the_probe_would_see(traces: TokenTraces) -> None:
     assert outlook["pending"] == 1 / 8
     assert outlook["last_depth"] == pytest.approx(7 / 12)
     assert (outlook["step"], outlook["left"]) == (7 / 256, 6 / 256)
+
+
+def test_an_exit_of_the_models_layers_is_not_compared_to_one_on_the_copy() -> None:
+    traces = drafted_traces(exits=(*COPY, 2, 7))
+    core = core_of(traces)
+    core.reset(tokens=5)
+    agrees, runs = (SOFTMAX_V2.index(name) for name in ("agrees", "run_length"))
+    for here, (action, before) in enumerate(((0, None), (1, 0), (1, None), (1, 2))):
+        shown = core.step(np.array([action])).obs_BD[0]
+        same = before is not None and (
+            traces.exit_token_NE[5, here] == traces.exit_token_NE[5, before]
+        )
+        assert shown[agrees] == same
+        assert shown[runs] == same / 4
+        assert shown[SOFTMAX_V2.index("depth")] == pytest.approx((4, 12, 2, 7)[here] / 12)
+
+
+def test_costs_without_the_copy_are_refused() -> None:
+    costs = replace(measured(MODEL), copies={})
+    with pytest.raises(ConfigError, match="--draft-weights int4"):
+        DraftExitCore(drafted_traces(exits=(*COPY, 2)), costs, num_envs=1)
 
 
 def test_the_same_seed_gives_the_same_episodes(traces: TokenTraces) -> None:

@@ -26,12 +26,16 @@ def batch(size: int, growth: float, parts: tuple[str, ...] = PARTS) -> Batch:
 
 
 def measured(model: str = "ab" * 32) -> CostTable:
-    """Prices grow by a tenth a row, spans by a fifth a token; softmax probes cost a head."""
+    """Prices grow by a tenth a row, spans by a fifth a token; softmax probes cost a head.
+
+    A layer of the copy in int4 costs 0.4 of the model's own, its head 0.7.
+    """
     batches = (batch(1, 0.1), batch(4, 0.1), batch(8, 0.1))
     beside = {"policy": timing(0.5), "build": timing(0.25)}
     softmax = tuple(
         Batch(size=each.size, parts={"probe": each.parts["head"], **beside}) for each in batches
     )
+    spans = tuple(batch(size, 0.05, SPAN_PARTS) for size in (1, 4, 8))
     return CostTable(
         **view_of_one(batches),
         layers=12,
@@ -43,6 +47,7 @@ def measured(model: str = "ab" * 32) -> CostTable:
             for rows in (4, 8)
         },
         probes={"softmax": softmax},
+        copies={"int4": tuple(each.scaled("layer", 0.4).scaled("head", 0.7) for each in spans)},
         schema="candidates",
         model=model,
         dtype="float32",

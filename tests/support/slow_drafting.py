@@ -11,6 +11,7 @@ import numpy as np
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs import TokenTraces
 
@@ -49,9 +50,10 @@ def drafted_traces(
 
 @dataclass
 class Open:
-    """A token some of whose layers have not run."""
+    """A token some of whose layers have not run, and the layers that hold an entry of it."""
 
     depth: int
+    entries: set[int]
 
 
 @dataclass
@@ -76,6 +78,8 @@ class SlowEpisode:
     tokens: int = 0
     cycles: int = 0
     calls: int = 0
+    copy_depth: int = 0
+    copy_calls: int = 0
 
     def __post_init__(self) -> None:
         self.base = self.token
@@ -92,7 +96,21 @@ class SlowEpisode:
             self.calls += taking_part
         for each in self.open:
             each.depth = max(each.depth, until)
+            each.entries.update(range(until))
         self.depth = until
+
+    def run_copy(self, until: int) -> None:
+        for each in self.open:  # what the copy reads of them is filled, once
+            self.fill(each)
+        for _ in range(self.copy_depth, until):
+            self.seconds += self.costs.on_copy("int4").layer_s
+            self.copy_calls += 1
+        self.copy_depth = until
+
+    def fill(self, token: Open) -> None:
+        missing = set(range(self.traces.header.layers)) - token.entries
+        self.seconds += len(missing) * self.costs.at(1).fill_s
+        token.entries |= missing
 
     def act(self, action: int) -> None:
         exits = self.traces.header.exits
@@ -109,14 +127,23 @@ class SlowEpisode:
             self.verify()
             self.forced()
             return
-        self.run(exits[target])
+        changes = self.here < 0 or is_on_copy(exits[self.here]) != is_on_copy(exits[target])
+        self.seconds += self.probe.build_s if changes else 0.0
         self.seconds += self.probe.probe_s + self.probe.policy_s
-        self.seconds += self.probe.build_s if self.here < 0 else 0.0
+        if is_on_copy(exits[target]):
+            self.run_copy(exits[target])
+            self.seconds += self.costs.on_copy("int4").head_s - self.costs.at(1).head_s
+        else:
+            self.run(exits[target])
         self.here = target
 
     def leave(self) -> None:
         self.right.append(bool(self.traces.agree_NE[self.token, self.here]))
-        self.open.append(Open(self.depth))
+        on_copy = is_on_copy(self.traces.header.exits[self.here])
+        executed = self.copy_depth if on_copy else self.depth
+        self.open.append(Open(0 if on_copy else executed, set(range(executed))))
+        if on_copy:
+            self.fill(self.open[-1])
         self.begin(self.token + 1)
 
     def verify(self) -> None:
@@ -133,7 +160,7 @@ class SlowEpisode:
 
     def begin(self, token: int) -> None:
         self.seconds += self.probe.step_s
-        self.token, self.here, self.depth = token, -1, 0
+        self.token, self.here, self.depth, self.copy_depth = token, -1, 0, 0
 
     def forced(self) -> None:
         while not self.is_over and (

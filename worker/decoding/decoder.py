@@ -75,7 +75,7 @@ class Decoder:
         translators: Correct the hidden state that exits are read from.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
-        copy: The model's layers in fewer bytes, for rows in ``verify`` to draft on.
+        copy: The model's layers in fewer bytes, for rows in ``verify`` to leave early on.
 
     Attributes:
         overhead: What was spent beside the model.
@@ -196,15 +196,11 @@ class Decoder:
         return self._results(arrivals)
 
     def _draft(self, rows: Rows[Sequence]) -> list[Arrival]:
-        """Let rows draft on the quantised copy, if there is one and they may."""
+        """Let rows draft on the quantised copy, if there is one and their policies leave there."""
         copy = self.context.copy
         if copy is None:
             return []
-        drafting = [
-            row
-            for row in rows
-            if self.context.drafts_on_copy(row) and row.policy.exits and not row.policy_failed
-        ]
+        drafting = [row for row in rows if row.drafts_on_copy and not row.policy_failed]
         return DraftWave(self.context, copy, drafting).run() if drafting else []
 
     def _results(self, arrivals: list[Arrival]) -> list[RowResult]:

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from offramp.controller.policies.exits import is_on_copy
 from offramp.worker.decoding.grouping import RowGrouper
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext, sent
@@ -26,8 +27,8 @@ from offramp.worker.model.transfers import take
 class DraftWave:
     """Runs each row's newest token on the copy, until its policy lets it leave or gives up.
 
-    Rows that give up, before the first layer or at some exit, are left standing at depth 0, and
-    full depth takes them on: it verifies what they have pending.
+    Other rows are left standing at depth 0, and the model's own layers take them on: to the exit
+    there that their policy sent them to, or, if it gave up, to the end, verifying what is pending.
 
     Args:
         context: Model, cache and what decides.
@@ -51,26 +52,28 @@ class DraftWave:
         for row, x_1D in zip(self.rows, self._x_N1D, strict=True):
             row.open[-1].state_D = x_1D[0]
         self._rotary = self.stack.rotary(self._x_N1D, self._places[1])
+        self._begun = self.rows
         self.groups = self._ask_first(copy.grouper)
-        self._exits = {layer for group in self.groups for layer in group.exits}
         self._place()
 
     def run(self) -> list[Arrival]:
         """Draft, and give what left."""
-        self._drop_unasked()
+        exits = {layer for group in self.groups for layer in group.exits if is_on_copy(layer)}
+        self._drop_unasked(0)
+        self._fill_pending()
         index = 0
-        for stop in sorted({*self._exits, self.stack.layers}):
+        for stop in sorted(exits):
             if not self.rows:
                 break
             self._x_N1D = self.stack.run_layers(
-                index, stop, self._x_N1D, self._rotary, self._window, self.context.kv
+                index, int(stop), self._x_N1D, self._rotary, self._window, self.context.kv
             )
             for row in self.rows:
                 row.copy_calls += stop - index
-            if stop in self._exits:
-                self._ask(stop)
-                self._drop_unasked()
-            index = stop
+            self._ask(stop)
+            self._drop_unasked(stop)
+            index = int(stop)
+        self._hand_over()
         return self.arrivals
 
     def _ask_first(self, grouper: RowGrouper) -> list[RowGroup]:
@@ -102,7 +105,12 @@ class DraftWave:
         for n, known in sorted(leaving, key=lambda each: each[0]):
             self._leave(self.rows[n], executed, self._x_N1D[n], known)
         if executed < self.stack.layers:
-            self._fill([n for n, _ in leaving], executed)
+            self._fill(
+                [
+                    ExitedToken(row.slot, row.open[-1].position, int(executed), self._x_N1D[n, 0])
+                    for n, row in ((n, self.rows[n]) for n, _ in leaving)
+                ]
+            )
         gone = {n for n, _ in leaving}
         self._keep([n for n in range(len(self.rows)) if n not in gone])
 
@@ -110,31 +118,50 @@ class DraftWave:
         row.undecided = False
         row.group = None
         row.open[-1].is_underway = False
+        row.open[-1].is_filled = True
         row.note_depth(executed / self.stack.layers)
         self.arrivals.append(
             Arrival(row, executed, state_1D, True, *known, drafted=True, on_copy=True)
         )
 
-    def _fill(self, places: list[int], executed: int) -> None:
-        """Project what later drafts will read of tokens that left: a draft may be approximate."""
-        start = time.perf_counter()
-        self.context.filler.fill(
+    def _fill_pending(self) -> None:
+        """Project what drafts will read here of tokens that left in the model's own layers."""
+        pending = [(row, token) for row in self.rows for token in row.open[:-1]]
+        missing = [(row, token) for row, token in pending if not token.is_filled]
+        if not missing:
+            return
+        self._fill(
             [
-                ExitedToken(row.slot, row.open[-1].position, executed, self._x_N1D[n, 0])
-                for n, row in ((n, self.rows[n]) for n in places)
+                ExitedToken(row.slot, token.position, token.depth, token.state_D)
+                for row, token in missing
+                if token.state_D is not None
             ]
         )
+        for _, token in missing:
+            token.is_filled = True
+
+    def _fill(self, tokens: Rows[ExitedToken]) -> None:
+        """Project what later drafts will read of tokens that left: a draft may be approximate."""
+        start = time.perf_counter()
+        self.context.filler.fill(tokens)
         self.context.overhead.filling_s += time.perf_counter() - start
 
-    def _drop_unasked(self) -> None:
-        """Leave rows to full depth that nobody will ask any more."""
-        asked = {id(row) for group in self.groups for row in group.rows}
-        stay = [n for n, row in enumerate(self.rows) if id(row) in asked]
-        if len(stay) < len(self.rows):
-            for row in self.rows:
-                if id(row) not in asked:
-                    row.group = None
-            self._keep(stay)
+    def _drop_unasked(self, executed: int) -> None:
+        """Keep the rows that will be asked at a deeper exit here."""
+        asked = {
+            id(row)
+            for group in self.groups
+            if any(is_on_copy(layer) and layer > executed for layer in group.exits)
+            for row in group.rows
+        }
+        self._keep([n for n, row in enumerate(self.rows) if id(row) in asked])
+
+    def _hand_over(self) -> None:
+        """Let rows keep the group in which the model's own exits will ask them, if these will."""
+        asked = {id(row) for g in self.groups if not is_on_copy(g.exits[-1]) for row in g.rows}
+        for row in self._begun:
+            if id(row) not in asked:
+                row.group = None
 
     def _keep(self, places: list[int]) -> None:
         if len(places) == len(self.rows):

@@ -69,6 +69,8 @@ class RowGrouper:
         return found
 
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
+        for row in rows:  # one that comes from the copy needs nothing of its group there
+            row.group = None
         probe = self._probe(rows, x_ND)
         group: RowGroup
         if isinstance(probe, FusedProbe | DeviceProbe) and probe.policy is not None:
@@ -84,7 +86,11 @@ class RowGrouper:
     def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
         [row] = rows
         policy = cast(RoutingPolicy, row.policy)
-        target = self._guard.start(policy, outlook_of(row, self.load, *self._limits))
+        before, row.group = row.group, None
+        if isinstance(before, RoutedRow):  # on the copy it was sent on to one of our exits
+            target: int | None = before.target
+        else:
+            target = self._guard.start(policy, outlook_of(row, self.load, *self._limits))
         if target is None:
             row.policy_failed = True
         if target is None or target == len(policy.exits):

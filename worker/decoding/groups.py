@@ -71,7 +71,7 @@ class ExitGroup(PolicyGroup[Probe]):
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Probe the rows and ask the policy; if it fails, it fails for all of them."""
-        features_NF = self.probe.features(executed, x_N1D[:, 0])
+        features_NF = self.probe.features(int(executed), x_N1D[:, 0])
         leave_N = guard.decide(self.policy, features_NF)
         if leave_N is None:
             for row in self.rows:
@@ -105,7 +105,7 @@ class DecidedGroup(PolicyGroup[Decider]):
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Probe and decide at once; a row whose features are not finite fails alone."""
-        leaving, failed = self.probe.leaving(executed, x_N1D)
+        leaving, failed = self.probe.leaving(int(executed), x_N1D)
         if not leaving and not failed:
             return NOBODY
         rows = self.rows
@@ -146,24 +146,24 @@ class RoutedRow:
         self.rows = [row]
         self.probe = probe
         self._policy = policy
-        self._target = target
+        self.target = target
         self._load = load
         self._limits = limits
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The policy's exits: layers after which the row may be asked."""
-        return self._policy.exits
+        """The exits at which the row may yet be asked: never one before its target."""
+        return self._policy.exits[self.target :]
 
     def asks_at(self, executed: int) -> bool:
         """Whether the row is still asked, and this is the exit that it was sent to."""
-        return bool(self.rows) and self._policy.exits[self._target] == executed
+        return bool(self.rows) and self._policy.exits[self.target] == executed
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Probe the row; its policy lets it leave here, or sends it to a deeper exit."""
         [row] = self.rows
-        here = self._target
-        features_1F = self.probe.features(executed, x_N1D[:, 0])
+        here = self.target
+        features_1F = self.probe.features(int(executed), x_N1D[:, 0])
         outlook_1C = outlook_of(row, self._load, *self._limits)
         target = guard.route(self._policy, here, features_1F, outlook_1C)
         if target is None:
@@ -171,7 +171,7 @@ class RoutedRow:
         if target is None or target == len(self._policy.exits):
             self.rows = []  # it runs to the end, and is not asked again on the way
             return NOBODY
-        self._target = target
+        self.target = target
         if target != here:
             return NOBODY
         if row.learns:

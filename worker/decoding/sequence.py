@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from offramp.controller.features import KEEP, FloatArray
+from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
@@ -27,6 +28,7 @@ class OpenToken:
         state_D: Its hidden state there; None before the embedding.
         is_underway: Whether it may yet go on by itself: it has not left.
         left_at: Index of the exit where it left and what was probed there, if its policy learns.
+        is_filled: Whether the layers above have entries of it that a copy's drafts may read.
     """
 
     position: int
@@ -34,6 +36,7 @@ class OpenToken:
     state_D: Tensor | None
     is_underway: bool = True
     left_at: tuple[int, FloatArray] | None = None
+    is_filled: bool = False
 
     def has_left(self, index: int) -> bool:
         """Whether it left the stack before the layer with this index; 0 is no exit."""
@@ -80,6 +83,7 @@ class Sequence:
         error: What its request failed with, by itself; it is then finished.
         policy: The pinned one.
         routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
+        drafts_on_copy: Whether some of its exits are on the quantised copy (``verify`` only).
     """
 
     request: Request
@@ -114,13 +118,16 @@ class Sequence:
     routes: bool = field(init=False)
     learns: bool = field(init=False)
     headless: bool = field(init=False)
+    drafts_on_copy: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.policy = self.request.snapshot.policy
         self.routes = isinstance(self.policy, RoutingPolicy)
         self.learns = isinstance(self.policy, LearningPolicy)
-        drafts_greedily = self.request.kv_mode == "verify" and self.sampler.is_plain_greedy
-        self.headless = drafts_greedily and is_headless(self.policy)
+        verifies = self.request.kv_mode == "verify"
+        greedy = verifies and self.sampler.is_plain_greedy
+        self.headless = greedy and is_headless(self.policy)
+        self.drafts_on_copy = verifies and any(map(is_on_copy, self.policy.exits))
         if self.policy.candidates_VK is not None:
             self.ngrams = NgramIndex(self.request.prompt)
 
@@ -128,6 +135,11 @@ class Sequence:
     def projects(self) -> bool:
         """Whether the layers its exited tokens skipped are projected."""
         return self.request.kv_mode == "project"
+
+    @property
+    def is_past_asking(self) -> bool:
+        """Whether its policy was asked on the copy and sent its token to none of our exits."""
+        return self.drafts_on_copy and self.group is None
 
     @property
     def is_prefilled(self) -> bool:
@@ -247,11 +259,11 @@ class RowGroup(Protocol):
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Layers after which a row may be asked, as long as the wave lasts."""
+        """Exits at which a row may yet be asked, as long as the token lasts."""
         ...
 
     def asks_at(self, executed: int) -> bool:
-        """Whether some row is asked after so many layers."""
+        """Whether some row is asked after so many layers, of the weights that the exit names."""
         ...
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from offramp.controller.policies.exits import is_on_copy
 from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, sent, widened
@@ -65,7 +66,7 @@ class Wave:
             self._begin_tokens()
         else:
             self._resume_groups()
-        self._exits = {layer for group in self.groups for layer in group.exits}
+        self._exits = {e for group in self.groups for e in group.exits if not is_on_copy(e)}
         everybody = (*self.rows, *self._later)
         self._join_depths = {token.depth for row in everybody for token in row.open} | {first}
 
@@ -142,7 +143,7 @@ class Wave:
         # Only where tokens are full depth's in any case may the others have a say in a row's depth.
         if self._ending == "all" and row.request.kv_mode == "verify":
             return False
-        return not (self.context.drafts_on_copy(row) or self.context.must_go_deep(row))
+        return not (row.is_past_asking or self.context.must_go_deep(row))
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())

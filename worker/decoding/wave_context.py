@@ -110,7 +110,7 @@ class WaveContext:
         guard: Asks policies, and survives those that fail.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
         overhead: Counts what is spent beside the model.
-        copy: Where rows in ``verify`` draft; None: in the model's own layers.
+        copy: Where rows in ``verify`` draft whose policy has exits there; None: there is none.
     """
 
     stack: LayerStack
@@ -122,10 +122,6 @@ class WaveContext:
     max_pending: int
     overhead: Overhead
     copy: DraftCopy | None = None
-
-    def drafts_on_copy(self, row: Sequence) -> bool:
-        """Whether a row's policy is asked on the quantised copy, and never on the way through."""
-        return self.copy is not None and row.request.kv_mode == "verify"
 
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""

@@ -8,10 +8,12 @@ from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
+from offramp.controller.policies.exits import ascend, copy_weights, is_on_copy
 from offramp.controller.policies.protocols import Policy, is_headless
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.detokenize import decode
+from offramp.worker.model.precision import Precision
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 
@@ -58,20 +60,26 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
 
 
 def pinned(
-    policy: Policy | PolicySnapshot | None, current: Callable[[], PolicySnapshot], stack: LayerStack
+    policy: Policy | PolicySnapshot | None,
+    current: Callable[[], PolicySnapshot],
+    stack: LayerStack,
+    copy: Precision | None,
 ) -> PolicySnapshot:
     """The snapshot that a request runs under: of its own policy, or the current one.
 
     Raises:
-        RequestError: the policy was made for another model.
+        RequestError: the policy was made for another model, or for a copy that is not there.
     """
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
         require_policy(policy.policy, stack.layers, stack.width)
-        return policy
-    require_fit(policy, stack)
-    return PolicySnapshot(0, "", policy)
+        snapshot = policy
+    else:
+        require_fit(policy, stack)
+        snapshot = PolicySnapshot(0, "", policy)
+    require_copy(snapshot.policy, copy)
+    return snapshot
 
 
 def require_request(
@@ -166,8 +174,8 @@ def require_memory(prompt_tokens: int, max_tokens: int, row_tokens: int) -> None
         )
 
 
-def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
-    """Refuse an unknown cache mode, or one that cannot be combined with teacher forcing.
+def require_mode(kv_mode: str, forced: Sequence[int], policy: Policy) -> None:
+    """Refuse an unknown cache mode, or one that the policy or teacher forcing does not go with.
 
     Raises:
         RequestError: naming the mode.
@@ -181,6 +189,30 @@ def require_mode(kv_mode: str, forced: Sequence[int]) -> None:
             "verify confirms drafts against their successors, and forced tokens are no drafts",
             "Use project or defer with forced tokens",
         )
+    if kv_mode != "verify" and any(map(is_on_copy, policy.exits)):
+        raise RequestError(
+            "kv_mode",
+            f"{kv_mode} emits what exits say, and the policy leaves on a copy in fewer bytes",
+            "Use verify, or a policy with exits of the model's own layers",
+        )
+
+
+def require_copy(policy: Policy, copy: Precision | None) -> None:
+    """Refuse exits on a copy of the layers that the engine does not have.
+
+    Raises:
+        RequestError: naming the exits.
+    """
+    wanted = copy_weights(policy.exits)
+    if wanted is None or (copy is not None and copy.weights == wanted):
+        return
+    own = "none" if copy is None else copy.name
+    raise RequestError(
+        "exits",
+        f"({', '.join(map(str, policy.exits))}) ask for a copy of the layers in {wanted}, and the "
+        f"engine has {own}",
+        f"Serve with --draft-weights {wanted} (EngineConfig.draft_precision)",
+    )
 
 
 def require_policy(policy: Policy, layers: int, width: int) -> None:
@@ -205,9 +237,11 @@ def require_policy(policy: Policy, layers: int, width: int) -> None:
         raise RequestError("schema", problem, "Train the policy on traces of this model")
     exits: tuple[Any, ...] = tuple(policy.exits)
     inside = all(isinstance(layer, Integral) and 1 <= int(layer) <= layers for layer in exits)
-    if not inside or list(exits) != sorted(set(exits)):
+    if not inside or not ascend(exits):
         raise RequestError(
-            "exits", f"{exits} do not ascend within [1, {layers}]", "Use layers of this model"
+            "exits",
+            f"{exits} do not ascend within [1, {layers}]",
+            "Use layers of this model, those on a copy first",
         )
 
 

@@ -137,12 +137,14 @@ class EngineCore:
         require_request(tokens, forced, sampling, self.stack, self.tokenizer)
         require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
         kv_mode = kv_mode or self.config.kv_mode
-        require_mode(kv_mode, forced)
+        own = self.config.draft_precision
+        snapshot = pinned(policy, self.current_policy, self.stack, own)
+        require_mode(kv_mode, forced, snapshot.policy)
         request = Request(
             id=f"r{next(self._ids)}",
             prompt=tokens,
             sampling=sampling,
-            snapshot=pinned(policy, self.current_policy, self.stack),
+            snapshot=snapshot,
             kv_mode=kv_mode,
             forced=tuple(forced),
             sampler=sampler,

@@ -24,7 +24,7 @@ from offramp.worker.decoding.request import (
     TopLogprobs,
 )
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text
+from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text, require_copy
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
@@ -201,6 +201,15 @@ class AdaptiveEngine(EngineCore):
                     del self._inboxes[request_id]
                     raise self.failed.pop(request_id)
 
+    def prepare(self, policy: Policy) -> None:
+        """Compute now, in any thread, what a policy's probes would compute on their first use.
+
+        Raises:
+            RequestError: it leaves on a copy of the layers that this engine does not have.
+        """
+        require_copy(policy, self.config.draft_precision)
+        self.decoder.prepare(policy)
+
     def cancel(self, request_id: str) -> None:
         """Forget a request, running or waiting; its slot is free at the next step."""
         super().cancel(request_id)
@@ -215,7 +224,7 @@ class AdaptiveEngine(EngineCore):
     ) -> list[Request]:
         """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []
-        policy = pinned(policy, self.current_policy, self.stack)
+        policy = pinned(policy, self.current_policy, self.stack, self.config.draft_precision)
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):

@@ -30,8 +30,8 @@ class EngineConfig:
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
         precision: How the model's matrices are kept: as loaded, or in fewer bytes.
-        draft_precision: Requests in ``verify`` draft on a copy of the layers in so many bytes, and
-            may leave after any of its layers, the last included; None: they draft in the model's.
+        draft_precision: Keep a copy of the layers in so many bytes, on which requests in ``verify``
+            draft whose policies name exits there (``Exit(12, "int4")``), the last layer included.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
         cuda_graphs: Whether layers on a GPU are captured once per size, and replayed by one launch;

@@ -234,7 +234,7 @@ class PolicyRefresher:
         try:
             self._prepare(policy)
         except Exception as error:  # what fails here would fail in the middle of decoding
-            detail = f"its probe cannot be prepared: {error}"
+            detail = f"it cannot be prepared: {error}"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
         mark = Mark.of(manifest)
         self._state.save(mark, envelope, blob)

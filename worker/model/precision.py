@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from offramp.controller.errors import ConfigError
-
-Weights = Literal["native", "int8", "int4"]
+from offramp.controller.policies.exits import Weights
 
 GROUP_SIZES = (32, 64, 128, 256)
 """Weights that share a scale and a zero point, as far as the int4 kernel goes."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import Weights
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK
 from offramp.worker.model.kernels.vectors import LANES
-from offramp.worker.model.precision import GROUP_SIZES, Precision, Weights
+from offramp.worker.model.precision import GROUP_SIZES, Precision
 from offramp.worker.model.products import SIZES, can_pack, packed_product, rows_up_to
 from offramp.worker.model.stack import LayerStack, cloned
 

@@ -23,6 +23,7 @@ from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.attention import decode_window, ragged_window
+from offramp.worker.model.stack import LayerStack
 
 PROCESSOR, WALL = "processor time of one thread", "wall time"
 """What the seconds are. One thread on a CPU that does all the work is charged its processor time:
@@ -87,11 +88,15 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
     """
     clock, decoder = PartClock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
+    stacks = [
+        engine.stack,
+        *(() if decoder.context.copy is None else (decoder.context.copy.stack,)),
+    ]
     bench, group_rows = decoder.probes, clock.timed("build", decoder.grouper.group_rows)
     probe, fused = bench.probe, bench.fused_probe
     calls = {
-        (engine.stack, "run_layers"): clock.timed("layer", engine.stack.run_layers, _layers_run),
-        (engine.stack, "logits"): clock.timed("head", engine.stack.logits),
+        **{(s, "run_layers"): clock.timed("layer", s.run_layers, _layers_run) for s in stacks},
+        **{(s, "logits"): clock.timed("head", s.logits) for s in stacks},
         (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
         (bench, "probe"): lambda *rest: _watched(probe(*rest), PROBING, "probe", clock),
@@ -215,18 +220,32 @@ def most_tokens(rows: int, steps: int) -> int:
 
 
 def span_pass(
-    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int, rows: int = 1
+    engine: AdaptiveEngine,
+    clock: PartClock,
+    context: int,
+    tokens: int,
+    rows: int = 1,
+    copy: LayerStack | None = None,
 ) -> dict[str, float]:
-    """Seconds of a layer and of the head over several tokens of some rows, all layers in turn."""
+    """Seconds of a layer and of the head over several tokens of some rows, all layers in turn.
+
+    Args:
+        engine: Keeps the cache; no request may run.
+        clock: Around the engine's parts.
+        context: Tokens before those in the cache.
+        tokens: Tokens of each row.
+        rows: Rows in the launch.
+        copy: Layers to run in place of the model's own.
+    """
     engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
-    return _span_pass(engine, clock, context, tokens, rows)
+    return _span_pass(engine, clock, copy or engine.stack, (context, tokens, rows))
 
 
 @torch.inference_mode()
 def _span_pass(
-    engine: AdaptiveEngine, clock: PartClock, context: int, tokens: int, rows: int
+    engine: AdaptiveEngine, clock: PartClock, stack: LayerStack, size: tuple[int, int, int]
 ) -> dict[str, float]:
-    stack = engine.stack
+    context, tokens, rows = size
     positions_NT = torch.arange(context, context + tokens, device=stack.device).repeat(rows, 1)
     x_NTD = stack.embed(positions_NT % stack.vocab, positions_NT)
     rotary = stack.rotary(x_NTD, positions_NT)

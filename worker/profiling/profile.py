@@ -21,7 +21,7 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.products import processor
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import PartClock, clocked, most_tokens
-from offramp.worker.profiling.rounds import ProfileConfig, Rounds, pass_table, whole_script
+from offramp.worker.profiling.rounds import COPY, ProfileConfig, Rounds, pass_table, whole_script
 from offramp.worker.profiling.samples import Key, Samples
 
 
@@ -121,6 +121,7 @@ def _table(
             schema.name: batches(schema.name, config.rows, PROBE_PARTS)
             for schema in SCHEMAS.values()
         },
+        copies=_copies(engine, config, samples),
         schema=CANDIDATES_V1.name,
         model=engine.model_fingerprint,
         dtype=str(engine.stack.dtype).removeprefix("torch."),
@@ -132,6 +133,20 @@ def _table(
         energy_method=energy.method,
         energy_source=energy.source,
     )
+
+
+def _copies(
+    engine: AdaptiveEngine, config: ProfileConfig, samples: Samples
+) -> dict[str, tuple[Batch, ...]]:
+    """Layer and head of the copy that the engine keeps, if any; its joules are not told apart."""
+    precision = engine.config.draft_precision
+    if precision is None:
+        return {}
+    batches = (
+        Batch(size=n, parts={part: samples.timing(Key(COPY, n, part)) for part in SPAN_PARTS})
+        for n in config.rows
+    )
+    return {precision.weights: tuple(batches)}
 
 
 def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:

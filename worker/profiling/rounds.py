@@ -119,6 +119,8 @@ class Rounds:
             yield partial(self._span, tokens)
         for rows, tokens in itertools.product(self.config.rows[1:], self.config.pass_tokens):
             yield partial(self._pass, rows, tokens)
+        for rows in () if self.engine.decoder.context.copy is None else self.config.rows:
+            yield partial(self._copy, rows)
 
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
@@ -162,9 +164,22 @@ class Rounds:
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add(pass_table(rows), tokens, parts)
 
+    def _copy(self, rows: int) -> None:
+        """A token of each row on the copy."""
+        copy = self.engine.decoder.context.copy
+        assert copy is not None
+        size = (self.config.context, 1, rows)
+        passes = [span_pass(self.engine, self.clock, *size, copy.stack) for _ in range(REPEATS)]
+        parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
+        self.samples.add(COPY, rows, parts)
+
     def _decode(self, rows: int, name: str, acts: Sequence[int]) -> list[Step]:
         script = self.scripts[name]
         return decode_steps(self.engine, self.clock, script, self.prompts[:rows], acts)
+
+
+COPY = "copy"
+"""Name of the samples on the copy of the layers in fewer bytes."""
 
 
 def pass_table(rows: int) -> str:

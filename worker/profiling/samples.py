@@ -27,7 +27,7 @@ class Key(NamedTuple):
     """What a sample is a timing of.
 
     Attributes:
-        table: "rows", "tokens", or the name of a feature schema.
+        table: "rows", "tokens", "copy", or the name of a feature schema.
         size: Rows in the launch, or tokens of the row.
         part: Name of the part in ``CostTable``.
     """

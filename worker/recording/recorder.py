@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D width, V vocabulary, K candidates, E exits, F featur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import CANDIDATES_V1, FeatureSchema, FloatArray, IntArray
+from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.traces import TraceChunk
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.probes import Candidates, ProbeInputs, Readout, make_probe, softmax_features
 from offramp.worker.probes.candidates.successors import NgramIndex, candidates_of
+from offramp.worker.recording.copy_pass import CopyPass
+
+_Asked = tuple[FloatArray, FloatArray, IntArray, Tensor]
+"""Features, the first three softmax columns, the exit's token and what was read, [T, ...] each."""
 
 
 @torch.inference_mode()
@@ -31,6 +36,7 @@ def record_document(
     translators: ExitTranslators = UNTRANSLATED,
     states: bool = False,
     headless: bool = False,
+    copy: CopyPass | None = None,
 ) -> TraceChunk:
     """Decode one document at full depth, teacher-forced, and probe every token at every exit.
 
@@ -40,12 +46,13 @@ def record_document(
         stack: The model, as a stack of layers.
         document: Digest of the document's text.
         tokens: T + 1 token ids; the last is only ever a label.
-        exits: Layers to probe, ascending.
+        exits: Layers to probe, ascending; those on a copy first.
         candidates_VK: The candidate table.
         schema: The features to record.
         translators: What the model's exits are read through.
         states: Whether to keep the hidden states that norm and head read, as float16.
         headless: Whether an exit's token is the best candidate, as sure as it is among them.
+        copy: Runs tokens up to exits on a copy, if there are any.
     """
     inputs = list(tokens[:-1])
     positions_T = np.arange(len(inputs), dtype=np.int32)
@@ -53,22 +60,19 @@ def record_document(
     x_TD = stack.embed(torch.tensor([inputs], device=stack.device), positions_1T)
     rotary = stack.rotary(x_TD, positions_1T)
     scored = (len(exits), _candidates(inputs, candidates_VK), candidates_VK)
-    probe = make_probe(schema, ProbeInputs(Readout(stack), x_TD[0], positions_T, *scored))
-    features, sure, exit_tokens, read = [], [], [], []
+    begun = (schema, x_TD[0], positions_T, scored, headless)
+    asked = []
+    if copy is not None:
+        ask = _asking(copy.copy, *begun)
+        on_copy = [layer for layer in exits if is_on_copy(layer)]
+        asked += [ask(layer, read_TD) for layer, read_TD in copy.states(inputs, on_copy).items()]
+    ask = _asking(stack, *begun)
     for index in range(stack.layers):
         x_TD = stack.run_layer(index, x_TD, rotary, None, None)
         if index + 1 in exits:
-            read_TD = translators.apply(index + 1, x_TD[0])
-            features.append(probe.features(index + 1, read_TD))
-            if headless:
-                sure.append(features[-1][:, :3])
-                exit_tokens.append(cast(Candidates, probe).best_N())
-            else:
-                logits_TV = stack.logits(read_TD)
-                sure.append(softmax_features(logits_TV)[0])
-                exit_tokens.append(_int32(logits_TV.argmax(-1)))
-            read.append(read_TD if states else read_TD[:0])
+            asked.append(ask(index + 1, translators.apply(index + 1, x_TD[0])))
     full_TV = stack.logits(x_TD[0]).float().log_softmax(-1)
+    features, sure, exit_tokens, read = zip(*asked, strict=True)
     token_TE = np.stack(exit_tokens, axis=-1)
     return TraceChunk(
         document=document,
@@ -81,6 +85,27 @@ def record_document(
         gap_TE=_gaps(full_TV, token_TE),
         state_TED=torch.stack(read, dim=1).half().cpu().numpy() if states else None,
     )
+
+
+def _asking(
+    stack: LayerStack,
+    schema: FeatureSchema,
+    embedded_TD: Tensor,
+    positions_T: IntArray,
+    scored: tuple[int, IntArray, IntArray],
+    headless: bool,
+) -> Callable[[int, Tensor], _Asked]:
+    """Make what probes states of a stack, exit by exit."""
+    probe = make_probe(schema, ProbeInputs(Readout(stack), embedded_TD, positions_T, *scored))
+
+    def ask(executed: int, read_TD: Tensor) -> _Asked:
+        features_TF = probe.features(int(executed), read_TD)
+        if headless:
+            return features_TF, features_TF[:, :3], cast(Candidates, probe).best_N(), read_TD
+        logits_TV = stack.logits(read_TD)
+        return features_TF, softmax_features(logits_TV)[0], _int32(logits_TV.argmax(-1)), read_TD
+
+    return ask
 
 
 def _gaps(full_TV: Tensor, token_TE: IntArray) -> FloatArray:

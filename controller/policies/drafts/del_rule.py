@@ -15,8 +15,12 @@ from offramp.controller.features import MAX_PENDING, SOFTMAX_V2, FeatureSchema, 
 from offramp.controller.policies.codec import Kind, Params, Tensors
 from offramp.controller.policies.drafts.drafter import TOP1, open_drafts, require_exits
 from offramp.controller.policies.drafts.thompson import leading
+from offramp.controller.policies.exits import weights_of
 from offramp.controller.policies.protocols import IndexArray, Verdict
 from offramp.controller.strict import COUNT, NUMBER, list_of
+
+LOADED = {"native": 1.0, "int8": 0.5, "int4": 0.3}
+"""Bytes of a weight, scales included, over those of one of 16 bits."""
 
 PRIOR_ROUNDS = 8.0
 """Verdicts that the recorded acceptance counts for at the start."""
@@ -28,7 +32,8 @@ def tokens_per_layer(
     """TPL(ℓ, d) = (1 − α^(d+1)) / (1 − α) / (d·ℓ + L) for d = 0 … ``most``, [E, K].
 
     Expected tokens of a cycle of d drafts after ℓ layers, over the layers it loads (DEL, Entezari
-    Zarch et al. 2025, arXiv 2504.05598, section 3).
+    Zarch et al. 2025, arXiv 2504.05598, section 3). A layer of a copy in fewer bytes counts as the
+    share of one that it loads.
 
     >>> tokens_per_layer(np.array([0.5]), (4,), 8, 2).round(4).tolist()
     [[0.125, 0.125, 0.1094]]
@@ -36,7 +41,8 @@ def tokens_per_layer(
     drafts_K = np.arange(most + 1)
     alpha_E1 = np.minimum(np.asarray(acceptance_E, np.float64), 1 - 1e-9)[:, None]
     tokens_EK = (1 - alpha_E1 ** (drafts_K + 1)) / (1 - alpha_E1)
-    loaded_EK = np.asarray(exits)[:, None] * drafts_K + layers
+    loaded_E = np.array([layer * LOADED[weights_of(layer)] for layer in exits])
+    loaded_EK = loaded_E[:, None] * drafts_K + layers
     result_EK: NDArray[np.float64] = tokens_EK / loaded_EK
     return result_EK
 

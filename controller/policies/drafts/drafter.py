@@ -9,6 +9,7 @@ import numpy as np
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policies.exits import ascend
 from offramp.controller.policies.protocols import IndexArray
 
 PENDING = OUTLOOK_V1.index("pending")
@@ -50,5 +51,6 @@ def require_exits(exits: tuple[int, ...]) -> None:
     Raises:
         RequestError: naming them.
     """
-    if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1:
-        raise RequestError("exits", f"{exits} do not ascend from 1 on", "Sort them")
+    if not exits or not ascend(exits):
+        remedy = "Sort them, those on a copy first"
+        raise RequestError("exits", f"{exits} do not ascend from 1 on", remedy)

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offramp.controller.costs.table import CostTable, load_costs, save_costs, to_json
+from offramp.controller.costs.cost_file import load_costs, save_costs, to_json
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from support.cost_tables import measured
 
@@ -19,6 +21,14 @@ from support.cost_tables import measured
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     save_costs(tmp_path / "costs.json", measured())
     assert load_costs(tmp_path / "costs.json") == measured()
+
+
+def test_a_table_without_a_copy_says_nothing_of_one(tmp_path: Path) -> None:
+    assert "copies" in to_json(measured())
+    plain = replace(measured(), copies={})
+    assert "copies" not in to_json(plain)
+    save_costs(tmp_path / "costs.json", plain)
+    assert load_costs(tmp_path / "costs.json") == plain
 
 
 def test_constants_are_written_as_one_batch(tmp_path: Path) -> None:
@@ -45,6 +55,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "field too many": (lambda r: r.update(color="red"), r"unknown \['color'\]"),
     "a word for a number": (lambda r: r.update(layers="12"), "layers: '12' is no int"),
     "a truth for a number": (lambda r: r.update(threads=True), "threads: True is no int"),
+    "copies of another kind": (lambda r: r.update(copies=[]), "copies: are no object"),
     "no batches": (lambda r: r.update(batches=[]), "batches: are empty"),
     "batches of another kind": (lambda r: r.update(batches={}), "batches: are no list"),
     "probes of another kind": (lambda r: r.update(probes=[]), "probes: are no object"),

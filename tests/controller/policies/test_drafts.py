@@ -22,6 +22,7 @@ from offramp.controller.policies.drafts import (
     ThompsonDraft,
 )
 from offramp.controller.policies.drafts.del_rule import tokens_per_layer
+from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.kinds import KINDS, kind_of, pack_policy
 from offramp.controller.policies.protocols import (
     LearningPolicy,
@@ -30,6 +31,7 @@ from offramp.controller.policies.protocols import (
     is_headless,
 )
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import Manifest
 
 SEEN = OUTLOOK_V1.width + 1
 
@@ -62,10 +64,13 @@ def net(inputs: int, outputs: int, seed: int) -> list[tuple[FloatArray, FloatArr
 TABLE_VK = np.arange(40, dtype=np.int32).reshape(10, 4) % 10
 
 
-def drafter(candidates_VK: IntArray | None = None) -> DraftRouter:
+LAST = Exit(12, "int4")
+
+
+def drafter(candidates_VK: IntArray | None = None, exits: tuple[int, ...] = (3, 6)) -> DraftRouter:
     width = (SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).width
     nets = net(SEEN, 3, 0), net(width + SEEN, 3, 1)
-    return DraftRouter((3, 6), *nets, candidates_VK=candidates_VK)
+    return DraftRouter(exits, *nets, candidates_VK=candidates_VK)
 
 
 EVERY: tuple[Any, ...] = (
@@ -76,6 +81,11 @@ EVERY: tuple[Any, ...] = (
     drafter(),
     ConfidentDraft(layer=3, threshold=0.4, candidates_VK=TABLE_VK),
     drafter(TABLE_VK),
+    StaticDraft(layer=LAST, length=3),
+    ConfidentDraft(layer=LAST, threshold=0.4, candidates_VK=TABLE_VK),
+    ThompsonDraft(LAST, length=5),
+    DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5)),
+    drafter(TABLE_VK, (LAST, 3)),
 )
 
 
@@ -95,8 +105,11 @@ def test_all_are_packed_and_built_again(policy: Any) -> None:
     bundle = PolicyBundle.draft(
         packed, model="aa", tokenizer="bb", training={}, metrics={}, created_at=0.0
     )
-    again = bundle.policy()  # decides the canned inputs anew
+    signed = Manifest.from_bytes(bundle.manifest.to_bytes())
+    assert signed.exits == policy.exits
+    again = replace(bundle, manifest=signed).policy()  # decides the canned inputs anew
     assert type(again) is type(policy)
+    assert again.exits == policy.exits
     assert kind.describe_policy(again)[0] == kind.describe_policy(policy)[0]
     assert again.schema == policy.schema
     assert is_headless(again) == is_headless(policy) == (policy.candidates_VK is not None)
@@ -193,6 +206,7 @@ def test_bad_arguments_are_refused() -> None:
         lambda: ThompsonDraft(3, alpha=0.0),
         lambda: DelDraft((3, 6), 12, (0.5,), (0.5, 0.5)),
         lambda: DelDraft((6, 3), 12, (0.5, 0.5), (0.5, 0.5)),
+        lambda: DelDraft((3, LAST), 12, (0.5, 0.5), (0.5, 0.5)),
         lambda: DraftRouter((3,), net(SEEN, 3, 0), net(SOFTMAX_V2.width + SEEN, 2, 0)),
     ):
         with pytest.raises(RequestError):

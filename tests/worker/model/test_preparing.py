@@ -96,7 +96,7 @@ def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(
     line.serve(5)
     ack = worker.poll_once()
     assert ack.state is AckState.NACK
-    assert ack.reason == "unsupported: its probe cannot be prepared: no room"
+    assert ack.reason == "unsupported: it cannot be prepared: no room"
     assert worker.current.policy == FixedExit(3)
     assert PolicyRefresher(*line.parts).current.policy == FixedExit(3)
 
