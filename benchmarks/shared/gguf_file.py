@@ -1,4 +1,4 @@
-"""Writes a Llama or Qwen2 of transformers as a GGUF file for llama.cpp, and reads a Llama back.
+"""Writes a Llama or Qwen2 of transformers as a GGUF file for llama.cpp.
 
 Needs the package ``gguf`` (the extra ``peers``), which is imported where it is used.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NATIVE_KINDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 """The file type that keeps a model's own numbers."""
@@ -94,18 +91,10 @@ def named_for_rotary(name: str, tensor: torch.Tensor, config: Any) -> torch.Tens
 
     ``convert_hf_to_gguf.py`` of llama.cpp does the same; its Qwen2 turns halves, as transformers.
     """
-    heads = _heads_turned(name, config)
-    if not heads:
+    if config.model_type != "llama" or not ("q_proj" in name or "k_proj" in name):
         return tensor
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     return tensor.view(heads, 2, -1, tensor[0].numel()).transpose(1, 2).reshape(tensor.shape)
-
-
-def _heads_turned(name: str, config: Any) -> int:
-    if config.model_type != "llama":
-        return 0
-    if "q_proj" in name:
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if "k_proj" in name else 0
 
 
 def _describe(writer: Any, config: Any, theta: float) -> None:
@@ -126,46 +115,3 @@ def _describe(writer: Any, config: Any, theta: float) -> None:
     writer.add_token_list([f"<t{token}>" for token in range(config.vocab_size)])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([1] * config.vocab_size)  # 1: an ordinary token
-
-
-def read_llama(path: Path, dtype: torch.dtype) -> Any:
-    """A Llama with tied embeddings, from a GGUF file of any type that ``gguf`` can undo.
-
-    Raises:
-        ValueError: the file holds another family.
-    """
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if "." in name}
-    if fields["general.architecture"] != "llama":
-        raise ValueError(f"{path} holds a {fields['general.architecture']}: give a Llama")
-    config = LlamaConfig(
-        vocab_size=fields["llama.vocab_size"],
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=fields["llama.attention.head_count"],
-        num_key_value_heads=fields["llama.attention.head_count_kv"],
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
-        tie_word_embeddings=True,
-    )
-    stored: dict[str, NDArray[np.float32]] = {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for tensor in reader.tensors
-    }
-    torch.set_default_dtype(dtype)
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        values = torch.from_numpy(stored[gguf_name(name)].copy())
-        heads = _heads_turned(name, config)
-        if heads:
-            turned = values.view(heads, -1, 2, values[0].numel()).transpose(1, 2)
-            values = turned.reshape(values.shape)
-        tensor.copy_(values)
-    return model

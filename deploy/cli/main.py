@@ -18,6 +18,7 @@ TOPICS = {
     "train": "cli.learning",
     "evaluate": "cli.evaluating",
     "calibrate": "cli.calibrating",
+    "import": "cli.tuning",
     "tune": "cli.tuning",
     "profile": "cli.profiling",
     "publish": "cli.control",

@@ -1,4 +1,4 @@
-"""Run ``offramp tune``: fit exit translators to a model that was not trained to exit."""
+"""Run ``offramp import`` and ``tune``: bring a model in, and fit exits to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,27 @@ import typer
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import tuning_table
+from offramp.worker.model.gguf_import import import_gguf
+from offramp.worker.model.loading import parse_dtype
 
 
 def add_to(app: typer.Typer) -> None:
-    """Register the command."""
+    """Register the commands."""
+    app.command("import")(import_model)
     app.command("tune")(tune_exits)
+
+
+def import_model(
+    gguf: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    dtype: options.Dtype = "bfloat16",
+) -> None:
+    """Turn a GGUF file into a model folder; quantised weights are undone."""
+    options.require_new_folder("out", out)
+    import_gguf(gguf, out, parse_dtype(dtype))
+    say(f"{gguf.name} → {out}")
 
 
 def tune_exits(

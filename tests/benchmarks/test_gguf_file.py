@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from shared.gguf_file import gguf_name, named_for_rotary, read_llama, write_gguf
+from shared.gguf_file import gguf_name, named_for_rotary, write_gguf
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
+
+from offramp.worker.model.gguf_import import read_gguf
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
 
@@ -93,7 +95,7 @@ def test_tensors_are_read_back(kind: str, tmp_path: Path) -> None:
     assert read == matrices * bits / 8 + 4 * sum(
         each.numel() for each in model.parameters() if each.dim() == 1
     )
-    found = read_llama(tmp_path / "model.gguf", torch.float32).state_dict()
+    found = read_gguf(tmp_path / "model.gguf", torch.float32).state_dict()
     for name, tensor in model.state_dict().items():
         step = 0.0 if kind == "F32" or tensor.dim() == 1 else float(tensor.abs().max()) / 127
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=step)

@@ -81,7 +81,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
         )
     except Exception as error:  # whatever the files' contents lead the readers to
         raise ModelError(
-            "model", f"{str(path)!r} cannot be loaded: {_in_one_line(error)}", AGAIN
+            "model", f"{str(path)!r} cannot be loaded: {in_one_line(error)}", AGAIN
         ) from error
     # Hugging Face fills these with random numbers and only warns.
     misfits = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
@@ -105,7 +105,7 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more exact
         raise ModelError(
-            "model", f"{str(path)!r} has no readable tokenizer: {_in_one_line(error)}", AGAIN
+            "model", f"{str(path)!r} has no readable tokenizer: {in_one_line(error)}", AGAIN
         ) from error
 
 
@@ -192,7 +192,7 @@ def _load_config(path: str | Path) -> Any:
     except Exception as error:  # the classes validate config.json each in their own way
         if folder.is_dir():
             raise ModelError(
-                "model", f"{str(path)!r} has an unusable config.json: {_in_one_line(error)}", AGAIN
+                "model", f"{str(path)!r} has an unusable config.json: {in_one_line(error)}", AGAIN
             ) from error
         raise ModelError(
             "model",
@@ -231,7 +231,7 @@ def _weight_files(folder: Path) -> list[Path]:
         named = set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(named)]
     except Exception as error:  # JSON may be of any shape
-        raise _damaged(first, _in_one_line(error)) from error
+        raise _damaged(first, in_one_line(error)) from error
     if absent := [file.name for file in files if not file.is_file()]:
         raise _damaged(first, f"it names {absent[0]}, which is not there")
     return files
@@ -250,7 +250,7 @@ def _require_whole(file: Path) -> None:
         problem = "it holds more than tensors, which could run code and is not read"
         raise _damaged(file, problem) from error
     except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
-        raise _damaged(file, _in_one_line(error)) from error
+        raise _damaged(file, in_one_line(error)) from error
     if not isinstance(found, dict):
         raise _damaged(file, f"it holds a {type(found).__name__}, not tensors by name")
 
@@ -259,6 +259,7 @@ def _damaged(file: Path, problem: str) -> ModelError:
     return ModelError("model", f"{file.name} in {str(file.parent)!r} is damaged: {problem}", AGAIN)
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
     text = " ".join(str(error).split()).rstrip(".")
     return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__
