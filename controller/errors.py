@@ -121,6 +121,7 @@ class Refusal(StrEnum):
     UNSUPPORTED = "unsupported"
     NOT_FINITE = "not_finite"
     CANNED_INPUTS = "canned_inputs"
+    TOO_SLOW = "too_slow"
 
 
 class PolicyRefusedError(OfframpError):

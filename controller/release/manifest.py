@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from offramp.controller.errors import ConfigError
@@ -10,6 +10,7 @@ from offramp.controller.policies.codec import Shapes
 from offramp.controller.policies.exits import ascend, exit_from_json, exit_to_json
 from offramp.controller.policies.kinds import KINDS
 from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.strict import (
     COUNT,
     DIGEST,
@@ -71,7 +72,7 @@ class Manifest:
         metrics: What was measured on held-out data.
         certificate: The calibration's guarantee, of this very blob; None if there is none.
         rollout: Requests that it may serve. Workers refuse anything below 100 % for now.
-        guardrails: Bounds at which a worker trips to full depth. Workers refuse any for now.
+        guardrails: Bounds at which a worker trips to full depth, by name; see ``bounds``.
         created_at: When it was signed, unix seconds.
         expires_at: From when on it is refused, unix seconds; None: never.
         rollback_of: The generation this one replaces because it failed; None otherwise.
@@ -105,6 +106,14 @@ class Manifest:
         if self.kind == "never":
             return "full depth"
         return "uncertified" if self.certificate is None else "certified"
+
+    @property
+    def bounds(self) -> Guardrails:
+        """The guardrails, with those that were not named as certificate or default have them."""
+        certificate = self.certificate
+        if certificate is None or certificate.loss != "disagreement":
+            return Guardrails(**self.guardrails)
+        return replace(Guardrails.certified(certificate.delta), **self.guardrails)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, no NaN; the same manifest, the same bytes.
@@ -194,6 +203,12 @@ def _is_rollout(value: Any) -> bool:
     return is_number(value["percent"]) and 0 <= value["percent"] <= 100 and is_text(value["salt"])
 
 
+def _are_guardrails(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= GUARDRAILS.keys():
+        return False
+    return all(GUARDRAILS[name][0](bound) for name, bound in value.items())
+
+
 _FIELDS: dict[str, Check] = {
     "format_version": COUNT,
     "channel": TEXT,
@@ -212,7 +227,7 @@ _FIELDS: dict[str, Check] = {
     "metrics": OBJECT,
     "certificate": or_null(OBJECT),
     "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}"),
-    "guardrails": OBJECT,
+    "guardrails": (_are_guardrails, f"an object of bounds among {', '.join(GUARDRAILS)}"),
     "created_at": NUMBER,
     "expires_at": or_null(NUMBER),
     "rollback_of": or_null(COUNT),

@@ -68,6 +68,11 @@ class Publisher:
         self._epoch = epoch
         self._stamp_ttl_s = stamp_ttl_s
 
+    @property
+    def promoted(self) -> int:
+        """The generation promoted last, by the ledger; 0 if none was."""
+        return self._ledger.promoted()
+
     def release(
         self,
         packed: PackedPolicy,
@@ -94,7 +99,7 @@ class Publisher:
             uncertified: Said of a policy that may exit without a certificate; goes into metrics.
             expires_in_s: Seconds after which workers refuse it; None: never.
             rollout: Requests that it may serve. Workers take nothing but all of them yet.
-            guardrails: Bounds at which a worker trips to full depth. Workers take none yet.
+            guardrails: Bounds at which a worker trips to full depth, in place of the defaults.
 
         Raises:
             PolicyRefusedError: a worker's own check would refuse it; nothing was signed.

@@ -6,7 +6,7 @@ Keys ({c} = channel; the braces are a hash tag, so one channel lives on one clus
     offramp:{c}:head           hash          gen, epoch, envelope, digest: one atomic read
     offramp:{c}:fresh          string, TTL   signed timestamp: freeze alarm
     offramp:{c}:events         stream ≤ 1000 gen, digest: wake-up and audit, never the truth
-    offramp:{c}:ack:<worker>   hash, TTL     worker, boot, generation, digest, state, reason, at
+    offramp:{c}:ack:<worker>   hash, TTL     the fields of Ack
 """
 
 from __future__ import annotations
@@ -286,15 +286,9 @@ def _head(values: list[bytes | None]) -> Head:
 
 def _ack(record: dict[bytes, bytes]) -> Ack | None:
     try:
-        text = {name.decode(): value.decode() for name, value in record.items()}
-        return Ack(
-            worker=text["worker"],
-            boot=text["boot"],
-            generation=int(text["generation"]),
-            digest=text["digest"],
-            state=AckState(text["state"]),
-            reason=text["reason"],
-            at=float(text["at"]),
-        )
-    except (KeyError, ValueError):
+        text: dict[str, Any] = {name.decode(): value.decode() for name, value in record.items()}
+        counts = {name: int(text[name]) for name in ("generation", "about")}
+        told = {"state": AckState(text["state"]), "at": float(text["at"])}
+        return Ack(**(text | counts | told))
+    except (KeyError, ValueError, TypeError):
         return None  # expired between the scan and this read, or written by somebody else

@@ -61,6 +61,7 @@ class Ack:
         boot: Random id of this start of the worker.
         generation: Number of the release that it runs; 0: full depth.
         digest: Names the policy that it runs; "": full depth.
+        about: Generation that a TRIPPED worker took out of service; else the one that it runs.
         state: What it says about the head.
         reason: Why, beginning with the Refusal for a NACK; "" for an ACK.
         at: Unix seconds by the worker's clock.
@@ -70,6 +71,7 @@ class Ack:
     boot: str
     generation: int
     digest: str
+    about: int
     state: AckState
     reason: str
     at: float

@@ -163,10 +163,9 @@ class ReleaseVerifier:
         if manifest.expires_at is not None and manifest.expires_at <= self._clock():
             detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
             raise PolicyRefusedError(Refusal.EXPIRED, detail)
-        if manifest.rollout.percent < 100 or manifest.guardrails:
-            # Serving everybody unguarded would break what the publisher signed.
-            field = "guardrails" if manifest.guardrails else "rollout"
-            detail = f"{field}: no worker supports it yet; release to everybody, without guardrails"
+        if manifest.rollout.percent < 100:
+            # Serving everybody would break what the publisher signed.
+            detail = "rollout: no worker supports it yet; release to everybody"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
         if mark is not None:
             _check_mark(manifest, mark)

@@ -11,10 +11,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from offramp.controller.errors import PolicyRefusedError
+from offramp.controller.errors import (
+    ConfigError,
+    PolicyRefusedError,
+    PromoteConflictError,
+    RegistryUnavailableError,
+)
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.release.manifest import Manifest, require_said
-from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.overseer import Overseer
+from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.signing import load_public_key, trusted_keys
@@ -30,6 +37,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(promote)
     app.command()(rollback)
     app.command()(status)
+    app.command()(watch)
 
 
 def publish(
@@ -40,6 +48,10 @@ def publish(
     uncertified: Annotated[
         bool, typer.Option("--uncertified", help="Publish it although no certificate bounds it.")
     ] = False,
+    guardrail: Annotated[
+        list[str] | None,
+        typer.Option(help="Bound at which a worker trips, like max_disagreement=0.1; repeatable."),
+    ] = None,
 ) -> None:
     """Sign a policy as the next generation and upload it.
 
@@ -47,8 +59,9 @@ def publish(
     """
     bundle = PolicyBundle.load(policy)
     require_said(bundle.manifest, uncertified)
+    guardrails = parse_guardrails(guardrail or [])
     with _publisher() as (publisher, _):
-        release = release_bundle(publisher, bundle, uncertified=uncertified)
+        release = release_bundle(publisher, bundle, uncertified=uncertified, guardrails=guardrails)
         say(
             f"generation {release.generation} published ({release.digest[:12]}), "
             f"{standing(bundle.manifest)}"
@@ -97,6 +110,30 @@ def status() -> None:
     console.print(table)
 
 
+def watch(
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
+    trips: Annotated[
+        int, typer.Option(min=1, help="Tripped workers that roll the release back.")
+    ] = 2,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Stay and watch: keep the timestamp young, roll back what workers trip on."""
+    # Three looks may fail before workers take the silence for a freeze.
+    with _publisher(STAMP_TTL_S if once else max(60.0, 4 * every)) as (publisher, registry):
+        overseer = Overseer(publisher, registry, trips)
+        while True:
+            try:
+                if story := overseer.look():
+                    say(story)
+            except (RegistryUnavailableError, PromoteConflictError) as error:
+                if once:
+                    raise
+                say(f"{error} Trying again.")
+            if once:
+                return
+            time.sleep(every)
+
+
 def standing(manifest: Manifest) -> str:
     """What stands behind a release, in one sentence."""
     certificate = manifest.certificate
@@ -122,8 +159,32 @@ def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
         )
 
 
+def parse_guardrails(bounds: list[str]) -> dict[str, float]:
+    """Bounds by name, from NAME=NUMBER.
+
+    Raises:
+        ConfigError: an unknown name, or no number in its range.
+    """
+    parsed: dict[str, float] = {}
+    for bound in bounds:
+        name, _, number = bound.partition("=")
+        if name not in GUARDRAILS:
+            known = ", ".join(GUARDRAILS)
+            raise ConfigError("guardrail", f"{name!r} is unknown", f"Use one of {known}")
+        try:
+            parsed[name] = float(number)
+        except ValueError as error:
+            raise ConfigError(name, f"{number!r} is no number", "Give NAME=NUMBER") from error
+    Guardrails(**parsed)
+    return parsed
+
+
 def release_bundle(
-    publisher: Publisher, bundle: PolicyBundle, *, uncertified: bool = False
+    publisher: Publisher,
+    bundle: PolicyBundle,
+    *,
+    uncertified: bool = False,
+    guardrails: dict[str, float] | None = None,
 ) -> Head:
     """Sign a draft as it is.
 
@@ -139,16 +200,17 @@ def release_bundle(
         metrics=manifest.metrics,
         certificate=manifest.certificate,
         uncertified=uncertified,
+        guardrails=guardrails,
     )
 
 
 @contextmanager
-def _publisher() -> Iterator[tuple[Publisher, RedisRegistry]]:
+def _publisher(stamp_ttl_s: float = STAMP_TTL_S) -> Iterator[tuple[Publisher, RedisRegistry]]:
     settings = Settings.from_environment()
     registry = open_registry(settings)
     if not (settings.home / KEY).exists():
         console.print(f"new signing key in {settings.home}; workers must trust it (serve --trust)")
     try:
-        yield open_publisher(settings, registry), registry
+        yield open_publisher(settings, registry, stamp_ttl_s), registry
     finally:
         registry.close()

@@ -25,6 +25,7 @@ TOPICS = {
     "promote": "cli.control",
     "rollback": "cli.control",
     "status": "cli.control",
+    "watch": "cli.control",
     "serve": "cli.serving",
     "demo": "demo.demo_command",
     "doctor": "cli.serving",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import PolicyRegistry
 from offramp.controller.release.signing import load_or_create_key, save_public_key
@@ -36,8 +36,15 @@ def open_registry(settings: Settings) -> RedisRegistry:
     return registry
 
 
-def open_publisher(settings: Settings, registry: PolicyRegistry) -> Publisher:
+def open_publisher(
+    settings: Settings, registry: PolicyRegistry, stamp_ttl_s: float = STAMP_TTL_S
+) -> Publisher:
     """The channel's publisher, with a new key at first use.
+
+    Args:
+        settings: Name home folder, channel and epoch.
+        registry: Where workers look.
+        stamp_ttl_s: Seconds that a timestamp vouches for the head.
 
     Raises:
         ConfigError: the key or the ledger is unusable.
@@ -45,7 +52,9 @@ def open_publisher(settings: Settings, registry: PolicyRegistry) -> Publisher:
     key = load_or_create_key(settings.home / KEY)
     save_public_key(settings.home / PUBLIC_KEY, key.public_bytes)
     ledger = Ledger(settings.home / "ledger" / settings.channel)
-    return Publisher(registry, ledger, key, settings.channel, epoch=settings.epoch)
+    return Publisher(
+        registry, ledger, key, settings.channel, epoch=settings.epoch, stamp_ttl_s=stamp_ttl_s
+    )
 
 
 def public_key_path(settings: Settings) -> Path:

@@ -119,6 +119,11 @@ class ServedWorker(EngineBackend):
         """Called by Ray Serve after construction."""
         return create_app(self)
 
+    def __del__(self) -> None:
+        """Called by Ray Serve before it ends the process in order: this is no crash."""
+        if refresher := getattr(self, "refresher", None):
+            refresher.stop()
+
     def check_health(self) -> None:
         """Called by Ray Serve: a stuck engine gets its replica replaced."""
         if not self.service.is_healthy:
@@ -141,7 +146,9 @@ def describe_policy(
     """Describe a worker's policy, as ``/v1/policy`` answers.
 
     ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
-    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does.
+    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
+    ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
+    would not have emitted.
     """
     certificate = snapshot.certificate
     gap = (
@@ -161,6 +168,8 @@ def describe_policy(
         "guarantee": snapshot.guarantee,
         "certificate": None if certificate is None else certificate.statement,
         "gap": gap,
+        "audited": snapshot.watch.audited if snapshot.watch else 0,
+        "disagreed": snapshot.watch.disagreed if snapshot.watch else 0,
         "state": report.state.value,
         "reason": report.reason,
     }

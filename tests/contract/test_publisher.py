@@ -298,8 +298,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "everybody, salted": {"rollout": Rollout(percent=100, salt="x")},
     "half of the requests": {"rollout": Rollout(percent=50, salt="x")},
     "nobody": {"rollout": Rollout(percent=0, salt="x")},
-    "guardrails": {"guardrails": {"max_exit_rate": 0.9}},
-    "both": {"rollout": Rollout(percent=5, salt="x"), "guardrails": {"max_exit_rate": 0.9}},
+    "guarded": {"guardrails": {"max_disagreement": 0.1, "max_token_ms": 50}},
+    "unknown guardrails": {"guardrails": {"max_exit_rate": 0.9}},
+    "a guardrail out of range": {"guardrails": {"max_disagreement": 1.5}},
     "for a minute": {"expires_in_s": 60.0},
     "expired at once": {"expires_in_s": 0.0},
     "expired before": {"expires_in_s": -5.0},
@@ -324,7 +325,7 @@ def test_what_workers_refuse_is_not_signed(site: Site, make_mlp: Any, asked: str
         refused = None
     except PolicyRefusedError as error:
         refused = error.reason
-    is_plain = asked in ("everybody", "everybody, salted", "for a minute")
+    is_plain = asked in ("everybody", "everybody, salted", "guarded", "for a minute")
     assert (refused is None) == is_plain
     if refused is None:
         assert site.release(make_mlp(1), **options).generation == 1

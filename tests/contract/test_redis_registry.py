@@ -154,7 +154,16 @@ def test_a_frozen_server_is_given_up_soon(tmp_path: Path) -> None:
 
 def test_an_absent_server_names_the_setting_and_hides_the_password() -> None:
     registry = RedisRegistry("redis://user:hush@127.0.0.1:1/0", "c")
-    ack = Ack(worker="w", boot="b", generation=0, digest="", state=AckState.ACK, reason="", at=0.0)
+    ack = Ack(
+        worker="w",
+        boot="b",
+        generation=0,
+        digest="",
+        about=0,
+        state=AckState.ACK,
+        reason="",
+        at=0.0,
+    )
     calls: list[Callable[[], Any]] = [
         registry.head,
         registry.fresh,

@@ -27,6 +27,7 @@ def ack(worker: str, **changes: Any) -> Ack:
         "boot": "b0",
         "generation": 3,
         "digest": DIGEST,
+        "about": 3,
         "state": AckState.ACK,
         "reason": "",
         "at": 1_800_000_000.125,

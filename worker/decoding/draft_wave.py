@@ -115,11 +115,8 @@ class DraftWave:
         self._keep([n for n in range(len(self.rows)) if n not in gone])
 
     def _leave(self, row: Sequence, executed: int, state_1D: Tensor, known: Known) -> None:
-        row.undecided = False
-        row.group = None
-        row.open[-1].is_underway = False
         row.open[-1].is_filled = True
-        row.note_depth(executed / self.stack.layers)
+        row.note_exit(executed / self.stack.layers)
         self.arrivals.append(
             Arrival(row, executed, state_1D, True, *known, drafted=True, on_copy=True)
         )

@@ -90,6 +90,8 @@ class Emitter:
             best: Most likely token by the logits.
             exit_layer: Layers executed for it.
         """
+        if row.request.audited:
+            row.proposed.append(best)
         if row.sampler.is_plain_greedy:
             drawn = Draw(best)
         else:
@@ -97,9 +99,10 @@ class Emitter:
         row.emit(drawn, exit_layer, self.stack.eos_tokens)
 
     def _teach(self, result: RowResult) -> None:
-        """Tell a learning policy what full depth says, up to the first draft that falls."""
+        """Tell row and learning policy what full depth says, up to the first draft that falls."""
         row = result.row
-        early = [draft.token for draft in row.drafts] or row.emitted[-len(result.left) :]
+        proposed = row.proposed if row.request.audited else row.emitted
+        early = [draft.token for draft in row.drafts] or proposed[-len(result.left) :]
         verdicts = []
         for (index, features_F), token, best in zip(
             result.left, early, result.best_M, strict=False
@@ -110,7 +113,8 @@ class Emitter:
                 break
             if not row.drafts:
                 row.note_verdict(agreed)
-        self._guard.teach(cast(LearningPolicy, row.policy), verdicts)
+        if row.learns:
+            self._guard.teach(cast(LearningPolicy, row.policy), verdicts)
 
     def _draft(self, result: RowResult) -> None:
         row, sampler = result.row, result.row.sampler
@@ -127,7 +131,7 @@ class Emitter:
         row, best_M = result.row, result.best_M
         drafts, row.drafts = row.drafts, []
         accepted = accepted_greedily(drafts, best_M)
-        row.drafts_accepted += accepted
+        row.note_cycle(drafts, accepted, self.stack.layers)
         for _ in range(accepted):
             row.note_verdict(True)
         if accepted < len(drafts):
@@ -141,16 +145,19 @@ class Emitter:
         """Speculative sampling; of greedy decoding all chances are on one token."""
         row, sampler = result.row, result.row.sampler
         drafts, row.drafts = row.drafts, []
+        accepted = 0
         for draft, logits_V in zip(drafts, result.logits_MV, strict=False):
             chances_V = sampler.distribution(logits_V, row.emitted)
-            accepted = is_accepted(draft, chances_V, sampler.chance())
-            row.note_verdict(accepted)
-            if not accepted:
+            agreed = is_accepted(draft, chances_V, sampler.chance())
+            row.note_verdict(agreed)
+            if not agreed:
+                row.note_cycle(drafts, accepted, self.stack.layers)
                 token = sampler.pick(residual(draft, chances_V))
                 self._add(row, sampler.report(token, logits_V), self.stack.layers)
                 return
-            row.drafts_accepted += 1
+            accepted += 1
             self._add(row, sampler.report(draft.token, logits_V), draft.exit_layer)
+        row.note_cycle(drafts, accepted, self.stack.layers)
         if result.decides and not row.is_finished:
             last = len(result.best_M) - 1
             self.emit(row, result.logits_MV[last], result.best_M[last], self.stack.layers)

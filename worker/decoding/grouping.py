@@ -92,7 +92,7 @@ class RowGrouper:
         else:
             target = self._guard.start(policy, outlook_of(row, self.load, *self._limits))
         if target is None:
-            row.policy_failed = True
+            row.fail_policy()
         if target is None or target == len(policy.exits):
             return []
         route = RoutedRow(policy, row, self._probe(rows, x_ND), target, self.load, self._limits)

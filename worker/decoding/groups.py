@@ -75,7 +75,7 @@ class ExitGroup(PolicyGroup[Probe]):
         leave_N = guard.decide(self.policy, features_NF)
         if leave_N is None:
             for row in self.rows:
-                row.policy_failed = True
+                row.fail_policy()
             self.rows = []
             return NOBODY
         if not leave_N.any():
@@ -115,7 +115,7 @@ class DecidedGroup(PolicyGroup[Decider]):
             fault = PolicyFaultError("features or logit are not finite")
             guard.report(cast(MlpPolicy, self.policy), fault)
             for place in failed:
-                rows[place].policy_failed = True
+                rows[place].fail_policy()
         return Leaving([rows[place] for place in leaving])
 
 
@@ -167,7 +167,7 @@ class RoutedRow:
         outlook_1C = outlook_of(row, self._load, *self._limits)
         target = guard.route(self._policy, here, features_1F, outlook_1C)
         if target is None:
-            row.policy_failed = True
+            row.fail_policy()
         if target is None or target == len(self._policy.exits):
             self.rows = []  # it runs to the end, and is not asked again on the way
             return NOBODY

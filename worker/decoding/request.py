@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.guardrails import PolicyWatch
 from offramp.controller.release.manifest import Guarantee
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -21,12 +22,14 @@ class PolicySnapshot:
         digest: SHA-256 of the release's weights; "" if never published.
         policy: The policy itself.
         certificate: What was guaranteed of it; None if nothing was.
+        watch: Is told how its requests fare; None: nobody watches.
     """
 
     generation: int
     digest: str
     policy: Policy
     certificate: Certificate | None = None
+    watch: PolicyWatch | None = field(default=None, compare=False)
 
     @property
     def guarantee(self) -> Guarantee:
@@ -67,6 +70,7 @@ class Request:
         kv_mode: What becomes of skipped layers.
         forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
         sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
+        audited: Whether full depth is asked about every token that leaves early.
     """
 
     id: str
@@ -76,6 +80,7 @@ class Request:
     kv_mode: KVMode = "project"
     forced: tuple[int, ...] = ()
     sampler: Sampler | None = None
+    audited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,21 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from offramp.controller.features import KEEP, FloatArray
 from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
+from offramp.controller.release.guardrails import PolicyWatch
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.probes import Probe
 from offramp.worker.probes.candidates.successors import NgramIndex
+
+UNPROBED = (-1, np.empty(0, np.float32))
+"""Where an audited token left whose policy does not learn: nobody asks what was probed."""
 
 
 @dataclass(slots=True)
@@ -81,9 +86,11 @@ class Sequence:
         judged, agreed: Early tokens that full depth was asked about, and those it agreed with.
         early: Tokens that left early since the last one that ran all layers by itself.
         error: What its request failed with, by itself; it is then finished.
+        proposed: Most likely token by the logits that each emitted one was drawn from, if audited.
         policy: The pinned one.
         routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
         drafts_on_copy: Whether some of its exits are on the quantised copy (``verify`` only).
+        watch: Is told how it fares under its release; None: nobody watches.
     """
 
     request: Request
@@ -114,14 +121,17 @@ class Sequence:
     agreed: int = 0
     early: int = 0
     error: Exception | None = None
+    proposed: list[int] = field(default_factory=list)
     policy: Policy = field(init=False)
     routes: bool = field(init=False)
     learns: bool = field(init=False)
     headless: bool = field(init=False)
     drafts_on_copy: bool = field(init=False)
+    watch: PolicyWatch | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.policy = self.request.snapshot.policy
+        self.watch = self.request.snapshot.watch
         self.routes = isinstance(self.policy, RoutingPolicy)
         self.learns = isinstance(self.policy, LearningPolicy)
         verifies = self.request.kv_mode == "verify"
@@ -189,26 +199,50 @@ class Sequence:
     def note_depth(self, share: float) -> None:
         """A token came out after this share of the layers."""
         self.debt += (1 - KEEP) * (1 - share - self.debt)
+        if self.watch is not None:
+            self.watch.note_token(share < 1.0)
+
+    def note_exit(self, share: float) -> None:
+        """Its newest token left the stack early, after this share of the layers."""
+        token = self.open[-1]
+        token.is_underway = False
+        if self.request.audited and token.left_at is None:
+            token.left_at = UNPROBED
+        self.undecided = False
+        self.group = None
+        self.early += 1
+        self.note_depth(share)
 
     def note_verdict(self, agreed: bool) -> None:
         """Full depth agreed with an early token, or did not."""
         self.acceptance += (1 - KEEP) * (agreed - self.acceptance)
         self.judged += 1
         self.agreed += agreed
+        if self.watch is not None and self.request.audited:
+            self.watch.judge(agreed)
+
+    def note_cycle(self, drafts: Rows[Draft], accepted: int, layers: int) -> None:
+        """Full depth judged drafts. Those of a copy in fewer bytes cost too little to count."""
+        self.drafts_accepted += accepted
+        if self.watch is not None and drafts and not self.copy_calls:
+            self.watch.note_cycle(sum(draft.exit_layer for draft in drafts) / layers, accepted)
+
+    def fail_policy(self) -> None:
+        """Its policy raised or made no sense: it is not asked again."""
+        self.policy_failed = True
+        if self.watch is not None:
+            self.watch.note_failure()
 
     def cut(self, tokens: int) -> None:
         """Forget what was emitted after the first tokens."""
-        for items in (
-            self.emitted,
-            self.exit_layers,
-            self.generations,
-            self.logprobs,
-            self.top_logprobs,
-        ):
+        lists = (self.emitted, self.exit_layers, self.generations, self.logprobs, self.top_logprobs)
+        for items in lists:
             del items[tokens:]
 
     def must_go_deep(self, max_pending: int, eos_tokens: frozenset[int]) -> bool:
-        """Whether its newest token may not leave early: nothing more may be pending."""
+        """Whether its newest token may not leave early: its release tripped, or too much pends."""
+        if self.watch is not None and self.watch.tripped:
+            return True
         if self.request.kv_mode == "project":
             return False
         if self.request.kv_mode == "defer":
@@ -269,12 +303,8 @@ class RowGroup(Protocol):
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Find out which rows leave; the group then forgets them.
 
-        If the policy fails no row leaves, and none is asked again until its request ends.
-
-        Args:
-            guard: Survives the policy's failures.
-            executed: Layers executed so far.
-            x_N1D: The rows' hidden states.
+        If the policy fails no row leaves, and none is asked again until its request ends: the
+        guard survives it.
         """
         ...
 

@@ -241,11 +241,7 @@ class Wave:
         """Record how far a row's tokens have come; its newest one is now decided."""
         row = self.rows[n]
         self._note_depth(n, executed)
-        row.undecided = False
-        row.group = None
-        row.early += 1
-        row.open[-1].is_underway = False
-        row.note_depth(executed / self.stack.layers)
+        row.note_exit(executed / self.stack.layers)
         if row.projects:
             position = row.open[-1].position
             self.context.kv.mark(row.slot, slice(position, position + 1), PROJECTED)

@@ -82,6 +82,27 @@ def pinned(
     return snapshot
 
 
+class AuditPicker:
+    """Picks the requests whose every early token full depth is asked about.
+
+    Args:
+        share: Share of the requests that may be audited; spread evenly, the first is one.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._owed = 1.0 - share
+
+    def picks(self, snapshot: PolicySnapshot, kv_mode: KVMode, forced: Sequence[int]) -> bool:
+        """Whether a new request is audited: one under a watched policy whose exits count."""
+        if snapshot.watch is None or kv_mode == "verify" or forced:
+            return False
+        self._owed += self._share
+        is_due = self._share > 0 and self._owed >= 1.0 - 1e-9
+        self._owed -= is_due
+        return is_due
+
+
 def require_request(
     prompt: Sequence[int],
     forced: Sequence[int],

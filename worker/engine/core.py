@@ -26,6 +26,7 @@ from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.admission import (
+    AuditPicker,
     Prompt,
     pinned,
     require_memory,
@@ -99,6 +100,7 @@ class EngineCore:
         self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._outbox = Outbox(tokenizer, self.kv)
+        self._audits = AuditPicker(self.config.audit_share)
         self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
         # Events that nobody has taken yet, by request: only whoever follows requests has any.
@@ -140,14 +142,16 @@ class EngineCore:
         own = self.config.draft_precision
         snapshot = pinned(policy, self.current_policy, self.stack, own)
         require_mode(kv_mode, forced, snapshot.policy)
+        audited = self._audits.picks(snapshot, kv_mode, forced)
         request = Request(
             id=f"r{next(self._ids)}",
             prompt=tokens,
             sampling=sampling,
             snapshot=snapshot,
-            kv_mode=kv_mode,
+            kv_mode="defer" if audited else kv_mode,
             forced=tuple(forced),
             sampler=sampler,
+            audited=audited,
         )
         self._roster.waiting.append(request)
         return request
@@ -155,8 +159,7 @@ class EngineCore:
     def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
         """Admit what fits, read some of its prompts, and launch the rows that are due.
 
-        Between two launches at most ``config.prefill_tokens`` prompt tokens are read, whatever
-        the length of the prompts that wait.
+        Between two launches at most ``config.prefill_tokens`` prompt tokens are read.
 
         A request that fails by itself ends without a further event; ``failed`` says with what.
 

@@ -32,6 +32,9 @@ class EngineConfig:
         precision: How the model's matrices are kept: as loaded, or in fewer bytes.
         draft_precision: Keep a copy of the layers in so many bytes, on which requests in ``verify``
             draft whose policies name exits there (``Exit(12, "int4")``), the last layer included.
+        audit_share: Share of the requests under a watched policy, in [0, 1], whose every early
+            token full depth is asked about. They run in ``defer``, whose deep passes tell for
+            little more than an LM head; in ``verify`` every draft is judged anyway.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
         cuda_graphs: Whether layers on a GPU are captured once per size, and replayed by one launch;
@@ -48,6 +51,7 @@ class EngineConfig:
     translators: Path | None = None
     precision: Precision = NATIVE
     draft_precision: Precision | None = None
+    audit_share: float = 0.05
     kv_budget_mb: float | None = None
     cuda_graphs: bool = True
 
@@ -68,6 +72,8 @@ class EngineConfig:
                 f"{drafts.weights} drafts no faster than {self.precision.weights} verifies",
                 "Use fewer bytes, such as int4, or leave it out",
             )
+        if not 0.0 <= self.audit_share <= 1.0:
+            raise ConfigError("audit_share", f"{self.audit_share} is not in [0, 1]", "Give a share")
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")

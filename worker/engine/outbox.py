@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+from offramp.controller.release.guardrails import PolicyWatch
 from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.detokenize import SpecialTokens, StopStrings, StreamDecoder
@@ -22,6 +24,7 @@ class Outbox:
         self._tokenizer = tokenizer
         self._kv = kv
         self._texts: dict[str, _Text] = {}
+        self._told_at: dict[str, float] = {}  # seconds, by request under a watch
 
     def events(self, row: Sequence, before: int) -> list[TokenEvent]:
         """The events of a row's tokens from index ``before`` on; to be asked once per token.
@@ -29,6 +32,8 @@ class Outbox:
         A stop string that a token completes ends the row: its ``finish_reason`` is set here, and
         tokens after it are dropped.
         """
+        if row.watch is not None and len(row.emitted) > before:
+            self._note_gap(row.request.id, row.watch)
         events = []
         for index in range(before, len(row.emitted)):
             offset, text = self._text(row, index)
@@ -55,6 +60,13 @@ class Outbox:
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended or was cancelled."""
         self._texts.pop(request_id, None)
+        self._told_at.pop(request_id, None)
+
+    def _note_gap(self, request_id: str, watch: PolicyWatch) -> None:
+        now = time.perf_counter()
+        if request_id in self._told_at:
+            watch.note_gap(now - self._told_at[request_id])
+        self._told_at[request_id] = now
 
     def _stats(self, row: Sequence) -> CompletionStats:
         return CompletionStats(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offramp.controller.errors import (
-    ConfigError,
     OfframpError,
     PolicyRefusedError,
     Refusal,
@@ -23,6 +22,7 @@ from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from offramp.worker.following.keeper import PROBATION_S, ReleaseKeeper
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
@@ -52,9 +52,9 @@ class PolicyRefresher:
         worker_id: Name in acknowledgements.
         poll_s: Seconds between polls when no event wakes it; each is jittered by ±20 %.
         prepare: Told each policy, in this refresher's thread, before requests are pinned to it.
+        probation_s: Seconds that a release must run here before it is the last known good one.
 
     Attributes:
-        current: The running policy: one reference, replaced as a whole.
         report: The latest acknowledgement, also when the registry could not be told.
         unreported: Why the registry could not be told; "" if it was. To follow a channel it
             suffices to read it: a worker may be up to date all the same.
@@ -68,26 +68,31 @@ class PolicyRefresher:
         worker_id: str,
         poll_s: float = POLL_S,
         prepare: Callable[[Policy], None] = lambda _: None,
+        probation_s: float = PROBATION_S,
     ) -> None:
-        self.current: PolicySnapshot = FULL_DEPTH
         self._registry = registry
         self._verifier = verifier
-        self._state = WorkerState(state_dir)
         self._worker_id = worker_id
         self._poll_s = poll_s
-        self._prepare = prepare
         self._boot = uuid.uuid4().hex
-        self._mark: Mark | None = None
-        self._mark_lost = False
-        self._loaded: Mark | None = None
         self._refused: tuple[Mark, PolicyRefusedError] | None = None
-        self._tripped = ""
         self._polling = threading.Lock()
-        self._swapping = threading.Lock()  # never held during I/O: a trip must not wait
         self._stopping = threading.Event()
+        self._woken = threading.Event()  # by a trip, which the registry should hear of at once
         self._thread: threading.Thread | None = None
+        state = WorkerState(state_dir)
+        self._keeper = ReleaseKeeper(verifier, state, prepare, probation_s, self._woken.set)
         self.unreported = ""
-        self.report = self._ack(AckState.STALE, self._cold_start())
+        self.report = self._ack(AckState.STALE, self._keeper.cold_start())
+
+    @property
+    def current(self) -> PolicySnapshot:
+        """The running policy: one reference, replaced as a whole."""
+        return self._keeper.current
+
+    def trip(self, generation: int, reason: str) -> None:
+        """Take a release out of service; see ReleaseKeeper."""
+        self._keeper.trip(generation, reason)
 
     def poll_once(self) -> Ack:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
@@ -99,16 +104,6 @@ class PolicyRefresher:
             except OfframpError as error:
                 self.unreported = str(error)
             return ack
-
-    def trip(self, reason: str) -> None:
-        """Send every new request to full depth at once, until another release comes or a restart.
-
-        Args:
-            reason: Names the guardrail that was hit, and what hit it.
-        """
-        with self._swapping:
-            self._tripped = self._tripped or f"generation {self.current.generation}: {reason}"
-            self.current = FULL_DEPTH
 
     def start(self) -> None:
         """Poll in a thread, woken by the registry's events."""
@@ -122,6 +117,7 @@ class PolicyRefresher:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._keeper.forgive()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -134,40 +130,28 @@ class PolicyRefresher:
     def _wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not self._stopping.is_set() and (left_s := deadline - time.monotonic()) > 0:
+            if self._woken.is_set():
+                self._woken.clear()
+                return
             try:
                 if self._registry.wait(min(left_s, WAIT_S)):
                     return
             except OfframpError:
                 self._stopping.wait(left_s)
 
-    def _cold_start(self) -> str:
-        """Load what was accepted before; returns what there is to say about it."""
-        try:
-            self._mark = self._state.mark() or self._state.pool_mark()
-        except ConfigError as error:
-            self._mark_lost = True
-            return f"cold start at full depth: {error}"
-        try:
-            good = self._state.last_good()
-            if good is None:
-                return "cold start at full depth: no release was accepted before"
-            envelope, blob = good
-            manifest = self._verifier.verify_stored(envelope, self._mark)
-            self._accept(manifest, envelope, blob)
-        except (ConfigError, PolicyRefusedError, OSError) as error:
-            return f"cold start at full depth: {error}"
-        return f"cold start with generation {manifest.generation}"
-
     def _refresh(self) -> tuple[AckState, str]:
         try:
+            self._keeper.keep_state()
             head = self._registry.head()
             if head is None:
                 return self._without_head()
             stale = self._staleness(head)
-            manifest = self._verifier.verify(head, self._mark)
+            manifest = self._verifier.verify(head, self._keeper.mark)
             unknown = self._cannot_judge(manifest)
             if unknown and stale:
                 return AckState.STALE, f"{unknown}, and {stale}"
+            if harm := self._keeper.harm_of(Mark.of(manifest)):
+                return AckState.TRIPPED, harm
             self._consider(manifest, head.envelope)
         except PolicyRefusedError as error:
             return AckState.NACK, f"{error.reason.value}: {error.detail}"
@@ -175,12 +159,10 @@ class PolicyRefresher:
             return AckState.STALE, str(error)
         except OSError as error:
             return AckState.STALE, f"the state folder cannot be written: {error}"
-        if self._tripped:
-            return AckState.TRIPPED, self._tripped
         return (AckState.STALE, stale) if stale else (AckState.ACK, "")
 
     def _without_head(self) -> tuple[AckState, str]:
-        if self._mark is None and not self._mark_lost:
+        if self._keeper.mark is None and not self._keeper.mark_lost:
             return AckState.ACK, "nothing was promoted yet"
         return AckState.STALE, "the registry lost its head"
 
@@ -192,11 +174,15 @@ class PolicyRefresher:
 
     def _cannot_judge(self, manifest: Manifest) -> str:
         """Why an old head would look like any other, so that only the publisher can tell."""
-        if self._mark_lost:
+        if self._keeper.mark_lost:
             return "the mark was lost"
-        if self._mark is None:
+        if self._keeper.mark is None:
             return "no release was accepted before"
-        return f"epoch {manifest.epoch} would be new" if manifest.epoch > self._mark.epoch else ""
+        return (
+            f"epoch {manifest.epoch} would be new"
+            if manifest.epoch > self._keeper.mark.epoch
+            else ""
+        )
 
     def _consider(self, manifest: Manifest, envelope: bytes) -> None:
         """Take a verified release if it is new and right.
@@ -209,13 +195,13 @@ class PolicyRefresher:
             OSError: it could not be recorded, so it was not taken.
         """
         offered = Mark.of(manifest)
-        if self._loaded == offered:
+        if self._keeper.loaded == offered:
             return
         if self._refused is not None and self._refused[0] == offered:
             raise PolicyRefusedError(self._refused[1].reason, self._refused[1].detail)
         blob = self._fetch(manifest)
         try:
-            self._accept(manifest, envelope, blob)
+            self._keeper.accept(manifest, envelope, blob)
         except PolicyRefusedError as error:
             self._refused = (offered, error)
             raise
@@ -229,29 +215,14 @@ class PolicyRefresher:
             raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
         return blob
 
-    def _accept(self, manifest: Manifest, envelope: bytes, blob: bytes) -> None:
-        policy = self._verifier.open(manifest, blob)
-        try:
-            self._prepare(policy)
-        except Exception as error:  # what fails here would fail in the middle of decoding
-            detail = f"it cannot be prepared: {error}"
-            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
-        mark = Mark.of(manifest)
-        self._state.save(mark, envelope, blob)
-        self._mark = self._loaded = mark
-        self._mark_lost = False
-        with self._swapping:
-            self._tripped = ""
-            self.current = PolicySnapshot(
-                manifest.generation, manifest.digest, policy, manifest.certificate
-            )
-
     def _ack(self, state: AckState, reason: str) -> Ack:
+        mark, is_tripped = self._keeper.mark, state is AckState.TRIPPED
         return Ack(
             worker=self._worker_id,
             boot=self._boot,
             generation=self.current.generation,
             digest=self.current.digest,
+            about=mark.generation if is_tripped and mark else self.current.generation,
             state=state,
             reason=reason,
             at=time.time(),

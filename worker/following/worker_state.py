@@ -5,16 +5,45 @@ from __future__ import annotations
 import itertools
 import secrets
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from offramp.controller.durable import lock_file, write_durably
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.policies.kinds import digest_of
 from offramp.controller.release.trust import Mark
+from offramp.controller.strict import COUNT, DIGEST, TEXT, Check, canonical_json, parse_strictly
+
+CRASHES = 2
+"""Starts that may end in a crash while a release is on probation before it is quarantined."""
+
+_QUARANTINE_FIELDS: dict[str, Check] = {"generation": COUNT, "digest": DIGEST, "reason": TEXT}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """A release that did harm here, and is not run again by this worker.
+
+    Attributes:
+        generation: Its number; 0: its policy is not run under any number.
+        digest: SHA-256 of its blob, hex.
+        reason: What it did, in a sentence.
+    """
+
+    generation: int
+    digest: str
+    reason: str
+
+    def holds(self, offered: Mark) -> bool:
+        """Whether a release on offer is the one."""
+        return self.digest == offered.digest and self.generation in (0, offered.generation)
 
 
 class WorkerState:
-    """The mark, and the last release that was accepted.
+    """The mark, the release that runs on probation, the last known good one, and the quarantine.
+
+    A release that is accepted is on trial until it has run for a while; then it takes the place of
+    the last known good one. A start counts as a crash until the worker says otherwise.
 
     Args:
         folder: The worker's own; made if missing.
@@ -24,6 +53,9 @@ class WorkerState:
         self._folder = folder
         self._mark = folder / "mark"
         self._good = folder / "last-known-good"
+        self._trial = folder / "trial"
+        self._starts = folder / "starts"
+        self._quarantine = folder / "quarantine"
 
     def mark(self) -> Mark | None:
         """The highest release accepted; None if this worker never accepted one.
@@ -32,14 +64,11 @@ class WorkerState:
             ConfigError: the record is damaged, or missing beside an accepted release.
         """
         if not self._mark.exists():
-            if self._good.exists():
+            if self._good.exists() or self._trial.exists():
                 raise _lost("the mark is missing beside an accepted release")
             return None
         try:
-            checksum, _, record = self._mark.read_bytes().partition(b"\n")
-            if checksum != digest_of(record).encode():
-                raise _lost("the mark is damaged")
-            return Mark.from_bytes(record)
+            return Mark.from_bytes(_read_record(self._mark))
         except (OSError, PolicyRefusedError) as error:
             raise _lost(f"the mark is unreadable: {error}") from error
 
@@ -56,31 +85,109 @@ class WorkerState:
                 continue
         return max((mark for mark in found if mark is not None), default=None)
 
-    def last_good(self) -> tuple[bytes, bytes] | None:
-        """Envelope and blob of the release accepted last, both unchecked; None if there is none.
+    def trial(self) -> tuple[bytes, bytes] | None:
+        """Envelope and blob of the release on probation, both unchecked; None if there is none.
 
         Raises:
             ConfigError: the file cannot be read.
         """
-        if not self._good.exists():
-            return None
-        try:
-            raw = self._good.read_bytes()
-        except OSError as error:
-            raise _lost(f"the last-known-good release is unreadable: {error}") from error
-        end = 4 + int.from_bytes(raw[:4], "big")
-        return raw[4:end], raw[end:]
+        return _read_release(self._trial)
+
+    def last_good(self) -> tuple[bytes, bytes] | None:
+        """Envelope and blob of the last release that passed probation. Read as ``trial`` is."""
+        return _read_release(self._good)
 
     def save(self, mark: Mark, envelope: bytes, blob: bytes) -> None:
-        """Record an accepted release.
+        """Record an accepted release, on probation.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        self.forgive()
         # The release first: after a crash in between, it is simply newer than the mark.
-        write_durably(self._good, len(envelope).to_bytes(4, "big") + envelope + blob)
-        record = mark.to_bytes()
-        write_durably(self._mark, digest_of(record).encode() + b"\n" + record)
+        write_durably(self._trial, len(envelope).to_bytes(4, "big") + envelope + blob)
+        self.raise_mark(mark)
+
+    def raise_mark(self, mark: Mark) -> None:
+        """Record the highest release accepted.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        _write_record(self._mark, mark.to_bytes())
+
+    def count_start(self) -> bool:
+        """Count a start under the release on trial; False if too many have ended in a crash.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        starts = len(self._starts.read_bytes()) if self._starts.exists() else 0
+        if starts >= CRASHES:
+            return False
+        write_durably(self._starts, b"." * (starts + 1))
+        return True
+
+    def forgive(self) -> None:
+        """The worker lives, or ends in order: the starts counted so far were no crashes."""
+        self._starts.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """The release on trial has proved itself: it is the last known good one.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._trial.exists():
+            write_durably(self._good, self._trial.read_bytes())
+            self._trial.unlink()
+        self.forgive()
+
+    def quarantined(self) -> Quarantine | None:
+        """What must not run again; None if there is nothing, or nobody can tell any more."""
+        if not self._quarantine.exists():
+            return None
+        try:
+            raw = _read_record(self._quarantine)
+            return Quarantine(**parse_strictly(raw, _QUARANTINE_FIELDS))
+        except (OSError, PolicyRefusedError, ConfigError):
+            return None
+
+    def quarantine(self, record: Quarantine) -> None:
+        """Never run a release again.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        values = {name: getattr(record, name) for name in _QUARANTINE_FIELDS}
+        _write_record(self._quarantine, canonical_json(values))
+
+    def end_trial(self) -> None:
+        """Forget the release on trial."""
+        self._trial.unlink(missing_ok=True)
+        self.forgive()
+
+
+def _read_record(path: Path) -> bytes:
+    checksum, _, record = path.read_bytes().partition(b"\n")
+    if checksum != digest_of(record).encode():
+        raise _lost(f"{path.name} is damaged")
+    return record
+
+
+def _write_record(path: Path, record: bytes) -> None:
+    write_durably(path, digest_of(record).encode() + b"\n" + record)
+
+
+def _read_release(path: Path) -> tuple[bytes, bytes] | None:
+    if not path.exists():
+        return None
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _lost(f"{path.name} is unreadable: {error}") from error
+    end = 4 + int.from_bytes(raw[:4], "big")
+    return raw[4:end], raw[end:]
 
 
 def _lost(problem: str) -> ConfigError:

@@ -143,13 +143,10 @@ def test_a_mark_survives_its_bytes() -> None:
 def test_promises_that_this_worker_cannot_keep_are_refused(
     verifier: ReleaseVerifier, manifest: Manifest, key: SigningKey
 ) -> None:
-    for asked in (
-        replace(manifest, rollout=Rollout(percent=5, salt="s")),
-        replace(manifest, guardrails={"max_exit_rate": 0.9}),
-    ):
-        with pytest.raises(PolicyRefusedError) as refused:
-            verifier.verify(head_of(asked, key), None)
-        assert refused.value.reason is Refusal.UNSUPPORTED
+    asked = replace(manifest, rollout=Rollout(percent=5, salt="s"))
+    with pytest.raises(PolicyRefusedError) as refused:
+        verifier.verify(head_of(asked, key), None)
+    assert refused.value.reason is Refusal.UNSUPPORTED
 
 
 def test_a_policy_that_does_not_fit_the_model_is_refused(key: SigningKey) -> None:

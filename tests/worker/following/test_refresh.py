@@ -11,54 +11,17 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import pytest
 
 from offramp.controller.errors import RegistryUnavailableError
-from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import AckState, Head, InMemoryRegistry, PolicyRegistry
-from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
-from offramp.controller.release.trust import ReleaseVerifier
+from offramp.controller.release.registry import AckState, InMemoryRegistry
+from offramp.controller.release.signing import load_or_create_key
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher
-
-MODEL, TOKENIZER = "aa", "bb"
-
-
-class Bench:
-    """A publisher and workers on one registry, with a clock that the test moves."""
-
-    def __init__(self, registry: PolicyRegistry, folder: Path) -> None:
-        self.registry = registry
-        self.now = 1_800_000_000.0
-        self.state_dir = folder / "state"
-        self.key: SigningKey = load_or_create_key(folder / "key.pem")
-        self.publisher = Publisher(
-            registry, Ledger(folder / "ledger"), self.key, "demo", lambda: self.now
-        )
-
-    def serve(self, layer: int, **options: Any) -> Head:
-        packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
-        release = self.publisher.release(
-            packed,
-            model=MODEL,
-            tokenizer=TOKENIZER,
-            training={},
-            metrics={},
-            **{"uncertified": True} | options,
-        )
-        self.publisher.promote(release.generation)
-        return release
-
-    def worker(self, poll_s: float = 5.0) -> PolicyRefresher:
-        trusted = trusted_keys(self.key.public_bytes)
-        verifier = ReleaseVerifier(trusted, "demo", MODEL, TOKENIZER, lambda: self.now)
-        return PolicyRefresher(self.registry, verifier, self.state_dir, "w0", poll_s)
+from support.channel import Bench
 
 
 @pytest.fixture
@@ -149,7 +112,7 @@ def test_a_restart_serves_what_it_knows_while_the_registry_is_down(
     assert worker.current.policy == FixedExit(3)
 
 
-@pytest.mark.parametrize("name", ["mark", "last-known-good"])
+@pytest.mark.parametrize("name", ["mark", "trial"])
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "junk", "folder"])
 def test_a_damaged_state_file_means_full_depth(bench: Bench, name: str, damage: str) -> None:
     bench.serve(3)
@@ -172,7 +135,7 @@ def test_a_damaged_state_file_means_full_depth(bench: Bench, name: str, damage: 
 def test_a_damaged_copy_is_fetched_again(bench: Bench) -> None:
     bench.serve(3)
     bench.worker().poll_once()
-    (bench.state_dir / "last-known-good").write_bytes(b"junk")
+    (bench.state_dir / "trial").write_bytes(b"junk")
     assert bench.worker().poll_once().generation == 1
     assert bench.worker().current.generation == 1
 
@@ -294,12 +257,14 @@ def test_a_trip_is_full_depth_until_the_next_release(bench: Bench) -> None:
     bench.serve(3)
     worker = bench.worker()
     worker.poll_once()
-    worker.trip("agreement 0.7 < 0.9")
-    worker.trip("latency")
+    worker.trip(7, "of a release that does not run")
+    assert worker.current.generation == 1
+    worker.trip(1, "agreement 0.7 < 0.9")
+    worker.trip(1, "latency")
     assert worker.current is FULL_DEPTH
     for _ in range(2):
         ack = worker.poll_once()
-        assert (ack.state, ack.generation) == (AckState.TRIPPED, 0)
+        assert (ack.state, ack.generation, ack.about) == (AckState.TRIPPED, 0, 1)
         assert ack.reason == "generation 1: agreement 0.7 < 0.9"
     bench.serve(5)
     ack = worker.poll_once()

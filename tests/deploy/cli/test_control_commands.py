@@ -1,0 +1,101 @@
+"""``offramp publish``, ``status`` and ``watch`` on a real Redis, with what went wrong in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+from offramp.controller.policies.kinds import pack_policy
+from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import Ack, AckState
+from offramp.deploy.serve.redis_server import EmbeddedRedis
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> Iterator[str]:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        monkeypatch.setenv("REDIS_URL", server.url)
+        yield server.url
+
+
+def bundle(folder: Path, layer: int) -> Path:
+    packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
+    draft = PolicyBundle.draft(
+        packed, model="aa", tokenizer="bb", training={}, metrics={}, created_at=0.0
+    )
+    draft.save(folder / str(layer))
+    return folder / str(layer)
+
+
+def publish(cli: Any, folder: Path, layer: int, *options: str) -> None:
+    status, output = cli("publish", bundle(folder, layer), "--uncertified", "--promote", *options)
+    assert status == 0, output
+
+
+def tripped(url: str, generation: int) -> Ack:
+    registry = RedisRegistry(url, "default")
+    ack = Ack(
+        worker="worker-0-ab",
+        boot="b",
+        generation=0,
+        digest="",
+        about=generation,
+        state=AckState.TRIPPED,
+        reason=f"generation {generation}: full depth disagrees",
+        at=0.0,
+    )
+    registry.acknowledge(ack, 60.0)
+    registry.close()
+    return ack
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ("max_exits=0.5", "guardrail: 'max_exits' is unknown"),
+        ("max_disagreement=much", "max_disagreement: 'much' is no number"),
+        ("max_disagreement=2", "max_disagreement: 2.0 is not a number in (0, 1)"),
+        ("min_exits", "min_exits: '' is no number"),
+    ],
+)
+def test_an_unusable_guardrail_is_named_before_anything_is_signed(
+    cli: Any, url: str, tmp_path: Path, home: Path, bound: str, said: str
+) -> None:
+    folder = bundle(tmp_path, 3)
+    message = cli.refused("publish", folder, "--uncertified", "--guardrail", bound)
+    assert message.startswith(said)
+    assert not home.exists()
+
+
+def test_a_forged_head_is_called_so_and_replaced(cli: Any, url: str, tmp_path: Path) -> None:
+    publish(cli, tmp_path, 3, "--guardrail", "max_disagreement=0.1")
+    client = redis.Redis.from_url(url)
+    client.hset("offramp:{default}:head", "gen", 1_000_000)
+    status, output = cli("status")
+    assert status == 0
+    assert "head: forged or damaged (bad_format: " in output
+    status, output = cli("promote", "1")
+    assert status == 0
+    assert "head: generation 1, uncertified" in cli("status")[1]
+
+
+def test_what_workers_trip_on_is_explained_and_rolled_back(
+    cli: Any, url: str, tmp_path: Path
+) -> None:
+    publish(cli, tmp_path, 3)
+    publish(cli, tmp_path, 5)
+    assert cli("watch", "--once") == (0, "")
+    ack = tripped(url, 2)
+    assert ack.reason in " ".join(cli("status")[1].split())
+    status, output = cli("watch", "--once")
+    assert status == 0
+    assert output.startswith(f"1 of 1 workers tripped ({ack.reason}); generation 3 serves policy")
+    assert "head: generation 3" in cli("status")[1]
+    assert cli("watch", "--once") == (0, "")

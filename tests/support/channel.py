@@ -1,0 +1,50 @@
+"""A channel with a publisher and a worker, for tests of what the worker does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offramp.controller.policies.kinds import pack_policy
+from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.publisher import Publisher
+from offramp.controller.release.registry import Head, PolicyRegistry
+from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
+from offramp.controller.release.trust import ReleaseVerifier
+from offramp.worker.following.refresh import PolicyRefresher
+
+MODEL, TOKENIZER = "aa", "bb"
+
+
+class Bench:
+    """A publisher and workers on one registry, with a clock that the test moves."""
+
+    def __init__(self, registry: PolicyRegistry, folder: Path) -> None:
+        self.registry = registry
+        self.now = 1_800_000_000.0
+        self.state_dir = folder / "state"
+        self.key: SigningKey = load_or_create_key(folder / "key.pem")
+        self.publisher = Publisher(
+            registry, Ledger(folder / "ledger"), self.key, "demo", lambda: self.now
+        )
+
+    def serve(self, layer: int, **options: Any) -> Head:
+        packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
+        release = self.publisher.release(
+            packed,
+            model=MODEL,
+            tokenizer=TOKENIZER,
+            training={},
+            metrics={},
+            **{"uncertified": True} | options,
+        )
+        self.publisher.promote(release.generation)
+        return release
+
+    def worker(self, poll_s: float = 5.0, **options: Any) -> PolicyRefresher:
+        trusted = trusted_keys(self.key.public_bytes)
+        verifier = ReleaseVerifier(trusted, "demo", MODEL, TOKENIZER, lambda: self.now)
+        return PolicyRefresher(self.registry, verifier, self.state_dir, "w0", poll_s, **options)

@@ -1,0 +1,195 @@
+"""Holds the release that a worker runs, and remembers it on disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.weights import require_quick
+from offramp.controller.release.guardrails import PolicyWatch
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.trust import Mark, ReleaseVerifier
+from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from offramp.worker.following.worker_state import CRASHES, Quarantine, WorkerState
+
+PROBATION_S = 60.0
+"""How long a release must run before a worker counts on it at its next start."""
+
+SELF_TEST_S = 0.05
+"""Longest that a policy may take for its canned inputs, before requests are pinned to it."""
+
+
+class ReleaseKeeper:
+    """Swaps the running policy, and takes it out of service if it does harm.
+
+    Used by the refresher's thread, but for ``trip``, which any thread may call, and ``current``,
+    which any thread may read.
+
+    Args:
+        verifier: Decides whether a release is meant for this worker.
+        state: The worker's memory on disk.
+        prepare: Told each policy before requests are pinned to it.
+        probation_s: Seconds that a release must run here before it is the last known good one.
+        tell: Called after a trip, by the thread that tripped.
+
+    Attributes:
+        current: The running policy: one reference, replaced as a whole.
+        mark: The highest release accepted; None if none was, or it was lost.
+        mark_lost: Whether a mark was there that cannot be read.
+        loaded: The release that was activated last; None before the first.
+    """
+
+    def __init__(
+        self,
+        verifier: ReleaseVerifier,
+        state: WorkerState,
+        prepare: Callable[[Policy], None],
+        probation_s: float,
+        tell: Callable[[], None],
+    ) -> None:
+        self.current: PolicySnapshot = FULL_DEPTH
+        self.mark: Mark | None = None
+        self.mark_lost = False
+        self.loaded: Mark | None = None
+        self._verifier = verifier
+        self._state = state
+        self._prepare = prepare
+        self._probation_s = probation_s
+        self._tell = tell
+        self._on_trial_until: float | None = None
+        self._quarantine: Quarantine | None = state.quarantined()
+        self._tripped: Quarantine | None = None  # not yet on disk
+        self._swapping = threading.Lock()  # never held during I/O: a trip must not wait
+
+    def trip(self, generation: int, reason: str) -> None:
+        """Send every new request to full depth at once, until another release comes or a restart.
+
+        Args:
+            generation: The release that did harm; nothing happens if another runs by now.
+            reason: Names the guardrail that was hit, and what hit it.
+        """
+        with self._swapping:
+            if self.current.generation != generation:
+                return
+            self._tripped = Quarantine(
+                generation=generation,
+                digest=self.current.digest,
+                reason=f"generation {generation}: {reason}",
+            )
+            self.current = FULL_DEPTH
+        self._tell()
+
+    def cold_start(self) -> str:
+        """Load what was accepted before; returns what there is to say about it."""
+        try:
+            self.mark = self._state.mark() or self._state.pool_mark()
+        except ConfigError as error:
+            self.mark_lost = True
+            return f"cold start at full depth: {error}"
+        problems = []
+        for load in (self._load_trial, self._load_good):
+            try:
+                if load():
+                    return f"cold start with generation {self.current.generation}"
+            except (ConfigError, PolicyRefusedError, OSError) as error:
+                problems.append(str(error))
+        why = "; ".join(problems) or "no release was accepted before"
+        return f"cold start at full depth: {why}"
+
+    def _load_trial(self) -> bool:
+        stored = self._state.trial()
+        if stored is None:
+            return False
+        manifest = self._verifier.verify_stored(stored[0], self.mark)
+        if not self._state.count_start():
+            reason = f"{CRASHES} starts under generation {manifest.generation} ended in a crash"
+            self._put_away(Quarantine(generation=0, digest=manifest.digest, reason=reason))
+            return False
+        self._activate(manifest, self._checked(manifest, stored[1]))
+        self._raise_mark(Mark.of(manifest))
+        return True
+
+    def _load_good(self) -> bool:
+        stored = self._state.last_good()
+        if stored is None:
+            return False
+        # Below the mark is right here: what came after it was put away, or is damaged.
+        manifest = self._verifier.verify_stored(stored[0], None)
+        if self._quarantine is not None and self._quarantine.holds(Mark.of(manifest)):
+            return False
+        self._activate(manifest, self._checked(manifest, stored[1]))
+        self._on_trial_until = None
+        return True
+
+    def keep_state(self) -> None:
+        """Bring to disk what happened since: a trip, or a probation that was passed."""
+        with self._swapping:
+            tripped, self._tripped = self._tripped, None
+        if tripped is not None:
+            self._put_away(tripped)
+        if self._on_trial_until is not None and time.monotonic() >= self._on_trial_until:
+            self._on_trial_until = None
+            self._state.settle()
+
+    def _put_away(self, record: Quarantine) -> None:
+        self._quarantine = record  # even if the disk is full
+        self._state.quarantine(record)
+        if self.loaded is None or record.holds(self.loaded):  # and no newer one took its place
+            self._on_trial_until = None
+            self._state.end_trial()
+
+    def accept(self, manifest: Manifest, envelope: bytes, blob: bytes) -> None:
+        """Try a verified release out, record it, and let new requests run under it.
+
+        Raises:
+            PolicyRefusedError: it is no policy for this worker.
+            OSError: it could not be recorded, so it was not taken.
+        """
+        policy = self._checked(manifest, blob)
+        self._state.save(Mark.of(manifest), envelope, blob)
+        self.mark, self.mark_lost = Mark.of(manifest), False
+        self._activate(manifest, policy)
+
+    def _checked(self, manifest: Manifest, blob: bytes) -> Policy:
+        """The policy of a verified release, tried out."""
+        policy = self._verifier.open(manifest, blob)
+        require_quick(policy, blob, SELF_TEST_S)
+        try:
+            self._prepare(policy)
+        except Exception as error:  # what fails here would fail in the middle of decoding
+            detail = f"it cannot be prepared: {error}"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
+        return policy
+
+    def _raise_mark(self, mark: Mark) -> None:
+        if self.mark is None or mark > self.mark:
+            self._state.raise_mark(mark)
+            self.mark = mark
+
+    def _activate(self, manifest: Manifest, policy: Policy) -> None:
+        watch = PolicyWatch(manifest.bounds, partial(self.trip, manifest.generation))
+        self.loaded = Mark.of(manifest)
+        self._on_trial_until = time.monotonic() + self._probation_s
+        with self._swapping:
+            self.current = PolicySnapshot(
+                manifest.generation, manifest.digest, policy, manifest.certificate, watch
+            )
+
+    def harm_of(self, offered: Mark) -> str:
+        """What a release on offer did here, if it is in quarantine; "" if it is not.
+
+        Raises:
+            OSError: the mark, which it raises all the same, cannot be written.
+        """
+        if self._quarantine is None or not self._quarantine.holds(offered):
+            return ""
+        self._raise_mark(offered)
+        return self._quarantine.reason
+
+    def forgive(self) -> None:
+        """The worker ends in order."""
+        self._state.forgive()
