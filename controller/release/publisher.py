@@ -46,6 +46,7 @@ class Publisher:
         epoch: Incarnation of the channel. Raise it when the channel is begun anew on an empty
             registry: a publisher left over from before can then no longer promote.
         stamp_ttl_s: Seconds that a timestamp vouches for the head.
+        trusted: Keys whose releases are this channel's, by key id; the own one alone by default.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Publisher:
         *,
         epoch: int = 1,
         stamp_ttl_s: float = STAMP_TTL_S,
+        trusted: Mapping[str, bytes] | None = None,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._key = key
-        self._trusted = trusted_keys(key.public_bytes)
+        self._trusted = trusted_keys(key.public_bytes) if trusted is None else dict(trusted)
         self._channel = channel
         self._clock = clock
         self._epoch = epoch

@@ -40,6 +40,8 @@ MAX_ENVELOPE_BYTES = 256 * 1024
 OTHERS = 0o077
 """Permissions that a private key's file must not have: any of its group's or of others'."""
 
+_PEM_END = b"-----END PUBLIC KEY-----\n"
+
 _KEY_ID = slice(4, 20)
 _SIGNATURE = slice(20, 84)
 _PAYLOAD = slice(84, None)
@@ -168,30 +170,36 @@ def _read_private(path: Path) -> bytes:
         return file.read()
 
 
-def save_public_key(path: Path, public: bytes) -> None:
-    """Write a raw public key as PEM.
+def save_public_keys(path: Path, *public: bytes) -> None:
+    """Write raw public keys as PEM, one block each.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    key = Ed25519PublicKey.from_public_bytes(public)
-    write_durably(path, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    keys = [Ed25519PublicKey.from_public_bytes(each) for each in public]
+    form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    write_durably(path, b"".join(key.public_bytes(*form) for key in keys))
     path.chmod(0o644)
 
 
-def load_public_key(path: Path) -> bytes:
-    """Read a PEM public key as its raw 32 bytes.
+def load_public_keys(path: Path) -> list[bytes]:
+    """Read every public key of a PEM file as its raw 32 bytes, in order.
 
     Raises:
-        ConfigError: the file is no Ed25519 public key, or cannot be read.
+        ConfigError: a block is no Ed25519 public key, there is none, or it cannot be read.
     """
     try:
-        key = load_pem_public_key(path.read_bytes())
+        # Each block ends with the same line; what follows the last one is no key.
+        *blocks, rest = path.read_bytes().split(_PEM_END)
+        keys = [load_pem_public_key(block + _PEM_END) for block in blocks]
     except (OSError, ValueError) as error:
         raise ConfigError("public key", f"{path}: {error}", "Give an Ed25519 PEM file") from error
-    if not isinstance(key, Ed25519PublicKey):
+    if not keys or rest.strip():
+        raise ConfigError("public key", f"{path} is no list of keys", "Give an Ed25519 PEM file")
+    raw = [key.public_bytes_raw() for key in keys if isinstance(key, Ed25519PublicKey)]
+    if len(raw) < len(keys):
         raise ConfigError("public key", f"{path} holds another kind of key", "Use Ed25519")
-    return key.public_bytes_raw()
+    return raw
 
 
 def open_envelope(raw: bytes, trusted: Mapping[str, bytes], magic: bytes = RELEASE_MAGIC) -> bytes:

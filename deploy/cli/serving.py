@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from offramp.controller.release.signing import load_public_key
+from offramp.controller.release.signing import load_public_keys
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
@@ -139,7 +139,7 @@ def _require_servable(
     options.require_loadable(config.worker, settings)
     require_free(config.host, config.port)
     if trust is not None:
-        load_public_key(trust)
+        load_public_keys(trust)
     if settings.redis_url is None:
         require_free("127.0.0.1", redis_port, "redis_port")
     else:

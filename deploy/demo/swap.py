@@ -15,7 +15,7 @@ from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, PolicyRegistry
-from offramp.deploy.cli.control import release_bundle
+from offramp.deploy.cli.releases.control import release_bundle
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
 from offramp.worker.spec import ModelFacts
 

@@ -10,10 +10,16 @@ from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import PolicyRegistry
-from offramp.controller.release.signing import load_or_create_key, save_public_key
+from offramp.controller.release.signing import (
+    load_or_create_key,
+    load_public_keys,
+    save_public_keys,
+    trusted_keys,
+)
 from offramp.deploy.serve.settings import Settings
 
 KEY = "publisher.pem"
+NEXT_KEY = "publisher-next.pem"
 PUBLIC_KEY = "publisher.pub"
 
 
@@ -50,16 +56,48 @@ def open_publisher(
         ConfigError: the key or the ledger is unusable.
     """
     key = load_or_create_key(settings.home / KEY)
-    save_public_key(settings.home / PUBLIC_KEY, key.public_bytes)
-    ledger = Ledger(settings.home / "ledger" / settings.channel)
     return Publisher(
-        registry, ledger, key, settings.channel, epoch=settings.epoch, stamp_ttl_s=stamp_ttl_s
+        registry,
+        Ledger(settings.home / "ledger" / settings.channel),
+        key,
+        settings.channel,
+        epoch=settings.epoch,
+        stamp_ttl_s=stamp_ttl_s,
+        trusted=trust(settings, key.public_bytes),
     )
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The channel's ledger, to be read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = settings.home / "ledger" / settings.channel
+    if not folder.exists():
+        raise ConfigError(
+            "ledger", f"{folder} is not there", "Set OFFRAMP_HOME and OFFRAMP_CHANNEL"
+        )
+    return Ledger(folder)
+
+
+def trust(settings: Settings, *public: bytes) -> dict[str, bytes]:
+    """Add raw public keys to those that publisher and workers trust; all of them, by key id.
+
+    Raises:
+        ConfigError: the file of trusted keys is unusable.
+    """
+    path = settings.home / PUBLIC_KEY
+    known = load_public_keys(path) if path.exists() else []
+    added = [each for each in dict.fromkeys(public) if each not in known]
+    if added:
+        save_public_keys(path, *known, *added)
+    return trusted_keys(*known, *added)
 
 
 def public_key_path(settings: Settings) -> Path:
     """The public key that workers are to trust; made with its key if there is none yet."""
     path = settings.home / PUBLIC_KEY
     if not path.exists():
-        save_public_key(path, load_or_create_key(settings.home / KEY).public_bytes)
+        trust(settings, load_or_create_key(settings.home / KEY).public_bytes)
     return path

@@ -20,7 +20,7 @@ from ray import serve
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
-from offramp.controller.release.signing import load_public_key, trusted_keys
+from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.http.engine_backend import EngineBackend
 from offramp.deploy.http.http_app import create_app
@@ -94,7 +94,7 @@ class ServedWorker(EngineBackend):
         self.started_at = int(time.time())
         engine = load_engine(config.worker)
         verifier = ReleaseVerifier(
-            trusted_keys(load_public_key(config.trusted)),
+            trusted_keys(*load_public_keys(config.trusted)),
             config.channel,
             engine.model_fingerprint,
             engine.tokenizer_fingerprint,

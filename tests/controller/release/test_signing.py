@@ -13,9 +13,9 @@ from offramp.controller.release.signing import (
     SigningKey,
     key_id_of,
     load_or_create_key,
-    load_public_key,
+    load_public_keys,
     open_envelope,
-    save_public_key,
+    save_public_keys,
     trusted_keys,
 )
 
@@ -102,8 +102,9 @@ def test_the_private_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
 
 
 def test_a_public_key_survives_its_file(key: SigningKey, tmp_path: Path) -> None:
-    save_public_key(tmp_path / "key.pub", key.public_bytes)
-    assert load_public_key(tmp_path / "key.pub") == key.public_bytes
+    other = load_or_create_key(tmp_path / "other.pem")
+    save_public_keys(tmp_path / "key.pub", key.public_bytes, other.public_bytes)
+    assert load_public_keys(tmp_path / "key.pub") == [key.public_bytes, other.public_bytes]
 
 
 def test_files_that_hold_no_key_are_config_errors(tmp_path: Path) -> None:
@@ -111,9 +112,9 @@ def test_files_that_hold_no_key_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="signing key"):
         load_or_create_key(tmp_path / "junk")
     with pytest.raises(ConfigError, match="public key"):
-        load_public_key(tmp_path / "junk")
+        load_public_keys(tmp_path / "junk")
     with pytest.raises(ConfigError, match="public key"):
-        load_public_key(tmp_path / "missing")
+        load_public_keys(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o640, 0o604, 0o620, 0o602])

@@ -99,3 +99,69 @@ def test_what_workers_trip_on_is_explained_and_rolled_back(
     assert output.startswith(f"1 of 1 workers tripped ({ack.reason}); generation 3 serves policy")
     assert "head: generation 3" in cli("status")[1]
     assert cli("watch", "--once") == (0, "")
+
+
+def test_history_and_diff_read_the_ledger(cli: Any, url: str, tmp_path: Path) -> None:
+    publish(cli, tmp_path, 3)
+    publish(cli, tmp_path, 5, "--guardrail", "max_disagreement=0.1")
+    assert cli("rollback")[0] == 0
+    status, output = cli("history")
+    assert status == 0
+    rows = [line.split("│")[1:-1] for line in output.splitlines() if "fixed" in line]
+    table = [[cell.strip() for cell in row] for row in rows]
+    assert [(row[0], row[5], row[6]) for row in table] == [
+        ("3", "now", "in place of 2"),
+        ("2", "before", ""),
+        ("1", "before", ""),
+    ]
+    assert table[0][2] == table[2][2] != table[1][2]
+    status, output = cli("diff", "1", "2")
+    assert status == 0
+    assert "guardrails.max_disagreement" in output
+    assert "[3]" in output
+    assert "[5]" in output
+    assert "rollback_of" in cli("diff", "1", "3")[1]
+    assert "differ in nothing" in cli("diff", "1", "1")[1]
+    assert "generation 9 is not recorded" in cli.refused("diff", "1", "9")
+
+
+def test_a_channel_without_a_ledger_has_no_history(cli: Any, home: Path) -> None:
+    assert cli.refused("history").startswith("ledger: ")
+    assert not home.exists()
+
+
+def test_keys_are_made_rotated_and_distrusted(
+    cli: Any, url: str, tmp_path: Path, home: Path
+) -> None:
+    assert "signs from now on" in cli("keys", "new")[1]
+    first = cli("keys", "list")[1].split()[0]
+    publish(cli, tmp_path, 3)
+    assert "there" in cli.refused("keys", "rotate")
+    assert "keys rotate" in cli("keys", "new")[1]
+    assert cli("keys", "list")[1].count("\n") == 2
+    assert "signs from now on" in cli("keys", "rotate")[1]
+    listed = cli("keys", "list")[1].splitlines()
+    assert listed[0] == f"{first} trusted"
+    assert listed[1].endswith(" signs")
+    # The old key's release is still this channel's, and can be returned to.
+    assert "head: generation 1, uncertified" in cli("status")[1]
+    publish(cli, tmp_path, 5)
+    assert cli("rollback")[0] == 0
+    assert "the key that signs" in cli.refused("keys", "distrust", listed[1].split()[0])
+    assert cli("keys", "distrust", first)[0] == 0
+    assert "is not trusted" in cli.refused("keys", "distrust", first)
+    assert cli.refused("diff", "1", "2").startswith("policy refused (foreign_key)")
+    assert (home / f"publisher-{first}.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_another_publishers_key_is_trusted_from_its_file(
+    cli: Any, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("keys", "new")
+    other = home / "publisher.pub"
+    monkeypatch.setenv("OFFRAMP_HOME", str(tmp_path / "elsewhere"))
+    cli("keys", "new")
+    assert cli("keys", "trust", other)[1].count("trusted: ") == 2
+    assert cli("keys", "list")[1].count("\n") == 2
+    (tmp_path / "junk").write_bytes(other.read_bytes() + b"junk")
+    assert cli.refused("keys", "trust", tmp_path / "junk").startswith("public key: ")

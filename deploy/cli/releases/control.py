@@ -24,7 +24,7 @@ from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.signing import load_public_key, trusted_keys
+from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import open_head
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
@@ -150,7 +150,7 @@ def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
             return "head: none"
         if not path.exists():
             return f"head: says generation {head.generation}; {path} is not here to check that"
-        manifest = open_head(head, trusted_keys(load_public_key(path)), settings.channel)
+        manifest = open_head(head, trusted_keys(*load_public_keys(path)), settings.channel)
         return f"head: generation {manifest.generation}, {standing(manifest)}"
     except PolicyRefusedError as error:
         return (

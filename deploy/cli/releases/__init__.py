@@ -1,0 +1,1 @@
+"""Runs the commands that publish releases, watch over them, and say what became of them."""
