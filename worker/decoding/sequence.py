@@ -20,7 +20,7 @@ from offramp.worker.probes import Probe
 from offramp.worker.probes.candidates.successors import NgramIndex
 
 UNPROBED = (-1, np.empty(0, np.float32))
-"""Where an audited token left whose policy does not learn: nobody asks what was probed."""
+"""Where an audited token left that no policy learns from."""
 
 
 @dataclass(slots=True)
@@ -208,8 +208,7 @@ class Sequence:
         token.is_underway = False
         if self.request.audited and token.left_at is None:
             token.left_at = UNPROBED
-        self.undecided = False
-        self.group = None
+        self.undecided, self.group = False, None
         self.early += 1
         self.note_depth(share)
 

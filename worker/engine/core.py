@@ -46,9 +46,7 @@ from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 
 
 class EngineCore:
-    """Early-exit decoding of a Hugging Face causal LM, launch by launch.
-
-    One thread drives it by ``submit``, ``step`` and ``cancel``.
+    """Early-exit decoding of a Hugging Face causal LM, launch by launch, driven by one thread.
 
     Args:
         model: A supported ``*ForCausalLM`` in evaluation mode.
