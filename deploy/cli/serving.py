@@ -43,13 +43,6 @@ RedisPort = Annotated[
     int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
 ]
 
-ServedName = Annotated[
-    str | None, typer.Option(help="Name clients ask for [default: the folder's name].")
-]
-RedisPort = Annotated[
-    int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
-]
-
 
 def serve(
     model: options.Model = options.DEFAULT_MODEL,

@@ -18,7 +18,7 @@ import pytest
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from support.channel import Bench
+from support.releases.channel import Bench
 
 FORK = multiprocessing.get_context("fork")
 CHANGES = ("replace", "link", "unlink", "fsync")

@@ -11,7 +11,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.registry import AckState, InMemoryRegistry
 from offramp.worker.decoding.request import FULL_DEPTH
 from offramp.worker.following.refresh import PolicyRefresher
-from support.channel import Bench
+from support.releases.channel import Bench
 
 
 @pytest.fixture

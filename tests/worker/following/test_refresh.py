@@ -21,7 +21,7 @@ from offramp.controller.release.signing import load_or_create_key
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher
-from support.channel import Bench
+from support.releases.channel import Bench
 
 
 @pytest.fixture
