@@ -11,8 +11,8 @@ from torch import Tensor
 from offramp.controller.policies.protocols import LearningPolicy, Verdict
 from offramp.worker.decoding.decoder import RowResult
 from offramp.worker.decoding.guard import PolicyGuard
-from offramp.worker.decoding.sampler import Draw
-from offramp.worker.decoding.sequence import Draft, Sequence
+from offramp.worker.decoding.sampler import Draft, Draw
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.stack import LayerStack
 
 

@@ -35,6 +35,21 @@ class Draw:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token that full depth has yet to confirm.
+
+    Attributes:
+        token: Id of the token.
+        exit_layer: Layers executed before it was drafted.
+        chances_V: The distribution it was drawn from; None if decoding is greedy.
+    """
+
+    token: int
+    exit_layer: int
+    chances_V: Tensor | None
+
+
 class Sampler:
     """Draws one sequence's tokens.
 

@@ -15,7 +15,7 @@ from offramp.controller.policies.protocols import LearningPolicy, Policy, Routin
 from offramp.controller.release.guardrails import PolicyWatch
 from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
-from offramp.worker.decoding.sampler import Draw, Sampler
+from offramp.worker.decoding.sampler import Draft, Draw, Sampler
 from offramp.worker.probes import Probe
 from offramp.worker.probes.candidates.successors import NgramIndex
 
@@ -46,21 +46,6 @@ class OpenToken:
     def has_left(self, index: int) -> bool:
         """Whether it left the stack before the layer with this index; 0 is no exit."""
         return 0 < self.depth <= index and not self.is_underway
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A token that full depth has yet to confirm.
-
-    Attributes:
-        token: Id of the token.
-        exit_layer: Layers executed before it was drafted.
-        chances_V: The distribution it was drawn from; None if decoding is greedy.
-    """
-
-    token: int
-    exit_layer: int
-    chances_V: Tensor | None
 
 
 @dataclass(slots=True, eq=False)

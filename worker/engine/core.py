@@ -137,8 +137,7 @@ class EngineCore:
         require_request(tokens, forced, sampling, self.stack, self.tokenizer)
         require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
         kv_mode = kv_mode or self.config.kv_mode
-        own = self.config.draft_precision
-        snapshot = pinned(policy, self.current_policy, self.stack, own)
+        snapshot = pinned(policy, self.current_policy, self.stack, self.config.draft_precision)
         require_mode(kv_mode, forced, snapshot.policy)
         audited = self._audits.picks(snapshot, kv_mode, forced)
         request = Request(

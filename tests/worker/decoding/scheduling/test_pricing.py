@@ -8,9 +8,9 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.policies.drafts.static_draft import StaticDraft
 from offramp.worker.decoding.pricing import REST, DraftingPrice
 from offramp.worker.decoding.request import KVMode, PolicySnapshot, Request
-from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.sampler import Draft, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.decoding.sequence import Draft, Sequence
+from offramp.worker.decoding.sequence import Sequence
 
 LAYERS, DEPTH, LENGTH = 12, 3, 2
 COSTS = CostTable(
