@@ -3,11 +3,13 @@
 A cycle of n rows is k launches that draft, each through e of the L layers, and one that verifies:
 n rows of one token through e layers, and n rows of k + 1 tokens through the other L - e. Of the
 drafts of a row, each right with probability a if those before it are, (1 - a^(k+1)) / (1 - a)
-tokens become certain (Leviathan et al. 2023, equation 1). Without drafts it is full depth.
+tokens become certain (Leviathan et al. 2023, equation 1). Without drafts it is full depth. Drafts
+on a copy of the layers in fewer bytes cost the copy's layers, and are verified from the first on.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,6 +18,7 @@ from itertools import takewhile
 from offramp.controller.costs.prices import Prices, read_prices
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import is_on_copy, weights_of
 
 FREE_GROWTH = 1.25
 """A layer that takes at most so many times one row's time counts as not grown."""
@@ -67,7 +70,7 @@ class Drafting:
 
     Attributes:
         pending: Its drafts that wait for confirmation.
-        depth: Layers executed for a draft.
+        depth: Layers executed for a draft; an ``Exit`` if they are a copy's.
         acceptance: Chance that a draft is right if those before it are.
         length: Most drafts that its policy makes before it is verified; None: not known yet.
     """
@@ -89,6 +92,18 @@ class Cycle:
 
     length: int
     rate: float
+
+
+def common_depth(depths: Sequence[int]) -> int:
+    """What stands for the exits of several rows: the mean, or, with a copy, the most frequent.
+
+    >>> from offramp.controller.policies.exits import Exit
+    >>> common_depth([3, 6, 6]), common_depth([Exit(12, "int4"), 6, Exit(12, "int4")])
+    (5, 12:int4)
+    """
+    if any(map(is_on_copy, depths)):
+        return Counter(depths).most_common(1)[0][0]
+    return round(sum(depths) / len(depths))
 
 
 class Pacer:
@@ -117,7 +132,8 @@ class Pacer:
 
     def _draft_s(self, rows: int, depth: int) -> float:
         """Seconds of a launch in which so many rows draft after so many layers."""
-        prices = self.costs.at(rows)
+        is_own = not is_on_copy(depth)
+        prices = self.costs.at(rows) if is_own else self.costs.on_copy(weights_of(depth), rows)
         return prices.step_s + depth * prices.layer_s + prices.head_s
 
     def _verifying_s(self, rows: int, depth: int, drafts: int) -> float:
@@ -125,6 +141,7 @@ class Pacer:
         if drafts == 0:
             return one.full_s
         prices = verifying_prices(self.costs, rows, drafts + 1)
+        depth = 0 if is_on_copy(depth) else depth
         deep = (one.layers - depth) * prices.layer_s
         return one.step_s + depth * one.layer_s + deep + prices.head_s
 
@@ -168,7 +185,7 @@ class Pacer:
         """
         if not drafting:
             return True
-        depth = round(sum(row.depth for row in drafting) / len(drafting))
+        depth = common_depth([row.depth for row in drafting])
         acceptance = sum(row.acceptance for row in drafting) / len(drafting)
         known = [row.length for row in drafting if row.length is not None]
         longest = sum(known) / len(known) if known else None

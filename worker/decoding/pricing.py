@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-from offramp.controller.costs.pace import Drafting, Pacer
+from offramp.controller.costs.pace import Drafting, Pacer, common_depth
 from offramp.controller.costs.table import CostTable
 from offramp.worker.decoding.sequence import Sequence
 
@@ -139,7 +139,7 @@ class DraftingPrice:
         """
         if any(row.request.kv_mode != "verify" for row in rows):
             return
-        depth = round(sum(self._record(row).depth for row in rows) / len(rows))
+        depth = common_depth([self._record(row).depth for row in rows])
         drafts = max(len(row.drafts) for row in rows)
         if not deep:
             self._expected = (self._drafting, self.pacer.draft_s(begin, depth))

@@ -190,7 +190,7 @@ class EngineCore:
 
         Raises:
             ConfigError: rows are running, a hold is not below the last layer, or costs are not
-                this model's or of fewer rows than there are slots.
+                this model's, of fewer rows than there are slots, or none of the copy.
         """
         if self._roster.rows:
             raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
@@ -200,7 +200,7 @@ class EngineCore:
         costs, price = schedule.costs, None
         if costs is not None:
             costs.require_model(self.model_fingerprint)
-            costs.at(self.kv.slots)
+            self.config.require_prices(costs, self.kv.slots)
             price = DraftingPrice(costs, self.config.max_pending)
         return Scheduler(schedule, self.stack.layers, price)
 

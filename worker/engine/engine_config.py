@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING
 from offramp.worker.decoding.request import KVMode
@@ -77,6 +78,16 @@ class EngineConfig:
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
+
+    def require_prices(self, costs: CostTable, slots: int) -> None:
+        """Refuse costs without launches of so many rows, or without the copy that drafts run on.
+
+        Raises:
+            ConfigError: naming what was not measured.
+        """
+        costs.at(slots)
+        if self.draft_precision is not None:
+            costs.on_copy(self.draft_precision.weights, slots)
 
     def row_tokens(self, context: int, bytes_per_token: int) -> int:
         """Tokens that one request may hold.

@@ -8,11 +8,24 @@ from offramp.controller.costs.pace import Drafting, Pacer, knee_of, verifying_pr
 from offramp.controller.costs.prices import PARTS, SPAN_PARTS, Batch, Timing
 from offramp.controller.costs.table import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import Exit
 from support.cost_tables import measured
 
 LAYERS = 12
 ROWS = (1, 4, 8, 16)
 TOKENS = (1, 5, 9)
+
+
+def test_drafts_on_a_copy_cost_its_layers_and_are_verified_from_the_first_on() -> None:
+    costs = measured()
+    last = Exit(12, "int4")
+    pacer = Pacer(costs, 8)
+    own, copy = costs.at(4), costs.on_copy("int4", 4)
+    assert pacer.draft_s(4, last) == own.step_s + 12 * copy.layer_s + copy.head_s
+    assert pacer.draft_s(4, 12) == own.full_s > pacer.draft_s(4, last)
+    passed = verifying_prices(costs, 4, 4)
+    assert pacer.verify_s(4, last, 3) == own.step_s + 12 * passed.layer_s + passed.head_s
+    assert pacer.best(1, last, 0.95).length > 0 == pacer.best(1, 12, 0.95).length
 
 
 def priced(free: int, head_s: float = 0.5) -> CostTable:

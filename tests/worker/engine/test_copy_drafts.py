@@ -38,6 +38,7 @@ from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.prepared import prepare
+from support.cost_tables import measured
 from support.models import LAYERS, make_model
 from support.rows import (
     CLOSE,
@@ -166,6 +167,20 @@ def test_tokens_are_full_depths(
     for row in rows:
         assert float(shortfalls(model, row).max()) <= CLOSE
     assert 0 < sum(row.drafts_accepted for row in rows) < sum(row.drafts_made for row in rows)
+
+
+@pytest.mark.parametrize(("share", "pays"), [(0.05, True), (2.5, False)])
+def test_a_priced_schedule_knows_what_the_copy_costs(share: float, pays: bool) -> None:
+    model = make_model("llama")
+    engine = engine_with_copy(model)
+    costs = measured(engine.model_fingerprint)
+    copy_ = tuple(each.scaled("layer", share) for each in costs.copies["int4"])
+    engine.set_schedule(Schedule(costs=replace(costs, copies={"int8": copy_})))
+    [row] = decode(engine, RAGGED[:1], LONG, StaticDraft(layer=LAST, length=3), "verify")
+    assert float(shortfalls(model, row).max()) <= CLOSE
+    assert (row.copy_calls > 0) is pays
+    with pytest.raises(ConfigError, match="--draft-weights int8"):
+        engine.set_schedule(Schedule(costs=costs))
 
 
 def test_one_token_may_be_asked_on_the_copy_and_then_in_the_models_layers() -> None:
