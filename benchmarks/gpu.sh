@@ -83,7 +83,7 @@ tests() {
   local name=$1 limit=$2 which=$3
   shift 3
   step "$name" "$limit" "$PYTHON" -m pytest -q -c /dev/null --rootdir . --import-mode=importlib \
-    -p no:cacheprovider --junitxml "$WORK/$name.xml" -k "$which${TESTS:+ and ($TESTS)}" "$@"
+    -p no:cacheprovider --junitxml "$WORK/$name.xml" -k "($which)${TESTS:+ and ($TESTS)}" "$@"
 }
 
 decode() {
@@ -94,7 +94,9 @@ decode() {
 }
 
 AT=tests/worker/decoding
-tests tests-graphs 60 graphs tests/worker/model/test_graphs.py
+# What is of a GPU alone.
+tests tests-device 60 "graphs or device_products" tests/worker/model/test_graphs.py \
+  tests/worker/model/test_device_products.py
 tests tests-bfloat16 90 bfloat16 "$AT/test_exactness.py" "$AT/test_kv_modes.py"
 for shape in $SHAPES; do
   for batch in $BATCHES; do

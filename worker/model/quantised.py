@@ -1,4 +1,4 @@
-"""Weights of fewer bytes: int8 per output, or int4 in groups, multiplied by compiled kernels.
+"""Weights of fewer bytes: int8 per output, or int4 in groups, multiplied by kernels for them.
 
 A quantised model is another model: its fingerprint says which weights it has. Its layers' and
 head's matrices are quantised; norms, biases and embeddings stay as they are.
@@ -9,7 +9,6 @@ H half of a block, J = I / 2 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.exits import Weights
+from offramp.worker.model.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK
 from offramp.worker.model.kernels.vectors import LANES
@@ -37,11 +37,10 @@ def quantise(stack: S, precision: Precision) -> S:
     """Let a stack run with quantised matrices; the caller's model stays as it was.
 
     Raises:
-        ConfigError: the device has no kernels for it, or a matrix does not fit them.
+        ConfigError: a matrix does not fit it.
     """
     if precision.is_native:
         return stack
-    _require_kernels(stack.blocks[0], precision)
     if precision.weights != "native":
         replaced = partial(_quantised, precision=precision, weights=precision.weights)
         stack.adopt([cloned(block, replaced) for block in stack.blocks])
@@ -53,17 +52,17 @@ def quantise(stack: S, precision: Precision) -> S:
 class QuantisedLinear(nn.Module):
     """A linear map whose weight is kept in int8 or int4.
 
-    Few rows are multiplied with the weight as it is kept, many with its restored values, which are
-    kept in oneDNN's blocked layout, too. Where the one overtakes the other is measured
-    (``worker/model/products.py``).
+    On a CPU few rows are multiplied with the weight as it is kept, many with its restored values,
+    which are kept in oneDNN's blocked layout, too. Where the one overtakes the other is measured
+    (``worker/model/products.py``). Of other devices see ``worker/model/device_products.py``.
 
     Args:
         plain: The module it stands in for; its bias and hooks stay its own.
         kept: The weight, quantised.
 
     Attributes:
-        matrix: The weight and the bias, as compiled kernels take them.
-        kernel_rows: Up to so many rows are multiplied with the weight as it is kept.
+        matrix: The weight and the bias, as compiled kernels take them; None but on a CPU.
+        kernel_rows: Up to so many rows are multiplied by these.
     """
 
     def __init__(self, plain: Any, kept: Int8Weight | Int4Weight) -> None:
@@ -73,15 +72,21 @@ class QuantisedLinear(nn.Module):
         self._forward_pre_hooks = plain._forward_pre_hooks
         self._transposed = type(plain) is Conv1D
         self.kept = kept
-        self.matrix = kept.matrix(None if plain.bias is None else plain.bias.detach())
-        restored_OI = kept.restored()
-        self._multiply_restored = _product_of(restored_OI)
-        self.kernel_rows = rows_up_to(
-            f"{kept.name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
-            torch.ones(SIZES[-1], restored_OI.shape[1], dtype=restored_OI.dtype),
-            self.matrix.product,
-            lambda x_NI: self._multiply_restored(x_NI, None),
-        )
+        self.matrix: KernelMatrix | None = None
+        self.kernel_rows = 0
+        if plain.weight.device.type == "cpu":
+            bias_O = None if plain.bias is None else plain.bias.detach()
+            self.matrix = kept.matrix(bias_O)
+            restored_OI = kept.restored()
+            self._multiply = _product_of(restored_OI)
+            self.kernel_rows = rows_up_to(
+                f"{kept.name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
+                torch.ones(SIZES[-1], restored_OI.shape[1], dtype=restored_OI.dtype),
+                self.matrix.product,
+                lambda x_NI: self._multiply(x_NI, None),
+            )
+        else:
+            self._multiply = kept.device_product()
 
     @property
     def weight(self) -> Tensor:
@@ -91,12 +96,12 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        if x.numel() > self.kernel_rows * x.shape[-1]:
-            return self._multiply_restored(x, self.bias)
+        if self.matrix is None or x.numel() > self.kernel_rows * x.shape[-1]:
+            return self._multiply(x, self.bias)
         return self.matrix.product(x)
 
 
-def _product_of(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _product_of(weight_OI: Tensor) -> BiasedProduct:
     if can_pack(weight_OI):
         return packed_product(weight_OI)
     return lambda x, bias_O: nn.functional.linear(x, weight_OI, bias_O)
@@ -126,6 +131,10 @@ class Int8Weight:
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
         return self._values_OI.to(self._scale_O.dtype) * self._scale_O[:, None]
+
+    def device_product(self) -> BiasedProduct:
+        """Multiply where the weight lies, other than on a CPU."""
+        return restored_product(self.restored)
 
 
 class Int4Weight:
@@ -171,12 +180,20 @@ class Int4Weight:
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
-        kept_OBH = self._kept_OJ.view(len(self._kept_OJ), -1, BLOCK // 2)
-        q_OB2H = torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2)
-        q_OGS = q_OB2H.view(*self._scale_OG.shape, -1).to(torch.int8) - 8
+        q_OGS = self._numbers_OI().view(*self._scale_OG.shape, -1).to(torch.int8) - 8
         weight_OGS = q_OGS.float() * self._scale_OG.float()[:, :, None]
         weight_OGS += self._zero_OG.float()[:, :, None]
-        return weight_OGS.view(len(kept_OBH), -1).to(self._dtype)
+        return weight_OGS.flatten(1).to(self._dtype)
+
+    def device_product(self) -> BiasedProduct:
+        """Multiply where the weight lies, other than on a CPU."""
+        numbers = (self._scale_OG, self._zero_OG)
+        return int4_product(lambda: (self._numbers_OI(), *numbers), self.restored)
+
+    def _numbers_OI(self) -> Tensor:
+        """The numbers from 0 to 15, one by one, uint8."""
+        kept_OBH = self._kept_OJ.view(len(self._kept_OJ), -1, BLOCK // 2)
+        return torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2).flatten(1)
 
 
 def _fit_groups(w_OGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,10 +235,3 @@ def _quantised_head(head: nn.Module, precision: Precision) -> nn.Module:
         kind = type(head).__name__
         raise ConfigError("head_weights", f"cannot quantise a {kind}", "Use head_weights=native")
     return quantised
-
-
-def _require_kernels(block: nn.Module, precision: Precision) -> None:
-    if next(block.parameters()).device.type != "cpu":
-        raise ConfigError(
-            "weights", f"{precision.name} runs on the CPU only", "Use weights=native, or device=cpu"
-        )
