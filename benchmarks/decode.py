@@ -50,7 +50,7 @@ from shared.workload import SHAPES, build, exit_layer, prompts_of
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.model.graphs import GraphedLayers
+from offramp.worker.model.gpu.graphs import GraphedLayers
 from offramp.worker.model.loading import require_device
 from offramp.worker.model.products import processor
 from offramp.worker.model.stack import LayerStack

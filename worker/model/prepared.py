@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.worker.model import attention
 from offramp.worker.model.attention import Window, decode_window
-from offramp.worker.model.graphs import GraphedLayers, cuda_recorder
+from offramp.worker.model.gpu.graphs import GraphedLayers, cuda_recorder
 from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
 from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
 from offramp.worker.model.kv import SlotKV

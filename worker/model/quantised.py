@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.exits import Weights
-from offramp.worker.model.device_products import BiasedProduct, int4_product, restored_product
+from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK
 from offramp.worker.model.kernels.vectors import LANES
@@ -54,7 +54,7 @@ class QuantisedLinear(nn.Module):
 
     On a CPU few rows are multiplied with the weight as it is kept, many with its restored values,
     which are kept in oneDNN's blocked layout, too. Where the one overtakes the other is measured
-    (``worker/model/products.py``). Of other devices see ``worker/model/device_products.py``.
+    (``worker/model/products.py``). Of other devices see ``worker/model/gpu/device_products.py``.
 
     Args:
         plain: The module it stands in for; its bias and hooks stay its own.

@@ -23,7 +23,7 @@ from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams,
 from offramp.worker.decoding.groups import DecidedGroup, ExitGroup
 from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.model.graphs import GraphedLayers, Record
+from offramp.worker.model.gpu.graphs import GraphedLayers, Record
 from offramp.worker.model.kv import BLOCK_TOKENS
 from offramp.worker.probes import DeviceProbe, FusedProbe
 from offramp.worker.profiling.samples import random_policy

@@ -19,8 +19,8 @@ from torch import Tensor
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model import device_products
-from offramp.worker.model.device_products import KERNEL_ROWS, Int4Kernel, int4_product
+from offramp.worker.model.gpu import device_products
+from offramp.worker.model.gpu.device_products import KERNEL_ROWS, Int4Kernel, int4_product
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.quantised import Int4Weight
 from support.models import DEVICE, make_model

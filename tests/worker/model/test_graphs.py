@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.worker.model import graphs
 from offramp.worker.model.attention import Window, decode_window, ragged_window
 from offramp.worker.model.families import stack_for
-from offramp.worker.model.graphs import GraphedLayers, Record, cuda_recorder
+from offramp.worker.model.gpu import graphs
+from offramp.worker.model.gpu.graphs import GraphedLayers, Record, cuda_recorder
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import prepare
 from offramp.worker.model.stack import Rotary

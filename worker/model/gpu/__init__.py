@@ -1,0 +1,1 @@
+"""Does what a GPU alone needs: layers captured as CUDA graphs, products with quantised weights."""
