@@ -25,6 +25,9 @@ from offramp.worker.model.translators import ExitTranslators, Translator
 BLOCK_VALUES = 2**23
 """Logits held at a time (32 MiB in float32); longer batches go through the head in blocks."""
 
+LARGEST_RATIO = 8.0
+"""A state this many times the size of the median one is an attention sink's."""
+
 SMALLEST_SCALE = 1e-6
 """Least scale of a state: below this, its unit would blow rounding up."""
 
@@ -38,7 +41,7 @@ class TrainableTranslator(nn.Module):
     Args:
         width: Width D of the states.
         rank: Rank r of the matrix added to the identity.
-        scale: s, root mean square of the states that the translator will meet.
+        scale: s, typical size of the states that the translator will meet.
         generator: Draws the start of A.
     """
 
@@ -51,6 +54,13 @@ class TrainableTranslator(nn.Module):
         self.B = nn.Parameter(torch.zeros(width, rank))
         self.b = nn.Parameter(torch.zeros(width))
         self.register_buffer("scale", torch.tensor(max(scale, SMALLEST_SCALE)))
+
+    @torch.no_grad()
+    def begin_at(self, A_rD: Tensor, B_Dr: Tensor, b_D: Tensor) -> None:
+        """Become x + B (A x) + b, where b is in the units of x."""
+        self.A.copy_(A_rD)
+        self.B.copy_(B_Dr)
+        self.b.copy_(b_D.to(self.scale.device) / self.scale)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """The translated state, [N, D], in the dtype of the parameters."""
@@ -107,18 +117,42 @@ def blocks(rows: int, vocab: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def typical_rows(x_ND: Tensor) -> Tensor:
+    """Which states are of usual size, [N] bool.
+
+    A few first tokens of each text hold states a hundred times as large as all others (attention
+    sinks: Xiao et al. 2024): no exit is asked there, and every mean would be theirs.
+    """
+    size_N = x_ND.float().square().mean(-1).sqrt()
+    return size_N <= LARGEST_RATIO * size_N.median()
+
+
+def mean_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, last_ND: Tensor) -> float:
+    """Mean KL(final ‖ translated exit) over the rows of usual size, nats; no gradient."""
+    kept_N = typical_rows(x_ND)
+    x_ND, last_ND = x_ND[kept_N], last_ND[kept_N]
+    with torch.no_grad():
+        losses = [
+            exit_loss(stack, module, x_ND[part], stack.logits(last_ND[part]).float()).item()
+            for part in blocks(len(x_ND), stack.vocab)
+        ]
+    return sum(losses) / len(x_ND)
+
+
 def backward(
     stack: LayerStack, modules: Mapping[int, TrainableTranslator], tokens_BT: Tensor
 ) -> dict[int, float]:
     """Add one batch's gradients to the translators; mean KL per exit before the step, nats."""
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
-    rows = len(last_ND)
+    kept = {layer: typical_rows(each) for layer, each in states.items()}
     totals = dict.fromkeys(modules, 0.0)
-    for part in blocks(rows, stack.vocab):
+    for part in blocks(len(last_ND), stack.vocab):
         with torch.no_grad():
             final_NV = stack.logits(last_ND[part]).float()
         for layer, module in modules.items():
-            loss = exit_loss(stack, module, states[layer][part], final_NV) / rows
+            kept_N = kept[layer][part]
+            loss = exit_loss(stack, module, states[layer][part][kept_N], final_NV[kept_N])
+            loss = loss / kept[layer].sum()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             totals[layer] += loss.item()
     return totals
@@ -134,8 +168,13 @@ def fresh_translators(
     generator = torch.Generator().manual_seed(seed)
     states, _ = states_at(stack, tokens_BT, exits)
     return {
-        layer: TrainableTranslator(
-            stack.width, rank, states[layer].float().square().mean().sqrt().item(), generator
-        ).to(stack.device)
+        layer: TrainableTranslator(stack.width, rank, _typical_size(states[layer]), generator).to(
+            stack.device
+        )
         for layer in exits
     }
+
+
+def _typical_size(x_ND: Tensor) -> float:
+    """Median over rows of the root mean square of a state: sinks do not move it."""
+    return x_ND.float().square().mean(-1).sqrt().median().item()

@@ -19,6 +19,7 @@ from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import TrainableTranslator, backward, freeze, fresh_translators
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
+from offramp.agents.tuning.ridge import start_translators
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError, TraceError
@@ -38,6 +39,9 @@ PLOT = "tune.png"
 
 WARM_UP_SHARE = 0.05
 """Share of the steps in which the learning rate rises to its peak; a cosine to 0 follows."""
+
+START_BATCHES = 9
+"""Batches read before the first step: one to judge a start by, the others to find it."""
 
 CURVE_POINTS = 200
 """Training losses kept for the report."""
@@ -169,16 +173,12 @@ class _Tuning:
         self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]
     ) -> tuple[dict[int, TrainableTranslator], list[list[float]]]:
         config, stream = self.config, self.stream()
-        # From a stream of its own: a resumed run scales its translators on the very same batch.
-        first_BT = self.stream().next().to(self.stack.device)
-        modules = fresh_translators(self.stack, self.exits, config.rank, first_BT, config.seed)
+        modules = self._start(checkpoint)
         groups = [{"params": list(each.parameters())} for each in modules.values()]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         curve: list[list[float]] = []
         done = 0
         if checkpoint is not None:
-            for layer, module in modules.items():
-                module.load_state_dict(checkpoint.modules[layer])
             optimizer.load_state_dict(checkpoint.optimizer)
             stream.seek(checkpoint.position)
             curve, done = checkpoint.curve, checkpoint.step
@@ -198,6 +198,17 @@ class _Tuning:
                 ).save(folder)  # fmt: skip
             on_tokens(done * config.batch_tokens, config.steps * config.batch_tokens)
         return modules, curve
+
+    def _start(self, checkpoint: TuneCheckpoint | None) -> dict[int, TrainableTranslator]:
+        stack, exits, config = self.stack, self.exits, self.config
+        stream = self.stream()  # of its own: training reads the very same batches
+        batches = (stream.next().to(stack.device) for _ in range(START_BATCHES))
+        if checkpoint is None:
+            return start_translators(stack, exits, config.rank, batches, config.seed)
+        modules = fresh_translators(stack, exits, config.rank, next(batches), config.seed)
+        for layer, module in modules.items():
+            module.load_state_dict(checkpoint.modules[layer])
+        return modules
 
     def report(self, translators: ExitTranslators, curve: list[list[float]]) -> TuneReport:
         served = translators.to(self.stack.dtype, self.stack.device)
