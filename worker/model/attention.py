@@ -24,6 +24,34 @@ NAME = "offramp_slots"
 """Under which Hugging Face's attention modules find ``slot_attention``."""
 
 
+class LaterEntries:
+    """Hides from each query the entries behind it: added to the scores.
+
+    Made when a layer first asks for it: compiled layers never do.
+
+    Args:
+        positions_BT: Positions of the queries.
+        span: Cache entries read.
+        heads_per_key: Query heads per key/value head.
+        like: Tensor whose dtype and device the mask takes.
+    """
+
+    def __init__(self, positions_BT: Tensor, span: int, heads_per_key: int, like: Tensor) -> None:
+        self._asked = (positions_BT, span, heads_per_key, like.dtype, like.device)
+        self._made: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """0 or minus infinity, [B, 1, Q, span]."""
+        if self._made is None:
+            positions_BT, span, heads_per_key, dtype, device = self._asked
+            unseen_BTS = torch.arange(span, device=device) > positions_BT[:, :, None]
+            mask_BTS = torch.zeros(unseen_BTS.shape, dtype=dtype, device=device)
+            mask_BTS.masked_fill_(unseen_BTS, float("-inf"))
+            self._made = mask_BTS.repeat(1, heads_per_key, 1)[:, None]
+        return self._made
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Rows of a step in neighbouring slots, so that their cache is one view.
@@ -32,14 +60,14 @@ class Run:
         rows: Rows of the step.
         slots: Slots of the rows in the cache.
         span: Cache entries read.
-        mask: Added to the scores, [B, 1, Q, span]; None if every query sees the whole span.
+        later: Hides entries; None if every query sees the whole span.
         causal: The run is the beginning of a row: query t sees the entries up to t.
     """
 
     rows: slice
     slots: slice
     span: int
-    mask: Tensor | None
+    later: LaterEntries | None
     causal: bool = False
 
 
@@ -92,7 +120,7 @@ def slot_attention(
             query_BGQH[run.rows],
             keys[run.slots, :, : run.span],
             values[run.slots, :, : run.span],
-            attn_mask=run.mask,
+            attn_mask=None if run.later is None else run.later.mask,
             scale=scaling,
         )
         for run in window.runs
@@ -208,7 +236,9 @@ def slots_window(
         heads_per_key, like: See ``decode_window``.
     """
     whole = slice(0, len(slots_BT))
-    run = Run(whole, whole, span, _mask(positions_BT, span, heads_per_key, like))
+    later = LaterEntries(positions_BT, span, heads_per_key, like)
+    _ = later.mask  # now: what is made during a capture belongs to it
+    run = Run(whole, whole, span, later)
     write = (slots_BT.flatten(), slice(None), positions_BT.flatten())
     return Window((run,), write, positions_BT, np.empty((0, 3), np.int64))
 
@@ -232,12 +262,4 @@ def _run(
     where = slice(slots[rows.start], slots[rows.stop - 1] + 1)
     if positions_BT.shape[1] == 1 and min(last) == span - 1:
         return Run(rows, where, span, None)
-    return Run(rows, where, span, _mask(positions_BT[rows], span, heads_per_key, like))
-
-
-def _mask(positions_BT: Tensor, span: int, heads_per_key: int, like: Tensor) -> Tensor:
-    """What hides later entries from each query, [B, 1, Q, span]."""
-    unseen_BTS = torch.arange(span, device=like.device) > positions_BT[:, :, None]
-    mask = torch.zeros(unseen_BTS.shape, dtype=like.dtype, device=like.device)
-    mask.masked_fill_(unseen_BTS, float("-inf"))
-    return mask.repeat(1, heads_per_key, 1)[:, None]
+    return Run(rows, where, span, LaterEntries(positions_BT[rows], span, heads_per_key, like))

@@ -115,8 +115,8 @@ def test_neighbouring_slots_are_one_run_and_gaps_begin_another() -> None:
         (slice(0, 2), slice(0, 2), 8),
         (slice(2, 5), slice(3, 6), 10),
     ]
-    assert window.runs[0].mask is None  # equally long rows need none
-    assert window.runs[1].mask is not None
+    assert window.runs[0].later is None  # equally long rows need none
+    assert window.runs[1].later is not None
 
 
 @pytest.mark.parametrize(("kv_heads", "heads_per_key"), [(2, 2), (4, 1)])

@@ -218,7 +218,7 @@ def test_a_compiled_layer_computes_its_layer(name: str, dtype: torch.dtype) -> N
             (mine.values_LSGCH, others.values_LSGCH),
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=share * float(other.abs().max()))
-        if dtype is torch.bfloat16 and all(r.mask is None and not r.causal for r in window.runs):
+        if dtype is torch.bfloat16 and all(r.later is None and not r.causal for r in window.runs):
             assert float((ours == theirs).float().mean()) > 0.99
 
 
