@@ -5,9 +5,12 @@ Shape suffixes: I inputs, H hidden units, A outputs.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +26,6 @@ def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
     Args:
         function: What to compile.
         reorders: Whether its sums may be reordered.
-
-    numba stamps what it keeps with the function's own file: after changing a function that
-    compiled code of another file calls, remove ``__pycache__/*.nb?`` there.
     """
     fastmath = FAST if reorders else False
     return kept_on_disk(partial(njit, nogil=True, fastmath=fastmath), function)
@@ -34,10 +34,32 @@ def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
 def kept_on_disk(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
     """A function compiled by one of numba's decorators, kept where there is a folder for it."""
     options = {"error_model": "numpy"}
+    forget_stale(Path(function.__code__.co_filename).parent)
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor a home can be written
         return compiler(**options)(function)
+
+
+@cache
+def forget_stale(folder: Path) -> None:
+    """Remove what was compiled in a folder before its sources, or those here, changed.
+
+    numba compares a function's own file alone, and would run it with what another file's functions
+    took and gave before: after an update, that ends in a crash.
+    """
+    kept = folder / "__pycache__"
+    stamp = kept / "compiled.sha256"
+    sources = sorted({*folder.glob("*.py"), *Path(__file__).parent.glob("*.py")})
+    now = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    # Where nothing can be written, numba keeps code elsewhere, and an update renews every file.
+    with contextlib.suppress(OSError):
+        if stamp.exists() and stamp.read_text(encoding="ascii") == now:
+            return
+        for code in kept.glob("*.nb[ci]"):
+            code.unlink(missing_ok=True)
+        kept.mkdir(exist_ok=True)
+        stamp.write_text(now, encoding="ascii")
 
 
 @compiled

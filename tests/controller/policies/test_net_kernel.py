@@ -11,6 +11,7 @@ import pytest
 
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.policies.net import TanhNet
+from offramp.controller.policies.net_kernel import forget_stale
 
 KEPT_NOWHERE = """
 import numba.core.caching as caching
@@ -53,3 +54,21 @@ def test_it_compiles_where_no_folder_can_be_written(tmp_path: Path) -> None:
         timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_compiled_code_is_forgotten_once_a_source_beside_it_changed(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text("A = 1\n")
+    (tmp_path / "__pycache__").mkdir()
+    code = tmp_path / "__pycache__" / "caller.step-1.py311.1.nbc"
+
+    def survives() -> bool:
+        forget_stale.cache_clear()
+        forget_stale(tmp_path)
+        return code.exists()
+
+    code.write_bytes(b"of an unknown version")
+    assert not survives()
+    code.write_bytes(b"of this version")
+    assert survives()
+    (tmp_path / "callee.py").write_text("B = 2\n")
+    assert not survives()
