@@ -59,7 +59,7 @@ from transformers import CompileConfig
 from offramp.controller.policies.protocols import NeverExit
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model.gguf_import import read_gguf
+from offramp.worker.hf.gguf_import import read_gguf
 from offramp.worker.model.precision import Precision
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap

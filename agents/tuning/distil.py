@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators, Translator
 
@@ -73,9 +74,38 @@ class TrainableTranslator(nn.Module):
             return Translator(self.A.clone(), self.B.clone(), self.scale * self.b)
 
 
-def freeze(modules: Mapping[int, TrainableTranslator]) -> ExitTranslators:
-    """The inference form of all of them."""
-    return ExitTranslators({layer: each.frozen() for layer, each in modules.items()})
+class TrainableLayer(nn.Module):
+    """An adapter layer in training, in float32: the model's last layer at the start.
+
+    Args:
+        stack: The model; not prepared.
+        layer: The exit that it follows.
+        length: Tokens T of a window; rows come window by window.
+    """
+
+    def __init__(self, stack: LayerStack, layer: int, length: int) -> None:
+        super().__init__()
+        self.block = fresh_layer(stack).requires_grad_(True)
+        self.adapters = AdapterLayers(stack, {layer: self.block})
+        self._layer, self._length = layer, length
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """What norm and head read, [N, D] float32."""
+        windows = torch.split(x_ND.float(), self._length)
+        return torch.cat([self.adapters.apply(self._layer, x_TD) for x_TD in windows])
+
+
+Trainable = TrainableTranslator | TrainableLayer
+
+
+def freeze(modules: Mapping[int, Trainable]) -> ExitTranslators | AdapterLayers:
+    """The inference form of all of them, which are of one kind."""
+    translators: dict[int, Translator] = {}
+    for layer, each in modules.items():
+        if isinstance(each, TrainableLayer):
+            return each.adapters  # all of the stack's
+        translators[layer] = each.frozen()
+    return ExitTranslators(translators)
 
 
 @torch.no_grad()
@@ -140,21 +170,26 @@ def mean_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, last_ND: Tenso
 
 
 def backward(
-    stack: LayerStack, modules: Mapping[int, TrainableTranslator], tokens_BT: Tensor
+    stack: LayerStack, modules: Mapping[int, Trainable], tokens_BT: Tensor
 ) -> dict[int, float]:
-    """Add one batch's gradients to the translators; mean KL per exit before the step, nats."""
+    """Add one batch's gradients to what is trained; mean KL per exit before the step, nats."""
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
     kept = {layer: typical_rows(each) for layer, each in states.items()}
     totals = dict.fromkeys(modules, 0.0)
+    reads = {layer: module(states[layer]) for layer, module in modules.items()}
+    # A layer needs whole windows and the head blocks: between them gradients are gathered.
+    leaves = {layer: read_ND.detach().requires_grad_() for layer, read_ND in reads.items()}
     for part in blocks(len(last_ND), stack.vocab):
         with torch.no_grad():
             final_NV = stack.logits(last_ND[part]).float()
-        for layer, module in modules.items():
+        for layer, leaf_ND in leaves.items():
             kept_N = kept[layer][part]
-            loss = exit_loss(stack, module, states[layer][part][kept_N], final_NV[kept_N])
+            loss = exit_loss(stack, nn.Identity(), leaf_ND[part][kept_N], final_NV[kept_N])
             loss = loss / kept[layer].sum()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             totals[layer] += loss.item()
+    for layer, read_ND in reads.items():
+        read_ND.backward(leaves[layer].grad)
     return totals
 
 

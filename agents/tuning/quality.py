@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offramp.agents.evaluation.statistics import bootstrap_ratio
 from offramp.agents.tuning.distil import blocks, kl_of_logits, states_at
+from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators
 
@@ -65,14 +66,16 @@ class TuneReport:
 
 @torch.inference_mode()
 def measure(
-    stack: LayerStack, translators: ExitTranslators, windows: Sequence[Sequence[int]],
+    stack: LayerStack,
+    translators: ExitTranslators | AdapterLayers,
+    windows: Sequence[Sequence[int]],
     exits: Sequence[int],
-) -> Sums:  # fmt: skip
+) -> Sums:
     """Sums per document at each exit and at full depth.
 
     Args:
         stack: The model that the exits are in.
-        translators: The exits' translators as decoding applies them, in the model's dtype.
+        translators: What exits are read through, as decoding applies it, in the model's dtype.
         windows: Documents of T + 1 tokens; the last token is only ever a label.
         exits: Layers that are measured.
     """

@@ -1,4 +1,4 @@
-"""Fit exit translators to a model that was not trained to exit: the whole way, top to bottom.
+"""Fit exits to a model that was not trained to exit: the whole way, top to bottom.
 
 Shape suffixes: B rows, T tokens, W documents.
 """
@@ -16,13 +16,20 @@ import torch
 from offramp.agents.recording.corpus import Document, load_corpus, window
 from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.resuming import Resumable
-from offramp.agents.tuning.distil import TrainableTranslator, backward, freeze, fresh_translators
+from offramp.agents.tuning.distil import (
+    Trainable,
+    TrainableLayer,
+    backward,
+    freeze,
+    fresh_translators,
+)
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
 from offramp.agents.tuning.ridge import start_translators
 from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError, TraceError
+from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (
     load_model,
@@ -108,9 +115,9 @@ def tune(
     if checkpoint is not None:
         checkpoint.require(run.settings)
     modules, curve = run.fit(folder, checkpoint, on_tokens)
-    translators = freeze(modules)
-    report = run.report(translators, curve)
-    run.save(folder, translators, report)
+    fitted = freeze(modules)
+    report = run.report(fitted, curve)
+    run.save(folder, fitted, report)
     return report
 
 
@@ -150,6 +157,7 @@ class _Tuning:
             "model": model_fingerprint(model),
             "data": data_digest(train, held_out),
             "exits": list(exits),
+            "kind": config.kind,
             "rank": config.rank,
             "steps": config.steps,
             "batch_tokens": config.batch_tokens,
@@ -171,7 +179,7 @@ class _Tuning:
 
     def fit(
         self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]
-    ) -> tuple[dict[int, TrainableTranslator], list[list[float]]]:
+    ) -> tuple[dict[int, Trainable], list[list[float]]]:
         config, stream = self.config, self.stream()
         modules = self._start(checkpoint)
         groups = [{"params": list(each.parameters())} for each in modules.values()]
@@ -199,24 +207,34 @@ class _Tuning:
             on_tokens(done * config.batch_tokens, config.steps * config.batch_tokens)
         return modules, curve
 
-    def _start(self, checkpoint: TuneCheckpoint | None) -> dict[int, TrainableTranslator]:
-        stack, exits, config = self.stack, self.exits, self.config
-        stream = self.stream()  # of its own: training reads the very same batches
-        batches = (stream.next().to(stack.device) for _ in range(START_BATCHES))
-        if checkpoint is None:
-            return start_translators(stack, exits, config.rank, batches, config.seed)
-        modules = fresh_translators(stack, exits, config.rank, next(batches), config.seed)
-        for layer, module in modules.items():
-            module.load_state_dict(checkpoint.modules[layer])
+    def _start(self, checkpoint: TuneCheckpoint | None) -> dict[int, Trainable]:
+        modules = self._fresh(resumes=checkpoint is not None)
+        if checkpoint is not None:
+            for layer, module in modules.items():
+                module.load_state_dict(checkpoint.modules[layer])
         return modules
 
-    def report(self, translators: ExitTranslators, curve: list[list[float]]) -> TuneReport:
-        served = translators.to(self.stack.dtype, self.stack.device)
+    def _fresh(self, resumes: bool) -> dict[int, Trainable]:
+        stack, exits, config = self.stack, self.exits, self.config
+        if config.kind == "layer":
+            return {layer: TrainableLayer(stack, layer, config.length) for layer in exits}
+        stream = self.stream()  # of its own: training reads the very same batches
+        batches = (stream.next().to(stack.device) for _ in range(START_BATCHES))
+        if resumes:
+            return dict(fresh_translators(stack, exits, config.rank, next(batches), config.seed))
+        return dict(start_translators(stack, exits, config.rank, batches, config.seed))
+
+    def report(
+        self, fitted: ExitTranslators | AdapterLayers, curve: list[list[float]]
+    ) -> TuneReport:
+        served = fitted.to(self.stack.dtype, self.stack.device)
         before = measure(self.stack, ExitTranslators(), self.windows, self.exits)
         after = measure(self.stack, served, self.windows, self.exits)
         return compare(self.windows, before, after, self.config.seed, curve)
 
-    def save(self, folder: Path, translators: ExitTranslators, report: TuneReport) -> None:
+    def save(
+        self, folder: Path, fitted: ExitTranslators | AdapterLayers, report: TuneReport
+    ) -> None:
         description = {
             **self.settings,
             "layers": self.stack.layers,
@@ -227,7 +245,7 @@ class _Tuning:
         save_candidates(folder, successor_table(encoded, self.stack.vocab, self.config.candidates))
         draw_tuning(report.before, report.after, report.curve, folder / PLOT)
         # Last: its presence says that the rest is there.
-        translators.save(folder, description)
+        fitted.save(folder, description)
 
 
 def _windows(documents: list[Document], encode: Encode, length: int) -> list[list[int]]:

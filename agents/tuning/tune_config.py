@@ -10,17 +10,21 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.model.loading import layers_and_vocab, parse_dtype
 from offramp.worker.model.stack import LayerStack
 
+KINDS = ("translator", "layer")
+"""What can be fitted to an exit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneConfig:
-    """How to fit translators.
+    """How to fit translators or adapter layers.
 
     Attributes:
+        kind: "translator", or "layer": a decoder layer of its own after each exit.
         model: Folder in Hugging Face format.
         corpus: Folder of documents; None takes the interpreter's standard library.
         documents: Documents to take from the corpus, over all splits; None takes all.
         exits: Layers to fit; () places three at the quarters of the depth.
-        rank: r of each translator.
+        rank: r of each translator; a layer has none.
         steps: Steps of the optimizer.
         batch_tokens: Tokens per step, a multiple of ``length``.
         length: Tokens per window.
@@ -34,6 +38,7 @@ class TuneConfig:
         seed: Seeds the translators' start and the order of the documents.
     """
 
+    kind: str = "translator"
     model: str
     corpus: Path | None = None
     documents: int | None = 320
@@ -52,6 +57,8 @@ class TuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError("kind", f"{self.kind!r} is unknown", f"Use {' or '.join(KINDS)}")
         for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")

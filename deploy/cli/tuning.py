@@ -12,7 +12,7 @@ from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import tuning_table
-from offramp.worker.model.gguf_import import import_gguf
+from offramp.worker.hf.gguf_import import import_gguf
 from offramp.worker.model.loading import parse_dtype
 
 
@@ -41,6 +41,9 @@ def tune_exits(
     exits: Annotated[
         str, typer.Option(help="Layers to fit, like 3,6,9.", show_default="quarters of the depth")
     ] = "",
+    kind: Annotated[
+        str, typer.Option(help="translator, or layer: a decoder layer after each exit.")
+    ] = "translator",
     rank: Annotated[int, typer.Option(help="Rank of each translator.")] = 32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
@@ -57,8 +60,9 @@ def tune_exits(
     threads: options.Threads = 1,
     seed: options.Seed = 0,
 ) -> None:
-    """Fit exit translators to a model that was not trained to exit; full depth stays as it is."""
+    """Fit exits of a model that was not trained to exit; full depth stays as it is."""
     config = TuneConfig(
+        kind=kind,
         model=model,
         corpus=corpus,
         documents=documents,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
-from offramp.worker.model.gguf_import import read_gguf
+from offramp.worker.hf.gguf_import import read_gguf
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
 

@@ -36,6 +36,7 @@ def test_tune_prints_each_exit_before_and_after(cli: Any, tmp_path: Path) -> Non
         ("--exits", "3,12", "exits", "The model has 12 layers"),
         ("--exits", "x", "exits", "Write it like 3,6,9"),
         ("--rank", "0", "rank", "below 1"),
+        ("--kind", "tree", "kind", "translator or layer"),
         ("--steps", "0", "steps", "below 1"),
         ("--lr", "-1", "lr", "not in (0, 1]"),
         ("--batch-tokens", "100", "batch_tokens", "no multiple"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from offramp.worker.decoding.wave_context import (
     Overhead,
     WaveContext,
 )
+from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.attention import prefill_window
 from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kv import EXACT, SlotKV
@@ -72,7 +74,8 @@ class Decoder:
         stack: The model, as a stack of layers.
         kv: The cache of its keys and values.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
-        translators: Correct the hidden state that exits are read from.
+        translators: Correct the hidden state that exits are read from, or are the stack's own
+            adapter layers, which waves run.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
         copy: The model's layers in fewer bytes, for rows in ``verify`` to leave early on.
@@ -92,7 +95,7 @@ class Decoder:
         kv: SlotKV,
         *,
         max_pending: int = MAX_PENDING,
-        translators: ExitTranslators = UNTRANSLATED,
+        translators: ExitTranslators | AdapterLayers = UNTRANSLATED,
         fills: bool = True,
         copy: LayerStack | None = None,
     ) -> None:
@@ -108,7 +111,7 @@ class Decoder:
             stack=stack,
             kv=kv,
             filler=CacheFiller(stack, kv, self.projector),
-            translators=translators,
+            translators=UNTRANSLATED if isinstance(translators, AdapterLayers) else translators,
             grouper=self.grouper,
             guard=self.guard,
             max_pending=max_pending,
@@ -153,7 +156,11 @@ class Decoder:
         x_BTD = self.stack.embed(upload([chunk], self.stack.device), window.positions_BT)
         rotary = self.stack.rotary(x_BTD, window.positions_BT)
         self.kv.open(window)
-        x_BTD = self.stack.run_layers(0, self.stack.layers, x_BTD, rotary, window, self.kv)
+        adapted = sorted(self.stack.adapters.keys() & set(row.policy.exits))
+        for start, end in pairwise((0, *adapted, self.stack.layers)):
+            x_BTD = self.stack.run_layers(start, end, x_BTD, rotary, window, self.kv)
+            if end in adapted:
+                self.stack.read(end, x_BTD, rotary, window, self.kv)
         self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
         self._report_prompt(row, x_BTD[0])
         row.prefilled += len(chunk)

@@ -68,6 +68,8 @@ class Wave:
             self._resume_groups()
         self._exits = {e for group in self.groups for e in group.exits if not is_on_copy(e)}
         everybody = (*self.rows, *self._later)
+        # Asked there or not: an adapter layer has to have an entry of each of a row's tokens.
+        self._exits |= self.stack.adapters.keys() & {e for r in everybody for e in r.policy.exits}
         self._join_depths = {token.depth for row in everybody for token in row.open} | {first}
 
     def run(self, last: int) -> list[Arrival]:
@@ -78,9 +80,9 @@ class Wave:
                 self._join(first)
             if not self.rows:
                 continue  # those that are left join deeper
-            self._run_layers(first, stop)
+            read_NTD = self._run_layers(first, stop)
             if stop < self.stack.layers:
-                self._ask_exits(stop)
+                self._ask_exits(stop, read_NTD)
                 if self._is_over(stop):
                     return self.arrivals
         if last == self.stack.layers:
@@ -89,13 +91,15 @@ class Wave:
             self._hold(last)
         return self.arrivals
 
-    def _run_layers(self, first: int, last: int) -> None:
-        self._x_NTD = self.stack.run_layers(
-            first, last, self._x, self._rotary, self._window, self.context.kv
-        )
+    def _run_layers(self, first: int, last: int) -> Tensor:
+        step = (self._rotary, self._window, self.context.kv)
+        self._x_NTD = read_NTD = self.stack.run_layers(first, last, self._x, *step)
+        if adapted := last in self.stack.adapters.keys() & self._exits:
+            read_NTD = self.stack.read(last, self._x, *step)
         # Counted where layers are called: a skipped layer is one that was not.
         for row, joined in zip(self.rows, self._joined, strict=True):
-            row.layer_calls += joined * (last - first)
+            row.layer_calls += joined * (last - first + adapted)
+        return read_NTD
 
     def _is_over(self, executed: int) -> bool:
         """Whether nothing runs on from here: nobody is left, or those that are left now wait."""
@@ -186,16 +190,13 @@ class Wave:
             self._window = ragged_window(slots, positions, self._joined, heads, self._x)
         self.context.kv.open(self._window)
 
-    def _ask_exits(self, executed: int) -> None:
-        if executed not in self._exits:
-            return
+    def _ask_exits(self, executed: int, read_NTD: Tensor) -> None:
         asking = [group for group in self.groups if group.asks_at(executed)]
         if not asking:
             return
         start = time.perf_counter()
-        # Probes and head read the translated state, deeper layers and cache the state itself.
-        newest_N1D = self._x if self._x.shape[1] == 1 else self._x[:, -1:]
-        read_N1D = self.context.translators.apply(executed, newest_N1D)
+        # Only probes and head read it; deeper layers and cache take the state itself.
+        read_N1D = self.context.translators.apply(executed, read_NTD[:, -1:])
         leaving: dict[int, Known] = {}
         for group in asking:
             asked = group.rows
@@ -214,7 +215,6 @@ class Wave:
             self._remove_leavers(executed, leaving, read_N1D[:, 0])
 
     def _remove_leavers(self, executed: int, leaving: dict[int, Known], read_ND: Tensor) -> None:
-        # In order of place, whichever group was asked first.
         places = sorted(leaving)
         for n in places:
             row = self._mark_exited(n, executed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral
 from typing import Any, get_args
 
@@ -195,7 +195,9 @@ def require_memory(prompt_tokens: int, max_tokens: int, row_tokens: int) -> None
         )
 
 
-def require_mode(kv_mode: str, forced: Sequence[int], policy: Policy) -> None:
+def require_mode(
+    kv_mode: str, forced: Sequence[int], policy: Policy, adapters: Collection[int]
+) -> None:
     """Refuse an unknown cache mode, or one that the policy or teacher forcing does not go with.
 
     Raises:
@@ -209,6 +211,14 @@ def require_mode(kv_mode: str, forced: Sequence[int], policy: Policy) -> None:
             "kv_mode",
             "verify confirms drafts against their successors, and forced tokens are no drafts",
             "Use project or defer with forced tokens",
+        )
+    used = set(adapters).intersection(policy.exits)
+    if kv_mode == "project" and used and min(policy.exits) < max(used):
+        raise RequestError(
+            "kv_mode",
+            f"project leaves the adapter layer after {max(used)} without entries of tokens that "
+            f"leave after {min(policy.exits)}",
+            "Use defer or verify, or a policy without earlier exits",
         )
     if kv_mode != "verify" and any(map(is_on_copy, policy.exits)):
         raise RequestError(

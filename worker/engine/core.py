@@ -37,12 +37,12 @@ from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
 from offramp.worker.engine.roster import Roster, failure_of
+from offramp.worker.model.adapter_layers import load_exits
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.model.prepared import prepare
 from offramp.worker.model.quantised import quantise
-from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 
 
 class EngineCore:
@@ -79,17 +79,19 @@ class EngineCore:
         self.config = config or EngineConfig()
         precision, drafts = self.config.precision, self.config.draft_precision
         ready = partial(prepare, cuda_graphs=self.config.cuda_graphs)
-        self.stack = ready(quantise(stack_for(model), precision))
+        self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
+        stack = quantise(stack_for(model), precision)
+        exits = load_exits(self.config.translators, stack, self.model_fingerprint)
+        self.stack = ready(stack)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
-        self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
         self.decoder = Decoder(
             self.stack,
             self.kv,
             max_pending=self.config.max_pending,
-            translators=self._translators(),
+            translators=exits,
             copy=None if drafts is None else ready(quantise(stack_for(model), drafts)),
         )
         self.current_policy = current_policy
@@ -138,7 +140,7 @@ class EngineCore:
         require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
         kv_mode = kv_mode or self.config.kv_mode
         snapshot = pinned(policy, self.current_policy, self.stack, self.config.draft_precision)
-        require_mode(kv_mode, forced, snapshot.policy)
+        require_mode(kv_mode, forced, snapshot.policy, self.stack.adapters)
         audited = self._audits.picks(snapshot, kv_mode, forced)
         request = Request(
             id=f"r{next(self._ids)}",
@@ -213,14 +215,6 @@ class EngineCore:
     def is_prefilling(self) -> bool:
         """Whether some prompt is still to be read."""
         return bool(self._roster.waiting) or any(not r.is_prefilled for r in self._roster.rows)
-
-    def _translators(self) -> ExitTranslators:
-        folder, stack = self.config.translators, self.stack
-        if folder is None:
-            return UNTRANSLATED
-        return ExitTranslators.load(
-            folder, self.model_fingerprint, stack.layers, stack.width, stack.dtype, stack.device
-        )
 
     def _prefill(self) -> None:
         budget = self.config.prefill_tokens

@@ -1,1 +1,1 @@
-"""Puts early exits behind Hugging Face's ``model.generate``."""
+"""Meets Hugging Face: early exits behind ``model.generate``, model folders from GGUF files."""

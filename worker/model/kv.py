@@ -23,7 +23,7 @@ EXACT, PROJECTED, PENDING = 0, 1, 2
 
 
 class SlotKV:
-    """Keys and values of every layer, slot and position.
+    """Keys and values of every layer, slot and position; behind the model's, those of adapters.
 
     Invariant: when a layer runs a token, that layer has an entry at every earlier position of the
     row, executed or projected, so one window serves all layers of a step.
@@ -41,7 +41,13 @@ class SlotKV:
         self.slots = self.spare = slots
         self.capacity = BLOCK_TOKENS
         held = slots + (stack.device.type != "cpu")
-        shape = (stack.layers, held, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
+        shape = (
+            stack.layers + len(stack.adapters),
+            held,
+            stack.kv_heads,
+            BLOCK_TOKENS,
+            stack.head_dim,
+        )
         self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
@@ -93,7 +99,8 @@ class SlotKV:
         values_NLGH: Tensor,
     ) -> None:
         """Write projected entries of the layers from ``first_layer`` (index) on, one per token."""
-        where = (slice(first_layer, None), slots_N, slice(None), positions_N)
+        layers = slice(first_layer, first_layer + keys_NLGH.shape[1])
+        where = (layers, slots_N, slice(None), positions_N)
         self.keys_LSGCH[where] = keys_NLGH
         self.values_LSGCH[where] = values_NLGH
 

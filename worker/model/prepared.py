@@ -148,7 +148,7 @@ def _choose_compiled(stack: Any) -> None:
     """Measure up to how many tokens compiled layers are faster, and let them run those."""
     layers = [block for block in stack.blocks if isinstance(block, LeanLayer)]
     forms = [layer.form for layer in layers if layer.form is not None]
-    if len(forms) < stack.layers:
+    if len(forms) < len(stack.blocks):
         return
     compiled = CompiledLayers(forms)
     rows: dict[str, int] = {}

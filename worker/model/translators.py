@@ -104,15 +104,7 @@ class ExitTranslators:
         Raises:
             OSError: the folder cannot be written.
         """
-        blob = save(self._tensors())
-        facts = {
-            "format": FORMAT,
-            **description,
-            "exits": list(self.exits),
-            "digest": hashlib.sha256(blob).hexdigest(),
-        }
-        write_durably(folder / WEIGHTS, blob)
-        write_durably(folder / DESCRIPTION, (json.dumps(facts, indent=1) + "\n").encode())
+        save_exits(folder, self._tensors(), {**description, "exits": list(self.exits)})
 
     @classmethod
     def load(
@@ -138,9 +130,9 @@ class ExitTranslators:
             ConfigError: field ``translators``; a file is missing or damaged, they belong to
                 another model, or a tensor is missing, misshapen or not finite.
         """
-        facts = _description(folder)
-        exits = _exits(folder, facts, fingerprint, layers)
-        tensors = _weights(folder, facts)
+        facts = read_description(folder)
+        exits = exits_of(folder, facts, fingerprint, layers)
+        tensors = read_weights(folder, facts)
         _check(folder, tensors, exits, width)
         parts = {
             layer: Translator(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in exits
@@ -149,7 +141,7 @@ class ExitTranslators:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
-            f"{layer}.{part}": tensor.detach().to("cpu", torch.float32).contiguous()
+            f"{layer}.{part}": tensor
             for layer, each in self._by_layer.items()
             for part, tensor in zip(PARTS, (each.A_rD, each.B_Dr, each.b_D), strict=True)
         }
@@ -159,7 +151,18 @@ UNTRANSLATED = ExitTranslators()
 """The identity at every exit."""
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def save_exits(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write what was fitted, as float32, and then what it is: its presence says both are there."""
+    blob = save(
+        {n: t.detach().to("cpu", torch.float32).contiguous().clone() for n, t in tensors.items()}
+    )
+    facts = {"format": FORMAT, **description, "digest": hashlib.sha256(blob).hexdigest()}
+    write_durably(folder / WEIGHTS, blob)
+    write_durably(folder / DESCRIPTION, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself; ConfigError if that cannot be read."""
     try:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -177,9 +180,10 @@ def _description(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _exits(
+def exits_of(
     folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
 ) -> tuple[int, ...]:
+    """The layers that were fitted; ConfigError for another model's, or layers that it lacks."""
     if facts.get("model") != fingerprint:
         raise ConfigError(
             "translators",
@@ -196,7 +200,8 @@ def _exits(
     return tuple(exits)
 
 
-def _weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a description names; ConfigError if they are others, or damaged."""
     try:
         blob = (folder / WEIGHTS).read_bytes()
         tensors: dict[str, Tensor] = load(blob)

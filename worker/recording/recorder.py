@@ -15,6 +15,7 @@ from torch import Tensor
 from offramp.controller.features import CANDIDATES_V1, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.traces import TraceChunk
+from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 from offramp.worker.probes import Candidates, ProbeInputs, Readout, make_probe, softmax_features
@@ -33,7 +34,7 @@ def record_document(
     exits: Sequence[int],
     candidates_VK: IntArray,
     schema: FeatureSchema = CANDIDATES_V1,
-    translators: ExitTranslators = UNTRANSLATED,
+    translators: ExitTranslators | AdapterLayers = UNTRANSLATED,
     states: bool = False,
     headless: bool = False,
     copy: CopyPass | None = None,

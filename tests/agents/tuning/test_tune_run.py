@@ -19,6 +19,8 @@ from offramp.agents.tuning.stream import WindowStream, data_digest
 from offramp.agents.tuning.tune import PLOT, tune
 from offramp.agents.tuning.tune_config import TuneConfig
 from offramp.controller.errors import ConfigError, FieldError, TraceError
+from offramp.controller.policies.protocols import FixedExit
+from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.model.loading import load_model, model_fingerprint
 from offramp.worker.model.translators import DESCRIPTION, WEIGHTS, ExitTranslators
 from support.documents import make_corpus
@@ -36,6 +38,10 @@ CONFIG = TuneConfig(
     candidates=8,
     checkpoint_every=2,
 )
+
+
+PROMPT = [5, 17, 33, 2, 41]
+SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
 class Stopped(Exception):
@@ -199,3 +205,26 @@ def test_the_data_digest_tells_the_documents_and_their_use_apart() -> None:
     digests = {data_digest([a], [b]), data_digest([b], [a]), data_digest([a, b], [])}
     assert len(digests) == 3
     assert data_digest([a, b], []) == data_digest([b, a], [])
+
+
+def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Path) -> None:
+    layers = replace(config, kind="layer", exits=(3,), steps=12, checkpoint_every=6)
+    report = tune(layers, tmp_path / "whole")
+    before, after = report.before[0], report.after[0]
+    losses = [point[1] for point in report.curve]
+    assert losses[-1] < losses[0]
+    assert (before.layer, after.layer) == (3, 3)
+    assert report.before[-1] == report.after[-1], "full depth changed"
+    with pytest.raises(Stopped):
+        tune(layers, tmp_path / "cut", on_tokens=stop_after(7))  # type: ignore[arg-type]
+    tune(layers, tmp_path / "cut", resume=True)
+    for name in (WEIGHTS, DESCRIPTION):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    engine = AdaptiveEngine.from_pretrained(
+        REFERENCE, slots=1, config=EngineConfig(translators=tmp_path / "whole")
+    )
+    assert engine.decoder.translators.exits == (3,)
+    [full] = engine.generate([PROMPT], SAMPLING)
+    [drafted] = engine.generate([PROMPT], SAMPLING, FixedExit(3), kv_mode="verify")
+    assert drafted.token_ids == full.token_ids
+    assert drafted.stats.drafts > 0

@@ -11,8 +11,8 @@ import torch
 from offramp.controller.errors import ConfigError, ModelError
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.model import gguf_import
-from offramp.worker.model.gguf_import import PACKAGES, import_gguf
+from offramp.worker.hf import gguf_import
+from offramp.worker.hf.gguf_import import PACKAGES, import_gguf
 from offramp.worker.model.loading import load_tokenizer
 
 EXTRA = 'needs the extra: pip install -e ".[gguf]"'
