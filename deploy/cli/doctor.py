@@ -52,8 +52,10 @@ def examine(model: str, settings: Settings) -> Iterator[Check]:
         yield _try(package, lambda name=package: importlib.metadata.version(name))  # type: ignore[misc]  # a default argument
     yield Check("machine", True, describe_machine(torch.float32))
     yield _try("redis", lambda: _redis(settings))
-    yield _try("model", lambda: _model(model))
-    yield _try("exits", lambda: _exits(model))
+    loaded = _try("model", lambda: _model(model))
+    yield loaded
+    if loaded.passed:
+        yield _try("exits", lambda: _exits(model))
 
 
 def _try(name: str, look: Callable[[], str]) -> Check:

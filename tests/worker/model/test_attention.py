@@ -31,7 +31,12 @@ SCALE = 0.3
 def cache(kv_heads: int, dtype: torch.dtype = torch.float32) -> SlotKV:
     # All that a cache reads of a stack.
     shape: Any = SimpleNamespace(
-        layers=2, kv_heads=kv_heads, head_dim=HEAD_DIM, dtype=dtype, device=torch.device("cpu")
+        layers=2,
+        adapters={},
+        kv_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        dtype=dtype,
+        device=torch.device("cpu"),
     )
     kv = SlotKV(shape, SLOTS)
     kv.keys_LSGCH.normal_()
