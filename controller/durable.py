@@ -43,12 +43,13 @@ def write_durably(path: Path, content: bytes, *, replace: bool = True) -> None:
 
 
 @contextmanager
-def lock_file(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def lock_file(path: Path, *, wait: bool = True, make: bool = True) -> Iterator[bool]:
     """Hold the lock of a file while the block runs; whoever dies lets go of it.
 
     Args:
-        path: The file, made if missing; its content does not matter.
+        path: The file; its content does not matter.
         wait: Whether to wait for whoever holds it.
+        make: Whether to make the file if it is missing.
 
     Yields:
         Whether the lock is held; always so if it was waited for.
@@ -56,7 +57,7 @@ def lock_file(path: Path, *, wait: bool = True) -> Iterator[bool]:
     Raises:
         OSError: the file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o600)
     try:
         yield _is_locked(descriptor, wait)
     finally:
@@ -76,16 +77,23 @@ def _temporary(path: Path) -> tuple[int, str]:
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if Path(name).exists():
+        if _is_at(descriptor, name):
             return descriptor, name
         os.close(descriptor)  # swept away before it was locked
+
+
+def _is_at(descriptor: int, name: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(name))
+    except FileNotFoundError:
+        return False
 
 
 def _sweep(path: Path) -> None:
     """Remove the temporary files of writers that are dead: nobody holds their locks."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         try:
-            with lock_file(left, wait=False) as is_dead:
+            with lock_file(left, wait=False, make=False) as is_dead:
                 if is_dead:
                     left.unlink(missing_ok=True)
         except OSError:  # another user's, or gone meanwhile: no reason not to write

@@ -62,11 +62,19 @@ def test_two_hundred_killed_writers_leave_a_whole_file_and_one_scrap_at_most(
 
 def test_living_writers_do_not_sweep_each_other_away(tmp_path: Path) -> None:
     path = tmp_path / "mark"
-    contents = [bytes([n]) * 5000 for n in range(64)]
-    with ThreadPoolExecutor(8) as pool:
+    contents = [bytes([n]) * 5000 for n in range(256)]
+    with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda content: write_durably(path, content), contents))
     assert path.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sweeping_makes_no_file_anew(tmp_path: Path) -> None:
+    """Two sweepers that met one file made it again, under a living writer's name."""
+    gone = tmp_path / ".mark.12345678"
+    with pytest.raises(FileNotFoundError), lock_file(gone, wait=False, make=False):
+        pass
+    assert not gone.exists()
 
 
 def test_a_file_that_must_not_be_replaced_is_kept(tmp_path: Path) -> None:
