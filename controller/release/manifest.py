@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from offramp.controller.strict import (
     canonical_json,
     check_fields,
     is_count,
+    is_digest,
     is_number,
     is_text,
     or_null,
@@ -41,12 +43,34 @@ class Rollout:
     """Which requests the release may serve.
 
     Attributes:
-        percent: Share of requests, in [0, 100].
+        percent: Share of requests, in [0, 100]. Below 100 the release is a canary.
         salt: Mixed into the hash of the request id, so releases pick different requests.
+        stable_generation: Of a canary: the release that serves all other requests; else 0.
+        stable_digest: SHA-256 of that release's blob, hex; "" if there is none.
     """
 
     percent: float = 100
     salt: str = ""
+    stable_generation: int = 0
+    stable_digest: str = ""
+
+    @property
+    def is_canary(self) -> bool:
+        """Whether it leaves requests to another release."""
+        return self.percent < 100
+
+    def picks(self, request_id: str) -> bool:
+        """Whether it may serve a request. What it picks at some percent it picks at more, too."""
+        hashed = hashlib.sha256(f"{self.salt}\0{request_id}".encode()).digest()
+        return int.from_bytes(hashed[:8], "big") < self.percent / 100 * 2**64
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain values, as JSON says them; those of a release for everybody name no other."""
+        values: dict[str, Any] = {"percent": self.percent, "salt": self.salt}
+        if self.stable_generation:
+            values["stable_generation"] = self.stable_generation
+            values["stable_digest"] = self.stable_digest
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +95,7 @@ class Manifest:
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
         certificate: The calibration's guarantee, of this very blob; None if there is none.
-        rollout: Requests that it may serve. Workers refuse anything below 100 % for now.
+        rollout: Requests that it may serve, and which release serves the others.
         guardrails: Bounds at which a worker trips to full depth, by name; see ``bounds``.
         created_at: When it was signed, unix seconds.
         expires_at: From when on it is refused, unix seconds; None: never.
@@ -124,7 +148,7 @@ class Manifest:
         # Only the top level is taken apart: asdict would also copy the free-form fields.
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["exits"] = list(map(exit_to_json, self.exits))
-        values["rollout"] = {"percent": self.rollout.percent, "salt": self.rollout.salt}
+        values["rollout"] = self.rollout.to_values()
         values["certificate"] = self.certificate and self.certificate.to_values()
         try:
             return canonical_json(values)
@@ -197,10 +221,18 @@ def _is_shapes(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_shape, value.values()))
 
 
+_CANARY_FIELDS = {"percent", "salt", "stable_generation", "stable_digest"}
+
+
 def _is_rollout(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"percent", "salt"}:
+    if not isinstance(value, dict) or value.keys() not in ({"percent", "salt"}, _CANARY_FIELDS):
         return False
-    return is_number(value["percent"]) and 0 <= value["percent"] <= 100 and is_text(value["salt"])
+    if not is_number(value["percent"]) or not is_text(value["salt"]):
+        return False
+    if len(value) == 2:
+        return bool(0 <= value["percent"] <= 100)
+    names_stable = is_count(value["stable_generation"]) and is_digest(value["stable_digest"])
+    return names_stable and value["stable_generation"] > 0 and bool(0 <= value["percent"] < 100)
 
 
 def _are_guardrails(value: Any) -> bool:
@@ -226,7 +258,7 @@ _FIELDS: dict[str, Check] = {
     "training": OBJECT,
     "metrics": OBJECT,
     "certificate": or_null(OBJECT),
-    "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}"),
+    "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}, a canary's with its stable's"),
     "guardrails": (_are_guardrails, f"an object of bounds among {', '.join(GUARDRAILS)}"),
     "created_at": NUMBER,
     "expires_at": or_null(NUMBER),

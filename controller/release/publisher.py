@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from offramp.controller.errors import ConfigError, PolicyRefusedError, RegistryUnavailableError
+from offramp.controller.errors import ConfigError, RegistryUnavailableError
 from offramp.controller.policies.kinds import PackedPolicy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout, require_said
+from offramp.controller.release.records import ServedHead, SignedRecords
 from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.signing import STAMP_MAGIC, SigningKey, trusted_keys
-from offramp.controller.release.trust import ReleaseVerifier, Stamp, open_head, open_release
+from offramp.controller.release.trust import ReleaseVerifier, Stamp
 
 STAMP_TTL_S = 24 * 3600.0
 """How long a timestamp vouches for the head unless it is renewed; a publisher that runs on should
 say less than this, which is for one-shot commands."""
-
-FORGED = (
-    "Somebody else wrote the head of channel %s (%s). The ledger's generation %d takes its place; "
-    "look at who may write to the registry."
-)
-"""What is said of a head that was not signed here: channel, why, generation."""
-
-_logger = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -65,6 +57,8 @@ class Publisher:
         self._ledger = ledger
         self._key = key
         self._trusted = trusted_keys(key.public_bytes) if trusted is None else dict(trusted)
+        self._records = SignedRecords(ledger, self._trusted, channel)
+        self._served = ServedHead(registry, ledger, self._records)
         self._channel = channel
         self._clock = clock
         self._epoch = epoch
@@ -100,7 +94,7 @@ class Publisher:
             certificate: The calibration's guarantee, if there is one.
             uncertified: Said of a policy that may exit without a certificate; goes into metrics.
             expires_in_s: Seconds after which workers refuse it; None: never.
-            rollout: Requests that it may serve. Workers take nothing but all of them yet.
+            rollout: Requests that it may serve; see ``roll_out``, which names the others' release.
             guardrails: Bounds at which a worker trips to full depth, in place of the defaults.
 
         Raises:
@@ -129,6 +123,43 @@ class Publisher:
         )
         return self._append(manifest, packed.blob)
 
+    def roll_out(self, percent: float, generation: int | None = None) -> Head:
+        """Let a recorded policy serve a share of the requests, as a new generation: a canary.
+
+        The other requests stay under the release for everybody that is served now. So each step
+        of a canary is a release of its own, and what holds for releases holds for it.
+
+        Args:
+            percent: Share of the requests, in [0, 100]. At 0 workers load and test the policy, and
+                serve nobody with it; at 100 it is the release for everybody.
+            generation: Whose policy; None: the canary's, if there is one, else the newest recorded.
+
+        Raises:
+            ConfigError: the percent, no release for the other requests, or no newer policy.
+            PolicyRefusedError, PromoteConflictError, RegistryUnavailableError: see ``promote``.
+        """
+        if not 0 <= percent <= 100:
+            raise ConfigError("percent", f"{percent} is not in [0, 100]", "Give a share in percent")
+        with self._ledger.writing():
+            self._served.catch_up()
+            stable, promoted = self._records.stable(), self._ledger.promoted()
+            is_begun = stable.generation != promoted
+            chosen = generation or (promoted if is_begun else self._ledger.last())
+            candidate = self._records.manifest(chosen)
+            if candidate.digest == stable.digest:
+                problem = f"{chosen} is of the policy that serves everybody ({stable.generation})"
+                raise ConfigError("generation", problem, "Publish another one first")
+            canary = Rollout(
+                percent=percent,
+                salt=candidate.digest[:16],  # so that each step keeps the requests of the last
+                stable_generation=stable.generation,
+                stable_digest=stable.digest,
+            )
+            rollout = canary if canary.is_canary else Rollout()
+            head = self._release_again(candidate, rollout=rollout, rollback_of=None)
+            self._promote(head.generation)
+            return head
+
     def promote(self, generation: int) -> None:
         """Make a recorded release the head, uploading its blob again if the registry lost it.
 
@@ -144,21 +175,26 @@ class Publisher:
             self._promote(generation)
 
     def _promote(self, generation: int) -> None:
-        self._catch_up()
-        release = self._recorded(generation)
-        blob = self._ledger.blob(release.digest)
-        if generation == self._ledger.promoted() == self._served:
-            self._registry.put_blob(blob)
+        self._served.catch_up()
+        release, blobs = self._records.manifest(generation), self._records.blobs(generation)
+        if generation == self._ledger.promoted() == self._served.generation:
+            for blob in blobs:
+                self._registry.put_blob(blob)
             self.heartbeat()
             return
         if generation < self._ledger.promoted():
             problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
             raise ConfigError("generation", problem, "Roll back instead: workers never go back")
-        self._require_servable(release, blob)
-        self._registry.put_blob(blob)
+        self._require_servable(release, blobs[0])
+        beside = release.rollout.stable_generation
+        if beside and beside != self._records.stable().generation:
+            problem = f"{generation} is a canary beside {beside}, which serves no more"
+            raise ConfigError("generation", problem, "Promote it anew, with a percent")
+        for blob in blobs:
+            self._registry.put_blob(blob)
         # A worker woken by the promotion must find a living timestamp: renew the old one first.
         self.heartbeat()
-        self._registry.promote(self._recorded_head(generation), self._served)
+        self._registry.promote(self._records.head(generation), self._served.generation)
         self._ledger.record_promotion(generation)
         try:
             self.heartbeat()
@@ -169,12 +205,15 @@ class Publisher:
             remedy = f"{error.remedy}, then promote it again"
             raise RegistryUnavailableError(error.field, problem, remedy) from error
 
-    def rollback(self, to: int | None = None) -> Head:
+    def rollback(self, to: int | None = None, failed: int | None = None) -> Head:
         """Serve an older policy again, as a new and higher generation, at once and to everybody.
 
+        A canary ends: its stable release's policy is the one to return to.
+
         Args:
-            to: The generation whose policy to serve; None: the last one promoted whose policy is
-                neither served now nor was rolled back before.
+            to: The generation whose policy to serve; None: the last one promoted to everybody
+                whose policy is neither served now nor was rolled back before.
+            failed: What did harm, if not the head alone: a canary's stable release.
 
         Raises:
             ConfigError: nothing was promoted yet, or there is no such older release.
@@ -182,27 +221,28 @@ class Publisher:
             RegistryUnavailableError: the registry cannot be reached.
         """
         with self._ledger.writing():
-            return self._roll_back(to)
+            self._served.catch_up()
+            promoted = self._ledger.promoted()
+            if not promoted:
+                raise ConfigError("rollback", "nothing was promoted yet")
+            culprits = {promoted, failed or promoted}
+            target = self._records.manifest(to or self._records.last_good(culprits))
+            if target.generation >= promoted:
+                problem = f"generation {target.generation} is not older than {promoted}"
+                raise ConfigError("to", problem)
+            rollout = Rollout(salt="" if target.rollout.is_canary else target.rollout.salt)
+            release = self._release_again(target, rollout=rollout, rollback_of=promoted)
+            self._promote(release.generation)
+            return release
 
-    def _roll_back(self, to: int | None) -> Head:
-        self._catch_up()
-        failed = self._ledger.promoted()
-        if not failed:
-            raise ConfigError("rollback", "nothing was promoted yet")
-        target = self._recorded(self._last_good(failed) if to is None else to)
-        if target.generation >= failed:
-            raise ConfigError("to", f"generation {target.generation} is not older than {failed}")
-        now, expires_at = self._clock(), target.expires_at
+    def _release_again(self, recorded: Manifest, **changes: Any) -> Head:
+        """Sign a recorded policy as the next generation, to expire after as long as it did."""
+        now, expires_at = self._clock(), recorded.expires_at
+        left_s = None if expires_at is None else expires_at - recorded.created_at
         manifest = replace(
-            target,
-            created_at=now,
-            expires_at=None if expires_at is None else now + expires_at - target.created_at,
-            rollout=Rollout(percent=100, salt=target.rollout.salt),
-            rollback_of=failed,
+            recorded, created_at=now, expires_at=None if left_s is None else now + left_s, **changes
         )
-        release = self._append(manifest, self._ledger.blob(target.digest))
-        self.promote(release.generation)
-        return release
+        return self._append(manifest, self._ledger.blob(recorded.digest))
 
     def heartbeat(self) -> None:
         """Renew the signed timestamp of what was promoted last, by the ledger and not the registry.
@@ -222,7 +262,7 @@ class Publisher:
 
     def _append(self, manifest: Manifest, blob: bytes) -> Head:
         with self._ledger.writing():
-            generation = max(self._ledger.last(), self._served) + 1
+            generation = max(self._ledger.last(), self._served.generation) + 1
             manifest = replace(
                 manifest, channel=self._channel, epoch=self._epoch, generation=generation
             )
@@ -244,51 +284,3 @@ class Publisher:
         )
         verifier.check(manifest)
         verifier.open(manifest, blob)
-
-    def _catch_up(self) -> None:
-        """Record a promotion that reached the registry, though its answer never came back."""
-        head = self._head()
-        if head is None or head.generation <= self._ledger.promoted():
-            return
-        mine = head.generation in self._ledger.generations()
-        if mine and self._ledger.get(head.generation) == head.envelope:
-            self._ledger.record_promotion(head.generation)
-
-    @property
-    def _served(self) -> int:
-        head = self._head()
-        return head.generation if head else 0
-
-    def _head(self) -> Head | None:
-        """The registry's head; the ledger's is put in place of one that was not signed here."""
-        try:
-            head = self._registry.head()
-            if head is not None:
-                open_head(head, self._trusted, self._channel)
-            return head
-        except PolicyRefusedError as error:
-            promoted = self._ledger.promoted()
-            _logger.warning(FORGED, self._channel, error, promoted)
-        self._registry.discard_head()
-        if not promoted:
-            return None
-        head = self._recorded_head(promoted)
-        self._registry.put_blob(self._ledger.blob(head.digest))
-        self._registry.promote(head, 0)
-        return head
-
-    def _recorded(self, generation: int) -> Manifest:
-        return open_release(self._ledger.get(generation), self._trusted, self._channel)
-
-    def _recorded_head(self, generation: int) -> Head:
-        release = self._recorded(generation)
-        return Head(generation, release.epoch, self._ledger.get(generation), release.digest)
-
-    def _last_good(self, failed: int) -> int:
-        served = [self._recorded(each) for each in self._ledger.promotions()]
-        culprits = {failed} | {each.rollback_of for each in served}
-        bad = {each.digest for each in served if each.generation in culprits}
-        good = [each.generation for each in served if each.digest not in bad]
-        if not good:
-            raise ConfigError("rollback", f"no good release is older than {failed}")
-        return good[-1]

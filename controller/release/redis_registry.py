@@ -3,7 +3,7 @@
 Keys ({c} = channel; the braces are a hash tag, so one channel lives on one cluster node):
 
     offramp:{c}:blob:<sha256>  string        policy weights (safetensors), ≤ 8 MiB
-    offramp:{c}:head           hash          gen, epoch, envelope, digest: one atomic read
+    offramp:{c}:head           hash          gen, epoch, envelope, digest, stable: one atomic read
     offramp:{c}:fresh          string, TTL   signed timestamp: freeze alarm
     offramp:{c}:events         stream ≤ 1000 gen, digest: wake-up and audit, never the truth
     offramp:{c}:ack:<worker>   hash, TTL     the fields of Ack
@@ -38,7 +38,7 @@ from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event
 from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
 
 _PROMOTE = """
--- KEYS: head, blob, events. ARGV: gen, epoch, envelope, digest, expected gen, events kept.
+-- KEYS: head, blob, events. ARGV: gen, epoch, envelope, digest, expected gen, events kept, stable.
 -- Returns {gen found, problem}; the problem is '' if the head was set.
 local head = redis.call('HMGET', KEYS[1], 'gen', 'epoch')
 local found = tonumber(head[1] or '0') or -1
@@ -47,7 +47,7 @@ if found ~= tonumber(ARGV[5]) then return {found, 'the head moved'} end
 if tonumber(ARGV[1]) <= found then return {found, "the generation is not above the head's"} end
 if redis.call('EXISTS', KEYS[2]) == 0 then return {found, 'the blob is missing'} end
 redis.call('HSET', KEYS[1],
-    'gen', ARGV[1], 'epoch', ARGV[2], 'envelope', ARGV[3], 'digest', ARGV[4])
+    'gen', ARGV[1], 'epoch', ARGV[2], 'envelope', ARGV[3], 'digest', ARGV[4], 'stable', ARGV[7])
 -- Only a wake-up: workers that miss it poll.
 redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'gen', ARGV[1], 'digest', ARGV[4])
 return {found, ''}
@@ -101,12 +101,13 @@ class RedisRegistry:
         """See PolicyRegistry."""
         key = self._key("head")
         # Asked before it is fetched: whoever can write here could else fill a worker's memory.
-        size = self._read(lambda: self._client.hstrlen(key, "envelope"))
-        if size > MAX_ENVELOPE_BYTES:
-            raise too_large("the envelope", size, MAX_ENVELOPE_BYTES)
-        names = ["gen", "epoch", "envelope", "digest"]
+        for name in ("envelope", "stable"):
+            size = self._read(lambda name=name: self._client.hstrlen(key, name))  # type: ignore[misc]
+            if size > MAX_ENVELOPE_BYTES:
+                raise too_large("the envelope", size, MAX_ENVELOPE_BYTES)
+        names = ["gen", "epoch", "envelope", "digest", "stable"]
         values = self._read(lambda: self._client.hmget(key, names))
-        return None if values == [None] * 4 else _head(values)
+        return None if values == [None] * 5 else _head(values)
 
     def discard_head(self) -> None:
         """See PolicyRegistry."""
@@ -127,7 +128,7 @@ class RedisRegistry:
         """See PolicyRegistry."""
         keys = [self._key("head"), self._key(f"blob:{head.digest}"), self._key("events")]
         values = [head.generation, head.epoch, head.envelope, head.digest]
-        arguments: list[Any] = [*keys, *values, expected_generation, MAX_EVENTS]
+        arguments: list[Any] = [*keys, *values, expected_generation, MAX_EVENTS, head.stable]
         try:
             answer: Any = self._client.eval(_PROMOTE, len(keys), *arguments)
         except RedisError as error:
@@ -277,9 +278,9 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _head(values: list[bytes | None]) -> Head:
-    generation, epoch, envelope, digest = (value or b"" for value in values)
+    generation, epoch, envelope, digest, stable = (value or b"" for value in values)
     try:
-        return Head(int(generation), int(epoch), envelope, digest.decode("ascii"))
+        return Head(int(generation), int(epoch), envelope, digest.decode("ascii"), stable)
     except ValueError as error:
         raise PolicyRefusedError(Refusal.BAD_FORMAT, f"the head is unreadable: {error}") from error
 

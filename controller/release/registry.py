@@ -44,12 +44,14 @@ class Head:
         epoch: Incarnation of the channel.
         envelope: The signed manifest.
         digest: SHA-256 of the blob, hex.
+        stable: Beside a canary: the signed manifest of the release that serves all other requests.
     """
 
     generation: int
     epoch: int
     envelope: bytes
     digest: str
+    stable: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,16 @@ class ReleaseVerifier:
         self.check(manifest, mark)
         return manifest
 
+    def verify_stable(self, head: Head, canary: Manifest, mark: Mark | None) -> Manifest:
+        """Check the release that a canary, verified before, leaves all other requests to.
+
+        Raises:
+            PolicyRefusedError: with the first check that failed.
+        """
+        manifest = open_stable(head, canary, self._trusted, self._channel)
+        self.check(manifest, mark)
+        return manifest
+
     def verify_stored(self, envelope: bytes, mark: Mark | None) -> Manifest:
         """Check an envelope from the worker's own disk just as strictly.
 
@@ -163,9 +173,9 @@ class ReleaseVerifier:
         if manifest.expires_at is not None and manifest.expires_at <= self._clock():
             detail = f"generation {manifest.generation} expired at {manifest.expires_at:.0f}"
             raise PolicyRefusedError(Refusal.EXPIRED, detail)
-        if manifest.rollout.percent < 100:
+        if manifest.rollout.is_canary and not manifest.rollout.stable_generation:
             # Serving everybody would break what the publisher signed.
-            detail = "rollout: no worker supports it yet; release to everybody"
+            detail = "rollout: a share of the requests, and no release is named for the others"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
         if mark is not None:
             _check_mark(manifest, mark)
@@ -237,13 +247,32 @@ def open_head(head: Head, trusted: Mapping[str, bytes], channel: str) -> Manifes
     """Read the signed manifest of a head, which must say no more than was signed.
 
     Raises:
-        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if the head says otherwise.
+        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if the head says otherwise, or a
+            canary does not come with the release that it names.
     """
     manifest = open_release(head.envelope, trusted, channel)
     unsigned = (head.generation, head.epoch, head.digest)
     signed = (manifest.generation, manifest.epoch, manifest.digest)
     if unsigned != signed:
         detail = f"the head says {unsigned}, the signed manifest {signed}"
+        raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
+    if manifest.rollout.stable_generation:
+        open_stable(head, manifest, trusted, channel)
+    return manifest
+
+
+def open_stable(
+    head: Head, canary: Manifest, trusted: Mapping[str, bytes], channel: str
+) -> Manifest:
+    """Read the signed manifest beside a canary, which must be of the release that it names.
+
+    Raises:
+        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if it is of another release.
+    """
+    manifest = open_release(head.stable, trusted, channel)
+    named = (canary.rollout.stable_generation, canary.rollout.stable_digest)
+    if (found := (manifest.generation, manifest.digest)) != named:
+        detail = f"the canary names {named} as stable, the head has {found}"
         raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
     return manifest
 

@@ -42,9 +42,16 @@ class Backend(Protocol):
         ...
 
     async def submit_all(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, kv_mode: KVMode | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVMode | None,
+        request_id: str,
     ) -> tuple[list[str], AsyncIterator[TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order.
+
+        While a canary runs, the id decides which policy all of them run under.
 
         Returns:
             The requests' ids, and their events as they come; closing the iterator gives them up.

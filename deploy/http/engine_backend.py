@@ -38,10 +38,17 @@ class EngineBackend:
         return min(engine.stack.context, engine.row_tokens)
 
     async def submit_all(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, kv_mode: KVMode | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVMode | None,
+        request_id: str,
     ) -> tuple[list[str], AsyncIterator[TokenEvent]]:
         """Queue requests; see ``Backend``."""
-        requests, events = await self.service.submit_all(prompts, sampling, kv_mode=kv_mode)
+        requests, events = await self.service.submit_all(
+            prompts, sampling, kv_mode=kv_mode, split_by=request_id
+        )
         return [request.id for request in requests], events
 
     def trouble(self) -> str | None:

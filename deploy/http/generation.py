@@ -28,6 +28,9 @@ from offramp.worker.engine.admission import Prompt, prompt_text
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
 
+REQUEST_ID = "X-Request-Id"
+"""Header in which clients name their request, as OpenAI's and vLLM's do."""
+
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of an event stream, for proxies to pass each event on as it comes."""
 
@@ -48,7 +51,9 @@ async def complete(backend: Backend, body: CompletionRequest, request: Request) 
         else (),
         prompt_only=body.max_tokens == 0,
     )
-    choices, events = await backend.submit_all(tokens, sampling, kv_mode=mode)
+    choices, events = await backend.submit_all(
+        tokens, sampling, kv_mode=mode, request_id=_id_of(request, style)
+    )
     return await _answer(style, choices, events, request, stream=body.stream)
 
 
@@ -62,8 +67,15 @@ async def converse(backend: Backend, body: ChatRequest, request: Request) -> Res
         id=f"chatcmpl-{uuid.uuid4().hex}",
         **_common(backend, body, len(tokens), names=body.logprobs),
     )
-    choices, events = await backend.submit_all([tokens], sampling, kv_mode=mode)
+    choices, events = await backend.submit_all(
+        [tokens], sampling, kv_mode=mode, request_id=_id_of(request, style)
+    )
     return await _answer(style, choices, events, request, stream=body.stream)
+
+
+def _id_of(request: Request, style: ReplyStyle) -> str:
+    """The client's own id of the request, or that of the reply."""
+    return request.headers.get(REQUEST_ID) or style.id
 
 
 def _common(

@@ -148,8 +148,20 @@ def describe_policy(
     ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
     states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
     ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
-    would not have emitted.
+    would not have emitted; ``canary`` describes the release that serves a share of the requests
+    (``percent``) in its place, None if there is none.
     """
+    canary = snapshot.canary
+    return {
+        "worker": worker,
+        **_describe(snapshot, engine),
+        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, engine)},
+        "state": report.state.value,
+        "reason": report.reason,
+    }
+
+
+def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
     certificate = snapshot.certificate
     gap = (
         ""
@@ -161,7 +173,6 @@ def describe_policy(
         )
     )
     return {
-        "worker": worker,
         "generation": snapshot.generation,
         "digest": snapshot.digest,
         "exits": list(snapshot.policy.exits),
@@ -170,8 +181,6 @@ def describe_policy(
         "gap": gap,
         "audited": snapshot.watch.audited if snapshot.watch else 0,
         "disagreed": snapshot.watch.disagreed if snapshot.watch else 0,
-        "state": report.state.value,
-        "reason": report.reason,
     }
 
 

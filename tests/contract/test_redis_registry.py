@@ -52,7 +52,8 @@ def test_the_keys_are_those_of_the_schema(site: Any, redis_url: str, make_mlp: A
         "events": "stream",
         "ack:w0": "hash",
     }
-    assert set(client.hgetall(found["head"])) == {b"gen", b"epoch", b"envelope", b"digest"}
+    fields = {b"gen", b"epoch", b"envelope", b"digest", b"stable"}
+    assert set(client.hgetall(found["head"])) == fields
     assert client.pttl(found["fresh"]) > 0
     assert client.pttl(found["ack:w0"]) > 0
 

@@ -8,7 +8,7 @@ from typing import Literal
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.guardrails import PolicyWatch
-from offramp.controller.release.manifest import Guarantee
+from offramp.controller.release.manifest import Guarantee, Rollout
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 
@@ -23,6 +23,8 @@ class PolicySnapshot:
         policy: The policy itself.
         certificate: What was guaranteed of it; None if nothing was.
         watch: Is told how its requests fare; None: nobody watches.
+        rollout: Of a canary: which requests it may serve.
+        canary: A release that serves some of the requests in its place; None if there is none.
     """
 
     generation: int
@@ -30,6 +32,14 @@ class PolicySnapshot:
     policy: Policy
     certificate: Certificate | None = None
     watch: PolicyWatch | None = field(default=None, compare=False)
+    rollout: Rollout = field(default_factory=Rollout)
+    canary: PolicySnapshot | None = None
+
+    def track(self, request_id: str) -> PolicySnapshot:
+        """Which of the two a request runs under, to its end."""
+        if self.canary is not None and self.canary.rollout.picks(request_id):
+            return self.canary
+        return self
 
     @property
     def guarantee(self) -> Guarantee:

@@ -115,6 +115,7 @@ class EngineCore:
         kv_mode: KVMode | None = None,
         forced: Items[int] = (),
         sampler: Sampler | None = None,
+        split_by: str | None = None,
     ) -> Request:
         """Queue a request and pin its policy.
 
@@ -126,6 +127,7 @@ class EngineCore:
             forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
                 tokens are emitted as are given.
             sampler: Draws this request's tokens, in place of one made from ``sampling``.
+            split_by: Decides between current policy and canary; None: the request's own id does.
 
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
@@ -139,11 +141,13 @@ class EngineCore:
         require_request(tokens, forced, sampling, self.stack, self.tokenizer)
         require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
         kv_mode = kv_mode or self.config.kv_mode
-        snapshot = pinned(policy, self.current_policy, self.stack, self.config.draft_precision)
+        request_id = f"r{next(self._ids)}"
+        current = partial(self._track, split_by or request_id)
+        snapshot = pinned(policy, current, self.stack, self.config.draft_precision)
         require_mode(kv_mode, forced, snapshot.policy, self.stack.adapters)
         audited = self._audits.picks(snapshot, kv_mode, forced)
         request = Request(
-            id=f"r{next(self._ids)}",
+            id=request_id,
             prompt=tokens,
             sampling=sampling,
             snapshot=snapshot,
@@ -158,9 +162,8 @@ class EngineCore:
     def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
         """Admit what fits, read some of its prompts, and launch the rows that are due.
 
-        Between two launches at most ``config.prefill_tokens`` prompt tokens are read.
-
-        A request that fails by itself ends without a further event; ``failed`` says with what.
+        Between two launches at most ``config.prefill_tokens`` prompt tokens are read. A request
+        that fails by itself ends without a further event; ``failed`` says with what.
 
         Args:
             finished: Takes the sequences that ended in this step, by request id.
@@ -197,6 +200,9 @@ class EngineCore:
         if self._roster.rows:
             raise ConfigError("schedule", "cannot change while requests run", "Wait for their end")
         self._scheduler = self._schedule(schedule)
+
+    def _track(self, request_id: str) -> PolicySnapshot:
+        return self.current_policy().track(request_id)
 
     def _schedule(self, schedule: Schedule) -> Scheduler[Sequence]:
         costs, price = schedule.costs, None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +226,9 @@ class AdaptiveEngine(EngineCore):
     ) -> list[Request]:
         """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []
-        policy = pinned(policy, self.current_policy, self.stack, self.config.draft_precision)
+        # One for all of them: what one call returns is comparable.
+        current = partial(self._track, uuid.uuid4().hex)
+        policy = pinned(policy, current, self.stack, self.config.draft_precision)
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):

@@ -48,6 +48,7 @@ class _Submit:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     kv_mode: KVMode | None
+    split_by: str | None
     listener: _Listener
     accepted: Future[list[Request]]
 
@@ -96,7 +97,12 @@ class EngineService:
         return self._thread.is_alive() and (idle or recent)
 
     async def submit(
-        self, prompt: Prompt, sampling: SamplingParams, *, kv_mode: KVMode | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVMode | None = None,
+        split_by: str | None = None,
     ) -> tuple[Request, AsyncIterator[TokenEvent]]:
         """Queue a request; its policy is pinned when this returns.
 
@@ -106,17 +112,25 @@ class EngineService:
             prompt: A string or token ids.
             sampling: How to draw tokens.
             kv_mode: What becomes of skipped layers; the engine's own mode by default.
+            split_by: Decides between the current policy and its canary; see ``EngineCore.submit``.
 
         Raises:
             RequestError: the request cannot be served.
             OverloadedError: every slot is taken and the line is full.
             DecodeFailedError: the service has stopped.
         """
-        requests, events = await self.submit_all([prompt], sampling, kv_mode=kv_mode)
+        requests, events = await self.submit_all(
+            [prompt], sampling, kv_mode=kv_mode, split_by=split_by
+        )
         return requests[0], events
 
     async def submit_all(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, kv_mode: KVMode | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVMode | None = None,
+        split_by: str | None = None,
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order; all of them run under one policy.
 
@@ -133,7 +147,7 @@ class EngineService:
         ]
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
-        self._commands.put(_Submit(tuple(given), sampling, kv_mode, listener, accepted))
+        self._commands.put(_Submit(tuple(given), sampling, kv_mode, split_by, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
         try:
@@ -217,7 +231,9 @@ class EngineService:
             for prompt, sampling in itertools.product(command.prompts, command.sampling.each()):
                 pinned = requests[0].snapshot if requests else None
                 requests.append(
-                    self.engine.submit(prompt, sampling, pinned, kv_mode=command.kv_mode)
+                    self.engine.submit(
+                        prompt, sampling, pinned, kv_mode=command.kv_mode, split_by=command.split_by
+                    )
                 )
         except BaseException:
             for request in requests:

@@ -176,8 +176,32 @@ class ReleaseKeeper:
         self._on_trial_until = time.monotonic() + self._probation_s
         with self._swapping:
             self.current = PolicySnapshot(
-                manifest.generation, manifest.digest, policy, manifest.certificate, watch
+                manifest.generation,
+                manifest.digest,
+                policy,
+                manifest.certificate,
+                watch,
+                manifest.rollout,
             )
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether the running release has yet to prove itself."""
+        return self._on_trial_until is not None
+
+    def end(self, by: Mark) -> None:
+        """Run no release any more, and remember none but the one that ended this.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self.loaded is None and not self.mark_lost:
+            return
+        with self._swapping:
+            self.current = FULL_DEPTH
+        self._raise_mark(by)
+        self.loaded, self.mark_lost, self._on_trial_until = None, False, None
+        self._state.end_track()
 
     def harm_of(self, offered: Mark) -> str:
         """What a release on offer did here, if it is in quarantine; "" if it is not.

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from offramp.controller.errors import (
@@ -36,11 +37,17 @@ ACK_TTL_POLLS = 6
 WAIT_S = 0.5
 """Longest single wait for an event, which bounds how long ``stop`` takes."""
 
+CANARY = "canary"
+"""Folder, within a worker's own, of what it remembers of canaries."""
+
 _logger = logging.getLogger(__name__)
 
 
 class PolicyRefresher:
     """Follows one channel. ``current`` is what new requests are pinned to.
+
+    A release for everybody and a canary are kept alike, each by a keeper of its own, so that what
+    becomes of one leaves the other as it is.
 
     Construction is the cold start: it takes the last-known-good release from disk, checked as
     strictly as one from the registry, or else full depth.
@@ -75,29 +82,45 @@ class PolicyRefresher:
         self._worker_id = worker_id
         self._poll_s = poll_s
         self._boot = uuid.uuid4().hex
+        self._about = 0  # the release on offer that is looked at
         self._refused: tuple[Mark, PolicyRefusedError] | None = None
         self._polling = threading.Lock()
         self._stopping = threading.Event()
         self._woken = threading.Event()  # by a trip, which the registry should hear of at once
         self._thread: threading.Thread | None = None
         state = WorkerState(state_dir)
-        self._keeper = ReleaseKeeper(verifier, state, prepare, probation_s, self._woken.set)
+        self._stable, self._canary = (
+            ReleaseKeeper(verifier, each, prepare, probation_s, self._woken.set)
+            for each in (state, WorkerState(state_dir, CANARY))
+        )
         self.unreported = ""
-        self.report = self._ack(AckState.STALE, self._keeper.cold_start())
+        self._canary.cold_start()
+        if self._canary.is_on_trial:
+            state.forgive()  # if starts end in a crash, the newer release is put away first
+        self.report = self._ack(AckState.STALE, self._stable.cold_start())
 
     @property
     def current(self) -> PolicySnapshot:
-        """The running policy: one reference, replaced as a whole."""
-        return self._keeper.current
+        """The release for everybody, and with it the canary that was signed to run beside it."""
+        stable, canary = self._stable.current, self._canary.current
+        is_beside = canary.rollout.stable_generation == stable.generation > 0
+        return replace(stable, canary=canary) if is_beside else stable
 
     def trip(self, generation: int, reason: str) -> None:
         """Take a release out of service; see ReleaseKeeper."""
-        self._keeper.trip(generation, reason)
+        self._stable.trip(generation, reason)
+        self._canary.trip(generation, reason)
+
+    @property
+    def _mark(self) -> Mark | None:
+        marks = (self._stable.mark, self._canary.mark)
+        return max((mark for mark in marks if mark is not None), default=None)
 
     def poll_once(self) -> Ack:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
         with self._polling:
-            self.report = ack = self._ack(*self._refresh())
+            state, reason = self._refresh()
+            self.report = ack = self._ack(state, reason)
             try:
                 self._registry.acknowledge(ack, ACK_TTL_POLLS * self._poll_s)
                 self.unreported = ""
@@ -117,7 +140,8 @@ class PolicyRefresher:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._keeper.forgive()
+        self._stable.forgive()
+        self._canary.forgive()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -141,18 +165,19 @@ class PolicyRefresher:
 
     def _refresh(self) -> tuple[AckState, str]:
         try:
-            self._keeper.keep_state()
+            self._stable.keep_state()
+            self._canary.keep_state()
             head = self._registry.head()
             if head is None:
                 return self._without_head()
             stale = self._staleness(head)
-            manifest = self._verifier.verify(head, self._keeper.mark)
+            manifest = self._verifier.verify(head, self._mark)
             unknown = self._cannot_judge(manifest)
             if unknown and stale:
                 return AckState.STALE, f"{unknown}, and {stale}"
-            if harm := self._keeper.harm_of(Mark.of(manifest)):
+            self._about = manifest.generation
+            if harm := self._follow(head, manifest):
                 return AckState.TRIPPED, harm
-            self._consider(manifest, head.envelope)
         except PolicyRefusedError as error:
             return AckState.NACK, f"{error.reason.value}: {error.detail}"
         except RegistryUnavailableError as error:
@@ -162,7 +187,7 @@ class PolicyRefresher:
         return (AckState.STALE, stale) if stale else (AckState.ACK, "")
 
     def _without_head(self) -> tuple[AckState, str]:
-        if self._keeper.mark is None and not self._keeper.mark_lost:
+        if self._mark is None and not self._is_mark_lost:
             return AckState.ACK, "nothing was promoted yet"
         return AckState.STALE, "the registry lost its head"
 
@@ -174,18 +199,35 @@ class PolicyRefresher:
 
     def _cannot_judge(self, manifest: Manifest) -> str:
         """Why an old head would look like any other, so that only the publisher can tell."""
-        if self._keeper.mark_lost:
+        mark = self._mark
+        if self._is_mark_lost:
             return "the mark was lost"
-        if self._keeper.mark is None:
+        if mark is None:
             return "no release was accepted before"
-        return (
-            f"epoch {manifest.epoch} would be new"
-            if manifest.epoch > self._keeper.mark.epoch
-            else ""
-        )
+        return f"epoch {manifest.epoch} would be new" if manifest.epoch > mark.epoch else ""
 
-    def _consider(self, manifest: Manifest, envelope: bytes) -> None:
-        """Take a verified release if it is new and right.
+    @property
+    def _is_mark_lost(self) -> bool:
+        return self._stable.mark_lost or self._canary.mark_lost
+
+    def _follow(self, head: Head, manifest: Manifest) -> str:
+        """Take what a verified head offers; returns what harm it did here, "" if none.
+
+        Raises:
+            PolicyRefusedError, OSError: see ``_consider``.
+        """
+        if not manifest.rollout.is_canary:
+            harm = self._consider(self._stable, manifest, head.envelope)
+            self._canary.end(Mark.of(manifest))
+            return harm
+        stable = self._verifier.verify_stable(head, manifest, self._stable.mark)
+        if harm := self._consider(self._stable, stable, head.stable):
+            self._about = stable.generation
+            return harm
+        return self._consider(self._canary, manifest, head.envelope)
+
+    def _consider(self, keeper: ReleaseKeeper, manifest: Manifest, envelope: bytes) -> str:
+        """Take a verified release if it is new and right; returns what harm it did here before.
 
         What a clock or the registry's repair can heal is looked at anew each time; signed bytes
         that are no policy for this worker stay so.
@@ -195,16 +237,19 @@ class PolicyRefresher:
             OSError: it could not be recorded, so it was not taken.
         """
         offered = Mark.of(manifest)
-        if self._keeper.loaded == offered:
-            return
+        if harm := keeper.harm_of(offered):
+            return harm
+        if keeper.loaded == offered:
+            return ""
         if self._refused is not None and self._refused[0] == offered:
             raise PolicyRefusedError(self._refused[1].reason, self._refused[1].detail)
         blob = self._fetch(manifest)
         try:
-            self._keeper.accept(manifest, envelope, blob)
+            keeper.accept(manifest, envelope, blob)
         except PolicyRefusedError as error:
             self._refused = (offered, error)
             raise
+        return ""
 
     def _fetch(self, manifest: Manifest) -> bytes:
         blob = self._registry.get_blob(manifest.digest, min(manifest.size, MAX_BLOB_BYTES))
@@ -216,13 +261,13 @@ class PolicyRefresher:
         return blob
 
     def _ack(self, state: AckState, reason: str) -> Ack:
-        mark, is_tripped = self._keeper.mark, state is AckState.TRIPPED
+        running = self._stable.current
         return Ack(
             worker=self._worker_id,
             boot=self._boot,
-            generation=self.current.generation,
-            digest=self.current.digest,
-            about=mark.generation if is_tripped and mark else self.current.generation,
+            generation=running.generation,
+            digest=running.digest,
+            about=self._about if state is AckState.TRIPPED else running.generation,
             state=state,
             reason=reason,
             at=time.time(),

@@ -46,11 +46,13 @@ class WorkerState:
     the last known good one. A start counts as a crash until the worker says otherwise.
 
     Args:
-        folder: The worker's own; made if missing.
+        worker: The worker's own folder; made if missing.
+        track: Folder within it: "" for the release that serves everybody, another for canaries.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, worker: Path, track: str = "") -> None:
+        self._worker, self._track = worker, track
+        folder = worker / track
         self._mark = folder / "mark"
         self._good = folder / "last-known-good"
         self._trial = folder / "trial"
@@ -78,9 +80,9 @@ class WorkerState:
         None if no neighbour has a readable one.
         """
         found = []
-        for path in self._folder.parent.glob("*/mark"):
+        for worker in self._worker.parent.iterdir() if self._worker.parent.exists() else ():
             try:
-                found.append(WorkerState(path.parent).mark())
+                found.append(WorkerState(worker, self._track).mark())
             except ConfigError:  # the neighbour will say so itself
                 continue
         return max((mark for mark in found if mark is not None), default=None)
@@ -166,6 +168,11 @@ class WorkerState:
         """Forget the release on trial."""
         self._trial.unlink(missing_ok=True)
         self.forgive()
+
+    def end_track(self) -> None:
+        """Forget every release but the mark: this track serves nobody any more."""
+        self.end_trial()
+        self._good.unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> bytes:

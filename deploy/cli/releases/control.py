@@ -72,12 +72,28 @@ def publish(
 
 
 def promote(
-    generation: Annotated[int, typer.Argument(min=1, help="A published generation.")],
+    generation: Annotated[
+        int | None, typer.Argument(min=1, help="A published generation.", show_default=False)
+    ] = None,
+    percent: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Share of the requests: a canary, or its next step."),
+    ] = None,
 ) -> None:
-    """Make a published generation the one that workers run."""
-    with _publisher() as (publisher, _):
-        publisher.promote(generation)
-    console.print(f"generation {generation} promoted")
+    """Make a published generation the one that workers run.
+
+    With --percent its policy serves a share of the requests, as a new generation. Without
+    GENERATION that is the canary's policy, or the one published last.
+    """
+    if generation is None and percent is None:
+        raise ConfigError("generation", "is not given", "Name one, or give --percent")
+    with _publisher() as (publisher, registry):
+        if percent is not None:
+            publisher.roll_out(percent, generation)
+        elif generation is not None:
+            publisher.promote(generation)
+            console.print(f"generation {generation} promoted")
+        say(_head_line(registry, Settings.from_environment()))
 
 
 def rollback(
@@ -151,7 +167,14 @@ def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
         if not path.exists():
             return f"head: says generation {head.generation}; {path} is not here to check that"
         manifest = open_head(head, trusted_keys(*load_public_keys(path)), settings.channel)
-        return f"head: generation {manifest.generation}, {standing(manifest)}"
+        rollout = manifest.rollout
+        line = f"head: generation {manifest.generation}, {standing(manifest)}"
+        if rollout.is_canary:
+            line += (
+                f"; a canary: it serves {rollout.percent:g}% of the requests, "
+                f"generation {rollout.stable_generation} the others"
+            )
+        return line
     except PolicyRefusedError as error:
         return (
             f"head: forged or damaged ({error.reason.value}: {error.detail}); workers keep what "

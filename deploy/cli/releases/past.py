@@ -40,7 +40,10 @@ def history() -> None:
             if generation in promoted
             else "no"
         )
+        rollout = manifest.rollout
         note = f"in place of {manifest.rollback_of}" if manifest.rollback_of else ""
+        if rollout.is_canary:
+            note = f"{rollout.percent:g}% beside {rollout.stable_generation}"
         signed_at = datetime.fromtimestamp(manifest.created_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
         table.add_row(
             str(generation), signed_at, manifest.digest[:12], manifest.kind, manifest.guarantee,

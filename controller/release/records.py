@@ -1,0 +1,155 @@
+"""The ledger as its publisher reads it: every record's signature is checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+from offramp.controller.errors import ConfigError, PolicyRefusedError
+from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.registry import Head, PolicyRegistry
+from offramp.controller.release.trust import open_head, open_release
+
+FORGED = (
+    "Somebody else wrote the head of channel %s (%s). The ledger's generation %d takes its place; "
+    "look at who may write to the registry."
+)
+"""What is said of a head that was not signed here: channel, why, generation."""
+
+_logger = logging.getLogger(__name__)
+
+
+class SignedRecords:
+    """Releases of one channel.
+
+    Args:
+        ledger: Where they are recorded.
+        trusted: Keys whose releases are this channel's, by key id.
+        channel: The channel they must be signed for.
+
+    Attributes:
+        channel: The same.
+    """
+
+    def __init__(self, ledger: Ledger, trusted: Mapping[str, bytes], channel: str) -> None:
+        self._ledger = ledger
+        self._trusted = trusted
+        self.channel = channel
+
+    def manifest(self, generation: int) -> Manifest:
+        """Read a recorded release.
+
+        Raises:
+            ConfigError: it is not recorded.
+            PolicyRefusedError: no trusted key signed it for this channel.
+        """
+        return open_release(self._ledger.get(generation), self._trusted, self.channel)
+
+    def check(self, head: Head) -> None:
+        """Refuse a head that was not signed for this channel, or says more than was signed.
+
+        Raises:
+            PolicyRefusedError: see ``open_head``.
+        """
+        open_head(head, self._trusted, self.channel)
+
+    def head(self, generation: int) -> Head:
+        """A recorded release as the head of the channel, a canary with its stable release."""
+        release = self.manifest(generation)
+        beside = release.rollout.stable_generation
+        return Head(
+            generation,
+            release.epoch,
+            self._ledger.get(generation),
+            release.digest,
+            self._ledger.get(beside) if beside else b"",
+        )
+
+    def blobs(self, generation: int) -> list[bytes]:
+        """What a worker needs to run a release: its blob, and its stable release's."""
+        release = self.manifest(generation)
+        beside = release.rollout.stable_digest
+        return [self._ledger.blob(digest) for digest in (release.digest, beside) if digest]
+
+    def stable(self) -> Manifest:
+        """The release that serves all requests, or all that a canary does not.
+
+        Raises:
+            ConfigError: nothing was promoted yet.
+        """
+        promoted = self._ledger.promoted()
+        if not promoted:
+            raise ConfigError(
+                "percent",
+                "no release serves the other requests: none was promoted yet",
+                "Promote one to everybody first, such as a policy that never exits",
+            )
+        release = self.manifest(promoted)
+        return self.manifest(release.rollout.stable_generation or promoted)
+
+    def last_good(self, failed: Collection[int]) -> int:
+        """The release for everybody that was promoted last, and whose policy never failed.
+
+        Args:
+            failed: Generations whose policies failed now.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        served = [self.manifest(each) for each in self._ledger.promotions()]
+        culprits = {*failed} | {each.rollback_of for each in served}
+        bad = {each.digest for each in served if each.generation in culprits}
+        good = [each for each in served if each.digest not in bad and not each.rollout.is_canary]
+        if not good:
+            raise ConfigError("rollback", f"no good release is older than {max(failed)}")
+        return good[-1].generation
+
+
+class ServedHead:
+    """What the registry serves, as far as it was signed here.
+
+    Args:
+        registry: Where workers look.
+        ledger: Where promotions are recorded.
+        records: The same ledger, with signatures checked.
+    """
+
+    def __init__(self, registry: PolicyRegistry, ledger: Ledger, records: SignedRecords) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._records = records
+
+    @property
+    def generation(self) -> int:
+        """The head's; 0 if there is none."""
+        head = self._read()
+        return head.generation if head else 0
+
+    def catch_up(self) -> None:
+        """Record a promotion that reached the registry, though its answer never came back."""
+        head = self._read()
+        if head is None or head.generation <= self._ledger.promoted():
+            return
+        mine = head.generation in self._ledger.generations()
+        if mine and self._ledger.get(head.generation) == head.envelope:
+            self._ledger.record_promotion(head.generation)
+
+    def _read(self) -> Head | None:
+        """The registry's head; the ledger's is put in place of one that was not signed here."""
+        try:
+            head = self._registry.head()
+            if head is not None:
+                self._records.check(head)
+            return head
+        except PolicyRefusedError as error:
+            promoted = self._ledger.promoted()
+            _logger.warning(FORGED, self._records.channel, error, promoted)
+        self._registry.discard_head()
+        if not promoted:
+            return None
+        head = self._records.head(promoted)
+        for blob in self._records.blobs(promoted):
+            self._registry.put_blob(blob)
+        self._registry.promote(head, 0)
+        return head
