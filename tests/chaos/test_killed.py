@@ -125,6 +125,32 @@ def test_a_rollback_killed_at_any_step_can_be_run_again(
     assert (ack.state, ack.digest) == (AckState.ACK, first.digest)
 
 
+def next_step(bench: Bench) -> None:
+    bench.publisher.roll_out(50)
+
+
+def test_a_publisher_killed_between_two_steps_of_a_canary_can_be_run_again(
+    bench: Bench, url: str, tmp_path: Path
+) -> None:
+    stable, canary = bench.serve(3), bench.release(5)
+    bench.publisher.roll_out(5)
+    worker = bench.worker()
+    worker.poll_once()
+    deaths = 0
+    for _ in deaths_of(next_step, url, tmp_path / "home"):
+        deaths += 1
+        assert worker.poll_once().state is AckState.ACK
+        current = worker.current
+        assert current.canary is not None
+        assert (current.digest, current.canary.digest) == (stable.digest, canary.digest)
+        assert current.canary.rollout.percent in (5, 50)
+    assert deaths >= 10
+    assert worker.poll_once().state is AckState.ACK
+    assert worker.current.canary is not None
+    assert worker.current.canary.rollout.percent == 50
+    assert worker.current.canary.generation == bench.publisher.promoted
+
+
 def follow(bench: Bench) -> None:
     bench.worker(probation_s=0.0).poll_once()
 
@@ -150,3 +176,29 @@ def test_a_worker_killed_at_any_write_never_goes_back(
         assert ack.state in (AckState.ACK, AckState.TRIPPED), ack
         assert ack.about == rounds
     assert rounds >= 5
+
+
+def test_a_worker_killed_at_any_write_of_a_canary_keeps_its_stable_release(
+    bench: Bench, url: str, tmp_path: Path
+) -> None:
+    stable = bench.serve(3)
+    bench.worker(probation_s=0.0).poll_once()
+    bench.worker(probation_s=0.0).poll_once()  # passes probation
+    deaths = 0
+    for layer, percent in ((5, 25), (6, 50), (7, 0)):
+        bench.publisher.roll_out(percent, bench.release(layer).generation)
+        for _ in deaths_of(follow, url, tmp_path / "home"):
+            deaths += 1
+            worker = bench.worker()
+            assert worker.current.digest == stable.digest
+            worker.stop()
+        worker = bench.worker()
+        ack = worker.poll_once()
+        assert ack.state in (AckState.ACK, AckState.TRIPPED), ack  # or crashed once too often
+        assert worker.current.digest == stable.digest
+    assert deaths >= 15
+    bench.publisher.rollback()
+    for _ in deaths_of(follow, url, tmp_path / "home"):
+        assert bench.worker().current.digest == stable.digest
+    assert bench.worker().poll_once().state is AckState.ACK
+    assert bench.worker().current.canary is None

@@ -32,8 +32,13 @@ class Bench:
         )
 
     def serve(self, layer: int, **options: Any) -> Head:
+        release = self.release(layer, **options)
+        self.publisher.promote(release.generation)
+        return release
+
+    def release(self, layer: int, **options: Any) -> Head:
         packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
-        release = self.publisher.release(
+        return self.publisher.release(
             packed,
             model=MODEL,
             tokenizer=TOKENIZER,
@@ -41,8 +46,6 @@ class Bench:
             metrics={},
             **{"uncertified": True} | options,
         )
-        self.publisher.promote(release.generation)
-        return release
 
     def worker(self, poll_s: float = 5.0, **options: Any) -> PolicyRefresher:
         trusted = trusted_keys(self.key.public_bytes)
