@@ -45,7 +45,7 @@ class Rollout:
     Attributes:
         percent: Share of requests, in [0, 100]. Below 100 the release is a canary.
         salt: Mixed into the hash of the request id, so releases pick different requests.
-        stable_generation: Of a canary: the release that serves all other requests; else 0.
+        stable_generation: The release that serves all other requests, beside a canary; else 0.
         stable_digest: SHA-256 of that release's blob, hex; "" if there is none.
     """
 

@@ -132,7 +132,7 @@ class Publisher:
         Args:
             percent: Share of the requests, in [0, 100]. At 0 workers load and test the policy, and
                 serve nobody with it; at 100 it is the release for everybody.
-            generation: Whose policy; None: the canary's, if there is one, else the newest recorded.
+            generation: A release of that policy; None: the canary, or else the newest recorded.
 
         Raises:
             ConfigError: the percent, no release for the other requests, or no newer policy.

@@ -199,6 +199,8 @@ def test_a_worker_killed_at_any_write_of_a_canary_keeps_its_stable_release(
     assert deaths >= 15
     bench.publisher.rollback()
     for _ in deaths_of(follow, url, tmp_path / "home"):
-        assert bench.worker().current.digest == stable.digest
+        worker = bench.worker()
+        assert worker.current.digest == stable.digest
+        worker.stop()
     assert bench.worker().poll_once().state is AckState.ACK
     assert bench.worker().current.canary is None

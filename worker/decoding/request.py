@@ -23,7 +23,7 @@ class PolicySnapshot:
         policy: The policy itself.
         certificate: What was guaranteed of it; None if nothing was.
         watch: Is told how its requests fare; None: nobody watches.
-        rollout: Of a canary: which requests it may serve.
+        rollout: Says which requests it may serve, if it is a canary.
         canary: A release that serves some of the requests in its place; None if there is none.
     """
 

@@ -165,3 +165,28 @@ def test_another_publishers_key_is_trusted_from_its_file(
     assert cli("keys", "list")[1].count("\n") == 2
     (tmp_path / "junk").write_bytes(other.read_bytes() + b"junk")
     assert cli.refused("keys", "trust", tmp_path / "junk").startswith("public key: ")
+
+
+def test_a_canary_goes_by_steps_and_is_rolled_back(cli: Any, url: str, tmp_path: Path) -> None:
+    assert cli.refused("promote").startswith("generation: is not given")
+    first = bundle(tmp_path, 3)
+    assert cli("publish", first, "--uncertified")[0] == 0
+    refusal = cli.refused("promote", "--percent", "5")
+    assert refusal.startswith("percent: no release serves the other requests")
+    assert cli("promote", "1")[0] == 0
+    assert cli.refused("promote", "--percent", "5").startswith("generation: 1 is of the policy")
+    assert cli("publish", bundle(tmp_path, 5), "--uncertified")[0] == 0
+    for generation, percent in ((3, "5"), (4, "25")):
+        status, output = cli("promote", "--percent", percent)
+        assert status == 0, output
+        line = f"head: generation {generation}, uncertified; a canary: it serves {percent}% of the"
+        assert line in output
+        assert "generation 1 the others" in " ".join(output.split())
+    assert line in cli("status")[1]
+    assert cli("rollback")[0] == 0
+    assert "head: generation 5, uncertified\n" in cli("status")[1]
+    history = cli("history")[1]
+    assert "25% beside 1" in history
+    assert "in place of 4" in history
+    assert cli("promote", "2", "--percent", "100")[0] == 0
+    assert "head: generation 6, uncertified\n" in cli("status")[1]
