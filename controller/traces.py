@@ -33,6 +33,7 @@ class TraceHeader:
         exits: Layers probed, ascending.
         layers: Number of layers L.
         translators: Digest of the translators that exits were read through; "" for none.
+        adapters: Exits among them behind which an adapter layer runs, at the price of a layer.
         width: Columns D of the hidden states recorded; 0 if none are.
     """
 
@@ -41,6 +42,7 @@ class TraceHeader:
     exits: tuple[int, ...]
     layers: int
     translators: str = ""
+    adapters: tuple[int, ...] = ()
     width: int = 0
 
 

@@ -85,6 +85,8 @@ def record_continuations(
         schema=(SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).digest,
         exits=config.exits,
         layers=engine.stack.layers,
+        translators=engine.decoder.translators.digest,
+        adapters=tuple(layer for layer in config.exits if layer in engine.stack.adapters),
     )
     kind = TokenTraces if candidates_VK is None else CandidateDrafts
     return kind.from_chunks(header, chunks)
@@ -126,6 +128,7 @@ def _record(
         config.exits,
         table_VK,
         schema,
+        engine.decoder.translators,
         headless=headless,
         copy=copy,
     )

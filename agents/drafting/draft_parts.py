@@ -46,6 +46,8 @@ class DraftingConfig:
         documents: Documents to take from the corpus, over all splits.
         exits: Layers that a draft may leave after, those on a copy in fewer bytes first, as
             ``Exit(12, "int4")``; () places four within the first half of the model's own.
+        dtype: Weights' dtype, "float32" or "bfloat16".
+        translators: Folder that ``offramp tune`` wrote for the model; "" reads exits as they are.
         prompt_tokens: Tokens of each document that are read before the model goes on.
         new_tokens: Tokens that the model goes on for.
         candidates: Candidate tokens per token, the best of which is drafted without the LM head.
@@ -59,6 +61,8 @@ class DraftingConfig:
     corpus: str = ""
     documents: int = 320
     exits: tuple[int | Exit, ...] = ()
+    dtype: str = "float32"
+    translators: str = ""
     prompt_tokens: int = 64
     new_tokens: int = 192
     candidates: int = 64

@@ -32,7 +32,7 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 
-PLACES = ("model", "corpus")
+PLACES = ("model", "corpus", "translators")
 """Settings that say where things lie on one machine."""
 
 CONFIDENT = "headless confidence stop"

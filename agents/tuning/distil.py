@@ -7,13 +7,16 @@ Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers wit
 section 3 (affine translators per layer, the KL to the final distribution, identity at the start);
 here the matrix is I + BA of low rank.
 
-Shape suffixes: B rows, T tokens, N rows of any origin, D width, V vocabulary, E exits, r rank.
+Shape suffixes: B rows, T tokens, N rows of any origin, D width, V tokens of the head, E exits,
+r rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,46 @@ LARGEST_RATIO = 8.0
 
 SMALLEST_SCALE = 1e-6
 """Least scale of a state: below this, its unit would blow rounding up."""
+
+
+class LossHead(Protocol):
+    """What turns states into the logits that the loss compares; a whole model is one."""
+
+    vocab: int
+    dtype: torch.dtype
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Final norm and head, [N, V]."""
+        ...
+
+
+class FrequentHead:
+    """The model's final norm and those rows of its head that are of common tokens.
+
+    On a real vocabulary the head is most of a training step, and nearly all of its rows are of
+    tokens that neither side gives a chance.
+
+    Args:
+        stack: The model.
+        tokens: Distinct token ids.
+    """
+
+    def __init__(self, stack: LayerStack, tokens: Sequence[int]) -> None:
+        self.vocab, self.dtype = len(tokens), stack.dtype
+        self._stack = stack
+        self._rows_VD = stack.head_rows(torch.tensor(tokens, device=stack.device)).detach()
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Logits of the common tokens, [N, V]."""
+        return linear(self._stack.norm(x_ND), self._rows_VD)
+
+
+def loss_head(stack: LayerStack, documents: Iterable[Sequence[int]], tokens: int) -> LossHead:
+    """The head that the loss takes: of the documents' most frequent tokens, or 0 for all."""
+    if not 0 < tokens < stack.vocab:
+        return stack
+    counts = Counter(token for document in documents for token in document)
+    return FrequentHead(stack, [token for token, _ in counts.most_common(tokens)])
 
 
 class TrainableTranslator(nn.Module):
@@ -77,6 +120,8 @@ class TrainableTranslator(nn.Module):
 class TrainableLayer(nn.Module):
     """An adapter layer in training, in float32: the model's last layer at the start.
 
+    Its products are in the model's number format, as they will be when it is served.
+
     Args:
         stack: The model; not prepared.
         layer: The exit that it follows.
@@ -88,11 +133,13 @@ class TrainableLayer(nn.Module):
         self.block = fresh_layer(stack).requires_grad_(True)
         self.adapters = AdapterLayers(stack, {layer: self.block})
         self._layer, self._length = layer, length
+        self._products, self._mixes = stack.dtype, stack.dtype is torch.bfloat16
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """What norm and head read, [N, D] float32."""
         windows = torch.split(x_ND.float(), self._length)
-        return torch.cat([self.adapters.apply(self._layer, x_TD) for x_TD in windows])
+        with torch.autocast(x_ND.device.type, self._products, enabled=self._mixes):
+            return torch.cat([self.adapters.apply(self._layer, x_TD) for x_TD in windows]).float()
 
 
 Trainable = TrainableTranslator | TrainableLayer
@@ -130,9 +177,9 @@ def kl_of_logits(final_NV: Tensor, exit_NV: Tensor) -> Tensor:
     return (final_NV.exp() * (final_NV - exit_NV)).sum(-1)
 
 
-def exit_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, final_NV: Tensor) -> Tensor:
+def exit_loss(head: LossHead, module: nn.Module, x_ND: Tensor, final_NV: Tensor) -> Tensor:
     """Sum over rows of KL(final ‖ translated exit), nats; float32, or float64 for a check of it."""
-    logits_NV = stack.logits(module(x_ND).to(stack.dtype))
+    logits_NV = head.logits(module(x_ND).to(head.dtype))
     return kl_of_logits(final_NV, logits_NV.to(final_NV.dtype)).sum()
 
 
@@ -170,21 +217,28 @@ def mean_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, last_ND: Tenso
 
 
 def backward(
-    stack: LayerStack, modules: Mapping[int, Trainable], tokens_BT: Tensor
+    stack: LayerStack,
+    modules: Mapping[int, Trainable],
+    tokens_BT: Tensor,
+    head: LossHead | None = None,
 ) -> dict[int, float]:
-    """Add one batch's gradients to what is trained; mean KL per exit before the step, nats."""
+    """Add one batch's gradients to what is trained; mean KL per exit before the step, nats.
+
+    The KL is over the tokens of ``head``; None: over all that the model has.
+    """
+    head = head or stack
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
     kept = {layer: typical_rows(each) for layer, each in states.items()}
     totals = dict.fromkeys(modules, 0.0)
     reads = {layer: module(states[layer]) for layer, module in modules.items()}
     # A layer needs whole windows and the head blocks: between them gradients are gathered.
     leaves = {layer: read_ND.detach().requires_grad_() for layer, read_ND in reads.items()}
-    for part in blocks(len(last_ND), stack.vocab):
+    for part in blocks(len(last_ND), head.vocab):
         with torch.no_grad():
-            final_NV = stack.logits(last_ND[part]).float()
+            final_NV = head.logits(last_ND[part]).float()
         for layer, leaf_ND in leaves.items():
             kept_N = kept[layer][part]
-            loss = exit_loss(stack, nn.Identity(), leaf_ND[part][kept_N], final_NV[kept_N])
+            loss = exit_loss(head, nn.Identity(), leaf_ND[part][kept_N], final_NV[kept_N])
             loss = loss / kept[layer].sum()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             totals[layer] += loss.item()

@@ -6,7 +6,7 @@ Shape suffixes: B rows, T tokens, W documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from offramp.agents.tuning.distil import (
     backward,
     freeze,
     fresh_translators,
+    loss_head,
 )
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure
@@ -163,9 +164,13 @@ class _Tuning:
             "batch_tokens": config.batch_tokens,
             "length": config.length,
             "lr": config.learning_rate,
+            "loss_tokens": config.loss_tokens,
             "dtype": config.dtype,
             "seed": config.seed,
         }
+
+    def encoded(self) -> Iterator[list[int]]:
+        return (self.encode(document.text) for document in self.train)
 
     def stream(self) -> WindowStream:
         return WindowStream(
@@ -182,6 +187,7 @@ class _Tuning:
     ) -> tuple[dict[int, Trainable], list[list[float]]]:
         config, stream = self.config, self.stream()
         modules = self._start(checkpoint)
+        head = loss_head(self.stack, self.encoded(), config.loss_tokens)
         groups = [{"params": list(each.parameters())} for each in modules.values()]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         curve: list[list[float]] = []
@@ -192,7 +198,7 @@ class _Tuning:
             curve, done = checkpoint.curve, checkpoint.step
         for step in range(done, config.steps):
             tokens_BT = stream.next().to(self.stack.device)
-            losses = backward(self.stack, modules, tokens_BT)
+            losses = backward(self.stack, modules, tokens_BT, head)
             _require_finite(losses, step)
             _step(optimizer, config.learning_rate * rate_share(step, config.steps))
             if step % max(1, config.steps // CURVE_POINTS) == 0:
@@ -241,8 +247,8 @@ class _Tuning:
             "width": self.stack.width,
             "report": asdict(report),
         }
-        encoded = (self.encode(document.text) for document in self.train)
-        save_candidates(folder, successor_table(encoded, self.stack.vocab, self.config.candidates))
+        table_VK = successor_table(self.encoded(), self.stack.vocab, self.config.candidates)
+        save_candidates(folder, table_VK)
         draw_tuning(report.before, report.after, report.curve, folder / PLOT)
         # Last: its presence says that the rest is there.
         fitted.save(folder, description)

@@ -29,6 +29,8 @@ class TuneConfig:
         batch_tokens: Tokens per step, a multiple of ``length``.
         length: Tokens per window.
         learning_rate: Peak rate of Adam.
+        loss_tokens: Most frequent tokens of the training documents that the loss is over; 0 takes
+            the whole vocabulary. Agreement is always measured over all.
         held_out: Validation documents measured, at most.
         candidates: Candidate tokens per token in the successor table.
         checkpoint_every: Steps between checkpoints.
@@ -48,6 +50,7 @@ class TuneConfig:
     batch_tokens: int = 2048
     length: int = 256
     learning_rate: float = 1e-3
+    loss_tokens: int = 4096
     held_out: int = 48
     candidates: int = 64
     checkpoint_every: int = 50

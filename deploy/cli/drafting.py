@@ -43,7 +43,13 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
         config = replace(config, ppo=replace(config.ppo, steps=steps))
     options.require_new_folder("out", out)
     engine = load_engine(
-        WorkerSpec(model=config.model, threads=config.threads, slots=1, engine=_engine_of(config))
+        WorkerSpec(
+            model=config.model,
+            dtype=config.dtype,
+            threads=config.threads,
+            slots=1,
+            engine=_engine_of(config),
+        )
     )
     with progress("record", "") as advance:
         taught = teach_drafters(
@@ -63,6 +69,9 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
 
 
 def _engine_of(config: DraftingConfig) -> EngineConfig:
-    """An engine that keeps the copy which exits are on, if any are."""
+    """An engine with what exits are read through, and the copy which they are on, if any are."""
     weights = copy_weights(config.exits)
-    return EngineConfig(draft_precision=None if weights is None else Precision(weights=weights))
+    return EngineConfig(
+        draft_precision=None if weights is None else Precision(weights=weights),
+        translators=Path(config.translators) if config.translators else None,
+    )

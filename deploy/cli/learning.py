@@ -27,6 +27,22 @@ from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
+DraftModel = Annotated[
+    str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
+]
+DraftDtype = Annotated[
+    str, typer.Option(help="With --for drafting: weights' dtype.", show_default="float32")
+]
+Targets = Annotated[
+    str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
+]
+Seeds = Annotated[
+    str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
+]
+Cluster = Annotated[
+    str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -97,14 +113,13 @@ def train_policies(
         str, typer.Option("--for", help="What is taught: exits, or drafting (lossless).")
     ] = "exits",
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
-    model: Annotated[
-        str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
-    ] = options.DEFAULT_MODEL,
+    model: DraftModel = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
+    translators: options.Translators = None,
+    dtype: DraftDtype = "",
     exits: options.DraftExits = "",
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
-    targets: Annotated[
-        str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
-    ] = ".92,.95,.97,.985",
+    targets: Targets = ".92,.95,.97,.985",
     costs: options.Costs = None,
     threads: options.Threads = 1,
     seed: options.Seed = 0,
@@ -114,24 +129,31 @@ def train_policies(
     resume: Annotated[
         bool, typer.Option("--resume", help="With --config: go on from the checkpoint in --out.")
     ] = False,
-    seeds: Annotated[
-        str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
-    ] = "",
-    ray_address: Annotated[
-        str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
-    ] = None,
+    seeds: Seeds = "",
+    ray_address: Cluster = None,
 ) -> None:
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
+    given = {"exits": exits, "corpus": corpus, "translators": translators, "dtype": dtype}
     if goal == "drafting":
-        _require_unused({"traces": traces, "costs": costs, "seeds": seeds, "resume": resume})
+        _require_unused(
+            {"traces": traces, "costs": costs, "seeds": seeds, "resume": resume},
+            "does not go with --for drafting, which records and measures for itself",
+        )
         left = options.parse_exits("exits", exits)
-        lesson = DraftingConfig(model=model, threads=threads, seed=seed, exits=left)
+        lesson = DraftingConfig(
+            model=model,
+            corpus=str(corpus or ""),
+            translators=str(translators or ""),
+            dtype=dtype or "float32",
+            threads=threads,
+            seed=seed,
+            exits=left,
+        )
         teach(config, lesson, steps, out)
         return
     if goal != "exits":
         raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
-    if exits:
-        raise ConfigError("exits", "are those of the recording", "Leave it out, or record anew")
+    _require_unused(given, "is that of the recording")
     if config is not None:
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return
@@ -140,26 +162,34 @@ def train_policies(
     if resume or seeds or ray_address:
         raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
     options.require_new_folder("out", out)
-    settings = TrainConfig(
+    placed_at = options.parse_list("targets", targets, float, "numbers", ".9,.97")
+    train_here(_gates(traces, costs, placed_at, steps, (threads, seed)), out)
+
+
+def _gates(
+    traces: Path,
+    costs: Path | None,
+    targets: tuple[float, ...],
+    steps: int,
+    machine: tuple[int, int],
+) -> TrainConfig:
+    """Settings of the command line; ``machine`` is threads and seed."""
+    threads, seed = machine
+    return TrainConfig(
         traces=str(traces),
         costs=str(costs or ""),
         families=GATE_FAMILIES,
         seed=seed,
         threads=threads,
-        targets=options.parse_list("targets", targets, float, "numbers", ".9,.97"),
+        targets=targets,
         gate=PPOConfig(steps=steps),
     )
-    train_here(settings, out)
 
 
-def _require_unused(options: Mapping[str, object]) -> None:
+def _require_unused(options: Mapping[str, object], problem: str) -> None:
     for name, value in options.items():
         if value:
-            raise ConfigError(
-                name,
-                "does not go with --for drafting, which records and measures for itself",
-                "Leave it out",
-            )
+            raise ConfigError(name, problem, "Leave it out")
 
 
 def _require_recordable(config: RecordConfig, settings: Settings) -> None:

@@ -49,6 +49,9 @@ def tune_exits(
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    loss_tokens: Annotated[
+        int, typer.Option(min=0, help="Most frequent tokens that the loss is over; 0: all.")
+    ] = 4096,
     held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
@@ -72,6 +75,7 @@ def tune_exits(
         batch_tokens=batch_tokens,
         length=length,
         learning_rate=lr,
+        loss_tokens=loss_tokens,
         held_out=held_out,
         candidates=candidates,
         checkpoint_every=checkpoint_every,

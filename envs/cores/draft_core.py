@@ -279,9 +279,9 @@ class DraftExitCore:
         """Charge the model's own layers from where the newest token stands up to a depth."""
         start_K = self.tables.own_D[self._here_B[place_K] + 1]
         runs_KL, joined_KL = self._open.launched(place_K, start_K, until)
-        layer_KL = self.prices.layer_W[joined_KL]
-        self._spent_B[place_K] += np.where(runs_KL, layer_KL, 0.0).sum(1)
-        self._counts["layer_calls"][place_K] += np.where(runs_KL, joined_KL + 1, 0).sum(1)
+        calls_KL = np.where(runs_KL, self.tables.calls_L, 0)
+        self._spent_B[place_K] += (calls_KL * self.prices.layer_W[joined_KL]).sum(1)
+        self._counts["layer_calls"][place_K] += (calls_KL * (joined_KL + 1)).sum(1)
 
     def _forced(self) -> IndexArray:
         """Episodes whose new token must run all layers, so that nobody is asked."""

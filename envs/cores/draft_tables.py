@@ -1,7 +1,7 @@
 """What draft-and-verify episodes are replayed from: recorded tokens, and prices as arrays.
 
-Shape suffixes: N tokens, E exits, S softmax columns, W tokens in one launch (the first entry is
-for one), D depths, M tokens, B parallel episodes, A actions.
+Shape suffixes: N tokens, E exits, L layers, S softmax columns, W tokens in one launch (the first
+entry is for one), D depths, M tokens, B parallel episodes, A actions.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ class DraftTables:
         startable_M: Tokens that are not their document's last.
         depth_D: Layers executed before the first exit, at each exit, and at the end, [E + 2].
         own_D: The model's own among them, from which the token goes on deeper, [E + 2].
+        calls_L: Layers called where a token runs each of the model's own: two where an adapter
+            layer follows, [L].
     """
 
     sure_NES: FloatArray
@@ -131,6 +133,7 @@ class DraftTables:
     startable_M: IndexArray
     depth_D: IndexArray
     own_D: IndexArray
+    calls_L: IndexArray
 
     @property
     def on_copy_D(self) -> BoolArray:
@@ -156,6 +159,8 @@ class DraftTables:
             TraceError: no document has two tokens.
         """
         exits = traces.header.exits
+        calls_L = np.ones(traces.header.layers, np.int64)
+        calls_L[[layer - 1 for layer in traces.header.adapters if layer in exits]] += 1
         starts = np.flatnonzero(np.diff(traces.document_N, prepend=-1))
         lengths = np.diff(starts, append=len(traces))
         end_N = np.repeat(starts + lengths, lengths)
@@ -171,6 +176,7 @@ class DraftTables:
             startable_M=startable_M,
             depth_D=np.array([0, *exits, traces.header.layers]),
             own_D=np.array([0, *(0 if is_on_copy(e) else e for e in exits), traces.header.layers]),
+            calls_L=calls_L,
         )
 
 

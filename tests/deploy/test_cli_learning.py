@@ -338,7 +338,7 @@ def test_drafters_are_taught_chosen_and_lossless(
         (("--for", "drafting", "--exits", "3,6:int4"), "exits: '3,6:int4' does not ascend"),
         (("--for", "drafting", "--exits", "6:int3"), "exits: '6:int3' is no list of exits"),
         (("--for", "drafting", "--exits", "6:int8,6:int4"), "exits: "),
-        (("--exits", "3,6", "--traces", "x"), "exits: are those of the recording"),
+        (("--exits", "3,6", "--traces", "x"), "exits: is that of the recording"),
     ],
 )
 def test_train_names_what_does_not_go_with_drafting(

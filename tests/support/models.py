@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+
+from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer
+from offramp.worker.model.families import stack_for
+from offramp.worker.model.loading import model_fingerprint
 
 DEVICE = torch.device(os.environ.get("OFFRAMP_TEST_DEVICE", "cpu"))
 """Where the models of the exactness tests lie; benchmarks/gpu.sh runs those with cuda."""
@@ -128,3 +133,16 @@ def truncated(model: Any, layers: int) -> Any:
     short = type(model)(config)
     short.load_state_dict(model.state_dict(), strict=False)
     return short.to(model.device, model.dtype).eval()
+
+
+def save_adapters(family: str, folder: Path, exits: Sequence[int]) -> Path:
+    """Write an adapter layer behind each exit of ``make_model(family)``, unlike its own layers."""
+    model = make_model(family)
+    stack = stack_for(model)
+    torch.manual_seed(3)
+    blocks = {layer: fresh_layer(stack) for layer in exits}
+    for block in blocks.values():
+        for parameter in block.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    AdapterLayers(stack, blocks).save(folder, {"model": model_fingerprint(model)})
+    return folder

@@ -28,7 +28,7 @@ from offramp.envs import TokenTraces
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
 from offramp.worker.probes.candidates.successors import successor_table
 from support.cost_tables import measured
-from support.models import LAYERS, VOCAB, make_model
+from support.models import LAYERS, VOCAB, make_model, save_adapters
 
 OWN = (1, 2, 4)
 MIXED = (Exit(2, "int4"), Exit(LAYERS, "int4"), 1, 3, 4)
@@ -70,18 +70,31 @@ class ScriptedDrafts:
         return low + (step * 2654435761 + self.salt * 97 + low * 13) % 1009 % (high - low + 1)
 
 
-@pytest.fixture(scope="module", params=[OWN, MIXED], ids=["own", "mixed"])
-def exits(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    found: tuple[int, ...] = request.param
+@pytest.fixture(
+    scope="module", params=[(OWN, ()), (MIXED, ()), (OWN, (1, 4))], ids=["own", "mixed", "adapted"]
+)
+def kind(request: pytest.FixtureRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Exits, and those among them that have an adapter layer."""
+    found: tuple[tuple[int, ...], tuple[int, ...]] = request.param
     return found
 
 
 @pytest.fixture(scope="module")
-def engine(exits: tuple[int, ...]) -> AdaptiveEngine:
+def exits(kind: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
+    return kind[0]
+
+
+@pytest.fixture(scope="module")
+def engine(
+    kind: tuple[tuple[int, ...], tuple[int, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> AdaptiveEngine:
+    exits, adapted = kind
     if exits == OWN:
-        return AdaptiveEngine(
-            make_model("llama"), slots=1, config=EngineConfig(max_pending=PENDING)
-        )
+        folder = None
+        if adapted:
+            folder = save_adapters("llama", tmp_path_factory.mktemp("adapters"), adapted)
+        config = EngineConfig(max_pending=PENDING, translators=folder)
+        return AdaptiveEngine(make_model("llama"), slots=1, config=config)
     config = EngineConfig(max_pending=PENDING, draft_precision=Precision(weights="int4"))
     return AdaptiveEngine(make_model("llama", hidden_size=64), slots=1, config=config)
 

@@ -18,6 +18,7 @@ from offramp.agents.tuning.distil import (
     freeze,
     fresh_translators,
     kl_of_logits,
+    loss_head,
     states_at,
 )
 from offramp.agents.tuning.quality import measure, summarise
@@ -158,6 +159,21 @@ def test_blocks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.Monke
             assert one.grad is not None
             assert other.grad is not None
             assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+def test_a_loss_over_frequent_tokens_is_the_kl_among_them() -> None:
+    stack = stack_of()
+    texts = [[5, 5, 5, 9, 9, 2], [9, 2, 5, 7]]
+    assert loss_head(stack, texts, 0) is stack
+    head = loss_head(stack, texts, 3)
+    modules = fresh_translators(stack, EXITS, 4, TOKENS, seed=0)
+    losses = backward(stack, modules, TOKENS, head)
+    states, last_ND = states_at(stack, TOKENS, EXITS)
+    frequent = [5, 9, 2]
+    for layer in EXITS:
+        final_N3, exit_N3 = (stack.logits(x)[:, frequent] for x in (last_ND, states[layer]))
+        expected = kl_of_logits(final_N3, exit_N3).mean().item()
+        assert losses[layer] == pytest.approx(expected, rel=1e-4)
 
 
 def test_measured_quality_is_what_whole_logits_say() -> None:

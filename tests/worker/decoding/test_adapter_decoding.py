@@ -16,28 +16,13 @@ from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer
-from offramp.worker.model.families import stack_for
-from offramp.worker.model.loading import model_fingerprint
-from support.models import LAYERS, make_model
+from support.models import LAYERS, make_model, save_adapters
 from support.rows import RandomExit, decode
 
 PROMPTS = [[5, 17, 33, 2, 41], [9, 8, 7], [61, 3, 3, 12, 80, 4, 44, 23]]
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
 EXITS = (1, 3)
 FAMILIES = ("llama", "qwen3", "gpt2")
-
-
-def save_adapters(family: str, folder: Path) -> Path:
-    model = make_model(family)
-    stack = stack_for(model)
-    torch.manual_seed(3)
-    blocks = {layer: fresh_layer(stack) for layer in EXITS}
-    for block in blocks.values():
-        for parameter in block.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    AdapterLayers(stack, blocks).save(folder, {"model": model_fingerprint(model)})
-    return folder
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(family: str, tmp_path: Path) -> Path:
-    return save_adapters(family, tmp_path / "adapters")
+    return save_adapters(family, tmp_path / "adapters", EXITS)
 
 
 def adapted(family: str, folder: Path, **config: Any) -> AdaptiveEngine:
@@ -127,7 +112,7 @@ def test_an_adapter_is_counted_as_a_layer(family: str, folder: Path) -> None:
 
 
 def test_project_is_refused_where_entries_would_be_missing(tmp_path: Path) -> None:
-    engine = adapted("llama", save_adapters("llama", tmp_path / "adapters"))
+    engine = adapted("llama", save_adapters("llama", tmp_path / "adapters", EXITS))
     with pytest.raises(RequestError, match="adapter layer after 3"):
         engine.submit(PROMPTS[0], SAMPLING, RandomExit(0.5, 0, EXITS), kv_mode="project")
     [row] = decode(engine, PROMPTS[:1], SAMPLING, FixedExit(3), "project")
