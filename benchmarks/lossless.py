@@ -16,8 +16,7 @@ The last measures nothing: it draws what a file holds.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,19 +24,25 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from shared.contest import Entry, compare, rows_of, show
+from shared.contest import Entry, compare, require_equal, rows_of, show
+from shared.draft_contest import (
+    SAY,
+    best_assistant,
+    clocked,
+    in_engine,
+    in_hugging_face,
+    one_drafter,
+    parts_of,
+)
 from shared.lossless_plot import draw_lossless
-from shared.timing import Report, hugging_face, ours
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
-from offramp.agents.drafting.draft_net import router_of
-from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.draft_replay import Chosen, at_exits, confident_grid, replay_decisions
+from offramp.agents.drafting.draft_ppo import DraftPPOConfig
+from offramp.agents.drafting.draft_replay import Chosen, confident_grid
 from offramp.agents.recording.corpus import Document, load_corpus, tokenize
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import MAX_PENDING, IntArray
-from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.features import IntArray
+from offramp.controller.policies.protocols import NeverExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.draft_rules import del_rule, hindsight, static_grid, thompson_grid
 from offramp.worker import AdaptiveEngine, SamplingParams
@@ -47,7 +52,6 @@ from offramp.worker.profiling.rounds import ProfileConfig
 
 MODEL = "models/reference"
 CANDIDATES = 64
-SAY = Console(width=150)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def measure(quick: bool, threads: int) -> dict[str, Any]:
     headless = [record(recorder, split[name], plan, table_VK) for name in ("train", "validation")]
     costs = profile(engine, plan)
     SAY.print(parts_of(costs))
+    unseen = [tokens[: plan.prompt] for _, tokens in split["validation"]]
     best = {
-        "static": clocked(engine, static_grid(validation, costs)[:3], split["validation"], plan),
+        "static": clocked(engine, static_grid(validation, costs)[:3], unseen[:10], plan.new_tokens),
         "confidence": confident_grid(validation, costs)[0],
         "headless confidence": confident_grid(headless[1], costs, table_VK)[0],
         "DEL": del_rule(train, validation, costs)[0],
@@ -106,15 +111,15 @@ def measure(quick: bool, threads: int) -> dict[str, Any]:
         *learn((train, validation), costs, plan),
         *learn((headless[0], headless[1]), costs, plan, table_VK),
     ]
-    assistant = best_assistant(engine, split["validation"], plan)
+    assistant = best_assistant(engine, plan.exits, unseen[:3], plan.new_tokens)
     contenders = [
-        Entry("full depth", in_engine(engine, NeverExit(), plan)),
-        *(Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
-          for c in best.values()),
-        *(Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate) for c in learned),
-        Entry(assistant, in_hugging_face(engine, assistant, plan)),
+        Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens)),
+        *(Entry(c.name, in_engine(engine, c.policy, plan.new_tokens), c.offline.rate)
+          for c in (*best.values(), *learned)),
+        Entry(assistant, in_hugging_face(engine, assistant, plan.new_tokens)),
     ]  # fmt: skip
     compare(contenders, [tokens[: plan.prompt] for _, tokens in split["test"]])
+    require_equal(contenders[:-1])
     rows = rows_of(contenders, best["static"].name)
     show(rows, SAY)
     found = {
@@ -174,16 +179,6 @@ def profile(engine: AdaptiveEngine, plan: Extent) -> CostTable:
     return measure_costs(engine, table_VK, config).costs
 
 
-def parts_of(costs: CostTable) -> dict[str, Any]:
-    one = costs.with_probe("softmax").at(1)
-    names = ("layer", "head", "probe", "policy", "step", "build", "full")
-    parts: dict[str, Any] = {f"{n}_us": round(1e6 * getattr(one, f"{n}_s"), 1) for n in names}
-    parts["layer_us_by_tokens"] = {
-        n: round(1e6 * costs.launch(n).layer_s, 1) for n in range(1, MAX_PENDING + 2)
-    }
-    return parts
-
-
 def learn(
     split: tuple[TokenTraces, TokenTraces],
     costs: CostTable,
@@ -199,59 +194,6 @@ def learn(
     by_exits = {exits: train(exits, 0) for exits in plan.learned_exits}
     exits = max(by_exits, key=lambda key: by_exits[key].offline.rate)
     return [by_exits[exits], *(train(exits, seed) for seed in range(1, plan.seeds))]
-
-
-def one_drafter(
-    train: TokenTraces,
-    validation: TokenTraces,
-    costs: CostTable,
-    config: DraftPPOConfig,
-    exits: tuple[int, ...],
-    table_VK: IntArray | None,
-) -> Chosen:
-    start = time.perf_counter()
-    model = train_drafter(at_exits(train, exits), costs, config)
-    offline = replay_decisions(
-        lambda obs: model.predict(obs, deterministic=True)[0], at_exits(validation, exits), costs
-    )
-    spent = time.perf_counter() - start
-    kind = "PPO" if table_VK is None else "headless PPO"
-    name = f"{kind}, exits {', '.join(map(str, exits))}, seed {config.seed}"
-    SAY.print(f"{name}: {offline.rate:.3f} offline, {spent:.0f} s")
-    return Chosen(name, router_of(model, exits, MAX_PENDING, table_VK), offline)
-
-
-def clocked(
-    engine: AdaptiveEngine,
-    candidates: list[Chosen],
-    documents: Sequence[tuple[Document, list[int]]],
-    plan: Extent,
-) -> Chosen:
-    """The fastest by the clock on validation documents."""
-    runs = [Entry(c.name, in_engine(engine, c.policy, plan), c.offline.rate)
-            for c in candidates]  # fmt: skip
-    compare(runs, [tokens[: plan.prompt] for _, tokens in documents[:10]])
-    totals = [sum(run.seconds) for run in runs]
-    for run, total in zip(runs, totals, strict=True):
-        SAY.print(f"{run.name}: {run.offline:.3f} offline, {sum(run.tokens) / total:.1f} tokens/s")
-    return candidates[int(np.argmin(totals))]
-
-
-def best_assistant(
-    engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Extent
-) -> str:
-    names = [f"HF assistant_early_exit={layer}" for layer in plan.exits]
-    runs = [Entry(name, in_hugging_face(engine, name, plan)) for name in names]
-    compare(runs, [tokens[: plan.prompt] for _, tokens in documents[:3]], same=False)
-    return names[int(np.argmin([sum(run.seconds) for run in runs]))]
-
-
-def in_engine(engine: AdaptiveEngine, policy: Policy, plan: Extent) -> Callable[..., Report]:
-    return lambda prompt: ours(engine, [prompt], plan.new_tokens, policy, "verify")
-
-
-def in_hugging_face(engine: AdaptiveEngine, name: str, plan: Extent) -> Callable[..., Report]:
-    return lambda prompt: hugging_face(engine.model, [prompt], plan.new_tokens, name)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,31 @@ from numpy.typing import NDArray
 
 from offramp.agents.drafting.draft_replay import Chosen, at_exits, ranked
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import MAX_PENDING
-from offramp.controller.policies.drafts import DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.features import MAX_PENDING, IntArray
+from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.policies.protocols import RoutingPolicy
 from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
 
-def static_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """Every (exit, length), the best first."""
+def static_grid(
+    validation: TokenTraces, costs: CostTable, candidates_VK: IntArray | None = None
+) -> list[Chosen]:
+    """Every (exit, length), the best first; headless if a table is given.
+
+    Without the head, what is drafted has to be probed: a confidence stop that never stops.
+    """
+    name = "static" if candidates_VK is None else "headless static"
+
+    def rule(layer: int, length: int) -> RoutingPolicy:
+        if candidates_VK is None:
+            return StaticDraft(layer=layer, length=length)
+        return ConfidentDraft(
+            layer=layer, threshold=0.0, length=length, candidates_VK=candidates_VK
+        )
+
     tried = [
-        (f"static, exit {layer}, length {length}", StaticDraft(layer=layer, length=length))
+        (f"{name}, exit {layer}, length {length}", rule(layer, length))
         for layer in validation.header.exits
         for length in range(1, MAX_PENDING + 1)
     ]

@@ -36,12 +36,13 @@ class Continuations:
 
     Attributes:
         exits: Layers to probe, ascending; those on the engine's copy in fewer bytes first.
-        prompt_tokens: Tokens of each document that are read first.
+        prompt_tokens: Tokens of each document that are read first; None: the whole document is a
+            prompt.
         new_tokens: Tokens that the model goes on for.
     """
 
     exits: tuple[int, ...]
-    prompt_tokens: int = 64
+    prompt_tokens: int | None = 64
     new_tokens: int = 192
 
 
@@ -69,16 +70,17 @@ def record_continuations(
         ConfigError: exits are on a copy that the engine does not have.
     """
     prompts = [list(tokens[: config.prompt_tokens]) for _, tokens in documents]
-    if any(len(prompt) < config.prompt_tokens for prompt in prompts):
-        problem = f"hold one of fewer than {config.prompt_tokens} tokens"
+    least = config.prompt_tokens or 1
+    if any(len(prompt) < least for prompt in prompts):
+        problem = f"hold one of fewer than {least} tokens"
         raise TraceError("documents", problem, "Leave it out, or ask for shorter prompts")
     sampling = SamplingParams(max_tokens=config.new_tokens + 1, ignore_eos=True)
     done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
     copy = _copy_pass(engine, config)
     chunks = []
     for (document, _), prompt, completion in zip(documents, prompts, done, strict=True):
-        new = list(completion.token_ids)
-        chunks.append(_record(engine, document, [*prompt, *new], config, candidates_VK, copy))
+        text = (prompt, list(completion.token_ids))
+        chunks.append(_record(engine, document, text, config.exits, candidates_VK, copy))
         on_document(len(chunks), len(prompts))
     header = TraceHeader(
         model=engine.model_fingerprint,
@@ -93,7 +95,7 @@ def record_continuations(
 
 
 def _copy_pass(engine: AdaptiveEngine, config: Continuations) -> CopyPass | None:
-    """What runs tokens on the engine's copy, if there are exits on it."""
+    """What runs new tokens on the engine's copy, if there are exits on it."""
     wanted = copy_weights(config.exits)
     if wanted is None:
         return None
@@ -104,18 +106,21 @@ def _copy_pass(engine: AdaptiveEngine, config: Continuations) -> CopyPass | None
             f"({', '.join(map(str, config.exits))}) are on a copy that the engine does not have",
             f"Load it with draft_precision=Precision(weights={wanted!r})",
         )
-    return CopyPass(engine.stack, copy.stack, config.prompt_tokens)
+    return CopyPass(engine.stack, copy.stack)
 
 
 def _record(
     engine: AdaptiveEngine,
     document: Document,
-    tokens: list[int],
-    config: Continuations,
+    text: tuple[list[int], list[int]],
+    exits: tuple[int, ...],
     candidates_VK: IntArray | None,
     copy: CopyPass | None,
 ) -> TraceChunk:
-    """The tokens after the prompt's own first one: those that a decode step begins with."""
+    """The new tokens of a text (prompt, new): those that a decode step begins with."""
+    prompt, new = text
+    if copy is not None:
+        copy.first = len(prompt)
     headless = candidates_VK is not None
     table_VK = candidates_VK
     if table_VK is None:
@@ -124,15 +129,15 @@ def _record(
     whole = record_document(
         engine.stack,
         document.digest,
-        tokens,
-        config.exits,
+        [*prompt, *new],
+        exits,
         table_VK,
         schema,
         engine.decoder.translators,
         headless=headless,
         copy=copy,
     )
-    kept = slice(config.prompt_tokens, None)
+    kept = slice(len(prompt), None)
     names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]
     names += ["position_T", "full_token_T", "next_token_T"]
     return replace(whole, **{name: getattr(whole, name)[kept] for name in names})

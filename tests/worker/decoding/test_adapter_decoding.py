@@ -120,7 +120,7 @@ def test_project_is_refused_where_entries_would_be_missing(tmp_path: Path) -> No
 
 
 def test_adapters_of_another_model_or_shape_are_refused(tmp_path: Path) -> None:
-    folder = save_adapters("llama", tmp_path / "adapters")
+    folder = save_adapters("llama", tmp_path / "adapters", EXITS)
     with pytest.raises(ConfigError, match="fitted to the model"):
         adapted("qwen2", folder)
     (folder / "translators.safetensors").write_bytes(b"")
