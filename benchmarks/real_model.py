@@ -111,8 +111,8 @@ def main(
         kv_mode="verify", draft_precision=Precision.parse(copy), translators=translators
     )
     engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
-    asked = {name: found for name in text.split(",") if (found := questions_of(name, gsm8k))}
-    rows = measure(engine, asked, plan)
+    asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}
+    rows = measure(engine, {name: each for name, each in asked.items() if each}, plan)
     found = {
         "machine": describe_machine(engine.model.dtype),
         "model": Path(model).name,

