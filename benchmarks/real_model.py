@@ -18,6 +18,7 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +66,7 @@ class Sizes:
 
     prompts: int = 40
     new_tokens: int = 128
-    learned_from: int = 48
+    learned_from: int = 32
     recorded: int = 96
     steps: int = 600_000
     seeds: int = 3
@@ -101,31 +102,36 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each text.")] = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens of each.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of each learned drafter.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Decisions of each training.")] = None,
     quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     plan = QUICK if quick else Sizes()
-    plan = replace(plan, prompts=prompts or plan.prompts, new_tokens=tokens or plan.new_tokens)
+    given = {"prompts": prompts, "new_tokens": tokens, "seeds": seeds, "steps": steps}
+    plan = replace(plan, **{name: value for name, value in given.items() if value})
     config = EngineConfig(
         kv_mode="verify", draft_precision=Precision.parse(copy), translators=translators
     )
     engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
     asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}
-    rows = measure(engine, {name: each for name, each in asked.items() if each}, plan)
-    found = {
+    found: dict[str, Any] = {
         "machine": describe_machine(engine.model.dtype),
         "model": Path(model).name,
         "sizes": asdict(plan),
-        "rows": rows,
+        "rows": [],
     }
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1))
+    for rows in measure(engine, {name: each for name, each in asked.items() if each}, plan):
+        found["rows"] += rows
+        if json_file is not None:  # what is done stays done
+            json_file.write_text(json.dumps(found, indent=1))
 
 
 def measure(
     engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each text, once it has been timed."""
     held_out, learned_from = {}, []
     for name, questions in asked.items():
         encoded = [chat_prompt(engine.tokenizer, question) for question in questions]
@@ -135,7 +141,6 @@ def measure(
     drafters = drafters_of(engine, learning, choosing, plan)
     static = best_static(engine, drafters, choosing, plan)
     assistant = best_assistant(engine, assistants(engine), choosing[:2], plan.new_tokens)
-    rows = []
     for name, texts in held_out.items():
         contenders = [
             Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens)),
@@ -151,8 +156,7 @@ def measure(
         measured = rows_of(contenders, static.name)
         SAY.print(f"{name}: {len(texts)} prompts")
         show(measured, SAY)
-        rows += [as_json(name, row) for row in measured]
-    return rows
+        yield [as_json(name, row) for row in measured]
 
 
 def as_json(text: str, row: ContestRow) -> dict[str, Any]:
