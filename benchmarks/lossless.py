@@ -24,15 +24,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared.contest import Entry, compare, require_equal, rows_of, show
-from shared.draft_contest import (
+from shared.contest import (
     SAY,
+    Entry,
     best_assistant,
     clocked,
+    compare,
     in_engine,
     in_hugging_face,
     one_drafter,
     parts_of,
+    require_equal,
+    rows_of,
+    show,
 )
 from shared.lossless_plot import draw_lossless
 

@@ -25,15 +25,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from shared.contest import ContestRow, Entry, compare, rows_of, show
-from shared.draft_contest import (
+from shared.contest import (
     SAY,
+    ContestRow,
+    Entry,
     best_assistant,
     clocked,
+    compare,
     in_engine,
     in_hugging_face,
     one_drafter,
     parts_of,
+    rows_of,
+    show,
 )
 from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
 
@@ -66,11 +70,11 @@ class Sizes:
 
     prompts: int = 40
     new_tokens: int = 128
-    learned_from: int = 32
-    recorded: int = 96
+    learned_from: int = 24
+    recorded: int = 64
     steps: int = 600_000
     seeds: int = 3
-    profile_s: float = 60.0
+    profile_s: float = 30.0
     candidates: int = 256
 
 

@@ -6,8 +6,9 @@ Shape suffixes: B rows, T tokens, W documents.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,6 +114,8 @@ def tune(
     torch.set_num_threads(config.threads)
     train, held_out = _documents(config)
     run = _Tuning(config, exits, train, held_out)
+    if config.minutes is not None:
+        run.take(checkpoint.settings["steps"] if checkpoint else run.steps_within(config.minutes))
     if checkpoint is not None:
         checkpoint.require(run.settings)
     modules, curve = run.fit(folder, checkpoint, on_tokens)
@@ -181,6 +184,20 @@ class _Tuning:
             length=self.config.length,
             seed=self.config.seed,
         )
+
+    def steps_within(self, minutes: float) -> int:
+        """Optimizer steps that fit into the time, 1 or more; nothing of the trial is kept."""
+        modules, tokens_BT = self._fresh(resumes=True), self.stream().next().to(self.stack.device)
+        head = loss_head(self.stack, self.encoded(), self.config.loss_tokens)
+        backward(self.stack, modules, tokens_BT, head)  # the first warms up
+        start = time.perf_counter()
+        backward(self.stack, modules, tokens_BT, head)
+        return max(1, int(60 * minutes / (time.perf_counter() - start)))
+
+    def take(self, steps: int) -> None:
+        """Do so many steps."""
+        self.config = replace(self.config, steps=steps)
+        self.settings["steps"] = steps
 
     def fit(
         self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class TuneConfig:
         exits: Layers to fit; () places three at the quarters of the depth.
         rank: r of each translator; a layer has none.
         steps: Steps of the optimizer.
+        minutes: How long they may take: as many are done as fit, by the time of one on the first
+            batch. None: ``steps`` are done.
         batch_tokens: Tokens per step, a multiple of ``length``.
         length: Tokens per window.
         learning_rate: Peak rate of Adam.
@@ -47,6 +50,7 @@ class TuneConfig:
     exits: tuple[int, ...] = ()
     rank: int = 32
     steps: int = 300
+    minutes: float | None = None
     batch_tokens: int = 2048
     length: int = 256
     learning_rate: float = 1e-3
@@ -65,6 +69,8 @@ class TuneConfig:
         for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError("minutes", f"{self.minutes} is no time", "Try 20")
         if not 0 < self.learning_rate <= 1:
             raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1]", "Try 1e-3")
         if self.length < 2 or self.batch_tokens < 1 or self.batch_tokens % self.length:

@@ -15,6 +15,13 @@ from offramp.deploy.cli.tables import tuning_table
 from offramp.worker.hf.gguf_import import import_gguf
 from offramp.worker.model.loading import parse_dtype
 
+Minutes = Annotated[
+    float | None, typer.Option(help="Take as many steps as fit.", show_default="--steps")
+]
+LossTokens = Annotated[
+    int, typer.Option(min=0, help="Most frequent tokens that the loss is over; 0: all.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -46,12 +53,11 @@ def tune_exits(
     ] = "translator",
     rank: Annotated[int, typer.Option(help="Rank of each translator.")] = 32,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
+    minutes: Minutes = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    loss_tokens: Annotated[
-        int, typer.Option(min=0, help="Most frequent tokens that the loss is over; 0: all.")
-    ] = 4096,
+    loss_tokens: LossTokens = 4096,
     held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
@@ -72,6 +78,7 @@ def tune_exits(
         exits=options.parse_layers("exits", exits),
         rank=rank,
         steps=steps,
+        minutes=minutes,
         batch_tokens=batch_tokens,
         length=length,
         learning_rate=lr,

@@ -207,6 +207,14 @@ def test_the_data_digest_tells_the_documents_and_their_use_apart() -> None:
     assert data_digest([a, b], []) == data_digest([b, a], [])
 
 
+def test_a_time_limit_sets_the_steps_once(config: TuneConfig, tmp_path: Path) -> None:
+    hurried = replace(config, minutes=1e-9)
+    first = tune(hurried, tmp_path / "out")
+    assert [point[0] for point in first.curve] == [0]
+    assert json.loads((tmp_path / "out" / DESCRIPTION).read_text())["steps"] == 1
+    assert tune(replace(config, minutes=99), tmp_path / "out", resume=True) == first
+
+
 def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Path) -> None:
     layers = replace(config, kind="layer", exits=(3,), steps=12, checkpoint_every=6)
     report = tune(layers, tmp_path / "whole")
