@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh keeps to its time and writes down what it has, on whatever machine it runs."""
+"""gpu.sh keeps to its time and writes down what it has, on whatever machine it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = "benchmarks/gpu.sh"
+SCRIPT = "benchmarks/gpu/gpu.sh"
 JUNIT = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="0">
 <testcase name="right"/><testcase name="wrong"><failure/></testcase><testcase name="good"/>
 </testsuite></testsuites>"""
@@ -21,7 +21,7 @@ JUNIT = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="0">
 
 @pytest.fixture(scope="module")
 def report(root: Path) -> dict[str, Any]:
-    return runpy.run_path(str(root / "benchmarks/shared/gpu_report.py"))
+    return runpy.run_path(str(root / "benchmarks/gpu/gpu_report.py"))
 
 
 def test_whatever_had_no_time_is_named(root: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import model_fingerprint
 
 DEVICE = torch.device(os.environ.get("OFFRAMP_TEST_DEVICE", "cpu"))
-"""Where the models of the exactness tests lie; benchmarks/gpu.sh runs those with cuda."""
+"""Where the models of the exactness tests lie; benchmarks/gpu/gpu.sh runs those with cuda."""
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 LAYERS = 5

@@ -1,7 +1,7 @@
 """Captured layers compute, step after step, what the same layers compute when they are launched.
 
 Without a GPU tensors pretend to lie on one, and ``support.replayed`` does what a driver would; with
-one (``OFFRAMP_TEST_DEVICE``, as benchmarks/gpu.sh sets it) its own driver captures.
+one (``OFFRAMP_TEST_DEVICE``, as benchmarks/gpu/gpu.sh sets it) its own driver captures.
 
 Shape suffixes: N rows, T columns, D width.
 """

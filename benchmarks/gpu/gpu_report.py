@@ -1,6 +1,6 @@
-"""Put together what benchmarks/gpu.sh found: how its steps ended, tests, rows, the device's name.
+"""Put together what gpu.sh found: how its steps ended, tests, rows, the device's name.
 
-python benchmarks/shared/gpu_report.py FOLDER DEVICE gpu.json
+python benchmarks/gpu/gpu_report.py FOLDER DEVICE gpu.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Is the engine right on a GPU, and how fast? Exactness tests, then decoding benchmarks, one JSON.
 #
-#   bash benchmarks/gpu.sh wheels    # where there is a network: fetches what the machine may lack
-#   bash benchmarks/gpu.sh           # on the machine, in under eight minutes; writes gpu.json
+#   bash benchmarks/gpu/gpu.sh wheels    # where there is a network: fetches what the machine may lack
+#   bash benchmarks/gpu/gpu.sh           # on the machine, in under eight minutes; writes gpu.json
 #
 # The machine needs Linux, bash, Python 3.11 or later with torch (for its GPU), transformers and
 # numba, and neither a network nor an installation: the wheels are unpacked into a folder of their
@@ -10,7 +10,7 @@
 #
 # The steps can be tried without a GPU, with the smallest settings:
 #
-#   DEVICE=cpu SHAPES=reference BATCHES=1 TOKENS=4 REPEATS=1 TESTS=llama bash benchmarks/gpu.sh
+#   DEVICE=cpu SHAPES=reference BATCHES=1 TOKENS=4 REPEATS=1 TESTS=llama bash benchmarks/gpu/gpu.sh
 #
 # Layers are replayed as CUDA graphs; in the rows named "kernel by kernel" they are not, so that their
 # `ratio_full` is what graphs are worth, upside down. `graphs` counts them: 0 where none could be made.
@@ -18,7 +18,7 @@
 # Each step has a limit and all together have LIMIT_S seconds. A step that runs out of time leaves
 # what it has: its rows so far, and in `steps` how it ended (0: done; 124 or 137: out of time).
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 
 DEVICE=${DEVICE:-cuda}
 DTYPE=${DTYPE:-bfloat16}
@@ -112,4 +112,4 @@ for batch in $BATCHES; do
   done
 done
 
-"$PYTHON" benchmarks/shared/gpu_report.py "$WORK" "$DEVICE" "$OUT"
+"$PYTHON" benchmarks/gpu/gpu_report.py "$WORK" "$DEVICE" "$OUT"
