@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ TOPICS = {
     "history": "cli.releases.past",
     "diff": "cli.releases.past",
     "keys": "cli.releases.keys",
+    "clients": "clients.clients_command",
     "serve": "cli.serving",
     "demo": "demo.demo_command",
     "doctor": "cli.serving",
@@ -55,6 +57,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command; expected failures end in one sentence and exit status 1."""
+    _keep_ray_local()
     # Told to end, clean up just as on Ctrl-C: what was started is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -62,3 +65,10 @@ def main() -> None:
     except (OfframpError, OSError) as error:
         say(f"[bold red]error[/] {escape(str(error))}")
         sys.exit(1)
+
+
+def _keep_ray_local() -> None:
+    """Let a Ray of our own listen on loopback only, its metrics and agents included."""
+    # Its only switch for that is a variable, which it reads as it is imported, in each process.
+    if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -169,7 +169,7 @@ def engine_config(
     return EngineConfig(
         kv_mode=parse_kv_mode(kv_mode),
         max_pending=max_pending,
-        translators=translators,
+        translators=translators and translators.resolve(),
         precision=Precision.parse(weights),
     )
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,11 +17,13 @@ from offramp.controller.release.signing import load_public_keys
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
+from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
+from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
+from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.serve_app import PoolConfig, ray_session, require_free, running_pool
+from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
@@ -42,6 +44,16 @@ ServedName = Annotated[
 RedisPort = Annotated[
     int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
 ]
+MaxBodyBytes = Annotated[int, typer.Option(min=1, help="Bytes of a body; more get 413.")]
+MaxChoices = Annotated[
+    int, typer.Option(min=1, help="Completions of one request, all its prompts together.")
+]
+Deadline = Annotated[
+    float, typer.Option(help="Seconds from a request's beginning to its last token; then 504.")
+]
+Drain = Annotated[
+    float, typer.Option(help="Seconds that requests have for their end when the pool is stopped.")
+]
 
 
 def serve(
@@ -53,6 +65,10 @@ def serve(
     redis_port: RedisPort = 6390,
     slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
+    max_body_bytes: MaxBodyBytes = DEFAULT_LIMITS.body_bytes,
+    max_choices: MaxChoices = DEFAULT_LIMITS.choices,
+    deadline: Deadline = DEFAULT_LIMITS.deadline_s,
+    drain: Drain = DEFAULT_LIMITS.drain_s,
     trust: Trust = None,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
@@ -79,31 +95,38 @@ def serve(
             device=device,
             threads=options.parse_threads(threads, replicas),
             slots=slots,
-            engine=EngineConfig(
-                kv_mode=options.parse_kv_mode(kv_mode),
+            engine=replace(
+                options.engine_config(kv_mode, max_pending, translators, weights),
                 schedule=options.parse_schedule(
                     hold, hold_rows, hold_patience, together=together, costs=costs
                 ),
                 prefill_tokens=prefill_tokens,
-                max_pending=max_pending,
                 kv_budget_mb=kv_budget_mb,
-                translators=translators and translators.resolve(),
-                precision=Precision.parse(weights),
                 draft_precision=Precision.parse(draft_weights) if draft_weights else None,
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,
-        redis_url=settings.redis_url or "",
-        channel=settings.channel,
-        trusted=(trust or settings.home / PUBLIC_KEY).resolve(),
-        state_dir=(settings.home / "workers").resolve(),
         replicas=replicas,
         host=host,
         port=port,
-        api_key=settings.api_key,
         max_waiting=max_waiting,
+        limits=HttpLimits(
+            body_bytes=max_body_bytes, choices=max_choices, deadline_s=deadline, drain_s=drain
+        ),
+        **_followed(settings, trust),
     )
     _serve(config, settings, trust, redis_port)
+
+
+def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
+    """What of a pool's configuration the environment says."""
+    return {
+        "redis_url": settings.redis_url or "",
+        "channel": settings.channel,
+        "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
+        "state_dir": (settings.home / "workers").resolve(),
+        "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
+    }
 
 
 def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
@@ -111,7 +134,8 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
     _require_servable(config, settings, trust, redis_port)
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
-            redis = stack.enter_context(EmbeddedRedis(settings.home / "redis", port=redis_port))
+            embedded = EmbeddedRedis(settings.home / "redis", redis_port, supervised=True)
+            redis = stack.enter_context(embedded)
             config = replace(config, redis_url=redis.url)
             console.print(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:

@@ -21,14 +21,16 @@ from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.evaluating import SLOTS
+from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.demo.demo_config import DemoConfig, free_port, prepare_folder
 from offramp.deploy.demo.learn import SHOWN, Learned, assess_config, learn, prompts, traces_report
 from offramp.deploy.demo.show import show_completion, show_speed, show_swap
 from offramp.deploy.demo.swap import ControlPanel, request_report, swap_under_load
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
+from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import open_publisher, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.serve_app import PoolConfig, ray_session, running_pool
+from offramp.deploy.serve.serve_app import ray_session, running_pool
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.model.loading import check_model
 from offramp.worker.spec import WorkerSpec
@@ -150,7 +152,7 @@ def _pool(config: DemoConfig, settings: Settings, spec: WorkerSpec) -> PoolConfi
         state_dir=(config.out / "workers").resolve(),
         replicas=config.replicas,
         port=config.port or free_port(),
-        api_key=settings.api_key,
+        clients=ClientKeys(shared=settings.api_key),
     )
 
 

@@ -11,8 +11,9 @@ import typer
 from offramp.deploy.cli import options
 from offramp.deploy.demo.closed_loop import run_demo
 from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.deploy.serve.pool_config import LOOPBACK
 from offramp.deploy.serve.publishing import open_registry
-from offramp.deploy.serve.serve_app import LOOPBACK, require_free
+from offramp.deploy.serve.serve_app import require_free
 from offramp.deploy.serve.settings import Settings
 
 

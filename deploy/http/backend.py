@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from offramp.controller.errors import DecodeFailedError
+from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.worker.decoding.request import KVMode, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
+
+
+class WorkerLostError(DecodeFailedError):
+    """The worker of a request died, or froze."""
 
 
 class Backend(Protocol):
@@ -15,16 +21,18 @@ class Backend(Protocol):
 
     Attributes:
         model_id: Name that clients ask for.
-        api_key: What clients must present; None asks for none.
+        clients: Tells clients by their keys.
         started_at: Unix time, seconds.
+        layers: Layers of the model.
         tokenizer: The model's.
         encoder: Encodes prompts with it.
         most_tokens: Most tokens of a request, those of its prompt included.
     """
 
     model_id: str
-    api_key: str | None
+    clients: ClientKeys
     started_at: int
+    layers: int
 
     @property
     def tokenizer(self) -> Any:
@@ -48,13 +56,14 @@ class Backend(Protocol):
         *,
         kv_mode: KVMode | None,
         request_id: str,
-    ) -> tuple[list[str], AsyncIterator[TokenEvent]]:
+    ) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order.
 
         While a canary runs, the id decides which policy all of them run under.
 
         Returns:
-            The requests' ids, and their events as they come; closing the iterator gives them up.
+            Their events as they come, each with the index of its request. An async generator;
+            closing it gives them up.
 
         Raises:
             RequestError: they cannot be served.
@@ -67,10 +76,10 @@ class Backend(Protocol):
         """Why it can make no tokens now, such as "stuck"; None if nothing is known against it."""
         ...
 
-    def waiting(self) -> tuple[int, int]:
-        """Requests that wait for a slot, and how many may."""
+    def load(self) -> tuple[int, int]:
+        """Requests under way, running or waiting, and how many may be."""
         ...
 
-    async def policy_report(self) -> dict[str, Any]:
-        """The running policy and the state of its refresh."""
+    def reports(self) -> Sequence[dict[str, Any]]:
+        """What each worker said of itself last, the latest at the end."""
         ...

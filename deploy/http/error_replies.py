@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.deploy.http.backend import WorkerLostError
+from offramp.deploy.http.limits import DeadlineError
 from offramp.deploy.http.shapes.reply_shapes import ErrorFields, ErrorReply
 
 
@@ -58,6 +60,14 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:
         return overload_reply(error)
+
+    @app.exception_handler(DeadlineError)
+    async def late(_: Request, error: DeadlineError) -> Response:
+        return error_reply(504, str(error), kind="server_error", code="deadline")
+
+    @app.exception_handler(WorkerLostError)
+    async def lost(_: Request, error: WorkerLostError) -> Response:
+        return error_reply(503, str(error), kind="server_error", code="worker_lost")
 
     @app.exception_handler(OfframpError)
     async def failed(_: Request, error: OfframpError) -> Response:

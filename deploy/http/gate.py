@@ -1,29 +1,40 @@
-"""What every request passes before any route: the key, and HEAD as a GET without its body."""
+"""What every request passes before any route, so that what is refused costs next to nothing."""
 
 from __future__ import annotations
 
-import hmac
-
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from offramp.deploy.http.error_replies import error_reply
+from offramp.controller.errors import OverloadedError
+from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.error_replies import error_reply, overload_reply
+from offramp.worker.engine.service import RETRY_AFTER_S
 
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
+
+DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions")
+"""Routes that take a place in line."""
 
 
 class Gate:
     """Middleware in front of the routes.
 
+    It asks for the key, refuses requests while there is nobody or no room to serve them, bounds
+    their bodies, and answers HEAD as GET without its body.
+
     Args:
         app: What comes behind it.
-        api_key: What clients must present; None asks for none.
+        backend: Says whether requests can be taken, and tells clients by their keys.
+        body_bytes: Most bytes of a body.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, backend: Backend, body_bytes: int) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._backend = backend
+        self._body_bytes = body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -32,23 +43,66 @@ class Gate:
             return
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
-        if self._lets_in(scope):
-            await self._app(scope, receive, send)
-            return
-        reply = error_reply(
-            401,
-            "the API key is missing or wrong",
-            kind="authentication_error",
-            code="bad_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await reply(scope, receive, send)
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, self._bounded(receive), send)
+        else:
+            await refusal(scope, receive, send)
 
-    def _lets_in(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in OPEN_ROUTES:
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if not self._lets_in(scope["path"], headers):
+            return error_reply(
+                401,
+                "the API key is missing or wrong",
+                kind="authentication_error",
+                code="bad_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if scope["method"] != "POST":
+            return None
+        length = headers.get("content-length", "")
+        if length.isdecimal() and len(length) < 19 and int(length) > self._body_bytes:
+            # The server reads the rest and drops it, or the client would not see the answer.
+            return error_reply(413, self._too_large)
+        return self._unavailable(scope["path"])
+
+    def _unavailable(self, path: str) -> Response | None:
+        trouble = self._backend.trouble()
+        if trouble is not None:
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            message = f"the server takes no requests now: it is {trouble}"
+            code = trouble.replace(" ", "_")
+            return error_reply(503, message, kind="server_error", code=code, headers=headers)
+        outstanding, capacity = self._backend.load()
+        if path in DECODING_ROUTES and outstanding >= capacity:
+            return overload_reply(OverloadedError(RETRY_AFTER_S))
+        return None
+
+    def _lets_in(self, path: str, headers: Headers) -> bool:
+        clients = self._backend.clients
+        if not clients.are_asked_for or path in OPEN_ROUTES:
             return True
-        given = Headers(scope=scope).get("authorization", "")
-        return hmac.compare_digest(given.encode(), self._expected)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and clients.client(key) is not None
+
+    @property
+    def _too_large(self) -> str:
+        return f"body: exceeds {self._body_bytes} bytes. Shorten it."
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Count the bytes of a body whose length was not told."""
+        received = 0
+
+        async def receive_some() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._body_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return receive_some
 
 
 def _without_body(send: Send) -> Send:

@@ -18,12 +18,16 @@ from offramp.controller.errors import OfframpError
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
+from offramp.deploy.http.limits import HttpLimits, until
+from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
 from offramp.deploy.http.shapes.replies import ChatStyle, Choice, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import Prompt, prompt_text
+
+Events = AsyncIterator[tuple[int, TokenEvent]]
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
@@ -35,42 +39,67 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of an event stream, for proxies to pass each event on as it comes."""
 
 
-async def complete(backend: Backend, body: CompletionRequest, request: Request) -> Response:
-    """Answer POST /v1/completions."""
-    # All that may be refused comes before anything is queued, which nobody would read.
-    prompts, sampling, mode = body.prompts, body.sampling, body.kv_mode
-    encoder = backend.encoder
-    tokens = [await encoder.aside(encoder.encode, prompt) for prompt in prompts]
-    style = CompletionStyle(
-        id=f"cmpl-{uuid.uuid4().hex}",
-        **_common(backend, body, sum(map(len, tokens)), names=body.logprobs is not None),
-        made=body.candidates,
-        kept=body.n,
-        echoes=await encoder.aside(_echoes, backend.tokenizer, prompts, tokens)
-        if body.echo
-        else (),
-        prompt_only=body.max_tokens == 0,
-    )
-    choices, events = await backend.submit_all(
-        tokens, sampling, kv_mode=mode, request_id=_id_of(request, style)
-    )
-    return await _answer(style, choices, events, request, stream=body.stream)
+class Generation:
+    """Answers the routes that make tokens.
 
+    Args:
+        backend: What decodes.
+        limits: How much and how long a client may ask.
+        metrics: Told of every token.
+    """
 
-async def converse(backend: Backend, body: ChatRequest, request: Request) -> Response:
-    """Answer POST /v1/chat/completions."""
-    conversation, sampling, mode = body.conversation, body.sampling, body.kv_mode
-    tokens = await encode_conversation(backend, conversation)
-    if body.most_tokens is None:
-        sampling = replace(sampling, max_tokens=max(1, backend.most_tokens - len(tokens)))
-    style = ChatStyle(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        **_common(backend, body, len(tokens), names=body.logprobs),
-    )
-    choices, events = await backend.submit_all(
-        [tokens], sampling, kv_mode=mode, request_id=_id_of(request, style)
-    )
-    return await _answer(style, choices, events, request, stream=body.stream)
+    def __init__(self, backend: Backend, limits: HttpLimits, metrics: Metrics) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._metrics = metrics
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Answer POST /v1/completions."""
+        # All that may be refused comes before anything is queued, which nobody would read.
+        began_s = asyncio.get_running_loop().time()
+        backend, encoder = self._backend, self._backend.encoder
+        prompts, sampling, mode = body.prompts, body.sampling, body.kv_mode
+        choices = len(prompts) * sampling.n
+        self._limits.require_choices(choices, "prompt" if len(prompts) > 1 else "n")
+        tokens = [await encoder.aside(encoder.encode, prompt) for prompt in prompts]
+        style = CompletionStyle(
+            id=f"cmpl-{uuid.uuid4().hex}",
+            **_common(backend, body, sum(map(len, tokens)), names=body.logprobs is not None),
+            made=body.candidates,
+            kept=body.n,
+            echoes=await encoder.aside(_echoes, backend.tokenizer, prompts, tokens)
+            if body.echo
+            else (),
+            prompt_only=body.max_tokens == 0,
+        )
+        events = await backend.submit_all(
+            tokens, sampling, kv_mode=mode, request_id=_id_of(request, style)
+        )
+        events = self._followed(events, choices, began_s)
+        return await _answer(style, choices, events, request, stream=body.stream)
+
+    async def converse(self, body: ChatRequest, request: Request) -> Response:
+        """Answer POST /v1/chat/completions."""
+        began_s = asyncio.get_running_loop().time()
+        backend = self._backend
+        conversation, sampling, mode = body.conversation, body.sampling, body.kv_mode
+        self._limits.require_choices(sampling.n, "n")
+        tokens = await encode_conversation(backend, conversation)
+        if body.most_tokens is None:
+            sampling = replace(sampling, max_tokens=max(1, backend.most_tokens - len(tokens)))
+        style = ChatStyle(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            **_common(backend, body, len(tokens), names=body.logprobs),
+        )
+        events = await backend.submit_all(
+            [tokens], sampling, kv_mode=mode, request_id=_id_of(request, style)
+        )
+        events = self._followed(events, sampling.n, began_s)
+        return await _answer(style, sampling.n, events, request, stream=body.stream)
+
+    def _followed(self, events: Events, choices: int, began_s: float) -> Events:
+        in_time = until(events, began_s + self._limits.deadline_s)
+        return self._metrics.follow(in_time, choices, began_s)
 
 
 def _id_of(request: Request, style: ReplyStyle) -> str:
@@ -101,12 +130,7 @@ def _echoes(
 
 
 async def _answer(
-    style: ReplyStyle,
-    choices: Sequence[str],
-    events: AsyncIterator[TokenEvent],
-    request: Request,
-    *,
-    stream: bool,
+    style: ReplyStyle, choices: int, events: Events, request: Request, *, stream: bool
 ) -> Response:
     """A reply, given up if its client hangs up before it is there.
 
@@ -131,44 +155,39 @@ async def _disconnected(request: Request) -> None:
 
 
 class _Reply:
-    def __init__(
-        self, style: ReplyStyle, choices: Sequence[str], events: AsyncIterator[TokenEvent]
-    ) -> None:
+    def __init__(self, style: ReplyStyle, choices: int, events: Events) -> None:
         self.style = style
         self.events = events
-        # Each choice's events so far, in the order of the choices.
-        self.choices: dict[str, Choice] = {choice: [] for choice in choices}
-        self.index = {choice: index for index, choice in enumerate(choices)}
+        self.choices: list[Choice] = [[] for _ in range(choices)]
 
     async def whole(self) -> Response:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
-            async for event in self.events:
-                self.choices[event.request_id].append(event)
-        return JSONResponse(self.style.reply(list(self.choices.values())))
+            async for index, event in self.events:
+                self.choices[index].append(event)
+        return JSONResponse(self.style.reply(self.choices))
 
     async def stream(self) -> Response:
         # Waiting for the first token keeps the status code honest: what fails before it is still
         # an error response, not a broken stream.
         first = await anext(self.events)
-        lines = self._lines(first)
+        lines = self._lines(*first)
         return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
 
-    async def _lines(self, first: TokenEvent) -> AsyncIterator[str]:
+    async def _lines(self, index: int, first: TokenEvent) -> AsyncIterator[str]:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
             try:
-                yield self._chunk(first)
-                async for event in self.events:
-                    yield self._chunk(event)
+                yield self._chunk(index, first)
+                async for index, event in self.events:
+                    yield self._chunk(index, event)
                 if self.style.counts:
-                    yield _line(self.style.usage_chunk(list(self.choices.values())))
+                    yield _line(self.style.usage_chunk(self.choices))
             except OfframpError as error:
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))
         yield "data: [DONE]\n\n"
 
-    def _chunk(self, event: TokenEvent) -> str:
-        events = self.choices[event.request_id]
+    def _chunk(self, index: int, event: TokenEvent) -> str:
+        events = self.choices[index]
         events.append(event)
-        index = self.index[event.request_id]
         return _line(self.style.chunk(index, event, first=len(events) == 1))
 
 

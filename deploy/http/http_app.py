@@ -10,7 +10,9 @@ from fastapi.responses import Response
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.error_replies import add_error_handlers
 from offramp.deploy.http.gate import Gate
-from offramp.deploy.http.generation import complete, converse
+from offramp.deploy.http.generation import Generation
+from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
+from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.deploy.http.shapes.reply_shapes import ChatReply, CompletionReply, ErrorReply
@@ -29,22 +31,24 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 """What a reply may also be."""
 
 
-def create_app(backend: Backend) -> FastAPI:
+def create_app(backend: Backend, limits: HttpLimits = DEFAULT_LIMITS) -> FastAPI:
     """Build the app over a backend."""
     app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
-    app.add_middleware(Gate, api_key=backend.api_key)
+    app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes)
     add_error_handlers(app)
-    add_status_routes(app, backend)
+    metrics = Metrics(backend)
+    generation = Generation(backend, limits, metrics)
+    add_status_routes(app, backend, metrics)
     add_text_routes(app, backend)
 
     @app.post("/v1/completions", response_model=CompletionReply, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         require_model(body.model, backend)
-        return await complete(backend, body, request)
+        return await generation.complete(body, request)
 
     @app.post("/v1/chat/completions", response_model=ChatReply, responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         require_model(body.model, backend)
-        return await converse(backend, body, request)
+        return await generation.converse(body, request)
 
     return app

@@ -6,10 +6,12 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.reply_shapes import (
     ErrorReply,
     ModelCard,
@@ -31,7 +33,7 @@ def require_model(name: str, backend: Backend) -> None:
         raise HTTPException(404, f"model: {name!r} is not served. Ask for {backend.model_id!r}.")
 
 
-def add_status_routes(app: FastAPI, backend: Backend) -> None:
+def add_status_routes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
     """Add them to an app."""
 
     @app.get("/v1/models")
@@ -45,7 +47,14 @@ def add_status_routes(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/v1/policy")
     async def policy() -> dict[str, Any]:
-        return await backend.policy_report()
+        reports = backend.reports()
+        if not reports:
+            raise HTTPException(503, "no worker has reported yet")
+        return reports[-1]
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def scraped() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def installed() -> VersionReply:
@@ -57,9 +66,9 @@ def add_status_routes(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/ready", response_model=StateReply, responses=UNREADY)
     async def ready() -> Response:
-        waiting, most = backend.waiting()
-        trouble = backend.trouble() or ("busy" if waiting >= most else None)
-        return _state(trouble or "ready", is_fine=trouble is None, waiting=waiting)
+        outstanding, capacity = backend.load()
+        trouble = backend.trouble() or ("busy" if outstanding >= capacity else None)
+        return _state(trouble or "ready", is_fine=trouble is None, outstanding=outstanding)
 
 
 def _state(status: str, *, is_fine: bool, **numbers: int) -> Response:

@@ -1,4 +1,4 @@
-"""The Ray Serve pool: each replica is one worker with its own engine and policy refresh."""
+"""The Ray Serve pool: workers in replicas, and one front that clients talk to."""
 
 from __future__ import annotations
 
@@ -7,185 +7,34 @@ import io
 import logging
 import signal
 import socket
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
-from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import Ack
-from offramp.controller.release.signing import load_public_keys, trusted_keys
-from offramp.controller.release.trust import ReleaseVerifier
-from offramp.deploy.http.engine_backend import EngineBackend
-from offramp.deploy.http.http_app import create_app
-from offramp.worker.decoding.request import PolicySnapshot
-from offramp.worker.engine.core import EngineCore
-from offramp.worker.engine.service import EngineService
-from offramp.worker.following.refresh import PolicyRefresher
-from offramp.worker.following.worker_state import StateClaim
+from offramp.deploy.serve.front import Front
+from offramp.deploy.serve.pool_config import APP, PoolConfig
+from offramp.deploy.serve.replica import ServedWorker
 from offramp.worker.model.loading import check_model
-from offramp.worker.spec import WorkerSpec, freeze_heap, load_engine
 
-APP = "offramp"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEALTH_S = 1.0
+"""Seconds between two questions of Ray Serve to a worker how it is."""
 
+FROZEN_S = 4.0
+"""A worker that does not answer them for so long is replaced."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolConfig:
-    """A pool of workers behind one HTTP address.
+ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
+"""Requests of one burst are spread by what was sent; after it workers are asked for their load
+again: one that froze does not answer."""
 
-    Attributes:
-        worker: What each replica loads.
-        model_id: Name that clients ask for.
-        redis_url: The registry that the workers follow.
-        channel: Channel whose releases the workers follow.
-        trusted: File with the publisher's public key.
-        state_dir: Folder of the workers' own state (marks, last-known-good releases).
-        replicas: Number of workers.
-        host, port: Where HTTP listens.
-        api_key: What clients must present; None asks for none, on loopback only.
-        max_waiting: Requests that may wait per worker before new ones get 429.
-        poll_s: Seconds between polls of the registry when no event wakes a worker.
-        cpus: Cores that Ray sets aside per replica.
-    """
+AS_URGENT = {"worker_niceness": 0}
+"""Ray's processes would give way to all others of the machine, and wake up too late."""
 
-    worker: WorkerSpec
-    model_id: str
-    redis_url: str
-    channel: str
-    trusted: Path
-    state_dir: Path
-    replicas: int = 2
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    max_waiting: int = 64
-    poll_s: float = 5.0
-    cpus: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigError("replicas", f"{self.replicas} is below 1")
-        if not 0 < self.port < 65536:
-            raise ConfigError("port", f"{self.port} is not in [1, 65535]")
-        if self.host not in LOOPBACK and self.api_key is None:
-            raise ConfigError(
-                "host",
-                f"{self.host} is reachable from outside, but no key is set",
-                "Set OFFRAMP_API_KEY or listen on 127.0.0.1",
-            )
-
-
-class ServedWorker(EngineBackend):
-    """One replica: engine thread, policy refresher, HTTP app."""
-
-    def __init__(self, config: PoolConfig) -> None:
-        # Held for as long as this process lives: no other worker writes there.
-        self._claim = StateClaim(config.state_dir / config.channel)
-        self.worker_id = self._claim.name
-        self.model_id = config.model_id
-        self.api_key = config.api_key
-        self.started_at = int(time.time())
-        engine = load_engine(config.worker)
-        verifier = ReleaseVerifier(
-            trusted_keys(*load_public_keys(config.trusted)),
-            config.channel,
-            engine.model_fingerprint,
-            engine.tokenizer_fingerprint,
-            layers=engine.stack.layers,
-            vocab=engine.stack.vocab,
-        )
-        self.refresher = PolicyRefresher(
-            RedisRegistry(config.redis_url, config.channel),
-            verifier,
-            self._claim.folder,
-            self.worker_id,
-            config.poll_s,
-            engine.prepare,
-        )
-        engine.current_policy = lambda: self.refresher.current
-        super().__init__(EngineService(engine, max_waiting=config.max_waiting))
-        freeze_heap()
-        self.refresher.start()
-        self.service.start()
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Ray Serve after construction."""
-        return create_app(self)
-
-    def __del__(self) -> None:
-        """Called by Ray Serve before it ends the process in order: this is no crash."""
-        if refresher := getattr(self, "refresher", None):
-            refresher.stop()
-
-    def check_health(self) -> None:
-        """Called by Ray Serve: a stuck engine gets its replica replaced."""
-        if not self.service.is_healthy:
-            raise RuntimeError("the engine makes no progress")
-
-    async def policy_report(self) -> dict[str, Any]:
-        """This worker's policy; other workers report through their acknowledgements.
-
-        ``unreported`` says why the registry could not be told of it; "" if it was.
-        """
-        engine = self.service.engine
-        return describe_policy(
-            self.worker_id, self.refresher.current, self.refresher.report, engine
-        ) | {"unreported": self.refresher.unreported}
-
-
-def describe_policy(
-    worker: str, snapshot: PolicySnapshot, report: Ack, engine: EngineCore
-) -> dict[str, Any]:
-    """Describe a worker's policy, as ``/v1/policy`` answers.
-
-    ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
-    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
-    ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
-    would not have emitted; ``canary`` describes the release that serves a share of the requests
-    (``percent``) in its place, None if there is none.
-    """
-    canary = snapshot.canary
-    return {
-        "worker": worker,
-        **_describe(snapshot, engine),
-        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, engine)},
-        "state": report.state.value,
-        "reason": report.reason,
-    }
-
-
-def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
-    certificate = snapshot.certificate
-    gap = (
-        ""
-        if certificate is None
-        else certificate.gap(
-            kv_mode=engine.config.kv_mode,
-            dtype=str(engine.stack.dtype).removeprefix("torch."),
-            translators=engine.decoder.translators.digest,
-        )
-    )
-    return {
-        "generation": snapshot.generation,
-        "digest": snapshot.digest,
-        "exits": list(snapshot.policy.exits),
-        "guarantee": snapshot.guarantee,
-        "certificate": None if certificate is None else certificate.statement,
-        "gap": gap,
-        "audited": snapshot.watch.audited if snapshot.watch else 0,
-        "disagreed": snapshot.watch.disagreed if snapshot.watch else 0,
-    }
-
-
-ServedWorkerDeployment: Any = serve.deployment(serve.ingress()(ServedWorker))
-"""The same as a Ray Serve deployment."""
+STOP_S = 15.0
+"""Seconds that the front has for its end beyond those for draining."""
 
 
 @contextlib.contextmanager
@@ -200,23 +49,52 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
     require_free(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.host, "port": config.port},
+        proxy_location="Disabled",
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    try:
-        deployment = ServedWorkerDeployment.options(
+    with contextlib.ExitStack() as stack:
+        stack.callback(_shut_down)
+        front = stack.enter_context(_listening(config))
+        workers = serve.deployment(ServedWorker).options(
             num_replicas=config.replicas,
-            # The app sheds load itself, with OpenAI's error body; Serve's own is plain text.
-            max_ongoing_requests=10 * config.max_waiting,
+            # The front takes no more than all workers have room for; this spreads them.
+            max_ongoing_requests=config.room,
+            health_check_period_s=HEALTH_S,
+            health_check_timeout_s=FROZEN_S,
+            graceful_shutdown_timeout_s=config.limits.drain_s,
             ray_actor_options={"num_cpus": config.cpus},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(deployment.bind(config), name=APP, route_prefix="/")
+        serve.run(workers.bind(config, front), name=APP, route_prefix=None)
+        ray.get(front.connect.remote())
         yield f"http://{config.host}:{config.port}"
+
+
+def _shut_down() -> None:
+    with _muted():
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def _listening(config: PoolConfig) -> Iterator[Any]:
+    """A front on this machine; requests under way when the block ends are let end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Front).options(
+        num_cpus=0,
+        max_concurrency=1000,
+        scheduling_strategy=here,
+        runtime_env={"env_vars": ASK_OFTEN},
+    )
+    front = actor.remote(config)
+    try:
+        ray.get(front.listen.remote())
+        try:
+            yield front
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(front.drain.remote(), timeout=config.limits.drain_s + STOP_S)
     finally:
-        with _muted():
-            serve.shutdown()
+        ray.kill(front)
 
 
 @contextlib.contextmanager
@@ -228,7 +106,12 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        options |= {"num_cpus": cpus, "include_dashboard": False, "address": "local"}
+        options |= {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "address": "local",
+            "_system_config": AS_URGENT,
+        }
     else:
         options["address"] = address
     handler = signal.getsignal(signal.SIGTERM)

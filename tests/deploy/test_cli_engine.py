@@ -14,7 +14,8 @@ from offramp.controller.costs.cost_file import load_costs, save_costs
 from offramp.deploy.cli import learning, options, serving
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
-from offramp.deploy.serve.serve_app import PoolConfig
+from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.worker import AdaptiveEngine, EngineConfig, Schedule
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.translators import ExitTranslators, Translator
@@ -55,6 +56,22 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_settings_left_out_are_the_engines_own(served: Callable[..., PoolConfig]) -> None:
     assert served().worker.engine == EngineConfig()
+    assert served().limits == HttpLimits()
+
+
+def test_every_limit_reaches_the_pool(served: Callable[..., PoolConfig]) -> None:
+    pool = served(
+        *("--max-body-bytes", 1000, "--max-choices", 3, "--deadline", 2.5, "--drain", 7),
+        *("--slots", 5, "--max-waiting", 6),
+    )
+    assert pool.limits == HttpLimits(body_bytes=1000, choices=3, deadline_s=2.5, drain_s=7.0)
+    assert pool.room == 5 + 6
+
+
+def test_a_limit_that_nothing_is_within_is_named(cli: Any) -> None:
+    status, output = cli("serve", "--deadline", 0)
+    assert status == 1
+    assert "deadline_s" in output
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -4,14 +4,30 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from offramp.controller.errors import ConfigError, RegistryUnavailableError
 from offramp.deploy.serve.redis_server import EmbeddedRedis
+
+PATIENCE_S = 60.0
+
+START_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from offramp.deploy.serve.redis_server import EmbeddedRedis
+with EmbeddedRedis(Path(sys.argv[1])) as server:
+    print(server.pid, flush=True)
+    time.sleep(600)
+"""
 
 
 def alive(pid: int) -> bool:
@@ -74,6 +90,32 @@ def test_two_servers_do_not_touch_each_other(tmp_path: Path) -> None:
 def test_a_server_killed_from_outside_is_no_trouble(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path) as server:
         os.kill(server.pid, signal.SIGKILL)
+
+
+def test_a_supervised_server_comes_back_with_its_data(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path, free_port(), supervised=True) as server:
+        client = redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 600))
+        before = client.lastsave()
+        client.set("a", "b")
+        while client.lastsave() == before:
+            time.sleep(0.05)
+        first = server.pid
+        os.kill(first, signal.SIGKILL)
+        assert client.get("a") == b"b"
+        second = server.pid
+        assert second != first
+    assert not alive(second)
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-c", START_AND_WAIT, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    server = psutil.Process(int(started.stdout.readline()))
+    started.kill()
+    started.wait()
+    server.wait(timeout=PATIENCE_S)
 
 
 def test_a_missing_binary_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +82,7 @@ class Request:
         forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
         sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
         audited: Whether full depth is asked about every token that leaves early.
+        arrived_s: When it was made, by ``time.perf_counter``.
     """
 
     id: str
@@ -91,6 +93,7 @@ class Request:
     forced: tuple[int, ...] = ()
     sampler: Sampler | None = None
     audited: bool = False
+    arrived_s: float = field(default_factory=time.perf_counter, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,7 @@ class CompletionStats:
         copy_calls: Beside these, layers of the quantised copy that drafted.
         exact_share: Share of its cache positions whose every layer was executed.
         drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
+        queued_s: Seconds that it waited for a slot.
     """
 
     prompt_tokens: int
@@ -115,6 +119,7 @@ class CompletionStats:
     exact_share: float = 1.0
     drafts: int = 0
     drafts_accepted: int = 0
+    queued_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -76,6 +77,7 @@ class Sequence:
         routes, learns, headless: What kind of policy it is; headless in greedy ``verify`` only.
         drafts_on_copy: Whether some of its exits are on the quantised copy (``verify`` only).
         watch: Is told how it fares under its release; None: nobody watches.
+        seated_s: When it got its slot, by ``time.perf_counter``.
     """
 
     request: Request
@@ -107,6 +109,7 @@ class Sequence:
     early: int = 0
     error: Exception | None = None
     proposed: list[int] = field(default_factory=list)
+    seated_s: float = field(default_factory=time.perf_counter)
     policy: Policy = field(init=False)
     routes: bool = field(init=False)
     learns: bool = field(init=False)

@@ -78,6 +78,7 @@ class Outbox:
             exact_share=self._kv.exact_share(row.slot, row.position),
             drafts=row.drafts_made,
             drafts_accepted=row.drafts_accepted,
+            queued_s=row.seated_s - row.request.arrived_s,
         )
 
     def _text(self, row: Sequence, index: int) -> tuple[int, str]:

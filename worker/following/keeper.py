@@ -41,6 +41,7 @@ class ReleaseKeeper:
         mark: The highest release accepted; None if none was, or it was lost.
         mark_lost: Whether a mark was there that cannot be read.
         loaded: The release that was activated last; None before the first.
+        trips: How often a release was taken out of service.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ReleaseKeeper:
         self.mark: Mark | None = None
         self.mark_lost = False
         self.loaded: Mark | None = None
+        self.trips = 0
         self._verifier = verifier
         self._state = state
         self._prepare = prepare
@@ -81,6 +83,7 @@ class ReleaseKeeper:
                 reason=f"generation {generation}: {reason}",
             )
             self.current = FULL_DEPTH
+            self.trips += 1
         self._tell()
 
     def cold_start(self) -> str:

@@ -94,6 +94,7 @@ class PolicyRefresher:
             for each in (state, WorkerState(state_dir, CANARY))
         )
         self.unreported = ""
+        self._fresh_at_s = time.monotonic()
         self._canary.cold_start()
         if self._canary.is_on_trial:
             state.forgive()  # if starts end in a crash, the newer release is put away first
@@ -105,6 +106,18 @@ class PolicyRefresher:
         stable, canary = self._stable.current, self._canary.current
         is_beside = canary.rollout.stable_generation == stable.generation > 0
         return replace(stable, canary=canary) if is_beside else stable
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds for which it has not known which release is the newest; 0 if it knows."""
+        if self.report.state is not AckState.STALE:
+            return 0.0
+        return time.monotonic() - self._fresh_at_s
+
+    @property
+    def trips(self) -> int:
+        """Releases taken out of service since its start."""
+        return self._stable.trips + self._canary.trips
 
     def trip(self, generation: int, reason: str) -> None:
         """Take a release out of service; see ReleaseKeeper."""
@@ -121,6 +134,8 @@ class PolicyRefresher:
         with self._polling:
             state, reason = self._refresh()
             self.report = ack = self._ack(state, reason)
+            if state is not AckState.STALE:
+                self._fresh_at_s = time.monotonic()
             try:
                 self._registry.acknowledge(ack, ACK_TTL_POLLS * self._poll_s)
                 self.unreported = ""

@@ -23,9 +23,6 @@ LONGEST_STOP = 1024
 MOST_LOGPROBS = 5
 """Most alternatives reported per token, as OpenAI's API has it for completions."""
 
-MOST_CHOICES = 128
-"""Most choices of one reply, over all of its prompts."""
-
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -210,14 +207,7 @@ class CompletionRequest(DecodingFields):
         """The prompts, one or several.
 
         Raises:
-            RequestError: none, a field with a value that is not supported, or too many choices.
+            RequestError: a field with a value that is not supported.
         """
         require_supported(self.model_extra or {}, NEUTRAL)
-        prompts = as_prompts(self.prompt) or [[]]  # one that is empty is refused by name
-        if len(prompts) * self.candidates > MOST_CHOICES:
-            raise RequestError(
-                "prompt" if len(prompts) > 1 else "n",
-                f"asks for {len(prompts) * self.candidates} completions, more than {MOST_CHOICES}",
-                "Send several requests",
-            )
-        return prompts
+        return as_prompts(self.prompt) or [[]]  # one that is empty is refused by name

@@ -114,7 +114,7 @@ class StateReply(TypedDict):
     """How a server is."""
 
     status: str
-    waiting: NotRequired[int]
+    outstanding: NotRequired[int]
 
 
 class ErrorFields(TypedDict):

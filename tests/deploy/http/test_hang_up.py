@@ -9,6 +9,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -66,6 +67,11 @@ def test_a_slot_is_free_at_once(
         await caller.hang_up()
         await until(lambda: service.engine.load == (0, 0))
         assert service.tokens_emitted < start + 900
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://offramp"
+        ) as client:
+            counted = (await client.get("/metrics")).text
+        assert f'finished_reason="abort",model_name="reference"}} {fields.get("n", 1)}.0' in counted
 
     asyncio.run(scenario())
 

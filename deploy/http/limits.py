@@ -1,0 +1,86 @@
+"""How much and how long a client may ask, and what becomes of one that asks more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from offramp.controller.errors import ConfigError, OfframpError, RequestError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """Bounds on one connection and one request.
+
+    Attributes:
+        body_bytes: Most bytes of a request's body.
+        choices: Most completions of one request, over all of its prompts.
+        header_s: Seconds that a client may take for a request's headers, from its first byte (or
+            the connection's beginning) on.
+        body_s: Seconds that it may take for the body.
+        idle_s: Seconds that a connection without a request stays open.
+        write_s: Seconds for which it may read nothing while bytes wait for it.
+        deadline_s: Seconds from a request's beginning to its last token.
+        drain_s: Seconds that requests under way have for their end once the server is to stop.
+
+    Raises:
+        ConfigError: a bound that nothing is within.
+    """
+
+    body_bytes: int = 8 * 2**20
+    choices: int = 128
+    header_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 15.0
+    write_s: float = 20.0
+    deadline_s: float = 600.0
+    drain_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"{getattr(self, name)} is not above 0", "Raise it")
+
+    def require_choices(self, count: int, field: str) -> None:
+        """Refuse a request for too many completions.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        if count > self.choices:
+            problem = f"asks for {count} completions, more than {self.choices}"
+            raise RequestError(field, problem, "Send several requests")
+
+
+DEFAULT_LIMITS = HttpLimits()
+
+
+class DeadlineError(OfframpError):
+    """A request was not done in time."""
+
+
+async def until(events: AsyncIterator[Item], end_s: float) -> AsyncIterator[Item]:
+    """Pass events on up to a point in time.
+
+    Args:
+        events: An async generator; closed in any case.
+        end_s: The point, by the running loop's clock.
+
+    Raises:
+        DeadlineError: it has come.
+    """
+    async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+        while True:
+            try:
+                async with asyncio.timeout_at(end_s):
+                    event = await anext(events)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise DeadlineError("the request's deadline has passed") from error
+            yield event

@@ -1,0 +1,162 @@
+"""What Prometheus is told: requests as their clients see them, and workers as they report.
+
+Where vLLM counts the same thing, names after the prefix, labels and buckets are vLLM's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from offramp.controller.errors import OfframpError
+from offramp.deploy.http.backend import Backend
+from offramp.worker.decoding.request import CompletionStats, TokenEvent
+
+PREFIX = "offramp_"
+
+# fmt: off
+FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+           10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+"""Buckets of the time to the first token."""
+
+GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+         2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+"""Buckets of the time between two tokens: vLLM's, and three below them."""
+
+WHOLE_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+           240.0, 480.0, 960.0, 1920.0, 7680.0)
+"""Buckets of what a completion takes, or waits, in all."""
+# fmt: on
+
+REPORTED = {
+    "num_requests_running": ("running", "Completions that a worker decodes"),
+    "num_requests_waiting": ("waiting", "Completions that wait for a slot of a worker"),
+    "policy_generation": ("generation", "Release that a worker runs; 0: full depth"),
+    "policy_stale_seconds": ("stale_s", "Since when a worker cannot tell which release is newest"),
+    "guardrail_trips_total": ("trips", "Releases that a worker took out of service"),
+    "audited_tokens_total": ("audited", "Early tokens that full depth was asked about"),
+    "audit_disagreements_total": ("disagreed", "Those that full depth would not have emitted"),
+}
+"""What workers report: the field of their report, and what it says."""
+
+
+class Metrics:
+    """Counts what one server does.
+
+    Args:
+        backend: What decodes; its workers' reports are looked up each time Prometheus asks.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._registry = CollectorRegistry()
+        self._model, self._layers = backend.model_id, backend.layers
+        self._first = self._histogram("time_to_first_token_seconds", "To the first token", FIRST_S)
+        self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens", GAP_S)
+        self._whole = self._histogram("e2e_request_latency_seconds", "To the last token", WHOLE_S)
+        self._queued = self._histogram("request_queue_time_seconds", "In line", WHOLE_S)
+        depths = tuple(range(1, self._layers + 1))
+        self._depth = self._histogram("exit_layer", "Layers before a token was emitted", depths)
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
+        self._made = self._counter("generation_tokens", "Tokens emitted")
+        self._run = self._counter("layers_executed", "Layers executed after prompts")
+        self._full = self._counter("layers_full_depth", "Layers of the same tokens at full depth")
+        self._drafts = self._counter("spec_decode_num_draft_tokens", "Tokens drafted")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts confirmed")
+        self._ended = Counter(
+            PREFIX + "request_success",
+            "Completions by their end; abort, error: not a success",
+            ("model_name", "finished_reason"),
+            registry=self._registry,
+        )
+        self._registry.register(_Reports(backend))
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        labels = ("model_name",)
+        family = Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self._registry)
+        return family.labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        family = Counter(PREFIX + name, text, ("model_name",), registry=self._registry)
+        return family.labels(self._model)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    async def follow(
+        self, events: AsyncIterator[tuple[int, TokenEvent]], completions: int, began_s: float
+    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Pass the events of one request on, and count them.
+
+        Args:
+            events: An async generator; closed in any case.
+            completions: How many end in it.
+            began_s: When the request came, by the running loop's clock.
+        """
+        clock = asyncio.get_running_loop().time
+        told_s: dict[int, float] = {}
+        reason = "abort"
+        try:
+            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+                async for index, event in events:
+                    now_s = clock()
+                    self._count_token(event, now_s - began_s, now_s, told_s.get(index))
+                    told_s[index] = now_s
+                    completions -= event.finish_reason is not None
+                    yield index, event
+        except OfframpError:
+            reason = "error"
+            raise
+        finally:
+            self._ended.labels(self._model, reason).inc(completions)
+
+    def _count_token(
+        self, event: TokenEvent, since_s: float, now_s: float, before_s: float | None
+    ) -> None:
+        if before_s is None:
+            self._first.observe(since_s)
+        else:
+            self._gap.observe(now_s - before_s)
+            self._full.inc(self._layers)
+        self._made.inc()
+        self._depth.observe(event.exit_layer)
+        if event.finish_reason is not None:
+            self._whole.observe(since_s)
+            self._ended.labels(self._model, event.finish_reason).inc()
+        if event.stats is not None:
+            self._count_completion(event.stats)
+
+    def _count_completion(self, stats: CompletionStats) -> None:
+        self._prompt.inc(stats.prompt_tokens)
+        self._queued.observe(stats.queued_s)
+        self._run.inc(stats.layer_calls)
+        self._drafts.inc(stats.drafts)
+        self._accepted.inc(stats.drafts_accepted)
+
+
+class _Reports(Collector):
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        model, reports = self._backend.model_id, self._backend.reports()
+        for name, (field, text) in REPORTED.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(PREFIX + name, text, labels=("model_name", "worker"))
+            for report in reports:
+                family.add_metric((model, report["worker"]), report[field])
+            yield family
+        says = ("worker", "digest", "guarantee", "state")
+        info = GaugeMetricFamily(
+            PREFIX + "policy_info",
+            "1, and which policy a worker runs",
+            labels=("model_name", *says),
+        )
+        for report in reports:
+            info.add_metric((model, *(report[field] for field in says)), 1)
+        yield info

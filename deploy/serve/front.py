@@ -1,0 +1,74 @@
+"""The process that clients talk to: HTTP on one side, the pool's workers on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import uvicorn
+from ray import serve
+
+from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
+from offramp.deploy.serve.pool_backend import PoolBackend
+from offramp.deploy.serve.pool_config import APP, PoolConfig
+from offramp.deploy.serve.replica import ServedWorker
+
+_PAUSE_S = 0.02
+
+CUT_S = 2
+"""Seconds in which streams that were told of the end may still send it."""
+
+
+class Front:
+    """A Ray actor that listens from its beginning on, and says "starting" until it is connected.
+
+    Args:
+        config: What the pool is made of.
+    """
+
+    def __init__(self, config: PoolConfig) -> None:
+        self._limits = config.limits
+        self._backend = PoolBackend(config)
+        settings = LimitedConfig(
+            create_app(self._backend, config.limits),
+            host=config.host,
+            port=config.port,
+            http=PatientProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=round(config.limits.idle_s),
+            timeout_graceful_shutdown=CUT_S,
+        )
+        settings.limits = config.limits
+        self._server = uvicorn.Server(settings)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def listen(self) -> None:
+        """Return once clients are answered."""
+        self._serving = asyncio.create_task(self._server.serve())
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(_PAUSE_S)
+
+    async def connect(self) -> None:
+        """Begin to send requests to the workers."""
+        await self._backend.connect(serve.get_deployment_handle(ServedWorker.__name__, APP))
+
+    async def hear(self, report: dict[str, Any]) -> None:
+        """Take what a worker says of itself."""
+        self._backend.hear(report)
+
+    async def drain(self) -> None:
+        """Refuse what comes from now on, let what is under way end, and stop listening."""
+        self._backend.is_draining = True
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._limits.drain_s
+        while self._backend.load()[0] and loop.time() < end_s:
+            await asyncio.sleep(_PAUSE_S)
+        self._backend.abandon()
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving

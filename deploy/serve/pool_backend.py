@@ -1,0 +1,184 @@
+"""The pool's workers as what decodes behind the routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
+
+from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
+from offramp.deploy.http.backend import WorkerLostError
+from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.replica import Tokens
+from offramp.worker.decoding.request import KVMode, TokenEvent
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.encoding import PromptEncoder
+from offramp.worker.engine.service import RETRY_AFTER_S
+from offramp.worker.model.loading import layers_and_vocab, load_tokenizer
+
+SILENCE_S = 4.0
+"""A worker that says nothing for so long, not even that it lives, is given up."""
+
+SLICES = 8
+"""The wait is cut into so many: a front that had no time to listen for long counts it as one."""
+
+
+FORGET_S = 10.0
+"""A worker that has not reported for so long is not counted on."""
+
+
+_PAUSE_S = 0.02
+
+
+class PoolBackend:
+    """Sends requests to workers, and sends them once more elsewhere if a worker is lost.
+
+    Args:
+        config: What the pool is made of.
+    """
+
+    def __init__(self, config: PoolConfig) -> None:
+        self.model_id = config.model_id
+        self.clients = config.clients
+        self.started_at = int(time.time())
+        self.layers = layers_and_vocab(config.worker.model)[0]
+        self.tokenizer = load_tokenizer(config.worker.model)
+        self.most_tokens = 0
+        self.is_draining = False
+        self._encoder: PromptEncoder | None = None
+        self._workers: Any = None
+        self._room = config.room
+        self._outstanding = 0
+        self._streams: set[Any] = set()
+        self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    async def connect(self, workers: Any) -> None:
+        """Begin to send requests to a deployment's workers; returns once one has reported."""
+        context, self.most_tokens = await workers.most_tokens.remote()
+        self._encoder = PromptEncoder(self.tokenizer, context)
+        while not self.reports():
+            await asyncio.sleep(_PAUSE_S)
+        self._workers = workers
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Encodes prompts."""
+        assert self._encoder is not None  # no request is taken before the pool is connected
+        return self._encoder
+
+    def trouble(self) -> str | None:
+        """Why it can make no tokens now."""
+        if self.is_draining:
+            return "draining"
+        if self._workers is None:
+            return "starting"
+        return None if self.reports() else "without workers"
+
+    def load(self) -> tuple[int, int]:
+        """Requests under way, and how many may be."""
+        return self._outstanding, self._room * len(self.reports())
+
+    async def submit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVMode | None,
+        request_id: str,
+    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Queue requests; see ``Backend``."""
+        count = len(prompts) * sampling.n
+        if self._outstanding + count > self.load()[1]:
+            raise OverloadedError(RETRY_AFTER_S)
+        self._outstanding += count
+        events = self._events((prompts, sampling, kv_mode, request_id), count)
+        # What is refused is refused here: the first thing that a worker says is that it accepts.
+        try:
+            await anext(events)
+        except BaseException:
+            await events.aclose()
+            raise
+        return cast("AsyncIterator[tuple[int, TokenEvent]]", events)
+
+    async def _events(
+        self, request: tuple[Any, ...], count: int
+    ) -> AsyncGenerator[tuple[int, TokenEvent] | None, None]:
+        """None once the request is accepted, then its tokens; retried while there are none."""
+        has_sent = is_accepted = False
+        try:
+            for is_last in (False, True):
+                try:
+                    async with aclosing(self._said(request)) as said:
+                        async for tokens in said:
+                            if not is_accepted:
+                                is_accepted = True
+                                yield None
+                            for token in tokens:
+                                has_sent = True
+                                yield token
+                    return
+                except WorkerLostError:
+                    if has_sent or is_last or self.is_draining:
+                        raise
+        finally:
+            self._outstanding -= count
+
+    async def _said(self, request: tuple[Any, ...]) -> AsyncGenerator[Tokens, None]:
+        """What one worker says of a request.
+
+        Raises:
+            WorkerLostError: it died, or says nothing any more.
+        """
+        stream = self._workers.options(stream=True).generate.remote(*request)
+        self._streams.add(stream)
+        try:
+            while (said := await _next(stream)) is not None:
+                yield said
+        finally:
+            self._streams.discard(stream)
+            stream.cancel()
+
+    def abandon(self) -> None:
+        """End every stream that is still open with an error."""
+        for stream in list(self._streams):
+            stream.cancel()
+
+    def hear(self, report: dict[str, Any]) -> None:
+        """Take what a worker says of itself."""
+        self._heard.pop(report["worker"], None)
+        self._heard[report["worker"]] = time.monotonic(), report
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What each worker said last, if it has said anything for some time."""
+        oldest_s = time.monotonic() - FORGET_S
+        return [report for heard_s, report in self._heard.values() if heard_s >= oldest_s]
+
+
+async def _next(stream: Any) -> Tokens | None:
+    """The next that a worker says; None at the end."""
+    saying = asyncio.ensure_future(anext(stream, None))
+    try:
+        for _ in range(SLICES):
+            await asyncio.wait({saying}, timeout=SILENCE_S / SLICES)
+            if saying.done():
+                break
+        else:
+            raise WorkerLostError("the request's worker no longer answers")
+        return cast("Tokens | None", saying.result())
+    except RequestCancelledError as error:
+        raise DecodeFailedError("the server stops") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, OfframpError):
+            raise error.cause from None
+        raise DecodeFailedError("the request failed in its worker") from error
+    except (RayError, RayServeException) as error:
+        raise WorkerLostError("the request's worker was lost") from error
+    finally:
+        # Given up, it still ends some day, with an error that nobody is to be told.
+        saying.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        saying.cancel()

@@ -1,0 +1,70 @@
+"""What a pool is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from offramp.controller.errors import ConfigError
+from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.deploy.http.limits import HttpLimits
+from offramp.worker.spec import WorkerSpec
+
+APP = "offramp"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """A pool of workers behind one HTTP address.
+
+    Attributes:
+        worker: What each replica loads.
+        model_id: Name that clients ask for.
+        redis_url: The registry that the workers follow.
+        channel: Channel whose releases the workers follow.
+        trusted: File with the publisher's public key.
+        state_dir: Folder of the workers' own state (marks, last-known-good releases).
+        replicas: Number of workers.
+        host, port: Where HTTP listens.
+        clients: Tells clients by their keys; without any, only loopback is listened on.
+        max_waiting: Requests that may wait per worker before new ones get 429.
+        poll_s: Seconds between polls of the registry when no event wakes a worker.
+        cpus: Cores that Ray sets aside per replica.
+        limits: Bounds on clients and their requests.
+
+    Raises:
+        ConfigError: a number out of range, or an open address without a key.
+    """
+
+    worker: WorkerSpec
+    model_id: str
+    redis_url: str
+    channel: str
+    trusted: Path
+    state_dir: Path
+    replicas: int = 2
+    host: str = "127.0.0.1"
+    port: int = 8000
+    clients: ClientKeys = field(default_factory=ClientKeys)
+    max_waiting: int = 64
+    poll_s: float = 5.0
+    cpus: float = 1.0
+    limits: HttpLimits = field(default_factory=HttpLimits)
+
+    @property
+    def room(self) -> int:
+        """Requests that one worker decodes or lets wait."""
+        return self.worker.slots + self.max_waiting
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError("replicas", f"{self.replicas} is below 1")
+        if not 0 < self.port < 65536:
+            raise ConfigError("port", f"{self.port} is not in [1, 65535]")
+        if self.host not in LOOPBACK and not self.clients.are_asked_for:
+            raise ConfigError(
+                "host",
+                f"{self.host} is reachable from outside, but no key is set",
+                "Run offramp clients add, set OFFRAMP_API_KEY, or listen on 127.0.0.1",
+            )

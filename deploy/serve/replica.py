@@ -1,0 +1,199 @@
+"""One worker of the pool: an engine thread and a policy refresher, in a Ray Serve replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import ray.serve._private.replica as serve_replica
+
+from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.release.registry import Ack
+from offramp.controller.release.signing import load_public_keys, trusted_keys
+from offramp.controller.release.trust import ReleaseVerifier
+from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
+from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.engine.core import EngineCore
+from offramp.worker.engine.service import EngineService
+from offramp.worker.following.refresh import PolicyRefresher
+from offramp.worker.following.worker_state import StateClaim
+from offramp.worker.spec import freeze_heap, load_engine
+
+BEAT_S = 1.0
+"""A request without tokens is told so often that its worker lives and makes progress."""
+
+Tokens = list[tuple[int, TokenEvent]]
+"""Events with the index of the choice that each belongs to; none: a sign of life."""
+
+
+class ServedWorker:
+    """One replica.
+
+    Args:
+        config: What it loads and whom it follows.
+        front: The actor that is told how it is.
+    """
+
+    def __init__(self, config: PoolConfig, front: Any) -> None:
+        _keep_to_loopback()
+        self._front = front
+        # Held for as long as this process lives: no other worker writes there.
+        self._claim = StateClaim(config.state_dir / config.channel)
+        self.worker_id = self._claim.name
+        engine = load_engine(config.worker)
+        verifier = ReleaseVerifier(
+            trusted_keys(*load_public_keys(config.trusted)),
+            config.channel,
+            engine.model_fingerprint,
+            engine.tokenizer_fingerprint,
+            layers=engine.stack.layers,
+            vocab=engine.stack.vocab,
+        )
+        self.refresher = PolicyRefresher(
+            RedisRegistry(config.redis_url, config.channel),
+            verifier,
+            self._claim.folder,
+            self.worker_id,
+            config.poll_s,
+            engine.prepare,
+        )
+        engine.current_policy = lambda: self.refresher.current
+        self.service = EngineService(engine, max_waiting=config.max_waiting)
+        freeze_heap()
+        self.refresher.start()
+        self.service.start()
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        kv_mode: KVMode | None,
+        request_id: str,
+    ) -> AsyncIterator[Tokens]:
+        """Decode prompts; yields an empty list once they are accepted, then tokens as they come.
+
+        Raises as ``EngineService.submit`` does.
+        """
+        requests, events = await self.service.submit_all(
+            prompts, sampling, kv_mode=kv_mode, split_by=request_id
+        )
+        places = {request.id: place for place, request in enumerate(requests)}
+        async with aclosing(self._beating(events)) as beats:
+            yield []
+            async for event in beats:
+                yield [] if event is None else [(places[event.request_id], event)]
+
+    async def _beating(
+        self, events: AsyncIterator[TokenEvent]
+    ) -> AsyncGenerator[TokenEvent | None, None]:
+        """Events, and None where there is none for long and the engine is well."""
+        async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while True:
+                    done, _ = await asyncio.wait({coming}, timeout=BEAT_S)
+                    if not done:
+                        if self.service.is_healthy:
+                            yield None
+                        continue
+                    event = coming.result()
+                    if event is None:
+                        return
+                    coming = asyncio.ensure_future(anext(events, None))
+                    yield event
+            finally:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+    async def most_tokens(self) -> tuple[int, int]:
+        """Tokens of the context, and most tokens of a request."""
+        engine = self.service.engine
+        return engine.stack.context, min(engine.stack.context, engine.row_tokens)
+
+    def __del__(self) -> None:
+        """Called by Ray Serve before it ends the process in order: this is no crash."""
+        if refresher := getattr(self, "refresher", None):
+            refresher.stop()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve each second: reports; a stuck engine gets its replica replaced."""
+        if not self.service.is_healthy:
+            raise RuntimeError("the engine makes no progress")
+        self._front.hear.remote(self.report())
+
+    def report(self) -> dict[str, Any]:
+        """What this worker runs, and how it is.
+
+        ``unreported`` says why the registry could not be told of it; "" if it was.
+        """
+        engine, refresher = self.service.engine, self.refresher
+        policy = describe_policy(self.worker_id, refresher.current, refresher.report, engine)
+        running, waiting = engine.load
+        return policy | {
+            "unreported": refresher.unreported,
+            "running": running,
+            "waiting": waiting,
+            "stale_s": refresher.stale_s,
+            "trips": refresher.trips,
+        }
+
+
+def _keep_to_loopback() -> None:
+    """Have this replica's gRPC port, which Serve opens next, listen on loopback.
+
+    Nobody uses it, and it unpickles whatever it is sent, but Serve has no setting for it and opens
+    it to all machines.
+    """
+    listen = serve_replica.add_port_to_grpc_server
+
+    def listen_here(server: Any, address: str) -> Any:
+        return listen(server, address.replace("[::]", "127.0.0.1"))
+
+    serve_replica.add_port_to_grpc_server = listen_here
+
+
+def describe_policy(
+    worker: str, snapshot: PolicySnapshot, report: Ack, engine: EngineCore
+) -> dict[str, Any]:
+    """Describe a worker's policy, as ``/v1/policy`` answers.
+
+    ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
+    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
+    ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
+    would not have emitted; ``canary`` describes the release that serves a share of the requests
+    (``percent``) in its place, None if there is none.
+    """
+    canary = snapshot.canary
+    return {
+        "worker": worker,
+        **_describe(snapshot, engine),
+        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, engine)},
+        "state": report.state.value,
+        "reason": report.reason,
+    }
+
+
+def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
+    certificate = snapshot.certificate
+    gap = (
+        ""
+        if certificate is None
+        else certificate.gap(
+            kv_mode=engine.config.kv_mode,
+            dtype=str(engine.stack.dtype).removeprefix("torch."),
+            translators=engine.decoder.translators.digest,
+        )
+    )
+    return {
+        "generation": snapshot.generation,
+        "digest": snapshot.digest,
+        "exits": list(snapshot.policy.exits),
+        "guarantee": snapshot.guarantee,
+        "certificate": None if certificate is None else certificate.statement,
+        "gap": gap,
+        "audited": snapshot.watch.audited if snapshot.watch else 0,
+        "disagreed": snapshot.watch.disagreed if snapshot.watch else 0,
+    }

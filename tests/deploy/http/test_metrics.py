@@ -1,0 +1,75 @@
+"""What /metrics says after requests whose tokens are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def parse(text: str) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    given = {"model_name": "reference", **labels}
+    return samples["offramp_" + name, frozenset(given.items())]
+
+
+def after(app: FastAPI, ask: Any, *bodies: dict[str, Any]) -> Samples:
+    """The metrics after completions."""
+
+    async def call(client: httpx.AsyncClient) -> str:
+        for body in bodies:
+            asked = {"model": "reference", "prompt": [11, 12, 13], "ignore_eos": True, **body}
+            reply = await client.post("/v1/completions", json={"temperature": 0, **asked})
+            assert reply.status_code == 200
+        reply = await client.get("/metrics")
+        assert reply.headers["content-type"].startswith("text/plain; version=")
+        return reply.text
+
+    return parse(ask(app, call))
+
+
+def test_each_token_and_each_end_is_counted(app: FastAPI, ask: Any) -> None:
+    asked = {"max_tokens": 5, "n": 2}
+    samples = after(app, ask, asked, {"max_tokens": 4, "stream": True})
+    assert value(samples, "generation_tokens_total") == 2 * 5 + 4
+    assert value(samples, "prompt_tokens_total") == 3 * 3
+    assert value(samples, "request_success_total", finished_reason="length") == 3
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert value(samples, f"{name}_seconds_count") == 3
+    assert value(samples, "inter_token_latency_seconds_count") == 2 * 4 + 3
+
+
+def test_exits_are_a_histogram_and_the_layers_they_save_are_told(app: FastAPI, ask: Any) -> None:
+    # The policy leaves after layer 6 of 12; a prompt's last token runs them all.
+    samples = after(app, ask, {"max_tokens": 9, "offramp": {"kv_mode": "project"}})
+    assert value(samples, "exit_layer_bucket", le="5.0") == 0
+    assert value(samples, "exit_layer_bucket", le="6.0") == 8
+    assert value(samples, "exit_layer_bucket", le="12.0") == 9
+    assert value(samples, "layers_executed_total") == 8 * 6
+    assert value(samples, "layers_full_depth_total") == 8 * 12
+
+
+def test_drafts_and_those_confirmed_are_counted(app: FastAPI, ask: Any) -> None:
+    samples = after(app, ask, {"max_tokens": 20, "offramp": {"kv_mode": "verify"}})
+    drafted = value(samples, "spec_decode_num_draft_tokens_total")
+    assert drafted >= value(samples, "spec_decode_num_accepted_tokens_total") > 0
+
+
+def test_what_workers_report_is_told_by_worker(app: FastAPI, ask: Any) -> None:
+    samples = after(app, ask)
+    assert value(samples, "policy_generation", worker="worker-0") == 7
+    assert value(samples, "num_requests_running", worker="worker-0") == 0
+    assert value(samples, "guardrail_trips_total", worker="worker-0") == 0
+    says = {"worker": "worker-0", "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
+    assert value(samples, "policy_info", **says) == 1
