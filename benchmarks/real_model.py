@@ -18,7 +18,7 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +40,7 @@ from shared.contest import (
     show,
 )
 from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
+from shared.timing import Report
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
@@ -76,6 +77,7 @@ class Sizes:
     seeds: int = 3
     profile_s: float = 30.0
     candidates: int = 256
+    peers: bool = True
 
 
 QUICK = Sizes(prompts=4, new_tokens=32, learned_from=6, recorded=32, steps=60_000, seeds=1,
@@ -108,11 +110,15 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="New tokens of each.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings of each learned drafter.")] = None,
     steps: Annotated[int | None, typer.Option(help="Decisions of each training.")] = None,
+    theirs: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Time Hugging Face's loops, too.")
+    ] = True,
     quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     plan = QUICK if quick else Sizes()
+    plan = replace(plan, peers=theirs)
     given = {"prompts": prompts, "new_tokens": tokens, "seeds": seeds, "steps": steps}
     plan = replace(plan, **{name: value for name, value in given.items() if value})
     config = EngineConfig(
@@ -144,17 +150,14 @@ def measure(
     choosing, learning = learned_from[::4], [p for n, p in enumerate(learned_from) if n % 4]
     drafters = drafters_of(engine, learning, choosing, plan)
     static = best_static(engine, drafters, choosing, plan)
-    assistant = best_assistant(engine, assistants(engine), choosing[:2], plan.new_tokens)
+    theirs = peers(engine, choosing, plan) if plan.peers else {}
     for name, texts in held_out.items():
         contenders = [
             Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens)),
             Entry(static.name, in_engine(engine, static.policy, plan.new_tokens)),
             *(Entry(c.name, in_engine(engine, c.policy, plan.new_tokens), c.offline.rate)
               for c in drafters if not is_static(c)),
-            Entry("HF generate", in_hugging_face(engine, "generate", plan.new_tokens)),
-            Entry(assistant, in_hugging_face(engine, assistant, plan.new_tokens)),
-            Entry("HF prompt_lookup_num_tokens", in_hugging_face(
-                engine, "lookup", plan.new_tokens, prompt_lookup_num_tokens=LOOKED_UP)),
+            *(Entry(name, run) for name, run in theirs.items()),
         ]  # fmt: skip
         compare(contenders, texts)
         measured = rows_of(contenders, static.name)
@@ -172,10 +175,19 @@ def is_static(chosen: Chosen) -> bool:
     return "static" in chosen.name
 
 
-def assistants(engine: AdaptiveEngine) -> tuple[int, ...]:
-    """Layers at which Hugging Face's early exit is tried."""
-    layers = engine.stack.layers
-    return (layers // 2, layers * 4 // 5, layers - 1)
+def peers(
+    engine: AdaptiveEngine, choosing: list[list[int]], plan: Sizes
+) -> dict[str, Callable[..., Report]]:
+    """Hugging Face's ``generate``, and its two ways to draft without another model."""
+    layers, new = engine.stack.layers, plan.new_tokens
+    tried = (layers // 2, layers * 4 // 5, layers - 1)
+    assistant = best_assistant(engine, tried, choosing[:2], new)
+    lookup = in_hugging_face(engine, "lookup", new, prompt_lookup_num_tokens=LOOKED_UP)
+    return {
+        "HF generate": in_hugging_face(engine, "generate", new),
+        assistant: in_hugging_face(engine, assistant, new),
+        "HF prompt_lookup_num_tokens": lookup,
+    }
 
 
 def best_static(
