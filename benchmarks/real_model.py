@@ -119,7 +119,12 @@ def main(
     torch.set_num_threads(threads)
     plan = QUICK if quick else Sizes()
     plan = replace(plan, peers=theirs)
-    given = {"prompts": prompts, "new_tokens": tokens, "seeds": seeds, "steps": steps}
+    given: dict[str, Any] = {
+        "prompts": prompts,
+        "new_tokens": tokens,
+        "seeds": seeds,
+        "steps": steps,
+    }
     plan = replace(plan, **{name: value for name, value in given.items() if value})
     config = EngineConfig(
         kv_mode="verify", draft_precision=Precision.parse(copy), translators=translators
