@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.release.tally import Tally
 from offramp.controller.strict import Check, is_number, or_null
 
 RARELY = 1e6
@@ -121,18 +122,19 @@ class PolicyWatch:
     Args:
         guardrails: The release's bounds.
         trip: Told once, in a sentence, why the release must go.
+        generation: The release's number.
 
     Attributes:
         tripped: Why it went; "" while it is in service.
-        audited: Early tokens that full depth was asked about.
-        disagreed: Those that full depth would not have emitted.
+        tally: Counts what its requests did.
     """
 
-    def __init__(self, guardrails: Guardrails, trip: Callable[[str], None]) -> None:
+    def __init__(
+        self, guardrails: Guardrails, trip: Callable[[str], None], generation: int = 0
+    ) -> None:
         self.guardrails = guardrails
         self.tripped = ""
-        self.audited = 0
-        self.disagreed = 0
+        self.tally = Tally(generation=generation)
         self._trip = trip
         self._disagreement = MeanAlarm(guardrails.max_disagreement)
         self._failures = MeanAlarm(guardrails.max_failures)
@@ -142,8 +144,8 @@ class PolicyWatch:
 
     def judge(self, agreed: bool) -> None:
         """Full depth agreed with an audited token, or did not."""
-        self.audited += 1
-        self.disagreed += not agreed
+        self.tally.audited += 1
+        self.tally.disagreed += not agreed
         alarm = self._disagreement
         if alarm.tell(not agreed):
             self._stop(
@@ -153,6 +155,7 @@ class PolicyWatch:
 
     def note_failure(self) -> None:
         """The policy raised or made no sense; the request goes on without it."""
+        self.tally.failures += 1
         if self._failures.tell(1.0):
             self._stop(
                 f"the policy failed {self._failures.total:.0f} times in {self._failures.seen} "
@@ -168,8 +171,21 @@ class PolicyWatch:
                 f"{self.guardrails.min_exits:.1%} should"
             )
 
-    def note_gap(self, seconds: float) -> None:
-        """A token came so long after the one before it."""
+    def count_anew(self) -> None:
+        """Begin the tally again, so that it covers the same time as another's."""
+        self.tally = Tally(generation=self.tally.generation)
+
+    def note_gap(self, seconds: float, tokens: int = 1, layers: int = 0) -> None:
+        """A request's next tokens came.
+
+        Args:
+            seconds: How long after those before them.
+            tokens: How many came at once; more than one in ``verify``.
+            layers: Layers that were executed for them.
+        """
+        self.tally.tokens += tokens
+        self.tally.seconds += seconds
+        self.tally.layers += layers
         bound_ms = self.guardrails.max_token_ms
         if bound_ms is not None and self._late.tell(1e3 * seconds > bound_ms):
             self._stop(
@@ -185,6 +201,7 @@ class PolicyWatch:
                 a drafter that loses by this count loses by the clock.
             saved: Passes that they saved: the drafts that full depth confirmed.
         """
+        self.tally.verified += 1
         # Loses on average if spent − saved does; moved by the scale it is never below 0.
         loss = max(0.0, MOST_DRAFTS + spent - saved)
         if self._losses.tell(loss):

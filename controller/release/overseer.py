@@ -1,55 +1,100 @@
-"""Watches a channel from the publisher's side: keeps its timestamp young, rolls back what trips."""
+"""Watches a channel from the publisher's side: its timestamp, its trips, its canary's steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from offramp.controller.errors import ConfigError
+from offramp.controller.release.analysis import Steps, Verdict, judge
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Ack, AckState, PolicyRegistry
+from offramp.controller.release.tally import add_up
 
 
 class Overseer:
     """Looks at a channel again and again.
 
     Acknowledgements are not signed: whoever may write them can make it roll back, which only ever
-    returns to a policy that was served before.
+    returns to a policy that was served before, or take the next step of a canary that its
+    publisher began.
 
     Args:
         publisher: The channel's writer.
         registry: Where workers acknowledge.
         trips: Workers that must have tripped before the release is rolled back; all of them, if
             fewer live.
+        steps: How a canary goes on by itself; None: by hand alone.
     """
 
-    def __init__(self, publisher: Publisher, registry: PolicyRegistry, trips: int) -> None:
+    def __init__(
+        self, publisher: Publisher, registry: PolicyRegistry, trips: int, steps: Steps | None = None
+    ) -> None:
         self._publisher = publisher
         self._registry = registry
         self._trips = trips
+        self._steps = steps
         self._hopeless = 0
+        self._held = 0
 
     def look(self) -> str:
-        """Renew the timestamp, and roll back if enough workers tripped; says what it did.
+        """Renew the timestamp, roll back if enough workers tripped, or move a canary on.
 
         Returns:
-            A sentence, or "" if there was nothing to do.
+            A sentence on what it did, or why a canary holds, once per step; "" if nothing is new.
 
         Raises:
             RegistryUnavailableError: the registry cannot be reached.
             PromoteConflictError: another publisher moved the head meanwhile.
         """
         self._publisher.heartbeat()
-        served = self._publisher.promoted
         living = self._registry.acks()
-        tripped = [ack for ack in living if _has_tripped(ack, served)]
-        if not tripped or len(tripped) < min(self._trips, len(living)) or served == self._hopeless:
+        served = self._publisher.promoted
+        if not served or served == self._hopeless:
             return ""
-        story = f"{len(tripped)} of {len(living)} workers tripped ({tripped[0].reason})"
+        stable = self._publisher.rollout.stable_generation
+        for generation in (served, stable):
+            tripped = [ack for ack in living if _has_tripped(ack, generation)]
+            if tripped and len(tripped) >= min(self._trips, len(living)):
+                story = f"{len(tripped)} of {len(living)} workers tripped ({tripped[0].reason})"
+                return self._roll_back(story, generation)
+        return self._move_on(living, served) if stable and self._steps else ""
+
+    def _roll_back(self, story: str, failed: int) -> str:
         try:
-            back = self._publisher.rollback()
+            back = self._publisher.rollback(failed=failed)
         except ConfigError as error:
-            self._hopeless = served  # nothing to return to: they stay at full depth
+            self._hopeless = self._publisher.promoted  # nothing to return to
             return f"{story}; they stay at full depth: {error}"
         return f"{story}; generation {back.generation} serves policy {back.digest[:12]} again"
+
+    def _move_on(self, living: Sequence[Ack], served: int) -> str:
+        assert self._steps is not None
+        rollout = self._publisher.rollout
+        tallies = [each for ack in living for each in ack.tallies]
+        canary, stable = (add_up(each, tallies) for each in (served, rollout.stable_generation))
+        found = judge(self._steps, canary, stable)
+        story = f"canary {served} at {rollout.percent:g}% {found.verdict.value}: {found.reason}"
+        following = self._steps.after(rollout.percent)
+        if found.verdict is Verdict.FAIL:
+            return self._roll_back(story, served)
+        if found.verdict is Verdict.PASS and following is not None:
+            head = self._publisher.roll_out(following)
+            return f"{story}; generation {head.generation} serves {following:g}% of the requests"
+        if self._held == served:
+            return ""
+        self._held = served
+        return story + _refusals(living)
 
 
 def _has_tripped(ack: Ack, generation: int) -> bool:
     return ack.state is AckState.TRIPPED and ack.about == generation
+
+
+def _refusals(living: Sequence[Ack]) -> str:
+    """Who does not run the head, and why."""
+    refusing = [ack for ack in living if ack.state is not AckState.ACK]
+    if not refusing:
+        return ""
+    first = refusing[0]
+    said = f"{first.worker} says {first.state.value} {first.reason}"
+    return f" ({len(refusing)} of {len(living)} workers do not run it: {said})"

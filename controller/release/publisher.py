@@ -69,6 +69,11 @@ class Publisher:
         """The generation promoted last, by the ledger; 0 if none was."""
         return self._ledger.promoted()
 
+    @property
+    def rollout(self) -> Rollout:
+        """Says whom the generation promoted last serves."""
+        return self._records.manifest(self._ledger.promoted()).rollout
+
     def release(
         self,
         packed: PackedPolicy,

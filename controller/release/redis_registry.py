@@ -36,6 +36,7 @@ from offramp.controller.errors import (
 from offramp.controller.policies.kinds import digest_of
 from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head, too_large
 from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
+from offramp.controller.release.tally import tallies_from_json, tallies_to_json
 
 _PROMOTE = """
 -- KEYS: head, blob, events. ARGV: gen, epoch, envelope, digest, expected gen, events kept, stable.
@@ -162,7 +163,8 @@ class RedisRegistry:
     def acknowledge(self, ack: Ack, ttl_s: float) -> None:
         """See PolicyRegistry."""
         key = self._key(f"ack:{ack.worker}")
-        fields: dict[Any, Any] = asdict(ack) | {"at": repr(ack.at)}
+        said = {"at": repr(ack.at), "tallies": tallies_to_json(ack.tallies)}
+        fields: dict[Any, Any] = asdict(ack) | said
 
         def write() -> None:
             with self._client.pipeline(transaction=True) as pipe:
@@ -290,6 +292,7 @@ def _ack(record: dict[bytes, bytes]) -> Ack | None:
         text: dict[str, Any] = {name.decode(): value.decode() for name, value in record.items()}
         counts = {name: int(text[name]) for name in ("generation", "about")}
         told = {"state": AckState(text["state"]), "at": float(text["at"])}
-        return Ack(**(text | counts | told))
+        tallies = tallies_from_json(text.get("tallies", "[]"))
+        return Ack(**(text | counts | told | {"tallies": tallies}))
     except (KeyError, ValueError, TypeError):
         return None  # expired between the scan and this read, or written by somebody else

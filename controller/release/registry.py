@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from offramp.controller.errors import PolicyRefusedError, PromoteConflictError, Refusal
 from offramp.controller.policies.kinds import digest_of
+from offramp.controller.release.tally import Tally
 
 MAX_EVENTS = 1000
 """Promotions remembered for audit."""
@@ -67,6 +68,7 @@ class Ack:
         state: What it says about the head.
         reason: Why, beginning with the Refusal for a NACK; "" for an ACK.
         at: Unix seconds by the worker's clock.
+        tallies: What the requests of its releases did, since it took the head.
     """
 
     worker: str
@@ -77,6 +79,7 @@ class Ack:
     state: AckState
     reason: str
     at: float
+    tallies: tuple[Tally, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

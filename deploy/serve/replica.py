@@ -194,6 +194,6 @@ def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
         "guarantee": snapshot.guarantee,
         "certificate": None if certificate is None else certificate.statement,
         "gap": gap,
-        "audited": snapshot.watch.audited if snapshot.watch else 0,
-        "disagreed": snapshot.watch.disagreed if snapshot.watch else 0,
+        "audited": snapshot.watch.tally.audited if snapshot.watch else 0,
+        "disagreed": snapshot.watch.tally.disagreed if snapshot.watch else 0,
     }

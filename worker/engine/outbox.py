@@ -24,7 +24,8 @@ class Outbox:
         self._tokenizer = tokenizer
         self._kv = kv
         self._texts: dict[str, _Text] = {}
-        self._told_at: dict[str, float] = {}  # seconds, by request under a watch
+        # Seconds and layers at its last tokens, by request under a watch.
+        self._told_at: dict[str, tuple[float, int]] = {}
 
     def events(self, row: Sequence, before: int) -> list[TokenEvent]:
         """The events of a row's tokens from index ``before`` on; to be asked once per token.
@@ -33,7 +34,7 @@ class Outbox:
         tokens after it are dropped.
         """
         if row.watch is not None and len(row.emitted) > before:
-            self._note_gap(row.request.id, row.watch)
+            self._note_gap(row, len(row.emitted) - before, row.watch)
         events = []
         for index in range(before, len(row.emitted)):
             offset, text = self._text(row, index)
@@ -62,11 +63,12 @@ class Outbox:
         self._texts.pop(request_id, None)
         self._told_at.pop(request_id, None)
 
-    def _note_gap(self, request_id: str, watch: PolicyWatch) -> None:
+    def _note_gap(self, row: Sequence, tokens: int, watch: PolicyWatch) -> None:
         now = time.perf_counter()
-        if request_id in self._told_at:
-            watch.note_gap(now - self._told_at[request_id])
-        self._told_at[request_id] = now
+        if (last := self._told_at.get(row.request.id)) is not None:
+            told_at, layers = last
+            watch.note_gap(now - told_at, tokens, row.layer_calls - layers)
+        self._told_at[row.request.id] = (now, row.layer_calls)
 
     def _stats(self, row: Sequence) -> CompletionStats:
         return CompletionStats(

@@ -174,7 +174,8 @@ class ReleaseKeeper:
             self.mark = mark
 
     def _activate(self, manifest: Manifest, policy: Policy) -> None:
-        watch = PolicyWatch(manifest.bounds, partial(self.trip, manifest.generation))
+        generation = manifest.generation
+        watch = PolicyWatch(manifest.bounds, partial(self.trip, generation), generation)
         self.loaded = Mark.of(manifest)
         self._on_trial_until = time.monotonic() + self._probation_s
         with self._swapping:

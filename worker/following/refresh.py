@@ -7,7 +7,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from offramp.controller.policies.kinds import MAX_BLOB_BYTES, digest_of
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
+from offramp.controller.release.tally import Tally
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.keeper import PROBATION_S, ReleaseKeeper
@@ -239,7 +240,11 @@ class PolicyRefresher:
         if harm := self._consider(self._stable, stable, head.stable):
             self._about = stable.generation
             return harm
-        return self._consider(self._canary, manifest, head.envelope)
+        is_new = self._canary.loaded != Mark.of(manifest)
+        harm = self._consider(self._canary, manifest, head.envelope)
+        if is_new and not harm and (watch := self._stable.current.watch):
+            watch.count_anew()  # both tracks are compared over the same time
+        return harm
 
     def _consider(self, keeper: ReleaseKeeper, manifest: Manifest, envelope: bytes) -> str:
         """Take a verified release if it is new and right; returns what harm it did here before.
@@ -286,4 +291,11 @@ class PolicyRefresher:
             state=state,
             reason=reason,
             at=time.time(),
+            tallies=tuple(self._tallies()),
         )
+
+    def _tallies(self) -> Iterator[Tally]:
+        current = self.current
+        for snapshot in (current, current.canary):
+            if snapshot is not None and snapshot.watch is not None:
+                yield replace(snapshot.watch.tally)

@@ -17,6 +17,7 @@ from offramp.controller.errors import (
     PromoteConflictError,
     RegistryUnavailableError,
 )
+from offramp.controller.release.analysis import Steps
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.release.manifest import Manifest, require_said
@@ -27,6 +28,7 @@ from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import open_head
 from offramp.deploy.cli.console import console, say
+from offramp.deploy.cli.releases.tracks import tracks_table
 from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 
@@ -124,6 +126,7 @@ def status() -> None:
             ack.worker, ack.state.value, str(ack.generation), ack.digest[:12], age_s, ack.reason
         )
     console.print(table)
+    console.print(tracks_table(acks))
 
 
 def watch(
@@ -131,12 +134,17 @@ def watch(
     trips: Annotated[
         int, typer.Option(min=1, help="Tripped workers that roll the release back.")
     ] = 2,
+    steps: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of steps and bounds by which a canary goes on by itself."),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
 ) -> None:
-    """Stay and watch: keep the timestamp young, roll back what workers trip on."""
+    """Stay and watch: renew the timestamp, roll back what workers trip on, move canaries on."""
+    plan = None if steps is None else Steps.load(steps)
     # Three looks may fail before workers take the silence for a freeze.
     with _publisher(STAMP_TTL_S if once else max(60.0, 4 * every)) as (publisher, registry):
-        overseer = Overseer(publisher, registry, trips)
+        overseer = Overseer(publisher, registry, trips, plan)
         while True:
             try:
                 if story := overseer.look():

@@ -69,7 +69,7 @@ def test_garbage_is_told_once_and_in_a_sentence() -> None:
         watch.judge(False)
     assert said == [watch.tripped]
     assert said[0].startswith("full depth disagrees with 100% of the last ")
-    assert (watch.audited, watch.disagreed) == (200, 200)
+    assert (watch.tally.audited, watch.tally.disagreed) == (200, 200)
 
 
 def test_a_policy_that_fails_is_told_of() -> None:

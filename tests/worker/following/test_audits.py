@@ -59,7 +59,7 @@ def test_audits_count_what_full_depth_would_not_have_said(
         disagreed += sum(row.proposed[n] != best_T[n] for n in judged)
         assert len(early) - row.judged <= engine_of(model).config.max_pending
     assert snapshot.watch is not None
-    assert (snapshot.watch.audited, snapshot.watch.disagreed) == (audited, disagreed)
+    assert (snapshot.watch.tally.audited, snapshot.watch.tally.disagreed) == (audited, disagreed)
     assert audited > 20
     assert 0 < disagreed < audited
     assert told == []
@@ -109,7 +109,7 @@ def test_garbage_trips_within_200_audited_tokens_and_goes_deep_at_once(model: An
     assert watch is not None
     assert told == [watch.tripped]
     assert "full depth disagrees with" in told[0]
-    assert watch.audited <= 200
+    assert watch.tally.audited <= 200
     # Requests under way keep their label, and leave early no more.
     assert all(row.exit_layers[-50:] == [LAYERS] * 50 for row in rows)
     assert all(1 in row.exit_layers for row in rows)

@@ -1,0 +1,85 @@
+"""Counts what the requests of a release did on a worker; the publisher adds them up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+from offramp.controller.errors import PolicyRefusedError
+from offramp.controller.strict import COUNT, Check, check_fields, is_number
+
+_TIME: Check = (lambda value: is_number(value) and value >= 0, "a number from 0 on")
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """Counts of one release, since the worker took the head that it is part of.
+
+    Attributes:
+        generation: The release's number.
+        tokens: Tokens decoded, but for the first of each request, which its prompt made.
+        seconds: Time that their requests waited for them, seconds.
+        layers: Layers executed for them, deferred ones and rejected drafts included.
+        failures: Failures of the policy, such as scores that are not finite.
+        audited: Early tokens that full depth was asked about.
+        disagreed: Those that full depth would not have emitted.
+        verified: Passes at full depth that judged drafts.
+    """
+
+    generation: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    layers: int = 0
+    failures: int = 0
+    audited: int = 0
+    disagreed: int = 0
+    verified: int = 0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of a request; 0 if there are none yet."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def depth(self) -> float:
+        """Layers executed per token; 0 if there are none yet."""
+        return self.layers / self.tokens if self.tokens else 0.0
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether full depth judged every draft, so that no output could differ."""
+        return self.verified > 0 and self.audited == 0
+
+
+_FIELDS: dict[str, Check] = {each.name: COUNT for each in fields(Tally)} | {"seconds": _TIME}
+
+
+def add_up(generation: int, tallies: Iterable[Tally]) -> Tally:
+    """One tally of all that are of a release."""
+    mine = [each for each in tallies if each.generation == generation]
+    names = [each.name for each in fields(Tally) if each.name != "generation"]
+    sums = {name: sum(getattr(each, name) for each in mine) for name in names}
+    return Tally(generation=generation, **sums)
+
+
+def tallies_to_json(tallies: Iterable[Tally]) -> str:
+    """Tallies as an acknowledgement carries them."""
+    return json.dumps([asdict(each) for each in tallies])
+
+
+def tallies_from_json(text: str) -> tuple[Tally, ...]:
+    """Read what ``tallies_to_json`` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    values = json.loads(text)
+    if not isinstance(values, list) or not all(isinstance(each, dict) for each in values):
+        raise ValueError(f"no list of tallies: {text[:80]}")
+    try:
+        for each in values:
+            check_fields(each, _FIELDS)
+    except PolicyRefusedError as error:
+        raise ValueError(str(error)) from error
+    return tuple(Tally(**each) for each in values)
