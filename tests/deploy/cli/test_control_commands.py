@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState
+from offramp.controller.release.tally import Tally
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 
@@ -190,3 +192,33 @@ def test_a_canary_goes_by_steps_and_is_rolled_back(cli: Any, url: str, tmp_path:
     assert "in place of 4" in history
     assert cli("promote", "2", "--percent", "100")[0] == 0
     assert "head: generation 6, uncertified\n" in cli("status")[1]
+
+
+def test_a_watched_canary_is_moved_on_by_a_file(cli: Any, url: str, tmp_path: Path) -> None:
+    steps = tmp_path / "steps.yaml"
+    steps.write_text("min_tokens: 10\nmin_audited: 10\nmax_disagreement: 0.9\n")
+    publish(cli, tmp_path, 3)
+    assert cli("publish", bundle(tmp_path, 5), "--uncertified")[0] == 0
+    assert cli("promote", "--percent", "5")[0] == 0
+    said = cli("watch", "--once", "--steps", steps)
+    assert said == (0, "canary 3 at 5% holds: 0 tokens of the canary, 10 are asked for\n")
+    counts = {"tokens": 100, "seconds": 2.0, "layers": 500}
+    tallies = (
+        Tally(generation=1, **counts),  # type: ignore[arg-type]  # of mixed types
+        Tally(generation=3, audited=50, disagreed=1, **counts),  # type: ignore[arg-type]
+    )
+    registry = RedisRegistry(url, "default")
+    ack = replace(tripped(url, 0), state=AckState.ACK, generation=1, about=1, tallies=tallies)
+    registry.acknowledge(ack, 60.0)
+    assert registry.acks() == [ack]
+    registry.close()
+    rows = [line.split() for line in cli("status")[1].splitlines()]
+    assert ["│", "3", "│", "1", "│", "100", "│", "50.0", "│", "5.0", "│", "0", "│", "50"] in [
+        row[:14] for row in rows
+    ]
+    status, output = cli("watch", "--once", "--steps", steps)
+    assert status == 0
+    assert "generation 4 serves 25% of the requests" in " ".join(output.split())
+    steps.write_text("max_disagreements: 0.9\n")
+    refusal = cli.refused("watch", "--once", "--steps", steps)
+    assert refusal.startswith("max_disagreements: is no known setting")

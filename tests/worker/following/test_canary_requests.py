@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from offramp.controller.release.analysis import Steps
+from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.following.refresh import PolicyRefresher
 from support.models import LAYERS, make_model
 from support.releases.channel import Bench
@@ -84,3 +87,43 @@ def test_prompts_of_one_call_share_a_release(engine: AdaptiveEngine) -> None:
         assert len(found) == 1
         seen |= found
     assert seen == {1, 3}  # one in a million calls of this test is unlucky
+
+
+def test_each_track_counts_its_own_requests(
+    engine: AdaptiveEngine, worker: PolicyRefresher
+) -> None:
+    requests = [engine.submit([5, 6], GREEDY, split_by=each) for each in IDS]
+    rows = drain(engine, requests)
+    tallies = {each.generation: each for each in worker.poll_once().tallies}
+    assert tallies.keys() == {1, 3}
+    for generation, tally in tallies.items():
+        mine = [row for row in rows if row.generations[0] == generation]
+        assert tally.tokens == sum(len(row.emitted) - 1 for row in mine) > 0
+        assert tally.layers == sum(row.layer_calls for row in mine)
+        assert tally.seconds > 0
+
+
+def test_a_canary_that_talks_garbage_is_rolled_back_by_itself(bench: Bench) -> None:
+    """The whole way: real requests, audits, acknowledgements on Redis, analysis, rollback."""
+    full = bench.serve(LAYERS)
+    canary = bench.release(1, guardrails={"max_disagreement": 0.99})  # so that no worker trips
+    bench.publisher.roll_out(50)
+    worker = bench.worker()
+    worker.poll_once()
+    engine = AdaptiveEngine.from_pretrained(
+        make_model("llama"),
+        slots=4,
+        current_policy=lambda: worker.current,
+        config=EngineConfig(audit_share=1.0),
+    )
+    steps = Steps(min_tokens=20, min_audited=20, max_disagreement=0.1, min_speed=0.01)
+    overseer = Overseer(bench.publisher, bench.registry, trips=1, steps=steps)
+    assert "holds: 0 tokens" in overseer.look()
+    # Long enough for full depth to be asked: it is when tokens pend no longer.
+    long = SamplingParams(max_tokens=40, ignore_eos=True)
+    drain(engine, [engine.submit([5, 6], long, split_by=each) for each in IDS])
+    worker.poll_once()
+    story = overseer.look()
+    assert story.startswith("canary 3 at 50% fails: full depth disagrees with ")
+    assert worker.poll_once().digest == full.digest != canary.digest
+    assert worker.current.canary is None

@@ -1,0 +1,128 @@
+"""When a canary passes, holds or fails, and whether its intervals hold at every look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.controller.errors import ConfigError
+from offramp.controller.release.analysis import Steps, Verdict, interval, judge
+from offramp.controller.release.tally import Tally, add_up, tallies_from_json, tallies_to_json
+
+
+@pytest.mark.parametrize(("hits", "seen"), [(0, 5), (3, 10), (10, 10), (40, 100)])
+def test_the_ends_are_where_the_mixture_refutes(hits: int, seen: int) -> None:
+    """Against a sum over a grid in place of the closed form."""
+    grid = (np.arange(200_000) + 0.5) / 200_000
+    likelihood = grid**hits * (1 - grid) ** (seen - hits)
+    inside = grid[likelihood.mean() < likelihood / 0.05]
+    assert interval(hits, seen, 0.95) == pytest.approx((inside[0], inside[-1]), abs=2e-5)
+
+
+def test_nothing_seen_says_nothing() -> None:
+    assert interval(0, 0, 0.95) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3])
+def test_the_truth_stays_within_at_every_look(rate: float) -> None:
+    rng = np.random.default_rng(0)
+    left = 0
+    for _ in range(200):
+        hits = np.cumsum(rng.random(300) < rate)
+        bounds = [interval(int(hits[n]), n + 1, 0.8) for n in range(300)]
+        left += any(not low <= rate <= high for low, high in bounds)
+    assert left / 200 <= 0.2
+
+
+def tally(**changes: Any) -> Tally:
+    values: dict[str, Any] = {"tokens": 5000, "seconds": 50.0, "layers": 40_000}
+    return Tally(**(values | {"audited": 500, "disagreed": 10} | changes))
+
+
+STABLE = tally(audited=0, disagreed=0)
+BOUNDS = Steps(max_layers=1.0)
+
+
+@pytest.mark.parametrize(
+    ("canary", "stable", "verdict", "reason"),
+    [
+        (tally(), STABLE, Verdict.PASS, "1.00 times the stable release's speed"),
+        (tally(tokens=1999), STABLE, Verdict.HOLD, "1999 tokens of the canary, 2000 are asked"),
+        (tally(), tally(tokens=7), Verdict.HOLD, "7 tokens of the stable release"),
+        (tally(audited=199), STABLE, Verdict.HOLD, "199 audited tokens, 200 are asked for"),
+        (tally(disagreed=115), STABLE, Verdict.HOLD, "too wide to tell from 25.0%"),
+        (tally(disagreed=250), STABLE, Verdict.FAIL, "of what is audited (500 tokens), 25.0% are"),
+        (tally(tokens=9, audited=40, disagreed=40), STABLE, Verdict.FAIL, "full depth disagrees"),
+        (tally(failures=200), STABLE, Verdict.FAIL, "the policy fails on"),
+        (tally(seconds=70.0), STABLE, Verdict.FAIL, "71.4 tokens/s are less than 0.9 times"),
+        (tally(layers=50_000), STABLE, Verdict.FAIL, "10.0 layers per token are more than 1 times"),
+        (tally(audited=0, disagreed=0), STABLE, Verdict.HOLD, "0 audited tokens"),
+        (tally(audited=0, disagreed=0, verified=9), STABLE, Verdict.PASS, "lossless, 1.00 times"),
+        (
+            tally(audited=0, disagreed=0, verified=9, seconds=70.0),
+            STABLE,
+            Verdict.FAIL,
+            "71.4 tokens/s",
+        ),
+    ],
+)
+def test_verdicts(canary: Tally, stable: Tally, verdict: Verdict, reason: str) -> None:
+    found = judge(BOUNDS, canary, stable)
+    assert found.verdict is verdict, found
+    assert reason in found.reason
+
+
+def test_tallies_add_up_by_release_and_survive_their_text() -> None:
+    parts = [tally(generation=3), tally(generation=3, disagreed=1), tally(generation=1)]
+    total = add_up(3, parts)
+    assert (total.tokens, total.disagreed, total.speed, total.depth) == (10_000, 11, 100.0, 8.0)
+    assert add_up(9, parts) == Tally(generation=9)
+    assert tallies_from_json(tallies_to_json(parts)) == tuple(parts)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[3]", "[{}]", '[{"generation": -1}]', tallies_to_json([tally(seconds=-1.0)])]
+)
+def test_other_texts_are_no_tallies(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        tallies_from_json(text)
+
+
+def test_steps_are_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "steps.yaml"
+    path.write_text("percents: [5, 50, 100]\nmax_disagreement: 0.1 # of audited tokens\n")
+    steps = Steps.load(path)
+    assert (steps.max_disagreement, steps.min_audited) == (0.1, 200)
+    assert [steps.after(percent) for percent in (0, 5, 20, 50, 100)] == [5, 50, 50, 100, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("percents: [5, 5]", "percents: [5, 5] is not a list of numbers in (0, 100], ascending"),
+        ("percents: [50, 101]", "percents: "),
+        ("percents: []", "percents: "),
+        ("percents: 5", "percents: 5 is not a list"),
+        ("max_disagreement: 1.5", "max_disagreement: 1.5 is not a number in (0, 1)"),
+        ("min_audited: many", "min_audited: 'many' is not an integer from 0 on"),
+        ("min_speed: 0", "min_speed: 0 is not a number above 0"),
+        ("max_lateness: 3", "max_lateness: is no known setting. Use percents, min_tokens"),
+        ("- 5\n- 25", "steps: "),
+        ("percents: [5", "steps: "),
+        ("a: !!python/object/apply:os.getpid []", "steps: "),
+    ],
+)
+def test_a_file_with_errors_is_refused_by_field(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "steps.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        Steps.load(path)
+    assert said in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        Steps.load(tmp_path / "nowhere.yaml")
