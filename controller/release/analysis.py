@@ -107,7 +107,7 @@ class Steps:
         return next((each for each in self.percents if each > percent), None)
 
 
-class Verdict(StrEnum):
+class StepOutcome(StrEnum):
     """What becomes of a canary."""
 
     PASS = "passes"
@@ -117,14 +117,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A verdict and why, in words.
+    """An outcome and why, in words.
 
     Attributes:
-        verdict: Passes, holds or fails.
+        outcome: Passes, holds or fails.
         reason: Says why, in a clause.
     """
 
-    verdict: Verdict
+    outcome: StepOutcome
     reason: str
 
 
@@ -175,26 +175,30 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     if least > steps.max_disagreement:
         allowed = f"{steps.max_disagreement:.1%} are allowed"
         audits = f"{least:.1%} or more of what is audited ({canary.audited} tokens)"
-        return Finding(Verdict.FAIL, f"full depth disagrees with {audits}, {allowed}")
+        return Finding(StepOutcome.FAIL, f"full depth disagrees with {audits}, {allowed}")
     if least_failing > steps.max_failures:
         allowed = f"{steps.max_failures:.1%} are allowed"
-        return Finding(Verdict.FAIL, f"the policy fails on {least_failing:.1%} or more, {allowed}")
+        return Finding(
+            StepOutcome.FAIL, f"the policy fails on {least_failing:.1%} or more, {allowed}"
+        )
     for name, tally in (("canary", canary), ("stable release", stable)):
         if tally.tokens < steps.min_tokens:
             reason = f"{tally.tokens} tokens of the {name}, {steps.min_tokens} are asked for"
-            return Finding(Verdict.HOLD, reason)
+            return Finding(StepOutcome.HOLD, reason)
     if slow := _slowness(steps, canary, stable):
-        return Finding(Verdict.FAIL, slow)
+        return Finding(StepOutcome.FAIL, slow)
     speed = f"{canary.speed / stable.speed:.2f} times the stable release's speed"
     if canary.is_lossless:
-        return Finding(Verdict.PASS, f"lossless, {speed}")
+        return Finding(StepOutcome.PASS, f"lossless, {speed}")
     if canary.audited < steps.min_audited:
         reason = f"{canary.audited} audited tokens, {steps.min_audited} are asked for"
-        return Finding(Verdict.HOLD, reason)
+        return Finding(StepOutcome.HOLD, reason)
     found = f"full depth disagrees with {least:.1%} to {most:.1%}"
     if most > steps.max_disagreement:
-        return Finding(Verdict.HOLD, f"{found}, too wide to tell from {steps.max_disagreement:.1%}")
-    return Finding(Verdict.PASS, f"{found}, {speed}")
+        return Finding(
+            StepOutcome.HOLD, f"{found}, too wide to tell from {steps.max_disagreement:.1%}"
+        )
+    return Finding(StepOutcome.PASS, f"{found}, {speed}")
 
 
 def _slowness(steps: Steps, canary: Tally, stable: Tally) -> str:

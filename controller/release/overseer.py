@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.release.analysis import Steps, Verdict, judge
+from offramp.controller.release.analysis import StepOutcome, Steps, judge
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Ack, AckState, PolicyRegistry
 from offramp.controller.release.tally import add_up
@@ -73,11 +73,11 @@ class Overseer:
         tallies = [each for ack in living for each in ack.tallies]
         canary, stable = (add_up(each, tallies) for each in (served, rollout.stable_generation))
         found = judge(self._steps, canary, stable)
-        story = f"canary {served} at {rollout.percent:g}% {found.verdict.value}: {found.reason}"
+        story = f"canary {served} at {rollout.percent:g}% {found.outcome.value}: {found.reason}"
         following = self._steps.after(rollout.percent)
-        if found.verdict is Verdict.FAIL:
+        if found.outcome is StepOutcome.FAIL:
             return self._roll_back(story, served)
-        if found.verdict is Verdict.PASS and following is not None:
+        if found.outcome is StepOutcome.PASS and following is not None:
             head = self._publisher.roll_out(following)
             return f"{story}; generation {head.generation} serves {following:g}% of the requests"
         if self._held == served:

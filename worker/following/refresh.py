@@ -133,9 +133,8 @@ class PolicyRefresher:
     def poll_once(self) -> Ack:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
         with self._polling:
-            state, reason = self._refresh()
-            self.report = ack = self._ack(state, reason)
-            if state is not AckState.STALE:
+            self.report = ack = self._ack(*self._refresh())
+            if ack.state is not AckState.STALE:
                 self._fresh_at_s = time.monotonic()
             try:
                 self._registry.acknowledge(ack, ACK_TTL_POLLS * self._poll_s)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.release.analysis import Steps, Verdict, interval, judge
+from offramp.controller.release.analysis import StepOutcome, Steps, interval, judge
 from offramp.controller.release.tally import Tally, add_up, tallies_from_json, tallies_to_json
 
 
@@ -47,31 +47,51 @@ BOUNDS = Steps(max_layers=1.0)
 
 
 @pytest.mark.parametrize(
-    ("canary", "stable", "verdict", "reason"),
+    ("canary", "stable", "outcome", "reason"),
     [
-        (tally(), STABLE, Verdict.PASS, "1.00 times the stable release's speed"),
-        (tally(tokens=1999), STABLE, Verdict.HOLD, "1999 tokens of the canary, 2000 are asked"),
-        (tally(), tally(tokens=7), Verdict.HOLD, "7 tokens of the stable release"),
-        (tally(audited=199), STABLE, Verdict.HOLD, "199 audited tokens, 200 are asked for"),
-        (tally(disagreed=115), STABLE, Verdict.HOLD, "too wide to tell from 25.0%"),
-        (tally(disagreed=250), STABLE, Verdict.FAIL, "of what is audited (500 tokens), 25.0% are"),
-        (tally(tokens=9, audited=40, disagreed=40), STABLE, Verdict.FAIL, "full depth disagrees"),
-        (tally(failures=200), STABLE, Verdict.FAIL, "the policy fails on"),
-        (tally(seconds=70.0), STABLE, Verdict.FAIL, "71.4 tokens/s are less than 0.9 times"),
-        (tally(layers=50_000), STABLE, Verdict.FAIL, "10.0 layers per token are more than 1 times"),
-        (tally(audited=0, disagreed=0), STABLE, Verdict.HOLD, "0 audited tokens"),
-        (tally(audited=0, disagreed=0, verified=9), STABLE, Verdict.PASS, "lossless, 1.00 times"),
+        (tally(), STABLE, StepOutcome.PASS, "1.00 times the stable release's speed"),
+        (tally(tokens=1999), STABLE, StepOutcome.HOLD, "1999 tokens of the canary, 2000 are asked"),
+        (tally(), tally(tokens=7), StepOutcome.HOLD, "7 tokens of the stable release"),
+        (tally(audited=199), STABLE, StepOutcome.HOLD, "199 audited tokens, 200 are asked for"),
+        (tally(disagreed=115), STABLE, StepOutcome.HOLD, "too wide to tell from 25.0%"),
+        (
+            tally(disagreed=250),
+            STABLE,
+            StepOutcome.FAIL,
+            "of what is audited (500 tokens), 25.0% are",
+        ),
+        (
+            tally(tokens=9, audited=40, disagreed=40),
+            STABLE,
+            StepOutcome.FAIL,
+            "full depth disagrees",
+        ),
+        (tally(failures=200), STABLE, StepOutcome.FAIL, "the policy fails on"),
+        (tally(seconds=70.0), STABLE, StepOutcome.FAIL, "71.4 tokens/s are less than 0.9 times"),
+        (
+            tally(layers=50_000),
+            STABLE,
+            StepOutcome.FAIL,
+            "10.0 layers per token are more than 1 times",
+        ),
+        (tally(audited=0, disagreed=0), STABLE, StepOutcome.HOLD, "0 audited tokens"),
+        (
+            tally(audited=0, disagreed=0, verified=9),
+            STABLE,
+            StepOutcome.PASS,
+            "lossless, 1.00 times",
+        ),
         (
             tally(audited=0, disagreed=0, verified=9, seconds=70.0),
             STABLE,
-            Verdict.FAIL,
+            StepOutcome.FAIL,
             "71.4 tokens/s",
         ),
     ],
 )
-def test_verdicts(canary: Tally, stable: Tally, verdict: Verdict, reason: str) -> None:
+def test_outcomes(canary: Tally, stable: Tally, outcome: StepOutcome, reason: str) -> None:
     found = judge(BOUNDS, canary, stable)
-    assert found.verdict is verdict, found
+    assert found.outcome is outcome, found
     assert reason in found.reason
 
 
