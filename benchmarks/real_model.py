@@ -113,12 +113,12 @@ def main(
     theirs: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Time Hugging Face's loops, too.")
     ] = True,
-    quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Little of everything, and no peers.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
     plan = QUICK if quick else Sizes()
-    plan = replace(plan, peers=theirs)
+    plan = replace(plan, peers=theirs and not quick)
     given: dict[str, Any] = {
         "prompts": prompts,
         "new_tokens": tokens,
