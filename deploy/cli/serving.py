@@ -125,6 +125,7 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
         "channel": settings.channel,
         "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
         "state_dir": (settings.home / "workers").resolve(),
+        "access_log": settings.access_log and settings.access_log.resolve(),
         "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
     }
 
@@ -154,6 +155,8 @@ def _require_servable(
 ) -> None:
     """Every check that needs no worker, before anything is written or started."""
     options.require_loadable(config.worker, settings)
+    if config.access_log is not None:
+        options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
     require_free(config.host, config.port)
     if trust is not None:
         load_public_keys(trust)

@@ -51,7 +51,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if not self._lets_in(scope["path"], headers):
+        if not self._lets_in(scope, headers):
             return error_reply(
                 401,
                 "the API key is missing or wrong",
@@ -79,12 +79,14 @@ class Gate:
             return overload_reply(OverloadedError(RETRY_AFTER_S))
         return None
 
-    def _lets_in(self, path: str, headers: Headers) -> bool:
+    def _lets_in(self, scope: Scope, headers: Headers) -> bool:
         clients = self._backend.clients
-        if not clients.are_asked_for or path in OPEN_ROUTES:
+        if not clients.are_asked_for or scope["path"] in OPEN_ROUTES:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and clients.client(key) is not None
+        client = clients.client(key) if scheme.lower() == "bearer" else None
+        scope["state"]["client"] = client
+        return client is not None
 
     @property
     def _too_large(self) -> str:

@@ -15,6 +15,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from offramp.controller.errors import OfframpError
+from offramp.deploy.http.access_log import REQUEST_ID
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
@@ -31,9 +32,6 @@ Events = AsyncIterator[tuple[int, TokenEvent]]
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
-
-REQUEST_ID = "X-Request-Id"
-"""Header in which clients name their request, as OpenAI's and vLLM's do."""
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Headers of an event stream, for proxies to pass each event on as it comes."""
@@ -73,7 +71,7 @@ class Generation:
             prompt_only=body.max_tokens == 0,
         )
         events = await backend.submit_all(
-            tokens, sampling, kv_mode=mode, request_id=_id_of(request, style)
+            tokens, sampling, kv_mode=mode, request_id=request.headers[REQUEST_ID]
         )
         events = self._followed(events, choices, began_s)
         return await _answer(style, choices, events, request, stream=body.stream)
@@ -92,7 +90,7 @@ class Generation:
             **_common(backend, body, len(tokens), names=body.logprobs),
         )
         events = await backend.submit_all(
-            [tokens], sampling, kv_mode=mode, request_id=_id_of(request, style)
+            [tokens], sampling, kv_mode=mode, request_id=request.headers[REQUEST_ID]
         )
         events = self._followed(events, sampling.n, began_s)
         return await _answer(style, sampling.n, events, request, stream=body.stream)
@@ -100,11 +98,6 @@ class Generation:
     def _followed(self, events: Events, choices: int, began_s: float) -> Events:
         in_time = until(events, began_s + self._limits.deadline_s)
         return self._metrics.follow(in_time, choices, began_s)
-
-
-def _id_of(request: Request, style: ReplyStyle) -> str:
-    """The client's own id of the request, or that of the reply."""
-    return request.headers.get(REQUEST_ID) or style.id
 
 
 def _common(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from offramp.deploy.http.access_log import AccessLog
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.error_replies import add_error_handlers
 from offramp.deploy.http.gate import Gate
@@ -31,10 +33,19 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 """What a reply may also be."""
 
 
-def create_app(backend: Backend, limits: HttpLimits = DEFAULT_LIMITS) -> FastAPI:
-    """Build the app over a backend."""
+def create_app(
+    backend: Backend, limits: HttpLimits = DEFAULT_LIMITS, access_log: Path | None = None
+) -> FastAPI:
+    """Build the app over a backend.
+
+    Args:
+        backend: What decodes.
+        limits: How much and how long a client may ask.
+        access_log: File that gets a line of JSON per request.
+    """
     app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes)
+    app.add_middleware(AccessLog, file=access_log)
     add_error_handlers(app)
     metrics = Metrics(backend)
     generation = Generation(backend, limits, metrics)

@@ -31,7 +31,7 @@ class Front:
         self._limits = config.limits
         self._backend = PoolBackend(config)
         settings = LimitedConfig(
-            create_app(self._backend, config.limits),
+            create_app(self._backend, config.limits, config.access_log),
             host=config.host,
             port=config.port,
             http=PatientProtocol,

@@ -32,6 +32,7 @@ class PoolConfig:
         poll_s: Seconds between polls of the registry when no event wakes a worker.
         cpus: Cores that Ray sets aside per replica.
         limits: Bounds on clients and their requests.
+        access_log: File that gets a line of JSON per request; None: nowhere.
 
     Raises:
         ConfigError: a number out of range, or an open address without a key.
@@ -51,6 +52,7 @@ class PoolConfig:
     poll_s: float = 5.0
     cpus: float = 1.0
     limits: HttpLimits = field(default_factory=HttpLimits)
+    access_log: Path | None = None
 
     @property
     def room(self) -> int:

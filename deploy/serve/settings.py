@@ -28,7 +28,8 @@ class Settings(BaseModel):
         channel: OFFRAMP_CHANNEL: which stream of releases to write and follow.
         epoch: OFFRAMP_EPOCH: incarnation of the channel that is written; raise it when the channel
             is begun anew without its ledger, so that workers take lower generations again.
-        api_key: OFFRAMP_API_KEY: what clients must present; unset asks for none.
+        api_key: OFFRAMP_API_KEY: a key that clients may present, beside those of their own.
+        access_log: OFFRAMP_ACCESS_LOG: file that gets a line of JSON per HTTP request.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class Settings(BaseModel):
     channel: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     epoch: int = Field(default=1, ge=1)
     api_key: str | None = Field(default=None, min_length=8, pattern=r"^[!-~]+$")
+    access_log: Path | None = None
 
     @field_validator("redis_url")
     @classmethod

@@ -35,6 +35,7 @@ def test_every_variable_is_read() -> None:
             "OFFRAMP_HOME": "/srv/offramp",
             "OFFRAMP_CHANNEL": "team-a.staging_2",
             "OFFRAMP_API_KEY": "12345678",
+            "OFFRAMP_ACCESS_LOG": "/var/log/offramp.jsonl",
             "PATH": "/bin",
             "OFFRAMPED": "somebody else's",
         }
@@ -45,6 +46,7 @@ def test_every_variable_is_read() -> None:
         home=Path("/srv/offramp"),
         channel="team-a.staging_2",
         api_key="12345678",
+        access_log=Path("/var/log/offramp.jsonl"),
     )
 
 

@@ -1,0 +1,81 @@
+"""Names each request, and writes a line of JSON about it once it is answered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUEST_ID = "X-Request-Id"
+"""Header in which clients name their request, as OpenAI's and vLLM's do."""
+
+_NAME = re.compile(r"[!-~]{1,128}")
+
+
+class AccessLog:
+    """Middleware around all others.
+
+    Every request behind it has a name in ``X-Request-Id``, its client's or a new one, and every
+    reply has it, too. ``scope["state"]["client"]`` is for whoever tells the client by its key.
+
+    Args:
+        app: What comes behind it.
+        file: Where lines are appended; opened anew when it was moved away. None: nowhere.
+    """
+
+    def __init__(self, app: ASGIApp, *, file: Path | None) -> None:
+        self._app = app
+        self._log = logging.Logger("offramp.access")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._log.addHandler(WatchedFileHandler(file))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = time.perf_counter()
+        status = 0
+        headers = Headers(scope=scope)
+        name = headers.get(REQUEST_ID, "")
+        if not _NAME.fullmatch(name):
+            name = uuid.uuid4().hex
+        scope = {**scope, "headers": _renamed(headers, name), "state": {"client": None}}
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            if self._log.handlers:
+                self._write(scope, name, status, time.perf_counter() - began_s)
+
+    def _write(self, scope: Scope, name: str, status: int, took_s: float) -> None:
+        line = {
+            "at": time.time(),
+            "request_id": name,
+            "client": scope["state"]["client"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(took_s, 6),
+        }
+        self._log.info(json.dumps(line))
+
+
+def _renamed(headers: Headers, name: str) -> list[tuple[bytes, bytes]]:
+    key = REQUEST_ID.lower().encode()
+    return [(each, value) for each, value in headers.raw if each != key] + [(key, name.encode())]
