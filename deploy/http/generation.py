@@ -54,7 +54,7 @@ class Generation:
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Answer POST /v1/completions."""
         # All that may be refused comes before anything is queued, which nobody would read.
-        began_s = asyncio.get_running_loop().time()
+        began_s = time.perf_counter()
         backend, encoder = self._backend, self._backend.encoder
         prompts, sampling, mode = body.prompts, body.sampling, body.kv_mode
         choices = len(prompts) * sampling.n
@@ -78,7 +78,7 @@ class Generation:
 
     async def converse(self, body: ChatRequest, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
-        began_s = asyncio.get_running_loop().time()
+        began_s = time.perf_counter()
         backend = self._backend
         conversation, sampling, mode = body.conversation, body.sampling, body.kv_mode
         self._limits.require_choices(sampling.n, "n")
@@ -96,7 +96,8 @@ class Generation:
         return await _answer(style, sampling.n, events, request, stream=body.stream)
 
     def _followed(self, events: Events, choices: int, began_s: float) -> Events:
-        in_time = until(events, began_s + self._limits.deadline_s)
+        left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
+        in_time = until(events, asyncio.get_running_loop().time() + left_s)
         return self._metrics.follow(in_time, choices, began_s)
 
 
