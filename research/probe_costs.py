@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.controller.features import SCHEMAS, IntArray
 from offramp.controller.policies.mlp import MlpPolicy
-from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.request import FULL_DEPTH
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from offramp.controller.features import MAX_PENDING
 from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.asking.grouping import RowGrouper
+from offramp.worker.decoding.asking.guard import PolicyGuard
+from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.draft_wave import DraftWave
-from offramp.worker.decoding.grouping import RowGrouper
-from offramp.worker.decoding.groups import Load
-from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.sampler import report_each
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence

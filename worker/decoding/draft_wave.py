@@ -15,7 +15,7 @@ from operator import attrgetter
 from torch import Tensor
 
 from offramp.controller.policies.exits import is_on_copy
-from offramp.worker.decoding.grouping import RowGrouper
+from offramp.worker.decoding.asking.grouping import RowGrouper
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext, sent
 from offramp.worker.model.attention import decode_window
@@ -90,17 +90,20 @@ class DraftWave:
     def _ask(self, executed: int) -> None:
         start = time.perf_counter()
         leaving: list[tuple[int, Known]] = []
-        for group in [each for each in self.groups if each.asks_at(executed)]:
-            asked = group.rows
+        for group in self.groups:
+            asked, before = group.asked_at(executed), len(group.rows)
+            if not asked:
+                continue
             x_N1D = self._x_N1D
             if asked != self.rows:
                 x_N1D = take(x_N1D, [self.rows.index(row) for row in asked])
             left = group.ask(self.context.guard, executed, x_N1D)
-            if len(group.rows) + len(left.rows) < len(asked):
+            if len(group.rows) + len(left.rows) < before:
                 self.context.overhead.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(left.rows):
                 logits_V = None if left.logits_NV is None else left.logits_NV[n]
-                leaving.append((self.rows.index(row), Known(logits_V, left.token)))
+                token = left.tokens[n] if left.tokens else None
+                leaving.append((self.rows.index(row), Known(logits_V, token)))
         self.context.overhead.deciding_s += time.perf_counter() - start
         for n, known in sorted(leaving, key=lambda each: each[0]):
             self._leave(self.rows[n], executed, self._x_N1D[n], known)
@@ -148,8 +151,8 @@ class DraftWave:
         asked = {
             id(row)
             for group in self.groups
-            if any(is_on_copy(layer) and layer > executed for layer in group.exits)
             for row in group.rows
+            if any(is_on_copy(layer) and layer > executed for layer in group.exits_of(row))
         }
         self._keep([n for n, row in enumerate(self.rows) if id(row) in asked])
 

@@ -9,8 +9,8 @@ from typing import cast
 from torch import Tensor
 
 from offramp.controller.policies.protocols import LearningPolicy, Verdict
+from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.decoder import RowResult
-from offramp.worker.decoding.guard import PolicyGuard
 from offramp.worker.decoding.sampler import Draft, Draw
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.stack import LayerStack

@@ -14,7 +14,7 @@ from offramp.controller.features import KEEP, FloatArray
 from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
 from offramp.controller.release.guardrails import PolicyWatch
-from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
 from offramp.worker.decoding.sampler import Draft, Draw, Sampler
 from offramp.worker.probes import Probe
@@ -260,41 +260,37 @@ class Leaving(NamedTuple):
     Attributes:
         rows: The rows that leave.
         logits_NV: Their logits over the whole vocabulary, if a probe computed them anyway.
-        token: Draft of the only row, if it is drafted without the LM head.
+        tokens: Of each row its draft, if it is drafted without the LM head; () if none is.
     """
 
     rows: list[Sequence]
     logits_NV: Tensor | None = None
-    token: int | None = None
+    tokens: Rows[int | None] = ()
 
 
 class RowGroup(Protocol):
     """Rows on their way through the stack that are asked, at some exits, whether they leave."""
 
-    rows: list[Sequence]
+    @property
+    def rows(self) -> list[Sequence]:
+        """Rows that are still asked."""
 
     @property
     def probe(self) -> Probe:
         """What computes features from the rows' hidden states."""
-        ...
 
     @property
     def exits(self) -> tuple[int, ...]:
         """Exits at which a row may yet be asked, as long as the token lasts."""
-        ...
 
-    def asks_at(self, executed: int) -> bool:
-        """Whether some row is asked after so many layers, of the weights that the exit names."""
-        ...
+    def exits_of(self, row: Sequence) -> tuple[int, ...]:
+        """Those of one row."""
+
+    def asked_at(self, executed: int) -> list[Sequence]:
+        """Rows that are asked after so many layers, of the weights that the exit names."""
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
-        """Find out which rows leave; the group then forgets them.
-
-        If the policy fails no row leaves, and none is asked again until its request ends: the
-        guard survives it.
-        """
-        ...
+        """Find out which rows leave, and forget them; if the policy fails, its row stays on."""
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """Forget rows that were cancelled while they waited at a hold."""
-        ...

@@ -191,25 +191,28 @@ class Wave:
         self.context.kv.open(self._window)
 
     def _ask_exits(self, executed: int, read_NTD: Tensor) -> None:
-        asking = [group for group in self.groups if group.asks_at(executed)]
-        if not asking:
+        asking = [(group, group.asked_at(executed)) for group in self.groups]
+        if not any(asked for _, asked in asking):
             return
         start = time.perf_counter()
         # Only probes and head read it; deeper layers and cache take the state itself.
         read_N1D = self.context.translators.apply(executed, read_NTD[:, -1:])
         leaving: dict[int, Known] = {}
-        for group in asking:
-            asked = group.rows
+        for group, asked in asking:
+            if not asked:
+                continue
+            before = len(group.rows)
             # Rows may have changed slots, and so their order, while they waited.
             in_order = asked == self.rows
             places = [] if in_order else [self.rows.index(row) for row in asked]
             asked_N1D = read_N1D if in_order else take(read_N1D, places)
             left = group.ask(self.context.guard, executed, asked_N1D)
-            if len(group.rows) + len(left.rows) < len(asked):
+            if len(group.rows) + len(left.rows) < before:
                 self.context.overhead.failures += sum(row.policy_failed for row in asked)
             for n, row in enumerate(left.rows):
                 logits_V = None if left.logits_NV is None else left.logits_NV[n]
-                leaving[self.rows.index(row)] = Known(logits_V, left.token)
+                token = left.tokens[n] if left.tokens else None
+                leaving[self.rows.index(row)] = Known(logits_V, token)
         self.context.overhead.deciding_s += time.perf_counter() - start
         if leaving:
             self._remove_leavers(executed, leaving, read_N1D[:, 0])

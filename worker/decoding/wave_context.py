@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import FloatArray
-from offramp.worker.decoding.grouping import RowGrouper
-from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.asking.grouping import RowGrouper
+from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV

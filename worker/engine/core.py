@@ -16,9 +16,9 @@ from typing import Any
 
 from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
 from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
-from offramp.worker.decoding.groups import Load
 from offramp.worker.decoding.pricing import DraftingPrice
 from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler

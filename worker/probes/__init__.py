@@ -4,7 +4,7 @@ from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
 from offramp.worker.probes.candidates.device_probe import DeviceProbe
 from offramp.worker.probes.candidates.fused import FusedProbe
 from offramp.worker.probes.factory import PROBES, ProbeFactory, make_probe
-from offramp.worker.probes.probe import BlankProbe, Candidates, Decider, Probe, ProbeInputs
+from offramp.worker.probes.probe import BlankProbe, Candidates, Decider, Probe, ProbeInputs, part_of
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import Sketch, SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe, softmax_features
@@ -27,5 +27,6 @@ __all__ = [
     "SoftmaxProbe",
     "StateProbe",
     "make_probe",
+    "part_of",
     "softmax_features",
 ]

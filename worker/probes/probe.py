@@ -5,7 +5,8 @@ Shape suffixes: N rows, K candidates, D width, V vocabulary, F features.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import copy
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -26,12 +27,30 @@ class Probe(Protocol):
         ...
 
     def keep(self, stay_N: BoolArray) -> None:
-        """Forget the rows that left."""
+        """Forget the rows that left, as ``RemembersRows`` does."""
         ...
 
     def logits(self) -> Tensor | None:
         """Whole logits [N, V] that the last ``features`` computed anyway; None if it did not."""
         ...
+
+
+class RemembersRows(Protocol):
+    """Remembers something of each row; what is written after a copy was made, that never sees."""
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Forget the rows that left."""
+        ...
+
+
+R = TypeVar("R", bound=RemembersRows)
+
+
+def part_of(memory: R, stay_N: BoolArray) -> R:
+    """What is remembered of some of the rows, to be used beside that of the others."""
+    part = copy.copy(memory)
+    part.keep(stay_N)
+    return part
 
 
 class Decider(Probe, Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.controller.features import SKETCH_V1, BoolArray, FloatArray, IntArray
 from offramp.worker.probes.confidence import Confidence
-from offramp.worker.probes.probe import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs, part_of
 from offramp.worker.probes.readout import Readout
 
 TOKENS = 1024
@@ -114,7 +114,7 @@ class SketchProbe:
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._confidence.keep(stay_N)
+        self._confidence = part_of(self._confidence, stay_N)
         self._position_N = self._position_N[stay_N]
 
     def logits(self) -> Tensor | None:

@@ -13,7 +13,7 @@ import pytest
 from offramp.controller.features import STATE_V1, BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.asking.guard import PolicyGuard
 
 FEATURES = np.ones((3, STATE_V1.width), np.float32)
 

@@ -122,7 +122,7 @@ def test_rows_decided_in_one_call_leave_where_each_leaves_alone(schedule: Schedu
 def test_a_probe_taken_from_rows_that_wait_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offramp.worker.decoding.grouping._is_underway", lambda group: False)
+    monkeypatch.setattr("offramp.worker.decoding.asking.grouping._is_underway", lambda group: False)
     assert not all(is_same for is_same, _ in parted(COHORTS))
 
 

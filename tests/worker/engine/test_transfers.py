@@ -20,7 +20,7 @@ from offramp.controller.features import CANDIDATES_V1, SKETCH_V1, SOFTMAX_V2, ST
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams, Schedule
-from offramp.worker.decoding.groups import DecidedGroup, ExitGroup
+from offramp.worker.decoding.asking.groups import DecidedGroup, ExitGroup
 from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.gpu.graphs import GraphedLayers, Record

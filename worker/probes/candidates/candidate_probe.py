@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offramp.controller.features import BoolArray, FloatArray, IntArray
 from offramp.worker.probes.candidates.scorers import Scorer, make_scorer
-from offramp.worker.probes.probe import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs, part_of
 
 
 class CandidateProbe:
@@ -46,7 +46,7 @@ class CandidateProbe:
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._scorer.keep(stay_N)
+        self._scorer = part_of(self._scorer, stay_N)
 
     def logits(self) -> Tensor | None:
         """None were computed: that is the point of candidates."""

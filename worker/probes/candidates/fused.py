@@ -119,10 +119,12 @@ class FusedProbe:
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        at_S = self._kept[0]
+        at_S, candidates_SK, last_SD, memory_SM = self._kept
         at_N = at_S[: self._rows][stay_N]
         self._rows = len(at_N)
+        at_S = np.empty_like(at_S)  # parts read the other arrays at places of their own
         at_S[: self._rows] = at_N
+        self._kept = (at_S, candidates_SK, last_SD, memory_SM)
 
     def logits(self) -> Tensor | None:
         """Give None: no logits were computed."""

@@ -12,8 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
-from offramp.worker.decoding.groups import DecidedGroup, ExitGroup, Load, RoutedRow, outlook_of
-from offramp.worker.decoding.guard import PolicyGuard
+from offramp.worker.decoding.asking.groups import DecidedGroup, ExitGroup
+from offramp.worker.decoding.asking.guard import PolicyGuard
+from offramp.worker.decoding.asking.outlook import Load, outlook_of
+from offramp.worker.decoding.asking.routed import RoutedGroup
 from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.model.transfers import take
 from offramp.worker.probes import DeviceProbe, FusedProbe, Probe, ProbeFactory
@@ -42,7 +44,7 @@ class RowGrouper:
         self.load = Load()
 
     def group_rows(self, rows: Rows[Sequence], x_ND: Tensor) -> list[RowGroup]:
-        """Make one group per exit policy that asks at all, and one per routed row.
+        """Make one group per policy that asks at all.
 
         Args:
             rows: Rows that begin a token and may leave early.
@@ -50,22 +52,15 @@ class RowGrouper:
         """
         if not rows:
             return []
-        first = rows[0]
-        if len(rows) == 1 or (not first.routes and all(row.policy is first.policy for row in rows)):
-            if not first.policy.exits:
-                return []
-            return self._route([first], x_ND) if first.routes else self._group(list(rows), x_ND)
-        # Routed rows have an index as key, each its own; the others their policy's identity, which
-        # is turned negative so that it can be no index.
         by_policy: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             if row.policy.exits:
-                by_policy.setdefault(index if row.routes else ~id(row.policy), []).append(index)
+                by_policy.setdefault(id(row.policy), []).append(index)
         found: list[RowGroup] = []
         for indices in by_policy.values():
             members = [rows[index] for index in indices]
-            asked = self._route if members[0].routes else self._group
-            found += asked(members, take(x_ND, indices))
+            states_ND = x_ND if len(members) == len(rows) else take(x_ND, indices)
+            found += (self._route if members[0].routes else self._group)(members, states_ND)
         return found
 
     def _group(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
@@ -84,19 +79,31 @@ class RowGrouper:
         return [group]
 
     def _route(self, rows: list[Sequence], x_ND: Tensor) -> list[RowGroup]:
-        [row] = rows
-        policy = cast(RoutingPolicy, row.policy)
-        before, row.group = row.group, None
-        if isinstance(before, RoutedRow):  # on the copy it was sent on to one of our exits
-            target: int | None = before.target
-        else:
-            target = self._guard.start(policy, outlook_of(row, self.load, *self._limits))
-        if target is None:
-            row.fail_policy()
-        if target is None or target == len(policy.exits):
+        policy = cast(RoutingPolicy, rows[0].policy)
+        # On the copy a row may have been sent on to one of our exits.
+        sent = [
+            row.group.target_of(row) if isinstance(row.group, RoutedGroup) else None for row in rows
+        ]
+        new = [row for row, target in zip(rows, sent, strict=True) if target is None]
+        if new:
+            first = iter(self._guard.start(policy, outlook_of(new, self.load, *self._limits)))
+            sent = [next(first) if target is None else target for target in sent]
+        going: list[int] = []
+        for index, (row, target) in enumerate(zip(rows, sent, strict=True)):
+            row.group = None
+            if target is None:
+                row.fail_policy()
+            elif target < len(policy.exits):
+                going.append(index)
+        if not going:
             return []
-        route = RoutedRow(policy, row, self._probe(rows, x_ND), target, self.load, self._limits)
-        row.group = row.last_group = route
+        if len(going) < len(rows):
+            rows, x_ND = [rows[index] for index in going], take(x_ND, going)
+        targets = [target for target in sent if target is not None and target < len(policy.exits)]
+        route = RoutedGroup(policy, rows, self._probe(rows, x_ND), targets, self.load, self._limits)
+        for row in rows:
+            row.group = route
+        rows[0].last_group = route
         return [route]
 
     def _probe(self, rows: list[Sequence], x_ND: Tensor) -> Probe:

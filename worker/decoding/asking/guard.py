@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -66,21 +67,41 @@ class PolicyGuard:
 
         return self._survive(policy, ask)
 
-    def start(self, policy: RoutingPolicy, outlook_1C: FloatArray) -> int | None:
-        """At which exit one row is first asked; None if the policy cannot say, as ``decide``."""
-        most = len(policy.exits)
-        return self._survive(policy, lambda: _target(policy.start(outlook_1C), 0, most))
+    def start(self, policy: RoutingPolicy, outlook_NC: FloatArray) -> list[int | None]:
+        """At which exit each row is first asked; None where the policy cannot say, as ``decide``.
+
+        If it fails for all together, each is asked about alone: one row's oddity is its own.
+        """
+        rows, most = len(outlook_NC), len(policy.exits)
+
+        def ask(part: slice) -> list[int]:
+            return _targets(policy.start(outlook_NC[part]), len(outlook_NC[part]), 0, most)
+
+        return self._each(policy, rows, ask)
 
     def route(
-        self, policy: RoutingPolicy, here: int, features_1F: FloatArray, outlook_1C: FloatArray
-    ) -> int | None:
-        """Where one row goes from an exit; None if the policy cannot say, as ``decide``."""
+        self, policy: RoutingPolicy, here: int, features_NF: FloatArray, outlook_NC: FloatArray
+    ) -> list[int | None]:
+        """Where each row goes from an exit; None where the policy cannot say, as ``start``."""
 
-        def ask() -> int:
-            require_finite(features_1F)
-            return _target(policy.route(here, features_1F, outlook_1C), here, len(policy.exits))
+        def ask(part: slice) -> list[int]:
+            asked_NF = features_NF[part]
+            require_finite(asked_NF)
+            found_N = policy.route(here, asked_NF, outlook_NC[part])
+            return _targets(found_N, len(asked_NF), here, len(policy.exits))
 
-        return self._survive(policy, ask)
+        return self._each(policy, len(features_NF), ask)
+
+    def _each(
+        self, policy: RoutingPolicy, rows: int, ask: Callable[[slice], list[int]]
+    ) -> list[int | None]:
+        if rows > 1:
+            try:
+                return list(ask(slice(rows)))
+            except Exception as error:  # as in _survive; who fails alone is counted there
+                LOG.debug("%s failed for %d rows together: %s", type(policy).__name__, rows, error)
+        found = [self._survive(policy, partial(ask, slice(n, n + 1))) for n in range(rows)]
+        return [None if target is None else target[0] for target in found]
 
     def teach(self, policy: LearningPolicy, verdicts: Sequence[Verdict]) -> None:
         """Tell a policy what full depth says of its tokens; a failure is counted and logged."""
@@ -127,14 +148,15 @@ def _require_decision(leave_N: object, rows: int) -> None:
         raise PolicyFaultError(f"has shape {leave_N.shape}, not ({rows},)")
 
 
-def _target(found_N: object, least: int, most: int) -> int:
+def _targets(found_N: object, rows: int, least: int, most: int) -> list[int]:
     if (
         not isinstance(found_N, np.ndarray)
-        or found_N.shape != (1,)
+        or found_N.shape != (rows,)
         or found_N.dtype.kind not in "iu"
     ):
         raise PolicyFaultError(f"is {found_N!r}, not one integer per row")
-    target = int(found_N[0])
-    if not least <= target <= most:
-        raise PolicyFaultError(f"names exit {target}, not one from {least} to {most}")
-    return target
+    targets: list[int] = found_N.tolist()
+    for target in targets:
+        if not least <= target <= most:
+            raise PolicyFaultError(f"names exit {target}, not one from {least} to {most}")
+    return targets
