@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.net_kernel import best_of
+from offramp.controller.policies.net_kernel import best_of, best_of_rows
 
 MAX_ROWS = 1024
-"""Rows of one call at most."""
+"""Rows of one product of matrices at most."""
+
+FEW_ROWS = 64
+"""Rows that an engine asks about together at most; beyond, matrices are ten times as fast."""
 
 Weights = Sequence[tuple[FloatArray, FloatArray]]
 """One (weight [in, out], bias [out]) pair per layer, float32."""
@@ -62,7 +65,8 @@ class TanhNet:
             x = out
         *self._hidden, self._last = self._steps
         # Compiled, if need be, when a policy arrives, not when a request does.
-        best_of(self._input[:-1], self.flat, self.sizes, np.zeros(outputs, np.float32))
+        self.bests(np.zeros(outputs, np.float32), self._input[None, :-1])
+        self.best(np.zeros(outputs, np.float32), self._input[:-1])
 
     def rows(self, *parts_N: FloatArray) -> FloatArray:
         """Outputs [N, A] for up to MAX_ROWS rows; a view that the next call reuses."""
@@ -107,6 +111,24 @@ class TanhNet:
         if best < 0:
             raise PolicyFaultError("the logits are not finite")
         return best
+
+    def bests(self, mask_A: FloatArray, *parts_N: FloatArray) -> NDArray[np.int64]:
+        """What ``best`` gives for each of N rows, [N].
+
+        Of up to FEW_ROWS rows each is computed as if it were alone, so that its neighbours in an
+        engine change nothing for it; more, which only a replay asks about, go by matrices.
+
+        Raises:
+            PolicyFaultError: an output of some row is not finite.
+        """
+        x_NI = np.concatenate(parts_N, axis=1, dtype=np.float32)
+        if len(x_NI) > FEW_ROWS:
+            parts = [x_NI[at : at + MAX_ROWS] for at in range(0, len(x_NI), MAX_ROWS)]
+            return np.concatenate([(finite(self.rows(part)) + mask_A).argmax(1) for part in parts])
+        best_N: NDArray[np.int64] = best_of_rows(x_NI, self.flat, self.sizes, mask_A)
+        if (best_N < 0).any():
+            raise PolicyFaultError("the logits are not finite")
+        return best_N
 
     def _fill(self, parts: Sequence[FloatArray]) -> None:
         column = 0

@@ -19,7 +19,7 @@ from offramp.controller.policies.codec import (
     pack_layers,
     unpack_layers,
 )
-from offramp.controller.policies.net import MAX_ROWS, TanhNet, Weights, finite
+from offramp.controller.policies.net import TanhNet, Weights
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.strict import COUNT, FLAG, or_null
 
@@ -75,6 +75,7 @@ class MlpRouter:
         self._mask_EA = np.where(self._target_EA < 0, -np.inf, 0).astype(np.float32)
         self._masks = list(self._mask_EA)
         self._targets = self._target_EA.tolist()
+        self._anywhere = np.zeros(0 if self._starter is None else self._starter.outputs, np.float32)
         self._one = np.empty(1, np.int64)
 
     @property
@@ -90,9 +91,7 @@ class MlpRouter:
         """
         if self._starter is None:
             return np.full(len(outlook_NC), self.first, np.int64)
-        best_N = np.concatenate(
-            [finite(self._starter.rows(part)).argmax(1) for part in _slices(outlook_NC)]
-        )
+        best_N = self._starter.bests(self._anywhere, outlook_NC)
         best_N[best_N == self._starter.outputs - 1] = len(self.exits)
         return best_N
 
@@ -108,8 +107,7 @@ class MlpRouter:
             best = self._net.best(self._masks[here], features_NF[0], outlook_NC[0])
             self._one[0] = self._targets[here][best]
             return self._one
-        parts = zip(_slices(features_NF), _slices(outlook_NC), strict=True)
-        best_N = np.concatenate([self._best(here, *part) for part in parts])
+        best_N = self._net.bests(self._masks[here], features_NF, outlook_NC)
         target_N: IndexArray = self._target_EA[here, best_N]
         return target_N
 
@@ -133,12 +131,6 @@ class MlpRouter:
         ]
         leads: FloatArray = np.min([pair[:, 1] - pair[:, 0] for pair in pairs], axis=0)
         return leads
-
-    def _best(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
-        logits_NA = finite(self._net.rows(features_NF, outlook_NC))
-        logits_NA += self._mask_EA[here]
-        best_N: IndexArray = logits_NA.argmax(1)
-        return best_N
 
 
 def targets(exits: int, jumps: int, *, ends: bool = False) -> IndexArray:
@@ -177,10 +169,6 @@ def _require_jumps(jumps: int, exits: int) -> None:
             f"are for jumps of up to {jumps} exits, and there are {exits}",
             "Name more exits, or train with shorter jumps",
         )
-
-
-def _slices(rows_N: FloatArray) -> list[FloatArray]:
-    return [rows_N[at : at + MAX_ROWS] for at in range(0, max(1, len(rows_N)), MAX_ROWS)]
 
 
 def _describe(policy: MlpRouter) -> tuple[Params, Tensors]:

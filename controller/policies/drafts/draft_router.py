@@ -100,8 +100,7 @@ class DraftRouter:
         if len(outlook_NC) == 1:
             trust_1 = self._trust_of(outlook_NC)
             return np.array([self.starter.best(self._anywhere, outlook_NC[0], trust_1)])
-        best_N: IndexArray = self.start_logits(outlook_NC).argmax(1)
-        return best_N
+        return self.starter.bests(self._anywhere, outlook_NC, self._trust_of(outlook_NC)[:, None])
 
     def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
         """Leave, go deeper or verify, [N].
@@ -111,8 +110,9 @@ class DraftRouter:
         """
         if len(features_NF) == 1:
             return np.array([self._route_one(here, features_NF[0], outlook_NC)])
-        logits_NA = self.route_logits(here, features_NF, outlook_NC)
-        target_N: IndexArray = self._target_EA[here, logits_NA.argmax(1)]
+        trust_N1 = self._trust_of(outlook_NC)[:, None]
+        best_N = self.router.bests(self._masks[here], features_NF, outlook_NC, trust_N1)
+        target_N: IndexArray = self._target_EA[here, best_N]
         return target_N
 
     def _route_one(self, here: int, features_F: FloatArray, outlook_1C: FloatArray) -> int:

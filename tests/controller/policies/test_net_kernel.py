@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import PolicyFaultError
-from offramp.controller.policies.net import TanhNet
+from offramp.controller.policies.net import FEW_ROWS, MAX_ROWS, TanhNet
 from offramp.controller.policies.net_kernel import forget_stale
 
 KEPT_NOWHERE = """
@@ -39,6 +39,22 @@ def test_the_best_of_one_row_is_that_of_the_matrices() -> None:
         mask_3[0] = 0
         expected = (mine.rows(x_5[None])[0] + mask_3).argmax()
         assert mine.best(mask_3, x_5[:2], x_5[2:]) == expected
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, FEW_ROWS, FEW_ROWS + 1, MAX_ROWS + 5])
+def test_the_best_of_many_rows_is_that_of_each(rows: int) -> None:
+    mine, mask_3 = net(), np.array([0, -np.inf, 0], np.float32)
+    x_N5 = np.random.default_rng(2).standard_normal((rows, 5)).astype(np.float32)
+    alone = [mine.best(mask_3, x_5) for x_5 in x_N5]
+    assert mine.bests(mask_3, x_N5[:, :2], x_N5[:, 2:]).tolist() == alone
+
+
+@pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
+def test_one_row_that_is_not_finite_is_a_fault_of_many(rows: int) -> None:
+    x_N5 = np.zeros((rows, 5), np.float32)
+    x_N5[1, 3] = np.nan
+    with pytest.raises(PolicyFaultError, match="not finite"):
+        net().bests(np.zeros(3, np.float32), x_N5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -24,7 +24,7 @@ from offramp.controller.policies.protocols import (
 from offramp.worker import AdaptiveEngine, EngineConfig, KVMode, SamplingParams
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from support.models import LAYERS, make_model
-from support.rows import ALL_EXITS, RAGGED, counted_tokens, decode, full_logits, shortfalls
+from support.rows import ALL_EXITS, RAGGED, counted_tokens, decode, drain, full_logits, shortfalls
 
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
 COHORTS = Schedule(holds=(2,), rows=2, patience=3)
@@ -246,3 +246,65 @@ def test_the_outlook_says_where_a_row_is() -> None:
     assert {round(float(depth), 6) for depth in column["last_depth"]} == {1, 1 - skipped}
     assert set(column["active"].tolist()) == {0.5, 1.0}
     assert set(column["waiting"].tolist()) == {0.0, 0.5}
+
+
+def scattered() -> Router:
+    """Goes to exits that hang on what it reads of a row, so that rows part ways and meet again."""
+
+    def begin(outlook_C: FloatArray) -> int:
+        return round(float(outlook_C[0]) * 256) % (len(ALL_EXITS) + 1)
+
+    def go(here: int, features_F: FloatArray, outlook_C: FloatArray) -> int:
+        return min(here + int(np.abs(features_F[:4]).sum() * 5) % 3, len(ALL_EXITS))
+
+    return Router(begin, go, schema=STATE_V1)
+
+
+@pytest.mark.parametrize(
+    "schedule", [LOCKSTEP, COHORTS, TOGETHER], ids=["lock-step", "cohorts", "together"]
+)
+@pytest.mark.parametrize("kv_mode", ["project", "defer", "verify"])
+def test_rows_that_are_asked_together_go_where_each_goes_alone(
+    kv_mode: KVMode, schedule: Schedule
+) -> None:
+    alone = [decode(engine_of(), [prompt], SAMPLING, scattered(), kv_mode)[0] for prompt in RAGGED]
+    together = decode(engine_of(schedule=schedule), RAGGED, SAMPLING, scattered(), kv_mode)
+    assert [row.emitted for row in together] == [row.emitted for row in alone]
+    if schedule is LOCKSTEP and kv_mode != "verify":
+        assert [row.exit_layers for row in together] == [row.exit_layers for row in alone]
+    assert len({layer for row in together for layer in row.exit_layers}) > 2
+
+
+def test_rows_at_one_exit_are_one_question() -> None:
+    engine, router = engine_of(), Router(lambda _: 1, lambda here, *_: here, schema=STATE_V1)
+    sizes: list[int] = []
+
+    def counting(here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        sizes.append(len(features_NF))
+        return np.full(len(features_NF), here)
+
+    router.route = counting  # type: ignore[method-assign]
+    decode(engine, RAGGED, SAMPLING, router)
+    assert max(sizes) == len(RAGGED)
+    assert len(sizes) < 2 * SAMPLING.max_tokens
+
+
+def test_a_router_that_fails_for_one_row_fails_for_that_row_alone() -> None:
+    left = OUTLOOK_V1.index("left")
+
+    def go(here: int, features_F: FloatArray, outlook_C: FloatArray) -> int:
+        if round(float(outlook_C[left]) * 256) == 9:
+            raise RuntimeError("nine left")
+        return here
+
+    engine, router = engine_of(), Router(lambda _: 1, go)
+    long, short = (SamplingParams(max_tokens=most, ignore_eos=True) for most in (16, 8))
+    requests = [
+        engine.submit(prompt, sampling, policy=router)
+        for prompt, sampling in zip(RAGGED, (long, short, short, short), strict=True)
+    ]
+    failing, *others = drain(engine, requests)
+    assert failing.exit_layers[1:6] == [ALL_EXITS[1]] * 5
+    assert failing.exit_layers[-8:] == [LAYERS] * 8
+    assert all(row.exit_layers[1:] == [ALL_EXITS[1]] * 7 for row in others)
+    assert engine.decoder.failures == 1
