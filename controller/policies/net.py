@@ -65,8 +65,9 @@ class TanhNet:
             x = out
         *self._hidden, self._last = self._steps
         # Compiled, if need be, when a policy arrives, not when a request does.
-        self.bests(np.zeros(outputs, np.float32), self._input[None, :-1])
-        self.best(np.zeros(outputs, np.float32), self._input[:-1])
+        mask_A = np.zeros(outputs, np.float32)
+        best_of(self._input[:-1], self.flat, self.sizes, mask_A)
+        best_of_rows(self._input[None, :-1], self.flat, self.sizes, mask_A)
 
     def rows(self, *parts_N: FloatArray) -> FloatArray:
         """Outputs [N, A] for up to MAX_ROWS rows; a view that the next call reuses."""

@@ -62,7 +62,7 @@ class PackedWeight:
                 for part_OI, part_O in zip(self._plain, biases, strict=True)
             ]
             self.plain_rows = rows_up_to(
-                f"plain or packed, {whole_OI.dtype}, {heights} of {whole_OI.shape[1]}",
+                f"plain (threads) or packed, {whole_OI.dtype}, {heights} of {whole_OI.shape[1]}",
                 whole_OI.new_ones(SIZES[-1], whole_OI.shape[1]),
                 self._multiply_plainly,
                 lambda x_NI: self._multiply_packed(x_NI, bias_O),
@@ -177,7 +177,7 @@ def _rows_compiled(stack: Any, form: str, layer: LeanLayer) -> int:
 
     rows_MD = torch.ones(SIZES[-1], stack.width, dtype=stack.dtype)
     compiled, lean = (partial(run, compiled_rows=rows) for rows in (SIZES[-1], 0))
-    return rows_up_to(f"compiled or lean layer, {form}", rows_MD, compiled, lean)
+    return rows_up_to(f"compiled (threads) or lean layer, {form}", rows_MD, compiled, lean)
 
 
 def _fused(linears: Sequence[nn.Module]) -> Product:

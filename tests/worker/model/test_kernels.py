@@ -5,16 +5,15 @@ Shape suffixes: N rows, I inputs, O outputs, B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.model.attention import Window, decode_window, prefill_window, ragged_window
+from offramp.worker.model.attention import decode_window
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.kernels import matrix as kernel_matrix
 from offramp.worker.model.kernels.floats import (
@@ -31,32 +30,22 @@ from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.lean import LeanLayer
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.prepared import prepare
-from offramp.worker.model.products import can_pack
-from offramp.worker.model.quantised import Int4Weight, Int8Weight, quantise
+from offramp.worker.model.quantised import quantise
+from support.kernels import (
+    ALL,
+    KINDS,
+    LEAN,
+    cache,
+    matrix_of,
+    needs_packing,
+    numbers,
+    run,
+    states,
+    windows,
+)
 from support.models import make_model
 
-LEAN = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "smollm3")
-KINDS = ("bfloat16", "float32", "int8", "int4")
 ROWS = (1, 2, 3, 4, 5, 8, 9)
-ALL = 10**6
-
-needs_packing = pytest.mark.skipif(
-    not can_pack(torch.ones(2, 2)), reason="this torch has no packed kernels"
-)
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def matrix_of(kind: str, outputs: int, inputs: int) -> tuple[Tensor, KernelMatrix]:
-    """What a matrix of a kind stands for, exactly, and the matrix."""
-    weight_OI, bias_O = numbers(outputs, inputs, seed=1), numbers(outputs, seed=2)
-    if kind in ("bfloat16", "float32"):
-        kept_OI = weight_OI.to(getattr(torch, kind))
-        return kept_OI.double(), KernelMatrix(kept_OI, bias_O)
-    kept = Int8Weight(weight_OI) if kind == "int8" else Int4Weight(weight_OI, 32)
-    return kept.restored().double(), kept.matrix(bias_O)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,48 +143,6 @@ def test_exponentials_are_as_near_as_they_say() -> None:
     for function in (exponential, coarse_exponential):
         assert np.isnan(function(np.float32(np.nan)))
         assert function(np.float32(-np.inf)) < 1e-37
-
-
-def states(stack: Any, rows: int, tokens: int, dtype: torch.dtype) -> Tensor:
-    return numbers(rows, tokens, stack.width).to(dtype)
-
-
-def windows(stack: Any, dtype: torch.dtype) -> list[tuple[Tensor, Window]]:
-    """A prompt's tokens, some rows at one place, and rows of several tokens each."""
-    heads = stack.heads_per_key
-    steps = []
-    made: list[tuple[int, int, Callable[[Tensor], Window]]] = [
-        (1, 6, lambda x: prefill_window(1, 0, 6, heads, x)),
-        (1, 3, lambda x: prefill_window(2, 17, 3, heads, x)),
-        (3, 1, lambda x: decode_window([0, 1, 3], [40, 6, 18], heads, x)),
-        (1, 1, lambda x: decode_window([2], [21], heads, x)),
-        (3, 1, lambda x: decode_window([0, 1, 3], [35, 35, 60], heads, x)),
-        (3, 4, lambda x: ragged_window([0, 1, 3], [43, 9, 19], [3, 4, 1], heads, x)),
-    ]
-    for rows, tokens, make in made:
-        x_BTD = states(stack, rows, tokens, dtype)
-        steps.append((x_BTD, make(x_BTD)))
-    return steps
-
-
-def cache(stack: Any) -> SlotKV:
-    kv = SlotKV(stack, 4)
-    kv.keys_LSGCH.copy_(numbers(*kv.keys_LSGCH.shape, seed=3))
-    kv.values_LSGCH.copy_(numbers(*kv.values_LSGCH.shape, seed=4))
-    return kv
-
-
-def run(stack: Any, x_BTD: Tensor, window: Window, compiled_rows: int) -> tuple[Tensor, SlotKV]:
-    """All layers of a stack over a cache; padding is 0 in what is returned."""
-    kv = cache(stack)
-    kv.open(window)
-    rotary = stack.rotary(x_BTD, window.positions_BT)
-    blocks: list[Any] = stack.blocks
-    for index, layer in enumerate(blocks):
-        layer.compiled_rows = compiled_rows
-        x_BTD = stack.run_layer(index, x_BTD, rotary, window, kv)
-    counts = torch.from_numpy(window.cells_M3[:, 2]).view(*x_BTD.shape[:2], 1)
-    return torch.where(counts > 0, x_BTD, 0), kv
 
 
 @needs_packing

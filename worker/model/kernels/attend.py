@@ -12,7 +12,7 @@ import numpy as np
 
 from offramp.controller.policies.net_kernel import compiled
 from offramp.worker.model.kernels.floats import address, coarse_exponential, exponential, round_all
-from offramp.worker.model.kernels.multiply import multiply
+from offramp.worker.model.kernels.team import call_code, share
 from offramp.worker.model.kernels.tiles import SIDE, packed
 
 IS_BITS, COARSE, QUERY_HEADS, KEY_HEADS, HEAD_DIM, ROTATES = range(6)
@@ -41,22 +41,25 @@ def attend(
     values: int,
     capacity: int,
     context_MX: Any,
+    team: Any,
 ) -> None:
-    """Each token's context: of all positions of its row up to its own."""
+    """Each token's context, of a team member's key heads: of all positions up to its own."""
     is_bits, width, kept = layer[IS_BITS] != 0, layer[HEAD_DIM], layer[KEY_HEADS]
     size = 2 if is_bits else 4
     shared = layer[QUERY_HEADS] // kept
-    for m in range(len(cells_M3)):
+    first, last = share(len(cells_M3) * kept, 1, team)
+    for unit in range(first, last):
+        m, g = unit // kept, unit % kept
+        columns_X = context_MX[m, g * shared * width : (g + 1) * shared * width]
+        columns_X[:] = 0
         if cells_M3[m, COUNTS] == 0:
             continue
         span = cells_M3[m, POSITION] + 1
-        for g in range(kept):
-            here = (cells_M3[m, SLOT] * kept + g) * capacity * width * size
-            asking_QH = heads_MNH[m, g * shared : (g + 1) * shared]
-            columns_X = context_MX[m, g * shared * width : (g + 1) * shared * width]
-            context_QH = columns_X.reshape(shared, width)
-            attend_to(layer, scaling, asking_QH, span, keys + here, values + here, context_QH)
-        round_all(context_MX[m], is_bits)
+        here = (cells_M3[m, SLOT] * kept + g) * capacity * width * size
+        asking_QH = heads_MNH[m, g * shared : (g + 1) * shared]
+        context_QH = columns_X.reshape(shared, width)
+        attend_to(layer, scaling, asking_QH, span, keys + here, values + here, context_QH)
+        round_all(columns_X, is_bits)
 
 
 @compiled
@@ -74,7 +77,7 @@ def attend_to(
         keys, row_bytes, 0, 0, 1, span, width, address(asking_QH), address(packed_BPW), shared,
         address(weights_QP), span,
     )  # fmt: skip
-    multiply(code, arguments)
+    call_code(code, arguments)
     totals_Q = np.zeros(shared, np.float32)
     highest_Q = np.full(shared, np.float32(-np.inf), np.float32)
     for first in range(0, span, ATTENTION_BLOCK):
@@ -88,7 +91,7 @@ def attend_to(
             values + first * row_bytes, row_bytes, address(weights_QP) + 4 * first, span,
             last - first, address(context_QH), shared, width,
         )  # fmt: skip
-        multiply(layer[OF_VALUES], parts)
+        call_code(layer[OF_VALUES], parts)
     for q in range(shared):
         share = np.float32(1) / totals_Q[q]
         for h in range(width):

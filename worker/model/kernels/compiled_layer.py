@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from offramp.worker.model.attention import Window
-from offramp.worker.model.kernels.layer import run_layers
+from offramp.worker.model.kernels.layer import GATE, OUT, QUERIES, RUN_LAYERS, VALUES
 from offramp.worker.model.kernels.matrix import GROUP, INPUTS, KIND, OUTPUTS, KernelMatrix
 from offramp.worker.model.kernels.multiply import BITS, FLOATS, TILES, code_for
+from offramp.worker.model.kernels.team import team_of
 from offramp.worker.model.kernels.tiles import SIDE, fits_tiles, has_tiles
 from offramp.worker.model.kernels.weigh_values import value_code_for
 from offramp.worker.model.kv import SlotKV
@@ -70,7 +71,7 @@ class LayerForm:
 
 
 class CompiledLayers:
-    """Runs neighbouring layers of a stack for few tokens as one call.
+    """Runs neighbouring layers of a stack for few tokens as one call, on torch's threads.
 
     Args:
         forms: All layers of the stack.
@@ -78,9 +79,15 @@ class CompiledLayers:
 
     def __init__(self, forms: Sequence[LayerForm]) -> None:
         self._forms = tuple(forms)  # addresses do not keep alive
-        self._described = np.stack([form.described for form in forms])
-        self._matrices = np.stack([form.matrices for form in forms])
-        self._reals = np.stack([form.reals for form in forms])
+        described = np.stack([form.described for form in forms])
+        matrices = np.stack([form.matrices for form in forms])
+        reals = np.stack([form.reals for form in forms])
+        self._described = (described, matrices, reals)
+        self._addresses = [part.ctypes.data for part in self._described]
+        outputs = matrices[:, :, OUTPUTS]
+        heads = outputs[:, : VALUES + 1].sum(1).max()
+        # What the threads make together of a token: heads, context, what is added, inner states.
+        self._widths = [int(heads), *(int(outputs[:, n].max()) for n in (QUERIES, OUT, GATE))]
 
     def run(
         self, first: int, last: int, x_BTD: Tensor, window: Window, kv: SlotKV, rotary: Rotary
@@ -92,9 +99,15 @@ class CompiledLayers:
         x_BTD = x_BTD.contiguous()
         out_BTD = torch.empty_like(x_BTD)
         cos_BTH, sin_BTH = rotary[0].contiguous(), rotary[1].contiguous()
-        run_layers(
-            self._described, self._matrices, self._reals, first, last,
-            x_BTD.data_ptr(), out_BTD.data_ptr(), cos_BTH.data_ptr(), sin_BTH.data_ptr(),
-            window.cells_M3, *kv.addresses(), kv.capacity,
+        cells_M3 = window.cells_M3
+        shared = [np.empty(len(cells_M3) * width, np.float32) for width in self._widths]
+        job_J = np.array(
+            [
+                len(cells_M3), first, last, len(self._forms), x_BTD.data_ptr(), out_BTD.data_ptr(),
+                cos_BTH.data_ptr(), sin_BTH.data_ptr(), cells_M3.ctypes.data, *kv.addresses(),
+                kv.capacity, *self._addresses, *(part.ctypes.data for part in shared),
+            ],
+            np.int64,
         )  # fmt: skip
+        team_of(torch.get_num_threads()).run(RUN_LAYERS, job_J)
         return out_BTD

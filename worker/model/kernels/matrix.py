@@ -1,6 +1,6 @@
 """A matrix as the compiled kernels take it, and its products with few rows.
 
-Shape suffixes: O outputs, I inputs, N rows, G groups of an output's weights.
+Shape suffixes: O outputs, I inputs, N rows, M rows of activations, G groups of an output's weights.
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from offramp.controller.policies.net_kernel import compiled
-from offramp.worker.model.kernels.floats import address, read, write
-from offramp.worker.model.kernels.multiply import (
-    BITS,
-    BLOCK,
-    FLOATS,
-    INT4,
-    INT8,
-    TILES,
-    code_for,
-    multiply,
-)
+from offramp.worker.model.kernels.floats import address, pointer, read, round_all, write
+from offramp.worker.model.kernels.multiply import BITS, BLOCK, FLOATS, INT4, INT8, TILES, code_for
+from offramp.worker.model.kernels.team import Task, call_code, meet, share, team_of
 from offramp.worker.model.kernels.tiles import fits_tiles, has_tiles, packed
 from offramp.worker.model.kernels.vectors import LANES
 
 KINDS = {torch.bfloat16: BITS, torch.float32: FLOATS, torch.int8: INT8, torch.uint8: INT4}
 """The kind of weights that a tensor of a dtype holds."""
+
+UNIT = 32
+"""Outputs that one thread of a team takes at once: two tiles, eight vectors of sums."""
+
+ALONE_BELOW = 1 << 22
+"""Bytes of a matrix that are read before a helper is awake."""
 
 KIND, CODE, WEIGHTS, STRIDE, SCALES, ZEROS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
 """What a matrix's description holds: addresses, sizes, and 0 for what it lacks."""
@@ -78,7 +77,9 @@ class KernelMatrix:
         y = x.new_empty(*x.shape[:-1], self._outputs)
         rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
         described = self.described if is_bits else self._of_floats
-        _multiply_rows(described, x.data_ptr(), is_bits, rows, y.data_ptr())
+        job_J = np.array([described.ctypes.data, x.data_ptr(), is_bits, rows, y.data_ptr()])
+        threads = 1 if self.nbytes < ALONE_BELOW else torch.get_num_threads()
+        team_of(threads).run(MULTIPLY, job_J)
         return y
 
 
@@ -139,7 +140,50 @@ def product_into(matrix: Any, x_NI: Any, sums_N2G: Any, y_NO: Any) -> None:
         matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_N2G), len(x_NI),
         address(y_NO), y_NO.strides[0] // 4,
     )  # fmt: skip
-    multiply(matrix[CODE], arguments)
+    call_code(matrix[CODE], arguments)
+
+
+@compiled
+def rows_of_matrix(matrix: Any, first: int, last: int, is_bits: bool) -> Any:
+    """Describe some outputs of a matrix.
+
+    Args:
+        matrix: See ``KIND`` and its neighbours.
+        first, last: The outputs, from the first on, without the last.
+        is_bits: Whether the bias is kept in bfloat16.
+    """
+    part = matrix.copy()
+    part[OUTPUTS] = last - first
+    part[WEIGHTS] += first * matrix[STRIDE]
+    if matrix[BIAS] != 0:
+        part[BIAS] += first * (2 if is_bits else 4)
+    groups = matrix[INPUTS] // matrix[GROUP] if matrix[KIND] == INT4 else 1
+    part[SCALES] += first * groups * 4
+    part[ZEROS] += first * groups * 2
+    return part
+
+
+@compiled
+def linear_into(
+    matrix: Any, x_MI: Any, sums: Any, is_bits: bool, y_MO: Any, team: Any
+) -> tuple[int, int]:
+    """Write a team member's outputs of a product with its bias, rounded; say which these are.
+
+    Args:
+        matrix: See ``KIND`` and its neighbours.
+        x_MI, sums: What ``weighted`` returned.
+        is_bits: Whether activations are kept in bfloat16.
+        y_MO: What is written.
+        team: See ``RANK`` and its neighbours.
+    """
+    first, last = share(matrix[OUTPUTS], UNIT, team)
+    if first < last:
+        part, part_MO = rows_of_matrix(matrix, first, last, is_bits), y_MO[:, first:last]
+        product_into(part, x_MI, sums, part_MO)
+        add_bias(part, is_bits, part_MO)
+        for m in range(len(part_MO)):
+            round_all(part_MO[m], is_bits)
+    return first, last
 
 
 @compiled
@@ -153,12 +197,19 @@ def add_bias(matrix: Any, is_bits: bool, y_NO: Any) -> None:
                 y_NO[n, o] += bias_O[o]
 
 
-@compiled
-def _multiply_rows(matrix: Any, x: int, is_bits: bool, rows: int, y: int) -> None:
+def _multiply_rows(job: int, rank: int, size: int, flags: int) -> None:
+    job_J = carray(pointer(job), 5, np.int64)
+    matrix = carray(pointer(job_J[0]), BIAS + 1, np.int64)
+    is_bits, rows, width = job_J[2] != 0, job_J[3], matrix[OUTPUTS]
     x_NI = np.empty((rows, matrix[INPUTS]), np.float32)
-    read(x, is_bits, x_NI.reshape(-1))
-    y_NO = np.empty((rows, matrix[OUTPUTS]), np.float32)
+    read(job_J[1], is_bits, x_NI.reshape(-1))
+    y_NO = np.empty((rows, width), np.float32)
     weighted_NI, sums_N2G = weighted(matrix, x_NI)
-    product_into(matrix, weighted_NI, sums_N2G, y_NO)
-    add_bias(matrix, is_bits, y_NO)
-    write(y_NO.reshape(-1), is_bits, y)
+    first, last = linear_into(matrix, weighted_NI, sums_N2G, is_bits, y_NO, (rank, size, flags))
+    for n in range(rows):
+        place = job_J[4] + (n * width + first) * (2 if is_bits else 4)
+        write(y_NO[n, first:last], is_bits, place)
+    meet((rank, size, flags))
+
+
+MULTIPLY = Task(_multiply_rows)

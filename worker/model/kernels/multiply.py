@@ -12,7 +12,6 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Any
 
-from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -24,7 +23,6 @@ from offramp.worker.model.kernels.vectors import (
     FLOAT_LANES,
     I8,
     I16,
-    I64,
     INT_LANES,
     LANES,
     VectorCode,
@@ -210,7 +208,23 @@ def _product_of(_: Any, kind: Any, arguments: Any) -> Any:
 
 @lru_cache
 def code_for(kind: int) -> int:
-    """Address of the code that multiplies with one kind of weights; called by ``multiply``."""
+    """Address of the code that multiplies rows with one kind of weights: y = x Wᵀ.
+
+    ``call_code`` calls it, with a tuple of:
+
+        weights: Address of the matrix [O, I], its inputs side by side.
+        stride: Bytes from one output's weights to the next one's.
+        scales: Address of int8's scales [O], or int4's [O, G], float32.
+        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind them and the scales,
+            what fills up a vector is read, too.
+        group: Inputs that share one of int4's scales.
+        outputs, inputs: Sizes of the matrix.
+        x: Address of the rows [M, I], float32; for int4 as ``weighted`` leaves them.
+        sums: Address of what ``weighted`` sums of each row; for tiles of the rows as ``packed``.
+        rows: Number of rows.
+        y: Address of what is written, float32.
+        y_stride: Numbers from one row of it to the next.
+    """
 
     def product(
         weights: int,
@@ -238,33 +252,3 @@ def code_for(kind: int) -> int:
 
 _COMPILED: list[Any] = []
 """Keeps code alive whose addresses were given away."""
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba is untyped
-def multiply(_: Any, code: Any, arguments: Any) -> Any:
-    """Multiply rows with a matrix: y = x Wᵀ. Takes an address from ``code_for`` and a tuple.
-
-    By address, since what calls it would else be compiled together with it, for half a minute.
-
-    Args:
-        weights: Address of the matrix [O, I], its inputs side by side.
-        stride: Bytes from one output's weights to the next one's.
-        scales: Address of int8's scales [O], or int4's [O, G], float32.
-        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind them and the scales,
-            what fills up a vector is read, too.
-        group: Inputs that share one of int4's scales.
-        outputs, inputs: Sizes of the matrix.
-        x: Address of the rows [M, I], float32; for int4 as ``weighted`` leaves them.
-        sums: Address of what ``weighted`` sums of each row; for tiles of the rows as ``packed``.
-        rows: Number of rows.
-        y: Address of what is written, float32.
-        y_stride: Numbers from one row of it to the next.
-    """
-
-    def call(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        signature = ir.FunctionType(ir.VoidType(), (I64,) * len(arguments))
-        code = builder.inttoptr(values[0], signature.as_pointer())
-        builder.call(code, cgutils.unpack_tuple(builder, values[1]))
-        return context.get_dummy_value()
-
-    return types.void(code, arguments), call

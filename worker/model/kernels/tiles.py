@@ -81,7 +81,7 @@ class TileProduct(VectorCode):
 
     Args:
         builder: numba's, at the place where the code goes.
-        arguments: See ``multiply``; ``sums`` is what ``packed`` gave.
+        arguments: See ``code_for``; ``sums`` is what ``packed`` gave.
     """
 
     def __init__(self, builder: Any, arguments: Any) -> None:

@@ -98,7 +98,7 @@ def _value_sum_of(_: Any, is_bits: Any, arguments: Any) -> Any:
 
 @lru_cache
 def value_code_for(is_bits: int) -> int:
-    """Address of the code that weighs values of bfloat16 (1) or float32 (0); see ``multiply``.
+    """Address of the code that weighs values of bfloat16 (1) or float32 (0); see ``call_code``.
 
     It takes the address of the values [P, H] and the bytes from one row to the next; the address
     of weights [Q, P], float32, and the numbers from one row to the next; P; the address of what is
