@@ -31,9 +31,8 @@ from offramp.envs.traces.store import TraceStore
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
 from offramp.worker.spec import ModelFacts
 from support.cost_tables import measured
-from support.documents import make_corpus
 from support.models import REFERENCE
-from support.recordings import make_recording
+from support.recordings import make_corpus, make_recording
 
 FACTS = ModelFacts(
     model="another model", tokenizer="its tokenizer", layers=12, vocab=7, context=9, width=4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.documents import make_corpus
+from support.recordings import make_corpus
 
 SMALL = ("--steps", 2, "--batch-tokens", 64, "--length", 32, "--held-out", 2)
 

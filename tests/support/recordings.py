@@ -1,4 +1,7 @@
-"""A recording as the commands find it on disk: the reference model's, with invented features."""
+"""A small corpus whose documents fall into every split, and a recording as commands find it.
+
+The recording is the reference model's, with invented features.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,19 @@ from support.models import REFERENCE
 
 EXITS = (3, 6, 9)
 LAYERS, VOCAB = 12, 4096
+DOCUMENTS = 24
+
+
+def make_corpus(folder: Path) -> Path:
+    """Python-like texts of 2,000 characters or more, each its own."""
+    folder.mkdir(parents=True)
+    for number in range(DOCUMENTS):
+        lines = [
+            f"def name_{number}_{line}(value: int) -> int:\n    return value * {line} + {number}\n"
+            for line in range(36)
+        ]
+        (folder / f"{number}.py").write_text("\n".join(lines))
+    return folder
 
 
 def make_recording(folder: Path, corpus: Path, tokens: int = 120) -> Path:

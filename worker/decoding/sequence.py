@@ -260,7 +260,7 @@ class Leaving(NamedTuple):
     Attributes:
         rows: The rows that leave.
         logits_NV: Their logits over the whole vocabulary, if a probe computed them anyway.
-        tokens: Of each row its draft, if it is drafted without the LM head; () if none is.
+        tokens: Each row's draft, where it is drafted without the LM head; () if none is.
     """
 
     rows: list[Sequence]

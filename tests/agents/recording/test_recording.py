@@ -19,8 +19,8 @@ from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.spec import WorkerSpec
-from support.documents import make_corpus
 from support.models import REFERENCE
+from support.recordings import make_corpus
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -23,9 +23,8 @@ from offramp.agents.training.sweep import sweep
 from offramp.agents.training.train import open_run, train
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.errors import ConfigError
-from support.documents import make_corpus
 from support.models import REFERENCE
-from support.recordings import make_recording
+from support.recordings import make_corpus, make_recording
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

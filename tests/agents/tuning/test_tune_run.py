@@ -23,8 +23,8 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.model.loading import load_model, model_fingerprint
 from offramp.worker.model.translators import DESCRIPTION, WEIGHTS, ExitTranslators
-from support.documents import make_corpus
 from support.models import REFERENCE
+from support.recordings import make_corpus
 
 CONFIG = TuneConfig(
     model=str(REFERENCE),

@@ -44,7 +44,7 @@ def on(threads: int, function: Any, *arguments: Any) -> Any:
 )
 def test_every_thing_is_taken_by_one_member(count: int, unit: int) -> None:
     for size in (1, 2, 3, 8):
-        taken = []
+        taken: list[int] = []
         for rank in range(size):
             first, last = share(count, unit, (rank, size, 0))
             taken += range(first, last)

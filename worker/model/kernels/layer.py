@@ -40,7 +40,7 @@ from offramp.worker.model.kernels.floats import (
     write,
 )
 from offramp.worker.model.kernels.matrix import BIAS, INPUTS, OUTPUTS, linear_into, weighted
-from offramp.worker.model.kernels.team import Task, meet, share
+from offramp.worker.model.kernels.team import TeamTask, meet, share
 
 QUERIES, KEYS, VALUES, OUT, GATE, UP, DOWN = range(7)
 """The order of a layer's matrices."""
@@ -249,4 +249,4 @@ def run_layers(job: int, rank: int, size: int, flags: int) -> None:
     meet((rank, size, flags))
 
 
-RUN_LAYERS = Task(run_layers)
+RUN_LAYERS = TeamTask(run_layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.controller.policies.net_kernel import compiled
 from offramp.worker.model.kernels.floats import address, pointer, read, round_all, write
 from offramp.worker.model.kernels.multiply import BITS, BLOCK, FLOATS, INT4, INT8, TILES, code_for
-from offramp.worker.model.kernels.team import Task, call_code, meet, share, team_of
+from offramp.worker.model.kernels.team import TeamTask, call_code, meet, share, team_of
 from offramp.worker.model.kernels.tiles import fits_tiles, has_tiles, packed
 from offramp.worker.model.kernels.vectors import LANES
 
@@ -212,4 +212,4 @@ def _multiply_rows(job: int, rank: int, size: int, flags: int) -> None:
     meet((rank, size, flags))
 
 
-MULTIPLY = Task(_multiply_rows)
+MULTIPLY = TeamTask(_multiply_rows)

@@ -149,7 +149,7 @@ def share(count: int, unit: int, team: Any) -> tuple[int, int]:
     return first, count if team[RANK] == team[SIZE] - 1 else last
 
 
-class Task:
+class TeamTask:
     """Code of whole numbers that threads run, compiled when it is first needed.
 
     Args:
@@ -192,7 +192,7 @@ def _lead(flags: int, size: int, code: int, job: int) -> None:
     call_code(code, (job, 0, size, flags))
 
 
-HELP, LEAD = Task(_help), Task(_lead)
+HELP, LEAD = TeamTask(_help), TeamTask(_lead)
 
 
 class Team:
@@ -209,7 +209,7 @@ class Team:
         self._busy = threading.Lock()
         self._process = 0
 
-    def run(self, task: Task, job_J: Any) -> None:
+    def run(self, task: TeamTask, job_J: Any) -> None:
         """Do a task.
 
         Args:
