@@ -70,12 +70,12 @@ class DeviceProbe(CandidateProbe):
         )
         super().__init__(stack.layers, scorer)
         self.policy: MlpPolicy | None = policy
-        self._columns = scorer.columns
         self._net = inputs.readout.derived(DeviceNet.of, policy)
 
     def leaving(self, layer: int, x_N1D: Tensor) -> tuple[list[int], list[int]]:
         """Ask the policy about all rows, as ``Decider`` says; one transfer comes back."""
-        features_NF = self._columns(layer / self._layers, x_N1D[:, 0])
+        assert isinstance(self._scorer, DeviceScorer)
+        features_NF = self._scorer.columns(layer / self._layers, x_N1D[:, 0])
         assert self.policy is not None
         decided_N = fetch(self._net.decide(features_NF, float(self.policy.threshold)))[0].numpy()
         if decided_N.any():
