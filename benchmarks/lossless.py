@@ -43,7 +43,8 @@ from shared.lossless_plot import draw_lossless
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
-from offramp.agents.recording.corpus import Document, load_corpus, tokenize
+from offramp.agents.recording.corpus import load_corpus, tokenize
+from offramp.agents.recording.documents import Document
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray
 from offramp.controller.policies.protocols import NeverExit

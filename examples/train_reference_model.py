@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer import Option
 
-from offramp.agents.recording.corpus import Document, load_corpus
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.documents import Document
 
 REFERENCE = Path(__file__).resolve().parents[1] / "models" / "reference"
 END = "<|endoftext|>"

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offramp.agents.evaluation.lines import Line, cut_lines
-from offramp.agents.recording.corpus import (
-    Document,
-    load_corpus,
-    long_documents,
-    recorded_digests,
-    window,
-)
+from offramp.agents.recording.corpus import load_corpus, long_documents, recorded_digests, window
+from offramp.agents.recording.documents import Document
 from offramp.controller.errors import TraceError
 
 LINES = 4

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, IntArray
 from offramp.controller.policies.exits import copy_weights

@@ -12,7 +12,8 @@ from pathlib import Path
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.placing.contenders import Contender
-from offramp.agents.recording.corpus import Document, load_corpus, tokenize
+from offramp.agents.recording.corpus import load_corpus, tokenize
+from offramp.agents.recording.documents import Document
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import IntArray

@@ -16,7 +16,8 @@ import numpy as np
 from offramp.agents.evaluation.lines import Line, complete, cut_lines, edit_similarity, exact_match
 from offramp.agents.evaluation.scores import Scores, require_finite
 from offramp.agents.evaluation.statistics import Floats
-from offramp.agents.recording.corpus import Document, long_documents, window
+from offramp.agents.recording.corpus import long_documents, window
+from offramp.agents.recording.documents import Document
 from offramp.controller.costs.readings import EnergyReading
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policies.protocols import NeverExit, Policy

@@ -6,27 +6,28 @@ moves another document from one split to the next.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Literal
 
+from offramp.agents.recording.documents import SPLITS, Document, encode, read_line
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.envs.traces.store import write_traces
 from offramp.worker.model.loading import load_tokenizer
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SUFFIXES = frozenset({".py", ".txt", ".jsonl"})
+LIBRARY_CHARS = 2000
+"""Least length of a file of the standard library."""
+FOLDER_CHARS = 200
+"""Least length of a file of a user's own."""
+LONGEST_LINE = 400
+"""Longest line of a Python file that was written by people."""
 
-TRAIN_SHARE = 0.70
-"""Share of all documents that policies are trained on."""
-VALIDATION_SHARE = 0.15
-"""Share that choices are made on; what is left is the test split."""
-
-FOLDER_SUFFIXES = frozenset({".py", ".txt"})
+LOG = logging.getLogger(__name__)
 NOT_STANDARD_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 SPLIT = "split.json"
@@ -36,67 +37,45 @@ BATCH = 64
 """Documents tokenised at a time: those beyond the last one needed stay unread."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """One text, named by its content.
-
-    Attributes:
-        text: The whole text, line ends as `\\n`.
-        digest: SHA-256 of the UTF-8 text, hexadecimal.
-        path: Where it was found, relative to the corpus root, with `/`.
-        split: The split it belongs to, a function of `digest` alone.
-    """
-
-    text: str
-    digest: str
-    path: str
-    split: Split
-
-    @classmethod
-    def of(cls, text: str, path: str) -> Document:
-        """Name a text by its content and let the content choose the split."""
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return cls(text=text, digest=digest, path=path, split=split_of(digest))
-
-
-def split_of(digest: str) -> Split:
-    """The split of the document with this hexadecimal SHA-256."""
-    # The last digits: documents are ordered by the first, and a limit cuts that order.
-    draw = int(digest[-8:], 16) / 16**8
-    if draw < TRAIN_SHARE:
-        return "train"
-    return "validation" if draw < TRAIN_SHARE + VALIDATION_SHARE else "test"
-
-
 def load_corpus(
-    folder: Path | None, limit: int | None = None, min_chars: int = 2000, max_line: int = 400
+    corpus: Path | None, limit: int | None = None, min_chars: int | None = None
 ) -> list[Document]:
-    """Read the documents under a folder, each content once, in order of digest.
+    """Read the documents of a corpus, each content once, in order of digest.
+
+    What is left out is counted and logged, once a process, with the reason: files that cannot be
+    read or are not UTF-8, texts below ``min_chars``, `.py` files with a line of more than
+    ``LONGEST_LINE`` characters (generated tables), and contents that came before.
 
     Args:
-        folder: Its `*.py` and `*.txt` files are read, recursively. None: the Python files of
-            this interpreter's standard library, without its tests.
+        corpus: A folder whose `*.py`, `*.txt` and `*.jsonl` files are read, recursively, or one
+            such file. Each line of a `.jsonl` file is a document (``read_line``). None: the
+            Python files of this interpreter's standard library, without its tests.
         limit: Documents to keep, a random but stable sample. None: all.
-        min_chars: Shorter documents are left out, characters.
-        max_line: Documents with a longer line (generated tables) are left out, characters.
-
-    Files that cannot be read, or are not UTF-8, are left out.
+        min_chars: Shorter texts are left out, characters. None: ``LIBRARY_CHARS`` for the
+            standard library, else ``FOLDER_CHARS``.
 
     Raises:
-        TraceError: the folder is missing, no document is left, a split has none of those
-            left, or the limit has no room for one document per split.
+        TraceError: the corpus is missing, a line of a `.jsonl` file is no document, no document is
+            left, a split has none of those left, or the limit has no room for one document per
+            split.
     """
     if limit is not None and limit < len(SPLITS):
         raise TraceError("limit", f"{limit} leaves a split empty", "Use 3 or more")
-    root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    paths = _library_files(root) if folder is None else _folder_files(root)
-    texts = (item for item in _read(root, paths) if _is_usable(item[1], min_chars, max_line))
+    if corpus is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths, fewest = _library_files(root), LIBRARY_CHARS
+    else:
+        root, paths = _folder_files(corpus)
+        fewest = FOLDER_CHARS
+    left_out: Counter[str] = Counter()
     unique: dict[str, Document] = {}
-    for path, text in texts:
-        document = Document.of(text, path)
+    for document in _read(root, paths, fewest if min_chars is None else min_chars, left_out):
+        if document.digest in unique:
+            left_out["repeated"] += 1
         unique.setdefault(document.digest, document)
+    _say_what_is_left_out(corpus, len(unique), tuple(left_out.items()))
     documents = [unique[digest] for digest in sorted(unique)][:limit]
-    _check_splits(documents, root)
+    _check_splits(documents, corpus or root, left_out)
     return documents
 
 
@@ -105,10 +84,10 @@ def tokenize(model: str, documents: Sequence[Document]) -> list[tuple[Document, 
 
     Raises:
         ModelError: the model has no tokenizer.
+        TraceError: a conversation, and the model has no chat template for it.
     """
     tokenizer = load_tokenizer(model)
-    encoded = tokenizer([doc.text for doc in documents], verbose=False)["input_ids"]
-    return list(zip(documents, encoded, strict=True))
+    return [(document, encode(tokenizer, document)) for document in documents]
 
 
 def long_documents(
@@ -164,35 +143,64 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(path for path in files if NOT_STANDARD_LIBRARY.isdisjoint(path.parts))
 
 
-def _folder_files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        remedy = "Give a folder of .py or .txt files, or none for Python's standard library"
-        raise TraceError("corpus", f"{root} is no folder", remedy)
-    files = (path for path in root.rglob("*") if path.suffix in FOLDER_SUFFIXES)
-    return sorted(path.relative_to(root) for path in files)
+def _folder_files(corpus: Path) -> tuple[Path, list[Path]]:
+    if corpus.is_file():
+        return corpus.parent, [Path(corpus.name)]
+    if not corpus.is_dir():
+        remedy = (
+            "Give a folder of .py, .txt or .jsonl files, one such file, or none for Python's "
+            "standard library"
+        )
+        raise TraceError("corpus", f"{corpus} is no folder", remedy)
+    files = (path for path in corpus.rglob("*") if path.suffix in SUFFIXES)
+    return corpus, sorted(path.relative_to(corpus) for path in files)
 
 
-def _read(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
+def _read(
+    root: Path, paths: Iterable[Path], min_chars: int, left_out: Counter[str]
+) -> Iterator[Document]:
     for path in paths:
         try:
             text = (root / path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except OSError:
+            left_out["unreadable"] += 1
             continue
-        yield path.as_posix(), text
+        except UnicodeDecodeError:
+            left_out["not UTF-8"] += 1
+            continue
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    yield read_line(line, f"{path.as_posix()}:{number}")
+        elif len(text) < min_chars:
+            left_out[f"shorter than {min_chars} characters"] += 1
+        elif path.suffix == ".py" and any(len(line) > LONGEST_LINE for line in text.splitlines()):
+            left_out[f"with a line over {LONGEST_LINE} characters"] += 1
+        else:
+            yield Document.of(text, path.as_posix())
 
 
-def _is_usable(text: str, min_chars: int, max_line: int) -> bool:
-    if len(text) < min_chars:
-        return False
-    return all(len(line) <= max_line for line in text.splitlines())
+@cache
+def _say_what_is_left_out(
+    corpus: Path | None, kept: int, left_out: tuple[tuple[str, int], ...]
+) -> None:
+    if left_out:
+        # Whoever did not choose the library's files need not hear of them.
+        level = logging.INFO if corpus is None else logging.WARNING
+        LOG.log(level, "%s: %d documents; left out: %s", corpus, kept, _listed(dict(left_out)))
 
 
-def _check_splits(documents: list[Document], root: Path) -> None:
+def _listed(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+
+
+def _check_splits(documents: list[Document], root: Path, left_out: Mapping[str, int]) -> None:
+    why = f"; left out: {_listed(left_out)}" if left_out else ""
     if not documents:
-        problem = f"{root} holds no usable document"
-        raise TraceError("corpus", problem, "Add .py or .txt files, or lower min_chars")
+        problem = f"{root} holds no usable document{why}"
+        raise TraceError("corpus", problem, "Add longer .py or .txt files, or .jsonl documents")
     found = {document.split for document in documents}
     empty = [split for split in SPLITS if split not in found]
     if empty:
-        problem = f"the {len(documents)} documents leave {' and '.join(empty)} empty"
-        raise TraceError("corpus", problem, "Add documents, raise limit or lower min_chars")
+        problem = f"the {len(documents)} documents leave {' and '.join(empty)} empty{why}"
+        raise TraceError("corpus", problem, "Add documents, or raise their limit (--documents)")

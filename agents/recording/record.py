@@ -15,14 +15,8 @@ from typing import Any
 import ray
 from ray.util import ActorPool
 
-from offramp.agents.recording.corpus import (
-    SPLIT,
-    Document,
-    load_corpus,
-    tokenize,
-    window,
-    write_split,
-)
+from offramp.agents.recording.corpus import SPLIT, load_corpus, tokenize, window, write_split
+from offramp.agents.recording.documents import Document
 from offramp.agents.recording.recording import Window, begun_store, is_whole, require_no_store
 from offramp.agents.recording.training_data import save_measured
 from offramp.controller.errors import ConfigError, TraceError
@@ -174,7 +168,7 @@ def _record(
     windows = [
         (doc, window(doc, tokens, config.tokens_per_document + 1))
         for doc, tokens in tokenized
-        if doc.split in RECORDED_SPLITS
+        if doc.split in RECORDED_SPLITS and len(tokens) > 1
     ]
     if not windows:
         raise TraceError("corpus", "has no training document", "Use more documents")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.agents.recording.training_data import FACTS, load_candidates, save_candidates
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.controller.errors import ConfigError, TraceError
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[Document], list[int]]
 """Token ids of a text."""
 
 
@@ -38,7 +38,7 @@ class WindowStream:
 
     Args:
         documents: Documents to read, at least one.
-        encode: Gives the token ids of a text.
+        encode: Gives the token ids of a document.
         separator: Token between documents; None for none.
         rows: Rows B of a batch.
         length: Tokens T of a row.
@@ -94,7 +94,7 @@ class WindowStream:
         pending = self._pending[row]
         empty_in_a_row = 0
         while len(pending) < self._length:
-            found = [*self._encode(self._take().text), *self._end]
+            found = [*self._encode(self._take()), *self._end]
             pending += found
             empty_in_a_row = 0 if found else empty_in_a_row + 1
             if empty_in_a_row > len(self._documents):

@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from offramp.agents.recording.corpus import Document, load_corpus, window
+from offramp.agents.recording.corpus import load_corpus, window
+from offramp.agents.recording.documents import Document, encode
 from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import (
@@ -153,7 +155,7 @@ class _Tuning:
         tokenizer = load_tokenizer(config.model)
         self.config, self.exits, self.train = config, exits, train
         self.stack: LayerStack = stack_for(model)
-        self.encode: Encode = lambda text: list(tokenizer(text, verbose=False)["input_ids"])
+        self.encode: Encode = partial(encode, tokenizer)
         self.separator: int | None = tokenizer.eos_token_id
         self.windows = _windows(held_out, self.encode, config.length)
         require_fit(config, self.stack)
@@ -173,7 +175,7 @@ class _Tuning:
         }
 
     def encoded(self) -> Iterator[list[int]]:
-        return (self.encode(document.text) for document in self.train)
+        return (self.encode(document) for document in self.train)
 
     def stream(self) -> WindowStream:
         return WindowStream(
@@ -272,7 +274,7 @@ class _Tuning:
 
 
 def _windows(documents: list[Document], encode: Encode, length: int) -> list[list[int]]:
-    windows = [window(each, encode(each.text), length + 1) for each in documents]
+    windows = [window(each, encode(each), length + 1) for each in documents]
     windows = [tokens for tokens in windows if len(tokens) > 1]
     if not windows:
         raise TraceError("corpus", "has no validation document with tokens", "Use more documents")

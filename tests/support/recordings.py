@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.agents.recording.corpus import Document, load_corpus, tokenize
+from offramp.agents.recording.corpus import load_corpus, tokenize
+from offramp.agents.recording.documents import Document
 from offramp.agents.recording.training_data import save_candidates, save_measured
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_replay import replay_drafts
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import (
     CANDIDATES_V1,

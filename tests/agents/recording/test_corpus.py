@@ -11,16 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.agents.recording.corpus import (
+from offramp.agents.recording.corpus import load_corpus, write_split
+from offramp.agents.recording.documents import (
     SPLITS,
     TRAIN_SHARE,
     VALIDATION_SHARE,
     Document,
-    load_corpus,
+    encode,
     split_of,
-    write_split,
 )
 from offramp.controller.errors import TraceError
+from support.tokenizers import byte_level_tokenizer
 
 
 def write_texts(folder: Path, count: int = 60) -> Path:
@@ -168,3 +169,98 @@ def test_a_limit_below_one_document_per_split_is_refused(folder: Path, limit: in
 
 def test_documents_cross_process_borders(library: list[Document]) -> None:
     assert pickle.loads(pickle.dumps(library[0])) == library[0]
+
+
+def write_lines(folder: Path, *lines: object, name: str = "chat.jsonl") -> Path:
+    path = folder / name
+    path.write_text(
+        "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+    )
+    return path
+
+
+TALK = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4."}]
+
+
+def many(number: int = 40) -> list[dict[str, object]]:
+    return [{"prompt": f"{n} plus one is ", "completion": f"{n + 1}."} for n in range(number)]
+
+
+def test_each_line_of_a_jsonl_file_is_a_document(folder: Path) -> None:
+    parts = [{"type": "text", "text": "Say"}, {"type": "text", "text": "it."}]
+    spoken = {"prompt": [{"role": "user", "content": parts}], "completion": TALK[1:]}
+    write_lines(folder, {"messages": TALK}, "", {"text": "short"}, spoken, *many())
+    found = {each.path: each for each in load_corpus(folder, min_chars=10)}
+    assert len(found) == 60 + 43
+    assert found["chat.jsonl:1"].turns == (("user", "What is 2 + 2?"), ("assistant", "4."))
+    assert found["chat.jsonl:3"].text == "short"
+    assert found["chat.jsonl:4"].turns[0] == ("user", "Say\nit.")
+    assert found["chat.jsonl:5"].text == "0 plus one is 1."
+
+
+def test_one_file_is_a_corpus_too(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *many())
+    (tmp_path / "other.txt").write_text("not asked for\n" * 40)
+    assert len(load_corpus(path)) == 40
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ({"question": "?", "answer": "!"}, "but question, answer"),
+        ({"messages": []}, "no list of role and content"),
+        ({"messages": ["hello"]}, "no object of role and content"),
+        (
+            {"messages": [{"role": "robot", "content": "beep"}]},
+            "the role 'robot', not one of system",
+        ),
+        ({"messages": [{"role": "user", "content": ""}]}, "a message of user without text"),
+        ({"messages": [{"role": "user"}]}, "a message of user without text"),
+        ({"prompt": "two", "completion": TALK}, "no list of role and content"),
+        ({"text": 3}, "has none of messages"),
+    ],
+)
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: object, said: str) -> None:
+    path = write_lines(tmp_path, *many(5), line)
+    with pytest.raises(TraceError, match=r"chat\.jsonl:6") as caught:
+        load_corpus(path)
+    assert said in str(caught.value)
+    assert "messages, prompt with completion, or text" in str(caught.value)
+
+
+def test_what_is_left_out_is_counted_and_said_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "table.py").write_text("x = " + "1" * 500)
+    (folder / "latin.txt").write_bytes(b"\xff" * 300)
+    (folder / "twice.py").write_text((folder / "000.py").read_text())
+    (folder / "paragraph.txt").write_text("a paragraph is one long line " * 40)
+    with caplog.at_level("WARNING"):
+        found = load_corpus(folder, min_chars=10)
+        assert load_corpus(folder, min_chars=10) == found
+    assert "paragraph.txt" in {each.path for each in found}
+    [said] = [record.getMessage() for record in caplog.records]
+    for reason in ("1 not UTF-8", "1 with a line over 400 characters", "1 repeated"):
+        assert reason in said
+    assert "61 documents" in said
+
+
+def test_an_error_says_why_nothing_is_left(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text("pass\n" * number)
+    with pytest.raises(TraceError, match="3 shorter than 200 characters"):
+        load_corpus(tmp_path)
+
+
+def test_a_conversation_is_encoded_by_the_models_template() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    talk = Document.of_turns([(turn["role"], turn["content"]) for turn in TALK], "a:1")
+    expected = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
+    assert encode(tokenizer, talk) == expected
+    assert encode(tokenizer, talk) != encode(tokenizer, Document.of(talk.text, "a:2"))
+    tokenizer.chat_template = None
+    with pytest.raises(TraceError, match="a:1 does not fit the model's chat template"):
+        encode(tokenizer, talk)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.agents.training.resuming import CHECKPOINT
 from offramp.agents.tuning import tune as tune_module
 from offramp.agents.tuning.quality import TuneReport
@@ -163,7 +163,12 @@ DOCUMENTS = [Document.of(chr(ord("a") + i) * (3 * i + 1), f"{i}.py") for i in ra
 
 def stream(documents: Sequence[Document] = DOCUMENTS, separator: int | None = 0) -> WindowStream:
     return WindowStream(
-        documents, lambda text: [ord(c) for c in text], separator, rows=2, length=4, seed=0
+        documents,
+        lambda document: [ord(c) for c in document.text],
+        separator,
+        rows=2,
+        length=4,
+        seed=0,
     )
 
 
