@@ -45,7 +45,7 @@ from shared.timing import Report
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
-from offramp.agents.recording.corpus import Document
+from offramp.agents.recording.documents import Document
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray

@@ -24,7 +24,10 @@ from offramp.worker.spec import WorkerSpec, load_engine
 Model = Annotated[str, typer.Option(help="Model folder in Hugging Face format.")]
 Corpus = Annotated[
     Path | None,
-    typer.Option(help="Folder of *.py and *.txt documents.", show_default="the standard library"),
+    typer.Option(
+        help="Folder of *.py, *.txt and *.jsonl documents, or one such file.",
+        show_default="the standard library",
+    ),
 ]
 Documents = Annotated[
     int, typer.Option(min=3, help="Documents taken from the corpus, over all splits.")
