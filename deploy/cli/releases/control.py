@@ -88,7 +88,7 @@ def promote(
     GENERATION that is the canary's policy, or the one published last.
     """
     if generation is None and percent is None:
-        raise ConfigError("generation", "is not given", "Name one, or give --percent")
+        raise typer.BadParameter("Name one, or give --percent", param_hint="generation")
     with _publisher() as (publisher, registry):
         if percent is not None:
             publisher.roll_out(percent, generation)

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
@@ -24,6 +25,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.deploy.http.metrics import REPORTED
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[3]
 STREAMS = SLOTS = 12  # one worker alone can run them all: they begin at once, wherever they go
@@ -67,9 +70,18 @@ class ServedPool:
         command = psutil.Process(self.process.pid)
         return [command, *command.children(recursive=True)]
 
+    def of_each(self, ask: Callable[[psutil.Process], T]) -> list[tuple[psutil.Process, T]]:
+        """What each says; Ray's helpers come and go, and who is gone says nothing."""
+        said = []
+        for each in self.family():
+            with suppress(psutil.NoSuchProcess):
+                said.append((each, ask(each)))
+        return said
+
     def workers(self) -> list[psutil.Process]:
         """The processes of replicas."""
-        return [each for each in self.family() if "ServeReplica:offramp" in "".join(each.cmdline())]
+        named = self.of_each(lambda each: "".join(each.cmdline()))
+        return [each for each, words in named if "ServeReplica:offramp" in words]
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +201,8 @@ def test_prometheus_sees_every_token_and_every_worker(pool: ServedPool) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[str]:
         await ready(client)
         texts = [(await client.get("/metrics")).text]
-        _, tasks = await streams(client, 20, count=3)
-        await asyncio.gather(*tasks)
+        # Not ``streams``: one so short may end before another has begun.
+        await asyncio.gather(*(follow(client, Outcome(), body(20)) for _ in range(3)))
         return [*texts, (await client.get("/metrics")).text]
 
     before, after = (
@@ -208,8 +220,8 @@ def test_prometheus_sees_every_token_and_every_worker(pool: ServedPool) -> None:
 def test_nothing_listens_where_other_machines_reach_it(pool: ServedPool) -> None:
     open_at = {
         connection.laddr.ip.removeprefix("::ffff:")
-        for process in pool.family()
-        for connection in process.net_connections("inet")
+        for _, connections in pool.of_each(lambda each: each.net_connections("inet"))
+        for connection in connections
         if connection.status == psutil.CONN_LISTEN
     }
     assert open_at <= {"127.0.0.1", "::1"}
