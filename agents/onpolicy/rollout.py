@@ -95,6 +95,7 @@ class RecordingRouter:
     def start(self, outlook_NC: FloatArray) -> IndexArray:
         """Draw the first exit of a new token."""
         assert len(outlook_NC) == 1  # one request, one row
+        assert len(outlook_NC) == 1  # one request, one row
         self._taken.append(len(self.exits))
         first = self._draw(self.router.start_logits(outlook_NC)[0])
         self._record(np.zeros(self.schema.width, np.float32), outlook_NC[0], first + 1)

@@ -169,7 +169,8 @@ def _read(
             left_out["not UTF-8"] += 1
             continue
         if path.suffix == ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
+            # Not splitlines: JSON's texts may hold what else Unicode takes for an end of line.
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     yield read_line(line, f"{path.as_posix()}:{number}")
         elif len(text) < min_chars:

@@ -126,9 +126,10 @@ def _turn(message: Any, path: str) -> tuple[str, str]:
     if role not in ROLES:
         raise _bad_line(path, f"has the role {role!r}, not one of {', '.join(ROLES)}")
     if isinstance(content, list):  # OpenAI's content parts
-        content = "\n".join(
-            part.get("text", "") if isinstance(part, dict) else "" for part in content
-        )
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise _bad_line(path, f"has a message of {role} with a part that is no text")
+        content = "\n".join(map(str, parts))
     if not isinstance(content, str) or not content:
         raise _bad_line(path, f"has a message of {role} without text")
     return str(role), content

@@ -20,8 +20,8 @@ from offramp.controller.policies.net_kernel import best_of, best_of_rows
 MAX_ROWS = 1024
 """Rows of one product of matrices at most."""
 
-FEW_ROWS = 64
-"""Rows that an engine asks about together at most; beyond, matrices are ten times as fast."""
+FEW_ROWS = 256
+"""Up to so many rows are computed one by one; a replay asks about more, which takes matrices."""
 
 Weights = Sequence[tuple[FloatArray, FloatArray]]
 """One (weight [in, out], bias [out]) pair per layer, float32."""

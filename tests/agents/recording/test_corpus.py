@@ -198,6 +198,12 @@ def test_each_line_of_a_jsonl_file_is_a_document(folder: Path) -> None:
     assert found["chat.jsonl:5"].text == "0 plus one is 1."
 
 
+def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
+    odd = json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False)
+    documents = load_corpus(write_lines(tmp_path, odd, *many()))
+    assert "one\u2028two\x85three" in {each.text for each in documents}
+
+
 def test_one_file_is_a_corpus_too(tmp_path: Path) -> None:
     path = write_lines(tmp_path, *many())
     (tmp_path / "other.txt").write_text("not asked for\n" * 40)
@@ -218,6 +224,10 @@ def test_one_file_is_a_corpus_too(tmp_path: Path) -> None:
         ),
         ({"messages": [{"role": "user", "content": ""}]}, "a message of user without text"),
         ({"messages": [{"role": "user"}]}, "a message of user without text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part that is no text",
+        ),
         ({"prompt": "two", "completion": TALK}, "no list of role and content"),
         ({"text": 3}, "has none of messages"),
     ],

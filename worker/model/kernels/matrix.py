@@ -26,7 +26,7 @@ UNIT = 32
 """Outputs that one thread of a team takes at once: two tiles, eight vectors of sums."""
 
 ALONE_BELOW = 1 << 22
-"""Bytes of a matrix that are read before a helper is awake."""
+"""Matrices of fewer bytes are not shared: waking a helper is too large a part of their time."""
 
 KIND, CODE, WEIGHTS, STRIDE, SCALES, ZEROS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
 """What a matrix's description holds: addresses, sizes, and 0 for what it lacks."""
