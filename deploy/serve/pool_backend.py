@@ -27,16 +27,24 @@ SILENCE_S = 4.0
 SLICES = 8
 """The wait is cut into so many: a front that had no time to listen for long counts it as one."""
 
+SILENT_TRIES = 6
+"""A request that has no token yet is sent to so many workers that say nothing, in all. Ray may send
+it to the same frozen one again, until it has found out: in ``FROZEN_S`` and two questions more."""
 
 FORGET_S = 10.0
 """A worker that has not reported for so long is not counted on."""
 
-
 _PAUSE_S = 0.02
 
 
+class _SilentError(WorkerLostError):
+    """A worker says nothing any more; a request did not kill it."""
+
+
 class PoolBackend:
-    """Sends requests to workers, and sends them once more elsewhere if a worker is lost.
+    """Sends requests to workers, and those without a token elsewhere if their worker is lost.
+
+    Once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
 
     Args:
         config: What the pool is made of.
@@ -109,9 +117,10 @@ class PoolBackend:
         self, request: tuple[Any, ...], count: int
     ) -> AsyncGenerator[tuple[int, TokenEvent] | None, None]:
         """None once the request is accepted, then its tokens; retried while there are none."""
-        has_sent = is_accepted = False
+        has_sent = is_accepted = has_killed = False
+        silent = 0
         try:
-            for is_last in (False, True):
+            while True:
                 try:
                     async with aclosing(self._said(request)) as said:
                         async for tokens in said:
@@ -122,7 +131,10 @@ class PoolBackend:
                                 has_sent = True
                                 yield token
                     return
-                except WorkerLostError:
+                except WorkerLostError as lost:
+                    silent += isinstance(lost, _SilentError)
+                    is_last = has_killed or silent == SILENT_TRIES
+                    has_killed |= not isinstance(lost, _SilentError)
                     if has_sent or is_last or self.is_draining:
                         raise
         finally:
@@ -168,7 +180,7 @@ async def _next(stream: Any) -> Tokens | None:
             if saying.done():
                 break
         else:
-            raise WorkerLostError("the request's worker no longer answers")
+            raise _SilentError("the request's worker no longer answers")
         return cast("Tokens | None", saying.result())
     except RequestCancelledError as error:
         raise DecodeFailedError("the server stops") from error
