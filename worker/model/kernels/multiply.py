@@ -43,6 +43,9 @@ LINE = 64
 BLOCK = 32
 """Neighbouring int4 weights that 16 bytes keep: the first half in their lower four bits."""
 
+AHEAD = 2
+"""Tiles ahead that int4's weights are asked for: so few bytes are read before memory answers."""
+
 ONE = 0x3F800000
 """The bits of 1."""
 
@@ -180,8 +183,9 @@ class _Product(VectorCode):
                 self.b.store(self.fma(high, x_high, summed), part)
 
     def _ask_ahead(self, w_at: Any, column: Any) -> None:
-        """Let memory hand over what the next tile reads in the same place."""
-        ahead = self.b.add(column, self.times(self.stride, len(w_at)))
+        """Let memory hand over what a tile soon reads in the same place."""
+        tiles = AHEAD if self.kind == INT4 else 1
+        ahead = self.b.add(column, self.times(self.stride, len(w_at) * tiles))
         for row in w_at:
             self.ask_for(self.b.add(row, ahead))
 
