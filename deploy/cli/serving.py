@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
+from offramp.deploy.serve.log_lines import FORMATS, LineFormatter
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
@@ -26,6 +29,8 @@ from offramp.deploy.serve.serve_app import ray_session, require_free, running_po
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
+
+_logger = logging.getLogger(__name__)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -53,6 +58,10 @@ Deadline = Annotated[
 ]
 Drain = Annotated[
     float, typer.Option(help="Seconds that requests have for their end when the pool is stopped.")
+]
+LogFormat = Annotated[
+    str,
+    typer.Option(help="What each request and each warning of the pool is written as: text|json."),
 ]
 
 
@@ -85,9 +94,11 @@ def serve(
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
     translators: options.Translators = None,
+    log_format: LogFormat = "text",
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
+    plan = options.parse_schedule(hold, hold_rows, hold_patience, together=together, costs=costs)
     config = PoolConfig(
         worker=WorkerSpec(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
@@ -97,9 +108,7 @@ def serve(
             slots=slots,
             engine=replace(
                 options.engine_config(kv_mode, max_pending, translators, weights),
-                schedule=options.parse_schedule(
-                    hold, hold_rows, hold_patience, together=together, costs=costs
-                ),
+                schedule=plan,
                 prefill_tokens=prefill_tokens,
                 kv_budget_mb=kv_budget_mb,
                 draft_precision=Precision.parse(draft_weights) if draft_weights else None,
@@ -113,7 +122,7 @@ def serve(
         limits=HttpLimits(
             body_bytes=max_body_bytes, choices=max_choices, deadline_s=deadline, drain_s=drain
         ),
-        **_followed(settings, trust),
+        **_followed(settings, trust) | {"log_format": log_format},
     )
     _serve(config, settings, trust, redis_port)
 
@@ -133,12 +142,13 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
 def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
     """Serve until told to stop."""
     _require_servable(config, settings, trust, redis_port)
+    tell = _told_as(config.log_format)
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
             embedded = EmbeddedRedis(settings.home / "redis", redis_port, supervised=True)
             redis = stack.enter_context(embedded)
             config = replace(config, redis_url=redis.url)
-            console.print(f"embedded Redis: export REDIS_URL={redis.url}")
+            tell(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:
             public_key_path(settings)
         cpus = max(config.replicas, os.cpu_count() or 1)
@@ -146,8 +156,17 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
         url = stack.enter_context(running_pool(config))
         workers = f"{config.replicas} workers, threads: {config.worker.threads} each"
         wait = _catch_signals()
-        console.print(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
+        tell(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
         wait()
+
+
+def _told_as(log_format: str | None) -> Callable[[str], object]:
+    """Have what this process logs written as the pool's lines are; returns what tells its user."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(log_format or FORMATS[0], "command"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("offramp").setLevel(logging.INFO)
+    return console.print if log_format == FORMATS[0] else _logger.info
 
 
 def _require_servable(

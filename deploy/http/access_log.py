@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from contextvars import ContextVar
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID = "X-Request-Id"
 """Header in which clients name their request, as OpenAI's and vLLM's do."""
+
+REQUEST_NAME: ContextVar[str | None] = ContextVar("request", default=None)
+"""Name of the request that is being answered, for whatever is logged meanwhile."""
 
 _NAME = re.compile(r"[!-~]{1,128}")
 
@@ -32,10 +36,14 @@ class AccessLog:
 
     def __init__(self, app: ASGIApp, *, file: Path | None) -> None:
         self._app = app
-        self._log = logging.Logger("offramp.access")
+        # One of its own, whose lines also go where all others go: an app more is a file more.
+        self._log = logging.Logger("offramp.access", logging.INFO)
+        self._log.parent = logging.getLogger()
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._log.addHandler(WatchedFileHandler(file))
+            handler = WatchedFileHandler(file)
+            handler.setFormatter(_FieldsFormatter())
+            self._log.addHandler(handler)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -48,6 +56,8 @@ class AccessLog:
         name = headers.get(REQUEST_ID, "")
         if not _NAME.fullmatch(name):
             name = uuid.uuid4().hex
+        # Never reset: a server answers each request in a context of its own, and logs in it later.
+        REQUEST_NAME.set(name)
         scope = {**scope, "headers": _renamed(headers, name), "state": {"client": None}}
 
         async def send_named(message: Message) -> None:
@@ -60,11 +70,11 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_named)
         finally:
-            if self._log.handlers:
+            if self._log.hasHandlers():
                 self._write(scope, name, status, time.perf_counter() - began_s)
 
     def _write(self, scope: Scope, name: str, status: int, took_s: float) -> None:
-        line = {
+        fields = {
             "at": time.time(),
             "request_id": name,
             "client": scope["state"]["client"],
@@ -73,7 +83,12 @@ class AccessLog:
             "status": status,
             "seconds": round(took_s, 6),
         }
-        self._log.info(json.dumps(line))
+        self._log.info("answered", extra={"fields": fields})
+
+
+class _FieldsFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(record.__dict__["fields"])
 
 
 def _renamed(headers: Headers, name: str) -> list[tuple[bytes, bytes]]:

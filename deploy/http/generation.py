@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -27,6 +28,8 @@ from offramp.deploy.http.shapes.replies import ChatStyle, Choice, CompletionStyl
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import Prompt, prompt_text
+
+_logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[tuple[int, TokenEvent]]
 
@@ -176,6 +179,7 @@ class _Reply:
                 if self.style.counts:
                     yield _line(self.style.usage_chunk(self.choices))
             except OfframpError as error:
+                _logger.warning("a stream ended with an error: %s", error)
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))
         yield "data: [DONE]\n\n"
 

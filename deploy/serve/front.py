@@ -10,6 +10,7 @@ from ray import serve
 
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
+from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_backend import PoolBackend
 from offramp.deploy.serve.pool_config import APP, PoolConfig
 from offramp.deploy.serve.replica import ServedWorker
@@ -29,6 +30,8 @@ class Front:
 
     def __init__(self, config: PoolConfig) -> None:
         self._limits = config.limits
+        self._lines = WaitingLines()
+        send_lines(config.log_format, "front", self._lines.add)
         self._backend = PoolBackend(config)
         settings = LimitedConfig(
             create_app(self._backend, config.limits, config.access_log),
@@ -61,6 +64,14 @@ class Front:
         """Take what a worker says of itself."""
         self._backend.hear(report)
 
+    async def log(self, line: str) -> None:
+        """Take a line that a worker logged."""
+        self._lines.add(line)
+
+    async def lines(self) -> list[str]:
+        """What was logged since the last call, as soon as it is something."""
+        return await self._lines.fetch()
+
     async def drain(self) -> None:
         """Refuse what comes from now on, let what is under way end, and stop listening."""
         self._backend.is_draining = True
@@ -72,3 +83,4 @@ class Front:
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
+        await self._lines.emptied(CUT_S)

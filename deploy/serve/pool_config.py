@@ -8,6 +8,7 @@ from pathlib import Path
 from offramp.controller.errors import ConfigError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.serve.log_lines import FORMATS
 from offramp.worker.spec import WorkerSpec
 
 APP = "offramp"
@@ -33,6 +34,7 @@ class PoolConfig:
         cpus: Cores that Ray sets aside per replica.
         limits: Bounds on clients and their requests.
         access_log: File that gets a line of JSON per request; None: nowhere.
+        log_format: How the command shows what all processes log, "text" or "json"; None: not.
 
     Raises:
         ConfigError: a number out of range, or an open address without a key.
@@ -53,6 +55,7 @@ class PoolConfig:
     cpus: float = 1.0
     limits: HttpLimits = field(default_factory=HttpLimits)
     access_log: Path | None = None
+    log_format: str | None = None
 
     @property
     def room(self) -> int:
@@ -62,6 +65,9 @@ class PoolConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError("replicas", f"{self.replicas} is below 1")
+        if self.log_format not in (None, *FORMATS):
+            known = " or ".join(FORMATS)
+            raise ConfigError("log_format", f"{self.log_format!r} is unknown", f"Use {known}")
         if not 0 < self.port < 65536:
             raise ConfigError("port", f"{self.port} is not in [1, 65535]")
         if self.host not in LOOPBACK and not self.clients.are_asked_for:

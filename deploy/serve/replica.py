@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import ray.serve._private.replica as serve_replica
 
+from offramp.controller.errors import DecodeFailedError
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
 from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
+from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
@@ -24,6 +28,8 @@ from offramp.worker.spec import freeze_heap, load_engine
 
 BEAT_S = 1.0
 """A request without tokens is told so often that its worker lives and makes progress."""
+
+_logger = logging.getLogger(__name__)
 
 Tokens = list[tuple[int, TokenEvent]]
 """Events with the index of the choice that each belongs to; none: a sign of life."""
@@ -43,6 +49,7 @@ class ServedWorker:
         # Held for as long as this process lives: no other worker writes there.
         self._claim = StateClaim(config.state_dir / config.channel)
         self.worker_id = self._claim.name
+        send_lines(config.log_format, self.worker_id, front.log.remote)
         engine = load_engine(config.worker)
         verifier = ReleaseVerifier(
             trusted_keys(*load_public_keys(config.trusted)),
@@ -77,14 +84,19 @@ class ServedWorker:
 
         Raises as ``EngineService.submit`` does.
         """
+        REQUEST_NAME.set(request_id)
         requests, events = await self.service.submit_all(
             prompts, sampling, kv_mode=kv_mode, split_by=request_id
         )
         places = {request.id: place for place, request in enumerate(requests)}
         async with aclosing(self._beating(events)) as beats:
             yield []
-            async for event in beats:
-                yield [] if event is None else [(places[event.request_id], event)]
+            try:
+                async for event in beats:
+                    yield [] if event is None else [(places[event.request_id], event)]
+            except DecodeFailedError as error:
+                _logger.error("%s: %r", error, error.__cause__)
+                raise
 
     async def _beating(
         self, events: AsyncIterator[TokenEvent]

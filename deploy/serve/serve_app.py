@@ -7,6 +7,8 @@ import io
 import logging
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +57,8 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stack.callback(_shut_down)
         front = stack.enter_context(_listening(config))
+        if config.log_format is not None:
+            threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
         workers = serve.deployment(ServedWorker).options(
             num_replicas=config.replicas,
             # The front takes no more than all workers have room for; this spreads them.
@@ -95,6 +99,13 @@ def _listening(config: PoolConfig) -> Iterator[Any]:
                 ray.get(front.drain.remote(), timeout=config.limits.drain_s + STOP_S)
     finally:
         ray.kill(front)
+
+
+def _show_lines(front: Any) -> None:
+    """Show what the pool's processes log, for as long as there is a front."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        while True:
+            print(*ray.get(front.lines.remote()), sep="\n", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
