@@ -20,6 +20,9 @@ REQUEST_ID = "X-Request-Id"
 REQUEST_NAME: ContextVar[str | None] = ContextVar("request", default=None)
 """Name of the request that is being answered, for whatever is logged meanwhile."""
 
+WATCHERS = ("/health", "/ready", "/metrics")
+"""Routes that are asked every few seconds, by no user: fine replies of theirs are details."""
+
 _NAME = re.compile(r"[!-~]{1,128}")
 
 
@@ -37,7 +40,7 @@ class AccessLog:
     def __init__(self, app: ASGIApp, *, file: Path | None) -> None:
         self._app = app
         # One of its own, whose lines also go where all others go: an app more is a file more.
-        self._log = logging.Logger("offramp.access", logging.INFO)
+        self._log = logging.Logger("offramp.access", logging.DEBUG)
         self._log.parent = logging.getLogger()
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,9 @@ class AccessLog:
             "status": status,
             "seconds": round(took_s, 6),
         }
-        self._log.info("answered", extra={"fields": fields})
+        is_detail = scope["path"] in WATCHERS and status == 200
+        level = logging.DEBUG if is_detail else logging.INFO
+        self._log.log(level, "answered", extra={"fields": fields})
 
 
 class _FieldsFormatter(logging.Formatter):

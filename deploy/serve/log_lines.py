@@ -65,7 +65,7 @@ class LineFormatter(logging.Formatter):
 
 class _Sending(logging.Handler):
     def __init__(self, send: Callable[[str], object]) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:

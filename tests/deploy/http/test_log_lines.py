@@ -23,21 +23,22 @@ def loggers() -> Iterator[None]:
     logging.getLogger("offramp").setLevel(before[1])
 
 
-def answer(name: str) -> None:
-    """One request through the access log, and an error that is logged meanwhile."""
+def answer(name: str, path: str = "/v1/completions", status: int = 500) -> None:
+    """One request through the access log, and an error that is logged meanwhile if it fails."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        try:
-            raise ValueError("of the engine")
-        except ValueError:
-            logging.getLogger("offramp.worker").exception("it failed")
-        await send({"type": "http.response.start", "status": 500, "headers": []})
+        if status == 500:
+            try:
+                raise ValueError("of the engine")
+            except ValueError:
+                logging.getLogger("offramp.worker").exception("it failed")
+        await send({"type": "http.response.start", "status": status, "headers": []})
 
     async def send(message: Any) -> None:
         await asyncio.sleep(0)
 
     headers = [(b"x-request-id", name.encode())]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
     asyncio.run(AccessLog(app, file=None)(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
 
 
@@ -45,6 +46,7 @@ def test_every_line_is_an_object_that_names_its_request(loggers: None) -> None:
     lines = WaitingLines()
     send_lines("json", "front", lines.add)
     answer("mine")
+    answer("probe's", "/health", 200)
     logging.getLogger("offramp.other").info("nobody's\nrequest")
     logging.getLogger("ray").error("its own business")
     failed, answered, other = map(json.loads, asyncio.run(lines.fetch()))
