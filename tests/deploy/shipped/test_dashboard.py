@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import promql_parser
@@ -15,7 +14,6 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.deploy.http.metrics import REPORTED, Metrics
 from support.shipped.shipped_files import DEPLOY, ROOT, compose, parse
 
 WATCHING = DEPLOY / "watching"
@@ -45,21 +43,9 @@ def queries() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def scraped() -> Labels:
     """Names of the samples of a front that has heard of a worker and a request, with labels."""
-    report = dict.fromkeys([field for field, _ in REPORTED.values()], 0)
-    says = dict.fromkeys(("worker", "digest", "guarantee", "state"), "x")
-    backend: Any = SimpleNamespace(model_id="m", layers=12, reports=lambda: [report | says])
-    metrics = Metrics(backend)
-
-    async def none() -> AsyncIterator[Any]:
-        return
-        yield
-
-    async def one_hangs_up() -> None:
-        assert [event async for event in metrics.follow(none(), 1, 0.0)] == []
-
-    asyncio.run(one_hangs_up())
+    scrape = runpy.run_path(str(ROOT / "docs/site_pages.py"))["scrape"]
     found: Labels = {"up": set()}
-    for family in text_string_to_metric_families(metrics.text().decode()):
+    for family in text_string_to_metric_families(scrape()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
