@@ -213,8 +213,8 @@ def drafters_of(
     sources: list[tuple[tuple[int, ...], IntArray | None]] = [
         ((Exit(engine.stack.layers, precision.weights),), None)
     ]
-    if engine.stack.adapters:
-        sources.append((tuple(engine.stack.adapters), table_VK))
+    if adapted := engine.decoder.translators.layers:
+        sources.append((tuple(adapted), table_VK))
     found = []
     for exits, table in sources:
         train, validation = (

@@ -39,7 +39,7 @@ def write_durably(path: Path, content: bytes, *, replace: bool = True) -> None:
                 os.link(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -100,7 +100,12 @@ def _sweep(path: Path) -> None:
             continue
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring to disk which files a folder holds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
@@ -24,8 +24,15 @@ def canonical_json(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_strictly(raw: bytes, checks: dict[str, Check]) -> dict[str, Any]:
+def parse_strictly(
+    raw: bytes, checks: dict[str, Check], optional: Collection[str] = ()
+) -> dict[str, Any]:
     """Parse a JSON object whose fields are exactly those named.
+
+    Args:
+        raw: The object as it came.
+        checks: What each field must be.
+        optional: Fields among them that may be missing.
 
     Raises:
         PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing, doubled or ill-typed.
@@ -36,17 +43,23 @@ def parse_strictly(raw: bytes, checks: dict[str, Check]) -> dict[str, Any]:
         raise PolicyRefusedError(Refusal.BAD_FORMAT, f"not JSON: {error}") from error
     if not isinstance(values, dict):
         refuse(f"a JSON object is expected, not {type(values).__name__}")
-    check_fields(values, checks)
+    check_fields(values, checks, optional=optional)
     return dict(values)
 
 
-def check_fields(values: dict[str, Any], checks: dict[str, Check], prefix: str = "") -> None:
+def check_fields(
+    values: dict[str, Any],
+    checks: dict[str, Check],
+    prefix: str = "",
+    optional: Collection[str] = (),
+) -> None:
     """Refuse an object whose fields are not exactly those named.
 
     Args:
         values: The object.
         checks: What each field must be.
         prefix: Put before each name in a refusal, such as ``params.``.
+        optional: Fields that may be missing.
 
     Raises:
         PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing or ill-typed.
@@ -55,9 +68,9 @@ def check_fields(values: dict[str, Any], checks: dict[str, Check], prefix: str =
         if name not in checks:
             refuse(f"unknown field {prefix + name!r}")
     for name, (holds, expected) in checks.items():
-        if name not in values:
+        if name not in values and name not in optional:
             refuse(f"field {prefix + name!r} is missing")
-        if not holds(values[name]):
+        if name in values and not holds(values[name]):
             refuse(f"field {prefix + name!r} must be {expected}")
 
 

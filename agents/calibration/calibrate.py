@@ -144,12 +144,19 @@ def calibrate(
 
 
 def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
-    """Refuse a policy of another model or tokenizer.
+    """Refuse a policy of another model or tokenizer, or recorded through other adapters.
 
     Raises:
         ConfigError: it is of another; the field says which.
     """
-    manifest = bundle.manifest
+    manifest, own = bundle.manifest, engine.decoder.translators.digest
+    if manifest.adapters not in ("", own):
+        raise ConfigError(
+            "translators",
+            f"the policies were recorded through adapters {manifest.adapters[:12]}, "
+            f"{own[:12] or 'none'} are loaded",
+            "Name the folder that they were recorded with (--translators)",
+        )
     pairs = {
         "model": (manifest.model, engine.model_fingerprint),
         "tokenizer": (manifest.tokenizer, engine.tokenizer_fingerprint),
@@ -204,5 +211,6 @@ def _bundle(family: SettingFamily, setting: float) -> PolicyBundle:
         tokenizer=source.manifest.tokenizer,
         training={**source.manifest.training, "setting": setting, "parameter": family.parameter},
         metrics={},
+        adapters=source.manifest.adapters,
         created_at=time.time(),
     )

@@ -88,7 +88,9 @@ def record_continuations(
         exits=config.exits,
         layers=engine.stack.layers,
         translators=engine.decoder.translators.digest,
-        adapters=tuple(layer for layer in config.exits if layer in engine.stack.adapters),
+        adapters=tuple(
+            layer for layer in config.exits if layer in engine.decoder.translators.layers
+        ),
     )
     kind = TokenTraces if candidates_VK is None else CandidateDrafts
     return kind.from_chunks(header, chunks)

@@ -127,6 +127,7 @@ def teach_drafters(
         {name: value for name, value in _settings(config).items() if name not in PLACES},
         lambda policy: _canned(policy, rows_NF),
         (engine.model_fingerprint, engine.tokenizer_fingerprint),
+        adapters=engine.decoder.translators.digest,
     )
     chosen = min(range(1, len(contenders)), key=lambda n: contenders[n].offline_cost or 1.0)
     PolicyBundle.load(out / f"{chosen:02d}").save(out / CHOSEN)

@@ -135,6 +135,7 @@ def save_contenders(
         training,
         lambda policy: canned_rows(policy, data),
         (data.facts.model, data.facts.tokenizer),
+        adapters=data.facts.translators,
     )
 
 
@@ -144,6 +145,8 @@ def save_policies(
     training: Mapping[str, Any],
     canned: Callable[[Policy], FloatArray],
     fingerprints: tuple[str, str],
+    *,
+    adapters: str = "",
 ) -> None:
     """Write bundles and index as ``save_contenders`` does, of whatever was trained.
 
@@ -153,6 +156,7 @@ def save_policies(
         training: How they were trained.
         canned: Gives the recorded rows that travel with a policy, [N, F].
         fingerprints: The model's and the tokenizer's.
+        adapters: Digest of the adapters that they were recorded through; "" for none.
     """
     index = []
     for number, each in enumerate(contenders):
@@ -162,6 +166,7 @@ def save_policies(
             tokenizer=fingerprints[1],
             training={**training, "family": each.family, "setting": each.setting},
             metrics={"offline_agreement": each.offline_agreement},
+            adapters=adapters,
             created_at=time.time(),
         )
         entry = {

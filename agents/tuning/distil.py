@@ -147,12 +147,15 @@ Trainable = TrainableTranslator | TrainableLayer
 
 def freeze(modules: Mapping[int, Trainable]) -> ExitTranslators | AdapterLayers:
     """The inference form of all of them, which are of one kind."""
-    translators: dict[int, Translator] = {}
-    for layer, each in modules.items():
-        if isinstance(each, TrainableLayer):
-            return each.adapters  # all of the stack's
-        translators[layer] = each.frozen()
-    return ExitTranslators(translators)
+    if layers := [each.adapters for each in modules.values() if isinstance(each, TrainableLayer)]:
+        return AdapterLayers.together(layers)
+    return ExitTranslators(
+        {
+            layer: each.frozen()
+            for layer, each in modules.items()
+            if isinstance(each, TrainableTranslator)
+        }
+    )
 
 
 @torch.no_grad()

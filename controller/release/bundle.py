@@ -44,6 +44,7 @@ class PolicyBundle:
         metrics: Mapping[str, Any],
         created_at: float,
         certificate: Certificate | None = None,
+        adapters: str = "",
     ) -> PolicyBundle:
         """A trained policy that no publisher has released yet.
 
@@ -55,6 +56,7 @@ class PolicyBundle:
             metrics: What was measured on held-out data.
             created_at: Unix seconds.
             certificate: The calibration's guarantee, if there is one.
+            adapters: SHA-256 of the adapters that it was recorded through, hex; "" for none.
         """
         manifest = Manifest(
             kind=packed.kind,
@@ -69,6 +71,7 @@ class PolicyBundle:
             training=dict(training),
             metrics=dict(metrics),
             certificate=certificate,
+            adapters=adapters,
             created_at=created_at,
         )
         return cls(manifest, packed.blob)

@@ -6,8 +6,9 @@ generations served, in order, one a line) and ``lock``.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -34,8 +35,16 @@ class Ledger:
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         self.generations()
 
-    def append(self, generation: int, envelope: bytes, blob: bytes) -> None:
+    def append(
+        self, generation: int, envelope: bytes, blob: bytes, others: Iterable[bytes] = ()
+    ) -> None:
         """Record a release for good. An empty ledger may begin at any generation.
+
+        Args:
+            generation: Number of the release.
+            envelope: Its signed manifest.
+            blob: Weights of its policy.
+            others: What it needs beside them, taken one at a time.
 
         Raises:
             ConfigError: the generation is there already, or would leave a gap.
@@ -46,7 +55,10 @@ class Ledger:
                 raise _refused(f"generation {generation} is recorded already; nothing is rewritten")
             if last and generation != last + 1:
                 raise _refused(f"generation {generation} would leave a gap after {last}")
-            write_durably(self._blob_path(digest_of(blob)), blob)
+            for each in itertools.chain([blob], others):
+                path = self._blob_path(digest_of(each))
+                if not path.exists() or path.read_bytes() != each:
+                    write_durably(path, each)
             write_durably(self._release_path(generation), envelope)
 
     def generations(self) -> list[int]:

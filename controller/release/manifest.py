@@ -94,6 +94,8 @@ class Manifest:
         shapes: Dtype and shape of each tensor in the blob.
         training: Where the policy comes from.
         metrics: What was measured on held-out data.
+        adapters: SHA-256 of the adapters that its exits are read through, hex; "" if it names none.
+        adapter_index: SHA-256 of the index that lists their parts, hex; "" in a draft.
         certificate: The calibration's guarantee, of this very blob; None if there is none.
         rollout: Requests that it may serve, and which release serves the others.
         guardrails: Bounds at which a worker trips to full depth, by name; see ``bounds``.
@@ -117,6 +119,8 @@ class Manifest:
     shapes: Shapes
     training: dict[str, Any]
     metrics: dict[str, Any]
+    adapters: str = ""
+    adapter_index: str = ""
     certificate: Certificate | None = None
     rollout: Rollout = field(default_factory=Rollout)
     guardrails: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +153,9 @@ class Manifest:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["exits"] = list(map(exit_to_json, self.exits))
         values["rollout"] = self.rollout.to_values()
+        for name in _OPTIONAL:
+            if not values[name]:
+                del values[name]
         values["certificate"] = self.certificate and self.certificate.to_values()
         try:
             return canonical_json(values)
@@ -163,7 +170,7 @@ class Manifest:
         Raises:
             PolicyRefusedError: BAD_FORMAT, naming the field unknown, missing or ill-typed.
         """
-        values = parse_strictly(raw, _FIELDS)
+        values = parse_strictly(raw, _FIELDS, _OPTIONAL)
         if values["format_version"] != FORMAT_VERSION:
             refuse(f"format_version {values['format_version']} is not {FORMAT_VERSION}")
         check_fields(values["params"], KINDS[values["kind"]].params, "params.")
@@ -173,6 +180,8 @@ class Manifest:
         if values["certificate"] is not None:
             values["certificate"] = Certificate.from_values(values["certificate"])
             _require_own(values)
+        if "adapter_index" in values and "adapters" not in values:
+            refuse("an index of adapters is named, and no adapters")
         return cls(**values)
 
 
@@ -197,7 +206,8 @@ def require_said(manifest: Manifest, uncertified: bool) -> None:
 def _require_own(values: dict[str, Any]) -> None:
     """A certificate of another policy, model or tokenizer says nothing of this one."""
     certificate = values["certificate"]
-    pairs = (("policy", "digest"), ("model", "model"), ("tokenizer", "tokenizer"))
+    pairs = [("policy", "digest"), ("model", "model"), ("tokenizer", "tokenizer")]
+    pairs += [("translators", "adapters")] * ("adapters" in values)
     for theirs, ours in pairs:
         found = getattr(certificate, theirs)
         if found != values[ours]:
@@ -241,6 +251,10 @@ def _are_guardrails(value: Any) -> bool:
     return all(GUARDRAILS[name][0](bound) for name, bound in value.items())
 
 
+_OPTIONAL = ("adapters", "adapter_index")
+"""Fields that are left out if they are empty: so releases without adapters are what they were, and
+a worker too old for adapters refuses a release that names some."""
+
 _FIELDS: dict[str, Check] = {
     "format_version": COUNT,
     "channel": TEXT,
@@ -257,6 +271,8 @@ _FIELDS: dict[str, Check] = {
     "shapes": (_is_shapes, "an object of [dtype, [lengths]]"),
     "training": OBJECT,
     "metrics": OBJECT,
+    "adapters": DIGEST,
+    "adapter_index": DIGEST,
     "certificate": or_null(OBJECT),
     "rollout": (_is_rollout, "{percent: 0 to 100, salt: a string}, a canary's with its stable's"),
     "guardrails": (_are_guardrails, f"an object of bounds among {', '.join(GUARDRAILS)}"),

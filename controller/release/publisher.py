@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from offramp.controller.adapters.adapter_index import AdapterSource, require_model
 from offramp.controller.errors import ConfigError, RegistryUnavailableError
 from offramp.controller.policies.kinds import PackedPolicy
 from offramp.controller.release.bundle import PolicyBundle
@@ -87,6 +88,7 @@ class Publisher:
         expires_in_s: float | None = None,
         rollout: Rollout | None = None,
         guardrails: Mapping[str, Any] | None = None,
+        adapters: AdapterSource | None = None,
     ) -> Head:
         """Sign a policy as the next generation, record it and upload it. It is not served yet.
 
@@ -101,6 +103,7 @@ class Publisher:
             expires_in_s: Seconds after which workers refuse it; None: never.
             rollout: Requests that it may serve; see ``roll_out``, which names the others' release.
             guardrails: Bounds at which a worker trips to full depth, in place of the defaults.
+            adapters: What its exits are read through, to travel with it.
 
         Raises:
             PolicyRefusedError: a worker's own check would refuse it; nothing was signed.
@@ -118,6 +121,7 @@ class Publisher:
             metrics=metrics,
             certificate=certificate,
             created_at=(now := self._clock()),
+            adapters="" if adapters is None else adapters.index.digest,
         )
         require_said(bundle.manifest, uncertified)
         manifest = replace(
@@ -125,8 +129,11 @@ class Publisher:
             expires_at=None if expires_in_s is None else now + expires_in_s,
             rollout=rollout or Rollout(),
             guardrails=dict(guardrails or {}),
+            adapter_index="" if adapters is None else adapters.index.name,
         )
-        return self._append(manifest, packed.blob)
+        if adapters is not None:
+            require_model(adapters.index, model)
+        return self._append(manifest, packed.blob, () if adapters is None else adapters.blobs())
 
     def roll_out(self, percent: float, generation: int | None = None) -> Head:
         """Let a recorded policy serve a share of the requests, as a new generation: a canary.
@@ -181,22 +188,20 @@ class Publisher:
 
     def _promote(self, generation: int) -> None:
         self._served.catch_up()
-        release, blobs = self._records.manifest(generation), self._records.blobs(generation)
+        release = self._records.manifest(generation)
         if generation == self._ledger.promoted() == self._served.generation:
-            for blob in blobs:
-                self._registry.put_blob(blob)
+            self._upload(generation)
             self.heartbeat()
             return
         if generation < self._ledger.promoted():
             problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
             raise ConfigError("generation", problem, "Roll back instead: workers never go back")
-        self._require_servable(release, blobs[0])
+        self._require_servable(release, self._ledger.blob(release.digest))
         beside = release.rollout.stable_generation
         if beside and beside != self._records.stable().generation:
             problem = f"{generation} is a canary beside {beside}, which serves no more"
             raise ConfigError("generation", problem, "Promote it anew, with a percent")
-        for blob in blobs:
-            self._registry.put_blob(blob)
+        self._upload(generation)
         # A worker woken by the promotion must find a living timestamp: renew the old one first.
         self.heartbeat()
         self._registry.promote(self._records.head(generation), self._served.generation)
@@ -265,7 +270,11 @@ class Publisher:
         )
         self._registry.stamp(self._key.sign(stamp.to_bytes(), STAMP_MAGIC), self._stamp_ttl_s)
 
-    def _append(self, manifest: Manifest, blob: bytes) -> Head:
+    def _upload(self, generation: int) -> None:
+        for blob in self._records.blobs(generation):
+            self._registry.put_blob(blob)
+
+    def _append(self, manifest: Manifest, blob: bytes, others: Iterable[bytes] = ()) -> Head:
         with self._ledger.writing():
             generation = max(self._ledger.last(), self._served.generation) + 1
             manifest = replace(
@@ -274,8 +283,8 @@ class Publisher:
             payload = manifest.to_bytes()
             self._require_servable(Manifest.from_bytes(payload), blob)
             envelope = self._key.sign(payload)
-            self._ledger.append(generation, envelope, blob)
-        self._registry.put_blob(blob)
+            self._ledger.append(generation, envelope, blob, others)
+        self._upload(generation)
         return Head(generation, self._epoch, envelope, manifest.digest)
 
     def _require_servable(self, manifest: Manifest, blob: bytes) -> None:

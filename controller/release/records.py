@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
+from offramp.controller.adapters.adapter_index import AdapterIndex
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest
@@ -66,11 +67,20 @@ class SignedRecords:
             self._ledger.get(beside) if beside else b"",
         )
 
-    def blobs(self, generation: int) -> list[bytes]:
-        """What a worker needs to run a release: its blob, and its stable release's."""
+    def blobs(self, generation: int) -> Iterator[bytes]:
+        """What a worker needs to run a release, read one at a time: its blobs, and its stable's.
+
+        Raises:
+            ConfigError: one is not recorded, or damaged.
+        """
         release = self.manifest(generation)
-        beside = release.rollout.stable_digest
-        return [self._ledger.blob(digest) for digest in (release.digest, beside) if digest]
+        yield self._ledger.blob(release.digest)
+        if release.adapter_index:
+            raw = self._ledger.blob(release.adapter_index)
+            yield from map(self._ledger.blob, AdapterIndex.from_bytes(raw).parts)
+            yield raw
+        if release.rollout.stable_generation:
+            yield from self.blobs(release.rollout.stable_generation)
 
     def stable(self) -> Manifest:
         """The release that serves all requests, or all that a canary does not.

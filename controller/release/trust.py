@@ -156,9 +156,17 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: with the first check that failed.
         """
-        manifest = open_release(envelope, self._trusted, self._channel)
+        manifest = self.read(envelope)
         self.check(manifest, mark)
         return manifest
+
+    def read(self, envelope: bytes) -> Manifest:
+        """Read a signed manifest, whether or not it is meant for this worker now.
+
+        Raises:
+            PolicyRefusedError: no trusted key signed it for this channel.
+        """
+        return open_release(envelope, self._trusted, self._channel)
 
     def check(self, manifest: Manifest, mark: Mark | None = None) -> None:
         """Check what a manifest says, signed or not yet; the publisher asks before it signs.

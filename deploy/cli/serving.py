@@ -132,6 +132,7 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
     return {
         "redis_url": settings.redis_url or "",
         "channel": settings.channel,
+        "max_adapter_mb": settings.max_adapter_mb,
         "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
         "state_dir": (settings.home / "workers").resolve(),
         "access_log": settings.access_log and settings.access_log.resolve(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import ConfigError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.limits import HttpLimits
@@ -30,6 +31,7 @@ class PoolConfig:
         host, port: Where HTTP listens.
         clients: Tells clients by their keys; without any, only loopback is listened on.
         max_waiting: Requests that may wait per worker before new ones get 429.
+        max_adapter_mb: Most MiB of adapters that a release may bring.
         poll_s: Seconds between polls of the registry when no event wakes a worker.
         cpus: Cores that Ray sets aside per replica.
         limits: Bounds on clients and their requests.
@@ -51,6 +53,7 @@ class PoolConfig:
     port: int = 8000
     clients: ClientKeys = field(default_factory=ClientKeys)
     max_waiting: int = 64
+    max_adapter_mb: float = MAX_ADAPTER_MB
     poll_s: float = 5.0
     cpus: float = 1.0
     limits: HttpLimits = field(default_factory=HttpLimits)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from offramp.controller.adapters.adapter_folder import DESCRIPTION
+from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.errors import ConfigError, PolicyRefusedError
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
@@ -17,6 +20,9 @@ from offramp.controller.release.signing import (
     trusted_keys,
 )
 from offramp.deploy.serve.settings import Settings
+
+ADAPTERS = "translators"
+"""Folder, within a bundle's, of the adapters that its policy was recorded through."""
 
 KEY = "publisher.pem"
 NEXT_KEY = "publisher-next.pem"
@@ -79,6 +85,43 @@ def open_ledger(settings: Settings) -> Ledger:
             "ledger", f"{folder} is not there", "Set OFFRAMP_HOME and OFFRAMP_CHANNEL"
         )
     return Ledger(folder)
+
+
+def adapters_beside(
+    bundle: PolicyBundle, folder: Path, given: Path | None, limit_mb: float
+) -> AdapterSource | None:
+    """The adapters that are to travel with a bundle's policy; None if it names none.
+
+    Args:
+        bundle: The policy.
+        folder: Where the bundle lies; adapters are looked for there and in its ``translators``.
+        given: A folder that ``offramp tune`` wrote, to be looked at instead.
+        limit_mb: Most MiB that they may have.
+
+    Raises:
+        ConfigError: they are not there, damaged, too large, or not those that the policy names.
+    """
+    named = bundle.manifest.adapters
+    places = [given] if given is not None else [folder, folder / ADAPTERS]
+    found = next((place for place in places if (place / DESCRIPTION).exists()), given)
+    if found is None:
+        if not named:
+            return None
+        raise ConfigError(
+            "translators",
+            f"the policy was recorded through the adapters {named[:12]}…, and neither {folder} "
+            f"nor its {ADAPTERS} holds them",
+            "Name their folder with --translators",
+        )
+    source = AdapterSource.open(found, limit_mb)
+    if named not in ("", source.index.digest):
+        raise ConfigError(
+            "translators",
+            f"{found} holds the adapters {source.index.digest[:12]}…, and the policy was recorded "
+            f"through {named[:12]}…",
+            "Name the folder that it was recorded with",
+        )
+    return source
 
 
 def trust(settings: Settings, *public: bytes) -> dict[str, bytes]:

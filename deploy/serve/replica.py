@@ -22,6 +22,7 @@ from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
+from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.refresh import PolicyRefresher
 from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.spec import freeze_heap, load_engine
@@ -59,13 +60,21 @@ class ServedWorker:
             layers=engine.stack.layers,
             vocab=engine.stack.vocab,
         )
+        registry = RedisRegistry(config.redis_url, config.channel)
         self.refresher = PolicyRefresher(
-            RedisRegistry(config.redis_url, config.channel),
+            registry,
             verifier,
             self._claim.folder,
             self.worker_id,
             config.poll_s,
             engine.prepare,
+            fetcher=ReleaseFetcher(
+                registry,
+                self._claim.folder,
+                engine.decoder.translators.digest,
+                engine.take_in,
+                config.max_adapter_mb,
+            ),
         )
         engine.current_policy = lambda: self.refresher.current
         self.service = EngineService(engine, max_waiting=config.max_waiting)
@@ -190,19 +199,21 @@ def describe_policy(
 
 def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
     certificate = snapshot.certificate
+    adapters = engine.decoder.reader.under(snapshot).digest
     gap = (
         ""
         if certificate is None
         else certificate.gap(
             kv_mode=engine.config.kv_mode,
             dtype=str(engine.stack.dtype).removeprefix("torch."),
-            translators=engine.decoder.translators.digest,
+            translators=adapters,
         )
     )
     return {
         "generation": snapshot.generation,
         "digest": snapshot.digest,
         "exits": list(snapshot.policy.exits),
+        "adapters": adapters,
         "guarantee": snapshot.guarantee,
         "certificate": None if certificate is None else certificate.statement,
         "gap": gap,

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import ConfigError
 
 PREFIX = "OFFRAMP_"
@@ -30,6 +31,8 @@ class Settings(BaseModel):
             is begun anew without its ledger, so that workers take lower generations again.
         api_key: OFFRAMP_API_KEY: a key that clients may present, beside those of their own.
         access_log: OFFRAMP_ACCESS_LOG: file that gets a line of JSON per HTTP request.
+        max_adapter_mb: OFFRAMP_MAX_ADAPTER_MB: most MiB of adapters that are published, or that a
+            worker fetches with a release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +44,7 @@ class Settings(BaseModel):
     epoch: int = Field(default=1, ge=1)
     api_key: str | None = Field(default=None, min_length=8, pattern=r"^[!-~]+$")
     access_log: Path | None = None
+    max_adapter_mb: float = Field(default=MAX_ADAPTER_MB, gt=0, allow_inf_nan=False)
 
     @field_validator("redis_url")
     @classmethod

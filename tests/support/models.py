@@ -135,11 +135,11 @@ def truncated(model: Any, layers: int) -> Any:
     return short.to(model.device, model.dtype).eval()
 
 
-def save_adapters(family: str, folder: Path, exits: Sequence[int]) -> Path:
+def save_adapters(family: str, folder: Path, exits: Sequence[int], seed: int = 3) -> Path:
     """Write an adapter layer behind each exit of ``make_model(family)``, unlike its own layers."""
     model = make_model(family)
     stack = stack_for(model)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     blocks = {layer: fresh_layer(stack) for layer in exits}
     for block in blocks.values():
         for parameter in block.parameters():

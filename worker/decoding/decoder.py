@@ -18,6 +18,7 @@ from offramp.worker.decoding.asking.grouping import RowGrouper
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.draft_wave import DraftWave
+from offramp.worker.decoding.reading import ExitReader
 from offramp.worker.decoding.sampler import report_each
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
@@ -29,13 +30,13 @@ from offramp.worker.decoding.wave_context import (
     Overhead,
     WaveContext,
 )
-from offramp.worker.model.adapter_layers import AdapterLayers
+from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.attention import prefill_window
 from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kv import EXACT, SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import fetch, upload
-from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
+from offramp.worker.model.translators import UNTRANSLATED
 from offramp.worker.probes import ProbeFactory
 
 REPORTED_AT_ONCE = 32
@@ -74,8 +75,7 @@ class Decoder:
         stack: The model, as a stack of layers.
         kv: The cache of its keys and values.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
-        translators: Correct the hidden state that exits are read from, or are the stack's own
-            adapter layers, which waves run.
+        translators: What exits are read through under a policy that names no adapters.
         fills: Whether skipped layers get projected keys and values. False breaks the cache's
             invariant; it exists as the tests' negative control.
         copy: The model's layers in fewer bytes, for rows in ``verify`` to leave early on.
@@ -83,6 +83,7 @@ class Decoder:
     Attributes:
         overhead: What was spent beside the model.
         probes: Makes the probes that policies read.
+        reader: Reads each row's exits through its adapters.
         grouper: Puts rows into the groups they are asked in.
         guard: Asks policies, and survives those that fail.
         projector: Projects exit states; None if skipped layers are not filled.
@@ -95,13 +96,13 @@ class Decoder:
         kv: SlotKV,
         *,
         max_pending: int = MAX_PENDING,
-        translators: ExitTranslators | AdapterLayers = UNTRANSLATED,
+        translators: ExitAdapters = UNTRANSLATED,
         fills: bool = True,
         copy: LayerStack | None = None,
     ) -> None:
         self.stack = stack
         self.kv = kv
-        self.translators = translators
+        self.reader = ExitReader(stack, translators)
         self.overhead = Overhead()
         self.probes = ProbeFactory(stack)
         self.guard = PolicyGuard()
@@ -111,7 +112,7 @@ class Decoder:
             stack=stack,
             kv=kv,
             filler=CacheFiller(stack, kv, self.projector),
-            translators=UNTRANSLATED if isinstance(translators, AdapterLayers) else translators,
+            reader=self.reader,
             grouper=self.grouper,
             guard=self.guard,
             max_pending=max_pending,
@@ -137,6 +138,11 @@ class Decoder:
             grouper.load = load
 
     @property
+    def translators(self) -> ExitAdapters:
+        """What exits are read through under a policy that names no adapters."""
+        return self.reader.own
+
+    @property
     def failures(self) -> int:
         """Requests whose policy failed and that went on at full depth."""
         return self.overhead.failures
@@ -156,11 +162,12 @@ class Decoder:
         x_BTD = self.stack.embed(upload([chunk], self.stack.device), window.positions_BT)
         rotary = self.stack.rotary(x_BTD, window.positions_BT)
         self.kv.open(window)
-        adapted = sorted(self.stack.adapters.keys() & set(row.policy.exits))
+        step = (rotary, window, self.kv)
+        adapted = sorted(self.reader.exits_with_layers([row]))
         for start, end in pairwise((0, *adapted, self.stack.layers)):
-            x_BTD = self.stack.run_layers(start, end, x_BTD, rotary, window, self.kv)
+            x_BTD = self.stack.run_layers(start, end, x_BTD, *step)
             if end in adapted:
-                self.stack.read(end, x_BTD, rotary, window, self.kv)
+                self.reader.run(end, [row], x_BTD, step)
         self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
         self._report_prompt(row, x_BTD[0])
         row.prefilled += len(chunk)

@@ -12,6 +12,7 @@ from offramp.controller.release.guardrails import PolicyWatch
 from offramp.controller.release.manifest import Guarantee, Rollout
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.model.adapter_layers import ExitAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class PolicySnapshot:
         watch: Is told how its requests fare; None: nobody watches.
         rollout: Says which requests it may serve, if it is a canary.
         canary: A release that serves some of the requests in its place; None if there is none.
+        adapters: What its exits are read through; None: whatever the engine was made with.
     """
 
     generation: int
@@ -35,6 +37,7 @@ class PolicySnapshot:
     watch: PolicyWatch | None = field(default=None, compare=False)
     rollout: Rollout = field(default_factory=Rollout)
     canary: PolicySnapshot | None = None
+    adapters: ExitAdapters | None = field(default=None, compare=False)
 
     def track(self, request_id: str) -> PolicySnapshot:
         """Which of the two a request runs under, to its end."""

@@ -68,8 +68,8 @@ class Wave:
             self._resume_groups()
         self._exits = {e for group in self.groups for e in group.exits if not is_on_copy(e)}
         everybody = (*self.rows, *self._later)
-        # Asked there or not: an adapter layer has to have an entry of each of a row's tokens.
-        self._exits |= self.stack.adapters.keys() & {e for r in everybody for e in r.policy.exits}
+        self._adapted = context.reader.exits_with_layers(everybody)
+        self._exits |= self._adapted
         self._join_depths = {token.depth for row in everybody for token in row.open} | {first}
 
     def run(self, last: int) -> list[Arrival]:
@@ -94,8 +94,8 @@ class Wave:
     def _run_layers(self, first: int, last: int) -> Tensor:
         step = (self._rotary, self._window, self.context.kv)
         self._x_NTD = read_NTD = self.stack.run_layers(first, last, self._x, *step)
-        if adapted := last in self.stack.adapters.keys() & self._exits:
-            read_NTD = self.stack.read(last, self._x, *step)
+        if adapted := last in self._adapted:
+            read_NTD = self.context.reader.run(last, self.rows, self._x, step)
         # Counted where layers are called: a skipped layer is one that was not.
         for row, joined in zip(self.rows, self._joined, strict=True):
             row.layer_calls += joined * (last - first + adapted)
@@ -196,7 +196,7 @@ class Wave:
             return
         start = time.perf_counter()
         # Only probes and head read it; deeper layers and cache take the state itself.
-        read_N1D = self.context.translators.apply(executed, read_NTD[:, -1:])
+        read_N1D = self.context.reader.correct(executed, self.rows, read_NTD[:, -1:])
         leaving: dict[int, Known] = {}
         for group, asked in asking:
             if not asked:

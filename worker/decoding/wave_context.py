@@ -15,12 +15,12 @@ from torch import Tensor
 from offramp.controller.features import FloatArray
 from offramp.worker.decoding.asking.grouping import RowGrouper
 from offramp.worker.decoding.asking.guard import PolicyGuard
+from offramp.worker.decoding.reading import ExitReader
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import upload
-from offramp.worker.model.translators import ExitTranslators
 from offramp.worker.probes import ProbeFactory
 
 ExitRecords = Rows[tuple[int, FloatArray]]
@@ -105,7 +105,7 @@ class WaveContext:
         stack: The model, as a stack of layers.
         kv: Cache of keys and values.
         filler: Writes keys and values of skipped layers.
-        translators: Correct the hidden state that exits are read from.
+        reader: Reads each row's exits through its adapters.
         grouper: Puts rows into the groups they are asked in.
         guard: Asks policies, and survives those that fail.
         max_pending: Tokens of a row that may be pending (``defer``, ``verify``).
@@ -116,7 +116,7 @@ class WaveContext:
     stack: LayerStack
     kv: SlotKV
     filler: CacheFiller
-    translators: ExitTranslators
+    reader: ExitReader
     grouper: RowGrouper
     guard: PolicyGuard
     max_pending: int

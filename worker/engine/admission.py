@@ -109,8 +109,9 @@ def require_request(
     sampling: SamplingParams,
     stack: LayerStack,
     tokenizer: Any,
+    row_tokens: int,
 ) -> None:
-    """Refuse what the model, or an engine without a tokenizer, cannot serve.
+    """Refuse what the model, its cache, or an engine without a tokenizer, cannot serve.
 
     Raises:
         RequestError: naming what.
@@ -119,6 +120,7 @@ def require_request(
     require_tokens("forced", forced, stack.vocab)
     require_context(len(prompt), sampling.max_tokens, stack.context)
     require_sampling(sampling, stack.vocab, stack.eos_tokens, tokenizer)
+    require_memory(len(prompt), sampling.max_tokens, row_tokens)
 
 
 def require_sampling(

@@ -29,7 +29,6 @@ from offramp.worker.engine.admission import (
     AuditPicker,
     Prompt,
     pinned,
-    require_memory,
     require_mode,
     require_request,
 )
@@ -39,6 +38,7 @@ from offramp.worker.engine.outbox import Outbox
 from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.adapter_layers import load_exits
 from offramp.worker.model.families import stack_for
+from offramp.worker.model.joining import AdapterSets
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.loading import model_fingerprint, require_supported, tokenizer_fingerprint
 from offramp.worker.model.prepared import prepare
@@ -94,12 +94,13 @@ class EngineCore:
             translators=exits,
             copy=None if drafts is None else ready(quantise(stack_for(model), drafts)),
         )
+        sizes = (self.model_fingerprint, exits, self.config.row_tokens)
+        self.adapters = AdapterSets(self.stack, self.kv, *sizes)
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
-        self._roster = Roster(self.kv, self.stack)
+        self._roster, self._outbox = Roster(self.kv, self.stack), Outbox(tokenizer, self.kv)
         self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
-        self._outbox = Outbox(tokenizer, self.kv)
         self._audits = AuditPicker(self.config.audit_share)
         self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
@@ -138,13 +139,12 @@ class EngineCore:
             raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
         if forced:
             sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
-        require_request(tokens, forced, sampling, self.stack, self.tokenizer)
-        require_memory(len(tokens), sampling.max_tokens, self.row_tokens)
+        require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         kv_mode = kv_mode or self.config.kv_mode
         request_id = f"r{next(self._ids)}"
         current = partial(self._track, split_by or request_id)
         snapshot = pinned(policy, current, self.stack, self.config.draft_precision)
-        require_mode(kv_mode, forced, snapshot.policy, self.stack.adapters)
+        require_mode(kv_mode, forced, snapshot.policy, self.decoder.reader.under(snapshot).layers)
         audited = self._audits.picks(snapshot, kv_mode, forced)
         request = Request(
             id=request_id,

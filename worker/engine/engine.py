@@ -26,9 +26,18 @@ from offramp.worker.decoding.request import (
     TopLogprobs,
 )
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text, require_copy
+from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.engine.admission import (
+    Prompt,
+    as_prompts,
+    pinned,
+    prompt_text,
+    require_copy,
+    require_mode,
+)
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
 
 
@@ -203,14 +212,40 @@ class AdaptiveEngine(EngineCore):
                     del self._inboxes[request_id]
                     raise self.failed.pop(request_id)
 
-    def prepare(self, policy: Policy) -> None:
+    def prepare(self, policy: Policy, adapters: ExitAdapters | None = None) -> None:
         """Compute now, in any thread, what a policy's probes would compute on their first use.
 
+        Args:
+            policy: One that requests are to run under.
+            adapters: What its exits are to be read through; None: the engine's own.
+
         Raises:
-            RequestError: it leaves on a copy of the layers that this engine does not have.
+            RequestError: it leaves on a copy of the layers that this engine does not have, or does
+                not go with the engine's cache mode.
         """
         require_copy(policy, self.config.draft_precision)
+        layers = (adapters or self.decoder.translators).layers
+        if layers:
+            require_mode(self.config.kv_mode, (), policy, layers)
         self.decoder.prepare(policy)
+
+    def take_in(self, folder: Path) -> ExitAdapters:
+        """Take in adapters that ``offramp tune`` wrote, from any thread, while requests run.
+
+        They join between two steps. Requests under way keep those that they began with; a
+        ``PolicySnapshot`` that names the new ones is read through them.
+
+        Raises:
+            ConfigError: they are damaged or another model's, or the cache's budget is too small.
+        """
+        adapters = self.adapters.take_in(folder)
+        self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
+        return adapters
+
+    def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
+        """See the core; adapters that are to join wait for its end."""
+        with self.adapters.turn:
+            return super().step(finished)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, running or waiting; its slot is free at the next step."""

@@ -15,12 +15,17 @@ from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.worker_state import CRASHES, Quarantine, WorkerState
+from offramp.worker.model.adapter_layers import ExitAdapters
 
 PROBATION_S = 60.0
 """How long a release must run before a worker counts on it at its next start."""
 
 SELF_TEST_S = 0.05
 """Longest that a policy may take for its canned inputs, before requests are pinned to it."""
+
+
+Prepare = Callable[[Policy, ExitAdapters | None], None]
+"""Told a policy and what its exits are read through; None: the engine's own adapters."""
 
 
 class ReleaseKeeper:
@@ -32,6 +37,7 @@ class ReleaseKeeper:
     Args:
         verifier: Decides whether a release is meant for this worker.
         state: The worker's memory on disk.
+        adapters_of: Gives what a release's exits are read through; None: the engine's own adapters.
         prepare: Told each policy before requests are pinned to it.
         probation_s: Seconds that a release must run here before it is the last known good one.
         tell: Called after a trip, by the thread that tripped.
@@ -48,7 +54,8 @@ class ReleaseKeeper:
         self,
         verifier: ReleaseVerifier,
         state: WorkerState,
-        prepare: Callable[[Policy], None],
+        adapters_of: Callable[[Manifest], ExitAdapters | None],
+        prepare: Prepare,
         probation_s: float,
         tell: Callable[[], None],
     ) -> None:
@@ -59,6 +66,7 @@ class ReleaseKeeper:
         self.trips = 0
         self._verifier = verifier
         self._state = state
+        self._adapters_of = adapters_of
         self._prepare = prepare
         self._probation_s = probation_s
         self._tell = tell
@@ -152,28 +160,42 @@ class ReleaseKeeper:
             PolicyRefusedError: it is no policy for this worker.
             OSError: it could not be recorded, so it was not taken.
         """
-        policy = self._checked(manifest, blob)
+        checked = self._checked(manifest, blob)
         self._state.save(Mark.of(manifest), envelope, blob)
         self.mark, self.mark_lost = Mark.of(manifest), False
-        self._activate(manifest, policy)
+        self._activate(manifest, checked)
 
-    def _checked(self, manifest: Manifest, blob: bytes) -> Policy:
-        """The policy of a verified release, tried out."""
+    def _checked(self, manifest: Manifest, blob: bytes) -> tuple[Policy, ExitAdapters | None]:
+        """The policy of a verified release, tried out, and what its exits are read through."""
         policy = self._verifier.open(manifest, blob)
         require_quick(policy, blob, SELF_TEST_S)
+        adapters = self._adapters_of(manifest)
         try:
-            self._prepare(policy)
+            self._prepare(policy, adapters)
         except Exception as error:  # what fails here would fail in the middle of decoding
             detail = f"it cannot be prepared: {error}"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail) from error
-        return policy
+        return policy, adapters
+
+    @property
+    def adapters_kept(self) -> set[str]:
+        """Digests of the adapters that the releases on disk name; "" for one that names none."""
+        found = {self.current.adapters.digest} if self.current.adapters else set()
+        for read in (self._state.trial, self._state.last_good):
+            try:
+                if stored := read():
+                    found.add(self._verifier.read(stored[0]).adapters)
+            except (ConfigError, PolicyRefusedError):  # damaged: it will not be loaded either
+                continue
+        return found
 
     def _raise_mark(self, mark: Mark) -> None:
         if self.mark is None or mark > self.mark:
             self._state.raise_mark(mark)
             self.mark = mark
 
-    def _activate(self, manifest: Manifest, policy: Policy) -> None:
+    def _activate(self, manifest: Manifest, checked: tuple[Policy, ExitAdapters | None]) -> None:
+        policy, adapters = checked
         generation = manifest.generation
         watch = PolicyWatch(manifest.bounds, partial(self.trip, generation), generation)
         self.loaded = Mark.of(manifest)
@@ -186,6 +208,7 @@ class ReleaseKeeper:
                 manifest.certificate,
                 watch,
                 manifest.rollout,
+                adapters=adapters,
             )
 
     @property

@@ -7,24 +7,18 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from offramp.controller.errors import (
-    OfframpError,
-    PolicyRefusedError,
-    Refusal,
-    RegistryUnavailableError,
-)
-from offramp.controller.policies.kinds import MAX_BLOB_BYTES, digest_of
-from offramp.controller.policies.protocols import Policy
+from offramp.controller.errors import OfframpError, PolicyRefusedError, RegistryUnavailableError
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.tally import Tally
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
-from offramp.worker.following.keeper import PROBATION_S, ReleaseKeeper
+from offramp.worker.following.fetching import ReleaseFetcher
+from offramp.worker.following.keeper import PROBATION_S, Prepare, ReleaseKeeper
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
@@ -61,6 +55,7 @@ class PolicyRefresher:
         poll_s: Seconds between polls when no event wakes it; each is jittered by ±20 %.
         prepare: Told each policy, in this refresher's thread, before requests are pinned to it.
         probation_s: Seconds that a release must run here before it is the last known good one.
+        fetcher: Fetches what releases need; by default for an engine that can be given no adapters.
 
     Attributes:
         report: The latest acknowledgement, also when the registry could not be told.
@@ -75,8 +70,9 @@ class PolicyRefresher:
         state_dir: Path,
         worker_id: str,
         poll_s: float = POLL_S,
-        prepare: Callable[[Policy], None] = lambda _: None,
+        prepare: Prepare = lambda *_: None,
         probation_s: float = PROBATION_S,
+        fetcher: ReleaseFetcher | None = None,
     ) -> None:
         self._registry = registry
         self._verifier = verifier
@@ -90,8 +86,11 @@ class PolicyRefresher:
         self._woken = threading.Event()  # by a trip, which the registry should hear of at once
         self._thread: threading.Thread | None = None
         state = WorkerState(state_dir)
+        self._fetcher = fetcher or ReleaseFetcher(registry, state_dir)
         self._stable, self._canary = (
-            ReleaseKeeper(verifier, each, prepare, probation_s, self._woken.set)
+            ReleaseKeeper(
+                verifier, each, self._fetcher.adapters, prepare, probation_s, self._woken.set
+            )
             for each in (state, WorkerState(state_dir, CANARY))
         )
         self.unreported = ""
@@ -262,22 +261,14 @@ class PolicyRefresher:
             return ""
         if self._refused is not None and self._refused[0] == offered:
             raise PolicyRefusedError(self._refused[1].reason, self._refused[1].detail)
-        blob = self._fetch(manifest)
+        blob = self._fetcher.fetch(manifest)
         try:
             keeper.accept(manifest, envelope, blob)
         except PolicyRefusedError as error:
             self._refused = (offered, error)
             raise
+        self._fetcher.forget_others(self._stable.adapters_kept | self._canary.adapters_kept)
         return ""
-
-    def _fetch(self, manifest: Manifest) -> bytes:
-        blob = self._registry.get_blob(manifest.digest, min(manifest.size, MAX_BLOB_BYTES))
-        if blob is None:
-            raise PolicyRefusedError(Refusal.MISSING_BLOB, f"no blob {manifest.digest}")
-        if (found := digest_of(blob)) != manifest.digest:
-            detail = f"{len(blob)} bytes of digest {found} lie under {manifest.digest}"
-            raise PolicyRefusedError(Refusal.DIGEST_MISMATCH, detail)
-        return blob
 
     def _ack(self, state: AckState, reason: str) -> Ack:
         running = self._stable.current

@@ -11,21 +11,21 @@ Shape suffixes: T tokens, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.controller.adapters.adapter_folder import AGAIN, read_description
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import (
-    AGAIN,
     UNTRANSLATED,
     ExitTranslators,
     exits_of,
-    read_description,
     read_weights,
     save_exits,
 )
@@ -35,68 +35,96 @@ KIND = "layer"
 
 
 class AdapterLayers:
-    """The adapter layers of a stack, by the layer they follow.
+    """Adapter layers of a stack that belong together, by the layer they follow.
 
     Args:
-        stack: Gets them, behind its own layers.
+        stack: Holds them, behind its own layers.
         by_layer: Layers are counted from 1, as exits are.
         digest: SHA-256 of the file they were loaded from; "" if from none.
+        places: Indices that they have among the stack's layers, by exit. Whoever gives them puts
+            the layers there; without, they are put behind those that are there.
+
+    Attributes:
+        layers: Index of the adapter layer after an exit, by exit.
     """
 
     def __init__(
-        self, stack: LayerStack, by_layer: Mapping[int, nn.Module], digest: str = ""
+        self,
+        stack: LayerStack,
+        by_layer: Mapping[int, nn.Module],
+        digest: str = "",
+        places: Mapping[int, int] | None = None,
     ) -> None:
         self.digest = digest
         self._stack = stack
-        for layer, block in sorted(by_layer.items()):
+        self._by_layer = dict(sorted(by_layer.items()))
+        behind = dict(zip(self._by_layer, itertools.count(len(stack.blocks)), strict=False))
+        self.layers: dict[int, int] = dict(behind if places is None else places)
+        for layer, block in self._by_layer.items():
             modules: list[Any] = list(block.modules())
             for module in modules:
                 if hasattr(module, "layer_idx"):  # where its attention writes in the cache
-                    module.layer_idx = len(stack.blocks)
-            stack.adapters[layer] = len(stack.blocks)
-            stack.blocks.append(block)
+                    module.layer_idx = self.layers[layer]
+            if places is None:
+                stack.blocks.append(block)
+
+    @classmethod
+    def together(cls, parts: Sequence[AdapterLayers]) -> AdapterLayers:
+        """Put sets of one stack together, each of other layers."""
+        by_layer = {layer: block for part in parts for layer, block in part._by_layer.items()}
+        places = {layer: place for part in parts for layer, place in part.layers.items()}
+        return cls(parts[0]._stack, by_layer, places=places)
 
     @property
     def exits(self) -> tuple[int, ...]:
         """Layers that have one, ascending."""
-        return tuple(self._stack.adapters)
+        return tuple(self._by_layer)
 
     def apply(self, layer: int, x_TD: Tensor) -> Tensor:
         """What norm, head and probes read after ``layer`` layers of a whole text, [T, D].
 
         Where the layer has no adapter this is ``x_TD`` itself, not a copy.
         """
+        index = self.layers.get(layer)
+        if index is None:
+            return x_TD
         positions_1T = torch.arange(len(x_TD), device=x_TD.device)[None]
         rotary = self._stack.rotary(x_TD[None], positions_1T)
-        return self._stack.read(layer, x_TD[None], rotary, None, None)[0]
+        return self._stack.run_layers(index, index + 1, x_TD[None], rotary, None, None)[0]
+
+    def correct(self, layer: int, x_ND: Tensor) -> Tensor:
+        """The states themselves while tokens are decoded: the layer has run in their wave."""
+        return x_ND
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> AdapterLayers:
         """Copy to another dtype and device, behind the same layers."""
         stack = copy.copy(self._stack)
-        stack.blocks, stack.adapters = self._stack.blocks[: stack.layers], {}
-        own = {layer: self._stack.blocks[index] for layer, index in self._stack.adapters.items()}
+        stack.blocks = self._stack.blocks[: stack.layers]
+        own = self._by_layer.items()
         return AdapterLayers(
-            stack, {layer: copy.deepcopy(each).to(device, dtype) for layer, each in own.items()}
+            stack, {layer: copy.deepcopy(each).to(device, dtype) for layer, each in own}
         )
 
     def save(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Write them as float32; see ``ExitTranslators.save``."""
         tensors = {
             f"{layer}.{name}": tensor
-            for layer, index in self._stack.adapters.items()
-            for name, tensor in self._stack.blocks[index].state_dict().items()
+            for layer, block in self._by_layer.items()
+            for name, tensor in block.state_dict().items()
         }
         save_exits(folder, tensors, {"kind": KIND, **description, "exits": list(self.exits)})
 
 
 def fresh_layer(stack: LayerStack) -> nn.Module:
-    """A copy of the stack's last layer, in float32: where an adapter begins."""
-    return copy.deepcopy(stack.blocks[stack.layers - 1]).float()
+    """A copy of the model's last layer, in float32: where an adapter begins."""
+    return copy.deepcopy(stack.last_layer).float()
 
 
-def load_exits(
-    folder: Path | None, stack: LayerStack, fingerprint: str
-) -> ExitTranslators | AdapterLayers:
+ExitAdapters = ExitTranslators | AdapterLayers
+"""What exits are read through."""
+
+
+def load_exits(folder: Path | None, stack: LayerStack, fingerprint: str) -> ExitAdapters:
     """Read what ``offramp tune`` wrote; adapter layers join the stack, which is not prepared yet.
 
     Args:
@@ -110,10 +138,29 @@ def load_exits(
     if folder is None:
         return UNTRANSLATED
     facts = read_description(folder)
-    if facts.get("kind") != KIND:
-        return ExitTranslators.load(
-            folder, fingerprint, stack.layers, stack.width, stack.dtype, stack.device
-        )
+    if facts.get("kind") == KIND:
+        return AdapterLayers(stack, read_layers(folder, stack, fingerprint), str(facts["digest"]))
+    return load_translators(folder, stack, fingerprint)
+
+
+def load_translators(folder: Path, stack: LayerStack, fingerprint: str) -> ExitTranslators:
+    """Read translators for a stack's model.
+
+    Raises:
+        ConfigError: as ``ExitTranslators.load``.
+    """
+    return ExitTranslators.load(
+        folder, fingerprint, stack.layers, stack.width, stack.dtype, stack.device
+    )
+
+
+def read_layers(folder: Path, stack: LayerStack, fingerprint: str) -> dict[int, nn.Module]:
+    """Read adapter layers in the stack's dtype, by exit; they do not belong to it yet.
+
+    Raises:
+        ConfigError: as ``ExitTranslators.load``.
+    """
+    facts = read_description(folder)
     exits = exits_of(folder, facts, fingerprint, stack.layers)
     tensors = read_weights(folder, facts)
     blocks = {layer: fresh_layer(stack) for layer in exits}
@@ -132,4 +179,4 @@ def load_exits(
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         block.load_state_dict(own)
         block.to(stack.device, stack.dtype).requires_grad_(False)
-    return AdapterLayers(stack, blocks, str(facts["digest"]))
+    return blocks

@@ -41,13 +41,7 @@ class SlotKV:
         self.slots = self.spare = slots
         self.capacity = BLOCK_TOKENS
         held = slots + (stack.device.type != "cpu")
-        shape = (
-            stack.layers + len(stack.adapters),
-            held,
-            stack.kv_heads,
-            BLOCK_TOKENS,
-            stack.head_dim,
-        )
+        shape = (len(stack.blocks), held, stack.kv_heads, BLOCK_TOKENS, stack.head_dim)
         self.keys_LSGCH = torch.zeros(shape, dtype=stack.dtype, device=stack.device)
         self.values_LSGCH = torch.zeros_like(self.keys_LSGCH)
         self.provenance_SC = np.zeros((slots, BLOCK_TOKENS), np.uint8)
@@ -57,17 +51,28 @@ class SlotKV:
     @property
     def bytes_per_token(self) -> int:
         """Memory of one position in all slots, the spare one included."""
-        return 2 * self.keys_LSGCH.nbytes // self.capacity
+        return self.bytes_per_token_of(len(self.keys_LSGCH))
+
+    def bytes_per_token_of(self, layers: int) -> int:
+        """What that would be with entries of so many layers."""
+        return 2 * self.keys_LSGCH[0].nbytes * layers // self.capacity
 
     def reserve(self, tokens: int) -> None:
         """Grow in whole blocks until every slot can hold this many tokens."""
         if tokens <= self.capacity:
             return
         capacity = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-        self.keys_LSGCH = _grown(self.keys_LSGCH, capacity)
-        self.values_LSGCH = _grown(self.values_LSGCH, capacity)
+        layers = len(self.keys_LSGCH)
+        self.keys_LSGCH = _grown(self.keys_LSGCH, layers, capacity)
+        self.values_LSGCH = _grown(self.values_LSGCH, layers, capacity)
         self.provenance_SC = np.pad(self.provenance_SC, ((0, 0), (0, capacity - self.capacity)))
         self.capacity = capacity
+
+    def make_room(self, layers: int) -> None:
+        """Hold entries of so many layers, those of adapters included."""
+        if layers > len(self.keys_LSGCH):
+            self.keys_LSGCH = _grown(self.keys_LSGCH, layers, self.capacity)
+            self.values_LSGCH = _grown(self.values_LSGCH, layers, self.capacity)
 
     def open(self, window: Window) -> None:
         """Say where the next layers write."""
@@ -137,8 +142,8 @@ class SlotKV:
         return new_BGTH.transpose(1, 2).flatten(0, 1)
 
 
-def _grown(old: Tensor, capacity: int) -> Tensor:
-    layers, slots, heads, used, width = old.shape
+def _grown(old: Tensor, layers: int, capacity: int) -> Tensor:
+    before, slots, heads, used, width = old.shape
     new = old.new_zeros((layers, slots, heads, capacity, width))
-    new[:, :, :, :used] = old
+    new[:before, :, :, :used] = old
     return new

@@ -231,7 +231,7 @@ class LeanRun:
         self, first: int, last: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: Any
     ) -> Tensor | None:
         """What the layers compute, [B, T, D]; None where they have to be run one by one."""
-        if type(kv) is not SlotKV:
+        if type(kv) is not SlotKV or last > len(self._layers):
             return None
         tokens = x_BTD.numel() // x_BTD.shape[-1]
         for layer in self._layers[first:last]:

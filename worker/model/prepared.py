@@ -6,7 +6,7 @@ Layers are cloned without their weights being copied; the caller's model stays a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -117,6 +117,39 @@ def prepare(stack: S, *, cuda_graphs: bool = True) -> S:
     if cuda_graphs and stack.device.type == "cuda":
         stack.run_compiled = GraphedLayers(stack, partial(cuda_recorder, stack.device))
     return stack
+
+
+def joining(stack: LayerStack, added: Mapping[int, nn.Module]) -> Callable[[], None]:
+    """Prepare layers that join a prepared stack while it runs.
+
+    Args:
+        stack: Stays as it is.
+        added: New layers by index; behind the others, or in place of some that nobody runs.
+
+    Returns:
+        What puts them there; to be called when no layer of the stack runs.
+    """
+    blocks = list(stack.blocks)
+    rotation = Rotation()
+    for index, block in sorted(added.items()):
+        blocks[index : index + 1] = [_prepared(block, rotation)]
+    layers = [block for block in blocks if isinstance(block, LeanLayer)]
+    forms = [layer.form for layer in layers if layer.form is not None]
+    was = stack.run_compiled
+    compiled = CompiledLayers(forms) if len(forms) == len(blocks) else None
+    # By shape, as it was measured. Another is not measured while others decode: it is not compiled.
+    rows = {each.form.name: each.compiled_rows for each in layers if each.compiled and each.form}
+
+    def put() -> None:
+        stack.blocks = blocks
+        if isinstance(was, LeanRun) and compiled is not None:
+            for layer, form in zip(layers, forms, strict=True):
+                layer.compiled, layer.compiled_rows = compiled, rows.get(form.name, 0)
+            stack.run_compiled = LeanRun(layers, compiled)
+        elif isinstance(was, GraphedLayers):
+            stack.run_compiled = GraphedLayers(stack, partial(cuda_recorder, stack.device))
+
+    return put
 
 
 def _prepared(block: nn.Module, rotation: Rotation) -> nn.Module:

@@ -48,7 +48,7 @@ class LayerStack(Protocol):
         eos_tokens: Tokens that end a completion; may be empty.
         blocks: The layers that ``run_layer`` calls, the model's first, then those of adapters;
             equivalents may take their places.
-        adapters: Index of the adapter layer after an exit, by exit (``AdapterLayers``).
+        last_layer: The model's last layer as it was loaded, from which adapter layers are made.
         run_compiled: Runs neighbouring layers in one call, or gives None; None: nothing does.
         head: The LM head that ``logits`` calls; an equivalent may take its place.
         head_weight_VD: The head's weight as it was loaded, whatever ``head`` is now.
@@ -65,7 +65,7 @@ class LayerStack(Protocol):
     device: torch.device
     eos_tokens: frozenset[int]
     blocks: list[nn.Module]
-    adapters: dict[int, int]
+    last_layer: nn.Module
     run_compiled: RunCompiled | None
     head: nn.Module
     head_weight_VD: Tensor
@@ -92,12 +92,6 @@ class LayerStack(Protocol):
         self, first: int, last: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
     ) -> Tensor:
         """The decoder layers from ``first`` on, without ``last``, [B, T, D]."""
-        ...
-
-    def read(
-        self, executed: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
-    ) -> Tensor:
-        """What an exit is read from, [B, T, D]: its adapter layer's output, else the state."""
         ...
 
     def norm(self, x_ND: Tensor) -> Tensor:

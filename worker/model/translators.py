@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import linear
 
+from offramp.controller.adapters.adapter_folder import (
+    AGAIN,
+    DESCRIPTION,
+    FORMAT,
+    WEIGHTS,
+    read_description,
+)
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 
-WEIGHTS = "translators.safetensors"
-DESCRIPTION = "tune.json"
-FORMAT = 1
-"""Version of both files; a reader refuses any other."""
-
 PARTS = ("A", "B", "b")
-AGAIN = "Run `offramp tune` for this model again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,12 @@ class ExitTranslators:
 
     Attributes:
         digest: SHA-256 of the file they were loaded from; "" if from none.
+        layers: Index of the adapter layer after an exit, by exit: there are none.
     """
 
     def __init__(self, by_layer: Mapping[int, Translator] | None = None, digest: str = "") -> None:
         self.digest = digest
+        self.layers: dict[int, int] = {}
         self._by_layer = dict(sorted((by_layer or {}).items()))
 
     @property
@@ -88,6 +91,10 @@ class ExitTranslators:
         """
         translator = self._by_layer.get(layer)
         return x_ND if translator is None else translator(x_ND)
+
+    def correct(self, layer: int, x_ND: Tensor) -> Tensor:
+        """The same while tokens are decoded."""
+        return self.apply(layer, x_ND)
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ExitTranslators:
         """Copy to another dtype and device."""
@@ -161,25 +168,6 @@ def save_exits(folder: Path, tensors: Mapping[str, Tensor], description: Mapping
     write_durably(folder / DESCRIPTION, (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What a folder says of itself; ConfigError if that cannot be read."""
-    try:
-        facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            "translators",
-            f"{folder} holds no readable {DESCRIPTION}",
-            "Name a folder that a finished `offramp tune` wrote",
-        ) from error
-    found = facts.get("format") if isinstance(facts, dict) else None
-    if found != FORMAT:
-        raise ConfigError(
-            "translators", f"{folder / DESCRIPTION} has format {found}, not {FORMAT}", AGAIN
-        )
-    assert isinstance(facts, dict)
-    return facts
-
-
 def exits_of(
     folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
 ) -> tuple[int, ...]:
@@ -203,13 +191,14 @@ def exits_of(
 def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that a description names; ConfigError if they are others, or damaged."""
     try:
-        blob = (folder / WEIGHTS).read_bytes()
-        tensors: dict[str, Tensor] = load(blob)
+        with (folder / WEIGHTS).open("rb") as file:  # hashed as it is read: it may be large
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "translators", f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
         ) from error
-    if hashlib.sha256(blob).hexdigest() != facts.get("digest"):
+    if found != facts.get("digest"):
         raise ConfigError("translators", f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
     return tensors
 

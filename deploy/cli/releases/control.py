@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from offramp.controller.adapters.adapter_index import MIB, AdapterSource
 from offramp.controller.errors import (
     ConfigError,
     PolicyRefusedError,
@@ -29,7 +30,13 @@ from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import open_head
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.releases.tracks import tracks_table
-from offramp.deploy.serve.publishing import KEY, PUBLIC_KEY, open_publisher, open_registry
+from offramp.deploy.serve.publishing import (
+    KEY,
+    PUBLIC_KEY,
+    adapters_beside,
+    open_publisher,
+    open_registry,
+)
 from offramp.deploy.serve.settings import Settings
 
 
@@ -54,16 +61,30 @@ def publish(
         list[str] | None,
         typer.Option(help="Bound at which a worker trips, like max_disagreement=0.1; repeatable."),
     ] = None,
+    translators: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of `offramp tune` that its exits are read through.",
+            show_default="what lies in the bundle's folder",
+        ),
+    ] = None,
 ) -> None:
-    """Sign a policy as the next generation and upload it.
+    """Sign a policy as the next generation and upload it, with the adapters that it names.
 
     It needs a certificate (`offramp calibrate`), or --uncertified; full depth needs neither.
     """
     bundle = PolicyBundle.load(policy)
     require_said(bundle.manifest, uncertified)
     guardrails = parse_guardrails(guardrail or [])
+    limit_mb = Settings.from_environment().max_adapter_mb
+    adapters = adapters_beside(bundle, policy, translators, limit_mb)
     with _publisher() as (publisher, _):
-        release = release_bundle(publisher, bundle, uncertified=uncertified, guardrails=guardrails)
+        release = release_bundle(
+            publisher, bundle, uncertified=uncertified, guardrails=guardrails, adapters=adapters
+        )
+        if adapters is not None:
+            index = adapters.index
+            say(f"adapters {index.digest[:12]} travel with it, {index.size / MIB:.1f} MiB")
         say(
             f"generation {release.generation} published ({release.digest[:12]}), "
             f"{standing(bundle.manifest)}"
@@ -177,6 +198,8 @@ def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
         manifest = open_head(head, trusted_keys(*load_public_keys(path)), settings.channel)
         rollout = manifest.rollout
         line = f"head: generation {manifest.generation}, {standing(manifest)}"
+        if manifest.adapters:
+            line += f", through adapters {manifest.adapters[:12]}"
         if rollout.is_canary:
             line += (
                 f"; a canary: it serves {rollout.percent:g}% of the requests, "
@@ -216,6 +239,7 @@ def release_bundle(
     *,
     uncertified: bool = False,
     guardrails: dict[str, float] | None = None,
+    adapters: AdapterSource | None = None,
 ) -> Head:
     """Sign a draft as it is.
 
@@ -232,6 +256,7 @@ def release_bundle(
         certificate=manifest.certificate,
         uncertified=uncertified,
         guardrails=guardrails,
+        adapters=adapters,
     )
 
 

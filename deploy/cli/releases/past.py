@@ -17,7 +17,7 @@ from offramp.deploy.cli.console import console, say
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_ledger
 from offramp.deploy.serve.settings import Settings
 
-NOISE = ("generation", "created_at", "shapes", "size")
+NOISE = ("generation", "created_at", "shapes", "size", "adapter_index")
 """Fields of a manifest that differ or follow anyway."""
 
 
@@ -44,6 +44,8 @@ def history() -> None:
         note = f"in place of {manifest.rollback_of}" if manifest.rollback_of else ""
         if rollout.is_canary:
             note = f"{rollout.percent:g}% beside {rollout.stable_generation}"
+        if manifest.adapters:
+            note += f"{'; ' if note else ''}adapters {manifest.adapters[:12]}"
         signed_at = datetime.fromtimestamp(manifest.created_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
         table.add_row(
             str(generation), signed_at, manifest.digest[:12], manifest.kind, manifest.guarantee,

@@ -18,11 +18,12 @@ from offramp.agents.tuning.quality import TuneReport
 from offramp.agents.tuning.stream import WindowStream, data_digest
 from offramp.agents.tuning.tune import PLOT, tune
 from offramp.agents.tuning.tune_config import TuneConfig
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.errors import ConfigError, FieldError, TraceError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.model.loading import load_model, model_fingerprint
-from offramp.worker.model.translators import DESCRIPTION, WEIGHTS, ExitTranslators
+from offramp.worker.model.translators import ExitTranslators
 from support.models import REFERENCE
 from support.recordings import make_corpus
 

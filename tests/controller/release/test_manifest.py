@@ -12,6 +12,9 @@ from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest, Rollout
 
+OPTIONAL = ("adapters", "adapter_index")
+REQUIRED = [each.name for each in fields(Manifest) if each.name not in OPTIONAL]
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -51,7 +54,17 @@ def test_the_bytes_are_canonical(bundle: PolicyBundle) -> None:
     raw = bundle.manifest.to_bytes()
     values = json.loads(raw)
     assert raw == json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-    assert set(values) == {each.name for each in fields(Manifest)}
+    assert set(values) == {*REQUIRED}
+
+
+def test_adapters_are_left_out_or_named_and_certified_as_they_are(bundle: PolicyBundle) -> None:
+    uncertified = replace(bundle.manifest, certificate=None, adapters="a" * 64)
+    named = replace(uncertified, adapter_index="b" * 64)
+    assert Manifest.from_bytes(named.to_bytes()) == named
+    with pytest.raises(PolicyRefusedError, match="an index of adapters is named"):
+        Manifest.from_bytes(replace(named, adapters="").to_bytes())
+    with pytest.raises(PolicyRefusedError, match="the certificate is of translators"):
+        Manifest.from_bytes(replace(bundle.manifest, adapters="a" * 64).to_bytes())
 
 
 WRONG: list[tuple[str, Any]] = [
@@ -113,7 +126,7 @@ def test_an_ill_typed_field_is_named(bundle: PolicyBundle, name: str, value: Any
     assert name in refused(json.dumps(values | {name: value}).encode())
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(Manifest)])
+@pytest.mark.parametrize("name", REQUIRED)
 def test_a_missing_field_is_named(bundle: PolicyBundle, name: str) -> None:
     values = json.loads(bundle.manifest.to_bytes())
     del values[name]

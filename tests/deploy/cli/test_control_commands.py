@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import redis
 
-from offramp.controller.policies.kinds import pack_policy
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
+from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.redis_registry import RedisRegistry
@@ -125,6 +127,38 @@ def test_history_and_diff_read_the_ledger(cli: Any, url: str, tmp_path: Path) ->
     assert "rollback_of" in cli("diff", "1", "3")[1]
     assert "differ in nothing" in cli("diff", "1", "1")[1]
     assert "generation 9 is not recorded" in cli.refused("diff", "1", "9")
+
+
+def test_adapters_travel_with_the_policy_that_names_them(
+    cli: Any, url: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle(tmp_path, 3)
+    draft = PolicyBundle.load(folder)
+    digests = {}
+    for name in ("right", "wrong"):
+        weights = name.encode() * 300_000
+        digests[name] = digest_of(weights)
+        facts = {"format": 1, "model": "aa", "exits": [3], "digest": digests[name]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS).write_bytes(weights)
+        (tmp_path / name / DESCRIPTION).write_text(json.dumps(facts))
+    replace(draft, manifest=replace(draft.manifest, adapters=digests["right"])).save(folder)
+    said = ("publish", folder, "--uncertified", "--promote")
+    assert "Name their folder with --translators" in cli.refused(*said)
+    assert "recorded through" in cli.refused(*said, "--translators", tmp_path / "wrong")
+    assert not home.exists()
+    (tmp_path / "right").rename(folder / "translators")
+    monkeypatch.setenv("OFFRAMP_MAX_ADAPTER_MB", "1")
+    assert cli.refused(*said).startswith("OFFRAMP_MAX_ADAPTER_MB: the adapters have 1.4 MiB")
+    monkeypatch.delenv("OFFRAMP_MAX_ADAPTER_MB")
+    status, output = cli(*said)
+    assert status == 0, output
+    name = digests["right"][:12]
+    assert f"adapters {name} travel with it, 1.4 MiB" in output
+    assert f"through adapters {name}" in cli("status")[1]
+    assert name in cli("history")[1].replace("\n", "")
+    publish(cli, tmp_path, 5)
+    assert f'"{name}' in cli("diff", "1", "2")[1]
 
 
 def test_a_channel_without_a_ledger_has_no_history(cli: Any, home: Path) -> None:

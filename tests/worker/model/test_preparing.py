@@ -61,7 +61,7 @@ def line(tmp_path: Path) -> PlainLayer:
 def test_a_policy_is_prepared_before_it_is_current_and_once(line: PlainLayer) -> None:
     seen: list[tuple[Policy, int]] = []
 
-    def prepare(policy: Policy) -> None:
+    def prepare(policy: Policy, _: object) -> None:
         seen.append((policy, worker.current.generation))
 
     worker = PolicyRefresher(*line.parts, prepare)
@@ -79,14 +79,15 @@ def test_the_last_known_good_policy_is_prepared_at_the_start(line: PlainLayer) -
     line.serve(3)
     PolicyRefresher(*line.parts).poll_once()
     seen: list[Policy] = []
-    assert PolicyRefresher(*line.parts, seen.append).current.policy == FixedExit(3)
+    worker = PolicyRefresher(*line.parts, lambda policy, _: seen.append(policy))
+    assert worker.current.policy == FixedExit(3)
     assert seen == [FixedExit(3)]
 
 
 def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(
     line: PlainLayer,
 ) -> None:
-    def prepare(policy: Policy) -> None:
+    def prepare(policy: Policy, _: object) -> None:
         if policy == FixedExit(5):
             raise MemoryError("no room")
 
@@ -100,7 +101,7 @@ def test_a_policy_that_cannot_be_prepared_is_refused_and_the_old_one_stays(
     assert worker.current.policy == FixedExit(3)
     assert PolicyRefresher(*line.parts).current.policy == FixedExit(3)
 
-    def refuse(_: Policy) -> None:
+    def refuse(*_: object) -> None:
         raise MemoryError("no room")
 
     assert PolicyRefresher(*line.parts, refuse).current is FULL_DEPTH

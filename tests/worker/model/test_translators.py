@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.translators import DESCRIPTION, WEIGHTS, ExitTranslators, Translator
+from offramp.worker.model.translators import ExitTranslators, Translator
 
 LAYERS, WIDTH, RANK = 6, 8, 3
 FACTS = {"model": "f" * 64, "layers": LAYERS, "width": WIDTH}

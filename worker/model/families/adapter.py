@@ -94,7 +94,7 @@ class HFStack:
         # Two lists: ``blocks`` may be replaced, the fill keeps reading the model's own weights.
         self._layers: tuple[Any, ...] = tuple(model.get_submodule(self.blocks_path))
         self.blocks: list[nn.Module] = list(self._layers)
-        self.adapters: dict[int, int] = {}
+        self.last_layer: nn.Module = self._layers[-1]
         self.run_compiled: RunCompiled | None = None
         self.head: nn.Module = model.lm_head
         self.head_weight_VD: Tensor = model.lm_head.weight
@@ -151,15 +151,6 @@ class HFStack:
         for index in range(first, last):
             x_BTD = self.run_layer(index, x_BTD, rotary, mask, kv)
         return x_BTD
-
-    def read(
-        self, executed: int, x_BTD: Tensor, rotary: Rotary, mask: Any, kv: KVUpdate | None
-    ) -> Tensor:
-        """What an exit is read from, [B, T, D]: its adapter layer's output, else the state."""
-        index = self.adapters.get(executed)
-        if index is None:
-            return x_BTD
-        return self.run_layers(index, index + 1, x_BTD, rotary, mask, kv)
 
     def norm(self, x_ND: Tensor) -> Tensor:
         """The final norm, [N, D]."""
