@@ -110,7 +110,7 @@ def test_a_publisher_that_was_killed_half_way_leaves_nothing_in_force(
     def dies(blob: bytes) -> str:
         if next(count) == 2:
             raise KeyboardInterrupt
-        return put(blob)
+        return str(put(blob))
 
     monkeypatch.setattr(site.registry, "put_blob", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -83,7 +83,8 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(folder: Path) -> None:
 def test_an_index_that_contradicts_itself_is_no_index(folder: Path) -> None:
     index = AdapterSource.open(folder).index
     values = json.loads(index.to_bytes())
-    for changes in ({"size": 4}, {"parts": []}, {"format": 2}, {"more": 1}):
+    spoilt: list[dict[str, Any]] = [{"size": 4}, {"parts": []}, {"format": 2}, {"more": 1}]
+    for changes in spoilt:
         with pytest.raises(PolicyRefusedError) as caught:
             AdapterIndex.from_bytes(json.dumps(values | changes).encode())
         assert caught.value.reason is Refusal.BAD_FORMAT
