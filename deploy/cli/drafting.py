@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from offramp.agents.drafting.draft_parts import DraftingConfig
-from offramp.agents.drafting.teach import teach_drafters, time_drafting
+from offramp.agents.drafting.teach import Taught, teach_drafters, time_drafting
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.training.train_config import load_config
 from offramp.controller.policies.exits import copy_weights
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress
+from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec, load_engine
@@ -51,6 +52,30 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
             engine=_engine_of(config),
         )
     )
+    taught, ratio = teach_and_time(config, engine, out)
+    console.print(
+        f"decoded: {ratio:.2f} × full depth at batch 1 on {len(taught.prompts[:TIMED])} validation "
+        f"documents, every token full depth's → {out / CHOSEN}"
+    )
+
+
+def teach_and_time(
+    config: DraftingConfig, engine: AdaptiveEngine, out: Path
+) -> tuple[Taught, float]:
+    """Teach drafters, print what replay says of each, and decode with the chosen one.
+
+    Args:
+        config: Settings of the lesson.
+        engine: The model, idle; greedy, one row at a time.
+        out: New folder for the drafters.
+
+    Returns:
+        The drafters, and how many times as fast as full depth the chosen one decoded.
+
+    Raises:
+        ConfigError, TraceError: as ``teach_drafters``.
+        PolicyFaultError: some output was not full depth's, token for token.
+    """
     with progress("record", "") as advance:
         taught = teach_drafters(
             config, engine, out, lambda stage, done, total: advance(done, total, stage)
@@ -60,12 +85,7 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
         rate = 1 / (each.offline_cost or 1.0)
         console.print(f"  {each.name}: {rate:.3f} × full depth by replay {mark}")
     chosen = taught.contenders[taught.chosen].policy
-    prompts = taught.prompts[:TIMED]
-    ratio = time_drafting(engine, chosen, prompts, TIMED_TOKENS)
-    console.print(
-        f"decoded: {ratio:.2f} × full depth at batch 1 on {len(prompts)} validation documents, "
-        f"every token full depth's → {out / CHOSEN}"
-    )
+    return taught, time_drafting(engine, chosen, taught.prompts[:TIMED], TIMED_TOKENS)
 
 
 def _engine_of(config: DraftingConfig) -> EngineConfig:

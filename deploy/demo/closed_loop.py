@@ -9,13 +9,14 @@ import platform
 import shutil
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offramp.agents.placing.contenders import CHOSEN
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.release.redis_registry import RedisRegistry
@@ -23,7 +24,16 @@ from offramp.deploy.cli.console import console
 from offramp.deploy.cli.evaluating import SLOTS
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.demo.demo_config import DemoConfig, free_port, prepare_folder
-from offramp.deploy.demo.learn import SHOWN, Learned, assess_config, learn, prompts, traces_report
+from offramp.deploy.demo.learn import (
+    SHOWN,
+    Drafted,
+    Learned,
+    assess_config,
+    learn,
+    learn_to_draft,
+    prompts,
+    traces_report,
+)
 from offramp.deploy.demo.show import show_completion, show_speed, show_swap
 from offramp.deploy.demo.swap import ControlPanel, request_report, swap_under_load
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
@@ -32,6 +42,7 @@ from offramp.deploy.serve.publishing import open_publisher, open_registry, publi
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, running_pool
 from offramp.deploy.serve.settings import Settings
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import check_model
 from offramp.worker.spec import WorkerSpec
 
@@ -41,7 +52,9 @@ VERSIONED = (
 
 
 def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
-    """Record, learn, publish, hot-swap, query, roll back; returns and writes the report.
+    """Learn to draft, publish, hot-swap, query, roll back; then learn to exit with some loss.
+
+    Returns and writes the report.
 
     Raises:
         OfframpError: a step cannot be done; what was started is stopped.
@@ -54,11 +67,13 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
         settings = _own_settings(config, settings, stack)
         cpus = max(config.replicas, os.cpu_count() or 1)
         stack.enter_context(ray_session(settings.ray_address, cpus))
+        drafted = learn_to_draft(config, spec)
+        served = _serve(config, settings, spec, drafted)
         learned = learn(config, spec)
-        served = _serve(config, settings, spec, learned)
     report = {
         "machine": _machine(learned),
         "model": _model(config, learned),
+        "drafting": drafted.report(),
         "traces": traces_report(learned),
         "policies": [asdict(row) for row in learned.assessment.test],
         "chosen": learned.chosen.name,
@@ -75,12 +90,13 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
 
 
 def _serve(
-    config: DemoConfig, settings: Settings, spec: WorkerSpec, learned: Learned
+    config: DemoConfig, settings: Settings, spec: WorkerSpec, drafted: Drafted
 ) -> dict[str, Any]:
-    console.rule("[bold]4  Serve[/]: a Ray Serve pool under the full-depth policy", align="left")
+    console.rule("[bold]2  Serve[/]: a Ray Serve pool under the full-depth policy", align="left")
+    spec = replace(spec, engine=EngineConfig(kv_mode="verify"))
     registry = open_registry(settings)
     publisher = open_publisher(settings, registry)
-    panel = ControlPanel(publisher, registry, config.replicas, learned.data.facts)
+    panel = ControlPanel(publisher, registry, config.replicas, drafted.facts)
     first = panel.publish_full_depth()
     with contextlib.closing(registry), running_pool(_pool(config, settings, spec)) as url:
         panel.await_workers(first)
@@ -93,15 +109,20 @@ def _exercise(config: DemoConfig, panel: ControlPanel, traffic: Traffic) -> dict
     timed = prompts(config, config.prompts)
     traffic.one_by_one(timed[:2])  # warm both workers before anything is timed
     before = traffic.one_by_one(timed)
-    console.rule("[bold]5  Hot-swap[/]: sign, publish, swap under live streams", align="left")
-    chosen = config.out / "policies" / "chosen"
+    console.rule("[bold]3  Hot-swap[/]: sign, publish, swap under live streams", align="left")
+    chosen = config.out / "drafters" / CHOSEN
     swap = swap_under_load(panel, traffic, chosen, prompts(config, config.in_flight))
     show_swap(swap)
-    console.rule("[bold]6  Query[/]: the same prompts under the learned policy", align="left")
+    console.rule("[bold]4  Query[/]: the same prompts under the learned drafter", align="left")
     after = traffic.one_by_one(timed)
     for record in after[: len(SHOWN)]:
         show_completion(record)
-    console.rule("[bold]7  Roll back[/]: a new generation with the old policy", align="left")
+    is_same = _texts(after) == _texts(before)
+    console.print(
+        "  every token is full depth's" if is_same else "  some token is not full depth's: a tie",
+        style="bold",
+    )
+    console.rule("[bold]5  Roll back[/]: a new generation with the old policy", align="left")
     rollback = asdict(panel.roll_back())
     restored = traffic.one_by_one(timed)
     rollback["text_as_before"] = _texts(restored) == _texts(before)
@@ -114,6 +135,7 @@ def _exercise(config: DemoConfig, panel: ControlPanel, traffic: Traffic) -> dict
         "requests": {
             "before": request_report(before),
             "after": request_report(after),
+            "text_as_before": is_same,
             "tokens_per_s_before": tokens_per_s(before),
             "tokens_per_s_after": tokens_per_s(after),
         },

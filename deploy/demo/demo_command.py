@@ -34,7 +34,7 @@ def demo(
     threads: options.SharedThreads = "auto",
     seed: options.Seed = 0,
 ) -> None:
-    """Run the closed loop on this machine: record, learn, publish, hot-swap, query, roll back."""
+    """Run the closed loop here: learn to draft, publish, hot-swap, query, roll back; then gates."""
     settings = Settings.from_environment()
     config = DemoConfig(model=model, out=out, port=port, seed=seed)
     config = replace(config, threads=options.parse_threads(threads, config.replicas))

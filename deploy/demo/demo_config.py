@@ -23,12 +23,16 @@ class DemoConfig:
         port: HTTP port of the pool; 0 takes a free one.
         seed: Seeds training and bootstrap.
         documents: Documents taken from the standard library.
-        tokens_per_document: Tokens recorded of each.
-        ppo_steps: PPO environment steps.
+        drafted_tokens: Tokens that the model goes on for after the beginning of each; drafters
+            learn from these.
+        draft_steps: Decisions of the PPO drafter's training.
+        profile_s: Seconds of measuring what a token's parts cost here.
+        tokens_per_document: Tokens recorded of each for gates.
+        ppo_steps: Environment steps of the PPO gate's training.
         validation_documents, test_documents, timed_documents: Documents for each purpose, as in
             ``AssessConfig``.
         lines: Lines completed in each.
-        target_agreement: Least on-policy agreement of what is published.
+        target_agreement: Least on-policy agreement of the gate that is chosen.
         replicas: Workers in the pool, and recorders.
         threads: Torch threads of each, and of the evaluation; training has one of its own.
         in_flight: Streaming requests under way while the policy is swapped.
@@ -40,12 +44,15 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     port: int = 0
     seed: int = 0
-    documents: int = 320
-    tokens_per_document: int = 256
-    ppo_steps: int = 1_500_000
-    validation_documents: int = 12
-    test_documents: int = 16
-    timed_documents: int = 8
+    documents: int = 240
+    drafted_tokens: int = 128
+    draft_steps: int = 800_000
+    profile_s: float = 20.0
+    tokens_per_document: int = 192
+    ppo_steps: int = 500_000
+    validation_documents: int = 6
+    test_documents: int = 8
+    timed_documents: int = 4
     lines: int = 1
     target_agreement: float = 0.93
     replicas: int = 2
@@ -59,6 +66,9 @@ class DemoConfig:
         return replace(
             self,
             documents=48,
+            drafted_tokens=48,
+            draft_steps=65_536,
+            profile_s=5.0,
             tokens_per_document=96,
             ppo_steps=100_000,
             validation_documents=2,

@@ -1,9 +1,12 @@
-"""The demo's first half: record, train, evaluate, choose."""
+"""What the demo learns: when to draft, with nothing lost; then what some loss would buy."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from offramp.agents.drafting.draft_parts import DraftingConfig
+from offramp.agents.drafting.draft_ppo import DraftPPOConfig
+from offramp.agents.drafting.teach import DRAFTER, Taught
 from offramp.agents.evaluation.assess import Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.protocol import AssessConfig
@@ -15,15 +18,72 @@ from offramp.agents.recording.training_data import TrainingData, load_training_d
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.deploy.cli.console import console, progress, say
+from offramp.deploy.cli.drafting import TIMED, TIMED_TOKENS, teach_and_time
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.deploy.demo.demo_config import DemoConfig
-from offramp.worker.spec import WorkerSpec, load_engine
+from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What came of the first act.
+
+    Attributes:
+        taught: The drafters, and which was chosen on validation documents.
+        facts: The model that they are for.
+        ratio: Times full depth that the chosen one decoded, all tokens full depth's.
+    """
+
+    taught: Taught
+    facts: ModelFacts
+    ratio: float
+
+    @property
+    def chosen(self) -> Contender:
+        """What is published."""
+        return self.taught.contenders[self.taught.chosen]
+
+    def report(self) -> dict[str, object]:
+        """What the report says of drafting."""
+        rates = {c.name: 1 / (c.offline_cost or 1.0) for c in self.taught.contenders[1:]}
+        return {"times_full_depth_by_replay": rates, "chosen": self.chosen.name,
+                "times_full_depth": self.ratio, "timed_documents": len(self.taught.prompts[:TIMED]),
+                "timed_tokens": TIMED_TOKENS}  # fmt: skip
+
+
+def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
+    """Record what the model says, measure costs, teach drafters, choose, time the chosen one."""
+    console.rule(
+        "[bold]1  Learn to draft[/]: exits propose, full depth confirms, nothing is lost",
+        align="left",
+    )
+    lesson = DraftingConfig(
+        model=spec.model,
+        documents=config.documents,
+        new_tokens=config.drafted_tokens,
+        profile_s=config.profile_s,
+        threads=config.threads,
+        seed=config.seed,
+        ppo=DraftPPOConfig(steps=config.draft_steps),
+    )
+    engine = load_engine(replace(spec, slots=1))
+    taught, ratio = teach_and_time(lesson, engine, config.out / "drafters")
+    drafted = Drafted(taught, describe(engine), ratio)
+    won = (
+        "PPO won" if drafted.chosen.family == DRAFTER else "PPO did not win; what did is published"
+    )
+    console.print(
+        f"  {won}: {drafted.chosen.name} decoded {ratio:.2f} × as fast as full depth at batch 1, "
+        f"on {len(taught.prompts[:TIMED])} validation documents, and every token was full depth's",
+        style="bold",
+    )
+    return drafted
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What the first half found."""
+    """What came of the second act."""
 
     recorded: RecordReport
     data: TrainingData
@@ -32,13 +92,13 @@ class Learned:
 
     @property
     def chosen(self) -> Contender:
-        """What is to be published."""
+        """What would be published."""
         return self.contenders[self.assessment.chosen]
 
 
 def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
-    """Record traces on Ray workers, train, evaluate on-policy, choose."""
-    console.rule("[bold]1  Record[/]: Ray workers decode documents at full depth", align="left")
+    """Record traces on Ray workers, train gates, evaluate them on-policy, choose."""
+    console.rule("[bold]6  If some loss is allowed[/]: exits without verification", align="left")
     with progress("record", "tokens") as advance:
         recorded = record_traces(
             RecordConfig(
@@ -54,7 +114,6 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
         f"  {recorded.tokens:,} tokens, exits {recorded.exits}, "
         f"{recorded.tokens_per_s:,.0f} tokens/s"
     )
-    console.rule("[bold]2  Learn[/]: p̂ and PPO on the replayed traces", align="left")
     training = TrainConfig(
         traces=str(config.out / "traces"),
         families=GATE_FAMILIES,
@@ -65,7 +124,6 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
         contenders = train(
             training, config.out / "policies", on_progress=lambda _, *count: advance(*count)
         )
-    console.rule("[bold]3  Evaluate[/]: held-out documents, exits really taken", align="left")
     data = load_training_data(config.out / "traces")
     engine = load_engine(replace(spec, slots=SLOTS))
     how = assess_config(config, spec.model)

@@ -32,8 +32,9 @@ def show_completion(record: StreamRecord) -> None:
 def show_swap(swap: dict[str, Any]) -> None:
     """What was published, acknowledgement times, and which generation each stream ran under."""
     guarantee = swap["guarantee"]
-    hint = " (offramp calibrate certifies)" if guarantee == "uncertified" else ""
-    console.print(f"  generation {swap['generation']} is {guarantee}{hint}")
+    console.print(
+        f"  generation {swap['generation']} is {guarantee}: in verify there is no loss to bound"
+    )
     for worker, ms in swap["ack_ms"].items():
         console.print(f"  {worker} acknowledged generation {swap['generation']} after {ms:.0f} ms")
     console.print(f"  streams in flight during the swap: {_each(swap['in_flight_generations'])}")
@@ -51,7 +52,7 @@ def show_speed(
     """Tokens per second that one client saw, under each policy."""
     for label, records in (
         ("full depth", before),
-        ("learned policy", after),
+        ("learned drafter", after),
         ("rolled back", restored),
     ):
         layers = [layer for record in records for layer in record.exit_layers]

@@ -1,4 +1,4 @@
-"""The demo's second half: publish, swap under load, query, roll back."""
+"""What the demo does with a pool: publish, swap under load, query, roll back."""
 
 from __future__ import annotations
 

@@ -29,6 +29,10 @@ NEXT_KEY = "publisher-next.pem"
 PUBLIC_KEY = "publisher.pub"
 
 
+PATIENCE_S = 5.0
+"""Longest wait of a command for an answer: unlike workers, it holds nobody up by waiting."""
+
+
 def open_registry(settings: Settings) -> RedisRegistry:
     """Connect to the registry that REDIS_URL names.
 
@@ -42,7 +46,7 @@ def open_registry(settings: Settings) -> RedisRegistry:
             "is not set",
             "Set it to the server that the workers follow (offramp serve prints its own)",
         )
-    registry = RedisRegistry(settings.redis_url, settings.channel)
+    registry = RedisRegistry(settings.redis_url, settings.channel, PATIENCE_S)
     with contextlib.suppress(PolicyRefusedError):  # somebody answers, whatever lies there
         registry.head()
     return registry

@@ -62,8 +62,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_the_report_has_every_part(demo: tuple[Path, dict[str, Any], str]) -> None:
     out, report, _ = demo
-    for key in ("machine", "model", "traces", "policies", "swap", "requests", "rollback"):
+    parts = ("machine", "model", "drafting", "traces", "policies", "swap", "requests", "rollback")
+    for key in parts:
         assert report[key], key
+    rates = report["drafting"]["times_full_depth_by_replay"]
+    assert report["drafting"]["chosen"] == max(rates, key=rates.__getitem__)
+    assert any(name.startswith("PPO drafting") for name in rates)
     for row in report["policies"]:
         assert {"policy", "agreement", "accuracy", "mean_layers", "wall_ratio"} <= row.keys()
     families = {row["family"] for row in report["policies"]}
@@ -78,7 +82,7 @@ def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], s
     assert swap["guarantee"] == "uncertified"  # and the demo says so
     assert swap["in_flight_generations"] == [[1]] * 4
     assert swap["after_generations"] == [[2]] * 4
-    # Full depth to the end: the new policy, which exits early, never decided for them.
+    # Full depth to the end: the new policy, which drafts early, never decided for them.
     assert swap["in_flight_layers"] == [[12]] * 4
     # They were in flight indeed: each had tokens before the swap and tokens after it.
     assert all(before > 0 and after > 0 for before, after in swap["in_flight_tokens"])
@@ -95,6 +99,9 @@ def test_the_policy_took_effect_and_the_rollback_undid_it(
     assert {request["generation"] for request in after} == {2}
     assert {layer for request in before for layer in request["exit_layers"]} == {12}
     assert min(layer for request in after for layer in request["exit_layers"]) < 12
+    # Drafts were taken, and in float32 not one token differs.
+    assert [request["text"] for request in after] == [request["text"] for request in before]
+    assert report["requests"]["text_as_before"]
     assert report["rollback"]["generation"] == 3
     assert report["rollback"]["text_as_before"]
 
@@ -117,7 +124,7 @@ def test_an_interrupt_stops_everything_that_was_started(tmp_path: Path) -> None:
     process = offramp("demo", "--quick", "--out", str(out))
     assert process.stdout is not None
     for line in process.stdout:
-        if "Record" in line:
+        if "Learn to draft" in line:
             break
     assert processes_naming(str(out))  # the embedded Redis runs now
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
