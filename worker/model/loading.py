@@ -157,13 +157,15 @@ def require_device(device: str) -> None:
 def model_fingerprint(model: Any) -> str:
     """SHA-256 over every tensor's name, shape and evenly spaced values.
 
-    A float32 and a bfloat16 load of one bfloat16 checkpoint have the same fingerprint.
+    Values are compared as bfloat16 holds them, so that it is the weights' as they were published,
+    whichever dtype they are held in: a float32 and a bfloat16 load of one checkpoint have the same
+    fingerprint, whatever its own dtype. Where the dtype matters it is named beside it.
     """
     digest = hashlib.sha256()
     digest.update(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         stride = max(1, tensor.numel() // SAMPLED_VALUES)
-        values = tensor.detach().reshape(-1)[::stride].to("cpu", torch.float32)
+        values = tensor.detach().reshape(-1)[::stride].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()

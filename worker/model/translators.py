@@ -176,7 +176,7 @@ def exits_of(
         raise ConfigError(
             "translators",
             f"{folder} was fitted to the model {str(facts.get('model'))[:12]}…, "
-            f"not to {fingerprint[:12]}…",
+            f"not to {fingerprint[:12]}…: other weights, or in fewer bytes; the dtype is free",
             AGAIN,
         )
     exits: Any = facts.get("exits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from offramp.worker.model.loading import (
     require_device,
     tokenizer_fingerprint,
 )
+from support.models import make_model
 
 REFERENCE = Path(__file__).parents[3] / "models" / "reference"
 WEIGHTS = "model.safetensors"
@@ -219,6 +221,11 @@ def test_a_fingerprint_is_of_the_checkpoint_and_not_of_its_dtype(reference: Adap
     half = load_model(REFERENCE, torch.bfloat16, "cpu")
     assert half.dtype is torch.bfloat16
     assert model_fingerprint(half) == reference.model_fingerprint
+    finer = make_model("llama")  # of a float32 checkpoint, bfloat16 keeps a third of the bits
+    coarse = copy.deepcopy(finer).to(torch.bfloat16)
+    weight = finer.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weight, coarse.model.layers[0].mlp.up_proj.weight.float())
+    assert model_fingerprint(coarse) == model_fingerprint(finer)
 
 
 def test_a_fingerprint_notices_a_sampled_weight_and_a_shape() -> None:
