@@ -38,7 +38,7 @@ from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import INDEX
 from offramp.agents.recording.record import RecordConfig, record_traces
-from offramp.agents.recording.training_data import load_training_data
+from offramp.agents.recording.training_data import is_whole, load_training_data
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.durable import write_durably
 from offramp.deploy.serve.serve_app import ray_session
@@ -187,13 +187,13 @@ def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) ->
     """Traces and policies, where they are not there yet."""
     spec = WorkerSpec(model=given.model)
     traces, policies = given.out / "traces", given.out / "policies"
-    if not (traces / "manifest.json").exists():
+    if not is_whole(traces):
         recording = RecordConfig(
             worker=spec, corpus=given.corpus, documents=given.documents,
             tokens_per_document=given.tokens_per_document, states=True,
         )  # fmt: skip
         with ray_session(None, 2):
-            record_traces(recording, traces, lambda *count: tell("record", *count))
+            record_traces(recording, traces, tell)
     for seed in range(given.seeds):
         folder = policies / f"seed-{seed}"
         if not (folder / INDEX).exists():

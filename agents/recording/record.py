@@ -5,7 +5,6 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +16,28 @@ from ray.util import ActorPool
 
 from offramp.agents.recording.corpus import SPLIT, load_corpus, tokenize, window, write_split
 from offramp.agents.recording.documents import Document
-from offramp.agents.recording.recording import Window, begun_store, is_whole, require_no_store
-from offramp.agents.recording.training_data import save_measured
+from offramp.agents.recording.recording import Window, begin, begun_store, forget_if_empty
+from offramp.agents.recording.training_data import COSTS, has_begun, is_whole, save_facts
+from offramp.controller.costs.cost_file import save_costs
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
-from offramp.worker.model.loading import check_model
+from offramp.worker.model.loading import check_model, layers_and_vocab
 from offramp.worker.probes.candidates.successors import successor_table
-from offramp.worker.recording.recording_actor import TraceRecorderActor
+from offramp.worker.recording.recording_actor import RECORD_S, TraceRecorderActor
 from offramp.worker.spec import ModelFacts, WorkerSpec
 
 RECORDED_SPLITS = ("train", "validation")
 """Test documents are never recorded: they are only met on-policy, in evaluation."""
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is going on, units done, units in all)."""
+
+TOLD_EVERY_S = 1.0
+"""Seconds between two words on how far the measuring of costs is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,12 @@ class RecordConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
 
+    def settings(self, exits: tuple[int, ...]) -> dict[str, Any]:
+        """What a recording is held to when it goes on, beside the model and its documents."""
+        names = ("documents", "tokens_per_document", "candidates", "states")
+        told = {name: getattr(self, name) for name in names}
+        return {**told, "exits": exits, "dtype": self.worker.dtype}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordReport:
@@ -88,52 +101,45 @@ class RecordReport:
 
 
 def record_traces(
-    config: RecordConfig,
-    folder: Path,
-    on_chunk: Callable[[int, int], None] = lambda *_: None,
-    *,
-    resume: bool = False,
+    config: RecordConfig, folder: Path, on_progress: Progress = lambda *_: None
 ) -> RecordReport:
     """Record the training and validation documents of a corpus into a trace store.
 
-    Each document is durable once recorded. A recording that is cut off (killed, full disk) keeps
-    them for ``resume``; with none it removes what it began.
+    Each document is durable once recorded. A recording that is cut off (killed, full disk) goes on
+    when it is asked for again; one that was carried to its end is left alone; one that kept
+    nothing is removed.
 
     Args:
         config: What to record.
         folder: Where the store is created, with candidates, costs and split beside it.
-        on_chunk: Told (tokens recorded so far, tokens in all) after each chunk.
-        resume: Go on with what the folder holds, if it was recorded under these settings. A
-            finished recording is left alone.
+        on_progress: Told of "record" in tokens, then of "costs" in seconds of measuring.
 
     Raises:
-        TraceError: the corpus is empty; the folder already holds traces, or others than those to
-            go on with; or it cannot be written.
+        TraceError: the corpus is empty; the folder holds something else than this recording; or
+            it cannot be written.
         ModelError: a recorder cannot load the model.
     """
-    if resume and is_whole(folder):
-        found = TraceStore.open(folder).header.exits
-        return RecordReport(folder=folder, documents={}, tokens=0, seconds=0.0, exits=found)
+    exits = config.exits or quarters(layers_and_vocab(config.worker.model)[0])
+    if has_begun(folder):
+        begin(folder, config.settings(exits))
+        if is_whole(folder):
+            return RecordReport(folder=folder, documents={}, tokens=0, seconds=0.0, exits=exits)
     check_model(config.worker.model)
     documents = load_corpus(config.corpus, limit=config.documents)
     tokenized = tokenize(config.worker.model, documents)
-    if not resume:
-        require_no_store(folder)
-    begins = not folder.exists() or not any(folder.iterdir())
-    folder.mkdir(parents=True, exist_ok=True)
     recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
     try:
         facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
         _require_context(config, facts)
-        exits = config.exits or quarters(facts.layers)
         require_exits(exits, facts.layers)
-        windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_chunk)
+        begin(folder, config.settings(exits))
         write_split(documents, folder / SPLIT)
-        save_measured(folder, ray.get(recorders[0].measure.remote()), facts)
+        save_facts(folder, facts)
+        windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_progress)
+        save_costs(folder / COSTS, _measured(recorders[0], on_progress))
     except BaseException:
-        if begins and not any(folder.glob("*.parquet")):
-            # The beginning of a recording would only be in the way of the next one.
-            shutil.rmtree(folder, ignore_errors=True)
+        # The beginning of a recording would only be in the way of the next one.
+        forget_if_empty(folder)
         raise
     finally:
         for recorder in recorders:
@@ -152,7 +158,7 @@ def _record(
     facts: ModelFacts,
     exits: tuple[int, ...],
     tokenized: list[tuple[Document, list[int]]],
-    on_chunk: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> tuple[list[Window], float]:
     """Create or open the store and fill it; the windows recorded, and the seconds it took."""
     train = [tokens for doc, tokens in tokenized if doc.split == "train"]
@@ -172,14 +178,25 @@ def _record(
     ]
     if not windows:
         raise TraceError("corpus", "has no training document", "Use more documents")
-    store = begun_store(folder, header, config.worker.dtype, candidates_VK, windows)
+    store = begun_store(folder, header, candidates_VK, windows)
     left = windows[len(store.chunks) :]
     table = ray.put(candidates_VK)
     ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
     done = sum(chunk.rows for chunk in store.chunks)
     return left, _record_all(
-        recorders, left, store, lambda new, more: on_chunk(done + new, done + more)
+        recorders, left, store, lambda new, more: on_progress("record", done + new, done + more)
     )
+
+
+def _measured(recorder: Any, on_progress: Progress) -> CostTable:
+    """What a token's parts cost in a recorder's process, while no other works."""
+    start, found = time.perf_counter(), recorder.measure.remote()
+    while not ray.wait([found], timeout=TOLD_EVERY_S)[0]:
+        done = min(time.perf_counter() - start, RECORD_S)
+        on_progress("costs", round(done), round(RECORD_S))
+    costs = ray.get(found)
+    assert isinstance(costs, CostTable)
+    return costs
 
 
 def quarters(layers: int) -> tuple[int, ...]:

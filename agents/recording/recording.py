@@ -6,13 +6,20 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from offramp.agents.recording.documents import Document
-from offramp.agents.recording.training_data import FACTS, load_candidates, save_candidates
+from offramp.agents.recording.training_data import (
+    BEGUN,
+    has_begun,
+    load_candidates,
+    save_candidates,
+)
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader
@@ -21,61 +28,68 @@ from offramp.envs.traces.store import MANIFEST, TraceStore, write_traces
 Window = tuple[Document, list[int]]
 """A document, and the tokens of it that are decoded: one more than are recorded."""
 
-BEGUN = "recording.json"
-"""What a resumed recording must share, and traces do not tell."""
-
-REMEDY = "Resume with the settings it began with, or choose another folder"
+REMEDY = "Give the settings it began with, or choose another folder"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a recording was carried to its end: its last file is there."""
-    return (folder / FACTS).exists()
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder of a recording, or find the one that began so.
 
-
-def require_no_store(folder: Path) -> None:
-    """Refuse a folder that already holds traces.
+    Args:
+        folder: Where it lies.
+        settings: All that decides what is recorded and is known before a model is loaded.
 
     Raises:
-        TraceError: it does.
+        TraceError: what lies there is no recording, was begun under other settings, or the
+            folder cannot be written.
     """
-    if (folder / MANIFEST).exists():
-        raise TraceError(
-            str(folder),
-            "already holds a trace store",
-            "Choose another folder, or go on with a recording that was cut off (--resume)",
-        )
+    if not has_begun(folder) and folder.exists() and any(folder.iterdir()):
+        raise TraceError(str(folder), "holds something else than a recording", "Name a new folder")
+    if not keeps_any(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_traces(folder / BEGUN, json.dumps(dict(settings), indent=1).encode())
+        return
+    began = _settings(folder)
+    for name, value in json.loads(json.dumps(dict(settings))).items():
+        # Older recordings say less of themselves; what they hold is compared when it is opened.
+        if name in began and began[name] != value:
+            raise TraceError(
+                str(folder), f"was begun with {name} = {began[name]}, not {value}", REMEDY
+            )
+
+
+def keeps_any(folder: Path) -> bool:
+    """Whether something that was recorded lies in a folder."""
+    return any(folder.glob("*.parquet"))
+
+
+def forget_if_empty(folder: Path) -> None:
+    """Remove what a recording began and kept nothing of: the next one starts anew."""
+    if has_begun(folder) and not keeps_any(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def begun_store(
-    folder: Path,
-    header: TraceHeader,
-    dtype: str,
-    candidates_VK: IntArray,
-    windows: Sequence[Window],
+    folder: Path, header: TraceHeader, candidates_VK: IntArray, windows: Sequence[Window]
 ) -> TraceStore:
     """A new store with its candidates, or the one there if it began just so.
 
     Args:
         folder: Where it lies.
         header: What all chunks share: model, schema, exits, layers.
-        dtype: Name of the dtype that the weights are decoded in.
         candidates_VK: The table that is to be probed.
         windows: All that is to be recorded, in order.
 
     Raises:
         TraceError: what lies there was recorded under other settings or of other documents.
     """
-    if not any(folder.glob("*.parquet")):  # nothing that was recorded under any settings
+    if not keeps_any(folder):  # nothing that was recorded under any settings
         (folder / MANIFEST).unlink(missing_ok=True)
         store = TraceStore.create(folder, header)
         save_candidates(folder, candidates_VK)
-        write_traces(folder / BEGUN, json.dumps({"dtype": dtype}).encode())
         return store
     store = TraceStore.open(folder)
     if store.header != header:
         raise TraceError(str(folder), f"holds traces of {store.header}, not {header}", REMEDY)
-    if dtype != _begun_dtype(folder):
-        raise TraceError(str(folder), f"was not recorded in {dtype}", REMEDY)
     if not np.array_equal(load_candidates(folder), candidates_VK):
         raise TraceError(str(folder), "was recorded with other candidates", REMEDY)
     held = [(chunk.document, chunk.rows) for chunk in store.chunks]
@@ -85,9 +99,9 @@ def begun_store(
     return store
 
 
-def _begun_dtype(folder: Path) -> str:
+def _settings(folder: Path) -> dict[str, Any]:
     path = folder / BEGUN
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["dtype"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TraceError(str(path), f"is unreadable ({error})", "Record anew") from error

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from offramp.controller.costs.cost_file import load_costs, save_costs
+from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
@@ -23,8 +23,11 @@ from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.spec import ModelFacts
 
 COSTS = "costs.json"
+"""Measured when all is recorded: its presence says that a recording was carried to its end."""
 FACTS = "model.json"
 CANDIDATES = "candidates.npy"
+BEGUN = "recording.json"
+"""The settings a recording began with: written first, and held to when it goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +58,16 @@ def load_training_data(folder: Path, costs: Path | None = None) -> TrainingData:
             the recording took; None takes the recording's own.
 
     Raises:
-        TraceError: a part is missing or damaged.
+        TraceError: a part is missing or damaged, or the recording was cut off and no costs are
+            given.
         ConfigError: the costs are, or they are of another model.
     """
+    if costs is None and has_begun(folder) and not is_whole(folder):
+        raise TraceError(
+            str(folder),
+            "holds a recording that was cut off, without costs",
+            "Run the same `offramp record` again, which goes on; or give --costs to take it so",
+        )
     store = TraceStore.open(folder)
     facts = _load_facts(folder / FACTS)
     prices = load_costs(costs or folder / COSTS)
@@ -71,9 +81,18 @@ def load_training_data(folder: Path, costs: Path | None = None) -> TrainingData:
     )
 
 
-def save_measured(folder: Path, costs: CostTable, facts: ModelFacts) -> None:
-    """Write the cost table and the model's facts beside the traces."""
-    save_costs(folder / COSTS, costs)
+def has_begun(folder: Path) -> bool:
+    """Whether a recording was begun in a folder."""
+    return (folder / BEGUN).exists()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a recording was carried to its end."""
+    return (folder / COSTS).exists()
+
+
+def save_facts(folder: Path, facts: ModelFacts) -> None:
+    """Write what the model says of itself beside the traces."""
     write_traces(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,11 +15,15 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
 NARROWEST = 110
 """Columns that tables need; a pipe reports 80."""
+
+TOLD_EVERY_S = 30.0
+"""Seconds between two lines on how far a command is, where there is no bar to watch."""
 
 console = Console(highlight=False)
 """Where commands print."""
@@ -48,26 +53,41 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def progress(label: str, unit: str) -> Iterator[Advance]:
-    """Show progress bars with a rate while the block runs; yields what moves them."""
+    """Show progress bars while the block runs, with rate and time left; yields what moves them.
+
+    Where no terminal shows bars, a line says the same every half minute.
+    """
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, TaskID] = {}
+        begun: dict[str, int] = {}
         first = bar.add_task(label, total=None, rate="")
+        told_s = time.monotonic()
 
         def advance(done: int, total: int, stage: str = "") -> None:
+            nonlocal told_s
             if stage not in tasks:
                 # The bar that was there before anything was told becomes the first stage's.
                 tasks[stage] = bar.add_task(stage, total=None, rate="") if tasks else first
                 bar.update(tasks[stage], description=stage or label)
-            task = tasks[stage]
-            elapsed = next(each.elapsed for each in bar.tasks if each.id == task) or 0.0
-            rate = f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0 else ""
-            bar.update(task, completed=done, total=total, rate=rate)
+                # What an earlier run did took none of this one's time.
+                bar.reset(tasks[stage], completed=done, total=total)
+                begun[stage] = done
+            task = next(each for each in bar.tasks if each.id == tasks[stage])
+            elapsed, new = task.elapsed or 0.0, done - begun[stage]
+            rate = f"{new / elapsed:,.0f} {unit}/s" if elapsed > 0 and unit else ""
+            bar.update(task.id, completed=done, total=total, rate=rate)
+            if not console.is_terminal and time.monotonic() > told_s + TOLD_EVERY_S:
+                told_s = time.monotonic()
+                left = f"about {elapsed * (total - done) / new:,.0f} s" if new else "unknown time"
+                say(f"  {stage or label}: {done:,} of {total:,}, {left} left")
 
         yield advance

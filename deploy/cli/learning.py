@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,11 @@ from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.record import RecordConfig, record_traces
-from offramp.agents.recording.recording import is_whole
+from offramp.agents.recording.training_data import has_begun
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.drafting import teach
 from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
@@ -67,11 +68,11 @@ def record(
     threads: options.SharedThreads = "auto",
     translators: options.Translators = None,
     states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a recording that was cut off.")
-    ] = False,
 ) -> None:
-    """Decode documents at full depth on Ray workers and store per-exit features."""
+    """Decode documents at full depth on Ray workers and store per-exit features.
+
+    Cut off, it keeps what is recorded, and the same command goes on from there.
+    """
     settings = Settings.from_environment()
     config = RecordConfig(
         worker=WorkerSpec(
@@ -92,19 +93,34 @@ def record(
         recorders=recorders,
         states=states,
     )
-    if not resume:
+    if not has_begun(out):
         options.require_new_folder("out", out)
-    elif is_whole(out):
-        console.print(f"{out} holds a finished recording; it is left alone")
-        return
     _require_recordable(config, settings)
     cpus = max(recorders, os.cpu_count() or 1)
-    with ray_session(settings.ray_address, cpus), progress("record", "tokens") as advance:
-        report = record_traces(config, out, advance, resume=resume)
+    with (
+        _kept(out),
+        ray_session(settings.ray_address, cpus),
+        progress("record", "tokens") as advance,
+    ):
+        report = record_traces(config, out, lambda stage, *count: advance(*count, stage))
+    if not report.documents:
+        say(f"{out} holds this recording, finished; it is left alone")
+        return
     console.print(
         f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
         f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"
     )
+
+
+@contextlib.contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Say, if a recording is cut off, what becomes of it."""
+    try:
+        yield
+    except BaseException:
+        if has_begun(out):
+            say(f"[yellow]cut off[/] {out} keeps what is recorded; the same command goes on")
+        raise
 
 
 def train_policies(

@@ -108,7 +108,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
                 recorders=config.replicas,
             ),
             config.out / "traces",
-            advance,
+            lambda stage, *count: advance(*count, stage),
         )
     console.print(
         f"  {recorded.tokens:,} tokens, exits {recorded.exits}, "

@@ -12,11 +12,7 @@ import pytest
 
 from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import SPLIT, load_corpus, write_split
-from offramp.agents.recording.training_data import (
-    load_training_data,
-    save_candidates,
-    save_measured,
-)
+from offramp.agents.recording.training_data import load_training_data, save_candidates, save_facts
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
@@ -77,7 +73,8 @@ def traces(tmp_path: Path) -> Path:
     store.append(chunk("a" * 64), "train")
     store.append(chunk("b" * 64), "validation")
     save_candidates(folder, np.zeros((FACTS.vocab, 4), np.int32))
-    save_measured(folder, COSTS, FACTS)
+    save_facts(folder, FACTS)
+    save_costs(folder / "costs.json", COSTS)
     assert load_training_data(folder).facts == FACTS
     return folder
 

@@ -12,7 +12,8 @@ import torch
 
 from offramp.agents.recording.corpus import load_corpus, tokenize
 from offramp.agents.recording.documents import Document
-from offramp.agents.recording.training_data import save_candidates, save_measured
+from offramp.agents.recording.training_data import COSTS, save_candidates, save_facts
+from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
@@ -27,10 +28,10 @@ LAYERS, VOCAB = 12, 4096
 DOCUMENTS = 24
 
 
-def make_corpus(folder: Path) -> Path:
+def make_corpus(folder: Path, documents: int = DOCUMENTS) -> Path:
     """Python-like texts of 2,000 characters or more, each its own."""
     folder.mkdir(parents=True)
-    for number in range(DOCUMENTS):
+    for number in range(documents):
         lines = [
             f"def name_{number}_{line}(value: int) -> int:\n    return value * {line} + {number}\n"
             for line in range(36)
@@ -53,7 +54,8 @@ def make_recording(folder: Path, corpus: Path, tokens: int = 120) -> Path:
     facts = ModelFacts(
         model=fingerprint, tokenizer="cd", layers=LAYERS, vocab=VOCAB, context=512, width=256
     )
-    save_measured(folder, measured(model=fingerprint), facts)
+    save_facts(folder, facts)
+    save_costs(folder / COSTS, measured(model=fingerprint))
     return folder
 
 

@@ -58,7 +58,7 @@ class TraceRecorder:
         )
 
     def measure(self) -> CostTable:
-        """This process's costs, in half a minute; call it while no other actor works."""
+        """This process's costs, in ``RECORD_S`` once set up; call it while no other actor works."""
         config = ProfileConfig(
             rows=tuple(rows for rows in (1, 2, 4) if rows <= self.engine.kv.slots),
             context=min(ProfileConfig().context, self.engine.stack.context // 2),

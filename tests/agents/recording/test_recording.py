@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.agents.recording.corpus import write_split
+from offramp.agents.recording.corpus import recorded_digests, write_split
 from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
-from offramp.agents.recording.recording import begun_store, is_whole
-from offramp.agents.recording.training_data import load_training_data, save_candidates
+from offramp.agents.recording.recording import begin, begun_store
+from offramp.agents.recording.training_data import is_whole, load_training_data, save_candidates
+from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.spec import WorkerSpec
+from support.cost_tables import measured
 from support.models import REFERENCE
 from support.recordings import make_corpus
 
@@ -41,13 +43,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
     )
 
 
-def cut_after(config: RecordConfig, folder: Path, tokens: int, *, resume: bool = False) -> None:
-    def stop(done: int, total: int) -> None:
-        if done >= min(tokens, total):
+def cut_after(config: RecordConfig, folder: Path, tokens: int) -> None:
+    def stop(stage: str, done: int, _: int) -> None:
+        if stage == "costs" or done >= tokens:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        record_traces(config, folder, stop, resume=resume)
+        record_traces(config, folder, stop)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,6 +61,7 @@ def test_resumed_it_equals_the_uninterrupted_recording(
     config: RecordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_after(config, tmp_path / "straight", 10**6)
+    _is_usable_without_costs(tmp_path / "straight")
     expected = names(tmp_path / "straight")
     folder = tmp_path / "traces"
     with monkeypatch.context() as patch:
@@ -69,14 +72,12 @@ def test_resumed_it_equals_the_uninterrupted_recording(
     held = names(folder)
     assert 0 < len(held) < len(expected)
     assert not is_whole(folder)
-    with pytest.raises(TraceError, match="already holds"):
-        record_traces(config, folder)
-    assert names(folder) == held, "refused, it is left as it was"
-    seen: list[tuple[int, int]] = []
-    report = record_traces(config, folder, lambda *count: seen.append(count), resume=True)
+    seen: dict[str, list[tuple[int, int]]] = {"record": [], "costs": []}
+    report = record_traces(config, folder, lambda stage, *count: seen[stage].append(count))
     assert names(folder) == expected
-    assert seen[0][0] > len(held) * 12
-    assert seen[-1][0] == seen[-1][1] == len(expected) * 12
+    assert seen["record"][0][0] > len(held) * 12
+    assert seen["record"][-1] == (len(expected) * 12,) * 2
+    assert seen["costs"]
     assert report.tokens == (len(expected) - len(held)) * 12
     assert is_whole(folder)
     assert len(load_training_data(folder).train) > 0
@@ -85,9 +86,23 @@ def test_resumed_it_equals_the_uninterrupted_recording(
 
 def _leaves_a_finished_one_alone(config: RecordConfig, folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    report: RecordReport = record_traces(config, folder, resume=True)
+    report: RecordReport = record_traces(config, folder)
     assert report.tokens == 0
+    with pytest.raises(TraceError, match="begun with candidates = 16, not 8"):
+        record_traces(replace(config, candidates=8), folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def _is_usable_without_costs(folder: Path) -> None:
+    """Cut off while costs are measured, it is whole but for them."""
+    assert not is_whole(folder)
+    with pytest.raises(TraceError, match="Run the same `offramp record` again"):
+        load_training_data(folder)
+    model = TraceStore.open(folder).header.model
+    save_costs(folder.parent / "costs.json", measured(model=model))
+    found = load_training_data(folder, folder.parent / "costs.json")
+    assert len(found.train) > len(found.validation) > 0
+    assert recorded_digests(folder)
 
 
 def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path) -> None:
@@ -95,18 +110,17 @@ def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path
     cut_after(config, folder, 30)
     held = names(folder)
     for other, told in (
-        (replace(config, exits=(2, 4)), "holds traces of"),
-        (replace(config, candidates=8), "other candidates"),
+        (replace(config, exits=(2, 4)), r"begun with exits = \[3, 6, 9\], not \[2, 4\]"),
         (
             replace(config, worker=replace(config.worker, dtype="bfloat16")),
-            "not recorded in bfloat16",
+            "begun with dtype = float32",
         ),
-        (replace(config, tokens_per_document=10), "other documents"),
+        (replace(config, corpus=make_corpus(tmp_path / "fewer", 20)), "other candidates"),
     ):
         with pytest.raises(TraceError, match=told):
-            record_traces(other, folder, resume=True)
+            record_traces(other, folder)
     assert names(folder) == held
-    cut_after(config, folder, 60, resume=True)
+    cut_after(config, folder, 60)
     assert names(folder)[: len(held)] == held
     assert len(names(folder)) > len(held)
 
@@ -126,11 +140,18 @@ def test_what_was_begun_without_a_document_is_begun_anew(
     config: RecordConfig, tmp_path: Path
 ) -> None:
     folder = tmp_path / "traces"
-    folder.mkdir()
+    begin(folder, {"documents": 3})
     header = TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4)
     TraceStore.create(folder, header)  # as if killed right then
-    cut_after(config, folder, 1, resume=True)
+    cut_after(config, folder, 1)
     assert TraceStore.open(folder).header.exits == (3, 6, 9)
+
+
+def test_files_of_others_are_left_alone(config: RecordConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(TraceError, match="something else than a recording"):
+        record_traces(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def _fill_disk_after(patch: pytest.MonkeyPatch, chunks: int) -> None:
@@ -154,12 +175,12 @@ def test_a_full_disk_under_what_lies_beside_the_chunks_is_a_typed_error(
 
     monkeypatch.setattr(os, "fsync", full)
     for write in (
+        lambda: begin(tmp_path, {}),
         lambda: save_candidates(tmp_path, np.zeros((2, 2), np.int32)),
         lambda: write_split([], tmp_path / "split.json"),
         lambda: begun_store(
             tmp_path,
             TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4),
-            "float32",
             np.zeros((2, 2), np.int32),
             [],
         ),
