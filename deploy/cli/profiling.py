@@ -11,7 +11,6 @@ import typer
 from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.pace import FREE_GROWTH, knee_of
-from offramp.controller.costs.prices import LEAST_REPEATS
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import IntArray
@@ -55,7 +54,10 @@ def profile(
     half_width: Annotated[
         float, typer.Option(help="Go on until no 95 % interval is wider than ± this share.")
     ] = 0.05,
-    limit_s: Annotated[float, typer.Option(help="Stop after so many seconds in any case.")] = 300.0,
+    limit_s: Annotated[
+        float,
+        typer.Option(help="Stop after so many seconds in any case; loading and setting up beside."),
+    ] = 300.0,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
     draft_weights: options.DraftWeights = "",
@@ -99,13 +101,20 @@ def _save(found: Profile, half_width: float, out: Path) -> None:
     save_costs(out, found.costs)
     _show(found.costs)
     _warn(found, half_width)
-    console.print(f"{found.rounds} rounds in {found.seconds:.0f} s → {out}")
+    console.print(
+        f"{found.rounds} rounds in {found.seconds:.0f} s, after {found.setup_s:.0f} s of setting "
+        f"up → {out}"
+    )
 
 
 def _warn(found: Profile, half_width: float) -> None:
     """Say which intervals are not what was asked for."""
-    if found.rounds < LEAST_REPEATS:
-        warning = f"{found.rounds} rounds give no intervals: raise --limit-s or ask for fewer rows"
+    if found.bare:
+        places = dict.fromkeys(f"{key.table} {key.size}" for key in found.bare)
+        warning = (
+            f"no interval (±?) of {', '.join(places)}: every part has one after about "
+            f"{found.enough_s:.0f} s here; raise --limit-s or ask for fewer rows"
+        )
     elif found.loose:
         parts = ", ".join(f"{key.part} ({key.table} {key.size})" for key in found.loose)
         warning = f"wider than ±{half_width:.0%} after {found.rounds} rounds: {parts}"

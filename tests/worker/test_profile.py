@@ -32,7 +32,7 @@ from offramp.worker.profiling.loop import (
     span_pass,
 )
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.profiling.rounds import ProfileConfig, Rounds
 from offramp.worker.profiling.samples import Key, Samples, median_interval, random_policy
 from offramp.worker.recording.recording_actor import TraceRecorder
 from offramp.worker.spec import WorkerSpec
@@ -135,7 +135,10 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     told: list[tuple[float, float]] = []
     found = measure_costs(engine, table_VK, QUICK, lambda *seconds: told.append(seconds))
     costs = found.costs
-    assert found.rounds == len(told) == 1
+    assert found.rounds == 1
+    assert told
+    assert found.bare == found.loose
+    assert found.enough_s > found.seconds > 0
     assert [batch.size for batch in costs.batches] == [1, 3]
     assert [span.size for span in costs.spans] == [1, 4]
     assert set(costs.probes) == {schema.name for schema in SCHEMAS.values()}
@@ -179,6 +182,23 @@ def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -
     found = measure_costs(engine, table_VK, replace(QUICK, half_width=0.999, limit_s=1000.0))
     assert found.rounds >= LEAST_REPEATS
     assert found.loose == ()
+
+
+def test_in_little_time_small_sizes_get_their_intervals(
+    engine: AdaptiveEngine, table_VK: IntArray
+) -> None:
+    with clocked(engine) as clock:
+        samples = Samples()
+        rounds = Rounds(engine, clock, table_VK, QUICK, samples)
+        rounds.first()
+        costliest = max(range(len(rounds.cells)), key=rounds.took_s.__getitem__)
+        rounds.took_s[costliest] = 1e6
+        number = 1
+        while number < LEAST_REPEATS and rounds.run(number, lambda: 1000.0):
+            number += 1
+    assert rounds.runs == [1 if i == costliest else 6 for i in range(len(rounds.cells))]
+    assert 0 < len(samples.bare()) < len(samples.loose(0.0))
+    assert not rounds.run(number, lambda: 0.0)
 
 
 @pytest.mark.parametrize(

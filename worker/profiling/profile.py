@@ -5,7 +5,6 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import itertools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.controller.costs.prices import PARTS, PROBE_PARTS, SPAN_PARTS, Batch
+from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.controller.costs.table import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
@@ -21,7 +20,14 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.model.products import processor
 from offramp.worker.profiling.joules import PartEnergy, metered
 from offramp.worker.profiling.loop import PartClock, clocked, most_tokens
-from offramp.worker.profiling.rounds import COPY, ProfileConfig, Rounds, pass_table, whole_script
+from offramp.worker.profiling.rounds import (
+    COPY,
+    REPEATS,
+    ProfileConfig,
+    Rounds,
+    pass_table,
+    whole_script,
+)
 from offramp.worker.profiling.samples import Key, Samples
 
 
@@ -31,53 +37,72 @@ class Profile:
 
     Attributes:
         costs: Table of what was measured.
-        loose: Parts whose interval stayed wider than was asked for.
-        rounds: Samples of each part.
+        loose: Parts whose interval stayed wider than was asked for, or that have none.
+        bare: Parts that have none: the time gave too few samples.
+        rounds: Samples of each part, at most.
         seconds: Wall time that measuring took.
+        setup_s: Wall time before it: what is packed, allocated and compiled once.
+        enough_s: About the time in which every part gets an interval.
     """
 
     costs: CostTable
     loose: tuple[Key, ...]
+    bare: tuple[Key, ...]
     rounds: int
     seconds: float
+    setup_s: float
+    enough_s: float
 
 
 def measure_costs(
     engine: AdaptiveEngine,
     candidates_VK: IntArray,
     config: ProfileConfig | None = None,
-    on_round: Callable[[float, float], None] = lambda *_: None,
+    on_cell: Callable[[float, float], None] = lambda *_: None,
 ) -> Profile:
     """Profile an engine's model with its dtype, device, translators and torch's threads.
 
-    Rounds go on until every interval is tight, or the time is up.
+    Rounds go on until every interval is tight, or the time is up. It begins once all is set up, and
+    is held but for the first round, in which every part gets a sample.
 
     Args:
         engine: Idle, in lock-step, with slots for all rows.
         candidates_VK: The candidate table whose probes are timed.
         config: Says how much is profiled.
-        on_round: Told (seconds so far, limit) after each round; the first may pass the limit.
+        on_cell: Told (seconds so far, limit) after each part of a round.
 
     Raises:
         ConfigError: the context, rows or exits do not fit the engine.
     """
     config = _fitted(config or ProfileConfig(), engine)
     samples = Samples()
+    begun = time.perf_counter()
     with clocked(engine) as clock, metered(engine, clock) as energy:
         rounds = Rounds(engine, clock, candidates_VK, config, samples)
         rounds.warm_up()
         start = time.perf_counter()
-        for number in itertools.count(1):
-            rounds.run(number)
-            seconds = time.perf_counter() - start
-            on_round(min(seconds, config.limit_s), config.limit_s)
-            if seconds > config.limit_s or not samples.loose(config.half_width):
-                break
+
+        def left_s() -> float:
+            return config.limit_s - (time.perf_counter() - start)
+
+        def tell() -> None:
+            on_cell(config.limit_s - max(0.0, left_s()), config.limit_s)
+
+        enough_s = LEAST_REPEATS * rounds.first(tell)
+        # Longer runs of steps, if six of them fit: what disturbs one step of many is cut off.
+        rounds.repeats = max(1, min(REPEATS, int(config.limit_s / enough_s)))
+        number = 1
+        while samples.loose(config.half_width) and rounds.run(number, left_s, tell):
+            number += 1
+        seconds = time.perf_counter() - start
     return Profile(
         costs=_table(engine, config, samples, energy, clock),
         loose=tuple(samples.loose(config.half_width)),
+        bare=tuple(samples.bare()),
         rounds=number,
         seconds=seconds,
+        setup_s=start - begun,
+        enough_s=enough_s,
     )
 
 

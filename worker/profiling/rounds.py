@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from offramp.controller.costs.prices import SPAN_PARTS
+from offramp.controller.costs.prices import LEAST_REPEATS, SPAN_PARTS
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -26,10 +27,13 @@ from offramp.worker.profiling.loop import (
 from offramp.worker.profiling.samples import Samples, random_policy
 
 REPEATS = 6
-"""Steps of a kind in a round."""
+"""Steps of a kind in a round at most; fewer where six rounds of so many would not fit."""
 
 PASSES = 3
 """Verifying passes of several rows in a round: there are many sizes, and large ones take long."""
+
+PROBE_CONTEXT = 16
+"""Tokens in the cache where only asking is timed, which reads none of them."""
 
 PROMPT_TOKENS = 512
 """Distinct tokens of the invented prompts."""
@@ -45,7 +49,7 @@ class ProfileConfig:
         context: Tokens in the cache before each round.
         exits: Layers to probe; () places three at the quarters of the depth.
         half_width: Go on until no interval is wider, relative to its median: ± this.
-        limit_s: Stop then in any case.
+        limit_s: Stop then in any case, once every part has a sample. Setting up is not counted.
     """
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -74,7 +78,11 @@ class ProfileConfig:
 
 
 class Rounds:
-    """One round runs every number of rows, schema and span once, in an order that rotates."""
+    """One round runs every number of rows, schema and span once, in an order that rotates.
+
+    Where the time left does not suffice for an interval of every part, rounds leave the largest
+    sizes out: six samples of some say more than three of all.
+    """
 
     def __init__(
         self,
@@ -86,6 +94,7 @@ class Rounds:
     ) -> None:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
+        self.repeats = 1
         self.scripts = {
             schema.name: ScriptedPolicy(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
@@ -95,19 +104,52 @@ class Rounds:
         self.prompts = [
             rng.integers(alphabet, size=config.context).tolist() for _ in range(config.rows[-1])
         ]
+        self.cells = list(self._cells())
+        self.took_s = [0.0] * len(self.cells)
+        self.runs = [0] * len(self.cells)
 
     def warm_up(self) -> None:
         """Let the first calls pack, allocate and compile what only they do."""
         samples, self.samples = self.samples, Samples()
-        self.run(0)
+        for cell in self.cells:
+            cell()
         self.samples = samples
 
-    def run(self, number: int) -> None:
-        """Run one round over all parts."""
-        cells = list(self._cells())
-        turn = number % len(cells)
-        for cell in cells[turn:] + cells[:turn]:
-            cell()
+    def first(self, on_cell: Callable[[], None] = lambda: None) -> float:
+        """Sample every part once, each from one step; the seconds that this took."""
+        for index in range(len(self.cells)):
+            self._run(index)
+            on_cell()
+        return sum(self.took_s)
+
+    def run(
+        self, number: int, left_s: Callable[[], float], on_cell: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Run a further round over what fits into the time left; whether anything did."""
+        turn = number % len(self.cells)
+        fits, ran = self._fitting(left_s()), False
+        for index in [*range(turn, len(self.cells)), *range(turn)]:
+            if index in fits and self.took_s[index] < left_s():
+                self._run(index)
+                on_cell()
+                ran = True
+        return ran
+
+    def _run(self, index: int) -> None:
+        start = time.perf_counter()
+        self.cells[index]()
+        self.took_s[index] = time.perf_counter() - start
+        self.runs[index] += 1
+
+    def _fitting(self, left_s: float) -> set[int]:
+        """The cells, cheapest first, that an interval of each fits into the time left of."""
+        fits: set[int] = set()
+        for index in sorted(range(len(self.cells)), key=self.took_s.__getitem__):
+            left_s -= self.took_s[index] * max(1, LEAST_REPEATS - self.runs[index])
+            if left_s < 0:
+                break
+            fits.add(index)
+        return fits
 
     def _cells(self) -> Iterator[Callable[[], None]]:
         for rows, name in itertools.product(self.config.rows, self.scripts):
@@ -125,9 +167,10 @@ class Rounds:
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
         exits = self.config.exits
-        steps = self._decode(rows, CANDIDATES_V1.name, whole_script(len(exits)))
-        silent, stays = steps[:REPEATS], steps[REPEATS : 2 * REPEATS]
-        fills = steps[2 * REPEATS + 1 :: 2]
+        repeats, script = self.repeats, whole_script(len(exits), self.repeats)
+        steps = self._decode(rows, CANDIDATES_V1.name, script, self.config.context)
+        silent, stays = steps[:repeats], steps[repeats : 2 * repeats]
+        fills = steps[2 * repeats + 1 :: 2]
         full = silent + stays
         skipped = sum(self.engine.stack.layers - layer for layer in exits)
         self.samples.add(
@@ -143,7 +186,7 @@ class Rounds:
         )
 
     def _probe(self, rows: int, name: str) -> None:
-        self._asked(name, rows, self._decode(rows, name, [STAY] * REPEATS))
+        self._asked(name, rows, self._decode(rows, name, [STAY] * self.repeats, PROBE_CONTEXT))
 
     def _asked(self, name: str, rows: int, stays: Sequence[Step]) -> dict[str, float]:
         parts = {part: median(step.each(part) for step in stays) for part in ("probe", "build")}
@@ -153,14 +196,17 @@ class Rounds:
 
     def _span(self, tokens: int) -> None:
         context = self.config.context
-        passes = [span_pass(self.engine, self.clock, context, tokens) for _ in range(REPEATS)]
+        passes = [span_pass(self.engine, self.clock, context, tokens) for _ in range(self.repeats)]
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add("tokens", tokens, parts)
 
     def _pass(self, rows: int, tokens: int) -> None:
         """A launch that verifies: several tokens of each row."""
         context = self.config.context
-        passes = [span_pass(self.engine, self.clock, context, tokens, rows) for _ in range(PASSES)]
+        passes = [
+            span_pass(self.engine, self.clock, context, tokens, rows)
+            for _ in range(min(self.repeats, PASSES))
+        ]
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add(pass_table(rows), tokens, parts)
 
@@ -169,13 +215,15 @@ class Rounds:
         copy = self.engine.decoder.context.copy
         assert copy is not None
         size = (self.config.context, 1, rows)
-        passes = [span_pass(self.engine, self.clock, *size, copy.stack) for _ in range(REPEATS)]
+        passes = [
+            span_pass(self.engine, self.clock, *size, copy.stack) for _ in range(self.repeats)
+        ]
         parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
         self.samples.add(COPY, rows, parts)
 
-    def _decode(self, rows: int, name: str, acts: Sequence[int]) -> list[Step]:
-        script = self.scripts[name]
-        return decode_steps(self.engine, self.clock, script, self.prompts[:rows], acts)
+    def _decode(self, rows: int, name: str, acts: Sequence[int], context: int) -> list[Step]:
+        script, prompts = self.scripts[name], [each[:context] for each in self.prompts[:rows]]
+        return decode_steps(self.engine, self.clock, script, prompts, acts)
 
 
 COPY = "copy"
@@ -187,7 +235,7 @@ def pass_table(rows: int) -> str:
     return f"tokens of {rows} rows"
 
 
-def whole_script(exits: int) -> list[int]:
+def whole_script(exits: int, repeats: int = REPEATS) -> list[int]:
     """A round: steps unasked, asked and staying, and, for each exit, leaving and then filling."""
     leave_and_fill = [act for place in range(exits) for act in (place, SILENT)]
-    return [SILENT] * REPEATS + [STAY] * REPEATS + leave_and_fill
+    return [SILENT] * repeats + [STAY] * repeats + leave_and_fill

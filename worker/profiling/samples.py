@@ -59,6 +59,10 @@ class Samples:
         middle, low, high = median_interval(values)
         return Timing(median_s=middle, low_s=low, high_s=high, repeats=len(values))
 
+    def bare(self) -> list[Key]:
+        """Parts with too few samples for an interval."""
+        return [key for key, values in self._values.items() if len(values) < LEAST_REPEATS]
+
     def loose(self, half_width: float) -> list[Key]:
         """Parts whose interval is wider than that, relative to their median, or none yet."""
         return [
