@@ -37,7 +37,8 @@ from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY
 from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import INDEX
-from offramp.agents.recording.record import RecordConfig, record_traces
+from offramp.agents.recording.record import record_traces
+from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.training_data import is_whole, load_training_data
 from offramp.agents.training.train_config import TrainConfig
 from offramp.controller.durable import write_durably

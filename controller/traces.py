@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E exits, F feature columns, S = 3 softmax columns, D m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ HalfArray = NDArray[np.float16]
 
 TRACE_VERSION = 2
 """Raised whenever a column is added, removed or changes its meaning."""
+
+PER_TOKEN = (
+    "position_T", "features_TEF", "softmax_TES", "exit_token_TE", "full_token_T", "next_token_T",
+    "gap_TE", "state_TED",
+)  # fmt: skip
+"""Columns of a chunk that have a row per token."""
 
 SOFTMAX_COLUMNS = ("top1", "margin", "entropy")
 """The columns S of ``softmax_TES``: the first three of SOFTMAX_V2, with its meanings."""
@@ -35,6 +41,8 @@ class TraceHeader:
         translators: Digest of the translators that exits were read through; "" for none.
         adapters: Exits among them behind which an adapter layer runs, at the price of a layer.
         width: Columns D of the hidden states recorded; 0 if none are.
+        text: Says whose text was decoded, such as "the model's own, greedy"; "" if it is that of
+            documents as they are.
     """
 
     model: str
@@ -44,6 +52,7 @@ class TraceHeader:
     translators: str = ""
     adapters: tuple[int, ...] = ()
     width: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +104,11 @@ class TraceChunk:
 
     def __len__(self) -> int:
         return len(self.position_T)
+
+    def after(self, first: int) -> TraceChunk:
+        """The tokens from position ``first`` on."""
+        kept = {n: getattr(self, n) for n in PER_TOKEN if getattr(self, n) is not None}
+        return replace(self, **{name: values[first:] for name, values in kept.items()})
 
 
 def _check_wide(name: str, values: NDArray[Any], tokens: int, exits: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import offramp.research.rulebook  # noqa: F401  # its families are then known as seeded or not
+from offramp.agents.evaluation.archive import Archive, Times
 from offramp.agents.evaluation.energy_ratios import Energy, energy_of, metered
 from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.matched import TARGETS, quality_metrics
@@ -40,7 +41,6 @@ from offramp.agents.placing.contenders import load_saved
 from offramp.agents.training.families import is_seeded
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.research.archive import Archive, Times
 from offramp.worker.energy import open_meter
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.spec import WorkerSpec, load_engine

@@ -9,7 +9,7 @@ Shape suffixes: T tokens, E exits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,13 +17,12 @@ from offramp.agents.recording.documents import Document
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, IntArray
 from offramp.controller.policies.exits import copy_weights
-from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.cores.draft_tables import CandidateDrafts
 from offramp.envs.traces.tokens import TokenTraces
-from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.recording.copy_pass import CopyPass
+from offramp.worker.recording.going_on import go_on
 from offramp.worker.recording.recorder import record_document
 
 TABLE_WIDTH = 2
@@ -52,8 +51,9 @@ def record_continuations(
     config: Continuations,
     on_document: Callable[[int, int], None] = lambda *_: None,
     candidates_VK: IntArray | None = None,
+    said: Sequence[Sequence[int]] | None = None,
 ) -> TokenTraces:
-    """Continue every document greedily at full depth, and probe the new tokens at every exit.
+    """Continue every document at full depth, and probe the new tokens at every exit.
 
     Args:
         engine: Idle; its slots continue as many documents at a time.
@@ -61,6 +61,8 @@ def record_continuations(
         config: What to record.
         on_document: Told (documents recorded so far, documents in all).
         candidates_VK: Candidate table of policies that draft without the head.
+        said: What the model said after each prompt, one token more than is recorded; None: it is
+            asked now, greedily.
 
     Returns:
         ``CandidateDrafts`` if a table is given.
@@ -74,12 +76,12 @@ def record_continuations(
     if any(len(prompt) < least for prompt in prompts):
         problem = f"hold one of fewer than {least} tokens"
         raise TraceError("documents", problem, "Leave it out, or ask for shorter prompts")
-    sampling = SamplingParams(max_tokens=config.new_tokens + 1, ignore_eos=True)
-    done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
+    if said is None:
+        said = go_on(engine, prompts, config.new_tokens + 1, ignore_eos=True)
     copy = _copy_pass(engine, config)
     chunks = []
-    for (document, _), prompt, completion in zip(documents, prompts, done, strict=True):
-        text = (prompt, list(completion.token_ids))
+    for (document, _), prompt, new in zip(documents, prompts, said, strict=True):
+        text = (prompt, list(new))
         chunks.append(_record(engine, document, text, config.exits, candidates_VK, copy))
         on_document(len(chunks), len(prompts))
     header = TraceHeader(
@@ -139,7 +141,4 @@ def _record(
         headless=headless,
         copy=copy,
     )
-    kept = slice(len(prompt), None)
-    names = ["features_TEF", "softmax_TES", "exit_token_TE", "gap_TE"]
-    names += ["position_T", "full_token_T", "next_token_T"]
-    return replace(whole, **{name: getattr(whole, name)[kept] for name in names})
+    return whole.after(len(prompt))

@@ -5,35 +5,39 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.placing.contenders import Contender
-from offramp.agents.recording.corpus import load_corpus, tokenize
-from offramp.agents.recording.documents import Document
+from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.own_text import (
+    OWN_TEXT,
+    TOGETHER,
+    Batch,
+    OwnText,
+    Spoken,
+    begin_all,
+    speak_all,
+)
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.policies.exits import Exit, ascend, is_on_copy
-from offramp.controller.policies.protocols import NeverExit
 from offramp.envs.traces.tokens import TokenTraces
-from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.recording.going_on import go_on
 
-TOGETHER = 16
-"""Documents that the model continues side by side while they are recorded."""
+LEARNED_SPLITS = ("train", "validation")
+"""What is learned from, and what choices are made on."""
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
-
-Pairs = Sequence[tuple[Document, Sequence[int]]]
-"""Documents with their token ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,7 @@ class DraftingConfig:
         translators: Folder that ``offramp tune`` wrote for the model; "" reads exits as they are.
         prompt_tokens: Tokens of each document that are read before the model goes on.
         new_tokens: Tokens that the model goes on for.
+        temperature: At which it does; 0 is greedy.
         candidates: Candidate tokens per token, the best of which is drafted without the LM head.
         profile_s: Seconds of measuring what a token's parts cost here.
         threads: Torch threads, in training and while costs are measured.
@@ -66,6 +71,7 @@ class DraftingConfig:
     translators: str = ""
     prompt_tokens: int = 64
     new_tokens: int = 192
+    temperature: float = 0.0
     candidates: int = 64
     profile_s: float = 60.0
     threads: int = 1
@@ -76,6 +82,7 @@ class DraftingConfig:
         for name in ("prompt_tokens", "new_tokens", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
+        OwnText(temperature=self.temperature)
         if self.candidates < 2:
             raise ConfigError("candidates", f"{self.candidates} is below 2")
         if self.profile_s <= 0:
@@ -106,26 +113,32 @@ class DraftParts:
 
 
 def record_parts(
-    config: DraftingConfig, engine: AdaptiveEngine, on_progress: Progress
+    config: DraftingConfig, engine: AdaptiveEngine, folder: Path, on_progress: Progress
 ) -> tuple[DraftParts, list[list[int]]]:
     """Record continuations and measure costs; also gives the validation documents' prompts.
+
+    The model's texts are kept in the folder, and read back if it was cut off.
 
     Raises:
         ConfigError, TraceError: as ``teach_drafters``.
     """
     exits = _exits_of(config, engine)
-    train, validation = _documents(config)
     own = engine.config
     many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER, config=own)
-    spoken = _continued(many, train, config)
-    table_VK = successor_table(spoken, engine.stack.vocab, config.candidates)
-    wanted = Continuations(
-        exits=exits, prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens
+    train, validation = _spoken(config, many, folder, on_progress)
+    table_VK = successor_table(
+        [each.tokens[:-1] for each in train], engine.stack.vocab, config.candidates
     )
+    wanted = Continuations(exits=exits, prompt_tokens=None, new_tokens=config.new_tokens)
 
-    def record(stage: str, documents: Pairs) -> TokenTraces:
+    def record(stage: str, spoken: Sequence[Spoken]) -> TokenTraces:
         return record_continuations(
-            many, documents, wanted, lambda *count: on_progress(stage, *count), table_VK
+            many,
+            [(each.document, each.prompt) for each in spoken],
+            wanted,
+            lambda *count: on_progress(stage, *count),
+            table_VK,
+            [each.new for each in spoken],
         )
 
     recorded, held_out = record("record", train), record("record validation", validation)
@@ -135,11 +148,13 @@ def record_parts(
         config=config,
         train=recorded,
         validation=held_out,
-        costs=measure_costs(alone, table_VK, profile).costs,
+        costs=measure_costs(
+            alone, table_VK, profile, lambda *s: on_progress("costs", *map(round, s))
+        ).costs,
         candidates_VK=table_VK,
         on_progress=on_progress,
     )
-    return parts, [list(tokens[: config.prompt_tokens]) for _, tokens in validation]
+    return parts, [each.prompt for each in validation]
 
 
 def _exits_of(config: DraftingConfig, engine: AdaptiveEngine) -> tuple[int, ...]:
@@ -163,13 +178,32 @@ def _exits_of(config: DraftingConfig, engine: AdaptiveEngine) -> tuple[int, ...]
     return exits
 
 
-def _documents(config: DraftingConfig) -> tuple[Pairs, Pairs]:
-    """Training and validation documents that are longer than a prompt."""
+def _spoken(
+    config: DraftingConfig, engine: AdaptiveEngine, folder: Path, on_progress: Progress
+) -> tuple[list[Spoken], list[Spoken]]:
+    """What the model says after the beginnings of training and of validation documents."""
     corpus = load_corpus(Path(config.corpus) if config.corpus else None, config.documents)
-    longer = [
-        pair for pair in tokenize(config.model, corpus) if len(pair[1]) > config.prompt_tokens
+    lengths = (config.prompt_tokens, config.new_tokens + 1)
+    prompts = [
+        (document, prompt)
+        for document, prompt in begin_all(engine.tokenizer, corpus, lengths, engine.stack.context)
+        if document.split != "test" and (document.turns or len(prompt) == config.prompt_tokens)
     ]
-    found = [[pair for pair in longer if pair[0].split == s] for s in ("train", "validation")]
+
+    def speak(batches: Iterable[Batch]) -> Iterator[list[list[int]]]:
+        for tokens, seeds in batches:
+            yield go_on(
+                engine, tokens, lengths[1], config.temperature, seeds=seeds, ignore_eos=True
+            )
+
+    settings = {
+        "temperature": config.temperature, "new_tokens": lengths[1], "dtype": config.dtype,
+        "model": engine.model_fingerprint, "ignore_eos": True,
+    }  # fmt: skip
+    spoken = speak_all(
+        folder / OWN_TEXT, settings, prompts, speak, lambda *n: on_progress("own text", *n)
+    )
+    found = [[each for each in spoken if each.document.split == s] for s in LEARNED_SPLITS]
     if not all(found):
         raise TraceError(
             "corpus",
@@ -177,11 +211,3 @@ def _documents(config: DraftingConfig) -> tuple[Pairs, Pairs]:
             "Add documents, or ask for shorter prompts",
         )
     return found[0], found[1]
-
-
-def _continued(engine: AdaptiveEngine, documents: Pairs, config: DraftingConfig) -> list[list[int]]:
-    """The documents' beginnings as the model goes on with them, at full depth."""
-    prompts = [list(tokens[: config.prompt_tokens]) for _, tokens in documents]
-    sampling = SamplingParams(max_tokens=config.new_tokens, ignore_eos=True)
-    done = engine.generate(prompts, sampling, NeverExit())
-    return [[*prompt, *each.token_ids] for prompt, each in zip(prompts, done, strict=True)]

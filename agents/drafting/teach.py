@@ -118,7 +118,7 @@ def teach_drafters(
     """
     torch.set_num_threads(config.threads)
     config = replace(config, ppo=replace(config.ppo, seed=config.seed))
-    parts, prompts = record_parts(config, engine, on_progress)
+    parts, prompts = record_parts(config, engine, out, on_progress)
     contenders = place_all(DRAFT_FAMILIES, parts)
     rows_NF = parts.train.features_NEF.reshape(-1, parts.train.features_NEF.shape[2])
     save_policies(

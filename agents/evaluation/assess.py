@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offramp.agents.evaluation.archive import Archive, KeepingMeasurer
 from offramp.agents.evaluation.energy_ratios import Energy, energy_of
 from offramp.agents.evaluation.evaluation_rows import EvaluationRow, Measured, evaluation_row
 from offramp.agents.evaluation.matched import MatchedRow, typical_ratio
@@ -48,6 +49,7 @@ def assess(
     engine: AdaptiveEngine,
     contenders: Sequence[Contender],
     on_run: OnRun = lambda *_: None,
+    archive: Archive | None = None,
 ) -> Assessment:
     """Choose among the learned contenders on validation documents, then report all on test ones.
 
@@ -56,6 +58,7 @@ def assess(
         engine: Idle, on the machine whose times count.
         contenders: The policies, full depth first.
         on_run: Told how far each phase is.
+        archive: Keeps what is measured, of these settings and contenders; None keeps nothing.
 
     Raises:
         TraceError: a split has fewer than two documents that are long enough.
@@ -65,7 +68,11 @@ def assess(
         raise ConfigError("policies", "do not begin with full depth", "Run `offramp train` again")
     require_learned(each.family for each in contenders)
     torch.set_num_threads(config.threads)
-    measurer = Measurer(config, engine, on_run)
+    measurer = (
+        Measurer(config, engine, on_run)
+        if archive is None
+        else KeepingMeasurer(config, engine, archive, on_run)
+    )
     found = evaluate(measurer, [Entrant(each) for each in contenders], report_all=True)
     chosen, reason = publishable(found.validation, *config.goal)
     test, tokens = list(found.test.values()), config.protocol.timed_tokens

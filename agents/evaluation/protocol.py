@@ -17,20 +17,21 @@ from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.matched import AllPicks, MatchedRow, choose_all, matched_rows, needed
 from offramp.agents.evaluation.measure import (
     HeldOut,
+    Pair,
     PairedCosts,
     Protocol,
     Split,
     held_out,
     measure_quality,
-    measure_time,
     paired_costs,
+    timed_document,
 )
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, Metric, Scores
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import Policy
-from offramp.worker.energy import open_meter
+from offramp.worker.energy import Meter, open_meter
 from offramp.worker.engine.engine import AdaptiveEngine
 
 OnRun = Callable[[str, int, int], None]
@@ -175,16 +176,24 @@ class Measurer:
         self, split: str, entrants: Sequence[Entrant], scores: Sequence[Scores]
     ) -> list[Taken]:
         """What each entrant, of such scores, takes on the timed documents; full depth first."""
-        pairs_CD = measure_time(
-            self.engine,
-            [each.contender.policy for each in entrants[1:]],
-            self.documents[split][: self.config.timed_documents],
-            self.config.protocol,
-            open_meter(self.engine),
-            lambda *count: self.on_run(f"{split}: time", *count),
-        )
+        documents = self.documents[split][: self.config.timed_documents]
+        meter, pairs_CD = open_meter(self.engine), [list[Pair]() for _ in entrants[1:]]
+        for index in range(len(documents)):
+            found = self.pairs(split, index, entrants[1:], meter)
+            for pairs_D, pair in zip(pairs_CD, found, strict=True):
+                pairs_D.append(pair)
+            self.on_run(f"{split}: time", index + 1, len(documents))
         seconds = paired_costs([[pair.seconds for pair in pairs] for pairs in pairs_CD])
         return list(zip(seconds, metered(pairs_CD), strict=True))
+
+    def pairs(
+        self, split: str, index: int, entrants: Sequence[Entrant], meter: Meter
+    ) -> list[Pair]:
+        """What every entrant takes on a document, and full depth beside it."""
+        policies = [each.contender.policy for each in entrants]
+        document = self.documents[split][index]
+        found = timed_document(self.engine, policies, document, self.config.protocol, index, meter)
+        return [pair for _, pair in sorted(found, key=lambda each: each[0])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,13 +104,33 @@ def encode(tokenizer: Any, document: Document) -> list[int]:
     """
     if not document.turns:
         return list(tokenizer(document.text, verbose=False)["input_ids"])
-    messages = [{"role": role, "content": content} for role, content in document.turns]
+    return encode_turns(tokenizer, document.path, document.turns)
+
+
+def encode_turns(
+    tokenizer: Any, path: str, turns: Sequence[tuple[str, str]], *, answers: bool = False
+) -> list[int]:
+    """Token ids of a conversation by the model's own chat template.
+
+    Args:
+        tokenizer: The model's.
+        path: Where the conversation stands, for errors.
+        turns: Roles and contents.
+        answers: Whether the model's next turn begins at the end.
+
+    Raises:
+        TraceError: the model has no chat template, or it refuses the turns.
+    """
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=answers
+        )
     except Exception as error:  # a template is a model's code, and raises what it likes
-        problem = f"{document.path} does not fit the model's chat template ({error})"
+        problem = f"{path} does not fit the model's chat template ({error})"
         remedy = "Use a model with such a template, or documents of prompt with completion, or text"
         raise TraceError("corpus", problem, remedy) from error
+    return list(found)
 
 
 def _turns(messages: Any, path: str) -> list[tuple[str, str]]:

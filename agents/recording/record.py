@@ -6,8 +6,8 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +16,37 @@ from ray.util import ActorPool
 
 from offramp.agents.recording.corpus import SPLIT, load_corpus, tokenize, window, write_split
 from offramp.agents.recording.documents import Document
-from offramp.agents.recording.recording import Window, begin, begun_store, forget_if_empty
-from offramp.agents.recording.training_data import COSTS, has_begun, is_whole, save_facts
+from offramp.agents.recording.own_text import OWN_TEXT, Batch, OwnText, begin_all, speak_all
+from offramp.agents.recording.record_config import (
+    RECORDED_SPLITS,
+    RecordConfig,
+    quarters,
+    require_exits,
+)
+from offramp.agents.recording.recording import TextWindow, begin, begun_store, forget_if_empty
+from offramp.agents.recording.training_data import (
+    COSTS,
+    has_begun,
+    is_whole,
+    load_candidates,
+    save_facts,
+)
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
-from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
-from offramp.worker.model.loading import check_model, layers_and_vocab
+from offramp.worker.model.loading import check_model, layers_and_vocab, load_tokenizer
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.recording.recording_actor import RECORD_S, TraceRecorderActor
-from offramp.worker.spec import ModelFacts, WorkerSpec
-
-RECORDED_SPLITS = ("train", "validation")
-"""Test documents are never recorded: they are only met on-policy, in evaluation."""
+from offramp.worker.spec import ModelFacts
 
 Progress = Callable[[str, int, int], None]
 """Told (what is going on, units done, units in all)."""
 
 TOLD_EVERY_S = 1.0
 """Seconds between two words on how far the measuring of costs is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordConfig:
-    """Settings of a recording.
-
-    Attributes:
-        worker: What each recorder loads.
-        corpus: Folder of documents; None takes the interpreter's standard library.
-        documents: Documents to take from the corpus, over all splits; None takes all.
-        tokens_per_document: Tokens recorded of each, from a place its digest picks.
-        exits: Layers to probe; () places three at the quarters of the depth.
-        candidates: Candidate tokens per token.
-        recorders: Ray actors at work.
-        states: Whether hidden states are kept too, as float16 (2·D bytes per exit and token).
-    """
-
-    worker: WorkerSpec
-    corpus: Path | None = None
-    documents: int | None = 320
-    tokens_per_document: int = 256
-    exits: tuple[int, ...] = ()
-    candidates: int = 64
-    recorders: int = 2
-    states: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("tokens_per_document", "recorders"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"{getattr(self, name)} is below 1")
-
-    def settings(self, exits: tuple[int, ...]) -> dict[str, Any]:
-        """What a recording is held to when it goes on, beside the model and its documents."""
-        names = ("documents", "tokens_per_document", "candidates", "states")
-        told = {name: getattr(self, name) for name in names}
-        return {**told, "exits": exits, "dtype": self.worker.dtype}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,30 +85,38 @@ def record_traces(
     Args:
         config: What to record.
         folder: Where the store is created, with candidates, costs and split beside it.
-        on_progress: Told of "record" in tokens, then of "costs" in seconds of measuring.
+        on_progress: Told of "own text" in texts, if that is wanted, of "record" in tokens, and of
+            "costs" in seconds of measuring.
 
     Raises:
         TraceError: the corpus is empty; the folder holds something else than this recording; or
             it cannot be written.
         ModelError: a recorder cannot load the model.
     """
-    exits = config.exits or quarters(layers_and_vocab(config.worker.model)[0])
-    if has_begun(folder):
-        begin(folder, config.settings(exits))
-        if is_whole(folder):
-            return RecordReport(folder=folder, documents={}, tokens=0, seconds=0.0, exits=exits)
     check_model(config.worker.model)
+    exits = _exits(config)
+    if is_finished(config, folder):
+        return RecordReport(folder=folder, documents={}, tokens=0, seconds=0.0, exits=exits)
     documents = load_corpus(config.corpus, limit=config.documents)
-    tokenized = tokenize(config.worker.model, documents)
-    recorders = [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
+    begin(folder, config.settings(exits))
+    recorders: list[Any] = []
     try:
+        recorders += [TraceRecorderActor.remote(config.worker) for _ in range(config.recorders)]
         facts = ray.get([recorder.describe.remote() for recorder in recorders])[0]
         _require_context(config, facts)
-        require_exits(exits, facts.layers)
-        begin(folder, config.settings(exits))
         write_split(documents, folder / SPLIT)
         save_facts(folder, facts)
-        windows, seconds = _record(config, folder, recorders, facts, exits, tokenized, on_progress)
+        if config.own_text is None:
+            texts, windows = _as_they_are(config, documents)
+        else:
+            texts, windows = _own(
+                config, config.own_text, folder, recorders, documents, on_progress
+            )
+        store = _store(config, folder, facts, exits, texts, windows)
+        table = ray.put(load_candidates(folder))
+        ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
+        left = windows[len(store.chunks) :]
+        seconds = _record_all(recorders, left, store, on_progress)
         save_costs(folder / COSTS, _measured(recorders[0], on_progress))
     except BaseException:
         # The beginning of a recording would only be in the way of the next one.
@@ -144,25 +125,86 @@ def record_traces(
     finally:
         for recorder in recorders:
             ray.kill(recorder)
-    counts = {s: sum(doc.split == s for doc, _ in windows) for s in RECORDED_SPLITS}
-    tokens = sum(len(tokens) - 1 for _, tokens in windows)
+    counts = {s: sum(each.document.split == s for each in left) for s in RECORDED_SPLITS}
+    tokens = sum(each.rows for each in left)
     return RecordReport(
         folder=folder, documents=counts, tokens=tokens, seconds=seconds, exits=exits
     )
 
 
-def _record(
+def is_finished(config: RecordConfig, folder: Path) -> bool:
+    """Whether a folder holds this recording, carried to its end.
+
+    Raises:
+        TraceError: it holds a recording that was begun under other settings.
+    """
+    if has_begun(folder):
+        begin(folder, config.settings(_exits(config)))
+    return is_whole(folder)
+
+
+def _exits(config: RecordConfig) -> tuple[int, ...]:
+    layers, _ = layers_and_vocab(config.worker.model)
+    exits = config.exits or quarters(layers)
+    require_exits(exits, layers)
+    return exits
+
+
+def _as_they_are(
+    config: RecordConfig, documents: Sequence[Document]
+) -> tuple[list[list[int]], list[TextWindow]]:
+    """Training texts that candidates are counted in, and what is recorded: people's text."""
+    tokenized = tokenize(config.worker.model, documents)
+    train = [tokens for document, tokens in tokenized if document.split == "train"]
+    windows = [
+        TextWindow(document, window(document, tokens, config.tokens_per_document + 1))
+        for document, tokens in tokenized
+        if document.split in RECORDED_SPLITS and len(tokens) > 1
+    ]
+    return train, windows
+
+
+def _own(
     config: RecordConfig,
+    own: OwnText,
     folder: Path,
     recorders: list[Any],
+    documents: Sequence[Document],
+    on_progress: Progress,
+) -> tuple[list[list[int]], list[TextWindow]]:
+    """The same of what the model says after the documents' beginnings."""
+    facts: ModelFacts = ray.get(recorders[0].describe.remote())
+    lengths = own.lengths(config.tokens_per_document + 1)
+    wanted = [each for each in documents if each.split in RECORDED_SPLITS]
+    prompts = begin_all(load_tokenizer(config.worker.model), wanted, lengths, facts.context)
+    settings = {**asdict(own), "new_tokens": lengths[1], "model": facts.model}
+
+    def speak(batches: Iterable[Batch]) -> Iterator[list[list[int]]]:
+        yield from ActorPool(recorders).map(
+            lambda actor, batch: actor.go_on.remote(
+                batch[0], lengths[1], own.temperature, batch[1]
+            ),
+            batches,
+        )
+
+    spoken = speak_all(
+        folder / OWN_TEXT, settings, prompts, speak, lambda *count: on_progress("own text", *count)
+    )
+    train = [each.tokens for each in spoken if each.document.split == "train"]
+    return train, [TextWindow(each.document, each.tokens, len(each.prompt)) for each in spoken]
+
+
+def _store(
+    config: RecordConfig,
+    folder: Path,
     facts: ModelFacts,
     exits: tuple[int, ...],
-    tokenized: list[tuple[Document, list[int]]],
-    on_progress: Progress,
-) -> tuple[list[Window], float]:
-    """Create or open the store and fill it; the windows recorded, and the seconds it took."""
-    train = [tokens for doc, tokens in tokenized if doc.split == "train"]
-    candidates_VK = successor_table(train, facts.vocab, config.candidates)
+    texts: Sequence[Sequence[int]],
+    windows: Sequence[TextWindow],
+) -> TraceStore:
+    """The store that windows are recorded in, with the candidates that training texts give."""
+    if not windows:
+        raise TraceError("corpus", "has no training document", "Use more documents")
     header = TraceHeader(
         model=facts.model,
         schema=CANDIDATES_V1.digest,
@@ -170,22 +212,10 @@ def _record(
         layers=facts.layers,
         translators=facts.translators,
         width=facts.width if config.states else 0,
+        text=config.own_text.name if config.own_text else "",
     )
-    windows = [
-        (doc, window(doc, tokens, config.tokens_per_document + 1))
-        for doc, tokens in tokenized
-        if doc.split in RECORDED_SPLITS and len(tokens) > 1
-    ]
-    if not windows:
-        raise TraceError("corpus", "has no training document", "Use more documents")
-    store = begun_store(folder, header, candidates_VK, windows)
-    left = windows[len(store.chunks) :]
-    table = ray.put(candidates_VK)
-    ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
-    done = sum(chunk.rows for chunk in store.chunks)
-    return left, _record_all(
-        recorders, left, store, lambda new, more: on_progress("record", done + new, done + more)
-    )
+    table_VK = successor_table(texts, facts.vocab, config.candidates)
+    return begun_store(folder, header, table_VK, windows)
 
 
 def _measured(recorder: Any, on_progress: Progress) -> CostTable:
@@ -199,15 +229,6 @@ def _measured(recorder: Any, on_progress: Progress) -> CostTable:
     return costs
 
 
-def quarters(layers: int) -> tuple[int, ...]:
-    """Exits after one, two and three quarters of the layers.
-
-    >>> quarters(12)
-    (3, 6, 9)
-    """
-    return tuple(sorted({max(1, layers * part // 4) for part in (1, 2, 3)}))
-
-
 def _require_context(config: RecordConfig, facts: ModelFacts) -> None:
     if config.tokens_per_document > facts.context:
         raise ConfigError(
@@ -216,34 +237,21 @@ def _require_context(config: RecordConfig, facts: ModelFacts) -> None:
         )
 
 
-def require_exits(exits: tuple[int, ...], layers: int) -> None:
-    """Refuse exits that are not layers of a model's own, ascending.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    if not ascend(exits) or not all(e < layers and not is_on_copy(e) for e in exits):
-        raise ConfigError(
-            "exits", f"{exits} do not ascend within [1, {layers - 1}]", "Use layers of the model"
-        )
-
-
 def _record_all(
-    recorders: list[Any],
-    windows: list[tuple[Document, list[int]]],
-    store: TraceStore,
-    on_chunk: Callable[[int, int], None],
+    recorders: list[Any], windows: Sequence[TextWindow], store: TraceStore, on_progress: Progress
 ) -> float:
-    split = {doc.digest: doc.split for doc, _ in windows}
-    total = sum(len(tokens) - 1 for _, tokens in windows)
-    done = 0
+    split = {each.document.digest: each.document.split for each in windows}
+    done = sum(chunk.rows for chunk in store.chunks)
+    total = done + sum(each.rows for each in windows)
     start = time.perf_counter()
-    pool = ActorPool(recorders)
     # Ordered, so that the same corpus always gives the same store and the same training run.
-    chunks = pool.map(lambda actor, item: actor.record.remote(item[0].digest, item[1]), windows)
+    chunks = ActorPool(recorders).map(
+        lambda actor, each: actor.record.remote(each.document.digest, each.tokens, each.first),
+        windows,
+    )
     for chunk in chunks:
         assert isinstance(chunk, TraceChunk)
         store.append(chunk, split[chunk.document])
         done += len(chunk)
-        on_chunk(done, total)
+        on_progress("record", done, total)
     return time.perf_counter() - start

@@ -9,11 +9,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from offramp.agents.recording.documents import Document
+from offramp.agents.recording.own_text import OWN_TEXT
 from offramp.agents.recording.training_data import (
     BEGUN,
     has_begun,
@@ -25,8 +26,25 @@ from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.store import MANIFEST, TraceStore, write_traces
 
-Window = tuple[Document, list[int]]
-"""A document, and the tokens of it that are decoded: one more than are recorded."""
+
+class TextWindow(NamedTuple):
+    """What is recorded of a document.
+
+    Attributes:
+        document: Names it.
+        tokens: Token ids that are decoded: one more than the last recorded.
+        first: Position of the first token recorded; the prompt, where the text is the model's own.
+    """
+
+    document: Document
+    tokens: list[int]
+    first: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Tokens recorded."""
+        return len(self.tokens) - 1 - self.first
+
 
 REMEDY = "Give the settings it began with, or choose another folder"
 
@@ -59,7 +77,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def keeps_any(folder: Path) -> bool:
     """Whether something that was recorded lies in a folder."""
-    return any(folder.glob("*.parquet"))
+    return (folder / OWN_TEXT).exists() or any(folder.glob("*.parquet"))
 
 
 def forget_if_empty(folder: Path) -> None:
@@ -69,7 +87,7 @@ def forget_if_empty(folder: Path) -> None:
 
 
 def begun_store(
-    folder: Path, header: TraceHeader, candidates_VK: IntArray, windows: Sequence[Window]
+    folder: Path, header: TraceHeader, candidates_VK: IntArray, windows: Sequence[TextWindow]
 ) -> TraceStore:
     """A new store with its candidates, or the one there if it began just so.
 
@@ -82,7 +100,7 @@ def begun_store(
     Raises:
         TraceError: what lies there was recorded under other settings or of other documents.
     """
-    if not keeps_any(folder):  # nothing that was recorded under any settings
+    if not any(folder.glob("*.parquet")):  # nothing that was recorded under any settings
         (folder / MANIFEST).unlink(missing_ok=True)
         store = TraceStore.create(folder, header)
         save_candidates(folder, candidates_VK)
@@ -93,7 +111,7 @@ def begun_store(
     if not np.array_equal(load_candidates(folder), candidates_VK):
         raise TraceError(str(folder), "was recorded with other candidates", REMEDY)
     held = [(chunk.document, chunk.rows) for chunk in store.chunks]
-    wanted = [(document.digest, len(tokens) - 1) for document, tokens in windows]
+    wanted = [(each.document.digest, each.rows) for each in windows]
     if held != wanted[: len(held)]:
         raise TraceError(str(folder), "holds other documents, or more tokens of each", REMEDY)
     return store

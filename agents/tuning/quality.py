@@ -6,7 +6,7 @@ Shape suffixes: T tokens, D width, V vocabulary, W documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from offramp.agents.evaluation.statistics import bootstrap_ratio
 from offramp.agents.tuning.distil import blocks, kl_of_logits, states_at
+from offramp.agents.tuning.texts import HeldOutText
 from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.stack import LayerStack
-from offramp.worker.model.translators import ExitTranslators
+from offramp.worker.model.translators import UNTRANSLATED, ExitTranslators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +45,15 @@ Sums = dict[int, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TuneReport:
-    """Quality per exit on held-out documents, before (plain norm and head) and after.
+class Comparison:
+    """Quality per exit on held-out text, before (plain norm and head) and after.
 
     Attributes:
-        documents: Held-out documents.
-        tokens: Held-out tokens.
-        before: By ascending layer; full depth is the last.
-        after: Quality with translators; full depth is unchanged.
+        documents: How many documents were measured.
+        tokens: How many tokens were measured.
+        before: Quality by exit, full depth last, with none.
+        after: The same with what was fitted, in the model's dtype.
         gains: Per exit: gain in agreement and its 95 % interval (bootstrap over documents).
-        curve: Training KL: step, then each exit's batch mean, nats.
     """
 
     documents: int
@@ -61,7 +61,25 @@ class TuneReport:
     before: list[ExitQuality]
     after: list[ExitQuality]
     gains: list[tuple[float, float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneReport(Comparison):
+    """What a run came to: on documents as they are, and on the model's own text after them.
+
+    Attributes:
+        own: The comparison on the model's own text, prompts left out.
+        curve: Training KL: step, then each exit's batch mean, nats.
+    """
+
+    own: Comparison
     curve: list[list[float]]
+
+    @classmethod
+    def of(cls, people: Comparison, own: Comparison, curve: list[list[float]]) -> TuneReport:
+        """Put both comparisons and the curve together."""
+        shown = {each.name: getattr(people, each.name) for each in fields(people)}
+        return cls(**shown, own=own, curve=curve)
 
 
 @torch.inference_mode()
@@ -70,6 +88,7 @@ def measure(
     translators: ExitTranslators | AdapterLayers,
     windows: Sequence[Sequence[int]],
     exits: Sequence[int],
+    firsts: Sequence[int] = (),
 ) -> Sums:
     """Sums per document at each exit and at full depth.
 
@@ -78,15 +97,16 @@ def measure(
         translators: What exits are read through, as decoding applies it, in the model's dtype.
         windows: Documents of T + 1 tokens; the last token is only ever a label.
         exits: Layers that are measured.
+        firsts: Position in each document of the first token measured; (): all are.
     """
     rows: dict[int, list[list[float]]] = {layer: [] for layer in (*exits, stack.layers)}
-    for tokens in windows:
+    for tokens, first in zip(windows, firsts or [0] * len(windows), strict=True):
         inputs = torch.tensor([tokens[:-1]], device=stack.device)
         labels_T = torch.tensor(tokens[1:], device=stack.device)
         states, last_TD = states_at(stack, inputs, exits)
         for layer in rows:
             x_TD = last_TD if layer == stack.layers else translators.apply(layer, states[layer])
-            rows[layer].append(_sums(stack, x_TD, last_TD, labels_T))
+            rows[layer].append(_sums(stack, x_TD[first:], last_TD[first:], labels_T[first:]))
     return {layer: np.asarray(each) for layer, each in rows.items()}
 
 
@@ -102,21 +122,26 @@ def summarise(sums: Sums, tokens: int) -> list[ExitQuality]:
 
 
 def compare(
-    windows: Sequence[Sequence[int]], before: Sums, after: Sums, seed: int, curve: list[list[float]]
-) -> TuneReport:
-    """The report of a run, from the sums per document before and after it."""
-    tokens_W: NDArray[np.float64] = np.asarray([len(each) - 1 for each in windows], np.float64)
-    tokens = int(tokens_W.sum())
-    exits = list(after)[:-1]
+    stack: LayerStack,
+    fitted: ExitTranslators | AdapterLayers,
+    texts: HeldOutText,
+    exits: Sequence[int],
+    seed: int,
+) -> Comparison:
+    """Read exits with nothing fitted, and with what was; the seed is the bootstrap's."""
+    before, after = (
+        measure(stack, each, texts.windows, exits, texts.firsts) for each in (UNTRANSLATED, fitted)
+    )
+    tokens_W: NDArray[np.float64] = np.asarray(texts.tokens, np.float64)
+    total = int(tokens_W.sum())
     gains = (after[layer][:, 0] - before[layer][:, 0] for layer in exits)
     estimates = (bootstrap_ratio(gain_W, tokens_W, seed) for gain_W in gains)
-    return TuneReport(
-        documents=len(windows),
-        tokens=tokens,
-        before=summarise(before, tokens),
-        after=summarise(after, tokens),
+    return Comparison(
+        documents=len(texts.windows),
+        tokens=total,
+        before=summarise(before, total),
+        after=summarise(after, total),
         gains=[(each.value, each.low, each.high) for each in estimates],
-        curve=curve,
     )
 
 

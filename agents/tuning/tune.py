@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from offramp.agents.recording.corpus import load_corpus, window
-from offramp.agents.recording.documents import Document, encode
+from offramp.agents.recording.own_text import only_texts
 from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import (
@@ -28,11 +26,12 @@ from offramp.agents.tuning.distil import (
     loss_head,
 )
 from offramp.agents.tuning.plot import draw_tuning
-from offramp.agents.tuning.quality import TuneReport, compare, measure
+from offramp.agents.tuning.quality import TuneReport, compare, measure, summarise
 from offramp.agents.tuning.ridge import start_translators
-from offramp.agents.tuning.stream import Encode, WindowStream, data_digest
-from offramp.agents.tuning.tune_config import TuneConfig, require_exits, require_fit
-from offramp.controller.errors import ConfigError, TraceError
+from offramp.agents.tuning.stream import WindowStream, data_digest
+from offramp.agents.tuning.texts import chosen_documents, read_texts
+from offramp.agents.tuning.tune_config import OnTuning, TuneConfig, require_exits, require_fit
+from offramp.controller.errors import ConfigError
 from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (
@@ -56,6 +55,12 @@ START_BATCHES = 9
 
 CURVE_POINTS = 200
 """Training losses kept for the report."""
+
+LOOKS = 12
+"""Times that agreement is looked at in a run."""
+
+FEW = 4
+"""Held-out texts that it is looked at on."""
 
 LARGEST_GRADIENT = 1.0
 """Norm of a translator's gradient; longer ones are shortened to it."""
@@ -92,7 +97,7 @@ def tune(
     folder: Path,
     *,
     resume: bool = False,
-    on_tokens: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnTuning = lambda *_: None,
 ) -> TuneReport:
     """Fit translators, measure them, save them with a report, a plot and a successor table.
 
@@ -103,24 +108,23 @@ def tune(
         config: The model, its exits and how to fit them.
         folder: Folder that everything is written to.
         resume: Whether to go on from the folder's checkpoint.
-        on_tokens: Told (tokens trained on so far, in all) after each step.
+        on_progress: Told of "own text" in texts, then of "tune" in tokens trained on.
 
     Raises:
         ConfigError: an option is unusable, the checkpoint is another run's, or training diverged.
         ModelError: the model cannot be loaded.
-        TraceError: there are no documents.
+        TraceError: there are no documents, or the folder's own text is another run's.
     """
     exits = require_exits(config)
     require_device(config.device)
-    checkpoint = TuneCheckpoint.load(folder) if resume else None
+    checkpoint = TuneCheckpoint.load(folder) if resume and not only_texts(folder) else None
     torch.set_num_threads(config.threads)
-    train, held_out = _documents(config)
-    run = _Tuning(config, exits, train, held_out)
+    run = _Tuning(config, exits, folder, on_progress)
     if config.minutes is not None:
         run.take(checkpoint.settings["steps"] if checkpoint else run.steps_within(config.minutes))
     if checkpoint is not None:
         checkpoint.require(run.settings)
-    modules, curve = run.fit(folder, checkpoint, on_tokens)
+    modules, curve = run.fit(folder, checkpoint)
     fitted = freeze(modules)
     report = run.report(fitted, curve)
     run.save(folder, fitted, report)
@@ -135,33 +139,24 @@ def rate_share(step: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
 
 
-def _documents(config: TuneConfig) -> tuple[list[Document], list[Document]]:
-    documents = load_corpus(config.corpus, limit=config.documents)
-    train = [each for each in documents if each.split == "train"]
-    return train, [each for each in documents if each.split == "validation"][: config.held_out]
-
-
 class _Tuning:
-    """What one run works on: the model, its tokenizer and the documents."""
+    """What one run works on: the model and its texts."""
 
     def __init__(
-        self,
-        config: TuneConfig,
-        exits: tuple[int, ...],
-        train: list[Document],
-        held_out: list[Document],
+        self, config: TuneConfig, exits: tuple[int, ...], folder: Path, on_progress: OnTuning
     ) -> None:
         model = load_model(config.model, parse_dtype(config.dtype), config.device)
         tokenizer = load_tokenizer(config.model)
-        self.config, self.exits, self.train = config, exits, train
+        self.config, self.exits, self.on_progress = config, exits, on_progress
         self.stack: LayerStack = stack_for(model)
-        self.encode: Encode = partial(encode, tokenizer)
         self.separator: int | None = tokenizer.eos_token_id
-        self.windows = _windows(held_out, self.encode, config.length)
         require_fit(config, self.stack)
+        self.texts = read_texts(
+            config, folder, model, tokenizer, lambda n, total: on_progress("own text", n, total, "")
+        )
         self.settings: dict[str, Any] = {
             "model": model_fingerprint(model),
-            "data": data_digest(train, held_out),
+            "data": data_digest(*chosen_documents(config)),
             "exits": list(exits),
             "kind": config.kind,
             "rank": config.rank,
@@ -172,15 +167,16 @@ class _Tuning:
             "loss_tokens": config.loss_tokens,
             "dtype": config.dtype,
             "seed": config.seed,
+            "own_text": config.own_text and asdict(config.own_text),
         }
 
     def encoded(self) -> Iterator[list[int]]:
-        return (self.encode(document) for document in self.train)
+        return (self.texts.encode(document) for document in self.texts.train)
 
     def stream(self) -> WindowStream:
         return WindowStream(
-            self.train,
-            self.encode,
+            self.texts.train,
+            self.texts.encode,
             self.separator,
             rows=self.config.batch_tokens // self.config.length,
             length=self.config.length,
@@ -202,7 +198,7 @@ class _Tuning:
         self.settings["steps"] = steps
 
     def fit(
-        self, folder: Path, checkpoint: TuneCheckpoint | None, on_tokens: Callable[[int, int], None]
+        self, folder: Path, checkpoint: TuneCheckpoint | None
     ) -> tuple[dict[int, Trainable], list[list[float]]]:
         config, stream = self.config, self.stream()
         modules = self._start(checkpoint)
@@ -210,7 +206,8 @@ class _Tuning:
         groups = [{"params": list(each.parameters())} for each in modules.values()]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         curve: list[list[float]] = []
-        done = 0
+        done, looks = 0, max(1, config.steps // LOOKS)
+        said = self._look(modules)
         if checkpoint is not None:
             optimizer.load_state_dict(checkpoint.optimizer)
             stream.seek(checkpoint.position)
@@ -229,7 +226,10 @@ class _Tuning:
                     settings=self.settings, step=done, modules=states,
                     optimizer=optimizer.state_dict(), position=stream.position, curve=curve,
                 ).save(folder)  # fmt: skip
-            on_tokens(done * config.batch_tokens, config.steps * config.batch_tokens)
+            if done % looks == 0:
+                said = self._look(modules)
+            sizes = (done * config.batch_tokens, config.steps * config.batch_tokens)
+            self.on_progress("tune", *sizes, said)
         return modules, curve
 
     def _start(self, checkpoint: TuneCheckpoint | None) -> dict[int, Trainable]:
@@ -249,13 +249,23 @@ class _Tuning:
             return dict(fresh_translators(stack, exits, config.rank, next(batches), config.seed))
         return dict(start_translators(stack, exits, config.rank, batches, config.seed))
 
+    def _look(self, modules: dict[int, Trainable]) -> str:
+        """Agreement so far, by exit, on a few held-out texts of the kind that is fitted to."""
+        texts = (self.texts.people if self.config.own_text is None else self.texts.own).few(FEW)
+        served = freeze(modules).to(self.stack.dtype, self.stack.device)
+        sums = measure(self.stack, served, texts.windows, self.exits, texts.firsts)
+        found = summarise(sums, sum(texts.tokens))
+        return "agreement " + ", ".join(f"{row.layer}: {row.agreement:.2f}" for row in found[:-1])
+
     def report(
         self, fitted: ExitTranslators | AdapterLayers, curve: list[list[float]]
     ) -> TuneReport:
         served = fitted.to(self.stack.dtype, self.stack.device)
-        before = measure(self.stack, ExitTranslators(), self.windows, self.exits)
-        after = measure(self.stack, served, self.windows, self.exits)
-        return compare(self.windows, before, after, self.config.seed, curve)
+        people, own = (
+            compare(self.stack, served, each, self.exits, self.config.seed)
+            for each in (self.texts.people, self.texts.own)
+        )
+        return TuneReport.of(people, own, curve)
 
     def save(
         self, folder: Path, fitted: ExitTranslators | AdapterLayers, report: TuneReport
@@ -271,14 +281,6 @@ class _Tuning:
         draw_tuning(report.before, report.after, report.curve, folder / PLOT)
         # Last: its presence says that the rest is there.
         fitted.save(folder, description)
-
-
-def _windows(documents: list[Document], encode: Encode, length: int) -> list[list[int]]:
-    windows = [window(each, encode(each), length + 1) for each in documents]
-    windows = [tokens for tokens in windows if len(tokens) > 1]
-    if not windows:
-        raise TraceError("corpus", "has no validation document with tokens", "Use more documents")
-    return windows
 
 
 def _require_finite(losses: dict[int, float], step: int) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.agents.recording.record import quarters
+from offramp.agents.recording.own_text import OwnText
+from offramp.agents.recording.record_config import quarters
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.loading import layers_and_vocab, parse_dtype
 from offramp.worker.model.stack import LayerStack
+
+OnTuning = Callable[[str, int, int, str], None]
+"""Told (stage, units done, units in all, what is to be said of it)."""
 
 KINDS = ("translator", "layer")
 """What can be fitted to an exit."""
@@ -41,6 +46,8 @@ class TuneConfig:
         device: Device that the model runs on.
         threads: Torch threads; part of what makes a run reproducible.
         seed: Seeds the translators' start and the order of the documents.
+        own_text: How the model goes on from the documents' beginnings, where exits are fitted to
+            its own text; None fits them to the documents as they are.
     """
 
     kind: str = "translator"
@@ -62,6 +69,7 @@ class TuneConfig:
     device: str = "cpu"
     threads: int = 1
     seed: int = 0
+    own_text: OwnText | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -40,13 +41,14 @@ def say(text: str | Text) -> None:
 class Advance(Protocol):
     """Moves a progress bar."""
 
-    def __call__(self, done: int, total: int, stage: str = "") -> None:
+    def __call__(self, done: int, total: int, stage: str = "", said: str = "") -> None:
         """Show how much is done.
 
         Args:
             done: Units done so far.
             total: Units in all.
             stage: What they are units of, if there are several: each stage has a bar of its own.
+            said: What else is to be said so far.
         """
         ...
 
@@ -65,18 +67,19 @@ def progress(label: str, unit: str) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, TaskID] = {}
         begun: dict[str, int] = {}
-        first = bar.add_task(label, total=None, rate="")
+        first = bar.add_task(label, total=None, rate="", said="")
         told_s = time.monotonic()
 
-        def advance(done: int, total: int, stage: str = "") -> None:
+        def advance(done: int, total: int, stage: str = "", said: str = "") -> None:
             nonlocal told_s
             if stage not in tasks:
                 # The bar that was there before anything was told becomes the first stage's.
-                tasks[stage] = bar.add_task(stage, total=None, rate="") if tasks else first
+                tasks[stage] = bar.add_task(stage, total=None, rate="", said="") if tasks else first
                 bar.update(tasks[stage], description=stage or label)
                 # What an earlier run did took none of this one's time.
                 bar.reset(tasks[stage], completed=done, total=total)
@@ -84,10 +87,21 @@ def progress(label: str, unit: str) -> Iterator[Advance]:
             task = next(each for each in bar.tasks if each.id == tasks[stage])
             elapsed, new = task.elapsed or 0.0, done - begun[stage]
             rate = f"{new / elapsed:,.0f} {unit}/s" if elapsed > 0 and unit else ""
-            bar.update(task.id, completed=done, total=total, rate=rate)
+            bar.update(task.id, completed=done, total=total, rate=rate, said=said)
             if not console.is_terminal and time.monotonic() > told_s + TOLD_EVERY_S:
                 told_s = time.monotonic()
                 left = f"about {elapsed * (total - done) / new:,.0f} s" if new else "unknown time"
-                say(f"  {stage or label}: {done:,} of {total:,}, {left} left")
+                say(f"  {stage or label}: {done:,} of {total:,}, {left} left{said and '; '}{said}")
 
         yield advance
+
+
+@contextlib.contextmanager
+def keeping(out: Path, then: str = "the same command goes on") -> Iterator[None]:
+    """Say, if the block is cut off (Ctrl-C, SIGTERM), that what is done is kept, if it is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if out.exists():
+            say(f"[yellow]cut off[/] {out} keeps what is done; {then}")
+        raise

@@ -8,10 +8,11 @@ from pathlib import Path
 from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.drafting.teach import Taught, teach_drafters, time_drafting
 from offramp.agents.placing.contenders import CHOSEN
+from offramp.agents.recording.own_text import OWN_TEXT, only_texts
 from offramp.agents.training.train_config import load_config
 from offramp.controller.policies.exits import copy_weights
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress
+from offramp.deploy.cli.console import console, keeping, progress
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
@@ -42,7 +43,9 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
         config = load_config(path, DraftingConfig)
     else:
         config = replace(config, ppo=replace(config.ppo, steps=steps))
-    options.require_new_folder("out", out)
+    # Cut off while the model wrote its texts, it just goes on.
+    if not only_texts(out):
+        options.require_new_folder("out", out)
     engine = load_engine(
         WorkerSpec(
             model=config.model,
@@ -76,7 +79,10 @@ def teach_and_time(
         ConfigError, TraceError: as ``teach_drafters``.
         PolicyFaultError: some output was not full depth's, token for token.
     """
-    with progress("record", "") as advance:
+    with (
+        keeping(out / OWN_TEXT, "a run that was cut off before costs were measured goes on"),
+        progress("record", "") as advance,
+    ):
         taught = teach_drafters(
             config, engine, out, lambda stage, done, total: advance(done, total, stage)
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from offramp.agents.calibration.pick import EVALUATION
+from offramp.agents.evaluation.archive import Archive
 from offramp.agents.evaluation.assess import Assessment, assess
 from offramp.agents.evaluation.evaluation_rows import TimeAndEnergy
 from offramp.agents.evaluation.matched import quality_metrics
@@ -26,14 +29,14 @@ from offramp.agents.evaluation.page import (
 )
 from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.report import EvaluationReport, write_report
-from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders
+from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders, load_saved
 from offramp.agents.recording.corpus import SPLIT, load_corpus, recorded_digests
 from offramp.agents.recording.training_data import load_training_data
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress, say
+from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -41,6 +44,12 @@ from offramp.worker.spec import WorkerSpec, load_engine
 
 SLOTS = 16
 """Rows decoded together where only quality is measured."""
+
+UNFINISHED = "evaluation.unfinished"
+"""Folder of what is measured, beside the policies, until the evaluation is whole."""
+
+CHOOSING = ("target_agreement", "target_edit_loss", "seed")
+"""Settings that nothing measured depends on."""
 
 TOLD = (
     "agreement", "accuracy", "perplexity", "edit_similarity", "mean_layers", "wall_ratio", "tokens",
@@ -81,7 +90,10 @@ def evaluate_policies(
     translators: options.Translators = None,
     seed: options.Seed = 0,
 ) -> None:
-    """Choose a policy on validation documents and report every policy on test documents."""
+    """Choose a policy on validation documents and report every policy on test documents.
+
+    Cut off, it keeps what is measured, and the same command goes on from there.
+    """
     config = AssessConfig(
         model=model,
         corpus=corpus,
@@ -100,15 +112,52 @@ def evaluate_policies(
         model=model, dtype=dtype, device=device, threads=threads, slots=SLOTS, engine=engine_config
     )
     _require_open(engine_config.kv_mode)
+    _evaluate(config, spec, policies, traces)
+
+
+def _evaluate(config: AssessConfig, spec: WorkerSpec, policies: Path, traces: Path) -> None:
+    """Measure what is not measured yet, then write and show what was found."""
     contenders, engine = _load(policies, traces, spec)
-    require_recorded(corpus, documents, traces)
-    with progress("evaluate", "runs") as advance:
-        found = assess(config, engine, contenders, lambda _, *count: advance(*count))
+    require_recorded(config.corpus, config.corpus_limit, traces)
+    settings = _settings(config, spec, engine, policies)
+    archive = Archive.open(policies / UNFINISHED, settings, "policies")
+    with keeping(archive.folder), progress("evaluate", "runs") as advance:
+        found = assess(
+            config,
+            engine,
+            contenders,
+            lambda stage, done, total: advance(done, total, stage),
+            archive,
+        )
     save_assessment(policies, contenders, found, engine, config)
+    shutil.rmtree(archive.folder)
     console.print(evaluation_table(found.test, contenders[found.chosen].name))
     say(f"energy: {found.energy.label}")
     console.print(f"{found.reason} → {policies / CHOSEN}")
     console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
+
+
+def _settings(
+    config: AssessConfig, spec: WorkerSpec, engine: AdaptiveEngine, policies: Path
+) -> dict[str, Any]:
+    """All that measurements depend on; models and corpora go by what they hold."""
+    documents = load_corpus(config.corpus, limit=config.corpus_limit)
+    digests = ",".join(each.digest for each in documents).encode()
+    told = {k: v for k, v in asdict(config).items() if k not in ("model", "corpus", *CHOOSING)}
+    return {
+        **told,
+        "corpus": hashlib.sha256(digests).hexdigest(),
+        "model": engine.model_fingerprint,
+        "translators": engine.decoder.translators.digest,
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "kv_mode": spec.engine.kv_mode,
+        "max_pending": spec.engine.max_pending,
+        "policies": [
+            [each.name, hashlib.sha256(bundle.blob).hexdigest()]
+            for each, bundle in load_saved(policies)
+        ],
+    }
 
 
 def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contender], AdaptiveEngine]:
@@ -136,7 +185,7 @@ def _require_open(mode: KVMode) -> None:
         )
 
 
-def require_recorded(corpus: Path | None, documents: int, traces: Path) -> None:
+def require_recorded(corpus: Path | None, documents: int | None, traces: Path) -> None:
     """Refuse to evaluate on another corpus: its test documents may be among those trained on.
 
     Raises:

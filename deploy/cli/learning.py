@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +12,14 @@ import typer
 from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import RecordConfig, record_traces
+from offramp.agents.recording.own_text import TOGETHER, OwnText
+from offramp.agents.recording.record import is_finished, record_traces
+from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.training_data import has_begun
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress, say
+from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.drafting import teach
 from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
@@ -33,6 +34,9 @@ DraftModel = Annotated[
 ]
 DraftDtype = Annotated[
     str, typer.Option(help="With --for drafting: weights' dtype.", show_default="float32")
+]
+DraftTemperature = Annotated[
+    float, typer.Option(help="With --for drafting: of the model's own text, which is recorded.")
 ]
 Targets = Annotated[
     str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
@@ -68,18 +72,21 @@ def record(
     threads: options.SharedThreads = "auto",
     translators: options.Translators = None,
     states: Annotated[bool, typer.Option(help="Keep the hidden states too (float16).")] = False,
+    own_text: options.OwnText = False,
+    temperature: options.Temperature = 0.0,
+    prompt_share: options.PromptShare = 0.25,
 ) -> None:
     """Decode documents at full depth on Ray workers and store per-exit features.
 
     Cut off, it keeps what is recorded, and the same command goes on from there.
     """
-    settings = Settings.from_environment()
     config = RecordConfig(
         worker=WorkerSpec(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
             dtype=dtype,
             device=device,
             threads=options.parse_threads(threads, recorders),
+            slots=TOGETHER,
             engine=EngineConfig(
                 translators=translators and translators.resolve(),
                 precision=Precision.parse(weights),
@@ -92,35 +99,31 @@ def record(
         candidates=candidates,
         recorders=recorders,
         states=states,
+        own_text=OwnText.asked_for(own_text, temperature, prompt_share),
     )
+    _record(config, out)
+
+
+def _record(config: RecordConfig, out: Path) -> None:
+    """Record on a Ray of our own, or on a cluster's."""
+    settings = Settings.from_environment()
     if not has_begun(out):
         options.require_new_folder("out", out)
+    elif is_finished(config, out):
+        say(f"{out} holds this recording, finished; it is left alone")
+        return
     _require_recordable(config, settings)
-    cpus = max(recorders, os.cpu_count() or 1)
+    cpus = max(config.recorders, os.cpu_count() or 1)
     with (
-        _kept(out),
+        keeping(out),
         ray_session(settings.ray_address, cpus),
         progress("record", "tokens") as advance,
     ):
-        report = record_traces(config, out, lambda stage, *count: advance(*count, stage))
-    if not report.documents:
-        say(f"{out} holds this recording, finished; it is left alone")
-        return
+        report = record_traces(config, out, lambda stage, done, total: advance(done, total, stage))
     console.print(
         f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
         f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"
     )
-
-
-@contextlib.contextmanager
-def _kept(out: Path) -> Iterator[None]:
-    """Say, if a recording is cut off, what becomes of it."""
-    try:
-        yield
-    except BaseException:
-        if has_begun(out):
-            say(f"[yellow]cut off[/] {out} keeps what is recorded; the same command goes on")
-        raise
 
 
 def train_policies(
@@ -134,6 +137,7 @@ def train_policies(
     translators: options.Translators = None,
     dtype: DraftDtype = "",
     exits: options.DraftExits = "",
+    temperature: DraftTemperature = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Targets = ".92,.95,.97,.985",
     costs: options.Costs = None,
@@ -164,12 +168,13 @@ def train_policies(
             threads=threads,
             seed=seed,
             exits=left,
+            temperature=temperature,
         )
         teach(config, lesson, steps, out)
         return
     if goal != "exits":
         raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
-    _require_unused(given, "is that of the recording")
+    _require_unused(given | {"temperature": temperature}, "is that of the recording")
     if config is not None:
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return

@@ -88,6 +88,13 @@ Costs = Annotated[
         help="Cost table of `offramp profile`.", show_default="as measured when recording"
     ),
 ]
+OwnText = Annotated[
+    bool, typer.Option("--own-text", help="Take what the model says after documents' beginnings.")
+]
+Temperature = Annotated[float, typer.Option(help="Of the model's own text; 0 is greedy.")]
+PromptShare = Annotated[
+    float, typer.Option(help="Share of an own text that is its document's beginning.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 DEFAULT_MODEL = "models/reference"

@@ -25,6 +25,10 @@ from offramp.worker.profiling.profile import Profile, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.spec import WorkerSpec, load_engine
 
+LimitS = Annotated[
+    float, typer.Option(help="Stop after so many seconds in any case, not counting setting up.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
@@ -54,10 +58,7 @@ def profile(
     half_width: Annotated[
         float, typer.Option(help="Go on until no 95 % interval is wider than ± this share.")
     ] = 0.05,
-    limit_s: Annotated[
-        float,
-        typer.Option(help="Stop after so many seconds in any case; loading and setting up beside."),
-    ] = 300.0,
+    limit_s: LimitS = 300.0,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
     draft_weights: options.DraftWeights = "",

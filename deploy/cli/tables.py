@@ -47,16 +47,20 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
 def tuning_table(report: TuneReport) -> Table:
     """The table of a tuning run: each exit's quality before → after, and full depth's.
 
-    Columns: token agreement with full depth, its gain with a 95 % interval, KL to full depth and
-    NLL of the document's tokens (nats per token), next-token accuracy.
+    Columns: token agreement with full depth on the model's own text and on the documents as they
+    are, each with its gain and a 95 % interval; on the latter KL to full depth and NLL of the
+    document's tokens (nats per token), and next-token accuracy.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("exit", "agreement", "gain", "KL", "accuracy", "NLL"):
+    for name in ("exit", "on own text", "gain", "agreement", "gain", "KL", "accuracy", "NLL"):
         table.add_column(name, justify="right")
+    own = report.own
     for index, (old, new) in enumerate(zip(report.before, report.after, strict=True)):
         is_exit = index < len(report.gains)
         table.add_row(
             str(new.layer) if is_exit else "full",
+            f"{own.before[index].agreement:.3f} → {own.after[index].agreement:.3f}",
+            _interval(*own.gains[index]) if is_exit else "",
             f"{old.agreement:.3f} → {new.agreement:.3f}",
             _interval(*report.gains[index]) if is_exit else "",
             f"{old.kl:.3f} → {new.kl:.3f}",

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from offramp.agents.recording.own_text import OwnText, only_texts
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, progress, say
+from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import tuning_table
 from offramp.worker.hf.gguf_import import import_gguf
 from offramp.worker.model.loading import parse_dtype
@@ -45,6 +46,9 @@ def tune_exits(
     model: options.Model = options.DEFAULT_MODEL,
     corpus: options.Corpus = None,
     documents: options.Documents = 320,
+    own_text: options.OwnText = False,
+    temperature: options.Temperature = 0.0,
+    prompt_share: options.PromptShare = 0.25,
     exits: Annotated[
         str, typer.Option(help="Layers to fit, like 3,6,9.", show_default="quarters of the depth")
     ] = "",
@@ -90,11 +94,23 @@ def tune_exits(
         device=device,
         threads=threads,
         seed=seed,
+        own_text=OwnText.asked_for(own_text, temperature, prompt_share),
     )
+    _tune(config, out, resume)
+
+
+def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
+    """Tune, and show what it came to."""
     require_exits(config)
-    if not resume:
+    # Cut off while the model wrote its texts, there is no checkpoint yet: it just goes on.
+    if not resume and not only_texts(out):
         options.require_new_folder("out", out)
-    with progress("tune", "tokens") as advance:
-        report = tune(config, out, resume=resume, on_tokens=advance)
+    with keeping(out, "--resume goes on"), progress("tune", "tokens") as advance:
+        report = tune(
+            config,
+            out,
+            resume=resume,
+            on_progress=lambda stage, done, total, said: advance(done, total, stage, said),
+        )
     console.print(tuning_table(report))
     console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")

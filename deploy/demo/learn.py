@@ -13,7 +13,8 @@ from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
+from offramp.agents.recording.record import RecordReport, record_traces
+from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
@@ -108,7 +109,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
                 recorders=config.replicas,
             ),
             config.out / "traces",
-            lambda stage, *count: advance(*count, stage),
+            lambda stage, done, total: advance(done, total, stage),
         )
     console.print(
         f"  {recorded.tokens:,} tokens, exits {recorded.exits}, "

@@ -24,6 +24,7 @@ def test_tune_prints_each_exit_before_and_after(cli: Any, tmp_path: Path) -> Non
     assert {path.name for path in out.iterdir()} == {
         "candidates.npy",
         "checkpoint.pt",
+        "own_text.jsonl",
         "translators.safetensors",
         "tune.json",
         "tune.png",

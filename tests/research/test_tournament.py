@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.agents.evaluation.archive import plain_scores
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.protocol import AssessConfig, Findings
 from offramp.agents.evaluation.scores import AGREEMENT
@@ -17,7 +18,6 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.research.archive import plain_scores
 from offramp.research.comparisons import comparisons, matched_points
 from offramp.research.hindsight import measure_oracle
 from offramp.research.tournament import (

@@ -13,6 +13,7 @@ from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceChunk
 from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.recording.going_on import go_on
 from offramp.worker.recording.recorder import record_document
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
@@ -45,9 +46,9 @@ class TraceRecorder:
         self.exits = tuple(exits)
         self.candidates_VK = candidates_VK
 
-    def record(self, document: str, tokens: Sequence[int]) -> TraceChunk:
-        """One document's chunk; see ``record_document``."""
-        return record_document(
+    def record(self, document: str, tokens: Sequence[int], first: int = 0) -> TraceChunk:
+        """One document's chunk, from a token on; see ``record_document``."""
+        chunk = record_document(
             self.engine.stack,
             document,
             tokens,
@@ -56,6 +57,17 @@ class TraceRecorder:
             translators=self.engine.decoder.translators,
             states=self.states,
         )
+        return chunk.after(first)
+
+    def go_on(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[list[int]]:
+        """What the model says after each prompt; see ``going_on.go_on``."""
+        return go_on(self.engine, prompts, new_tokens, temperature, seeds=seeds)
 
     def measure(self) -> CostTable:
         """This process's costs, in ``RECORD_S`` once set up; call it while no other actor works."""

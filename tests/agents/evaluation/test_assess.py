@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from offramp.agents.evaluation.archive import Archive
 from offramp.agents.evaluation.assess import Assessment, assess, publishable, require_learned
 from offramp.agents.evaluation.evaluation_rows import Measured
 from offramp.agents.evaluation.measure import (
@@ -23,7 +25,7 @@ from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.evaluation.scores import AGREEMENT, EDIT_SIMILARITY, PERPLEXITY, Scores
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.record import quarters
+from offramp.agents.recording.record_config import quarters
 from offramp.agents.training.families import BEST_EXITS, JUMPS, ON_POLICY
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
@@ -63,6 +65,32 @@ def documents(engine: AdaptiveEngine) -> list[HeldOut]:
 @pytest.fixture(scope="module")
 def found(engine: AdaptiveEngine) -> Assessment:
     return assess(config(), engine, CONTENDERS)
+
+
+def test_cut_off_it_keeps_what_was_measured_and_goes_on(
+    engine: AdaptiveEngine, tmp_path: Path
+) -> None:
+    protocol = Protocol(prompt_tokens=8, new_tokens=8, lines=0, timed_tokens=4)
+    small = config(protocol=protocol, validation_documents=2, test_documents=2, timed_documents=2)
+    told: list[tuple[str, int]] = []
+
+    def stop(stage: str, done: int, _: int) -> None:
+        told.append((stage, done))
+        if told[-1] == ("validation: time", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assess(small, engine, CONTENDERS, stop, Archive.open(tmp_path / "kept", {"a": 1}))
+    kept = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*.json")}
+    assert len(kept) == 1 + len(CONTENDERS) + 1, "settings, qualities, and one timed document"
+    archive = Archive.open(tmp_path / "kept", {"a": 1})
+    whole = assess(small, engine, CONTENDERS, archive=archive)
+    assert {path: path.read_bytes() for path in kept} == kept
+    again = assess(small, engine, CONTENDERS, archive=archive)
+    assert again.validation == whole.validation, "times, too: nothing was measured twice"
+    assert again.test == whole.test
+    with pytest.raises(ConfigError, match=r"policies: .* was measured under another a"):
+        Archive.open(tmp_path / "kept", {"a": 2}, "policies")
 
 
 def test_full_depth_is_its_own_reference(found: Assessment) -> None:

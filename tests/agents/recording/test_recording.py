@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from offramp.agents.recording.corpus import recorded_digests, write_split
-from offramp.agents.recording.record import RecordConfig, RecordReport, record_traces
+from offramp.agents.recording.own_text import OWN_TEXT, OwnText
+from offramp.agents.recording.record import RecordReport, record_traces
+from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.recording import begin, begun_store
 from offramp.agents.recording.training_data import is_whole, load_training_data, save_candidates
 from offramp.controller.costs.cost_file import save_costs
@@ -125,26 +127,35 @@ def test_only_the_same_recording_is_resumed(config: RecordConfig, tmp_path: Path
     assert len(names(folder)) > len(held)
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_recording_that_kept_nothing_is_removed(
-    config: RecordConfig, tmp_path: Path, is_there: bool
-) -> None:
-    if is_there:
-        (tmp_path / "traces").mkdir()
+def test_a_recording_that_kept_nothing_is_removed(config: RecordConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
     with pytest.raises(ConfigError, match="exits"):
-        record_traces(replace(config, exits=(99,)), tmp_path / "traces")
-    assert not (tmp_path / "traces").exists()
+        record_traces(replace(config, exits=(99,)), folder)
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="candidates"):
+        record_traces(replace(config, candidates=9999), folder)
+    assert not folder.exists()
 
 
-def test_what_was_begun_without_a_document_is_begun_anew(
+def test_own_text_is_recorded_from_its_prompts_on_and_kept_when_cut_off(
     config: RecordConfig, tmp_path: Path
 ) -> None:
     folder = tmp_path / "traces"
     begin(folder, {"documents": 3})
     header = TraceHeader(model="m", schema=CANDIDATES_V1.digest, exits=(1,), layers=4)
-    TraceStore.create(folder, header)  # as if killed right then
-    cut_after(config, folder, 1)
-    assert TraceStore.open(folder).header.exits == (3, 6, 9)
+    TraceStore.create(folder, header)  # as if killed right then, before a document was whole
+    own = replace(config, own_text=OwnText(prompt_share=0.25))
+    cut_after(own, folder, 1)
+    store = TraceStore.open(folder)
+    assert store.header.exits == (3, 6, 9)
+    assert store.header.text == "the model's own, greedy"
+    assert store.chunks[0].rows == 9, "three of thirteen tokens are the document's"
+    assert store.read().full_right_N.all(), "full depth says what the text says"
+    written = (folder / OWN_TEXT).read_bytes()
+    cut_after(own, folder, 10)
+    assert (folder / OWN_TEXT).read_bytes() == written
+    with pytest.raises(TraceError, match=r"begun with own_text = .*, not None"):
+        record_traces(config, folder)
 
 
 def test_files_of_others_are_left_alone(config: RecordConfig, tmp_path: Path) -> None:

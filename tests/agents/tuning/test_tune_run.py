@@ -50,11 +50,11 @@ class Stopped(Exception):
 
 
 def stop_after(steps: int) -> object:
-    def on_tokens(done: int, _: int) -> None:
-        if done == steps * CONFIG.batch_tokens:
+    def on_progress(stage: str, done: int, *_: object) -> None:
+        if stage == "tune" and done == steps * CONFIG.batch_tokens:
             raise Stopped
 
-    return on_tokens
+    return on_progress
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_resumed_run_writes_the_same_bytes(
     config: TuneConfig, whole: tuple[Path, TuneReport], tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
-        tune(config, tmp_path, on_tokens=stop_after(3))  # type: ignore[arg-type]  # between two checkpoints
+        tune(config, tmp_path, on_progress=stop_after(3))  # type: ignore[arg-type]  # between two checkpoints
     assert not (tmp_path / WEIGHTS).exists()
     tune(config, tmp_path, resume=True)
     for name in (WEIGHTS, DESCRIPTION, "candidates.npy"):
@@ -230,7 +230,7 @@ def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Pat
     assert (before.layer, after.layer) == (3, 3)
     assert report.before[-1] == report.after[-1], "full depth changed"
     with pytest.raises(Stopped):
-        tune(layers, tmp_path / "cut", on_tokens=stop_after(7))  # type: ignore[arg-type]
+        tune(layers, tmp_path / "cut", on_progress=stop_after(7))  # type: ignore[arg-type]
     tune(layers, tmp_path / "cut", resume=True)
     for name in (WEIGHTS, DESCRIPTION):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

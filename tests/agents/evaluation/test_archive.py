@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from offramp.agents.evaluation.archive import plain_scores, scores_of
 from offramp.agents.evaluation.scores import require_finite
 from offramp.controller.errors import ConfigError
-from offramp.research.archive import plain_scores, scores_of
 from support.measured import FULL
 
 
