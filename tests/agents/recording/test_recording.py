@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
 
 def cut_after(config: RecordConfig, folder: Path, tokens: int) -> None:
     def stop(stage: str, done: int, _: int) -> None:
-        if stage == "costs" or done >= tokens:
+        if stage == "costs" or (stage == "record" and done >= tokens):
             raise Interrupted
 
     with pytest.raises(Interrupted):
