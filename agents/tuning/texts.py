@@ -76,6 +76,7 @@ def chosen_documents(config: TuneConfig) -> tuple[list[Document], list[Document]
 
 def read_texts(
     config: TuneConfig,
+    documents: tuple[list[Document], list[Document]],
     folder: Path,
     model: Any,
     tokenizer: Any,
@@ -84,7 +85,8 @@ def read_texts(
     """All texts of a run; the model's own are written first, or read back from the folder.
 
     Args:
-        config: Says which documents, and whether the model's own text is fitted to.
+        config: Says whether the model's own text is fitted to, and how long windows are.
+        documents: Documents to fit to, and those held out.
         folder: Keeps the model's own text.
         model: Hugging Face's; left as it is.
         tokenizer: The model's.
@@ -93,7 +95,7 @@ def read_texts(
     Raises:
         TraceError: a split has no text, or the folder's texts are of other settings.
     """
-    train, held_out = chosen_documents(config)
+    train, held_out = documents
     engine = AdaptiveEngine(model, tokenizer, slots=TOGETHER)
     own, lengths = (
         config.own_text or OwnText(),

@@ -145,6 +145,7 @@ class _Tuning:
     def __init__(
         self, config: TuneConfig, exits: tuple[int, ...], folder: Path, on_progress: OnTuning
     ) -> None:
+        documents = chosen_documents(config)  # refused, if they are, before anything is loaded
         model = load_model(config.model, parse_dtype(config.dtype), config.device)
         tokenizer = load_tokenizer(config.model)
         self.config, self.exits, self.on_progress = config, exits, on_progress
@@ -152,11 +153,16 @@ class _Tuning:
         self.separator: int | None = tokenizer.eos_token_id
         require_fit(config, self.stack)
         self.texts = read_texts(
-            config, folder, model, tokenizer, lambda n, total: on_progress("own text", n, total, "")
+            config,
+            documents,
+            folder,
+            model,
+            tokenizer,
+            lambda n, total: on_progress("own text", n, total, ""),
         )
         self.settings: dict[str, Any] = {
             "model": model_fingerprint(model),
-            "data": data_digest(*chosen_documents(config)),
+            "data": data_digest(*documents),
             "exits": list(exits),
             "kind": config.kind,
             "rank": config.rank,
