@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from offramp.agents.recording.own_text import (
     speak_all,
 )
 from offramp.agents.tuning.stream import Encode
-from offramp.agents.tuning.tune_config import TuneConfig
+from offramp.agents.tuning.tune_config import OnTuning, TuneConfig
 from offramp.controller.errors import TraceError
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.recording.going_on import go_on
@@ -80,7 +80,7 @@ def read_texts(
     folder: Path,
     model: Any,
     tokenizer: Any,
-    on_text: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnTuning,
 ) -> TuneTexts:
     """All texts of a run; the model's own are written first, or read back from the folder.
 
@@ -90,7 +90,7 @@ def read_texts(
         folder: Keeps the model's own text.
         model: Hugging Face's; left as it is.
         tokenizer: The model's.
-        on_text: Told (texts so far, in all).
+        on_progress: Told of "own text" in texts.
 
     Raises:
         TraceError: a split has no text, or the folder's texts are of other settings.
@@ -113,7 +113,13 @@ def read_texts(
         **asdict(own), "new_tokens": lengths[1], "model": engine.model_fingerprint,
         "dtype": config.dtype,
     }  # fmt: skip
-    spoken = speak_all(folder / OWN_TEXT, settings, prompts, speak, on_text)
+    spoken = speak_all(
+        folder / OWN_TEXT,
+        settings,
+        prompts,
+        speak,
+        lambda n, all_: on_progress("own text", n, all_, ""),
+    )
     by_digest = {each.document.digest: each.tokens for each in spoken}
     people: Encode = partial(encode, tokenizer)
     held = {each.digest for each in held_out}

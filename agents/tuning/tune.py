@@ -152,14 +152,7 @@ class _Tuning:
         self.stack: LayerStack = stack_for(model)
         self.separator: int | None = tokenizer.eos_token_id
         require_fit(config, self.stack)
-        self.texts = read_texts(
-            config,
-            documents,
-            folder,
-            model,
-            tokenizer,
-            lambda n, total: on_progress("own text", n, total, ""),
-        )
+        self.texts = read_texts(config, documents, folder, model, tokenizer, on_progress)
         self.settings: dict[str, Any] = {
             "model": model_fingerprint(model),
             "data": data_digest(*documents),

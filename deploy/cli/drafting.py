@@ -79,10 +79,7 @@ def teach_and_time(
         ConfigError, TraceError: as ``teach_drafters``.
         PolicyFaultError: some output was not full depth's, token for token.
     """
-    with (
-        keeping(out / OWN_TEXT, "a run that was cut off before costs were measured goes on"),
-        progress("record", "") as advance,
-    ):
+    with keeping(out / OWN_TEXT), progress("record", "") as advance:
         taught = teach_drafters(
             config, engine, out, lambda stage, done, total: advance(done, total, stage)
         )
