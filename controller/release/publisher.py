@@ -209,11 +209,10 @@ class Publisher:
         try:
             self.heartbeat()
         except RegistryUnavailableError as error:
-            problem = (
-                f"generation {generation} is served, its timestamp not renewed: {error.problem}"
-            )
+            said = f"generation {generation} is served, its timestamp not renewed: {error.problem}"
             remedy = f"{error.remedy}, then promote it again"
-            raise RegistryUnavailableError(error.field, problem, remedy) from error
+            raise RegistryUnavailableError(error.field, said, remedy) from error
+        self._served.forget_old_blobs()
 
     def rollback(self, to: int | None = None, failed: int | None = None) -> Head:
         """Serve an older policy again, as a new and higher generation, at once and to everybody.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 
 from offramp.controller.adapters.adapter_index import AdapterIndex
-from offramp.controller.errors import ConfigError, PolicyRefusedError
+from offramp.controller.errors import ConfigError, OfframpError, PolicyRefusedError
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Head, PolicyRegistry
@@ -17,6 +17,10 @@ FORGED = (
     "look at who may write to the registry."
 )
 """What is said of a head that was not signed here: channel, why, generation."""
+
+KEPT = 8
+"""Promotions whose blobs stay in the registry, for workers that are late, and with them those of
+releases that wait for theirs."""
 
 _logger = logging.getLogger(__name__)
 
@@ -73,14 +77,22 @@ class SignedRecords:
         Raises:
             ConfigError: one is not recorded, or damaged.
         """
+        return map(self._ledger.blob, self.digests(generation))
+
+    def digests(self, generation: int) -> Iterator[str]:
+        """The digests of these blobs, a list of parts after the parts.
+
+        Raises:
+            ConfigError: such a list is not recorded, or damaged.
+        """
         release = self.manifest(generation)
-        yield self._ledger.blob(release.digest)
+        yield release.digest
         if release.adapter_index:
             raw = self._ledger.blob(release.adapter_index)
-            yield from map(self._ledger.blob, AdapterIndex.from_bytes(raw).parts)
-            yield raw
+            yield from AdapterIndex.from_bytes(raw).parts
+            yield release.adapter_index
         if release.rollout.stable_generation:
-            yield from self.blobs(release.rollout.stable_generation)
+            yield from self.digests(release.rollout.stable_generation)
 
     def stable(self) -> Manifest:
         """The release that serves all requests, or all that a canary does not.
@@ -144,6 +156,19 @@ class ServedHead:
         mine = head.generation in self._ledger.generations()
         if mine and self._ledger.get(head.generation) == head.envelope:
             self._ledger.record_promotion(head.generation)
+
+    def forget_old_blobs(self) -> None:
+        """Delete from the registry what no recent release needs; the ledger keeps it.
+
+        It is tidying up: what stands in its way is logged, and no more.
+        """
+        promoted = self._ledger.promotions()
+        newer = [each for each in self._ledger.generations() if each > promoted[-1]]
+        try:
+            kept = {d for each in (*promoted[-KEPT:], *newer) for d in self._records.digests(each)}
+            self._registry.forget_blobs(kept)
+        except OfframpError as error:
+            _logger.warning("Old blobs stay in the registry: %s", error)
 
     def _read(self) -> Head | None:
         """The registry's head; the ledger's is put in place of one that was not signed here."""

@@ -2,7 +2,8 @@
 
 Keys ({c} = channel; the braces are a hash tag, so one channel lives on one cluster node):
 
-    offramp:{c}:blob:<sha256>  string        policy weights (safetensors), ≤ 8 MiB
+    offramp:{c}:blob:<sha256>  string        policy weights (safetensors), ≤ 8 MiB; parts of
+                                             adapters (≤ 4 MiB) and the lists of them
     offramp:{c}:head           hash          gen, epoch, envelope, digest, stable: one atomic read
     offramp:{c}:fresh          string, TTL   signed timestamp: freeze alarm
     offramp:{c}:events         stream ≤ 1000 gen, digest: wake-up and audit, never the truth
@@ -15,15 +16,12 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from offramp.controller.errors import (
     ConfigError,
@@ -34,6 +32,7 @@ from offramp.controller.errors import (
     RegistryUnavailableError,
 )
 from offramp.controller.policies.kinds import digest_of
+from offramp.controller.redis_client import connect, without_password
 from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head, too_large
 from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
 from offramp.controller.release.tally import tallies_from_json, tallies_to_json
@@ -92,9 +91,9 @@ class RedisRegistry:
         if not _CHANNEL.fullmatch(channel):
             raise ConfigError("CHANNEL", f"{channel!r} is no name", "Use letters, digits, . _ -")
         self._prefix = f"offramp:{{{channel}}}:"
-        self._place = _without_password(url)
-        self._client = _connect(url, timeout_s, timeout_s)
-        self._waiter = _connect(url, timeout_s, MAX_BLOCK_S + timeout_s)
+        self._place = without_password(url)
+        self._client = connect(url, timeout_s, timeout_s)
+        self._waiter = connect(url, timeout_s, MAX_BLOCK_S + timeout_s)
         # Each waiting thread has its own place in the stream.
         self._seen = threading.local()
 
@@ -124,6 +123,14 @@ class RedisRegistry:
     def get_blob(self, digest: str, max_bytes: int) -> bytes | None:
         """See PolicyRegistry."""
         return self._get(self._key(f"blob:{digest}"), "the blob", max_bytes)
+
+    def forget_blobs(self, named: Collection[str]) -> None:
+        """See PolicyRegistry."""
+        start = self._key("blob:")
+        keys = self._read(lambda: list(self._client.scan_iter(match=f"{start}*", count=500)))
+        gone = [key for key in keys if key.decode().removeprefix(start) not in named]
+        if gone:
+            self._guard(lambda: self._client.unlink(*gone))
 
     def promote(self, head: Head, expected_generation: int) -> None:
         """See PolicyRegistry."""
@@ -251,28 +258,6 @@ class RedisRegistry:
             ("does not serve", "Start Redis or correct the address"),
         )
         return RegistryUnavailableError("REDIS_URL", f"{self._place} {problem}: {error}", remedy)
-
-
-def _connect(url: str, connect_s: float, socket_s: float) -> redis.Redis:
-    options: dict[str, Any] = {
-        "socket_timeout": socket_s,
-        # A retry inside redis-py would repeat a promotion blindly; its default (0 to 10) varies by
-        # version and by constructor.
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-    if not url.startswith("unix://"):
-        options["socket_connect_timeout"] = connect_s
-    try:
-        return redis.Redis.from_url(url, **options)
-    except ValueError as error:
-        remedy = "Use redis://, rediss:// or unix://"
-        raise ConfigError("REDIS_URL", f"{_without_password(url)}: {error}", remedy) from error
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _milliseconds(seconds: float) -> int:

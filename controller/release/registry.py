@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -128,6 +129,10 @@ class PolicyRegistry(Protocol):
         """
         ...
 
+    def forget_blobs(self, named: Collection[str]) -> None:
+        """Delete every blob but those of these digests."""
+        ...
+
     def promote(self, head: Head, expected_generation: int) -> None:
         """Make a release the head, if the head is still the one expected (0: none yet).
 
@@ -210,6 +215,11 @@ class InMemoryRegistry:
         if blob is not None and len(blob) > max_bytes:
             raise too_large("the blob", len(blob), max_bytes)
         return blob
+
+    def forget_blobs(self, named: Collection[str]) -> None:
+        """See PolicyRegistry."""
+        with self._changed:
+            self._blobs = {each: blob for each, blob in self._blobs.items() if each in named}
 
     def promote(self, head: Head, expected_generation: int) -> None:
         """See PolicyRegistry."""

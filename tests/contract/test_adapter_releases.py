@@ -12,6 +12,7 @@ import pytest
 from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.adapters.adapter_index import PART_BYTES, AdapterSource
 from offramp.controller.errors import ConfigError, PolicyRefusedError, RegistryUnavailableError
+from offramp.controller.release import records
 from offramp.controller.release.registry import AckState
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.refresh import PolicyRefresher
@@ -147,6 +148,27 @@ def test_adapters_of_another_model_are_never_signed(site: Any, make_mlp: Any) ->
     with pytest.raises(PolicyRefusedError, match="were fitted to model cc, not to aa11"):
         site.release(make_mlp(1), adapters=tuned(site.folder / "new", b"n", "cc"))
     assert site.publisher._ledger.last() == 0
+
+
+def test_old_blobs_leave_the_registry_and_adapters_that_are_named_stay(
+    site: Any, make_mlp: Any, engine: PretendedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "KEPT", 2)
+    old, new = tuned(site.folder / "old", b"o"), tuned(site.folder / "new", b"n")
+    first = site.serve(make_mlp(1), adapters=old)
+    site.serve(make_mlp(2), adapters=new)
+    waiting = site.release(make_mlp(3))
+    site.publisher.promote(site.serve(make_mlp(4), adapters=new).generation)
+
+    def is_there(digest: str) -> bool:
+        return site.registry.get_blob(digest, PART_BYTES) is not None
+
+    assert not any(map(is_there, (first.digest, old.index.name, old.index.parts[0])))
+    assert all(map(is_there, (new.index.name, *new.index.parts)))
+    assert not is_there(waiting.digest)  # overtaken: nobody will run it
+    site.publisher.rollback(to=first.generation)
+    assert worker(site, engine).poll_once().state is AckState.ACK
+    assert engine.seen == [old.index.digest]
 
 
 def test_a_rollback_brings_the_adapters_that_its_policy_names(

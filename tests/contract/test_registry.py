@@ -66,6 +66,14 @@ def test_what_lies_wrongly_under_a_digest_is_overwritten(site: Any) -> None:
     assert site.registry.get_blob(DIGEST, 100) == BLOB
 
 
+def test_blobs_that_are_not_named_are_forgotten(registry: PolicyRegistry) -> None:
+    registry.put_blob(b"old")
+    registry.put_blob(BLOB)
+    registry.forget_blobs({DIGEST})
+    assert registry.get_blob(DIGEST, 100) == BLOB
+    assert registry.get_blob(digest_of(b"old"), 100) is None
+
+
 def test_a_discarded_head_makes_room_for_a_first_promotion(registry: PolicyRegistry) -> None:
     registry.put_blob(BLOB)
     registry.promote(head(7, epoch=3), 0)

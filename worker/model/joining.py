@@ -27,6 +27,20 @@ from offramp.worker.model.prepared import joining
 from offramp.worker.model.stack import LayerStack
 
 
+class Turn:
+    """A lock that whoever waits for gets next, however soon its holder asks for it again."""
+
+    def __init__(self) -> None:
+        self._door, self._turn = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._door:  # a thread that waits for its turn stands in it
+            self._turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.release()
+
+
 class AdapterSets:
     """Every set of adapters that some request may be read through.
 
@@ -49,7 +63,7 @@ class AdapterSets:
         own: ExitAdapters,
         require_room: Callable[[int, int], object],
     ) -> None:
-        self.turn = threading.Lock()
+        self.turn = Turn()
         self._stack = stack
         self._kv = kv
         self._fingerprint = fingerprint
