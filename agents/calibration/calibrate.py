@@ -149,14 +149,8 @@ def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
     Raises:
         ConfigError: it is of another; the field says which.
     """
-    manifest, own = bundle.manifest, engine.decoder.translators.digest
-    if manifest.adapters not in ("", own):
-        raise ConfigError(
-            "translators",
-            f"the policies were recorded through adapters {manifest.adapters[:12]}, "
-            f"{own[:12] or 'none'} are loaded",
-            "Name the folder that they were recorded with (--translators)",
-        )
+    require_adapters(bundle, engine)
+    manifest = bundle.manifest
     pairs = {
         "model": (manifest.model, engine.model_fingerprint),
         "tokenizer": (manifest.tokenizer, engine.tokenizer_fingerprint),
@@ -168,6 +162,22 @@ def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
                 f"the policies were made for {theirs[:12]}, {ours[:12]} is loaded",
                 "Name the model that was recorded, with the weights (native, int8, int4) it had",
             )
+
+
+def require_adapters(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
+    """Refuse a policy that names other adapters than the engine's exits are read through.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    named, own = bundle.manifest.adapters, engine.decoder.translators.digest
+    if named not in ("", own):
+        raise ConfigError(
+            "translators",
+            f"the policies were recorded through adapters {named[:12]}, "
+            f"{own[:12] or 'none'} are loaded",
+            "Name the folder that they were recorded with (--translators)",
+        )
 
 
 def require_enough(promise: Promise, documents: int) -> None:

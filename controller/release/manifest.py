@@ -129,6 +129,11 @@ class Manifest:
     rollback_of: int | None = None
 
     @property
+    def served(self) -> tuple[str, str]:
+        """What requests run under: the policy and what it is read through, both by digest."""
+        return self.digest, self.adapters
+
+    @property
     def guarantee(self) -> Guarantee:
         """What stands behind it; a policy that never exits needs no certificate."""
         if self.kind == "never":

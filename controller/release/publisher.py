@@ -158,7 +158,7 @@ class Publisher:
             is_begun = stable.generation != promoted
             chosen = generation or (promoted if is_begun else self._ledger.last())
             candidate = self._records.manifest(chosen)
-            if candidate.digest == stable.digest:
+            if candidate.served == stable.served:
                 problem = f"{chosen} is of the policy that serves everybody ({stable.generation})"
                 raise ConfigError("generation", problem, "Publish another one first")
             canary = Rollout(

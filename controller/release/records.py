@@ -121,8 +121,8 @@ class SignedRecords:
         """
         served = [self.manifest(each) for each in self._ledger.promotions()]
         culprits = {*failed} | {each.rollback_of for each in served}
-        bad = {each.digest for each in served if each.generation in culprits}
-        good = [each for each in served if each.digest not in bad and not each.rollout.is_canary]
+        bad = {each.served for each in served if each.generation in culprits}
+        good = [each for each in served if each.served not in bad and not each.rollout.is_canary]
         if not good:
             raise ConfigError("rollback", f"no good release is older than {max(failed)}")
         return good[-1].generation

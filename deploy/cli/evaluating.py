@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from offramp.agents.calibration.calibrate import require_adapters
 from offramp.agents.calibration.pick import EVALUATION
 from offramp.agents.evaluation.archive import Archive
 from offramp.agents.evaluation.assess import Assessment, assess
@@ -173,6 +174,8 @@ def _load(policies: Path, traces: Path, spec: WorkerSpec) -> tuple[list[Contende
             f"{spec.model!r} is not the model of {traces}",
             "Name the one that was recorded, with the --weights it had",
         )
+    for _, bundle in load_saved(policies):
+        require_adapters(bundle, engine)
     return contenders, engine
 
 

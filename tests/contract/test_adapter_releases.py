@@ -171,6 +171,27 @@ def test_old_blobs_leave_the_registry_and_adapters_that_are_named_stay(
     assert engine.seen == [old.index.digest]
 
 
+def test_one_policy_through_other_adapters_is_another_release(
+    site: Any, make_mlp: Any, engine: PretendedEngine
+) -> None:
+    old, new = tuned(site.folder / "old", b"o"), tuned(site.folder / "new", b"n")
+    site.serve(make_mlp(1), adapters=old)
+    follower = worker(site, engine)
+    follower.poll_once()
+    site.release(make_mlp(1), adapters=new)
+    site.publisher.roll_out(50)
+    assert follower.poll_once().state is AckState.ACK
+    canary = follower.current.canary
+    assert canary is not None
+    assert canary.adapters is not None
+    assert canary.adapters.digest == new.index.digest
+    site.publisher.roll_out(100)
+    site.publisher.rollback()
+    assert follower.poll_once().state is AckState.ACK
+    assert follower.current.adapters is not None
+    assert follower.current.adapters.digest == old.index.digest
+
+
 def test_a_rollback_brings_the_adapters_that_its_policy_names(
     site: Any, make_mlp: Any, engine: PretendedEngine
 ) -> None:
