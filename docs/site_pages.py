@@ -175,6 +175,7 @@ def scrape() -> str:
             pass
 
     asyncio.run(hang_up())
+    counted.count_reply(200)
     return counted.text().decode()
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -35,10 +36,14 @@ class AccessLog:
     Args:
         app: What comes behind it.
         file: Where lines are appended; opened anew when it was moved away. None: nowhere.
+        count: Told each reply's status at its end.
     """
 
-    def __init__(self, app: ASGIApp, *, file: Path | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, file: Path | None, count: Callable[[int], object] = lambda _: None
+    ) -> None:
         self._app = app
+        self._count = count
         # One of its own, whose lines also go where all others go: an app more is a file more.
         self._log = logging.Logger("offramp.access", logging.DEBUG)
         self._log.parent = logging.getLogger()
@@ -73,6 +78,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_named)
         finally:
+            self._count(status)
             if self._log.hasHandlers():
                 self._write(scope, name, status, time.perf_counter() - began_s)
 

@@ -45,9 +45,9 @@ def create_app(
     """
     app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes)
-    app.add_middleware(AccessLog, file=access_log)
-    add_error_handlers(app)
     metrics = Metrics(backend)
+    app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
+    add_error_handlers(app)
     generation = Generation(backend, limits, metrics)
     add_status_routes(app, backend, metrics)
     add_text_routes(app, backend)

@@ -67,6 +67,12 @@ class Metrics:
         self._full = self._counter("layers_full_depth", "Layers of the same tokens at full depth")
         self._drafts = self._counter("spec_decode_num_draft_tokens", "Tokens drafted")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts confirmed")
+        self._replies = Counter(
+            PREFIX + "http_requests",
+            "Replies by their status; 0: the client left before there was one",
+            ("model_name", "status"),
+            registry=self._registry,
+        )
         self._ended = Counter(
             PREFIX + "request_success",
             "Completions by their end; abort, error: not a success",
@@ -87,6 +93,10 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def count_reply(self, status: int) -> None:
+        """Count a reply, of whatever route, once it has ended."""
+        self._replies.labels(self._model, str(status)).inc()
 
     async def follow(
         self, events: AsyncIterator[tuple[int, TokenEvent]], completions: int, began_s: float

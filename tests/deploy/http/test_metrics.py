@@ -73,3 +73,15 @@ def test_what_workers_report_is_told_by_worker(app: FastAPI, ask: Any) -> None:
     assert value(samples, "guardrail_trips_total", worker="worker-0") == 0
     says = {"worker": "worker-0", "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
     assert value(samples, "policy_info", **says) == 1
+
+
+def test_every_reply_is_counted_refusals_included(app: FastAPI, ask: Any) -> None:
+    async def call(client: httpx.AsyncClient) -> str:
+        await client.get("/v1/nothing")
+        await client.post("/v1/completions", json={"model": "another", "prompt": "x"})
+        await client.get("/version")
+        return (await client.get("/metrics")).text
+
+    samples = parse(ask(app, call))
+    assert value(samples, "http_requests_total", status="404") == 2
+    assert value(samples, "http_requests_total", status="200") == 1
