@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
-from offramp.deploy.serve.log_lines import FORMATS, LineFormatter
+from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
@@ -60,8 +59,11 @@ Drain = Annotated[
     float, typer.Option(help="Seconds that requests have for their end when the pool is stopped.")
 ]
 LogFormat = Annotated[
-    str,
-    typer.Option(help="What each request and each warning of the pool is written as: text|json."),
+    str | None,
+    typer.Option(
+        help="Write each request and each warning of the pool to standard error: text|json.",
+        show_default="none is written",
+    ),
 ]
 
 
@@ -94,7 +96,7 @@ def serve(
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
     translators: options.Translators = None,
-    log_format: LogFormat = "text",
+    log_format: LogFormat = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
@@ -163,11 +165,8 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
 
 def _told_as(log_format: str | None) -> Callable[[str], object]:
     """Have what this process logs written as the pool's lines are; returns what tells its user."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(log_format or FORMATS[0], "command"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("offramp").setLevel(logging.INFO)
-    return console.print if log_format == FORMATS[0] else _logger.info
+    send_lines(log_format, "command", show_line)
+    return _logger.info if log_format == "json" else console.print
 
 
 def _require_servable(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import select
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +25,9 @@ MOST_LINES = 10_000
 
 AT_ONCE = 500
 """Lines that it fetches together."""
+
+UNREAD_S = 1.0
+"""Longest wait until standard error takes a line."""
 
 _PAUSE_S = 0.1
 
@@ -88,6 +93,19 @@ def send_lines(shape: str | None, process: str, send: Callable[[str], object]) -
     handler.setFormatter(LineFormatter(shape, process))
     logging.getLogger().addHandler(handler)
     logging.getLogger("offramp").setLevel(logging.INFO)
+
+
+def show_line(line: str, place: int = 2) -> None:
+    """Write a line to standard error, past Python's buffer and its lock.
+
+    If whoever holds its other end does not read, it is dropped: nobody may stop a pool that way.
+
+    Args:
+        line: The line, without its end.
+        place: The file descriptor.
+    """
+    if select.select([], [place], [], UNREAD_S)[1]:
+        os.write(place, f"{line}\n".encode())
 
 
 class WaitingLines:

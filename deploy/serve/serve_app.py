@@ -7,7 +7,6 @@ import io
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.serve.front import Front
+from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.pool_config import APP, PoolConfig
 from offramp.deploy.serve.replica import ServedWorker
 from offramp.worker.model.loading import check_model
@@ -105,7 +105,8 @@ def _show_lines(front: Any) -> None:
     """Show what the pool's processes log, for as long as there is a front."""
     with contextlib.suppress(ray.exceptions.RayError):
         while True:
-            print(*ray.get(front.lines.remote()), sep="\n", file=sys.stderr, flush=True)
+            for line in ray.get(front.lines.remote()):
+                show_line(line)
 
 
 @contextlib.contextmanager

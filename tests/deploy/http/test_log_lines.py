@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from offramp.deploy.http.access_log import AccessLog
-from offramp.deploy.serve.log_lines import LineFormatter, WaitingLines, send_lines
+from offramp.deploy.serve.log_lines import LineFormatter, WaitingLines, send_lines, show_line
 
 
 @pytest.fixture
@@ -80,3 +81,18 @@ def test_nobody_is_sent_lines_unless_a_format_is_told(loggers: None) -> None:
 def test_a_record_without_more_is_a_line(loggers: None) -> None:
     record = logging.LogRecord("a", logging.INFO, "", 0, "%s left", ("x",), None)
     assert LineFormatter("text", "command").format(record).endswith("INFO command a: x left")
+
+
+def test_whoever_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.deploy.serve.log_lines.UNREAD_S", 0.0)
+    there, here = os.pipe()
+    try:
+        for _ in range(40):
+            show_line("x" * 4000, here)
+        kept = os.read(there, 2**20)
+        assert 0 < len(kept) < 40 * 4001
+        show_line("heard again", here)
+        assert os.read(there, 99) == b"heard again\n"
+    finally:
+        os.close(there)
+        os.close(here)
