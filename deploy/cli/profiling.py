@@ -111,7 +111,8 @@ def _save(found: Profile, half_width: float, out: Path) -> None:
 def _warn(found: Profile, half_width: float) -> None:
     """Say which intervals are not what was asked for."""
     if found.bare:
-        places = dict.fromkeys(f"{key.table} {key.size}" for key in found.bare)
+        bare = [key for key in found.bare if key.table not in found.costs.probes]
+        places = dict.fromkeys(f"{key.table} {key.size}" for key in bare or found.bare)
         warning = (
             f"no interval (±?) of {', '.join(places)}: every part has one after about "
             f"{found.enough_s:.0f} s here; raise --limit-s or ask for fewer rows"

@@ -26,7 +26,7 @@ def test_profile_writes_a_table_and_says_what_it_is_worth(cli: Any, tmp_path: Pa
     assert costs.on_copy("int4").layer_s > 0
     assert costs.on_copy("int4").step_s == costs.step_s
     assert "layer, copy in int4" in output
-    assert "warning no interval (±?) of candidates 1, rows 1," in output
+    assert "warning no interval (±?) of rows 1, tokens 1" in output
     assert f"({costs.energy_method}: " in output
 
 

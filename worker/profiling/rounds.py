@@ -104,7 +104,7 @@ class Rounds:
         self.prompts = [
             rng.integers(alphabet, size=config.context).tolist() for _ in range(config.rows[-1])
         ]
-        self.cells = list(self._cells())
+        self.cells, self.rows = zip(*self._cells(), strict=True)
         self.took_s = [0.0] * len(self.cells)
         self.runs = [0] * len(self.cells)
 
@@ -142,27 +142,28 @@ class Rounds:
         self.runs[index] += 1
 
     def _fitting(self, left_s: float) -> set[int]:
-        """The cells, cheapest first, that an interval of each fits into the time left of."""
+        """The cells, of fewest rows and cheapest first, of which intervals fit into the time."""
         fits: set[int] = set()
-        for index in sorted(range(len(self.cells)), key=self.took_s.__getitem__):
+        for index in sorted(range(len(self.cells)), key=lambda i: (self.rows[i], self.took_s[i])):
             left_s -= self.took_s[index] * max(1, LEAST_REPEATS - self.runs[index])
             if left_s < 0:
                 break
             fits.add(index)
         return fits
 
-    def _cells(self) -> Iterator[Callable[[], None]]:
+    def _cells(self) -> Iterator[tuple[Callable[[], None], int]]:
+        """What a round runs, each with the rows that it runs."""
         for rows, name in itertools.product(self.config.rows, self.scripts):
             if name == CANDIDATES_V1.name:
-                yield partial(self._whole, rows)
+                yield partial(self._whole, rows), rows
             else:
-                yield partial(self._probe, rows, name)
+                yield partial(self._probe, rows, name), rows
         for tokens in self.config.tokens:
-            yield partial(self._span, tokens)
+            yield partial(self._span, tokens), 1
         for rows, tokens in itertools.product(self.config.rows[1:], self.config.pass_tokens):
-            yield partial(self._pass, rows, tokens)
+            yield partial(self._pass, rows, tokens), rows
         for rows in () if self.engine.decoder.context.copy is None else self.config.rows:
-            yield partial(self._copy, rows)
+            yield partial(self._copy, rows), rows
 
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
