@@ -54,10 +54,15 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def progress(label: str, unit: str) -> Iterator[Advance]:
+def progress(label: str, unit: str, **others: str) -> Iterator[Advance]:
     """Show progress bars while the block runs, with rate and time left; yields what moves them.
 
     Where no terminal shows bars, a line says the same every half minute.
+
+    Args:
+        label: Names the first bar until a stage does.
+        unit: What is counted; "" shows no rate.
+        others: What stages count that count something else, by their names with ``_`` for spaces.
     """
     columns = (
         TextColumn("  {task.description}"),
@@ -86,7 +91,8 @@ def progress(label: str, unit: str) -> Iterator[Advance]:
                 begun[stage] = done
             task = next(each for each in bar.tasks if each.id == tasks[stage])
             elapsed, new = task.elapsed or 0.0, done - begun[stage]
-            rate = f"{new / elapsed:,.0f} {unit}/s" if elapsed > 0 and unit else ""
+            counted = others.get(stage.replace(" ", "_"), unit)
+            rate = f"{new / elapsed:,.0f} {counted}/s" if elapsed > 0 and counted else ""
             bar.update(task.id, completed=done, total=total, rate=rate, said=said)
             if not console.is_terminal and time.monotonic() > told_s + TOLD_EVERY_S:
                 told_s = time.monotonic()

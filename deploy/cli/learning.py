@@ -117,7 +117,7 @@ def _record(config: RecordConfig, out: Path) -> None:
     with (
         keeping(out),
         ray_session(settings.ray_address, cpus),
-        progress("record", "tokens") as advance,
+        progress("record", "tokens", own_text="texts", costs="") as advance,
     ):
         report = record_traces(config, out, lambda stage, done, total: advance(done, total, stage))
     console.print(

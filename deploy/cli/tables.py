@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from offramp.agents.evaluation.evaluation_rows import EvaluationRow
-from offramp.agents.tuning.quality import TuneReport
+from offramp.agents.tuning.quality import Comparison, TuneReport
 from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.controller.costs.table import CostTable
 
@@ -45,29 +45,44 @@ def evaluation_table(rows: Sequence[EvaluationRow], chosen: str) -> Table:
 
 
 def tuning_table(report: TuneReport) -> Table:
-    """The table of a tuning run: each exit's quality before → after, and full depth's.
+    """How often each exit agrees with full depth, before → after a tuning run.
 
-    Columns: token agreement with full depth on the model's own text and on the documents as they
-    are, each with its gain and a 95 % interval; on the latter KL to full depth and NLL of the
-    document's tokens (nats per token), and next-token accuracy.
+    On the model's own text and on the documents as they are, each with its gain and a 95 %
+    interval.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("exit", "on own text", "gain", "agreement", "gain", "KL", "accuracy", "NLL"):
-        table.add_column(name, justify="right")
-    own = report.own
-    for index, (old, new) in enumerate(zip(report.before, report.after, strict=True)):
-        is_exit = index < len(report.gains)
+    for name in ("agreement at exit", "on own text", "gain", "on documents", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, gain in enumerate(report.gains):
         table.add_row(
-            str(new.layer) if is_exit else "full",
-            f"{own.before[index].agreement:.3f} → {own.after[index].agreement:.3f}",
-            _interval(*own.gains[index]) if is_exit else "",
-            f"{old.agreement:.3f} → {new.agreement:.3f}",
-            _interval(*report.gains[index]) if is_exit else "",
-            f"{old.kl:.3f} → {new.kl:.3f}",
-            f"{old.accuracy:.3f} → {new.accuracy:.3f}",
-            f"{old.nll:.3f} → {new.nll:.3f}",
+            str(report.after[index].layer),
+            _change(report.own, index, "agreement"),
+            _interval(*report.own.gains[index]),
+            _change(report, index, "agreement"),
+            _interval(*gain),
         )
     return table
+
+
+def tuning_losses_table(report: TuneReport) -> Table:
+    """Each exit's quality on the documents as they are, before → after, and full depth's.
+
+    Columns: KL to full depth and NLL of the document's tokens (nats per token), next-token
+    accuracy.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("exit", "KL", "accuracy", "NLL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, row in enumerate(report.after):
+        is_exit = index < len(report.gains)
+        changes = (_change(report, index, name) for name in ("kl", "accuracy", "nll"))
+        table.add_row(str(row.layer) if is_exit else "full", *changes)
+    return table
+
+
+def _change(report: Comparison, index: int, name: str) -> str:
+    old, new = (getattr(rows[index], name) for rows in (report.before, report.after))
+    return f"{old:.3f} → {new:.3f}"
 
 
 def costs_table(costs: CostTable) -> Table:

@@ -12,7 +12,7 @@ from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
-from offramp.deploy.cli.tables import tuning_table
+from offramp.deploy.cli.tables import tuning_losses_table, tuning_table
 from offramp.worker.hf.gguf_import import import_gguf
 from offramp.worker.model.loading import parse_dtype
 
@@ -105,12 +105,13 @@ def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
     # Cut off while the model wrote its texts, there is no checkpoint yet: it just goes on.
     if not resume and not only_texts(out):
         options.require_new_folder("out", out)
-    with keeping(out, "--resume goes on"), progress("tune", "tokens") as advance:
+    with keeping(out, "--resume goes on"), progress("tune", "tokens", own_text="texts") as advance:
         report = tune(
             config,
             out,
             resume=resume,
             on_progress=lambda stage, done, total, said: advance(done, total, stage, said),
         )
+    console.print(tuning_losses_table(report))
     console.print(tuning_table(report))
     console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")

@@ -100,7 +100,7 @@ class Learned:
 def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     """Record traces on Ray workers, train gates, evaluate them on-policy, choose."""
     console.rule("[bold]6  If some loss is allowed[/]: exits without verification", align="left")
-    with progress("record", "tokens") as advance:
+    with progress("record", "tokens", costs="") as advance:
         recorded = record_traces(
             RecordConfig(
                 worker=spec,

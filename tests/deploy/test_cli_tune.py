@@ -20,7 +20,7 @@ def test_tune_prints_each_exit_before_and_after(cli: Any, tmp_path: Path) -> Non
     )
     assert status == 0, output
     lines = [line.split() for line in output.splitlines()]
-    assert [line[0] for line in lines if "→" in line][:3] == ["3", "9", "full"]
+    assert [line[0] for line in lines if "→" in line][:5] == ["3", "9", "full", "3", "9"]
     assert {path.name for path in out.iterdir()} == {
         "candidates.npy",
         "checkpoint.pt",
