@@ -142,13 +142,13 @@ class Rounds:
         self.runs[index] += 1
 
     def _fitting(self, left_s: float) -> set[int]:
-        """The cells, of fewest rows and cheapest first, of which intervals fit into the time."""
+        """The cells, those of fewest rows first, of which intervals fit into the time left."""
         fits: set[int] = set()
-        for index in sorted(range(len(self.cells)), key=lambda i: (self.rows[i], self.took_s[i])):
-            left_s -= self.took_s[index] * max(1, LEAST_REPEATS - self.runs[index])
-            if left_s < 0:
-                break
-            fits.add(index)
+        for index in sorted(range(len(self.cells)), key=self.rows.__getitem__):
+            needed_s = self.took_s[index] * max(1, LEAST_REPEATS - self.runs[index])
+            if needed_s <= left_s:
+                fits.add(index)
+                left_s -= needed_s
         return fits
 
     def _cells(self) -> Iterator[tuple[Callable[[], None], int]]:
