@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.worker.decoding.request import KVMode, TokenEvent
+from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 
@@ -54,7 +54,7 @@ class Backend(Protocol):
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        kv_mode: KVMode | None,
+        kv_mode: KVWish | None,
         request_id: str,
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order.

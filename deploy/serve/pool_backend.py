@@ -15,7 +15,7 @@ from offramp.controller.errors import DecodeFailedError, OfframpError, Overloade
 from offramp.deploy.http.backend import WorkerLostError
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.replica import Tokens
-from offramp.worker.decoding.request import KVMode, TokenEvent
+from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.service import RETRY_AFTER_S
@@ -96,7 +96,7 @@ class PoolBackend:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
-        kv_mode: KVMode | None,
+        kv_mode: KVWish | None,
         request_id: str,
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Queue requests; see ``Backend``."""

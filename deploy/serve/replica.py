@@ -18,7 +18,7 @@ from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
-from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
+from offramp.worker.decoding.request import KVWish, PolicySnapshot, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
@@ -86,7 +86,7 @@ class ServedWorker:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        kv_mode: KVMode | None,
+        kv_mode: KVWish | None,
         request_id: str,
     ) -> AsyncIterator[Tokens]:
         """Decode prompts; yields an empty list once they are accepted, then tokens as they come.

@@ -8,8 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from offramp.controller import FixedExit
+from offramp.controller.errors import RequestError
 from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
+from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from support.certificates import certificate
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
@@ -115,3 +120,43 @@ def test_an_unknown_mode_names_its_field(complete: Ask, mode: Any, stream: bool)
     assert error["param"] == "offramp.kv_mode"
     assert error["type"] == "invalid_request_error"
     assert "project, defer, verify" in error["message"]
+
+
+@pytest.mark.parametrize("quality", ["lossless", 1, 0.9])
+def test_what_no_certificate_guarantees_is_verified(
+    complete: Ask, expected: dict[KVMode, Completion], quality: Any
+) -> None:
+    reply = complete({"stats": True, "quality": quality}).json()
+    assert reply["choices"][0]["text"] == expected["verify"].text
+    assert reply["offramp"]["drafts"] == expected["verify"].stats.drafts > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"quality": quality}, "offramp.quality")
+        for quality in (1.01, -1, True, "best", [1], {"share": 1}, 10**400)
+    ]
+    + [({"quality": 0.9, "kv_mode": "defer"}, "offramp.quality")],
+)
+def test_a_quality_that_is_none_is_refused(complete: Ask, options: Any, param: str) -> None:
+    response = complete(options)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_the_served_policy_decides_for_whom_its_certificate_says_enough() -> None:
+    bounded = certificate(decode_mode="project", dtype="float32", translators="")
+    served = PolicySnapshot(1, "", FixedExit(3), bounded)
+
+    def mode(quality: float, own: KVMode = "project", adapters: str = "") -> KVMode:
+        return served.mode(quality, own, torch.float32, adapters)
+
+    assert mode(1 - bounded.delta) == "project"
+    assert mode(1 - bounded.delta + 0.01) == "verify"
+    assert mode(1 - bounded.delta, own="defer") == "verify"  # certified for another mode
+    assert mode(1 - bounded.delta, adapters="other") == "verify"
+    assert FULL_DEPTH.mode(1.0, "project", torch.float32, "") == "project"
+    assert served.mode(None, "defer", torch.float32, "") == "defer"
+    with pytest.raises(RequestError, match="quality"):
+        mode(1.5)

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from offramp.controller.errors import RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.guardrails import PolicyWatch
@@ -52,6 +55,29 @@ class PolicySnapshot:
             return "full depth"
         return "uncertified" if self.certificate is None else "certified"
 
+    def mode(self, wish: KVWish | None, own: KVMode, dtype: torch.dtype, adapters: str) -> KVMode:
+        """What becomes of the layers that a request under it skips.
+
+        Args:
+            wish: The request's mode, or the quality it wants guaranteed; None leaves it to ``own``.
+            own: The engine's mode.
+            dtype: Number format of the weights.
+            adapters: Digest of what its exits are read through.
+
+        Raises:
+            RequestError: a quality outside [0, 1].
+        """
+        if wish is None or isinstance(wish, str):
+            return wish or own
+        if not 0 <= wish <= 1:
+            raise RequestError("quality", f"{wish} is not in [0, 1]", "Ask for 1 to lose nothing")
+        if isinstance(self.policy, NeverExit) or self.certificate is None:
+            return own if self.guarantee == "full depth" else "verify"
+        name = str(dtype).removeprefix("torch.")
+        gap = self.certificate.gap(kv_mode=own, dtype=name, translators=adapters)
+        keeps = not gap and self.certificate.delta + wish <= 1 + 1e-9
+        return own if keeps else "verify"
+
 
 FULL_DEPTH = PolicySnapshot(0, "", NeverExit())
 """The built-in fallback."""
@@ -70,6 +96,10 @@ defer: they run later, together with the row's next deep token; no projected ent
 verify: as defer, but the tokens are drafts until full depth confirms them: the output is full
 depth's.
 """
+
+KVWish = KVMode | float
+"""A mode, or the quality to be guaranteed, from 0 to 1: the engine's own mode if the policy's
+certificate bounds the loss at 1 minus so much, else verify, which loses nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.pricing import DraftingPrice
-from offramp.worker.decoding.request import FULL_DEPTH, KVMode, PolicySnapshot, Request, TokenEvent
+from offramp.worker.decoding.request import FULL_DEPTH, KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
@@ -113,7 +113,7 @@ class EngineCore:
         sampling: SamplingParams | None = None,
         policy: Policy | PolicySnapshot | None = None,
         *,
-        kv_mode: KVMode | None = None,
+        kv_mode: KVWish | None = None,
         forced: Items[int] = (),
         sampler: Sampler | None = None,
         split_by: str | None = None,
@@ -124,9 +124,8 @@ class EngineCore:
             prompt: A string or token ids.
             sampling: How to draw tokens; greedy, 64 tokens by default.
             policy: The engine's current one by default.
-            kv_mode: What becomes of skipped layers; the engine's own mode by default.
-            forced: Teacher forcing: feed these tokens in place of the emitted ones; as many
-                tokens are emitted as are given.
+            kv_mode: See ``KVWish``; the engine's own mode by default.
+            forced: Teacher forcing: these tokens are fed in place of as many emitted ones.
             sampler: Draws this request's tokens, in place of one made from ``sampling``.
             split_by: Decides between current policy and canary; None: the request's own id does.
 
@@ -140,18 +139,19 @@ class EngineCore:
         if forced:
             sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
-        kv_mode = kv_mode or self.config.kv_mode
         request_id = f"r{next(self._ids)}"
-        current = partial(self._track, split_by or request_id)
-        snapshot = pinned(policy, current, self.stack, self.config.draft_precision)
-        require_mode(kv_mode, forced, snapshot.policy, self.decoder.reader.under(snapshot).layers)
-        audited = self._audits.picks(snapshot, kv_mode, forced)
+        track = partial(self._track, split_by or request_id)
+        snapshot = pinned(policy, track, self.stack, self.config.draft_precision)
+        adapters = self.decoder.reader.under(snapshot)
+        mode = snapshot.mode(kv_mode, self.config.kv_mode, self.stack.dtype, adapters.digest)
+        require_mode(mode, forced, snapshot.policy, adapters.layers)
+        audited = self._audits.picks(snapshot, mode, forced)
         request = Request(
             id=request_id,
             prompt=tokens,
             sampling=sampling,
             snapshot=snapshot,
-            kv_mode="defer" if audited else kv_mode,
+            kv_mode="defer" if audited else mode,
             forced=tuple(forced),
             sampler=sampler,
             audited=audited,

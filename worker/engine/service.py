@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
-from offramp.worker.decoding.request import KVMode, Request, TokenEvent
+from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -47,7 +47,7 @@ class _Listener:
 class _Submit:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
-    kv_mode: KVMode | None
+    kv_mode: KVWish | None
     split_by: str | None
     listener: _Listener
     accepted: Future[list[Request]]
@@ -101,7 +101,7 @@ class EngineService:
         prompt: Prompt,
         sampling: SamplingParams,
         *,
-        kv_mode: KVMode | None = None,
+        kv_mode: KVWish | None = None,
         split_by: str | None = None,
     ) -> tuple[Request, AsyncIterator[TokenEvent]]:
         """Queue a request; its policy is pinned when this returns.
@@ -111,7 +111,7 @@ class EngineService:
         Args:
             prompt: A string or token ids.
             sampling: How to draw tokens.
-            kv_mode: What becomes of skipped layers; the engine's own mode by default.
+            kv_mode: See ``KVWish``; the engine's own mode by default.
             split_by: Decides between the current policy and its canary; see ``EngineCore.submit``.
 
         Raises:
@@ -129,7 +129,7 @@ class EngineService:
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         *,
-        kv_mode: KVMode | None = None,
+        kv_mode: KVWish | None = None,
         split_by: str | None = None,
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order; all of them run under one policy.

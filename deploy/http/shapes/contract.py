@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
-from offramp.worker.decoding.request import KVMode
+from offramp.worker.decoding.request import KVMode, KVWish
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt, as_prompts
 
@@ -54,6 +54,10 @@ class StreamOptions(Nullable):
     include_usage: bool = False
 
 
+LOSSLESS = "lossless"
+"""The quality of full depth's own output."""
+
+
 class OfframpOptions(Nullable):
     """The opt-in namespace ``offramp`` of a request."""
 
@@ -65,6 +69,17 @@ class OfframpOptions(Nullable):
         default=None,
         description="What becomes of skipped layers; the engine's own mode by default.",
         json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
+    quality: Any = Field(
+        default=None,
+        description='Share of what full depth says that must be guaranteed, or "lossless".',
+        json_schema_extra={
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"const": LOSSLESS},
+                {"type": "null"},
+            ]
+        },
     )
 
 
@@ -102,13 +117,18 @@ class DecodingFields(Nullable):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def kv_mode(self) -> KVMode | None:
+    def kv_mode(self) -> KVWish | None:
         """What becomes of skipped layers; None leaves it to the engine.
 
         Raises:
-            RequestError: an unknown mode.
+            RequestError: an unknown mode, a quality that is none, or both.
         """
         mode: KVMode | None = self.offramp.kv_mode
+        quality = self.offramp.quality
+        if quality is not None:
+            if mode is not None:
+                raise RequestError("offramp.quality", "says what kv_mode says", "Send one of both")
+            return _quality(quality)
         if mode is not None and mode not in get_args(KVMode):
             known = ", ".join(get_args(KVMode))
             raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
@@ -158,6 +178,18 @@ class DecodingFields(Nullable):
                     "logit_bias", f"{token!r:.40} is no token id", 'Write {"50": -100}'
                 )
         return {int(token): bias for token, bias in self.logit_bias.items()}
+
+
+def _quality(given: Any) -> KVWish:
+    """The mode, or the number, that a request's ``quality`` stands for."""
+    if given == LOSSLESS:
+        return "verify"
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not (is_number and 0 <= given <= 1):
+        raise RequestError(
+            "offramp.quality", f"{given!r:.40} is no share", f'Send 0 to 1, or "{LOSSLESS}"'
+        )
+    return float(given)
 
 
 class CompletionRequest(DecodingFields):
