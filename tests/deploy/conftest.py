@@ -20,7 +20,7 @@ from offramp.deploy.cli.main import main
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
+from offramp.worker.decoding.request import KVWish, PolicySnapshot, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.service import EngineService
@@ -57,7 +57,7 @@ class StandIn:
         return min(engine.stack.context, engine.row_tokens)
 
     async def submit_all(
-        self, prompts: Any, sampling: SamplingParams, *, kv_mode: KVMode | None, request_id: str
+        self, prompts: Any, sampling: SamplingParams, *, kv_mode: KVWish | None, request_id: str
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         requests, events = await self.service.submit_all(
             prompts, sampling, kv_mode=kv_mode, split_by=request_id
