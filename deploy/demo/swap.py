@@ -22,6 +22,11 @@ from offramp.worker.spec import ModelFacts
 ACK_DEADLINE_S = 60.0
 ACK_POLL_S = 0.005
 
+LIVE_TOKENS = 640
+"""Tokens of a stream under which the policy is swapped: so many that it outlives the swap by far.
+
+Workers compile a policy's probe before they acknowledge it, while other streams go on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swapped:
@@ -113,14 +118,13 @@ def swap_under_load(
 ) -> dict[str, Any]:
     """Publish a policy while streams are under way; the report's ``swap``."""
     moved: list[Swapped] = []
-    # Long streams, so that they outlive the swap by far.
     acknowledged_s: list[float] = []
 
     def swap() -> None:
         moved.append(panel.publish(folder))
         acknowledged_s.append(time.monotonic())
 
-    early, late = traffic.across_a_swap(prompts, swap, tokens=4 * traffic.new_tokens)
+    early, late = traffic.across_a_swap(prompts, swap, tokens=LIVE_TOKENS)
     records = early + late
     return {
         **asdict(moved[0]),

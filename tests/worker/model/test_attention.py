@@ -31,8 +31,7 @@ SCALE = 0.3
 def cache(kv_heads: int, dtype: torch.dtype = torch.float32) -> SlotKV:
     # All that a cache reads of a stack.
     shape: Any = SimpleNamespace(
-        layers=2,
-        adapters={},
+        blocks=[None, None],
         kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         dtype=dtype,
