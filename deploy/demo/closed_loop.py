@@ -119,7 +119,7 @@ def _exercise(config: DemoConfig, panel: ControlPanel, traffic: Traffic) -> dict
         show_completion(record)
     is_same = _texts(after) == _texts(before)
     console.print(
-        "  every token is full depth's" if is_same else "  some token is not full depth's: a tie",
+        "  every token is full depth's" if is_same else "  some token is not full depth's",
         style="bold",
     )
     console.rule("[bold]5  Roll back[/]: a new generation with the old policy", align="left")

@@ -72,7 +72,7 @@ class OfframpOptions(Nullable):
     )
     quality: Any = Field(
         default=None,
-        description='Share of what full depth says that must be guaranteed, or "lossless".',
+        description='1 minus the loss that a certificate must bound, or "lossless".',
         json_schema_extra={
             "anyOf": [
                 {"type": "number", "minimum": 0, "maximum": 1},
