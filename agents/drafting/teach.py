@@ -23,6 +23,7 @@ from offramp.agents.drafting.draft_ppo import train_drafter
 from offramp.agents.drafting.draft_replay import confident_grid, replay_drafts
 from offramp.agents.placing.contenders import CANNED_ROWS, CHOSEN, Contender, save_policies
 from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
+from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.drafts import ConfidentDraft
@@ -109,11 +110,13 @@ def teach_drafters(
     Args:
         config: Settings of the lesson.
         engine: The model, idle.
-        out: Folder of the drafters' bundles and their index; the chosen one is also in ``chosen``.
+        out: Folder of the drafters' bundles and their index; the chosen one is also in ``chosen``,
+            and adapters that exits are read through in ``translators``.
         on_progress: Told (stage, done so far, in all).
 
     Raises:
-        ConfigError: exits that are no layers of the model, or continuations beyond its context.
+        ConfigError: exits that are no layers of the model, continuations beyond its context, or
+            adapters that cannot be copied.
         TraceError: the corpus cannot be read, or has too few documents longer than a prompt.
     """
     torch.set_num_threads(config.threads)
@@ -129,6 +132,8 @@ def teach_drafters(
         (engine.model_fingerprint, engine.tokenizer_fingerprint),
         adapters=engine.decoder.translators.digest,
     )
+    if engine.config.translators is not None:
+        keep_adapters(engine.config.translators, out)
     chosen = min(range(1, len(contenders)), key=lambda n: contenders[n].offline_cost or 1.0)
     PolicyBundle.load(out / f"{chosen:02d}").save(out / CHOSEN)
     return Taught(contenders=contenders, chosen=chosen, prompts=prompts)

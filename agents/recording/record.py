@@ -31,6 +31,7 @@ from offramp.agents.recording.training_data import (
     load_candidates,
     save_facts,
 )
+from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
@@ -84,7 +85,8 @@ def record_traces(
 
     Args:
         config: What to record.
-        folder: Where the store is created, with candidates, costs and split beside it.
+        folder: Where the store is created, with candidates, costs and split beside it, and the
+            adapters that exits are read through.
         on_progress: Told of "own text" in texts, if that is wanted, of "record" in tokens, and of
             "costs" in seconds of measuring.
 
@@ -92,6 +94,7 @@ def record_traces(
         TraceError: the corpus is empty; the folder holds something else than this recording; or
             it cannot be written.
         ModelError: a recorder cannot load the model.
+        ConfigError: the adapters cannot be copied.
     """
     check_model(config.worker.model)
     exits = _exits(config)
@@ -106,6 +109,7 @@ def record_traces(
         _require_context(config, facts)
         write_split(documents, folder / SPLIT)
         save_facts(folder, facts)
+        _keep_adapters(config, folder)
         if config.own_text is None:
             texts, windows = _as_they_are(config, documents)
         else:
@@ -130,6 +134,13 @@ def record_traces(
     return RecordReport(
         folder=folder, documents=counts, tokens=tokens, seconds=seconds, exits=exits
     )
+
+
+def _keep_adapters(config: RecordConfig, folder: Path) -> None:
+    """Copy what the exits are read through to where training finds it."""
+    adapters = config.worker.engine.translators
+    if adapters is not None and adapters.exists():  # a cluster's workers may have it elsewhere
+        keep_adapters(adapters, folder)
 
 
 def is_finished(config: RecordConfig, folder: Path) -> bool:

@@ -13,6 +13,7 @@ from offramp.agents.onpolicy.learner import Learner
 from offramp.agents.onpolicy.onpolicy import Tokens, run_onpolicy
 from offramp.agents.recording.corpus import load_corpus, tokenize, window
 from offramp.agents.training.staged import StagedRun
+from offramp.agents.training.train_config import adapters_of
 from offramp.controller.errors import ConfigError
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec
@@ -91,12 +92,13 @@ def training_documents(run: StagedRun) -> list[tuple[str, Tokens]]:
 
 def _spec(run: StagedRun) -> CollectSpec:
     config = run.config.onpolicy
+    adapters = adapters_of(run.config, run.data.facts.translators)
     return CollectSpec(
         worker=WorkerSpec(
             model=config.model,
             threads=run.config.threads,
             slots=config.together,
-            engine=EngineConfig(),
+            engine=EngineConfig(translators=adapters and adapters.resolve()),
         ),
         exits=run.agent.exits,
         schema=run.agent.schema,

@@ -29,7 +29,7 @@ from offramp.controller.errors import ConfigError
 WARM_STEPS = 100
 """Steps between checkpoints of the warm start, times ``checkpoint_every``."""
 
-PLACES = ("traces", "costs", "tensorboard", "onpolicy", "families", "gate")
+PLACES = ("traces", "costs", "translators", "tensorboard", "onpolicy", "families", "gate")
 """Settings that do not change what the stages before the on-policy one come to."""
 
 ONPOLICY_PLACES = ("rounds", "collectors", "model", "corpus")

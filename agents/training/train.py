@@ -13,8 +13,9 @@ from offramp.agents.placing.contenders import Contender, load_contenders, save_c
 from offramp.agents.recording.training_data import load_training_data
 from offramp.agents.training.families import families_of, place_all
 from offramp.agents.training.staged import Checkpoint
-from offramp.agents.training.train_config import TrainConfig
+from offramp.agents.training.train_config import TrainConfig, adapters_of
 from offramp.agents.training.trained_parts import TrainedParts
+from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.candidate_table import require_condensable
 
@@ -43,7 +44,8 @@ def train(
     Raises:
         TraceError: the traces are missing or damaged.
         ConfigError: a family is unknown; the options do not fit the traces or the checkpoint; the
-            costs are of another model; the on-policy model or corpus is not the recorded one.
+            costs are of another model; the on-policy model or corpus is not the recorded one; the
+            adapters that were recorded through are not there.
         PolicyRefusedError: a policy of a finished run is damaged.
     """
     run = open_run(config, out, resume=resume, on_progress=on_progress, callback=callback)
@@ -69,6 +71,7 @@ def open_run(
         raise ConfigError("resume", "is for families that are trained in stages", "Leave it out")
     data = load_training_data(Path(config.traces), Path(config.costs) if config.costs else None)
     require_condensable(data.candidates_VK)
+    adapters_of(config, data.facts.translators)
     parts = TrainedParts(config, data, out, on_progress, callback)
     if resume:
         parts.staged.restore(Checkpoint.load(out))
@@ -81,7 +84,9 @@ def complete(run: TrainedParts, out: Path) -> list[Contender]:
         return load_contenders(out)
     contenders = place_all(run.config.families, run)
     training = asdict(run.config)
-    del training["traces"]  # a place on one machine
+    del training["traces"], training["translators"]  # places on one machine
+    if (adapters := adapters_of(run.config, run.data.facts.translators)) is not None:
+        keep_adapters(adapters, out)
     save_contenders(out, contenders, run.data, training)
     if run.has_stages:
         run.staged.finish()

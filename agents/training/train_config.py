@@ -14,6 +14,7 @@ from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.onpolicy.onpolicy import OnPolicyConfig
+from offramp.controller.adapters.adapter_folder import KEPT, require_found
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.exits import Exit, exit_from_json
 
@@ -33,6 +34,8 @@ class TrainConfig:
     Attributes:
         traces: Folder that ``offramp record`` wrote.
         costs: File that ``offramp profile`` wrote; "" takes the costs measured when recording.
+        translators: Folder of the adapters that were recorded through; "" takes those that the
+            recording kept. They are copied beside the policies.
         families: Which families of policies are trained and placed, beside full depth.
         seed: Seeds everything random; it replaces the stages' own seeds.
         threads: Torch threads; part of what makes a run repeatable.
@@ -48,6 +51,7 @@ class TrainConfig:
 
     traces: str
     costs: str = ""
+    translators: str = ""
     families: tuple[str, ...] = JUMP_FAMILIES
     seed: int = 0
     threads: int = 1
@@ -65,6 +69,26 @@ class TrainConfig:
         for name in ("threads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
+
+
+def adapters_of(config: TrainConfig, digest: str) -> Path | None:
+    """The adapters that a run's traces were recorded through; None if they were through none.
+
+    Args:
+        config: Settings of the run.
+        digest: The adapters' digest, as the traces name them.
+
+    Raises:
+        ConfigError: they are in none of the places where they may be.
+    """
+    if not digest:
+        if config.translators:
+            raise ConfigError(
+                "translators", "is given, and the traces were recorded through none", "Leave it out"
+            )
+        return None
+    kept = Path(config.traces) / KEPT
+    return require_found(digest, Path(config.translators) if config.translators else kept)
 
 
 def load_config(path: Path, kind: type[C]) -> C:

@@ -27,6 +27,7 @@ from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.training_data import load_candidates
+from offramp.controller.adapters.adapter_folder import keep_adapters, kept_in
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
@@ -108,7 +109,7 @@ def calibrate_policies(
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     slots: Annotated[int, typer.Option(min=1, help="Documents decoded together.")] = 16,
-    translators: options.Translators = None,
+    translators: options.KeptTranslators = None,
 ) -> None:
     """Find the most eager setting whose loss is bounded, and write its certified bundle.
 
@@ -120,6 +121,7 @@ def calibrate_policies(
     options.require_new_folder("out", out)
     wish = parse_wish(quality, latency_budget, energy_budget)
     picked, walked = _family(policies, family, steps, wish)
+    translators = translators or kept_in(policies)
     config = options.engine_config(kv_mode, max_pending, translators, weights)
     spec = WorkerSpec(
         model=model, dtype=dtype, device=device, threads=threads, slots=slots, engine=config
@@ -133,6 +135,8 @@ def calibrate_policies(
     _announce(walked, promise, windows, losses, picked)
     found = calibrate(promise, engine, walked, windows, losses, prompt_tokens, _show)
     save_calibration(out, promise, found)
+    if config.translators is not None and out.resolve().parent != policies.resolve():
+        keep_adapters(config.translators, out)
     _conclude(found, picked, out)
 
 

@@ -33,6 +33,7 @@ from offramp.agents.evaluation.report import EvaluationReport, write_report
 from offramp.agents.placing.contenders import CHOSEN, Contender, load_contenders, load_saved
 from offramp.agents.recording.corpus import SPLIT, load_corpus, recorded_digests
 from offramp.agents.recording.training_data import load_training_data
+from offramp.controller.adapters.adapter_folder import kept_in
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
@@ -88,7 +89,7 @@ def evaluate_policies(
     threads: options.Threads = 1,
     kv_mode: options.CacheMode = "project",
     max_pending: options.MaxPending = 8,
-    translators: options.Translators = None,
+    translators: options.KeptTranslators = None,
     seed: options.Seed = 0,
 ) -> None:
     """Choose a policy on validation documents and report every policy on test documents.
@@ -108,6 +109,7 @@ def evaluate_policies(
         threads=threads,
         seed=seed,
     )
+    translators = translators or kept_in(policies)
     engine_config = options.engine_config(kv_mode, max_pending, translators, weights)
     spec = WorkerSpec(
         model=model, dtype=dtype, device=device, threads=threads, slots=SLOTS, engine=engine_config

@@ -153,7 +153,7 @@ def train_policies(
     ray_address: Cluster = None,
 ) -> None:
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
-    given = {"exits": exits, "corpus": corpus, "translators": translators, "dtype": dtype}
+    given = {"exits": exits, "corpus": corpus, "dtype": dtype}
     if goal == "drafting":
         _require_unused(
             {"traces": traces, "costs": costs, "seeds": seeds, "resume": resume},
@@ -176,6 +176,7 @@ def train_policies(
         raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
     _require_unused(given | {"temperature": temperature}, "is that of the recording")
     if config is not None:
+        _require_unused({"translators": translators}, "is a setting of the file")
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return
     if traces is None:
@@ -184,12 +185,13 @@ def train_policies(
         raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
     options.require_new_folder("out", out)
     placed_at = options.parse_list("targets", targets, float, "numbers", ".9,.97")
-    train_here(_gates(traces, costs, placed_at, steps, (threads, seed)), out)
+    train_here(_gates(traces, costs, translators, placed_at, steps, (threads, seed)), out)
 
 
 def _gates(
     traces: Path,
     costs: Path | None,
+    translators: Path | None,
     targets: tuple[float, ...],
     steps: int,
     machine: tuple[int, int],
@@ -199,6 +201,7 @@ def _gates(
     return TrainConfig(
         traces=str(traces),
         costs=str(costs or ""),
+        translators=str(translators or ""),
         families=GATE_FAMILIES,
         seed=seed,
         threads=threads,

@@ -82,6 +82,13 @@ CacheBudget = Annotated[
 Translators = Annotated[
     Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
 ]
+KeptTranslators = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that `offramp tune` wrote for this model.",
+        show_default="what lies beside the policies",
+    ),
+]
 Costs = Annotated[
     Path | None,
     typer.Option(

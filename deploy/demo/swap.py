@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
@@ -17,6 +18,7 @@ from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, PolicyRegistry
 from offramp.deploy.cli.releases.control import release_bundle
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
+from offramp.deploy.serve.publishing import adapters_beside
 from offramp.worker.spec import ModelFacts
 
 ACK_DEADLINE_S = 60.0
@@ -73,11 +75,12 @@ class ControlPanel:
         return release.generation
 
     def publish(self, folder: Path) -> Swapped:
-        """Sign a trained bundle, promote it, wait for every worker."""
+        """Sign a trained bundle with its adapters, promote it, wait for every worker."""
         bundle = PolicyBundle.load(folder)
+        adapters = adapters_beside(bundle, folder, None, MAX_ADAPTER_MB)
         started = time.time()
         uncertified = bundle.manifest.guarantee == "uncertified"
-        release = release_bundle(self.publisher, bundle, uncertified=uncertified)
+        release = release_bundle(self.publisher, bundle, uncertified=uncertified, adapters=adapters)
         self.publisher.promote(release.generation)
         return self._moved(started, release.generation)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from offramp.controller.adapters.adapter_folder import DESCRIPTION
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, KEPT, find_adapters
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.bundle import PolicyBundle
@@ -20,9 +20,6 @@ from offramp.controller.release.signing import (
     trusted_keys,
 )
 from offramp.deploy.serve.settings import Settings
-
-ADAPTERS = "translators"
-"""Folder, within a bundle's, of the adapters that its policy was recorded through."""
 
 KEY = "publisher.pem"
 NEXT_KEY = "publisher-next.pem"
@@ -98,7 +95,8 @@ def adapters_beside(
 
     Args:
         bundle: The policy.
-        folder: Where the bundle lies; adapters are looked for there and in its ``translators``.
+        folder: Where the bundle lies; adapters are looked for there, and in ``translators`` in it
+            and beside it.
         given: A folder that ``offramp tune`` wrote, to be looked at instead.
         limit_mb: Most MiB that they may have.
 
@@ -106,15 +104,16 @@ def adapters_beside(
         ConfigError: they are not there, damaged, too large, or not those that the policy names.
     """
     named = bundle.manifest.adapters
-    places = [given] if given is not None else [folder, folder / ADAPTERS]
-    found = next((place for place in places if (place / DESCRIPTION).exists()), given)
+    within = [folder, folder / KEPT]
+    found = given or find_adapters(named, *within, folder.resolve().parent / KEPT)
+    found = found or next((place for place in within if (place / DESCRIPTION).exists()), None)
     if found is None:
         if not named:
             return None
         raise ConfigError(
             "translators",
             f"the policy was recorded through the adapters {named[:12]}…, and neither {folder} "
-            f"nor its {ADAPTERS} holds them",
+            f"nor a folder {KEPT} in it or beside it holds them",
             "Name their folder with --translators",
         )
     source = AdapterSource.open(found, limit_mb)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import SPLIT, load_corpus, write_split
 from offramp.agents.recording.training_data import load_training_data, save_candidates, save_facts
+from offramp.controller.adapters.adapter_folder import keep_adapters, kept_in, read_description
+from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
@@ -23,8 +27,11 @@ from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
+from offramp.deploy.serve.publishing import adapters_beside
 from offramp.envs.traces.store import TraceStore
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
+from offramp.worker.model.loading import load_model, model_fingerprint
+from offramp.worker.model.translators import ExitTranslators, Translator
 from offramp.worker.spec import ModelFacts
 from support.cost_tables import measured
 from support.models import REFERENCE
@@ -265,15 +272,33 @@ batch = 64
 """
 
 
-def test_a_finished_run_is_told_and_left_alone(
+def save_translators(folder: Path, model: str) -> Path:
+    """Write the identity at exits 3 and 6 of the reference model."""
+    zeros = Translator(torch.zeros(2, 256), torch.zeros(256, 2), torch.zeros(256))
+    facts = {"model": model, "layers": 12, "width": 256}
+    ExitTranslators({3: zeros, 6: zeros}).save(folder, facts)
+    return folder
+
+
+def test_a_finished_run_is_told_and_left_alone_and_adapters_travel_with_it(
     cli: Any, tmp_path: Path, untouched: Untouched
 ) -> None:
     traces = make_recording(tmp_path / "traces", make_corpus(tmp_path / "corpus"))
+    facts = load_training_data(traces).facts
+    tuned = save_translators(tmp_path / "tuned", facts.model)
+    digest = read_description(tuned)["digest"]
+    save_facts(traces, replace(facts, translators=digest))
     (tmp_path / "run.toml").write_text(f'traces = "{traces}"\n{RUN}')
     arguments = ("train", "--config", tmp_path / "run.toml", "--out", tmp_path / "out")
+    assert "Name their folder with --translators" in cli.refused(*arguments)
+    keep_adapters(tuned, traces)
     status, said = cli(*arguments)
     assert status == 0, said
     assert "nothing is trained again" not in said
+    bundle = PolicyBundle.load(tmp_path / "out" / "01")
+    beside = adapters_beside(bundle, tmp_path / "out" / "01", None, MAX_ADAPTER_MB)
+    assert beside is not None
+    assert beside.index.digest == bundle.manifest.adapters == digest
     untouched()
     status, said = cli(*arguments, "--resume")
     assert status == 0, said
@@ -300,8 +325,12 @@ def test_drafters_are_taught_chosen_and_lossless(
     cli: Any, tmp_path: Path, exits: tuple[int, ...]
 ) -> None:
     corpus = make_corpus(tmp_path / "corpus")
+    tuned = None
+    if not copy_weights(exits):
+        fingerprint = model_fingerprint(load_model(REFERENCE, torch.float32, "cpu"))
+        tuned = save_translators(tmp_path / "tuned", fingerprint)
     (tmp_path / "drafting.toml").write_text(
-        f'model = "{REFERENCE}"\ncorpus = "{corpus}"\n'
+        f'model = "{REFERENCE}"\ncorpus = "{corpus}"\ntranslators = "{tuned or ""}"\n'
         f"exits = {list(map(exit_to_json, exits))}\n{DRAFTING}"
     )
     arguments = ("train", "--for", "drafting", "--config", tmp_path / "drafting.toml")
@@ -312,6 +341,10 @@ def test_drafters_are_taught_chosen_and_lossless(
     assert families == ["full depth", "headless confidence stop", "PPO drafting"]
     assert contenders[2].policy.exits == exits
     assert "every token full depth's" in said
+    named = PolicyBundle.load(tmp_path / "out" / "chosen").manifest.adapters
+    kept = kept_in(tmp_path / "out")
+    assert named == ("" if kept is None else read_description(kept)["digest"])
+    assert (kept is None) == (tuned is None)
     assert said.count("× full depth by replay") == 2
     assert said.count("← chosen") == 1
     drafter = PolicyBundle.load(tmp_path / "out" / "chosen").policy()

@@ -147,7 +147,7 @@ def test_adapters_travel_with_the_policy_that_names_them(
     assert "Name their folder with --translators" in cli.refused(*said)
     assert "recorded through" in cli.refused(*said, "--translators", tmp_path / "wrong")
     assert not home.exists()
-    (tmp_path / "right").rename(folder / "translators")
+    (tmp_path / "right").rename(folder.parent / "translators")
     monkeypatch.setenv("OFFRAMP_MAX_ADAPTER_MB", "1")
     assert cli.refused(*said).startswith("OFFRAMP_MAX_ADAPTER_MB: the adapters have 1.4 MiB")
     monkeypatch.delenv("OFFRAMP_MAX_ADAPTER_MB")
