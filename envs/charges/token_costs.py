@@ -86,11 +86,12 @@ class TokenCosts:
         computes the full LM head, as a head at least. A row that leaves after a SOFTMAX_V2 probe
         pays no head of its own: its token comes from the one that the probe computed.
         """
-        found = cls.of(_probed_by(schema, costs), exits)
+        probed = _probed_by(schema, costs)
+        found = cls.of(probed, exits)
         if schema != SOFTMAX_V2:
             return found
         leave_OP = found.leave_OP.copy()
-        alone = costs.at(1)
+        alone = probed.at(1)  # whose probe may lack the joules that the table's own has
         for row, unit in enumerate(units_of(alone)):
             leave_OP[row, 1:-1] -= getattr(alone, f"head_{unit}") / full_of(alone, unit)
         return replace(found, leave_OP=leave_OP)

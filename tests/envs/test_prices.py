@@ -10,7 +10,7 @@ import pytest
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
-from offramp.controller.features import SKETCH_V1
+from offramp.controller.features import CANDIDATES_V1, SKETCH_V1, SOFTMAX_V2
 from offramp.envs import SequenceExitCore, TokenExitCore, TokenExitEnv, TokenTraces
 from offramp.envs.charges.token_costs import TokenCosts
 from support.cost_tables import leaving, measured
@@ -43,6 +43,16 @@ def test_gates_cost_what_the_table_says_of_leaving(traces: TokenTraces, table: C
         info = batch.finals.rows()[0]
         assert info["cost"] == pytest.approx(leaving(table, EXITS)[leave_at])
         assert info["energy"] == pytest.approx(leaving(table, EXITS, unit="j")[leave_at])
+
+
+def test_a_probe_whose_joules_are_unknown_is_priced_in_seconds_alone(table: CostTable) -> None:
+    softmax = TokenCosts.under(SOFTMAX_V2, table, EXITS)
+    assert softmax.objectives == ("quality", "latency")
+    assert TokenCosts.under(CANDIDATES_V1, table, EXITS).objectives[-1] == "energy"
+    prices = table.at(1)
+    # The head that the probe computed gives the token, too: leaving pays for none.
+    leave = prices.step_s + 4 * prices.layer_s + 8 * prices.fill_s
+    assert softmax.leave_E1[1] == pytest.approx(leave / prices.full_s)
 
 
 def test_energy_is_weighed_observed_and_told(traces: TokenTraces, table: CostTable) -> None:
