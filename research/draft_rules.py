@@ -12,7 +12,9 @@ from offramp.agents.drafting.draft_replay import Chosen, at_exits, ranked
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
+from offramp.controller.policies.exits import is_on_copy, weights_of
 from offramp.controller.policies.protocols import RoutingPolicy
+from offramp.controller.traces import TraceHeader
 from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
 
@@ -53,14 +55,34 @@ def thompson_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
 def del_rule(train: TokenTraces, validation: TokenTraces, costs: CostTable) -> list[Chosen]:
     """DEL over all recorded exits, and over the trained ones, the best first."""
     exits = train.header.exits
+    load = dict(zip(exits, loads_of(train.header, costs), strict=True))
     tried = []
     for subset in {exits, exits[-1:], tuple(layer for layer in exits if layer % 3 == 0) or exits}:
         shown = at_exits(train, subset)
         policy = DelDraft(
-            subset, train.header.layers, shown.agree_NE.mean(0), halfway_confidence(shown)
+            subset,
+            train.header.layers,
+            shown.agree_NE.mean(0),
+            halfway_confidence(shown),
+            [load[layer] for layer in subset],
         )
         tried.append((f"DEL, exits {', '.join(map(str, subset))}", policy))
     return ranked(tried, validation, costs)
+
+
+def loads_of(header: TraceHeader, costs: CostTable) -> list[float]:
+    """What a draft of each exit costs in layers of the model's own, as measured.
+
+    Raises:
+        ConfigError: the layers of a copy that some exit is on were not measured.
+    """
+
+    def load(layer: int) -> float:
+        if is_on_copy(layer):
+            return layer * costs.on_copy(weights_of(layer)).layer_s / costs.layer_s
+        return float(layer + sum(before <= layer for before in header.adapters))
+
+    return [load(layer) for layer in header.exits]
 
 
 def halfway_confidence(traces: TokenTraces) -> NDArray[np.float64]:

@@ -15,34 +15,28 @@ from offramp.controller.features import MAX_PENDING, SOFTMAX_V2, FeatureSchema, 
 from offramp.controller.policies.codec import Kind, Params, Tensors
 from offramp.controller.policies.drafts.drafter import TOP1, open_drafts, require_exits
 from offramp.controller.policies.drafts.thompson import leading
-from offramp.controller.policies.exits import weights_of
 from offramp.controller.policies.protocols import IndexArray, Verdict
 from offramp.controller.strict import COUNT, NUMBER, list_of
-
-LOADED = {"native": 1.0, "int8": 0.5, "int4": 0.3}
-"""Bytes of a weight, scales included, over those of one of 16 bits."""
 
 PRIOR_ROUNDS = 8.0
 """Verdicts that the recorded acceptance counts for at the start."""
 
 
 def tokens_per_layer(
-    acceptance_E: NDArray[np.float64], exits: Sequence[int], layers: int, most: int
+    acceptance_E: NDArray[np.float64], loads_E: ArrayLike, layers: int, most: int
 ) -> NDArray[np.float64]:
     """TPL(ℓ, d) = (1 − α^(d+1)) / (1 − α) / (d·ℓ + L) for d = 0 … ``most``, [E, K].
 
-    Expected tokens of a cycle of d drafts after ℓ layers, over the layers it loads (DEL, Entezari
-    Zarch et al. 2025, arXiv 2504.05598, section 3). A layer of a copy in fewer bytes counts as the
-    share of one that it loads.
+    Expected tokens of a cycle of d drafts of a load of ℓ layers each, over the layers it loads
+    (DEL, Entezari Zarch et al. 2025, arXiv 2504.05598, section 3).
 
-    >>> tokens_per_layer(np.array([0.5]), (4,), 8, 2).round(4).tolist()
+    >>> tokens_per_layer(np.array([0.5]), (4.0,), 8, 2).round(4).tolist()
     [[0.125, 0.125, 0.1094]]
     """
     drafts_K = np.arange(most + 1)
     alpha_E1 = np.minimum(np.asarray(acceptance_E, np.float64), 1 - 1e-9)[:, None]
     tokens_EK = (1 - alpha_E1 ** (drafts_K + 1)) / (1 - alpha_E1)
-    loaded_E = np.array([layer * LOADED[weights_of(layer)] for layer in exits])
-    loaded_EK = loaded_E[:, None] * drafts_K + layers
+    loaded_EK = np.asarray(loads_E, np.float64)[:, None] * drafts_K + layers
     result_EK: NDArray[np.float64] = tokens_EK / loaded_EK
     return result_EK
 
@@ -67,6 +61,8 @@ class DelDraft:
         layers: Number of layers L of the model.
         acceptance: α of each exit at the start, from recorded traces.
         thresholds: Confidence at each exit below which drafting stops, from recorded traces.
+        loads: What a draft of each exit costs in layers of the model's own, as measured: a copy's
+            layer is less than one, and an adapter layer one more. None counts the exit's layers.
         omega: ω, in (0, 1].
         max_pending: The engine's; the longest draft.
 
@@ -82,12 +78,16 @@ class DelDraft:
         layers: int,
         acceptance: ArrayLike,
         thresholds: ArrayLike,
+        loads: ArrayLike | None = None,
         *,
         omega: float = 0.95,
         max_pending: int = MAX_PENDING,
     ) -> None:
         require_exits(exits)
         self.threshold_E = _shares("thresholds", thresholds, exits)
+        self.load_E = np.asarray(exits if loads is None else loads, np.float64)
+        if self.load_E.shape != (len(exits),) or not (self.load_E > 0).all():
+            raise RequestError("loads", f"{loads!r} is no positive number for each of {exits}")
         if not 0 < omega <= 1:
             raise RequestError("omega", f"{omega} is not in (0, 1]")
         self.exits, self.layers, self.omega, self.max_pending = exits, layers, omega, max_pending
@@ -121,7 +121,7 @@ class DelDraft:
         self._choose()
 
     def _choose(self) -> None:
-        gain_EK = tokens_per_layer(self.acceptance_E, self.exits, self.layers, self.max_pending)
+        gain_EK = tokens_per_layer(self.acceptance_E, self.load_E, self.layers, self.max_pending)
         self.exit_index, self.length = divmod(int(gain_EK.argmax()), gain_EK.shape[1])
 
 
@@ -137,6 +137,7 @@ def _describe(policy: DelDraft) -> tuple[Params, Tensors]:
         "layers": policy.layers,
         "acceptance": policy.acceptance_E.tolist(),
         "thresholds": policy.threshold_E.tolist(),
+        "loads": policy.load_E.tolist(),
         "omega": policy.omega,
         "max_pending": policy.max_pending,
     }, {}
@@ -149,6 +150,7 @@ DEL = Kind(
         "layers": COUNT,
         "acceptance": list_of(NUMBER),
         "thresholds": list_of(NUMBER),
+        "loads": list_of(NUMBER),
         "omega": NUMBER,
         "max_pending": COUNT,
     },

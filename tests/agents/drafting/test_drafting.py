@@ -16,9 +16,16 @@ from offramp.agents.drafting.draft_replay import as_read, at_exits, replay_decis
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.drafts import ConfidentDraft, StaticDraft, ThompsonDraft
+from offramp.controller.policies.exits import Exit
 from offramp.envs import DraftExitCore, TokenTraces
 from offramp.envs.cores.draft_tables import CandidateDrafts
-from offramp.research.draft_rules import del_rule, halfway_confidence, hindsight, static_grid
+from offramp.research.draft_rules import (
+    del_rule,
+    halfway_confidence,
+    hindsight,
+    loads_of,
+    static_grid,
+)
 from support.cost_tables import measured
 from support.slow_drafting import drafted_traces
 
@@ -61,6 +68,14 @@ def test_training_moves_the_rate_to_what_is_earned(traces: TokenTraces) -> None:
     train_drafter(all_right(traces), measured(), config, lambda _, rate: rates.append(rate))
     # Every draft is right, so that drafting wins by far: leaving at once earns more than 2.
     assert rates[-1] > 1.3 > rates[0]
+
+
+def test_dels_loads_are_those_of_the_cost_table(traces: TokenTraces) -> None:
+    header = replace(traces.header, exits=(Exit(6, "int4"), Exit(12, "int4"), 3, 6), adapters=(3,))
+    # A layer of the copy costs 0.4 of the model's own there; exit 3's adapter layer is one more.
+    assert loads_of(header, measured()) == pytest.approx([6 * 0.4, 12 * 0.4, 4, 7])
+    with pytest.raises(ConfigError, match="do not hold those of a copy in int8"):
+        loads_of(replace(header, exits=(Exit(6, "int8"),)), measured())
 
 
 def test_the_same_seed_trains_the_same_net(traces: TokenTraces) -> None:

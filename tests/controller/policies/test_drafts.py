@@ -84,7 +84,7 @@ EVERY: tuple[Any, ...] = (
     StaticDraft(layer=LAST, length=3),
     ConfidentDraft(layer=LAST, threshold=0.4, candidates_VK=TABLE_VK),
     ThompsonDraft(LAST, length=5),
-    DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5)),
+    DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5), (4.8, 3)),
     drafter(TABLE_VK, (LAST, 3)),
 )
 
@@ -153,6 +153,15 @@ def test_del_takes_the_best_exit_and_length_of_what_it_has_seen() -> None:
     assert policy.route(1, features(0.51), outlook(0)).tolist() == [1]
 
 
+def test_del_weighs_a_copy_by_what_its_layers_were_measured_to_cost() -> None:
+    exits, acceptance = (LAST, 3), (0.9, 0.6)
+    taken = []
+    for load in (12 * 0.1, 12 * 0.9):
+        policy = DelDraft(exits, 12, acceptance, (0.4, 0.5), (load, 3))
+        taken.append(policy.exit_index)
+    assert taken == [0, 1]
+
+
 def test_thompson_counts_right_drafts_and_one_failure() -> None:
     policy = ThompsonDraft(3, alpha=2.0, beta=1.0)
     policy.learn(judged(True, True, False, True))
@@ -205,6 +214,8 @@ def test_bad_arguments_are_refused() -> None:
         lambda: ConfidentDraft(layer=3, threshold=1.5),
         lambda: ThompsonDraft(3, alpha=0.0),
         lambda: DelDraft((3, 6), 12, (0.5,), (0.5, 0.5)),
+        lambda: DelDraft((3, 6), 12, (0.5, 0.5), (0.5, 0.5), (3,)),
+        lambda: DelDraft((3, 6), 12, (0.5, 0.5), (0.5, 0.5), (3, 0)),
         lambda: DelDraft((6, 3), 12, (0.5, 0.5), (0.5, 0.5)),
         lambda: DelDraft((3, LAST), 12, (0.5, 0.5), (0.5, 0.5)),
         lambda: DraftRouter((3,), net(SEEN, 3, 0), net(SOFTMAX_V2.width + SEEN, 2, 0)),
