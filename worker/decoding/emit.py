@@ -24,29 +24,6 @@ def accepted_greedily(drafts: Rows[Draft], full_tokens: Rows[int]) -> int:
     return len(drafts)
 
 
-def is_accepted(draft: Draft, chances_V: Tensor, chance: float) -> bool:
-    """Keep a sampled draft with probability min(1, p/q) (Leviathan et al. 2023, section 2.3).
-
-    Args:
-        draft: Drawn from q.
-        chances_V: p, the distribution at full depth.
-        chance: Drawn evenly from [0, 1).
-    """
-    assert draft.chances_V is not None  # sampled drafts carry their distribution
-    p = float(chances_V[draft.token])
-    q = float(draft.chances_V[draft.token])
-    return chance * q < p
-
-
-def residual(draft: Draft, chances_V: Tensor) -> Tensor:
-    """Distribution of the token that replaces a rejected draft: max(0, p − q), normalised."""
-    assert draft.chances_V is not None
-    rest_V = (chances_V - draft.chances_V).clamp(min=0)
-    total = rest_V.sum()
-    # p = q up to rounding leaves nothing; then p itself is right.
-    return rest_V / total if total > 0 else chances_V
-
-
 class Emitter:
     """Gives each row that came out of a wave its next token, or several.
 
@@ -68,7 +45,7 @@ class Emitter:
                 result.row.error = error
 
     def _conclude(self, result: RowResult) -> None:
-        if result.left:
+        if result.left and not result.row.drafts:
             self._teach(result)
         if result.row.request.kv_mode != "verify":
             if result.decides:
@@ -99,39 +76,46 @@ class Emitter:
         row.emit(drawn, exit_layer, self.stack.eos_tokens)
 
     def _teach(self, result: RowResult) -> None:
-        """Tell row and learning policy what full depth says, up to the first draft that falls."""
+        """Tell row and learning policy what full depth says of tokens that were emitted early."""
         row = result.row
         proposed = row.proposed if row.request.audited else row.emitted
-        early = [draft.token for draft in row.drafts] or proposed[-len(result.left) :]
+        early = proposed[-len(result.left) :]
         verdicts = []
         for (index, features_F), token, best in zip(
             result.left, early, result.best_M, strict=False
         ):
             agreed = token == best
             verdicts.append(Verdict(index, features_F, agreed))
-            if row.drafts and not agreed:
-                break
-            if not row.drafts:
-                row.note_verdict(agreed)
-        if row.learns:
+            row.note_verdict(agreed)
+        self._tell(row, verdicts)
+
+    def _judge(self, result: RowResult, drafts: Rows[Draft], accepted: int) -> None:
+        """Tell row and learning policy which drafts are kept, up to the first that is not."""
+        result.row.note_cycle(drafts, accepted, self.stack.layers)
+        judged = result.left[: min(accepted + 1, len(drafts))]
+        self._tell(
+            result.row, [Verdict(*each, number < accepted) for number, each in enumerate(judged)]
+        )
+
+    def _tell(self, row: Sequence, verdicts: list[Verdict]) -> None:
+        if row.learns and verdicts:
             self._guard.teach(cast(LearningPolicy, row.policy), verdicts)
 
     def _draft(self, result: RowResult) -> None:
         row, sampler = result.row, result.row.sampler
         if sampler.is_plain_greedy:
-            draft = Draft(result.best_M[-1], result.exit_layer, None)
+            token = result.best_M[-1]
         else:
             history = [*row.emitted, *(draft.token for draft in row.drafts)]
-            chances_V = sampler.distribution(result.logits_MV[-1], history)
-            draft = Draft(sampler.pick(chances_V), result.exit_layer, chances_V)
-        row.drafts.append(draft)
+            token = sampler.draft(result.logits_MV[-1], history)
+        row.drafts.append(Draft(token, result.exit_layer))
         row.drafts_made += 1
 
     def _confirm_greedily(self, result: RowResult) -> None:
         row, best_M = result.row, result.best_M
         drafts, row.drafts = row.drafts, []
         accepted = accepted_greedily(drafts, best_M)
-        row.note_cycle(drafts, accepted, self.stack.layers)
+        self._judge(result, drafts, accepted)
         for _ in range(accepted):
             row.note_verdict(True)
         if accepted < len(drafts):
@@ -142,22 +126,21 @@ class Emitter:
             self._add(row, Draw(best_M[accepted]), self.stack.layers)
 
     def _confirm(self, result: RowResult) -> None:
-        """Speculative sampling; of greedy decoding all chances are on one token."""
+        """Full depth draws as it would have without drafts; those that are its draws are kept."""
         row, sampler = result.row, result.row.sampler
         drafts, row.drafts = row.drafts, []
         accepted = 0
         for draft, logits_V in zip(drafts, result.logits_MV, strict=False):
-            chances_V = sampler.distribution(logits_V, row.emitted)
-            agreed = is_accepted(draft, chances_V, sampler.chance())
+            drawn = sampler.draw(logits_V, row.emitted)
+            agreed = drawn.token == draft.token
             row.note_verdict(agreed)
             if not agreed:
-                row.note_cycle(drafts, accepted, self.stack.layers)
-                token = sampler.pick(residual(draft, chances_V))
-                self._add(row, sampler.report(token, logits_V), self.stack.layers)
+                self._judge(result, drafts, accepted)
+                self._add(row, drawn, self.stack.layers)
                 return
             accepted += 1
-            self._add(row, sampler.report(draft.token, logits_V), draft.exit_layer)
-        row.note_cycle(drafts, accepted, self.stack.layers)
+            self._add(row, drawn, draft.exit_layer)
+        self._judge(result, drafts, accepted)
         if result.decides and not row.is_finished:
             last = len(result.best_M) - 1
             self.emit(row, result.logits_MV[last], result.best_M[last], self.stack.layers)

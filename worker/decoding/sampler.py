@@ -42,19 +42,20 @@ class Draft:
     Attributes:
         token: Id of the token.
         exit_layer: Layers executed before it was drafted.
-        chances_V: The distribution it was drawn from; None if decoding is greedy.
     """
 
     token: int
     exit_layer: int
-    chances_V: Tensor | None
 
 
 class Sampler:
     """Draws one sequence's tokens.
 
-    Only the generator moves on from draw to draw. Penalties count what the caller says was
-    emitted, so that tokens may be taken back at any time.
+    A place in the output has one vector of noise, whoever draws there: drafts, and full depth that
+    judges them. So a draft is likely full depth's own draw, and full depth draws what it would have
+    drawn without drafts, token for token, from the same seed (Daliri et al. 2024,
+    "drafter-invariant"). Penalties count what the caller says was emitted, so that tokens may be
+    taken back at any time.
 
     Args:
         sampling: What is asked for.
@@ -73,6 +74,7 @@ class Sampler:
         self.sampling = sampling
         self.vocab = vocab
         self._generator = _new_generator(sampling)
+        self._noise: dict[int, Tensor] = {}
         self._has_processors = _has_processors(sampling)
         self._ends = torch.tensor(sorted({*eos_tokens, *sampling.stop_token_ids}), dtype=torch.long)
         self._bias_tokens = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
@@ -93,8 +95,13 @@ class Sampler:
             # Without a processor this is one argmax where the logits lie, in their own dtype.
             token = int(self._processed(logits_V, emitted).argmax())
         else:
-            token = self.pick(self.distribution(logits_V, emitted))
+            token = self._pick(self.distribution(logits_V, emitted), len(emitted))
+            self._noise.pop(len(emitted), None)
         return self.report(token, logits_V)
+
+    def draft(self, logits_V: Tensor, emitted: Sequence[int]) -> int:
+        """What ``draw`` would make of these logits; it may be asked for the same place again."""
+        return self._pick(self.distribution(logits_V, emitted), len(emitted))
 
     def distribution(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """Probabilities [V] that ``draw`` draws from; float32, on the CPU, of sum 1.
@@ -114,22 +121,22 @@ class Sampler:
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
         return chances_V
 
-    def pick(self, probabilities_V: Tensor) -> int:
-        """One token, drawn with this sequence's own generator; greedy takes the most likely."""
-        if self._generator is None:
-            return int(probabilities_V.argmax())
-        return int(torch.multinomial(probabilities_V, 1, generator=self._generator))
-
-    def chance(self) -> float:
-        """A number drawn evenly from [0, 1) with this sequence's own generator."""
-        return float(torch.rand(1, generator=self._generator))
-
     def report(self, token: int, logits_V: Tensor) -> Draw:
         """A token that was chosen, with what is asked about it."""
         count = self.sampling.logprobs
         if count is None:
             return Draw(token)
         return report_each([token], logits_V[None], count)[0]
+
+    def _pick(self, chances_V: Tensor, place: int) -> int:
+        """One token by the noise of a place; greedily the most likely."""
+        if self._generator is None:
+            return int(chances_V.argmax())
+        if place not in self._noise:
+            # torch.multinomial's own, which draws one token in just this way.
+            noise_V = torch.empty_like(chances_V).exponential_(1, generator=self._generator)
+            self._noise[place] = noise_V
+        return int((chances_V / self._noise[place]).argmax())
 
     def _processed(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """What does not need a temperature, in vLLM's order; the logits themselves if nothing."""

@@ -51,7 +51,8 @@ class SamplingParams:
         frequency_penalty: The same, times how often the output holds the token.
         logit_bias: Added to the logits of these token ids, each in [-100, 100].
         seed: Seed of this request's own generator; None draws a fresh one. Of ``n`` completions
-            the i-th, counted from 0, has ``seed + i``.
+            the i-th, counted from 0, has ``seed + i``. In ``verify`` a seed gives full depth's own
+            tokens, whatever was drafted.
         n: Completions of each prompt, independent of one another.
         stop: Strings that end the request with "stop"; neither they nor what follows them is in
             the text. They may spell special tokens, which no text shows.

@@ -248,7 +248,7 @@ def test_greedy_draws_the_best_after_every_processor() -> None:
         best = int(distribution(logits_V, **options).argmax())
         assert one_hot_V.nonzero().tolist() == [[best]]
         assert sampler(PROMPT, **options).draw(logits_V, EMITTED).token == best
-        assert sampler(PROMPT, **options).pick(one_hot_V) == best
+        assert sampler(PROMPT, **options).draft(logits_V, EMITTED) == best
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -1,4 +1,4 @@
-"""Verified sampling draws from full depth's own distribution (a chi-square test)."""
+"""Verified sampling draws from full depth's own distribution (a chi-square test), by its seed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
-from support.models import DEVICE, SHAPE
+from support.models import DEVICE, SHAPE, make_model
 from support.rows import RandomExit, drain
 
 VOCAB, LAYERS = 4, 2
@@ -51,9 +52,11 @@ def exact_chances(model: Any) -> dict[tuple[int, ...], float]:
     return chances
 
 
-def sampled(model: Any, schedule: Schedule, samples: int) -> Counter[tuple[int, ...]]:
+def sampled(
+    model: Any, schedule: Schedule, samples: int, kv_mode: KVMode = "verify"
+) -> Counter[tuple[int, ...]]:
     """The first three of four tokens; the last one is full depth's in any case."""
-    config = EngineConfig(kv_mode="verify", schedule=schedule)
+    config = EngineConfig(kv_mode=kv_mode, schedule=schedule)
     engine = AdaptiveEngine.from_pretrained(model, slots=32, config=config)
     policy = RandomExit(0.7, exits=(1,))
     requests = [
@@ -93,9 +96,27 @@ def test_verified_samples_follow_full_depths_distribution(
     assert chi_square(counts, chances) < 4
 
 
-def test_accepting_every_sample_follows_another_distribution(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unverified_samples_follow_another_distribution(model: Any) -> None:
     """Negative control."""
-    monkeypatch.setattr("offramp.worker.decoding.emit.is_accepted", lambda *_: True)
-    assert chi_square(sampled(model, LOCKSTEP, 800), exact_chances(model)) > 15
+    counts = sampled(model, LOCKSTEP, 800, kv_mode="project")
+    assert chi_square(counts, exact_chances(model)) > 15
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, WARM | {"frequency_penalty": 0.5}])
+def test_the_same_seed_draws_full_depths_own_tokens(options: dict[str, Any]) -> None:
+    engine = AdaptiveEngine(make_model("llama"), slots=3)
+
+    def tokens_of(policy: Policy) -> list[list[int]]:
+        prompts = [[seed, 5, 9] for seed in range(6)]
+        requests = [
+            engine.submit(
+                prompt,
+                SamplingParams(max_tokens=20, seed=seed, **options | {"ignore_eos": True}),
+                policy,
+                kv_mode="verify",
+            )
+            for seed, prompt in enumerate(prompts)
+        ]
+        return [row.emitted for row in drain(engine, requests)]
+
+    assert tokens_of(RandomExit(0.7, exits=(1, 2))) == tokens_of(NeverExit())

@@ -58,7 +58,7 @@ def drive(
             row.drafts.clear()
         else:
             drafted += 1
-            row.drafts.append(Draft(1, DEPTH, None))
+            row.drafts.append(Draft(1, DEPTH))
             price.took(price.pacer.draft_s(1, DEPTH) * slow * drag)
     return drafted / launches
 
