@@ -103,6 +103,7 @@ class Refusal(StrEnum):
     """Why a worker did not take a release."""
 
     BAD_SIGNATURE = "bad_signature"
+    BELOW_THRESHOLD = "below_threshold"
     FOREIGN_KEY = "foreign_key"
     BAD_FORMAT = "bad_format"
     EXPIRED = "expired"

@@ -59,7 +59,7 @@ class Ledger:
                 path = self._blob_path(digest_of(each))
                 if not path.exists() or path.read_bytes() != each:
                     write_durably(path, each)
-            write_durably(self._release_path(generation), envelope)
+            write_durably(self.release_path(generation), envelope)
 
     def generations(self) -> list[int]:
         """Every generation recorded, ascending.
@@ -88,7 +88,7 @@ class Ledger:
         Raises:
             ConfigError: it is not recorded.
         """
-        return _read(self._release_path(generation), f"generation {generation}")
+        return _read(self.release_path(generation), f"generation {generation}")
 
     def blob(self, digest: str) -> bytes:
         """The blob of a digest.
@@ -142,7 +142,8 @@ class Ledger:
             finally:
                 self._depth -= 1
 
-    def _release_path(self, generation: int) -> Path:
+    def release_path(self, generation: int) -> Path:
+        """Where the signed envelope of a generation lies."""
         return self._folder / f"{generation:08d}.release"
 
     def _blob_path(self, digest: str) -> Path:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.analysis import StepOutcome, Steps, judge
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Ack, AckState, PolicyRegistry
 from offramp.controller.release.tally import add_up
+
+UNSIGNED = "a release takes more than one signature here, so nothing is done unattended"
+"""What is said where the publisher cannot sign alone."""
 
 
 class Overseer:
@@ -51,7 +54,11 @@ class Overseer:
         served = self._publisher.promoted
         if not served or served == self._hopeless:
             return ""
-        stable = self._publisher.rollout.stable_generation
+        try:
+            stable = self._publisher.rollout.stable_generation
+        except PolicyRefusedError as error:  # its keys were revoked
+            self._hopeless = served
+            return f"generation {served} is trusted no more ({error}); publish another one"
         for generation in (served, stable):
             tripped = [ack for ack in living if _has_tripped(ack, generation)]
             if tripped and len(tripped) >= min(self._trips, len(living)):
@@ -60,6 +67,9 @@ class Overseer:
         return self._move_on(living, served) if stable and self._steps else ""
 
     def _roll_back(self, story: str, failed: int) -> str:
+        if not self._publisher.signer.suffices:
+            self._hopeless = self._publisher.promoted
+            return f"{story}; {UNSIGNED}: run offramp rollback"
         try:
             back = self._publisher.rollback(failed=failed)
         except ConfigError as error:
@@ -77,12 +87,15 @@ class Overseer:
         following = self._steps.after(rollout.percent)
         if found.outcome is StepOutcome.FAIL:
             return self._roll_back(story, served)
-        if found.outcome is StepOutcome.PASS and following is not None:
+        alone = self._publisher.signer.suffices
+        if found.outcome is StepOutcome.PASS and following is not None and alone:
             head = self._publisher.roll_out(following)
             return f"{story}; generation {head.generation} serves {following:g}% of the requests"
         if self._held == served:
             return ""
         self._held = served
+        if found.outcome is StepOutcome.PASS and following is not None:
+            return f"{story}; {UNSIGNED}: run offramp promote --percent {following:g}"
         return story + _refusals(living)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from offramp.controller.adapters.adapter_index import AdapterSource, require_model
 from offramp.controller.errors import ConfigError, RegistryUnavailableError
+from offramp.controller.keys.envelopes import STAMP_MAGIC, SigningKey
+from offramp.controller.keys.root import Root, trusted_keys
+from offramp.controller.keys.signer import Signer
 from offramp.controller.policies.kinds import PackedPolicy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate
@@ -16,8 +19,7 @@ from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout, require_said
 from offramp.controller.release.records import ServedHead, SignedRecords
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.signing import STAMP_MAGIC, SigningKey, trusted_keys
-from offramp.controller.release.trust import ReleaseVerifier, Stamp
+from offramp.controller.release.trust import Stamp, require_servable
 
 STAMP_TTL_S = 24 * 3600.0
 """How long a timestamp vouches for the head unless it is renewed; a publisher that runs on should
@@ -39,7 +41,11 @@ class Publisher:
         epoch: Incarnation of the channel. Raise it when the channel is begun anew on an empty
             registry: a publisher left over from before can then no longer promote.
         stamp_ttl_s: Seconds that a timestamp vouches for the head.
-        trusted: Keys whose releases are this channel's, by key id; the own one alone by default.
+        trusted: The root that lists this channel's releasers; the own key alone by default.
+        roots: What was signed for it, by version: for workers that hold an older root.
+
+    Attributes:
+        signer: Says whether its signature alone suffices for a release.
     """
 
     def __init__(
@@ -52,13 +58,15 @@ class Publisher:
         *,
         epoch: int = 1,
         stamp_ttl_s: float = STAMP_TTL_S,
-        trusted: Mapping[str, bytes] | None = None,
+        trusted: Root | None = None,
+        roots: Mapping[int, bytes] | None = None,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
-        self._key = key
-        self._trusted = trusted_keys(key.public_bytes) if trusted is None else dict(trusted)
-        self._records = SignedRecords(ledger, self._trusted, channel)
+        root = trusted or trusted_keys(key.public_bytes)
+        self.signer = Signer(key, root)
+        self._roots = dict(roots or {})
+        self._records = SignedRecords(ledger, root, channel)
         self._served = ServedHead(registry, ledger, self._records)
         self._channel = channel
         self._clock = clock
@@ -188,7 +196,7 @@ class Publisher:
 
     def _promote(self, generation: int) -> None:
         self._served.catch_up()
-        release = self._records.manifest(generation)
+        release = self._records.signed(generation)
         if generation == self._ledger.promoted() == self._served.generation:
             self._upload(generation)
             self.heartbeat()
@@ -196,7 +204,7 @@ class Publisher:
         if generation < self._ledger.promoted():
             problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
             raise ConfigError("generation", problem, "Roll back instead: workers never go back")
-        self._require_servable(release, self._ledger.blob(release.digest))
+        require_servable(release, self._ledger.blob(release.digest), self.signer.root, self._clock)
         beside = release.rollout.stable_generation
         if beside and beside != self._records.stable().generation:
             problem = f"{generation} is a canary beside {beside}, which serves no more"
@@ -266,10 +274,13 @@ class Publisher:
             generation=self._ledger.promoted(),
             issued_at=now,
             expires_at=now + self._stamp_ttl_s,
+            root=self.signer.root.version,
         )
-        self._registry.stamp(self._key.sign(stamp.to_bytes(), STAMP_MAGIC), self._stamp_ttl_s)
+        self._registry.stamp(self.signer.sign(stamp.to_bytes(), STAMP_MAGIC), self._stamp_ttl_s)
 
     def _upload(self, generation: int) -> None:
+        for version, envelope in self._roots.items():
+            self._registry.put_root(version, envelope)
         for blob in self._records.blobs(generation):
             self._registry.put_blob(blob)
 
@@ -280,20 +291,9 @@ class Publisher:
                 manifest, channel=self._channel, epoch=self._epoch, generation=generation
             )
             payload = manifest.to_bytes()
-            self._require_servable(Manifest.from_bytes(payload), blob)
-            envelope = self._key.sign(payload)
+            require_servable(Manifest.from_bytes(payload), blob, self.signer.root, self._clock)
+            envelope = self.signer.sign(payload)
             self._ledger.append(generation, envelope, blob, others)
-        self._upload(generation)
+        if self.signer.suffices:
+            self._upload(generation)
         return Head(generation, self._epoch, envelope, manifest.digest)
-
-    def _require_servable(self, manifest: Manifest, blob: bytes) -> None:
-        """Ask the worker's own verifier, as the model's worker would, so that both agree forever.
-
-        Raises:
-            PolicyRefusedError: a worker would refuse the release.
-        """
-        verifier = ReleaseVerifier(
-            self._trusted, self._channel, manifest.model, manifest.tokenizer, self._clock
-        )
-        verifier.check(manifest)
-        verifier.open(manifest, blob)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 
 from offramp.controller.adapters.adapter_index import AdapterIndex
-from offramp.controller.errors import ConfigError, OfframpError, PolicyRefusedError
+from offramp.controller.errors import ConfigError, OfframpError, PolicyRefusedError, Refusal
+from offramp.controller.keys.envelopes import SignedEnvelope
+from offramp.controller.keys.root import Root
+from offramp.controller.release.heads import open_head, open_release
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.trust import open_head, open_release
 
 FORGED = (
     "Somebody else wrote the head of channel %s (%s). The ledger's generation %d takes its place; "
@@ -30,14 +33,14 @@ class SignedRecords:
 
     Args:
         ledger: Where they are recorded.
-        trusted: Keys whose releases are this channel's, by key id.
+        trusted: The root that lists the channel's releasers.
         channel: The channel they must be signed for.
 
     Attributes:
         channel: The same.
     """
 
-    def __init__(self, ledger: Ledger, trusted: Mapping[str, bytes], channel: str) -> None:
+    def __init__(self, ledger: Ledger, trusted: Root, channel: str) -> None:
         self._ledger = ledger
         self._trusted = trusted
         self.channel = channel
@@ -50,6 +53,31 @@ class SignedRecords:
             PolicyRefusedError: no trusted key signed it for this channel.
         """
         return open_release(self._ledger.get(generation), self._trusted, self.channel)
+
+    def signed(self, generation: int) -> Manifest:
+        """Read a recorded release that is to be served: enough must have signed it.
+
+        Raises:
+            ConfigError: it is not recorded, or waits for signatures.
+            PolicyRefusedError: no trusted key signed it for this channel.
+        """
+        try:
+            return self.manifest(generation)
+        except PolicyRefusedError as error:
+            if error.reason is not Refusal.BELOW_THRESHOLD:
+                raise
+            path = self._ledger.release_path(generation)
+            remedy = f"Run offramp keys sign {path} --key KEY, then offramp promote {generation}"
+            problem = f"generation {generation} has {error.detail}"
+            raise ConfigError("signatures", problem, remedy) from error
+
+    def trusted(self, generations: Iterable[int]) -> list[Manifest]:
+        """Those of some releases whose signatures count by the root that is in force now."""
+        found = []
+        for each in generations:
+            with contextlib.suppress(PolicyRefusedError):
+                found.append(self.manifest(each))
+        return found
 
     def check(self, head: Head) -> None:
         """Refuse a head that was not signed for this channel, or says more than was signed.
@@ -119,7 +147,7 @@ class SignedRecords:
         Raises:
             ConfigError: there is none.
         """
-        served = [self.manifest(each) for each in self._ledger.promotions()]
+        served = self.trusted(self._ledger.promotions())
         culprits = {*failed} | {each.rollback_of for each in served}
         bad = {each.served for each in served if each.generation in culprits}
         good = [each for each in served if each.served not in bad and not each.rollout.is_canary]
@@ -165,13 +193,15 @@ class ServedHead:
         promoted = self._ledger.promotions()
         newer = [each for each in self._ledger.generations() if each > promoted[-1]]
         try:
-            kept = {d for each in (*promoted[-KEPT:], *newer) for d in self._records.digests(each)}
+            needed = self._records.trusted([*promoted[-KEPT:], *newer])
+            kept = {d for each in needed for d in self._records.digests(each.generation)}
             self._registry.forget_blobs(kept)
         except OfframpError as error:
             _logger.warning("Old blobs stay in the registry: %s", error)
 
     def _read(self) -> Head | None:
         """The registry's head; the ledger's is put in place of one that was not signed here."""
+        head = None
         try:
             head = self._registry.head()
             if head is not None:
@@ -179,12 +209,23 @@ class ServedHead:
             return head
         except PolicyRefusedError as error:
             promoted = self._ledger.promoted()
+            is_trusted = bool(promoted and self._records.trusted([promoted]))
+            if head is not None and promoted and not is_trusted and self._is_recorded(head):
+                return head  # no forgery: the root lets its keys sign no more
             _logger.warning(FORGED, self._records.channel, error, promoted)
         self._registry.discard_head()
-        if not promoted:
+        if not is_trusted:
             return None
         head = self._records.head(promoted)
         for blob in self._records.blobs(promoted):
             self._registry.put_blob(blob)
         self._registry.promote(head, 0)
         return head
+
+    def _is_recorded(self, head: Head) -> bool:
+        """Whether it says what the ledger has as promoted last, whoever signed that."""
+        if head.generation != self._ledger.promoted():
+            return False
+        raw = self._ledger.get(head.generation)
+        said = Manifest.from_bytes(SignedEnvelope.from_bytes(raw).payload)
+        return (raw, said.epoch, said.digest) == (head.envelope, head.epoch, head.digest)

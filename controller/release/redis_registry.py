@@ -6,6 +6,7 @@ Keys ({c} = channel; the braces are a hash tag, so one channel lives on one clus
                                              adapters (≤ 4 MiB) and the lists of them
     offramp:{c}:head           hash          gen, epoch, envelope, digest, stable: one atomic read
     offramp:{c}:fresh          string, TTL   signed timestamp: freeze alarm
+    offramp:{c}:root:<version> string        signed root: whose signatures count
     offramp:{c}:events         stream ≤ 1000 gen, digest: wake-up and audit, never the truth
     offramp:{c}:ack:<worker>   hash, TTL     the fields of Ack
 """
@@ -31,10 +32,10 @@ from offramp.controller.errors import (
     Refusal,
     RegistryUnavailableError,
 )
+from offramp.controller.keys.envelopes import MAX_ENVELOPE_BYTES
 from offramp.controller.policies.kinds import digest_of
 from offramp.controller.redis_client import connect, without_password
 from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head, too_large
-from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
 from offramp.controller.release.tally import tallies_from_json, tallies_to_json
 
 _PROMOTE = """
@@ -197,6 +198,15 @@ class RedisRegistry:
         """See PolicyRegistry."""
         return self._get(self._key("fresh"), "the timestamp", MAX_ENVELOPE_BYTES)
 
+    def put_root(self, version: int, envelope: bytes) -> None:
+        """See PolicyRegistry."""
+        key = self._key(f"root:{version}")
+        self._read(lambda: self._client.set(key, envelope))
+
+    def root(self, version: int) -> bytes | None:
+        """See PolicyRegistry."""
+        return self._get(self._key(f"root:{version}"), "the root", MAX_ENVELOPE_BYTES)
+
     def events(self, count: int) -> list[Event]:
         """See PolicyRegistry."""
         key = self._key("events")
@@ -228,6 +238,8 @@ class RedisRegistry:
         size = self._read(lambda: self._client.strlen(key))
         if size > max_bytes:
             raise too_large(what, size, max_bytes)
+        if not size:
+            return None
         # The range holds even if the value has grown since its length was asked for.
         value: bytes = self._read(lambda: self._client.getrange(key, 0, max(0, max_bytes - 1)))
         return value or None

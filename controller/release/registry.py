@@ -165,6 +165,14 @@ class PolicyRegistry(Protocol):
         """
         ...
 
+    def put_root(self, version: int, envelope: bytes) -> None:
+        """Keep a version of the signed root, in place of what may lie there."""
+        ...
+
+    def root(self, version: int) -> bytes | None:
+        """A version of the signed root, unchecked; None if there is none. Raises as ``fresh``."""
+        ...
+
     def events(self, count: int) -> list[Event]:
         """The latest promotions, newest first, for audit only."""
         ...
@@ -188,6 +196,7 @@ class InMemoryRegistry:
         self._blobs: dict[str, bytes] = {}
         self._acks: dict[str, tuple[Ack, float]] = {}
         self._stamp: tuple[bytes, float] | None = None
+        self._roots: dict[int, bytes] = {}
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._promotions = 0
         # Each waiting thread has its own place, as each Redis client has its own stream id.
@@ -272,6 +281,14 @@ class InMemoryRegistry:
         """See PolicyRegistry."""
         stamp = self._stamp
         return stamp[0] if stamp and stamp[1] > time.monotonic() else None
+
+    def put_root(self, version: int, envelope: bytes) -> None:
+        """See PolicyRegistry."""
+        self._roots[version] = envelope
+
+    def root(self, version: int) -> bytes | None:
+        """See PolicyRegistry."""
+        return self._roots.get(version)
 
     def events(self, count: int) -> list[Event]:
         """See PolicyRegistry."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.keys.envelopes import STAMP_MAGIC
+from offramp.controller.keys.root import Root, open_envelope
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.policies.weights import unpack_policy
+from offramp.controller.release.heads import open_head, open_release, open_stable
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Head
-from offramp.controller.release.signing import STAMP_MAGIC, open_envelope
 from offramp.controller.strict import (
     COUNT,
     DIGEST,
@@ -29,6 +31,7 @@ _STAMP_FIELDS: dict[str, Check] = {
     "generation": COUNT,
     "issued_at": NUMBER,
     "expires_at": NUMBER,
+    "root": COUNT,
 }
 _MARK_FIELDS: dict[str, Check] = {"epoch": COUNT, "generation": COUNT, "digest": DIGEST}
 
@@ -76,6 +79,7 @@ class Stamp:
         generation: The generation promoted last; 0 if none was.
         issued_at: Unix seconds.
         expires_at: Unix seconds after which the word says nothing.
+        root: Version of the publisher's root; 0, which is left out, for plain public keys.
     """
 
     channel: str
@@ -83,10 +87,14 @@ class Stamp:
     generation: int
     issued_at: float
     expires_at: float
+    root: int = 0
 
     def to_bytes(self) -> bytes:
         """Canonical JSON, to be signed with STAMP_MAGIC."""
-        return canonical_json({name: getattr(self, name) for name in _STAMP_FIELDS})
+        said = {name: getattr(self, name) for name in _STAMP_FIELDS}
+        if not self.root:
+            del said["root"]  # workers that know no roots yet read it, too
+        return canonical_json(said)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Stamp:
@@ -95,25 +103,28 @@ class Stamp:
         Raises:
             PolicyRefusedError: BAD_FORMAT.
         """
-        return cls(**parse_strictly(raw, _STAMP_FIELDS))
+        return cls(**parse_strictly(raw, _STAMP_FIELDS, optional=["root"]))
 
 
 class ReleaseVerifier:
     """Decides whether a release is meant for this worker.
 
     Args:
-        trusted: Raw public keys by key id (``signing.trusted_keys``).
+        trusted: The root that lists the keys whose signatures count.
         channel: The only channel listened to.
         model: Fingerprint of the model loaded, hex.
         tokenizer: Fingerprint of its tokenizer, hex.
         clock: Unix seconds.
         layers: Number of layers of the model; None leaves exits unchecked.
         vocab: Number of its tokens; None leaves candidate tables unchecked.
+
+    Attributes:
+        root: The same; whoever follows the channel replaces it by the root that comes next.
     """
 
     def __init__(
         self,
-        trusted: Mapping[str, bytes],
+        trusted: Root,
         channel: str,
         model: str,
         tokenizer: str,
@@ -124,7 +135,7 @@ class ReleaseVerifier:
     ) -> None:
         self._layers = layers
         self._vocab = vocab
-        self._trusted = dict(trusted)
+        self.root = trusted
         self._channel = channel
         self._model = model
         self._tokenizer = tokenizer
@@ -136,7 +147,10 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: with the first check that failed.
         """
-        manifest = open_head(head, self._trusted, self._channel)
+        manifest = open_head(head, self.root, self._channel)
+        if (ends_at := self.root.expires_at) is not None and ends_at <= self._clock():
+            detail = f"root {self.root.version} expired at {ends_at:.0f}: no newer one was found"
+            raise PolicyRefusedError(Refusal.EXPIRED, detail)
         self.check(manifest, mark)
         return manifest
 
@@ -146,7 +160,7 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: with the first check that failed.
         """
-        manifest = open_stable(head, canary, self._trusted, self._channel)
+        manifest = open_stable(head, canary, self.root, self._channel)
         self.check(manifest, mark)
         return manifest
 
@@ -166,7 +180,7 @@ class ReleaseVerifier:
         Raises:
             PolicyRefusedError: no trusted key signed it for this channel.
         """
-        return open_release(envelope, self._trusted, self._channel)
+        return open_release(envelope, self.root, self._channel)
 
     def check(self, manifest: Manifest, mark: Mark | None = None) -> None:
         """Check what a manifest says, signed or not yet; the publisher asks before it signs.
@@ -224,9 +238,11 @@ class ReleaseVerifier:
         if raw is None:
             return "the publisher's timestamp is missing"
         try:
-            stamp = Stamp.from_bytes(open_envelope(raw, self._trusted, STAMP_MAGIC))
+            stamp = Stamp.from_bytes(open_envelope(raw, self.root, STAMP_MAGIC))
         except PolicyRefusedError as error:
             return f"the publisher's timestamp is worthless: {error.reason.value}: {error.detail}"
+        if stamp.root > self.root.version:
+            return f"the publisher goes by root {stamp.root}, this worker by {self.root.version}"
         if stamp.channel != self._channel:
             return f"the publisher's timestamp is for channel {stamp.channel!r}"
         if stamp.expires_at <= self._clock():
@@ -238,51 +254,17 @@ class ReleaseVerifier:
         return ""
 
 
-def open_release(envelope: bytes, trusted: Mapping[str, bytes], channel: str) -> Manifest:
-    """Read a signed manifest; the signature is checked before anything is parsed.
+def require_servable(
+    manifest: Manifest, blob: bytes, root: Root, clock: Callable[[], float]
+) -> None:
+    """Ask the verifier of the model's own worker about a release, so that both agree forever.
 
     Raises:
-        PolicyRefusedError: see ``open_envelope``; BAD_FORMAT or WRONG_CHANNEL.
+        PolicyRefusedError: a worker would refuse it.
     """
-    manifest = Manifest.from_bytes(open_envelope(envelope, trusted))
-    if manifest.channel != channel:
-        detail = f"signed for {manifest.channel!r}, this is {channel!r}"
-        raise PolicyRefusedError(Refusal.WRONG_CHANNEL, detail)
-    return manifest
-
-
-def open_head(head: Head, trusted: Mapping[str, bytes], channel: str) -> Manifest:
-    """Read the signed manifest of a head, which must say no more than was signed.
-
-    Raises:
-        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if the head says otherwise, or a
-            canary does not come with the release that it names.
-    """
-    manifest = open_release(head.envelope, trusted, channel)
-    unsigned = (head.generation, head.epoch, head.digest)
-    signed = (manifest.generation, manifest.epoch, manifest.digest)
-    if unsigned != signed:
-        detail = f"the head says {unsigned}, the signed manifest {signed}"
-        raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
-    if manifest.rollout.stable_generation:
-        open_stable(head, manifest, trusted, channel)
-    return manifest
-
-
-def open_stable(
-    head: Head, canary: Manifest, trusted: Mapping[str, bytes], channel: str
-) -> Manifest:
-    """Read the signed manifest beside a canary, which must be of the release that it names.
-
-    Raises:
-        PolicyRefusedError: as ``open_release`` does; BAD_FORMAT if it is of another release.
-    """
-    manifest = open_release(head.stable, trusted, channel)
-    named = (canary.rollout.stable_generation, canary.rollout.stable_digest)
-    if (found := (manifest.generation, manifest.digest)) != named:
-        detail = f"the canary names {named} as stable, the head has {found}"
-        raise PolicyRefusedError(Refusal.BAD_FORMAT, detail)
-    return manifest
+    tests = ReleaseVerifier(root, manifest.channel, manifest.model, manifest.tokenizer, clock)
+    tests.check(manifest)
+    tests.open(manifest, blob)
 
 
 def _check_mark(manifest: Manifest, mark: Mark) -> None:

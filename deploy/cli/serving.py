@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from offramp.controller.release.signing import load_public_keys
+from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
@@ -178,7 +178,7 @@ def _require_servable(
         options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
     require_free(config.host, config.port)
     if trust is not None:
-        load_public_keys(trust)
+        load_root(trust)
     if settings.redis_url is None:
         require_free("127.0.0.1", redis_port, "redis_port")
     else:

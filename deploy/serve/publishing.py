@@ -8,22 +8,23 @@ from pathlib import Path
 from offramp.controller.adapters.adapter_folder import DESCRIPTION, KEPT, find_adapters
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.errors import ConfigError, PolicyRefusedError
+from offramp.controller.keys.envelopes import key_id_of
+from offramp.controller.keys.key_files import load_or_create_key, load_public_keys, save_public_keys
+from offramp.controller.keys.root import load_root
+from offramp.controller.keys.root_chain import RootChain
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import PolicyRegistry
-from offramp.controller.release.signing import (
-    load_or_create_key,
-    load_public_keys,
-    save_public_keys,
-    trusted_keys,
-)
 from offramp.deploy.serve.settings import Settings
 
 KEY = "publisher.pem"
 NEXT_KEY = "publisher-next.pem"
 PUBLIC_KEY = "publisher.pub"
+
+ROOTS = "roots"
+"""Folder of the roots that followed the keys in PUBLIC_KEY."""
 
 
 PATIENCE_S = 5.0
@@ -63,6 +64,8 @@ def open_publisher(
         ConfigError: the key or the ledger is unusable.
     """
     key = load_or_create_key(settings.home / KEY)
+    trust(settings, key.public_bytes)
+    roots = open_roots(settings)
     return Publisher(
         registry,
         Ledger(settings.home / "ledger" / settings.channel),
@@ -70,7 +73,8 @@ def open_publisher(
         settings.channel,
         epoch=settings.epoch,
         stamp_ttl_s=stamp_ttl_s,
-        trusted=trust(settings, key.public_bytes),
+        trusted=roots.newest,
+        roots=dict(roots.envelopes()),
     )
 
 
@@ -127,8 +131,10 @@ def adapters_beside(
     return source
 
 
-def trust(settings: Settings, *public: bytes) -> dict[str, bytes]:
-    """Add raw public keys to those that publisher and workers trust; all of them, by key id.
+def trust(settings: Settings, *public: bytes) -> list[str]:
+    """Add raw public keys to those that publisher and workers begin with; ids of all of them.
+
+    Once a root has followed them nothing is added: it alone says whose signatures count.
 
     Raises:
         ConfigError: the file of trusted keys is unusable.
@@ -136,9 +142,25 @@ def trust(settings: Settings, *public: bytes) -> dict[str, bytes]:
     path = settings.home / PUBLIC_KEY
     known = load_public_keys(path) if path.exists() else []
     added = [each for each in dict.fromkeys(public) if each not in known]
-    if added:
+    if added and not (settings.home / ROOTS).exists():
         save_public_keys(path, *known, *added)
-    return trusted_keys(*known, *added)
+        known += added
+    return list(map(key_id_of, known))
+
+
+def open_roots(settings: Settings) -> RootChain:
+    """The root that is in force here: the trusted keys, and what was signed to follow them.
+
+    Raises:
+        ConfigError: the file of trusted keys is unusable, or not what the roots began with.
+    """
+    folder = settings.home / ROOTS
+    chain = RootChain(load_root(settings.home / PUBLIC_KEY), folder)
+    is_other = folder.exists() and chain.newest.version == 0
+    if is_other or not chain.is_whole:
+        problem = f"those in {folder} are damaged, or did not begin with {PUBLIC_KEY} as it is now"
+        raise ConfigError("roots", problem, f"Put {folder} and {PUBLIC_KEY} back as they were")
+    return chain
 
 
 def public_key_path(settings: Settings) -> Path:

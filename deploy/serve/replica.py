@@ -11,9 +11,9 @@ from typing import Any
 import ray.serve._private.replica as serve_replica
 
 from offramp.controller.errors import DecodeFailedError
+from offramp.controller.keys.root import load_root
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
-from offramp.controller.release.signing import load_public_keys, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.log_lines import send_lines
@@ -53,7 +53,7 @@ class ServedWorker:
         send_lines(config.log_format, self.worker_id, front.log.remote)
         engine = load_engine(config.worker)
         verifier = ReleaseVerifier(
-            trusted_keys(*load_public_keys(config.trusted)),
+            load_root(config.trusted),
             config.channel,
             engine.model_fingerprint,
             engine.tokenizer_fingerprint,

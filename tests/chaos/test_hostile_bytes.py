@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from offramp.controller.errors import PolicyRefusedError
+from offramp.controller.keys.key_files import load_or_create_key
+from offramp.controller.keys.root import Role, Root, open_envelope, trusted_keys
 from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Head, InMemoryRegistry
-from offramp.controller.release.signing import load_or_create_key, open_envelope, trusted_keys
 from offramp.controller.release.trust import Mark, ReleaseVerifier, Stamp
 from offramp.worker.decoding.request import FULL_DEPTH
 from offramp.worker.following.refresh import PolicyRefresher
@@ -63,6 +64,17 @@ def test_manifests(raw: bytes) -> None:
 def test_marks_and_stamps(raw: bytes) -> None:
     check(Mark.from_bytes, raw)
     check(Stamp.from_bytes, raw)
+
+
+ANYONE = Role.of([bytes(32)])
+ROOT = Root(version=1, root=ANYONE, release=ANYONE, timestamp=ANYONE)
+
+
+@QUIET
+@given(mutated(ROOT.to_bytes()) | st.binary())
+def test_roots(raw: bytes) -> None:
+    check(Root.from_bytes, raw)
+    check(ROOT.follow, b"OFN1OFT1" + raw)
 
 
 @QUIET

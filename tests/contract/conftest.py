@@ -14,6 +14,9 @@ import redis
 from safetensors.numpy import load, save
 
 from offramp.controller.features import CANDIDATES_V1
+from offramp.controller.keys.envelopes import SigningKey
+from offramp.controller.keys.key_files import load_or_create_key
+from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.codec import Tensors
 from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
@@ -24,7 +27,6 @@ from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, InMemoryRegistry, PolicyRegistry
-from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.following.refresh import PolicyRefresher

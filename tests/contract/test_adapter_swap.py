@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from offramp.controller.adapters.adapter_index import AdapterSource
+from offramp.controller.keys.key_files import load_or_create_key
+from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState
-from offramp.controller.release.signing import load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.engine.service import EngineService

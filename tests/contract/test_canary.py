@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.release.heads import open_head
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.registry import AckState, Head
-from offramp.controller.release.trust import open_head
 from offramp.worker.decoding.request import FULL_DEPTH
 
 Site = Any
@@ -329,4 +329,4 @@ def test_what_a_head_says_of_its_canary_is_signed(
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
     beside = verifier.verify_stable(site.registry.head(), manifest, None)
     assert (beside.generation, beside.digest) == (1, stable.digest)
-    assert open_head(site.registry.head(), verifier._trusted, "demo") == manifest
+    assert open_head(site.registry.head(), verifier.root, "demo") == manifest

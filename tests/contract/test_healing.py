@@ -19,10 +19,10 @@ from offramp.controller.errors import (
     PromoteConflictError,
     RegistryUnavailableError,
 )
+from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState, Head
-from offramp.controller.release.signing import load_or_create_key
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 Site = Any

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, PromoteConflictError, Refusal
+from offramp.controller.keys.envelopes import STAMP_MAGIC
+from offramp.controller.keys.root import open_envelope, trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.certificate import Certificate
@@ -17,7 +19,6 @@ from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, Head
-from offramp.controller.release.signing import STAMP_MAGIC, open_envelope, trusted_keys
 from offramp.controller.release.trust import Stamp
 from support.certificates import certificate
 

@@ -21,9 +21,9 @@ from offramp.controller.errors import (
     Refusal,
     RegistryUnavailableError,
 )
+from offramp.controller.keys.envelopes import MAX_ENVELOPE_BYTES
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState, Head
-from offramp.controller.release.signing import MAX_ENVELOPE_BYTES
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 HEAD = Head(1, 1, b"envelope", "")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import Refusal
+from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.kinds import MAX_BLOB_BYTES
 from offramp.controller.release.registry import AckState
-from offramp.controller.release.signing import load_or_create_key
 
 Site = Any
 Attack = Callable[[Site, Any, bytes], Any]

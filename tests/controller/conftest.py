@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from offramp.controller.features import CANDIDATES_V1, FloatArray
+from offramp.controller.keys.envelopes import SigningKey
+from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.signing import SigningKey, load_or_create_key
 from support.certificates import certificate
 
 

@@ -19,6 +19,7 @@ from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.keeper import PROBATION_S, Prepare, ReleaseKeeper
+from offramp.worker.following.root_follower import RootFollower
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
@@ -86,6 +87,7 @@ class PolicyRefresher:
         self._woken = threading.Event()  # by a trip, which the registry should hear of at once
         self._thread: threading.Thread | None = None
         state = WorkerState(state_dir)
+        self._roots = RootFollower(registry, verifier, state_dir)
         self._fetcher = fetcher or ReleaseFetcher(registry, state_dir)
         self._stable, self._canary = (
             ReleaseKeeper(
@@ -181,10 +183,13 @@ class PolicyRefresher:
         try:
             self._stable.keep_state()
             self._canary.keep_state()
+            stale = self._roots.follow()
+            if self._roots.lost:
+                return AckState.STALE, self._roots.lost
             head = self._registry.head()
             if head is None:
                 return self._without_head()
-            stale = self._staleness(head)
+            stale = stale or self._staleness(head)
             manifest = self._verifier.verify(head, self._mark)
             unknown = self._cannot_judge(manifest)
             if unknown and stale:

@@ -21,13 +21,12 @@ from offramp.controller.errors import (
 from offramp.controller.release.analysis import Steps
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
+from offramp.controller.release.heads import open_head
 from offramp.controller.release.manifest import Manifest, require_said
 from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.signing import load_public_keys, trusted_keys
-from offramp.controller.release.trust import open_head
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.releases.tracks import tracks_table
 from offramp.deploy.serve.publishing import (
@@ -36,6 +35,7 @@ from offramp.deploy.serve.publishing import (
     adapters_beside,
     open_publisher,
     open_registry,
+    open_roots,
 )
 from offramp.deploy.serve.settings import Settings
 
@@ -195,7 +195,7 @@ def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
             return "head: none"
         if not path.exists():
             return f"head: says generation {head.generation}; {path} is not here to check that"
-        manifest = open_head(head, trusted_keys(*load_public_keys(path)), settings.channel)
+        manifest = open_head(head, open_roots(settings).newest, settings.channel)
         rollout = manifest.rollout
         line = f"head: generation {manifest.generation}, {standing(manifest)}"
         if manifest.adapters:

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.errors import PolicyRefusedError
 from offramp.controller.release.manifest import Manifest
-from offramp.controller.release.signing import load_public_keys, trusted_keys
-from offramp.controller.release.trust import open_release
+from offramp.controller.release.records import SignedRecords
 from offramp.deploy.cli.console import console, say
-from offramp.deploy.serve.publishing import PUBLIC_KEY, open_ledger
+from offramp.deploy.serve.publishing import open_ledger, open_roots
 from offramp.deploy.serve.settings import Settings
 
 NOISE = ("generation", "created_at", "shapes", "size", "adapter_index")
@@ -29,10 +28,18 @@ def add_to(app: typer.Typer) -> None:
 
 def history() -> None:
     """List every release of the channel, newest first, as the ledger has them."""
-    ledger, releases = _read()
+    settings = Settings.from_environment()
+    ledger = open_ledger(settings)
+    records = SignedRecords(ledger, open_roots(settings).newest, settings.channel)
     promoted = ledger.promotions()
     table = Table("generation", "signed at", "policy", "kind", "guarantee", "served", "note")
-    for generation, manifest in sorted(releases.items(), reverse=True):
+    for generation in reversed(ledger.generations()):
+        try:
+            manifest = records.manifest(generation)
+        except PolicyRefusedError as error:  # it waits for signatures, or its key was revoked
+            note = f"not trusted ({error.reason.value}: {error.detail})"
+            table.add_row(str(generation), *"–––––", note)
+            continue
         served = (
             "now"
             if generation == ledger.promoted()
@@ -59,8 +66,9 @@ def diff(
     new: Annotated[int, typer.Argument(min=1, help="Another one.")],
 ) -> None:
     """Show how two releases differ, field by field."""
-    _, releases = _read(old, new)
-    fields = [_fields(releases[generation]) for generation in (old, new)]
+    settings = Settings.from_environment()
+    records = SignedRecords(open_ledger(settings), open_roots(settings).newest, settings.channel)
+    fields = [_fields(records.manifest(generation)) for generation in (old, new)]
     names = [name for name in fields[0] | fields[1] if fields[0].get(name) != fields[1].get(name)]
     if not names:
         say(f"generations {old} and {new} differ in nothing but number and date")
@@ -69,22 +77,6 @@ def diff(
     for name in names:
         table.add_row(name, *(_shown(each.get(name)) for each in fields))
     console.print(table)
-
-
-def _read(*generations: int) -> tuple[Ledger, dict[int, Manifest]]:
-    """The ledger and the manifests of some generations, or all, each with its signature checked.
-
-    Raises:
-        ConfigError: there is no ledger, no public key, or no such generation.
-        PolicyRefusedError: a record was not signed by a trusted key.
-    """
-    settings = Settings.from_environment()
-    ledger = open_ledger(settings)
-    trusted = trusted_keys(*load_public_keys(settings.home / PUBLIC_KEY))
-    asked = generations or ledger.generations()
-    return ledger, {
-        each: open_release(ledger.get(each), trusted, settings.channel) for each in asked
-    }
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import pytest
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1, FloatArray, IntArray
+from offramp.controller.keys.envelopes import STAMP_MAGIC, SigningKey
+from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, Policy, ThresholdPolicy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.registry import Head
-from offramp.controller.release.signing import STAMP_MAGIC, SigningKey, trusted_keys
 from offramp.controller.release.trust import Mark, ReleaseVerifier, Stamp
 
 NOW = 1_800_000_100.0

@@ -203,6 +203,39 @@ def test_another_publishers_key_is_trusted_from_its_file(
     assert cli.refused("keys", "trust", tmp_path / "junk").startswith("public key: ")
 
 
+def test_an_offline_root_takes_over_and_asks_for_two_signatures(
+    cli: Any, url: str, tmp_path: Path, home: Path
+) -> None:
+    publish(cli, tmp_path, 3)
+    for name in ("offline", "second"):
+        assert "is private" in cli("keys", "new", "--out", tmp_path / f"{name}.pem")[1]
+    assert "is there already" in cli.refused("keys", "new", "--out", tmp_path / "second.pem")
+    both = tmp_path / "both.pub"
+    both.write_bytes((home / "publisher.pub").read_bytes() + (tmp_path / "second.pub").read_bytes())
+    file = tmp_path / "root-1"
+    options = ("--roots", tmp_path / "offline.pub", "--releasers", both, "--release-threshold")
+    assert cli.refused("keys", "draft", file, *options, "3").startswith("threshold: 3 of 2 keys")
+    assert "release 2 of 2," in cli("keys", "draft", file, *options, "2")[1]
+    assert cli.refused("keys", "trust", file).startswith("root: ")
+    assert "signed root 1" in cli("keys", "sign", file, "--key", tmp_path / "offline.pem")[1]
+    assert "follow at their next poll" in cli("keys", "trust", file)[1]
+    assert "may sign releases and timestamps, signs" in cli("keys", "list")[1]
+    assert "a root says whose" in cli.refused("keys", "trust", both)
+    assert "a root says whose" in cli.refused("keys", "distrust", "00")
+    refusal = cli.refused("publish", bundle(tmp_path, 5), "--uncertified", "--promote")
+    assert "1 of 2 signatures" in refusal
+    assert "not trusted (below_threshold" in cli("history")[1].replace("\n", " ")
+    release = home / "ledger/default/00000002.release"
+    assert cli.refused("keys", "sign", release, "--key", tmp_path / "none").startswith("key: ")
+    junk = tmp_path / "both.pub"
+    second = tmp_path / "second.pem"
+    assert "neither a root nor a release" in cli.refused("keys", "sign", junk, "--key", second)
+    signed = cli("keys", "sign", release, "--key", second)[1]
+    assert "generation 2 of channel default" in signed
+    assert cli("promote", "2")[0] == 0
+    assert "head: generation 2" in cli("status")[1]
+
+
 def test_a_canary_goes_by_steps_and_is_rolled_back(cli: Any, url: str, tmp_path: Path) -> None:
     status, output = cli("promote")
     assert status == 2

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from offramp.controller.keys.envelopes import SigningKey
+from offramp.controller.keys.key_files import load_or_create_key
+from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.signing import SigningKey, load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.worker.following.refresh import PolicyRefresher
 

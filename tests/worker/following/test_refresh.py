@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import RegistryUnavailableError
+from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState, InMemoryRegistry
-from offramp.controller.release.signing import load_or_create_key
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
 from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher

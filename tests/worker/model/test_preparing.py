@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from offramp.controller.features import SKETCH_V1, IntArray
+from offramp.controller.keys.key_files import load_or_create_key
+from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, Policy, ThresholdPolicy
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, InMemoryRegistry
-from offramp.controller.release.signing import load_or_create_key, trusted_keys
 from offramp.controller.release.trust import ReleaseVerifier
 from offramp.worker import FULL_DEPTH, AdaptiveEngine, SamplingParams
 from offramp.worker.following.refresh import PolicyRefresher

@@ -7,33 +7,25 @@ from pathlib import Path
 import pytest
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
-from offramp.controller.release.signing import (
-    MAX_ENVELOPE_BYTES,
-    STAMP_MAGIC,
-    SigningKey,
-    key_id_of,
-    load_or_create_key,
-    load_public_keys,
-    open_envelope,
-    save_public_keys,
-    trusted_keys,
-)
+from offramp.controller.keys.envelopes import MAX_ENVELOPE_BYTES, STAMP_MAGIC, SigningKey, key_id_of
+from offramp.controller.keys.key_files import load_or_create_key, load_public_keys, save_public_keys
+from offramp.controller.keys.root import NOBODY, Root, open_envelope, trusted_keys
 
 PAYLOAD = b'{"channel":"demo","generation":3}'
 
 
 @pytest.fixture
-def trusted(key: SigningKey) -> dict[str, bytes]:
+def trusted(key: SigningKey) -> Root:
     return trusted_keys(key.public_bytes)
 
 
-def refusal(raw: bytes, trusted: dict[str, bytes]) -> Refusal:
+def refusal(raw: bytes, trusted: Root) -> Refusal:
     with pytest.raises(PolicyRefusedError) as caught:
         open_envelope(raw, trusted)
     return caught.value.reason
 
 
-def test_what_was_signed_comes_out(key: SigningKey, trusted: dict[str, bytes]) -> None:
+def test_what_was_signed_comes_out(key: SigningKey, trusted: Root) -> None:
     raw = key.sign(PAYLOAD)
     assert open_envelope(raw, trusted) == PAYLOAD
     assert raw[:20] == b"OFR1" + key.key_id.encode()
@@ -44,7 +36,7 @@ def test_signing_is_deterministic(key: SigningKey) -> None:
     assert key.sign(PAYLOAD) == key.sign(PAYLOAD)
 
 
-def test_every_byte_counts(key: SigningKey, trusted: dict[str, bytes]) -> None:
+def test_every_byte_counts(key: SigningKey, trusted: Root) -> None:
     raw = key.sign(PAYLOAD)
     for place in range(len(raw)):
         for bit in (1, 128):
@@ -59,7 +51,7 @@ def test_every_byte_counts(key: SigningKey, trusted: dict[str, bytes]) -> None:
             assert refusal(bytes(spoilt), trusted) is expected, place
 
 
-def test_every_cut_and_any_growth_is_refused(key: SigningKey, trusted: dict[str, bytes]) -> None:
+def test_every_cut_and_any_growth_is_refused(key: SigningKey, trusted: Root) -> None:
     raw = key.sign(PAYLOAD)
     for length in range(len(raw)):
         expected = Refusal.BAD_FORMAT if length < 84 else Refusal.BAD_SIGNATURE
@@ -67,7 +59,7 @@ def test_every_cut_and_any_growth_is_refused(key: SigningKey, trusted: dict[str,
     assert refusal(raw + b" ", trusted) is Refusal.BAD_SIGNATURE
 
 
-def test_kinds_of_envelope_are_not_exchangeable(key: SigningKey, trusted: dict[str, bytes]) -> None:
+def test_kinds_of_envelope_are_not_exchangeable(key: SigningKey, trusted: Root) -> None:
     stamp = key.sign(PAYLOAD, STAMP_MAGIC)
     assert open_envelope(stamp, trusted, STAMP_MAGIC) == PAYLOAD
     assert refusal(stamp, trusted) is Refusal.BAD_FORMAT
@@ -78,14 +70,14 @@ def test_kinds_of_envelope_are_not_exchangeable(key: SigningKey, trusted: dict[s
 def test_a_foreign_key_is_refused(key: SigningKey, tmp_path: Path) -> None:
     other = load_or_create_key(tmp_path / "other.pem")
     assert refusal(key.sign(PAYLOAD), trusted_keys(other.public_bytes)) is Refusal.FOREIGN_KEY
-    assert refusal(key.sign(PAYLOAD), {}) is Refusal.FOREIGN_KEY
+    assert refusal(key.sign(PAYLOAD), NOBODY) is Refusal.FOREIGN_KEY
     # Control: a key among several is found.
     both = trusted_keys(other.public_bytes, key.public_bytes)
     assert open_envelope(key.sign(PAYLOAD), both) == PAYLOAD
 
 
 def test_an_envelope_over_the_limit_is_neither_made_nor_read(
-    key: SigningKey, trusted: dict[str, bytes]
+    key: SigningKey, trusted: Root
 ) -> None:
     with pytest.raises(ConfigError, match="envelope"):
         key.sign(bytes(MAX_ENVELOPE_BYTES))

@@ -1,0 +1,1 @@
+"""Keeps signing keys, wraps what they sign, and says by roots whose signatures count."""
