@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -68,11 +68,10 @@ class FrequentHead:
         return linear(self._stack.norm(x_ND), self._rows_VD)
 
 
-def loss_head(stack: LayerStack, documents: Iterable[Sequence[int]], tokens: int) -> LossHead:
-    """The head that the loss takes: of the documents' most frequent tokens, or 0 for all."""
+def loss_head(stack: LayerStack, counts: Counter[int], tokens: int) -> LossHead:
+    """The head that the loss takes: of the most frequent tokens by count, or 0 for all."""
     if not 0 < tokens < stack.vocab:
         return stack
-    counts = Counter(token for document in documents for token in document)
     return FrequentHead(stack, [token for token, _ in counts.most_common(tokens)])
 
 
@@ -229,8 +228,14 @@ def backward(
 
     The KL is over the tokens of ``head``; None: over all that the model has.
     """
-    head = head or stack
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
+    return backward_from(states, last_ND, modules, head or stack)
+
+
+def backward_from(
+    states: Mapping[int, Tensor], last_ND: Tensor, modules: Mapping[int, Trainable], head: LossHead
+) -> dict[int, float]:
+    """Do what ``backward`` does, from states [N, D] after each exit and after the last layer."""
     kept = {layer: typical_rows(each) for layer, each in states.items()}
     totals = dict.fromkeys(modules, 0.0)
     reads = {layer: module(states[layer]) for layer, module in modules.items()}

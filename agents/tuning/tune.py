@@ -6,21 +6,20 @@ Shape suffixes: B rows, T tokens, W documents.
 from __future__ import annotations
 
 import math
-import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from offramp.agents.recording.own_text import only_texts
 from offramp.agents.recording.training_data import save_candidates
-from offramp.agents.training.resuming import Resumable
 from offramp.agents.tuning.distil import (
     Trainable,
     TrainableLayer,
-    backward,
+    backward_from,
     freeze,
     fresh_translators,
     loss_head,
@@ -28,8 +27,10 @@ from offramp.agents.tuning.distil import (
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure, summarise
 from offramp.agents.tuning.ridge import start_translators
+from offramp.agents.tuning.state_feed import StateFeed
 from offramp.agents.tuning.stream import WindowStream, data_digest
 from offramp.agents.tuning.texts import chosen_documents, read_texts
+from offramp.agents.tuning.tune_checkpoint import TuneCheckpoint
 from offramp.agents.tuning.tune_config import OnTuning, TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.adapter_layers import AdapterLayers
@@ -66,32 +67,6 @@ LARGEST_GRADIENT = 1.0
 """Norm of a translator's gradient; longer ones are shortened to it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuneCheckpoint(Resumable):
-    """A run between two steps: enough to go on as if it had never stopped.
-
-    Nothing in a run draws random numbers after its start: the order of the documents is a function
-    of the seed and the pass, so the stream's position stands for a generator's state.
-
-    Attributes:
-        settings: Whatever changes the result: fingerprint, data digest and options, as JSON.
-        step: How many steps are done.
-        modules: State of each translator, by layer.
-        optimizer: State of the optimizer.
-        position: Where the stream of windows is.
-        curve: Training KL so far: step, then each exit's, nats.
-    """
-
-    command: ClassVar[str] = "offramp tune"
-
-    settings: dict[str, Any]
-    step: int
-    modules: dict[int, dict[str, torch.Tensor]]
-    optimizer: dict[str, Any]
-    position: dict[str, Any]
-    curve: list[list[float]]
-
-
 def tune(
     config: TuneConfig,
     folder: Path,
@@ -124,10 +99,10 @@ def tune(
         run.take(checkpoint.settings["steps"] if checkpoint else run.steps_within(config.minutes))
     if checkpoint is not None:
         checkpoint.require(run.settings)
-    modules, curve = run.fit(folder, checkpoint)
+    modules, curve = run.fit(checkpoint)
     fitted = freeze(modules)
     report = run.report(fitted, curve)
-    run.save(folder, fitted, report)
+    run.save(fitted, report)
     return report
 
 
@@ -149,10 +124,12 @@ class _Tuning:
         model = load_model(config.model, parse_dtype(config.dtype), config.device)
         tokenizer = load_tokenizer(config.model)
         self.config, self.exits, self.on_progress = config, exits, on_progress
+        self.folder = folder
         self.stack: LayerStack = stack_for(model)
         self.separator: int | None = tokenizer.eos_token_id
         require_fit(config, self.stack)
         self.texts = read_texts(config, documents, folder, model, tokenizer, on_progress)
+        self.counts = Counter(token for each in self.encoded() for token in each)
         self.settings: dict[str, Any] = {
             "model": model_fingerprint(model),
             "data": data_digest(*documents),
@@ -167,6 +144,7 @@ class _Tuning:
             "dtype": config.dtype,
             "seed": config.seed,
             "own_text": config.own_text and asdict(config.own_text),
+            "keeps_states": self.feed().keeps,
         }
 
     def encoded(self) -> Iterator[list[int]]:
@@ -182,26 +160,28 @@ class _Tuning:
             seed=self.config.seed,
         )
 
+    def feed(self) -> StateFeed:
+        ends = 0 if self.separator is None else len(self.texts.train)
+        tokens = self.counts.total() + ends
+        return StateFeed(self.config, self.stack, self.exits, self.stream, tokens, self.folder)
+
     def steps_within(self, minutes: float) -> int:
         """Optimizer steps that fit into the time, 1 or more; nothing of the trial is kept."""
-        modules, tokens_BT = self._fresh(resumes=True), self.stream().next().to(self.stack.device)
-        head = loss_head(self.stack, self.encoded(), self.config.loss_tokens)
-        backward(self.stack, modules, tokens_BT, head)  # the first warms up
-        start = time.perf_counter()
-        backward(self.stack, modules, tokens_BT, head)
-        return max(1, int(60 * minutes / (time.perf_counter() - start)))
+        modules = self._fresh(resumes=True)
+        head = loss_head(self.stack, self.counts, self.config.loss_tokens)
+        return self.feed().steps_within(60 * minutes, lambda x: backward_from(*x, modules, head))
 
     def take(self, steps: int) -> None:
         """Do so many steps."""
         self.config = replace(self.config, steps=steps)
-        self.settings["steps"] = steps
+        self.settings |= {"steps": steps, "keeps_states": self.feed().keeps}
 
     def fit(
-        self, folder: Path, checkpoint: TuneCheckpoint | None
+        self, checkpoint: TuneCheckpoint | None
     ) -> tuple[dict[int, Trainable], list[list[float]]]:
-        config, stream = self.config, self.stream()
+        config, feed = self.config, self.feed()
         modules = self._start(checkpoint)
-        head = loss_head(self.stack, self.encoded(), config.loss_tokens)
+        head = loss_head(self.stack, self.counts, config.loss_tokens)
         groups = [{"params": list(each.parameters())} for each in modules.values()]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         curve: list[list[float]] = []
@@ -209,26 +189,28 @@ class _Tuning:
         said = self._look(modules)
         if checkpoint is not None:
             optimizer.load_state_dict(checkpoint.optimizer)
-            stream.seek(checkpoint.position)
+            feed.seek(checkpoint.position, checkpoint.step)
             curve, done = checkpoint.curve, checkpoint.step
+        size = config.batch_tokens
+        self.on_progress("tune", done * size, config.steps * size, f"{said}; {feed.plan}")
         for step in range(done, config.steps):
-            tokens_BT = stream.next().to(self.stack.device)
-            losses = backward(self.stack, modules, tokens_BT, head)
+            losses = backward_from(*feed.next(step), modules, head)
             _require_finite(losses, step)
             _step(optimizer, config.learning_rate * rate_share(step, config.steps))
             if step % max(1, config.steps // CURVE_POINTS) == 0:
                 curve.append([step, *losses.values()])
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps:
+                feed.settle()
                 states = {layer: each.state_dict() for layer, each in modules.items()}
                 TuneCheckpoint(
                     settings=self.settings, step=done, modules=states,
-                    optimizer=optimizer.state_dict(), position=stream.position, curve=curve,
-                ).save(folder)  # fmt: skip
+                    optimizer=optimizer.state_dict(), position=feed.position, curve=curve,
+                ).save(self.folder)  # fmt: skip
             if done % looks == 0:
                 said = self._look(modules)
-            sizes = (done * config.batch_tokens, config.steps * config.batch_tokens)
-            self.on_progress("tune", *sizes, said)
+            self.on_progress("tune", done * size, config.steps * size, f"{said}; {feed.plan}")
+        feed.remove()
         return modules, curve
 
     def _start(self, checkpoint: TuneCheckpoint | None) -> dict[int, Trainable]:
@@ -266,9 +248,7 @@ class _Tuning:
         )
         return TuneReport.of(people, own, curve)
 
-    def save(
-        self, folder: Path, fitted: ExitTranslators | AdapterLayers, report: TuneReport
-    ) -> None:
+    def save(self, fitted: ExitTranslators | AdapterLayers, report: TuneReport) -> None:
         description = {
             **self.settings,
             "layers": self.stack.layers,
@@ -276,10 +256,10 @@ class _Tuning:
             "report": asdict(report),
         }
         table_VK = successor_table(self.encoded(), self.stack.vocab, self.config.candidates)
-        save_candidates(folder, table_VK)
-        draw_tuning(report.before, report.after, report.curve, folder / PLOT)
+        save_candidates(self.folder, table_VK)
+        draw_tuning(report.before, report.after, report.curve, self.folder / PLOT)
         # Last: its presence says that the rest is there.
-        fitted.save(folder, description)
+        fitted.save(self.folder, description)
 
 
 def _require_finite(losses: dict[int, float], step: int) -> None:

@@ -46,6 +46,8 @@ class TuneConfig:
         device: Device that the model runs on.
         threads: Torch threads; part of what makes a run reproducible.
         seed: Seeds the translators' start and the order of the documents.
+        states_gb: Most GB of disk for the states that later passes over the texts read; where a
+            pass has more, the model computes them anew in each step.
         own_text: How the model goes on from the documents' beginnings, where exits are fitted to
             its own text; None fits them to the documents as they are.
     """
@@ -69,6 +71,7 @@ class TuneConfig:
     device: str = "cpu"
     threads: int = 1
     seed: int = 0
+    states_gb: float = 8.0
     own_text: OwnText | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class TuneConfig:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ConfigError("minutes", f"{self.minutes} is no time", "Try 20")
+        if not 0 <= self.states_gb < math.inf:
+            raise ConfigError("states_gb", f"{self.states_gb} is no size", "Try 8, or 0 for none")
         if not 0 < self.learning_rate <= 1:
             raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1]", "Try 1e-3")
         if self.length < 2 or self.batch_tokens < 1 or self.batch_tokens % self.length:

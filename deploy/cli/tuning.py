@@ -23,6 +23,10 @@ LossTokens = Annotated[
     int, typer.Option(min=0, help="Most frequent tokens that the loss is over; 0: all.")
 ]
 
+StatesGb = Annotated[
+    float, typer.Option(help="Most GB of disk for states that later passes read; 0: none.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -64,6 +68,7 @@ def tune_exits(
     loss_tokens: LossTokens = 4096,
     held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
+    states_gb: StatesGb = 8.0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
@@ -89,6 +94,7 @@ def tune_exits(
         loss_tokens=loss_tokens,
         held_out=held_out,
         candidates=candidates,
+        states_gb=states_gb,
         checkpoint_every=checkpoint_every,
         dtype=dtype,
         device=device,

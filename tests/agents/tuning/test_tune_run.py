@@ -15,6 +15,7 @@ from offramp.agents.recording.documents import Document
 from offramp.agents.training.resuming import CHECKPOINT
 from offramp.agents.tuning import tune as tune_module
 from offramp.agents.tuning.quality import TuneReport
+from offramp.agents.tuning.state_feed import STATES
 from offramp.agents.tuning.stream import WindowStream, data_digest
 from offramp.agents.tuning.tune import PLOT, tune
 from offramp.agents.tuning.tune_config import TuneConfig
@@ -49,9 +50,9 @@ class Stopped(Exception):
     """The run was killed."""
 
 
-def stop_after(steps: int) -> object:
+def stop_after(steps: int, batch_tokens: int = CONFIG.batch_tokens) -> object:
     def on_progress(stage: str, done: int, *_: object) -> None:
-        if stage == "tune" and done == steps * CONFIG.batch_tokens:
+        if stage == "tune" and done == steps * batch_tokens:
             raise Stopped
 
     return on_progress
@@ -123,7 +124,7 @@ def test_a_foreign_folder_does_not_resume(
 def test_divergence_is_named(
     config: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_module, "backward", lambda *_: {3: 0.5, 6: float("nan")})
+    monkeypatch.setattr(tune_module, "backward_from", lambda *_: {3: 0.5, 6: float("nan")})
     with pytest.raises(ConfigError) as caught:
         tune(config, tmp_path)
     assert caught.value.field == "lr"
@@ -148,6 +149,7 @@ def test_divergence_is_named(
         ("dtype", {"dtype": "int8"}),
         ("device", {"device": "tpu"}),
         ("limit", {"documents": 2}),
+        ("states_gb", {"states_gb": float("nan")}),
     ],
 )
 def test_unusable_options_are_named(
@@ -222,7 +224,11 @@ def test_a_time_limit_sets_the_steps_once(config: TuneConfig, tmp_path: Path) ->
 
 
 def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Path) -> None:
-    layers = replace(config, kind="layer", exits=(3,), steps=12, checkpoint_every=6)
+    tokens = 512  # a step; the second pass reads the states of the first
+    layers = replace(
+        config, corpus=make_corpus(tmp_path / "few", documents=8), kind="layer", exits=(3,),
+        steps=12, checkpoint_every=6, batch_tokens=tokens, length=128,
+    )  # fmt: skip
     report = tune(layers, tmp_path / "whole")
     before, after = report.before[0], report.after[0]
     losses = [point[1] for point in report.curve]
@@ -230,10 +236,13 @@ def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Pat
     assert (before.layer, after.layer) == (3, 3)
     assert report.before[-1] == report.after[-1], "full depth changed"
     with pytest.raises(Stopped):
-        tune(layers, tmp_path / "cut", on_progress=stop_after(7))  # type: ignore[arg-type]
+        tune(layers, tmp_path / "cut", on_progress=stop_after(7, tokens))  # type: ignore[arg-type]
+    assert (tmp_path / "cut" / STATES).exists()
     tune(layers, tmp_path / "cut", resume=True)
     for name in (WEIGHTS, DESCRIPTION):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert json.loads((tmp_path / "whole" / DESCRIPTION).read_text())["keeps_states"]
+    assert not list(tmp_path.glob(f"*/{STATES}"))
     engine = AdaptiveEngine.from_pretrained(
         REFERENCE, slots=1, config=EngineConfig(translators=tmp_path / "whole")
     )
