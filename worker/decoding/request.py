@@ -115,6 +115,7 @@ class Request:
         forced: Tokens to feed instead of the emitted ones (teacher forcing); () feeds the emitted.
         sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
         audited: Whether full depth is asked about every token that leaves early.
+        cache_salt: Beginnings of its prompt are shared with requests that have the same one.
         arrived_s: When it was made, by ``time.perf_counter``.
     """
 
@@ -126,6 +127,7 @@ class Request:
     forced: tuple[int, ...] = ()
     sampler: Sampler | None = None
     audited: bool = False
+    cache_salt: str = ""
     arrived_s: float = field(default_factory=time.perf_counter, compare=False)
 
 
@@ -142,6 +144,7 @@ class CompletionStats:
         exact_share: Share of its cache positions whose every layer was executed.
         drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
         queued_s: Seconds that it waited for a slot.
+        cached_tokens: Tokens of the prompt that the prefix cache knew; None: it was not asked.
     """
 
     prompt_tokens: int
@@ -153,6 +156,7 @@ class CompletionStats:
     drafts: int = 0
     drafts_accepted: int = 0
     queued_s: float = field(default=0.0, compare=False)
+    cached_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

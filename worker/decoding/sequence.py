@@ -57,6 +57,7 @@ class Sequence:
 
     Attributes:
         prefilled: Prompt tokens in the cache.
+        recalled: Those of them that the prefix cache knew; None: it was not asked.
         prompt_draws: What is told of the prompt's tokens from the second on, if asked for.
         drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
         open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
@@ -91,6 +92,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     ngrams: NgramIndex | None = None
     prefilled: int = 0
+    recalled: int | None = None
     prompt_draws: list[Draw] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     open: list[OpenToken] = field(default_factory=list)

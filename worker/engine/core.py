@@ -35,6 +35,7 @@ from offramp.worker.engine.admission import (
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
+from offramp.worker.engine.prompts import PromptReader
 from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.adapter_layers import load_exits
 from offramp.worker.model.families import stack_for
@@ -101,6 +102,7 @@ class EngineCore:
         self._roster, self._outbox = Roster(self.kv, self.stack), Outbox(tokenizer, self.kv)
         self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
+        self._prompts = PromptReader(self.decoder, self._emitter, self.config)
         self._audits = AuditPicker(self.config.audit_share)
         self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
@@ -117,6 +119,7 @@ class EngineCore:
         forced: Items[int] = (),
         sampler: Sampler | None = None,
         split_by: str | None = None,
+        cache_salt: str = "",
     ) -> Request:
         """Queue a request and pin its policy.
 
@@ -128,6 +131,7 @@ class EngineCore:
             forced: Teacher forcing: these tokens are fed in place of as many emitted ones.
             sampler: Draws this request's tokens, in place of one made from ``sampling``.
             split_by: Decides between current policy and canary; None: the request's own id does.
+            cache_salt: Beginnings of prompts are shared among requests with the same one.
 
         Raises:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
@@ -155,6 +159,7 @@ class EngineCore:
             forced=tuple(forced),
             sampler=sampler,
             audited=audited,
+            cache_salt=cache_salt,
         )
         self._roster.waiting.append(request)
         return request
@@ -176,7 +181,7 @@ class EngineCore:
         self.failed |= self._roster.admit()
         self.decoder.observe(Load(*self.load, self.kv.slots))
         emitted = {row: len(row.emitted) for row in self._roster.rows}
-        self._prefill()
+        self._prompts.read(self._roster.rows)
         self._run(launches)
         events = [event for row, before in emitted.items() for event in self._events(row, before)]
         self._release({} if finished is None else finished)
@@ -221,21 +226,6 @@ class EngineCore:
     def is_prefilling(self) -> bool:
         """Whether some prompt is still to be read."""
         return bool(self._roster.waiting) or any(not r.is_prefilled for r in self._roster.rows)
-
-    def _prefill(self) -> None:
-        budget = self.config.prefill_tokens
-        for row in [row for row in self._roster.rows if not row.is_prefilled]:
-            tokens = min(budget, len(row.request.prompt) - row.prefilled)
-            if tokens == 0:
-                return
-            budget -= tokens
-            self.kv.reserve(row.prefilled + tokens)
-            try:
-                judged = self.decoder.prefill(row, tokens)
-                if judged is not None:
-                    self._emitter.emit(row, *judged, self.stack.layers)
-            except Exception as error:
-                row.error = error
 
     def _events(self, row: Sequence, before: int) -> list[TokenEvent]:
         try:

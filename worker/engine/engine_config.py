@@ -26,7 +26,7 @@ class EngineConfig:
         kv_mode: What becomes of the layers that exited tokens skipped, unless a request says.
         schedule: Lock-step, or cohorts with holds.
         prefill_tokens: Prompt tokens read between two launches at most: a running row never
-            waits longer for other rows' prompts.
+            waits longer for other rows' prompts. Prompts are cut at its multiples, nowhere else.
         max_pending: Tokens a row may have pending before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
@@ -38,6 +38,9 @@ class EngineConfig:
             little more than an LM head; in ``verify`` every draft is judged anyway.
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
+        prefix_cache_mib: Most memory, in MiB, for what is kept of prompts that were read: one that
+            begins with the same chunks of ``prefill_tokens`` is not read again so far, and its
+            completion stays the same bit for bit. 0 keeps nothing.
         cuda_graphs: Whether layers on a GPU are captured once per size, and replayed by one launch;
             without, each kernel is launched by itself, which is slower and takes less memory.
 
@@ -54,6 +57,7 @@ class EngineConfig:
     draft_precision: Precision | None = None
     audit_share: float = 0.05
     kv_budget_mb: float | None = None
+    prefix_cache_mib: float = 0.0
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
@@ -75,6 +79,9 @@ class EngineConfig:
             )
         if not 0.0 <= self.audit_share <= 1.0:
             raise ConfigError("audit_share", f"{self.audit_share} is not in [0, 1]", "Give a share")
+        if not 0 <= self.prefix_cache_mib < math.inf:
+            problem = f"{self.prefix_cache_mib} is no amount of memory"
+            raise ConfigError("prefix_cache_mib", problem, "Give MiB, or 0 to keep nothing")
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")

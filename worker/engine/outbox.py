@@ -81,6 +81,7 @@ class Outbox:
             drafts=row.drafts_made,
             drafts_accepted=row.drafts_accepted,
             queued_s=row.seated_s - row.request.arrived_s,
+            cached_tokens=row.recalled,
         )
 
     def _text(self, row: Sequence, index: int) -> tuple[int, str]:
