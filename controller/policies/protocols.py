@@ -124,6 +124,15 @@ class LearningPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawingPolicy(Protocol):
+    """A policy that draws random numbers, from a seed of its own."""
+
+    def rewind(self) -> None:
+        """Begin the draws anew, from the seed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class NeverExit:
     """Full depth for every token: the baseline, and the fallback whenever in doubt."""

@@ -27,7 +27,6 @@ from offramp.deploy.demo.demo_config import DemoConfig, free_port, prepare_folde
 from offramp.deploy.demo.learn import (
     SHOWN,
     Drafted,
-    Learned,
     assess_config,
     learn,
     learn_to_draft,
@@ -42,9 +41,9 @@ from offramp.deploy.serve.publishing import open_publisher, open_registry, publi
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model.loading import check_model
-from offramp.worker.spec import WorkerSpec
+from offramp.worker.model.loading import check_model, parse_dtype
+from offramp.worker.profiling.profile import describe_machine
+from offramp.worker.spec import ModelFacts, WorkerSpec
 
 VERSIONED = (
     "offramp", "torch", "transformers", "gymnasium", "stable-baselines3", "ray", "redis", "numpy",
@@ -62,38 +61,47 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
     started = time.monotonic()
     check_model(config.model)
     prepare_folder(config.out)
-    spec = WorkerSpec(model=str(Path(config.model).resolve()), threads=config.threads)
+    model = str(Path(config.model).resolve())
+    spec = WorkerSpec(model=model, dtype=config.dtype, threads=config.threads)
     with contextlib.ExitStack() as stack:
         settings = _own_settings(config, settings, stack)
         cpus = max(config.replicas, os.cpu_count() or 1)
         stack.enter_context(ray_session(settings.ray_address, cpus))
         drafted = learn_to_draft(config, spec)
         served = _serve(config, settings, spec, drafted)
-        learned = learn(config, spec)
+        lossy = {} if config.is_lossless else _with_loss(config, spec)
     report = {
-        "machine": _machine(learned),
-        "model": _model(config, learned),
+        "machine": _machine(config),
+        "model": _model(config, drafted.facts),
         "drafting": drafted.report(),
-        "traces": traces_report(learned),
-        "policies": [asdict(row) for row in learned.assessment.test],
-        "chosen": learned.chosen.name,
-        "reason": learned.assessment.reason,
+        **lossy,
         **served,
         "seconds": time.monotonic() - started,
     }
     write_durably(config.out / "report.json", json.dumps(report, indent=1).encode())
+    console.rule(f"[bold]Done[/] in {report['seconds']:.0f} s", align="left")
+    console.print(f"  {config.out}/report.json{', frontier.png, exit_depths.png' if lossy else ''}")
+    return report
+
+
+def _with_loss(config: DemoConfig, spec: WorkerSpec) -> dict[str, Any]:
+    """The second act: learn what some loss would buy, with its pictures."""
+    learned = learn(config, spec)
     for name in ("frontier.png", "exit_depths.png"):
         shutil.copyfile(config.out / "policies" / name, config.out / name)
-    console.rule(f"[bold]Done[/] in {report['seconds']:.0f} s", align="left")
-    console.print(f"  {config.out}/report.json, frontier.png, exit_depths.png")
-    return report
+    return {
+        "traces": traces_report(learned),
+        "policies": [asdict(row) for row in learned.assessment.test],
+        "chosen": learned.chosen.name,
+        "reason": learned.assessment.reason,
+    }
 
 
 def _serve(
     config: DemoConfig, settings: Settings, spec: WorkerSpec, drafted: Drafted
 ) -> dict[str, Any]:
     console.rule("[bold]2  Serve[/]: a Ray Serve pool under the full-depth policy", align="left")
-    spec = replace(spec, engine=EngineConfig(kv_mode="verify"))
+    spec = replace(spec, engine=config.engine)
     registry = open_registry(settings)
     publisher = open_publisher(settings, registry)
     panel = ControlPanel(publisher, registry, config.replicas, drafted.facts)
@@ -182,9 +190,9 @@ def _model_id(config: DemoConfig) -> str:
     return Path(config.model).resolve().name
 
 
-def _machine(learned: Learned) -> dict[str, Any]:
+def _machine(config: DemoConfig) -> dict[str, Any]:
     return {
-        "description": learned.data.costs.machine,
+        "description": describe_machine(parse_dtype(config.dtype)),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
@@ -192,12 +200,12 @@ def _machine(learned: Learned) -> dict[str, Any]:
     }
 
 
-def _model(config: DemoConfig, learned: Learned) -> dict[str, Any]:
+def _model(config: DemoConfig, facts: ModelFacts) -> dict[str, Any]:
     protocol = assess_config(config, config.model).protocol
     return {
         "path": config.model,
-        **asdict(learned.data.facts),
-        "dtype": "float32",
+        **asdict(facts),
+        "dtype": config.dtype,
         "shapes": {
             "timing": {
                 "batch": 1,

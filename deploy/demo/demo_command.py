@@ -30,13 +30,26 @@ def demo(
     quick: Annotated[
         bool, typer.Option(help="Fewer documents and steps: shows the loop, not the numbers.")
     ] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="End after the part that loses nothing.")
+    ] = False,
+    dtype: options.Dtype = "float32",
+    draft_weights: options.DraftWeights = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")] = 0,
     threads: options.SharedThreads = "auto",
     seed: options.Seed = 0,
 ) -> None:
     """Run the closed loop here: learn to draft, publish, hot-swap, query, roll back; then gates."""
     settings = Settings.from_environment()
-    config = DemoConfig(model=model, out=out, port=port, seed=seed)
+    config = DemoConfig(
+        model=model,
+        dtype=dtype,
+        draft_weights=draft_weights,
+        is_lossless=lossless,
+        out=out,
+        port=port,
+        seed=seed,
+    )
     config = replace(config, threads=options.parse_threads(threads, config.replicas))
     options.require_folder("out", out)
     if port:

@@ -7,7 +7,11 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.exits import Exit
+from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.precision import Precision
 
 MARKER = ".offramp-demo"
 """A folder that holds this file was made by the demo and may be emptied by it."""
@@ -19,6 +23,10 @@ class DemoConfig:
 
     Attributes:
         model: Folder of the model.
+        dtype: Dtype of its weights, "float32" or "bfloat16".
+        draft_weights: Weights of a copy of all its layers that drafts run on, such as "int4"; ""
+            drafts at early exits of the model's own.
+        is_lossless: Whether it ends after the lossless part.
         out: Folder of everything the demo writes; emptied first.
         port: HTTP port of the pool; 0 takes a free one.
         seed: Seeds training and bootstrap.
@@ -41,6 +49,9 @@ class DemoConfig:
     """
 
     model: str = "models/reference"
+    dtype: str = "float32"
+    draft_weights: str = ""
+    is_lossless: bool = False
     out: Path = Path("runs/demo")
     port: int = 0
     seed: int = 0
@@ -60,6 +71,22 @@ class DemoConfig:
     in_flight: int = 6
     prompts: int = 6
     new_tokens: int = 64
+
+    @property
+    def engine(self) -> EngineConfig:
+        """How rows are decoded: drafts are verified, on the copy if there is one."""
+        copy = Precision.parse(self.draft_weights) if self.draft_weights else None
+        return EngineConfig(kv_mode="verify", draft_precision=copy)
+
+    def exits(self, layers: int) -> tuple[int, ...]:
+        """Where drafts may leave a model of so many layers: all of a copy's, or () for defaults."""
+        copy = self.engine.draft_precision
+        return (Exit(layers, copy.weights),) if copy else ()
+
+    @property
+    def candidates(self) -> int:
+        """Candidates that drafts come from; a copy, whose head is cheap, drafts with the head."""
+        return 0 if self.draft_weights else DraftingConfig(model=self.model).candidates
 
     def shortened(self) -> DemoConfig:
         """Make the same loop with less data: for tests, and for a first look."""

@@ -23,6 +23,7 @@ from offramp.deploy.cli.drafting import TIMED, TIMED_TOKENS, teach_and_time
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
 
@@ -61,6 +62,9 @@ def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
     )
     lesson = DraftingConfig(
         model=spec.model,
+        dtype=spec.dtype,
+        exits=config.exits(layers_and_vocab(spec.model)[0]),
+        candidates=config.candidates,
         documents=config.documents,
         new_tokens=config.drafted_tokens,
         profile_s=config.profile_s,
@@ -68,7 +72,7 @@ def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
         seed=config.seed,
         ppo=DraftPPOConfig(steps=config.draft_steps),
     )
-    engine = load_engine(replace(spec, slots=1))
+    engine = load_engine(replace(spec, slots=1, engine=config.engine))
     taught, ratio = teach_and_time(lesson, engine, config.out / "drafters")
     drafted = Drafted(taught, describe(engine), ratio)
     won = (

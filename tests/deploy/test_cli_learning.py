@@ -310,7 +310,6 @@ DRAFTING = """
 documents = 40
 prompt_tokens = 16
 new_tokens = 8
-candidates = 8
 profile_s = 0.5
 [ppo]
 steps = 64
@@ -320,9 +319,16 @@ batch = 64
 """
 
 
-@pytest.mark.parametrize("exits", [(3, 6), (Exit(6, "int4"), Exit(12, "int4"), 3)])
+@pytest.mark.parametrize(
+    ("exits", "candidates", "rules"),
+    [
+        ((3, 6), 8, ["headless confidence stop"]),
+        ((Exit(6, "int4"), Exit(12, "int4"), 3), 8, ["headless confidence stop"]),
+        ((Exit(12, "int4"),), 0, ["confidence stop", "Thompson sampling"]),
+    ],
+)
 def test_drafters_are_taught_chosen_and_lossless(
-    cli: Any, tmp_path: Path, exits: tuple[int, ...]
+    cli: Any, tmp_path: Path, exits: tuple[int, ...], candidates: int, rules: list[str]
 ) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     tuned = None
@@ -331,21 +337,21 @@ def test_drafters_are_taught_chosen_and_lossless(
         tuned = save_translators(tmp_path / "tuned", fingerprint)
     (tmp_path / "drafting.toml").write_text(
         f'model = "{REFERENCE}"\ncorpus = "{corpus}"\ntranslators = "{tuned or ""}"\n'
-        f"exits = {list(map(exit_to_json, exits))}\n{DRAFTING}"
+        f"exits = {list(map(exit_to_json, exits))}\ncandidates = {candidates}\n{DRAFTING}"
     )
     arguments = ("train", "--for", "drafting", "--config", tmp_path / "drafting.toml")
     status, said = cli(*arguments, "--out", tmp_path / "out")
     assert status == 0, said
     contenders = load_contenders(tmp_path / "out")
     families = [each.family for each in contenders]
-    assert families == ["full depth", "headless confidence stop", "PPO drafting"]
-    assert contenders[2].policy.exits == exits
+    assert families == ["full depth", *rules, "PPO drafting"]
+    assert contenders[-1].policy.exits == exits
     assert "every token full depth's" in said
     named = PolicyBundle.load(tmp_path / "out" / "chosen").manifest.adapters
     kept = kept_in(tmp_path / "out")
     assert named == ("" if kept is None else read_description(kept)["digest"])
     assert (kept is None) == (tuned is None)
-    assert said.count("× full depth by replay") == 2
+    assert said.count("× full depth by replay") == 1 + len(rules)
     assert said.count("← chosen") == 1
     drafter = PolicyBundle.load(tmp_path / "out" / "chosen").policy()
     copy = Precision(weights="int4") if copy_weights(exits) else None

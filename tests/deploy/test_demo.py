@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from offramp.controller.policies.exits import Exit
+from offramp.deploy.demo.demo_config import DemoConfig
+from offramp.worker import Precision
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -104,6 +108,14 @@ def test_the_policy_took_effect_and_the_rollback_undid_it(
     assert report["requests"]["text_as_before"]
     assert report["rollback"]["generation"] == 3
     assert report["rollback"]["text_as_before"]
+
+
+def test_a_copy_that_drafts_does_so_after_all_its_layers_with_its_head() -> None:
+    config = DemoConfig(draft_weights="int4")
+    assert config.exits(30) == (Exit(30, "int4"),)
+    assert config.engine.draft_precision == Precision(weights="int4")
+    assert (config.candidates, DemoConfig().candidates) == (0, 64)
+    assert DemoConfig().exits(12) == ()
 
 
 def test_nothing_is_left_running(demo: tuple[Path, dict[str, Any], str]) -> None:

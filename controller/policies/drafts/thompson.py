@@ -94,7 +94,6 @@ def leading(verdicts: Sequence[Verdict]) -> int:
 
 
 def _describe(policy: ThompsonDraft) -> tuple[Params, Tensors]:
-    policy.rewind()  # so that who unpacks it draws what the canned inputs drew
     names = ("alpha", "beta", "length", "max_pending", "seed")
     return {name: getattr(policy, name) for name in names}, {}
 

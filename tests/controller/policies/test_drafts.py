@@ -108,6 +108,7 @@ def test_all_are_packed_and_built_again(policy: Any) -> None:
     signed = Manifest.from_bytes(bundle.manifest.to_bytes())
     assert signed.exits == policy.exits
     again = replace(bundle, manifest=signed).policy()  # decides the canned inputs anew
+    weights.require_quick(again, packed.blob, 9.0)  # and a worker does so again
     assert type(again) is type(policy)
     assert again.exits == policy.exits
     assert kind.describe_policy(again)[0] == kind.describe_policy(policy)[0]
