@@ -1,6 +1,10 @@
 """Train a model's own layers to exit: the LayerSkip recipe, for those who may touch the backbone.
 
     python examples/layerskip_recipe.py models/reference runs/layerskip --minutes 10
+    python examples/layerskip_recipe.py models/reference runs/layerskip --minutes 10 --resume
+    offramp train --for drafting --model runs/layerskip --out runs/drafter
+
+The last line says what the exits are worth, lossless.
 
 Where `offramp tune` leaves the model alone, this changes it: layers are dropped more often the
 deeper they lie, and every exit gets a share of the loss through the shared norm and head.
@@ -14,8 +18,9 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +32,12 @@ from transformers import PreTrainedTokenizerFast
 from typer import Option
 
 from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.training.resuming import Resumable
 from offramp.worker.model.loading import load_model, load_tokenizer
 
 Curriculum = Literal["rotational", "gradual"]
 EVALUATED = 32  # held-out windows
+KEPT_EVERY_S = 60.0  # seconds of training between checkpoints
 
 
 class LayerSkipRecipe(NamedTuple):
@@ -46,6 +53,20 @@ class LayerSkipRecipe(NamedTuple):
     rotation: int
     from_scratch: bool
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeCheckpoint(Resumable):
+    """A run between two steps; ``spent`` is the share of its time, ``generator`` torch's state."""
+
+    command: ClassVar[str] = "examples/layerskip_recipe.py"
+
+    settings: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    steps: int
+    spent: float
+    generator: Tensor
 
 
 def dropout_rates(layers: int, p_max: float, spent: float, from_scratch: bool) -> list[float]:
@@ -135,10 +156,23 @@ def evaluate(skipping: SkippingModel, windows: Tensor) -> list[tuple[float, floa
     return rows
 
 
-def train(skipping: SkippingModel, stream_T: Tensor, recipe: LayerSkipRecipe) -> int:
-    """Take steps until the time is spent; their number."""
+def train(
+    skipping: SkippingModel,
+    stream_T: Tensor,
+    recipe: LayerSkipRecipe,
+    out: Path,
+    begun: RecipeCheckpoint | None = None,
+) -> int:
+    """Take steps until the time is spent, with a checkpoint each minute; their number."""
     optimizer = torch.optim.AdamW(skipping.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
-    steps, spent, started = 0, 0.0, time.monotonic()
+    steps, spent, whole_s = 0, 0.0, 60 * recipe.minutes
+    if begun is not None:
+        skipping.load_state_dict(begun.model)
+        optimizer.load_state_dict(begun.optimizer)
+        torch.set_rng_state(begun.generator)
+        steps, spent = begun.steps, begun.spent
+    started = time.monotonic() - spent * whole_s
+    kept_s = time.monotonic()
     with Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")) as bar:
         task = bar.add_task("training", total=1.0)
         while spent < 1.0:
@@ -150,7 +184,13 @@ def train(skipping: SkippingModel, stream_T: Tensor, recipe: LayerSkipRecipe) ->
                 group["lr"] = recipe.rate * (0.5 + 0.5 * math.cos(math.pi * spent))
             optimizer.step()
             optimizer.zero_grad()
-            steps, spent = steps + 1, (time.monotonic() - started) / (60 * recipe.minutes)
+            steps, spent = steps + 1, (time.monotonic() - started) / whole_s
+            if spent >= 1.0 or time.monotonic() > kept_s + KEPT_EVERY_S:
+                RecipeCheckpoint(
+                    settings=recipe._asdict(), model=skipping.state_dict(), steps=steps,
+                    optimizer=optimizer.state_dict(), spent=spent, generator=torch.get_rng_state(),
+                ).save(out)  # fmt: skip
+                kept_s = time.monotonic()
             bar.update(task, completed=spent, description=f"step {steps} loss {loss.item():.3f}")
     return steps
 
@@ -192,6 +232,7 @@ def main(
     from_scratch: Annotated[bool, Option(help="Raise the dropout over the run.")] = False,
     threads: Annotated[int, Option(min=1, help="CPU threads.")] = 1,
     seed: Annotated[int, Option(help="Of the windows and the dropout.")] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint in OUT.")] = False,
 ) -> None:
     """Continue training a model so that its early layers can be left at, and save it."""
     if curriculum not in ("rotational", "gradual"):
@@ -200,6 +241,9 @@ def main(
     recipe = LayerSkipRecipe(
         minutes, batch, length, rate, p_max, e_scale, kind, rotation, from_scratch, seed
     )
+    begun = RecipeCheckpoint.load(out) if resume else None
+    if begun is not None:
+        begun.require(recipe._asdict())
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     loaded, tokenizer = load_model(model, torch.float32, "cpu"), load_tokenizer(model)
@@ -209,7 +253,7 @@ def main(
     held_out = encode(tokenizer, [each.text for each in found if each.split == "validation"])
     windows = spread(held_out, length)
     before = evaluate(skipping, windows)
-    steps = train(skipping, train_T, recipe)
+    steps = train(skipping, train_T, recipe, out, begun)
     print("layer  held-out loss (nats)  agreement with full depth")
     for layer, (old, new) in enumerate(zip(before, evaluate(skipping, windows), strict=True), 1):
         print(f"{layer:5}  {old[0]:6.3f} → {new[0]:6.3f}       {old[1]:.3f} → {new[1]:.3f}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,7 @@ def recipe() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks its annotations up
     spec.loader.exec_module(module)
     return module
 
@@ -64,14 +67,22 @@ def test_a_layer_that_is_always_dropped_changes_nothing(recipe: ModuleType) -> N
     assert not torch.equal(states[2], states[1])
 
 
-def test_training_lowers_the_early_losses(recipe: ModuleType) -> None:
+def test_training_lowers_the_early_losses_and_goes_on_from_its_checkpoint(
+    recipe: ModuleType, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     skipping = recipe.SkippingModel(make_model("llama").requires_grad_(True))
     stream = torch.arange(400) % 7
     settings = recipe.LayerSkipRecipe(0.02, 4, 16, 3e-3, 0.1, 0.2, "rotational", 2, False, 0)
     windows = recipe.spread(stream, 16)
     before = recipe.evaluate(skipping, windows)
-    assert recipe.train(skipping, stream, settings) > 1
+    steps = recipe.train(skipping, stream, settings, tmp_path)
+    assert steps > 1
     after = recipe.evaluate(skipping, windows)
     assert len(after) == LAYERS
     assert after[1][0] < before[1][0]
+    kept = recipe.RecipeCheckpoint.load(tmp_path)
+    fresh = recipe.SkippingModel(make_model("llama").requires_grad_(True))
+    assert recipe.train(fresh, stream, settings, tmp_path, kept) == steps  # its time is spent
+    assert recipe.evaluate(fresh, windows) == after
+    assert recipe.train(fresh, stream, settings, tmp_path, replace(kept, spent=0.8)) > steps
