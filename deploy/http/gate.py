@@ -35,6 +35,7 @@ class Gate:
         self._app = app
         self._backend = backend
         self._body_bytes = body_bytes
+        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -44,10 +45,46 @@ class Gate:
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
         refusal = self._refusal(scope)
-        if refusal is None:
-            await self._app(scope, self._bounded(receive), send)
-        else:
+        if refusal is not None:
             await refusal(scope, receive, send)
+        elif scope["method"] == "POST" and scope["path"] in DECODING_ROUTES:
+            await self._let_decode(scope, self._bounded(receive), send)
+        else:
+            await self._app(scope, self._bounded(receive), send)
+
+    async def _let_decode(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give a request a place once its body is there, or refuse it.
+
+        Of many that come at once the backend counts none before the first is parsed, encoded and
+        queued; and one whose body comes slowly holds no place.
+        """
+        parts: list[Message] = []
+        try:
+            while not parts or parts[-1].get("more_body"):
+                parts.append(await receive())
+        except HTTPException as error:
+            await error_reply(error.status_code, error.detail)(scope, receive, send)
+            return
+        if self._is_full:
+            await overload_reply(OverloadedError(RETRY_AFTER_S))(scope, receive, send)
+            return
+        coming = iter(parts)
+
+        async def receive_again() -> Message:
+            part = next(coming, None)
+            return await receive() if part is None else part
+
+        self._inside += 1
+        try:
+            await self._app(scope, receive_again, send)
+        finally:
+            self._inside -= 1
+
+    @property
+    def _is_full(self) -> bool:
+        outstanding, capacity = self._backend.load()
+        # A request inside is outstanding from some moment on, with one completion or several.
+        return max(outstanding, self._inside) >= capacity
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -74,8 +111,7 @@ class Gate:
             message = f"the server takes no requests now: it is {trouble}"
             code = trouble.replace(" ", "_")
             return error_reply(503, message, kind="server_error", code=code, headers=headers)
-        outstanding, capacity = self._backend.load()
-        if path in DECODING_ROUTES and outstanding >= capacity:
+        if path in DECODING_ROUTES and self._is_full:
             return overload_reply(OverloadedError(RETRY_AFTER_S))
         return None
 
