@@ -1,0 +1,1 @@
+"""Workers, clients and measures of ``hot_swap.py``."""
