@@ -127,7 +127,9 @@ def main(
     }
     plan = replace(plan, **{name: value for name, value in given.items() if value})
     config = EngineConfig(
-        kv_mode="verify", draft_precision=Precision.parse(copy), translators=translators
+        kv_mode="verify",
+        draft_precision=Precision.parse(copy, for_drafts=True),
+        translators=translators,
     )
     engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
     asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}

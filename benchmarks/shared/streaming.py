@@ -67,4 +67,5 @@ def _kept_bytes(weight: torch.Tensor, kept: str, group_size: int) -> int:
         return weight.nbytes
     if kept == "int8":
         return weight.numel() + 4 * len(weight)
-    return weight.numel() // 2 + weight.numel() // group_size * (4 + 2)
+    # A shortlist reads a few of the native rows, too, which are left out.
+    return weight.numel() // 2 + weight.numel() // group_size * 2 + 8 * len(weight)

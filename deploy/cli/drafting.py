@@ -95,6 +95,6 @@ def _engine_of(config: DraftingConfig) -> EngineConfig:
     """An engine with what exits are read through, and the copy which they are on, if any are."""
     weights = copy_weights(config.exits)
     return EngineConfig(
-        draft_precision=None if weights is None else Precision(weights=weights),
+        draft_precision=None if weights is None else Precision.for_drafts(weights),
         translators=Path(config.translators) if config.translators else None,
     )

@@ -84,7 +84,9 @@ def profile(
         engine=EngineConfig(
             translators=translators,
             precision=Precision.parse(weights),
-            draft_precision=Precision.parse(draft_weights) if draft_weights else None,
+            draft_precision=Precision.parse(draft_weights, for_drafts=True)
+            if draft_weights
+            else None,
         ),
     )
     options.require_writable("out", out)

@@ -113,7 +113,9 @@ def serve(
                 schedule=plan,
                 prefill_tokens=prefill_tokens,
                 kv_budget_mb=kv_budget_mb,
-                draft_precision=Precision.parse(draft_weights) if draft_weights else None,
+                draft_precision=Precision.parse(draft_weights, for_drafts=True)
+                if draft_weights
+                else None,
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,

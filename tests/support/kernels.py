@@ -14,12 +14,13 @@ from torch import Tensor
 
 from offramp.worker.model.attention import Window, decode_window, prefill_window, ragged_window
 from offramp.worker.model.kernels.matrix import KernelMatrix
+from offramp.worker.model.kernels.rounded import rounded_rows
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import can_pack
 from offramp.worker.model.quantised import Int4Weight, Int8Weight
 
 LEAN = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "smollm3")
-KINDS = ("bfloat16", "float32", "int8", "int4")
+KINDS = ("bfloat16", "float32", "int8", "int4", "rounded")
 ALL = 10**6
 
 needs_packing = pytest.mark.skipif(
@@ -37,8 +38,16 @@ def matrix_of(kind: str, outputs: int, inputs: int) -> tuple[Tensor, KernelMatri
     if kind in ("bfloat16", "float32"):
         kept_OI = weight_OI.to(getattr(torch, kind))
         return kept_OI.double(), KernelMatrix(kept_OI, bias_O)
-    kept = Int8Weight(weight_OI) if kind == "int8" else Int4Weight(weight_OI, 32)
-    return kept.restored().double(), kept.matrix(bias_O)
+    if kind == "int8":
+        eight = Int8Weight(weight_OI)
+        return eight.restored().double(), eight.matrix(bias_O)
+    four = Int4Weight(weight_OI, 32, rounds=kind == "rounded")
+    return four.restored().double(), four.matrix(bias_O)
+
+
+def taken(kind: str, x_NI: Tensor) -> Tensor:
+    """What rows stand for where a matrix of a kind multiplies them."""
+    return rounded_rows(x_NI) if kind == "rounded" else x_NI
 
 
 def states(stack: Any, rows: int, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.exits import Weights
 from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK
+from offramp.worker.model.kernels.rounded import LINE, rounded_rows
+from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
-from offramp.worker.model.precision import GROUP_SIZES, Precision
-from offramp.worker.model.products import SIZES, can_pack, packed_product, rows_up_to
+from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision
+from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
 from offramp.worker.model.stack import LayerStack, cloned
 
 REFITS = 3
@@ -59,13 +60,17 @@ class QuantisedLinear(nn.Module):
     Args:
         plain: The module it stands in for; its bias and hooks stay its own.
         kept: The weight, quantised.
+        is_shortlist: Whether the largest outputs of few rows are multiplied again, with the plain
+            weight, and many rows with that alone.
 
     Attributes:
         matrix: The weight and the bias, as compiled kernels take them; None but on a CPU.
         kernel_rows: Up to so many rows are multiplied by these.
     """
 
-    def __init__(self, plain: Any, kept: Int8Weight | Int4Weight) -> None:
+    def __init__(
+        self, plain: Any, kept: Int8Weight | Int4Weight, *, is_shortlist: bool = False
+    ) -> None:
         super().__init__()
         self.bias = plain.bias
         self._forward_hooks = plain._forward_hooks
@@ -77,16 +82,23 @@ class QuantisedLinear(nn.Module):
         if plain.weight.device.type == "cpu":
             bias_O = None if plain.bias is None else plain.bias.detach()
             self.matrix = kept.matrix(bias_O)
-            restored_OI = kept.restored()
-            self._multiply = _product_of(restored_OI)
+            restored_OI = plain.weight.detach().contiguous() if is_shortlist else kept.restored()
+            self._few: Product = self.matrix.product
+            if is_shortlist:
+                self._few = Shortlist(self.matrix, restored_OI, bias_O).product
+            many = _product_of(restored_OI)
+            self._multiply = many if is_shortlist else kept.on_rows(many)
+            name = f"shortlist of {kept.name}" if is_shortlist else kept.name
             self.kernel_rows = rows_up_to(
-                f"{kept.name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
+                f"{name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
                 torch.ones(SIZES[-1], restored_OI.shape[1], dtype=restored_OI.dtype),
-                self.matrix.product,
+                self._few,
                 lambda x_NI: self._multiply(x_NI, None),
             )
+        elif is_shortlist:
+            self._multiply = _product_of(plain.weight.detach())
         else:
-            self._multiply = kept.device_product()
+            self._multiply = kept.on_rows(kept.device_product())
 
     @property
     def weight(self) -> Tensor:
@@ -98,7 +110,7 @@ class QuantisedLinear(nn.Module):
         """x Wᵀ + b."""
         if self.matrix is None or x.numel() > self.kernel_rows * x.shape[-1]:
             return self._multiply(x, self.bias)
-        return self.matrix.product(x)
+        return self._few(x)
 
 
 def _product_of(weight_OI: Tensor) -> BiasedProduct:
@@ -136,22 +148,28 @@ class Int8Weight:
         """Multiply where the weight lies, other than on a CPU."""
         return restored_product(self.restored)
 
+    def on_rows(self, product: BiasedProduct) -> BiasedProduct:
+        """Multiply rows as they are."""
+        return product
+
 
 class Int4Weight:
     """Numbers from 0 to 15; per group a scale s and a zero point z: w = (q - 8) s + z.
 
     Scales and zero points start at the group's range and are fitted to the chosen numbers by least
-    squares, and the numbers chosen anew, some times over.
+    squares, and the numbers chosen anew, some times over. They are whole numbers of 8 bits times a
+    power of two that all of an output's share: 4.5 bits a weight in groups of 32.
 
     Args:
         weight_OI: The matrix, [out, in].
         group_size: Neighbouring inputs of an output that share a scale.
+        rounds: Whether rows are rounded to 8 bits before they are multiplied.
 
     Raises:
         ConfigError: the group size does not divide the inputs.
     """
 
-    def __init__(self, weight_OI: Tensor, group_size: int) -> None:
+    def __init__(self, weight_OI: Tensor, group_size: int, *, rounds: bool = False) -> None:
         outputs, inputs = weight_OI.shape
         if inputs % group_size:
             raise ConfigError(
@@ -159,24 +177,31 @@ class Int4Weight:
                 f"{group_size} does not divide a matrix's {inputs} inputs",
                 f"Use {' or '.join(str(n) for n in GROUP_SIZES if not inputs % n) or 'int8'}",
             )
-        self.name = f"int4 in groups of {group_size}"
+        self.name = f"int4 in groups of {group_size}" + ", rows of int8" * rounds
+        self._rounds = rounds
         self._group_size = group_size
         self._dtype = weight_OI.dtype
         groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
-        q_OGS, self._scale_OG, self._zero_OG = _fit_groups(groups_OGS)
+        q_OGS, (scale_OG, unit_O1), (zero_OG, zero_unit_O1) = _fit_groups(groups_OGS)
+        # Whole numbers of 8 bits times a power of two: bfloat16 holds them exactly.
+        self._scale_OG = (scale_OG * unit_O1).bfloat16()
+        self._zero_OG = (zero_OG * zero_unit_O1).bfloat16()
+        self._units_O2 = torch.cat((unit_O1, zero_unit_O1 / unit_O1), dim=1)
+        bytes_O2G = torch.stack(
+            (scale_OG.to(torch.uint8), zero_OG.to(torch.int8).view(torch.uint8)), 1
+        )
+        self._groups_O2G = _with_room(bytes_O2G, LANES)
         # A block's first half lies in the lower four bits.
         q_OB2H = q_OGS.view(outputs, -1, 2, BLOCK // 2)
         pairs_OBH = q_OB2H[:, :, 0] | (q_OB2H[:, :, 1] << 4)
-        self._kept_OJ = pairs_OBH.to(torch.uint8).view(outputs, -1).contiguous()
+        self._kept_OJ = _with_room(pairs_OBH.to(torch.uint8).view(outputs, -1), LINE)
 
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
         """The numbers, scales and zero points, with a bias, as compiled kernels take them."""
-        # Kernels read a vector to its end, which may lie behind the last group.
-        scale, zero = (
-            nn.functional.pad(part_OG.flatten(), (0, LANES))[: part_OG.numel()]
-            for part_OG in (self._scale_OG.float(), self._zero_OG)
-        )
-        return KernelMatrix(self._kept_OJ, bias_O, scale, zero, self._group_size)
+        return KernelMatrix(
+            self._kept_OJ, bias_O, self._units_O2, self._groups_O2G, self._group_size,
+            rounds=self._rounds,
+        )  # fmt: skip
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
@@ -190,19 +215,32 @@ class Int4Weight:
         numbers = (self._scale_OG, self._zero_OG)
         return int4_product(lambda: (self._numbers_OI(), *numbers), self.restored)
 
+    def on_rows(self, product: BiasedProduct) -> BiasedProduct:
+        """Multiply rows as they are, or as they are rounded."""
+        if not self._rounds:
+            return product
+        return lambda x, bias_O: product(rounded_rows(x), bias_O)
+
     def _numbers_OI(self) -> Tensor:
         """The numbers from 0 to 15, one by one, uint8."""
         kept_OBH = self._kept_OJ.view(len(self._kept_OJ), -1, BLOCK // 2)
         return torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2).flatten(1)
 
 
-def _fit_groups(w_OGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers [O, G, S] (int32), scales and zero points [O, G] (bfloat16)."""
+def _with_room(part: Tensor, count: int) -> Tensor:
+    """The same behind which so many numbers can be read: kernels read a vector to its end."""
+    return nn.functional.pad(part.flatten(), (0, count))[: part.numel()].view(part.shape)
+
+
+def _fit_groups(w_OGS: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Numbers [O, G, S] (int32); scales and zero points, each in whole numbers [O, G] of a unit."""
     low, high = w_OGS.amin(-1), w_OGS.amax(-1)
     scale = ((high - low) / 15).clamp(min=1e-8)
     zero = low + 8 * scale
     for refit in range(REFITS + 1):
-        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+        scale_OG, unit_O1 = _in_units(scale, 255)
+        zero_OG, zero_unit_O1 = _in_units(zero, 127)
+        scale, zero = scale_OG.clamp_(min=1) * unit_O1, zero_OG * zero_unit_O1
         q = ((w_OGS - zero[:, :, None]) / scale[:, :, None]).round_().add_(8).clamp_(0, 15)
         if refit == REFITS:
             break
@@ -211,10 +249,19 @@ def _fit_groups(w_OGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slope = (centred * w_OGS).sum(-1) / spread.clamp(min=1e-8)
         scale = torch.where((spread > 0) & (slope > 1e-8), slope, scale)
         zero = w_OGS.mean(-1) - scale * (q.mean(-1) - 8)
-    return q.to(torch.int32), scale.bfloat16(), zero.bfloat16()
+    return q.to(torch.int32), (scale_OG, unit_O1), (zero_OG, zero_unit_O1)
 
 
-def _quantised(module: nn.Module, precision: Precision, weights: Weights) -> nn.Module | None:
+def _in_units(value_OG: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Numbers as whole ones, of at most so much, and the least power of two for it [O, 1]."""
+    largest_O1 = value_OG.abs().amax(1, keepdim=True).clamp(min=1e-20)
+    unit_O1 = torch.exp2(torch.log2(largest_O1 / most).ceil())
+    return (value_OG / unit_O1).round_().clamp_(-most, most), unit_O1
+
+
+def _quantised(
+    module: nn.Module, precision: Precision, weights: HeadWeights
+) -> QuantisedLinear | None:
     # Subclasses may compute something else.
     if type(module) not in (nn.Linear, Conv1D):
         return None
@@ -222,7 +269,9 @@ def _quantised(module: nn.Module, precision: Precision, weights: Weights) -> nn.
     weight_OI = weight.T.contiguous() if type(module) is Conv1D else weight
     if weights == "int8":
         return QuantisedLinear(module, Int8Weight(weight_OI))
-    return QuantisedLinear(module, Int4Weight(weight_OI, precision.group_size))
+    rounds = precision.activations == "int8"
+    kept = Int4Weight(weight_OI, precision.group_size, rounds=rounds)
+    return QuantisedLinear(module, kept, is_shortlist=weights == "shortlist")
 
 
 def _quantised_head(head: nn.Module, precision: Precision) -> nn.Module:

@@ -19,6 +19,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.kernels.rounded import rounded_rows
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.quantised import Int4Weight, Int8Weight, QuantisedLinear
 from support.models import make_model, truncated
@@ -27,11 +28,18 @@ PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
 INT8 = Precision(weights="int8")
 INT4 = Precision(weights="int4")
+ROUNDED = Precision(weights="int4", activations="int8")
+LISTED = Precision.for_drafts("int4")
 TIE = 0.2
 """Two tokens whose logits differ by less, in deviations, can change places by rounding: the kernels
 multiply with the restored values before these are rounded to bfloat16."""
 WIDE = {"hidden_size": 64}
 """The smallest width that groups of 32 divide, and whose heads have 16 columns."""
+
+
+def dtype_for(precision: Precision) -> torch.dtype:
+    """In bfloat16 the last bit of a sum would move rounded rows by whole numbers."""
+    return torch.float32 if precision.activations == "int8" else torch.bfloat16
 
 
 def weight_of(outputs: int = 48, inputs: int = 96) -> torch.Tensor:
@@ -42,7 +50,8 @@ def weight_of(outputs: int = 48, inputs: int = 96) -> torch.Tensor:
 def kept(precision: Precision, weight_OI: torch.Tensor) -> Int8Weight | Int4Weight:
     if precision.weights == "int8":
         return Int8Weight(weight_OI)
-    return Int4Weight(weight_OI, precision.group_size)
+    rounds = precision.activations == "int8"
+    return Int4Weight(weight_OI, precision.group_size, rounds=rounds)
 
 
 def engine_of(model: Any, precision: Precision, **settings: Any) -> AdaptiveEngine:
@@ -57,6 +66,10 @@ def restored(model: Any, precision: Precision) -> Any:
         if type(module) not in (nn.Linear, Conv1D):
             continue
         weights = precision.head_weights if name == "lm_head" else precision.weights
+        if weights == "shortlist":
+            continue
+        if weights == "int4" and precision.activations == "int8":
+            module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0]),))
         turned = type(module) is Conv1D
         weight = module.weight.detach().T.contiguous() if turned else module.weight.detach()
         value = kept(Precision(weights=weights, group_size=precision.group_size), weight).restored()
@@ -99,13 +112,14 @@ def test_restored_values_are_near_and_stay_when_quantised_again(precision: Preci
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
-@pytest.mark.parametrize("precision", [INT8, INT4])
+@pytest.mark.parametrize("precision", [INT8, INT4, ROUNDED])
 def test_both_ways_of_multiplying_agree(precision: Precision, rows: int) -> None:
     linear = nn.Linear(96, 48, dtype=torch.bfloat16)
     linear.weight = nn.Parameter(weight_of(), False)
     quantised = QuantisedLinear(linear, kept(precision, weight_of()))
     x = torch.randn(rows, 96).to(torch.bfloat16)
-    truth = nn.functional.linear(x.float(), quantised.weight.float(), linear.bias.float())
+    taken = rounded_rows(x) if precision is ROUNDED else x
+    truth = nn.functional.linear(taken.float(), quantised.weight.float(), linear.bias.float())
     for kernel_rows in (0, 1000):
         quantised.kernel_rows = kernel_rows
         torch.testing.assert_close(quantised(x).float(), truth, rtol=0.02, atol=0.02)
@@ -123,9 +137,9 @@ def test_fitted_groups_lose_less_than_their_ranges_alone() -> None:
     ).square().mean()
 
 
-@pytest.mark.parametrize("precision", [INT8, INT4])
+@pytest.mark.parametrize("precision", [INT8, INT4, ROUNDED, LISTED])
 def test_tokens_are_those_of_the_restored_model(family: str, precision: Precision) -> None:
-    model = make_model(family, torch.bfloat16, **WIDE)
+    model = make_model(family, dtype_for(precision), **WIDE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     truth = restored(model, precision)
     engine = engine_of(model, precision)
@@ -136,11 +150,11 @@ def test_tokens_are_those_of_the_restored_model(family: str, precision: Precisio
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("precision", [INT8, INT4])
+@pytest.mark.parametrize("precision", [INT8, INT4, ROUNDED])
 def test_exits_and_their_filled_entries_are_those_of_the_restored_model(
     family: str, precision: Precision
 ) -> None:
-    model = make_model(family, torch.bfloat16, **WIDE)
+    model = make_model(family, dtype_for(precision), **WIDE)
     engine, truth = engine_of(model, precision), restored(model, precision)
     for layer in (2, 4):
         done = [engine.generate(prompt, GREEDY, FixedExit(layer))[0] for prompt in PROMPTS]
@@ -161,7 +175,14 @@ def test_a_quantised_model_is_another_model() -> None:
     model = make_model("llama", torch.bfloat16, **WIDE)
     prints = [
         engine_of(model, precision).model_fingerprint
-        for precision in (Precision(), INT8, INT4, Precision(weights="int8", head="native"))
+        for precision in (
+            Precision(),
+            INT8,
+            INT4,
+            ROUNDED,
+            LISTED,
+            Precision(weights="int8", head="native"),
+        )
     ]
     assert len(set(prints)) == len(prints)
     assert prints[0] == AdaptiveEngine(model).model_fingerprint
@@ -173,6 +194,14 @@ def test_a_quantised_model_is_another_model() -> None:
         ({"weights": "fp4"}, "weights", "native, int8, int4"),
         ({"weights": "int8", "head": "int2"}, "head_weights", "native, int8, int4"),
         ({"weights": "int4", "group_size": 48}, "group_size", "32, 64, 128, 256"),
+        ({"weights": "shortlist"}, "weights", "native, int8, int4"),
+        ({"weights": "int4", "activations": "fp8"}, "activations", "native or int8"),
+        ({"weights": "int8", "activations": "int8"}, "activations", "int4/int8"),
+        (
+            {"weights": "int4", "activations": "int8", "group_size": 64},
+            "activations",
+            "group_size=32",
+        ),
     ],
 )
 def test_an_unknown_precision_is_refused(settings: dict[str, Any], field: str, remedy: str) -> None:
@@ -182,7 +211,7 @@ def test_an_unknown_precision_is_refused(settings: dict[str, Any], field: str, r
     assert remedy in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["", "int4:", "int4:x", "int4,", "int4:64:64", "int4:48"])
+@pytest.mark.parametrize("text", ["", "int4:", "int4:x", "int4,", "int4:64:64", "int4:48", "int4/"])
 def test_a_precision_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"int4|group_size|weights"):
         Precision.parse(text)
@@ -191,6 +220,9 @@ def test_a_precision_that_cannot_be_read_is_refused(text: str) -> None:
 def test_a_precision_is_read_as_commands_take_it() -> None:
     assert Precision.parse("native").is_native
     assert Precision.parse("int8") == INT8
+    assert Precision.parse("int4/int8") == ROUNDED
+    assert Precision.parse("int4", for_drafts=True) == LISTED
+    assert Precision.parse("int4,int8", for_drafts=True) == Precision(weights="int4", head="int8")
     assert Precision.parse("int4:64,native") == Precision(
         weights="int4", group_size=64, head="native"
     )

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from offramp.controller.policies.net_kernel import compiled
 from offramp.worker.model.kernels.floats import address, pointer, read, round_all, write
-from offramp.worker.model.kernels.multiply import BITS, BLOCK, FLOATS, INT4, INT8, TILES, code_for
+from offramp.worker.model.kernels.multiply import (
+    BITS,
+    BLOCK,
+    FLOATS,
+    INT4,
+    INT8,
+    ROUNDED,
+    TILES,
+    code_for,
+)
+from offramp.worker.model.kernels.rounded import whole_numbers
 from offramp.worker.model.kernels.team import TeamTask, call_code, meet, share, team_of
 from offramp.worker.model.kernels.tiles import fits_tiles, has_tiles, packed
 from offramp.worker.model.kernels.vectors import LANES
@@ -28,7 +38,7 @@ UNIT = 32
 ALONE_BELOW = 1 << 22
 """Matrices of fewer bytes are not shared: waking a helper is too large a part of their time."""
 
-KIND, CODE, WEIGHTS, STRIDE, SCALES, ZEROS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
+KIND, CODE, WEIGHTS, STRIDE, SCALES, GROUPS, GROUP, OUTPUTS, INPUTS, BIAS = range(10)
 """What a matrix's description holds: addresses, sizes, and 0 for what it lacks."""
 
 
@@ -38,9 +48,12 @@ class KernelMatrix:
     Args:
         weight: bfloat16, float32 or int8 [O, I]; for int4 uint8 [O, I / 2] (``INT4``).
         bias_O: Added to the product, in the activations' dtype; None: nothing.
-        scales: int8's [O] or int4's [O, G], float32.
-        zeros_OG: int4's zero points, bfloat16.
+        scales: int8's [O]; or int4's units [O, 2]: of an output's scales, and how many of these
+            make one of its zero points; float32.
+        groups_O2G: int4's scales (uint8) and zero points (bits of int8) in such units; behind them
+            a vector can be read.
         group_size: Inputs that share one of int4's scales.
+        rounds: Whether rows are rounded to whole numbers (``rounded``); of int4 in groups of 32.
 
     Attributes:
         nbytes: Bytes of weights, scales and zero points.
@@ -51,20 +64,23 @@ class KernelMatrix:
         weight: Tensor,
         bias_O: Tensor | None = None,
         scales: Tensor | None = None,
-        zeros_OG: Tensor | None = None,
+        groups_O2G: Tensor | None = None,
         group_size: int = 1,
+        *,
+        rounds: bool = False,
     ) -> None:
-        self._kept = (weight, bias_O, scales, zeros_OG)  # addresses do not keep alive
-        self.nbytes = sum(part.nbytes for part in (weight, scales, zeros_OG) if part is not None)
+        self._kept = (weight, bias_O, scales, groups_O2G)  # addresses do not keep alive
+        self.nbytes = sum(part.nbytes for part in (weight, scales, groups_O2G) if part is not None)
         outputs, columns = weight.shape
         self._outputs = outputs
         kind = KINDS[weight.dtype]
         inputs = 2 * columns if kind == INT4 else columns
+        kind = ROUNDED if rounds else kind
         self.described = np.zeros(10, np.int64)
         self.described[[KIND, CODE]] = kind, code_for(kind)
         self.described[STRIDE] = weight.stride(0) * weight.element_size()
         self.described[[GROUP, OUTPUTS, INPUTS]] = group_size, outputs, inputs
-        for place, part in zip((WEIGHTS, BIAS, SCALES, ZEROS), self._kept, strict=True):
+        for place, part in zip((WEIGHTS, BIAS, SCALES, GROUPS), self._kept, strict=True):
             self.described[place] = 0 if part is None else part.data_ptr()
         self._of_floats = self.described  # rows of float32 do not go into tiles
         if kind == BITS and fits_tiles(outputs, inputs) and has_tiles():
@@ -93,7 +109,7 @@ def is_readable(weight_OI: Tensor) -> bool:
 def weighted(matrix: Any, x_NI: Any) -> Any:
     """Rows as a kind of weights needs them, and sums of them; only int4 needs others.
 
-    Tiles take their rows by the second, see ``packed``.
+    Tiles take their rows by the second, see ``packed``; whole numbers are rows of another kind.
 
     int4's kernel reads a number q as 1 + q / 256 in the first half of a block, and as 1 + q / 16 in
     the second. So inputs are multiplied by 256 and 16, and per group of a row there are two sums:
@@ -105,6 +121,8 @@ def weighted(matrix: Any, x_NI: Any) -> Any:
     """
     if matrix[KIND] == TILES:
         return x_NI, packed(x_NI)
+    if matrix[KIND] == ROUNDED:
+        return whole_numbers(x_NI)
     if matrix[KIND] != INT4:
         return x_NI, np.zeros((1, 2, 1), np.float32)
     rows, inputs = x_NI.shape
@@ -136,7 +154,7 @@ def product_into(matrix: Any, x_NI: Any, sums_N2G: Any, y_NO: Any) -> None:
         y_NO: What is written, float32; its rows may lie apart.
     """
     arguments = (
-        matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[ZEROS], matrix[GROUP],
+        matrix[WEIGHTS], matrix[STRIDE], matrix[SCALES], matrix[GROUPS], matrix[GROUP],
         matrix[OUTPUTS], matrix[INPUTS], address(x_NI), address(sums_N2G), len(x_NI),
         address(y_NO), y_NO.strides[0] // 4,
     )  # fmt: skip
@@ -157,9 +175,10 @@ def rows_of_matrix(matrix: Any, first: int, last: int, is_bits: bool) -> Any:
     part[WEIGHTS] += first * matrix[STRIDE]
     if matrix[BIAS] != 0:
         part[BIAS] += first * (2 if is_bits else 4)
-    groups = matrix[INPUTS] // matrix[GROUP] if matrix[KIND] == INT4 else 1
-    part[SCALES] += first * groups * 4
-    part[ZEROS] += first * groups * 2
+    grouped = matrix[KIND] == INT4 or matrix[KIND] == ROUNDED
+    groups = matrix[INPUTS] // matrix[GROUP] if grouped else 1
+    part[SCALES] += first * (8 if grouped else 4)
+    part[GROUPS] += first * groups * 2
     return part
 
 

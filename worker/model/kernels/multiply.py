@@ -12,17 +12,20 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Any
 
+from llvmlite import ir
 from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from offramp.controller.policies.net_kernel import kept_on_disk
+from offramp.worker.model.kernels.rounded import RoundedProduct
 from offramp.worker.model.kernels.tiles import TileProduct
 from offramp.worker.model.kernels.vectors import (
     F32,
     FLOAT_LANES,
     I8,
     I16,
+    I64,
     INT_LANES,
     LANES,
     VectorCode,
@@ -30,7 +33,7 @@ from offramp.worker.model.kernels.vectors import (
     whole_number,
 )
 
-BITS, FLOATS, INT8, INT4, TILES = range(5)
+BITS, FLOATS, INT8, INT4, TILES, ROUNDED = range(6)
 """How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups;
 last, bits of bfloat16 that fill the processor's tiles."""
 
@@ -60,7 +63,7 @@ class _Product(VectorCode):
         super().__init__(builder)
         self.kind = kind
         (
-            self.weights, self.stride, self.scales, self.zeros, self.group, self.outputs,
+            self.weights, self.stride, self.scales, self.in_groups, self.group, self.outputs,
             self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
         ) = arguments  # fmt: skip
 
@@ -98,8 +101,9 @@ class _Product(VectorCode):
                 row = self.b.mul(self.b.add(m, whole_number(j)), self.y_stride)
                 column = self.b.add(o, whole_number(k))
                 value = self.total(self.b.load(total))
-                if self.kind == INT8:
-                    scale = self.load(self.at(self.scales, column, 4), F32, lanes=1)
+                if self.kind in (INT8, INT4):
+                    size = 4 if self.kind == INT8 else 8
+                    scale = self.load(self.at(self.scales, column, size), F32, lanes=1)
                     value = self.b.fmul(value, scale)
                 place = self.at(self.y, self.b.add(row, column), 4)
                 self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
@@ -130,8 +134,11 @@ class _Product(VectorCode):
     def _sum_groups(self, sums: Any, w_at: Any, x_at: Any, o: Any, m: Any) -> None:
         """Each group's numbers by its scale; then what the rows' own sums add (``weighted``)."""
         groups = self.b.sdiv(self.inputs, self.group)
-        scales_at = [self.row(self.scales, o, k, self.times(groups, 4)) for k in range(len(w_at))]
-        zeros_at = [self.row(self.zeros, o, k, self.times(groups, 2)) for k in range(len(w_at))]
+        scales_at = [
+            self.row(self.in_groups, o, k, self.times(groups, 2)) for k in range(len(w_at))
+        ]
+        zeros_at = [self.b.add(at, groups) for at in scales_at]
+        units = [self.unit_of_zeros(self.scales, o, k) for k in range(len(w_at))]
         parts = [[self.register() for _ in of_output] for of_output in sums]
         with cgutils.for_range(self.b, groups) as loop:
             first = self.b.mul(loop.index, self.group)
@@ -142,7 +149,7 @@ class _Product(VectorCode):
             with cgutils.for_range_slice(self.b, second, end, whole_number(BLOCK)) as (i, _):
                 self._add_block(parts, w_at, x_at, i, begins=False)
             for scales, of_output, of_parts in zip(scales_at, sums, parts, strict=True):
-                scale = self.splat(self.load(self.at(scales, loop.index, 4), F32, lanes=1))
+                scale = self.splat(self._count(self.b.add(scales, loop.index)))
                 for total, part in zip(of_output, of_parts, strict=True):
                     self.b.store(self.fma(self.b.load(part), scale, self.b.load(total)), total)
         # Beyond a row's groups lie the next one's; the rows' sums are 0 there.
@@ -153,12 +160,21 @@ class _Product(VectorCode):
             by_scale = [self.load(self.at(row, g, 4), F32) for row in sums_at]
             behind = self.b.add(g, padded)
             by_zero = [self.load(self.at(row, behind, 4), F32) for row in sums_at]
-            for scales, zeros, of_output in zip(scales_at, zeros_at, sums, strict=True):
-                scale = self.load(self.at(scales, g, 4), F32)
-                zero = self.widened(self.load(self.at(zeros, g, 2), I16))
+            for scales, zeros, unit, of_output in zip(
+                scales_at, zeros_at, units, sums, strict=True
+            ):
+                scale = self.counted(self.b.add(scales, g), is_signed=False)
+                zero = self.b.fmul(self.counted(self.b.add(zeros, g), is_signed=True), unit)
                 for total, one, other in zip(of_output, by_scale, by_zero, strict=True):
                     summed = self.fma(scale, one, self.b.load(total))
                     self.b.store(self.fma(zero, other, summed), total)
+
+    def _count(self, place: Any) -> Any:
+        """A whole number of 8 bits as float32: a table is faster than conversion."""
+        table = ir.Constant(ir.ArrayType(F32, 256), [float(n) for n in range(256)])
+        counts = cgutils.global_constant(self.b.module, "counts", table)
+        number = self.b.zext(self.load(place, I8, lanes=1), I64)
+        return self.b.load(self.b.gep(counts, [whole_number(0), number], inbounds=True))
 
     def _add_block(self, parts: Any, w_at: Any, x_at: Any, i: Any, *, begins: bool) -> None:
         """Sum numbers without converting them: their bits become the first ones behind a 1.
@@ -203,6 +219,8 @@ def _product_of(_: Any, kind: Any, arguments: Any) -> Any:
         given = cgutils.unpack_tuple(builder, values[1])
         if kind.literal_value == TILES:
             TileProduct(builder, given).emit()
+        elif kind.literal_value == ROUNDED:
+            RoundedProduct(builder, given).emit()
         else:
             _Product(builder, kind.literal_value, given).emit()
         return context.get_dummy_value()
@@ -218,9 +236,9 @@ def code_for(kind: int) -> int:
 
         weights: Address of the matrix [O, I], its inputs side by side.
         stride: Bytes from one output's weights to the next one's.
-        scales: Address of int8's scales [O], or int4's [O, G], float32.
-        zeros: Address of int4's zero points [O, G], bits of bfloat16. Behind them and the scales,
-            what fills up a vector is read, too.
+        scales: Address of int8's scales [O], or int4's units [O, 2], float32; see ``KernelMatrix``.
+        groups: Address of int4's scales and zero points [O, 2, G], of 8 bits. Behind them, what
+            fills up a vector is read, too.
         group: Inputs that share one of int4's scales.
         outputs, inputs: Sizes of the matrix.
         x: Address of the rows [M, I], float32; for int4 as ``weighted`` leaves them.
@@ -234,7 +252,7 @@ def code_for(kind: int) -> int:
         weights: int,
         stride: int,
         scales: int,
-        zeros: int,
+        groups: int,
         group: int,
         outputs: int,
         inputs: int,
@@ -245,7 +263,7 @@ def code_for(kind: int) -> int:
         y_stride: int,
     ) -> None:
         arguments = (
-            weights, stride, scales, zeros, group, outputs, inputs, x, sums, rows, y, y_stride
+            weights, stride, scales, groups, group, outputs, inputs, x, sums, rows, y, y_stride
         )  # fmt: skip
         _product_of(kind, arguments)
 

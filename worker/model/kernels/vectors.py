@@ -52,6 +52,18 @@ class VectorCode:
         wide = self.b.shl(self.b.zext(bits, INT_LANES), int_lanes(16))
         return self.b.bitcast(wide, FLOAT_LANES)
 
+    def counted(self, place: Any, *, is_signed: bool, lanes: int = LANES) -> Any:
+        """Whole numbers of 8 bits at an address, as float32."""
+        kept = self.load(place, I8, lanes)
+        wide, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
+        extended = self.b.sext(kept, wide) if is_signed else self.b.zext(kept, wide)
+        return self.b.sitofp(extended, floats)
+
+    def unit_of_zeros(self, units: Any, first: Any, offset: int) -> Any:
+        """How many units of an int4 output's scales make one of its zero points, in every lane."""
+        place = self.b.add(self.row(units, first, offset, whole_number(8)), whole_number(4))
+        return self.splat(self.load(place, F32, lanes=1))
+
     def splat(self, value: Any) -> Any:
         """A value in every lane."""
         first = self.b.insert_element(
