@@ -73,6 +73,7 @@ OURS = {
     "int8": Precision(weights="int8"),
     "int4": Precision(weights="int4", head="int4"),
     "int4-head8": Precision(weights="int4"),
+    "int4-rounded": Precision.for_drafts("int4"),
 }
 """How our engine keeps its weights, by their name in ``--weights``: bfloat16 but for ``native``."""
 
@@ -108,7 +109,7 @@ def main(
     ),
     dtypes: Annotated[str, typer.Option(help="Native types.")] = "bfloat16,float32",
     weights: Annotated[str, typer.Option(help="Kinds.")] = (
-        "native,int8,int4,int4-head8,Q8_0,Q4_0,Q4_1"
+        "native,int8,int4,int4-head8,int4-rounded,Q8_0,Q4_0,Q4_1"
     ),
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8",
     threads: Annotated[int, typer.Option(help="Threads of every engine.")] = 1,
