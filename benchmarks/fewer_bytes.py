@@ -48,7 +48,16 @@ from offramp.worker.model.loading import load_model
 from offramp.worker.model.precision import Precision
 from offramp.worker.profiling.profile import describe_machine
 
-KINDS = ("int8", "int8,native", "int4,native", "int4", "int4,int4", "int4:64", "int4/int8", "int4,shortlist/int8")
+KINDS = (
+    "int8",
+    "int8,native",
+    "int4,native",
+    "int4",
+    "int4,int4",
+    "int4:64",
+    "int4/int8",
+    "int4,shortlist/int8",
+)
 COPIES = ("int8", "int4", "int4,shortlist/int8")
 PROMPT = 64
 RESAMPLES = 2000

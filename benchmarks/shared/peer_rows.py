@@ -15,7 +15,7 @@ from shared.streaming import share_of_bandwidth
 from shared.timing import Report
 
 BITS = {
-    "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int4-head8": 4,
+    "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int4-head8": 4, "int4-rounded": 4,
     "Q8_0": 8, "Q4_0": 4, "Q4_1": 4,
 }  # fmt: skip
 """Bits of a layer's weight, scales not counted, by the name of the weights."""

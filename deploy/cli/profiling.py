@@ -84,9 +84,7 @@ def profile(
         engine=EngineConfig(
             translators=translators,
             precision=Precision.parse(weights),
-            draft_precision=Precision.parse(draft_weights, for_drafts=True)
-            if draft_weights
-            else None,
+            draft_precision=options.copy_precision(draft_weights),
         ),
     )
     options.require_writable("out", out)

@@ -26,7 +26,6 @@ from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_ke
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
 _logger = logging.getLogger(__name__)
@@ -113,9 +112,7 @@ def serve(
                 schedule=plan,
                 prefill_tokens=prefill_tokens,
                 kv_budget_mb=kv_budget_mb,
-                draft_precision=Precision.parse(draft_weights, for_drafts=True)
-                if draft_weights
-                else None,
+                draft_precision=options.copy_precision(draft_weights),
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offramp.worker.model.attention import Window, decode_window, prefill_window, ragged_window
 from offramp.worker.model.kernels.matrix import KernelMatrix
-from offramp.worker.model.kernels.rounded import rounded_rows
+from offramp.worker.model.kernels.rounding import rounded_rows
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import can_pack
 from offramp.worker.model.quantised import Int4Weight, Int8Weight

@@ -16,6 +16,9 @@ HeadWeights = Weights | Literal["shortlist"]
 Activations = Literal["native", "int8"]
 """How rows are kept that int4 weights are multiplied with."""
 
+INT4_FORM = "scales in 8 bits"
+"""Part of an int4 model's fingerprint: in another form the same weights are other numbers."""
+
 GROUP_SIZES = (32, 64, 128, 256)
 """Weights that share a scale and a zero point, as far as the int4 kernel goes."""
 
@@ -145,7 +148,8 @@ class Precision:
         """
         if self.is_native:
             return native
-        return hashlib.sha256(f"{native} {self.name}".encode()).hexdigest()
+        form = f" {INT4_FORM}" if self._has_int4 else ""
+        return hashlib.sha256(f"{native} {self.name}{form}".encode()).hexdigest()
 
 
 NATIVE = Precision()

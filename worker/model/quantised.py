@@ -20,7 +20,7 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK
-from offramp.worker.model.kernels.rounded import LINE, rounded_rows
+from offramp.worker.model.kernels.rounding import LINE, rounded_rows
 from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision

@@ -19,7 +19,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model.kernels.rounded import rounded_rows
+from offramp.worker.model.kernels.rounding import rounded_rows
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.quantised import Int4Weight, Int8Weight, QuantisedLinear
 from support.models import make_model, truncated

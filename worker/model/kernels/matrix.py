@@ -24,7 +24,7 @@ from offramp.worker.model.kernels.multiply import (
     TILES,
     code_for,
 )
-from offramp.worker.model.kernels.rounded import whole_numbers
+from offramp.worker.model.kernels.rounding import whole_numbers
 from offramp.worker.model.kernels.team import TeamTask, call_code, meet, share, team_of
 from offramp.worker.model.kernels.tiles import fits_tiles, has_tiles, packed
 from offramp.worker.model.kernels.vectors import LANES
