@@ -79,6 +79,10 @@ CacheBudget = Annotated[
     float | None,
     typer.Option(help="MiB the cache may grow to.", show_default="as the context asks"),
 ]
+PrefixCache = Annotated[
+    float,
+    typer.Option(help="MiB per worker for prompts' beginnings, which are not read again; 0: none."),
+]
 Translators = Annotated[
     Path | None, typer.Option(help="Folder that `offramp tune` wrote for this model.")
 ]

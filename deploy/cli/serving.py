@@ -94,6 +94,7 @@ def serve(
     prefill_tokens: options.PrefillTokens = 256,
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
+    prefix_cache_mib: options.PrefixCache = 0.0,
     translators: options.Translators = None,
     log_format: LogFormat = None,
 ) -> None:
@@ -113,6 +114,7 @@ def serve(
                 prefill_tokens=prefill_tokens,
                 kv_budget_mb=kv_budget_mb,
                 draft_precision=options.copy_precision(draft_weights),
+                prefix_cache_mib=prefix_cache_mib,
             ),
         ),
         model_id=served_model_name or Path(model).resolve().name,
@@ -120,12 +122,17 @@ def serve(
         host=host,
         port=port,
         max_waiting=max_waiting,
-        limits=HttpLimits(
-            body_bytes=max_body_bytes, choices=max_choices, deadline_s=deadline, drain_s=drain
-        ),
+        limits=_limits(max_body_bytes, max_choices, deadline, drain),
         **_followed(settings, trust) | {"log_format": log_format},
     )
     _serve(config, settings, trust, redis_port)
+
+
+def _limits(body_bytes: int, choices: int, deadline_s: float, drain_s: float) -> HttpLimits:
+    """Bound what clients may ask."""
+    return HttpLimits(
+        body_bytes=body_bytes, choices=choices, deadline_s=deadline_s, drain_s=drain_s
+    )
 
 
 def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:

@@ -56,10 +56,12 @@ class Backend(Protocol):
         *,
         kv_mode: KVWish | None,
         request_id: str,
+        cache_salt: str,
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order.
 
-        While a canary runs, the id decides which policy all of them run under.
+        While a canary runs, the id decides which policy all of them run under. What is kept of
+        prompts is shared by requests with the same salt.
 
         Returns:
             Their events as they come, each with the index of its request. An async generator;

@@ -74,7 +74,11 @@ class Generation:
             prompt_only=body.max_tokens == 0,
         )
         events = await backend.submit_all(
-            tokens, sampling, kv_mode=mode, request_id=request.headers[REQUEST_ID]
+            tokens,
+            sampling,
+            kv_mode=mode,
+            request_id=request.headers[REQUEST_ID],
+            cache_salt=_salt(body, request),
         )
         events = self._followed(events, choices, began_s)
         return await _answer(style, choices, events, request, stream=body.stream)
@@ -93,7 +97,11 @@ class Generation:
             **_common(backend, body, len(tokens), names=body.logprobs),
         )
         events = await backend.submit_all(
-            [tokens], sampling, kv_mode=mode, request_id=request.headers[REQUEST_ID]
+            [tokens],
+            sampling,
+            kv_mode=mode,
+            request_id=request.headers[REQUEST_ID],
+            cache_salt=_salt(body, request),
         )
         events = self._followed(events, sampling.n, began_s)
         return await _answer(style, sampling.n, events, request, stream=body.stream)
@@ -115,6 +123,14 @@ def _common(
         "name_token": token_namer(backend.tokenizer) if names else None,
         "counts": body.counts,
     }
+
+
+def _salt(body: DecodingFields, request: Request) -> str:
+    """With whom what is kept of a request's prompt is shared: never another client.
+
+    How soon the first token comes tells whether a prompt's beginning was known.
+    """
+    return json.dumps([getattr(request.state, "client", None), body.cache_salt])
 
 
 def _echoes(

@@ -62,6 +62,8 @@ class Metrics:
         depths = tuple(range(1, self._layers + 1))
         self._depth = self._histogram("exit_layer", "Layers before a token was emitted", depths)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
+        self._asked = self._counter("prefix_cache_queries", "Tokens of prompts that were looked up")
+        self._known = self._counter("prefix_cache_hits", "Those of them that were known")
         self._made = self._counter("generation_tokens", "Tokens emitted")
         self._run = self._counter("layers_executed", "Layers executed after prompts")
         self._full = self._counter("layers_full_depth", "Layers of the same tokens at full depth")
@@ -142,6 +144,9 @@ class Metrics:
 
     def _count_completion(self, stats: CompletionStats) -> None:
         self._prompt.inc(stats.prompt_tokens)
+        if stats.cached_tokens is not None:
+            self._asked.inc(stats.prompt_tokens)
+            self._known.inc(stats.cached_tokens)
         self._queued.observe(stats.queued_s)
         self._run.inc(stats.layer_calls)
         self._drafts.inc(stats.drafts)

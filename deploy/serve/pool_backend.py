@@ -98,13 +98,14 @@ class PoolBackend:
         *,
         kv_mode: KVWish | None,
         request_id: str,
+        cache_salt: str,
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Queue requests; see ``Backend``."""
         count = len(prompts) * sampling.n
         if self._outstanding + count > self.load()[1]:
             raise OverloadedError(RETRY_AFTER_S)
         self._outstanding += count
-        events = self._events((prompts, sampling, kv_mode, request_id), count)
+        events = self._events((prompts, sampling, kv_mode, request_id, cache_salt), count)
         # What is refused is refused here: the first thing that a worker says is that it accepts.
         try:
             await anext(events)

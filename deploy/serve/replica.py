@@ -88,6 +88,7 @@ class ServedWorker:
         sampling: SamplingParams,
         kv_mode: KVWish | None,
         request_id: str,
+        cache_salt: str,
     ) -> AsyncIterator[Tokens]:
         """Decode prompts; yields an empty list once they are accepted, then tokens as they come.
 
@@ -95,7 +96,7 @@ class ServedWorker:
         """
         REQUEST_NAME.set(request_id)
         requests, events = await self.service.submit_all(
-            prompts, sampling, kv_mode=kv_mode, split_by=request_id
+            prompts, sampling, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
         )
         places = {request.id: place for place, request in enumerate(requests)}
         async with aclosing(self._beating(events)) as beats:

@@ -57,10 +57,16 @@ class StandIn:
         return min(engine.stack.context, engine.row_tokens)
 
     async def submit_all(
-        self, prompts: Any, sampling: SamplingParams, *, kv_mode: KVWish | None, request_id: str
+        self,
+        prompts: Any,
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVWish | None,
+        request_id: str,
+        cache_salt: str,
     ) -> AsyncIterator[tuple[int, TokenEvent]]:
         requests, events = await self.service.submit_all(
-            prompts, sampling, kv_mode=kv_mode, split_by=request_id
+            prompts, sampling, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
         )
         return self._placed([request.id for request in requests], events)
 

@@ -105,6 +105,7 @@ def test_every_setting_reaches_the_workers(
     engine = served(
         *("--kv-mode", "verify", *hold, "--hold-rows", 2, "--hold-patience", 0),
         *("--prefill-tokens", 32, "--max-pending", 3, "--kv-budget-mb", 64.5),
+        *("--prefix-cache-mib", 32),
         *("--translators", tuned / "right"),
     ).worker.engine
     assert engine == EngineConfig(
@@ -113,6 +114,7 @@ def test_every_setting_reaches_the_workers(
         prefill_tokens=32,
         max_pending=3,
         kv_budget_mb=64.5,
+        prefix_cache_mib=32,
         translators=tuned / "right",
     )
 

@@ -88,6 +88,7 @@ def test_a_completion_has_the_shape_of_openais(post: Post, expected: Any) -> Non
             "prompt_tokens": expected.stats.prompt_tokens,
             "completion_tokens": 6,
             "total_tokens": expected.stats.prompt_tokens + 6,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 

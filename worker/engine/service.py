@@ -49,6 +49,7 @@ class _Submit:
     sampling: SamplingParams
     kv_mode: KVWish | None
     split_by: str | None
+    cache_salt: str
     listener: _Listener
     accepted: Future[list[Request]]
 
@@ -103,6 +104,7 @@ class EngineService:
         *,
         kv_mode: KVWish | None = None,
         split_by: str | None = None,
+        cache_salt: str = "",
     ) -> tuple[Request, AsyncIterator[TokenEvent]]:
         """Queue a request; its policy is pinned when this returns.
 
@@ -113,6 +115,7 @@ class EngineService:
             sampling: How to draw tokens.
             kv_mode: See ``KVWish``; the engine's own mode by default.
             split_by: Decides between the current policy and its canary; see ``EngineCore.submit``.
+            cache_salt: See there.
 
         Raises:
             RequestError: the request cannot be served.
@@ -120,7 +123,7 @@ class EngineService:
             DecodeFailedError: the service has stopped.
         """
         requests, events = await self.submit_all(
-            [prompt], sampling, kv_mode=kv_mode, split_by=split_by
+            [prompt], sampling, kv_mode=kv_mode, split_by=split_by, cache_salt=cache_salt
         )
         return requests[0], events
 
@@ -131,6 +134,7 @@ class EngineService:
         *,
         kv_mode: KVWish | None = None,
         split_by: str | None = None,
+        cache_salt: str = "",
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
         """Queue ``sampling.n`` requests per prompt, in order; all of them run under one policy.
 
@@ -147,7 +151,8 @@ class EngineService:
         ]
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
-        self._commands.put(_Submit(tuple(given), sampling, kv_mode, split_by, listener, accepted))
+        options = (sampling, kv_mode, split_by, cache_salt)
+        self._commands.put(_Submit(tuple(given), *options, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
         try:
@@ -232,7 +237,12 @@ class EngineService:
                 pinned = requests[0].snapshot if requests else None
                 requests.append(
                     self.engine.submit(
-                        prompt, sampling, pinned, kv_mode=command.kv_mode, split_by=command.split_by
+                        prompt,
+                        sampling,
+                        pinned,
+                        kv_mode=command.kv_mode,
+                        split_by=command.split_by,
+                        cache_salt=command.cache_salt,
                     )
                 )
         except BaseException:

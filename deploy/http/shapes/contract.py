@@ -87,7 +87,8 @@ class DecodingFields(Nullable):
     """What completions and conversations have in common. Unknown fields are ignored.
 
     Fields that are known to change the tokens elsewhere, and would not here, are refused.
-    From ``top_k`` to ``ignore_eos`` the fields are vLLM's extensions of OpenAI's.
+    From ``top_k`` to ``ignore_eos``, and ``cache_salt``, the fields are vLLM's extensions of
+    OpenAI's.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -109,6 +110,10 @@ class DecodingFields(Nullable):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="What is kept of the prompt serves only requests with the same salt.",
+    )
     offramp: OfframpOptions = OfframpOptions()
 
     @property

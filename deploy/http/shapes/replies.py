@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, ClassVar
 
+from offramp.deploy.http.shapes.reply_shapes import Usage
 from offramp.deploy.http.shapes.token_texts import (
     EchoedPrompt,
     LegacyLogprobs,
@@ -97,12 +98,19 @@ class ReplyStyle(ABC):
                 place["offramp"] = _stats(events)
         return body
 
-    def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
+    def firsts(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """The first choice that was made of each prompt."""
+        return choices[:1]
+
+    def _usage(self, choices: Sequence[Choice]) -> Usage:
         tokens = self.shown_tokens(choices)
+        ends = [events[-1].stats for events in self.firsts(choices) if events]
+        known = sum(stats.cached_tokens or 0 for stats in ends if stats is not None)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": known},
         }
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,6 +159,10 @@ class CompletionStyle(ReplyStyle):
     def shown_tokens(self, choices: Sequence[Choice]) -> int:
         """Count the tokens that were made, also those of choices that are left out."""
         return 0 if self.prompt_only else sum(map(len, choices))
+
+    def firsts(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """The first choice that was made of each prompt."""
+        return choices[:: self.made]
 
     def _echo(self, index: int) -> EchoedPrompt | None:
         return self.echoes[index // self.kept] if self.echoes else None

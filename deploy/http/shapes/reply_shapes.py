@@ -14,12 +14,19 @@ from offramp.deploy.http.shapes.token_texts import ChatLogprobs, LegacyLogprobs
 from offramp.worker.decoding.request import FinishReason
 
 
+class PromptTokens(TypedDict):
+    """What became of a prompt's tokens."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens counted."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class CompletionChoice(TypedDict):

@@ -85,6 +85,7 @@ def test_a_reply_has_openais_shape(send: Send, expected: Any) -> None:
             "prompt_tokens": expected.stats.prompt_tokens,
             "completion_tokens": 5,
             "total_tokens": expected.stats.prompt_tokens + 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
