@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared.contest import (
+from shared.drafting.contest import (
     SAY,
     Entry,
     best_assistant,
@@ -38,7 +38,7 @@ from shared.contest import (
     rows_of,
     show,
 )
-from shared.lossless_plot import draw_lossless
+from shared.drafting.lossless_plot import draw_lossless
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig

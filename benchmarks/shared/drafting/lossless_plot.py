@@ -1,7 +1,8 @@
-"""The picture of lossless drafting: how many times full depth each way to draft is."""
+"""Pictures of lossless drafting: how many times full depth each way to draft is."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,47 @@ def _compare(axes: Any, best: dict[str, Any], places: tuple[int, int]) -> None:
     middle = sum(places) / 2
     text = f"+{gain:.1f} %\n[{low:.1f}, {high:.1f}]"
     axes.text(at + 0.03, middle, text, va="center", color=colour("PPO jumps"), size=9.5)
+
+
+TEXT_COLOURS = {"chat": "#1b6ca8", "humaneval": "#d95f02", "gsm8k": "#0a8f6c"}
+"""A colour for each text of the real model's contest."""
+
+
+def draw_real_model(found: dict[str, Any], path: Path) -> None:
+    """A row for each contender, in it a dot with its 95 % interval for each text.
+
+    Args:
+        found: What the benchmark's JSON file holds.
+        path: PNG to write.
+    """
+    rows = [row for row in found["rows"] if row["policy"] != "full depth"]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        ratios.setdefault(row["policy"], []).append(row["ratio_full"])
+    order = sorted(ratios, key=lambda policy: -sum(ratios[policy]) / len(ratios[policy]))
+    sizes = found["sizes"]
+    label = (
+        f"tokens per second ÷ full depth, 95 % interval; {sizes['prompts']} prompts of each text, "
+        f"{sizes['new_tokens']} new tokens, temperature {sizes['temperature']:g}"
+    )
+    title = "Lossless drafting on a model nobody trained to exit, batch 1"
+    names = [_plain_name(policy) for policy in order]
+    with one_row_each(names, path, title=title, label=label, height=0.42) as axes:
+        for number, text in enumerate(texts):
+            shade = TEXT_COLOURS.get(text, OTHER)
+            shift = 0.2 * (number - (len(texts) - 1) / 2)
+            for row in (row for row in rows if row["text"] == text):
+                place = order.index(row["policy"]) + shift
+                axes.plot([row["ratio_low"], row["ratio_high"]], [place] * 2, color=shade, lw=1.6)
+                axes.plot(row["ratio_full"], place, "o", color=shade, ms=5)
+            axes.plot([], [], "o-", color=shade, label=text)
+        mark_full_depth(axes)
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, loc="upper left")
+
+
+def _plain_name(policy: str) -> str:
+    """A contender's name in words: the exit after all layers of a copy is that copy."""
+    of_copy = re.sub(r"exits? \d+:(\w+)", r"\1 copy", policy)
+    return re.sub(r"exits? ([\d, ]+\d|\d+)(?!:)", r"adapters after \1", of_copy)

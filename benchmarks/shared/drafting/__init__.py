@@ -1,0 +1,1 @@
+"""Holds contests of drafters: lessons, turns, rows and pictures."""
