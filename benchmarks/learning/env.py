@@ -5,7 +5,7 @@ a Stable-Baselines3 one. Modes take turns, so that a drifting machine drifts for
 median over rounds; *cpu* counts this process's own processor time, which other processes on the
 machine cannot take away (they still share its caches).
 
-    python benchmarks/env.py --json env.json
+    python benchmarks/learning/env.py --json env.json
 """
 
 from __future__ import annotations

@@ -1,0 +1,106 @@
+"""What does serving cost over the bare engine, and what becomes of clients when things go wrong?
+
+The reference model behind ``offramp serve`` with one torch thread a worker, asked by a strict
+client of its own: a stream is good only with the right number of tokens, the right finish reason
+and ``[DONE]``. The bare engine decodes the same prompts in this process, in turns with the pool.
+
+    python benchmarks/serve.py --json serve.json
+    python benchmarks/serve.py --quick
+    python benchmarks/serve.py --quick --only steady,overload
+
+Parts: *steady* (a token, the first token, and saturation, over the bare engine), *overload* (five
+times what the pool can do; 400 requests at once), *clients* (that hang up, send too much or too
+slowly).
+The client shares the machine with the pool; with fewer than three free cores they disturb each
+other, and milliseconds say less than ratios and counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from serving.bad_clients import disturbed, hang_ups
+from serving.overload import crowded, overloaded
+from serving.serve_rows import ServeRow, keep_rows, show_rows
+from serving.served_process import served
+from serving.steady_state import settle, steady
+
+from offramp.worker.spec import WorkerSpec, freeze_heap, load_engine
+
+PARTS = ("steady", "overload", "clients")
+SLOTS, WAITING = 8, 8
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Short spells, in a few minutes.")] = False,
+    only: Annotated[str, typer.Option(help="Comma-separated parts.")] = ",".join(PARTS),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep rows here.")] = None,
+) -> None:
+    asked = only.split(",")
+    unknown = ", ".join(sorted(set(asked) - set(PARTS)))
+    if unknown:
+        raise typer.BadParameter(f"{unknown}: use {', '.join(PARTS)}", param_hint="--only")
+    began = datetime.now(UTC)
+    rows: list[ServeRow] = []
+    if "steady" in asked:
+        rows += measured_steady(quick)
+    if "overload" in asked or "clients" in asked:
+        rows += measured_trouble(quick, asked)
+    show_rows(rows)
+    if json_file is not None:
+        conditions = {
+            "measured": f"{began:%Y-%m-%d}",
+            "quick": quick,
+            "cores": os.cpu_count(),
+            "load_before_and_after": [LOAD_BEFORE, os.getloadavg()[0]],
+        }
+        keep_rows(json_file, rows, conditions)
+
+
+LOAD_BEFORE = os.getloadavg()[0]
+"""Processes that wanted a core in the minute before: others that run here blur all times."""
+
+
+def measured_steady(quick: bool) -> list[ServeRow]:
+    """One worker against the bare engine."""
+    engine = load_engine(WorkerSpec(model="models/reference", slots=SLOTS, threads=1))
+    freeze_heap()  # as a serving worker does
+    with served(replicas=1, slots=SLOTS) as server:
+
+        async def work() -> list[ServeRow]:
+            await settle(server)
+            return await steady(server, engine, 3 if quick else 9, 100)
+
+        return asyncio.run(work())
+
+
+def measured_trouble(quick: bool, asked: list[str]) -> list[ServeRow]:
+    """One worker with a short line, overloaded and badly treated."""
+    with served(replicas=1, slots=SLOTS, max_waiting=WAITING) as server:
+
+        async def work() -> list[ServeRow]:
+            await settle(server)
+            works: list[Awaitable[list[ServeRow]]] = []
+            if "overload" in asked:
+                works.append(overloaded(server, SLOTS + WAITING, 15 if quick else 180))
+                works.append(crowded(server))
+            if "clients" in asked:
+                works.append(hang_ups(server, 200 if quick else 1000))
+                works.append(disturbed(server, 5 if quick else 30))
+            rows = []
+            for each in works:
+                rows += await each
+                await server.idle()
+            return rows
+
+        return asyncio.run(work())
+
+
+if __name__ == "__main__":
+    typer.run(main)
