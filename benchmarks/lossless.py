@@ -26,10 +26,8 @@ import torch
 import typer
 from shared.drafting.contest import (
     SAY,
-    Entry,
     best_assistant,
     clocked,
-    compare,
     in_engine,
     in_hugging_face,
     one_drafter,
@@ -39,6 +37,7 @@ from shared.drafting.contest import (
     show,
 )
 from shared.drafting.lossless_plot import draw_lossless
+from shared.drafting.turns import Entry, compare
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig

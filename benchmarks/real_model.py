@@ -45,7 +45,7 @@ from shared.drafting.contest import (
 )
 from shared.drafting.lessons import Lesson, head_rules, is_static, profile, record, spoken_table
 from shared.drafting.lossless_plot import draw_real_model
-from shared.drafting.turns import Entry, Kept, compare
+from shared.drafting.turns import Entry, Unfinished, compare
 from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
 
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
@@ -155,7 +155,7 @@ def run(
     }
     found: dict[str, Any] = {**conditions, "rows": [], "details": []}
     unfinished = json_file and json_file.with_name(json_file.name + ".unfinished")
-    kept = Kept(unfinished, conditions)
+    kept = Unfinished(unfinished, conditions)
     for rows in measure(engine, asked, plan, kept):
         found["details"] += rows
         found["rows"] += [{name: row[name] for name in ROW} for row in rows]
@@ -166,7 +166,7 @@ def run(
 
 
 def measure(
-    engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes, kept: Kept
+    engine: AdaptiveEngine, asked: dict[str, list[str]], plan: Sizes, kept: Unfinished
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each text, once it has been timed."""
     held_out, learned_from = {}, []
@@ -205,7 +205,7 @@ def as_json(text: str, row: ContestRow) -> dict[str, Any]:
 
 
 def peers(
-    engine: AdaptiveEngine, choosing: list[list[int]], plan: Sizes, kept: Kept
+    engine: AdaptiveEngine, choosing: list[list[int]], plan: Sizes, kept: Unfinished
 ) -> list[Entry]:
     """Hugging Face's ``generate``, and its two ways to draft without another model."""
     layers = engine.stack.layers
@@ -239,7 +239,7 @@ def drafters_of(
     learning: list[list[int]],
     choosing: list[list[int]],
     plan: Sizes,
-    kept: Kept,
+    kept: Unfinished,
 ) -> list[Chosen]:
     """Every kind of drafter at its best setting by replay, three of the static ones."""
     folder = engine.config.translators

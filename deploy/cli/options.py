@@ -179,11 +179,6 @@ def parse_threads(text: str, workers: int) -> int:
     return int(text)
 
 
-def copy_precision(draft_weights: str | None) -> Precision | None:
-    """How a copy that drafts is kept; None: there is none."""
-    return Precision.parse(draft_weights, for_drafts=True) if draft_weights else None
-
-
 def engine_config(
     kv_mode: str, max_pending: int, translators: Path | None, weights: str
 ) -> EngineConfig:

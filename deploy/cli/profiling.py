@@ -84,7 +84,7 @@ def profile(
         engine=EngineConfig(
             translators=translators,
             precision=Precision.parse(weights),
-            draft_precision=options.copy_precision(draft_weights),
+            draft_precision=Precision.of_copy(draft_weights),
         ),
     )
     options.require_writable("out", out)

@@ -26,6 +26,7 @@ from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_ke
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
+from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def serve(
                 schedule=plan,
                 prefill_tokens=prefill_tokens,
                 kv_budget_mb=kv_budget_mb,
-                draft_precision=options.copy_precision(draft_weights),
+                draft_precision=Precision.of_copy(draft_weights),
                 prefix_cache_mib=prefix_cache_mib,
             ),
         ),

@@ -114,6 +114,11 @@ class Precision:
             activations=cast(Activations, activations or "native"),
         )
 
+    @classmethod
+    def of_copy(cls, text: str | None) -> Precision | None:
+        """Read how a copy that drafts is kept; None: there is none."""
+        return cls.parse(text, for_drafts=True) if text else None
+
     @property
     def head_weights(self) -> HeadWeights:
         """How the LM head is kept."""

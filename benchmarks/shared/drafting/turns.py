@@ -16,7 +16,7 @@ from shared.timing import Report
 
 
 @dataclass(frozen=True)
-class Turn:
+class Outing:
     """What a contender did with one prompt.
 
     Attributes:
@@ -34,7 +34,7 @@ class Turn:
     equal: bool | None
 
 
-Turns = dict[str, list[dict[str, Any]]]
+Outings = dict[str, list[dict[str, Any]]]
 """What contenders did, by name and prompt, as JSON has it."""
 
 
@@ -50,7 +50,7 @@ class Entry:
     run: Callable[[list[int]], Report]
     offline: float | None = None
     is_comparable: bool = True
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Outing] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
@@ -64,7 +64,7 @@ class Entry:
 def compare(
     contenders: list[Entry],
     prompts: list[list[int]],
-    kept: Turns | None = None,
+    kept: Outings | None = None,
     save: Callable[[], None] = lambda: None,
 ) -> None:
     """Run all on all prompts in turn; the first prompt only warms up.
@@ -74,13 +74,13 @@ def compare(
     Args:
         contenders: The first one's tokens are what others' are compared with.
         prompts: Token ids of each.
-        kept: Turns of a run that was cut off, which are not taken again; more are added.
+        kept: Outings of a run that was cut off, which are not taken again; more are added.
         save: Called once a prompt's turns are in ``kept``.
     """
     kept = {} if kept is None else kept
     done = min(len(kept.get(each.name, [])) for each in contenders)
     for each in contenders:
-        each.turns = [Turn(**turn) for turn in kept.get(each.name, [])[:done]]
+        each.turns = [Outing(**turn) for turn in kept.get(each.name, [])[:done]]
         kept[each.name] = [asdict(turn) for turn in each.turns]
     if done == len(prompts):
         return
@@ -93,7 +93,7 @@ def compare(
             save()
 
 
-def take_turns(contenders: list[Entry], prompt: list[int], first: int) -> list[Turn]:
+def take_turns(contenders: list[Entry], prompt: list[int], first: int) -> list[Outing]:
     """Every contender's turn on a prompt, in their order, the ``first`` of them taken first."""
     found: dict[str, tuple[Report, float]] = {}
     for turn in range(len(contenders)):
@@ -109,9 +109,9 @@ def take_turns(contenders: list[Entry], prompt: list[int], first: int) -> list[T
     ]  # fmt: skip
 
 
-def turn_of(report: Report, cpu_s: float, equal: bool | None) -> Turn:
+def turn_of(report: Report, cpu_s: float, equal: bool | None) -> Outing:
     rows = report.rows
-    return Turn(
+    return Outing(
         seconds=report.seconds,
         cpu_s=cpu_s,
         tokens=report.tokens,
@@ -123,7 +123,7 @@ def turn_of(report: Report, cpu_s: float, equal: bool | None) -> Turn:
     )
 
 
-class Kept:
+class Unfinished:
     """What an unfinished run has found, in a file; cut off, the same command goes on from it.
 
     Args:
@@ -156,9 +156,9 @@ class Kept:
             self.save()
         return self._found[name]
 
-    def turns(self, text: str) -> Turns:
-        """Turns on a text's prompts; what is added is kept by the next ``save``."""
-        turns: Turns = self._found["turns"].setdefault(text, {})
+    def turns(self, text: str) -> Outings:
+        """Outings on a text's prompts; what is added is kept by the next ``save``."""
+        turns: Outings = self._found["turns"].setdefault(text, {})
         return turns
 
     def save(self) -> None:

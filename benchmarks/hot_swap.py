@@ -5,7 +5,7 @@ releases policies. Every request is afterwards decoded alone, offline, under the
 it says it ran under: tokens that differ are *torn*. Those of a release that tripped go to full
 depth midway, as they should, and are held to one release alone.
 
-    PYTHONPATH=benchmarks python -m swapping.hot_swap --quick --json swaps.json
+    python benchmarks/hot_swap.py --quick --json swaps.json
 
 A pause is taken from pairs: the longest gap between two tokens of any stream while a worker swaps,
 and in as long a time half a second earlier.
@@ -27,14 +27,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from swapping.swap_site import SwapSite
+from swapping.swap_worker import StreamedRequest, WorkerNews
 
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import WorkerSpec
-from swapping.swap_site import SwapSite
-from swapping.swap_worker import StreamedRequest, WorkerNews
 
 EXITS = (9, 10, 11)
 """Exits of the fixed policies that take turns."""
