@@ -28,7 +28,7 @@ from offramp.worker.model.kernels.vectors import (
     I64,
     INT_LANES,
     LANES,
-    VectorCode,
+    TiledCode,
     int_lanes,
     whole_number,
 )
@@ -36,9 +36,6 @@ from offramp.worker.model.kernels.vectors import (
 BITS, FLOATS, INT8, INT4, TILES, ROUNDED = range(6)
 """How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups;
 last, bits of bfloat16 that fill the processor's tiles."""
-
-TILE = 4
-"""Outputs, and rows at most, whose sums are kept in registers together."""
 
 LINE = 64
 """Bytes that memory hands over at once."""
@@ -56,7 +53,7 @@ _ELEMENTS = {BITS: I16, FLOATS: F32, INT8: I8}
 _BYTES = {BITS: 2, FLOATS: 4, INT8: 1}
 
 
-class _Product(VectorCode):
+class _Product(TiledCode):
     """Writes the code of one product: numba gives the addresses and sizes, LLVM the registers."""
 
     def __init__(self, builder: Any, kind: int, arguments: Any) -> None:
@@ -67,27 +64,11 @@ class _Product(VectorCode):
             self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
         ) = arguments  # fmt: skip
 
-    def emit(self) -> None:
-        """All outputs by tiles, each over all rows, so that its weights stay in the first cache."""
-        whole = self.b.and_(self.outputs, whole_number(-TILE))
-        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
-            self._all_rows(TILE, o)
-        with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
-            self._all_rows(1, o)
+    def outputs_at_once(self, outputs: int) -> int:
+        """All but for int4, which needs two registers per sum: more at once would spill."""
+        return min(outputs, 2) if self.kind == INT4 else outputs
 
-    def _all_rows(self, outputs: int, o: Any) -> None:
-        whole = self.b.and_(self.rows, whole_number(-TILE))
-        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (m, _):
-            # int4 needs two registers per sum: more outputs at once would spill.
-            step = min(outputs, 2) if self.kind == INT4 else outputs
-            for first in range(0, outputs, step):
-                self._tile(step, TILE, self.b.add(o, whole_number(first)), m)
-        for count, first in ((2, whole), (1, self.b.and_(self.rows, whole_number(-2)))):
-            bit = self.b.and_(self.rows, whole_number(count))
-            with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
-                self._tile(outputs, count, o, first)
-
-    def _tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
+    def tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
         """Sums of some outputs of some rows, which start at o and m."""
         sums = [[self.register() for _ in range(rows)] for _ in range(outputs)]
         w_at = [self.row(self.weights, o, k, self.stride) for k in range(outputs)]

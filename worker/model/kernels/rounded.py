@@ -19,12 +19,9 @@ from offramp.worker.model.kernels.vectors import (
     I32,
     INT_LANES,
     LANES,
-    VectorCode,
+    TiledCode,
     whole_number,
 )
-
-TILE = 4
-"""Outputs, and rows at most, whose sums are kept in registers together."""
 
 AHEAD = 2
 """Tiles ahead that weights are asked for."""
@@ -33,7 +30,7 @@ _BYTES = ir.VectorType(I8, LINE)
 _PAIRS = ir.VectorType(I16, LINE // 2)
 
 
-class RoundedProduct(VectorCode):
+class RoundedProduct(TiledCode):
     """Writes the code of one product: numba gives the addresses and sizes.
 
     Args:
@@ -53,27 +50,7 @@ class RoundedProduct(VectorCode):
         # Of a row: its lanes' scales, what goes beside them, and the groups' sums.
         self.lane_bytes = builder.sdiv(self.filled, whole_number(2))
 
-    def emit(self) -> None:
-        """All outputs by tiles, each over all rows, so that its weights stay in the first cache."""
-        whole = self.b.and_(self.outputs, whole_number(-TILE))
-        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
-            self._all_rows(TILE, o)
-        with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
-            self._all_rows(1, o)
-
-    def _whole(self, count: Any, unit: int) -> Any:
-        return self.b.and_(self.b.add(count, whole_number(unit - 1)), whole_number(-unit))
-
-    def _all_rows(self, outputs: int, o: Any) -> None:
-        whole = self.b.and_(self.rows, whole_number(-TILE))
-        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (m, _):
-            self._tile(outputs, TILE, o, m)
-        for count, first in ((2, whole), (1, self.b.and_(self.rows, whole_number(-2)))):
-            bit = self.b.and_(self.rows, whole_number(count))
-            with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
-                self._tile(outputs, count, o, first)
-
-    def _tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
+    def tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
         """Sums of some outputs of some rows, which start at o and m."""
         sums = [[self.register() for _ in range(rows)] for _ in range(outputs)]
         length = self.b.add(self.times(self.lane_bytes, 2), self.times(self.padded, 4))
@@ -87,6 +64,9 @@ class RoundedProduct(VectorCode):
                 unit = self.load(self.row(self.units, o, k, whole_number(8)), F32, lanes=1)
                 value = self.b.fmul(self.total(self.b.load(total)), unit)
                 self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
+
+    def _whole(self, count: Any, unit: int) -> Any:
+        return self.b.and_(self.b.add(count, whole_number(unit - 1)), whole_number(-unit))
 
     def _sum_steps(self, sums: Any, o: Any, m: Any, beside_at: Any) -> None:
         """Whole numbers of four blocks by the scales of both; beyond a row's end they are 0."""

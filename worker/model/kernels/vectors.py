@@ -10,6 +10,9 @@ from numba.core import cgutils
 LANES = 16
 """Values that are multiplied at once."""
 
+TILE = 4
+"""Outputs, and rows at most, whose sums are kept in registers together."""
+
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (8, 16, 32, 64))
 FLOAT_LANES = ir.VectorType(F32, LANES)
 INT_LANES = ir.VectorType(I32, LANES)
@@ -111,6 +114,44 @@ class VectorCode:
     def times(self, value: Any, factor: int) -> Any:
         """A number times a constant."""
         return self.b.mul(value, whole_number(factor))
+
+
+class TiledCode(VectorCode):
+    """Writes all outputs of a product by tiles, each over all rows.
+
+    So a tile's weights stay in the first cache, and its sums in registers. A subclass has the
+    numbers of ``outputs`` and ``rows``, and writes one tile.
+    """
+
+    outputs: Any
+    rows: Any
+
+    def emit(self) -> None:
+        """Write the product."""
+        whole = self.b.and_(self.outputs, whole_number(-TILE))
+        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
+            self._all_rows(TILE, o)
+        with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
+            self._all_rows(1, o)
+
+    def tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
+        """Write sums of some outputs of some rows, which start at o and m."""
+        raise NotImplementedError
+
+    def outputs_at_once(self, outputs: int) -> int:
+        """How many outputs of a tile have registers beside ``TILE`` rows."""
+        return outputs
+
+    def _all_rows(self, outputs: int, o: Any) -> None:
+        whole = self.b.and_(self.rows, whole_number(-TILE))
+        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (m, _):
+            step = self.outputs_at_once(outputs)
+            for first in range(0, outputs, step):
+                self.tile(step, TILE, self.b.add(o, whole_number(first)), m)
+        for count, first in ((2, whole), (1, self.b.and_(self.rows, whole_number(-2)))):
+            bit = self.b.and_(self.rows, whole_number(count))
+            with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
+                self.tile(outputs, count, o, first)
 
 
 def whole_number(value: int) -> Any:
