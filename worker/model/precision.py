@@ -35,8 +35,8 @@ class Precision:
             "shortlist": an int4 head finds the likeliest tokens, at least 32, and the native one
             says their logits.
         activations: "native", or "int8" where int4 weights are multiplied: rows are rounded to
-            whole numbers of 8 bits in blocks of 32, as llama.cpp does with its 4 bits. A product
-            takes half the time, and the model is another one.
+            whole numbers of 8 bits in blocks of 32, as llama.cpp does with its 4 bits. Products
+            take less time, and the model is another one.
 
     Raises:
         ConfigError: another name, a group size that the kernel does not know, or activations

@@ -1,4 +1,4 @@
-"""Products of int4 weights with rows in whole numbers of 8 bits: half the time of exact rows.
+"""Products of int4 weights with rows in whole numbers of 8 bits, by sums of four byte products.
 
 Shape suffixes as in ``rounding``.
 """
