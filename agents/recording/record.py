@@ -40,7 +40,7 @@ from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.loading import check_model, layers_and_vocab, load_tokenizer
 from offramp.worker.probes.candidates.successors import successor_table
-from offramp.worker.recording.recording_actor import RECORD_S, TraceRecorderActor
+from offramp.worker.recording.recording_actor import TraceRecorderActor
 from offramp.worker.spec import ModelFacts
 
 Progress = Callable[[str, int, int], None]
@@ -121,7 +121,7 @@ def record_traces(
         ray.get([each.prepare.remote(exits, table, config.states) for each in recorders])
         left = windows[len(store.chunks) :]
         seconds = _record_all(recorders, left, store, on_progress)
-        save_costs(folder / COSTS, _measured(recorders[0], on_progress))
+        save_costs(folder / COSTS, _measured(recorders[0], config.profile_s, on_progress))
     except BaseException:
         # The beginning of a recording would only be in the way of the next one.
         forget_if_empty(folder)
@@ -229,12 +229,12 @@ def _store(
     return begun_store(folder, header, table_VK, windows)
 
 
-def _measured(recorder: Any, on_progress: Progress) -> CostTable:
+def _measured(recorder: Any, limit_s: float, on_progress: Progress) -> CostTable:
     """What a token's parts cost in a recorder's process, while no other works."""
-    start, found = time.perf_counter(), recorder.measure.remote()
+    start, found = time.perf_counter(), recorder.measure.remote(limit_s)
     while not ray.wait([found], timeout=TOLD_EVERY_S)[0]:
-        done = min(time.perf_counter() - start, RECORD_S)
-        on_progress("costs", round(done), round(RECORD_S))
+        done = min(time.perf_counter() - start, limit_s)
+        on_progress("costs", round(done), round(limit_s))
     costs = ray.get(found)
     assert isinstance(costs, CostTable)
     return costs

@@ -30,6 +30,8 @@ class RecordConfig:
         states: Whether hidden states are kept too, as float16 (2·D bytes per exit and token).
         own_text: How the model goes on from the documents' beginnings, where its own text is
             recorded; None records the documents as they are.
+        profile_s: Seconds of measuring what a token's parts cost, once it is set up; `offramp
+            profile` takes more care.
     """
 
     worker: WorkerSpec
@@ -41,6 +43,7 @@ class RecordConfig:
     recorders: int = 2
     states: bool = False
     own_text: OwnText | None = None
+    profile_s: float = 20.0
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_document", "recorders"):

@@ -111,6 +111,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
                 documents=config.documents,
                 tokens_per_document=config.tokens_per_document,
                 recorders=config.replicas,
+                profile_s=config.profile_s,
             ),
             config.out / "traces",
             lambda stage, done, total: advance(done, total, stage),

@@ -165,14 +165,11 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert with_softmax.at(2).probe_s != costs.at(2).probe_s
 
 
-def test_a_recorder_measures_what_its_slots_and_exits_allow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("offramp.worker.recording.recording_actor.RECORD_S", 0.0)
+def test_a_recorder_measures_what_its_slots_and_exits_allow() -> None:
     recorder = TraceRecorder(WorkerSpec(model=str(REFERENCE), slots=2))
     table_VK = np.tile(np.arange(8, dtype=np.int32), (recorder.engine.stack.vocab, 1))
     recorder.prepare((6,), table_VK)
-    costs = recorder.measure()
+    costs = recorder.measure(0.0)
     assert [batch.size for batch in costs.batches] == [1, 2]
     costs.require_model(recorder.describe().model)
     assert leaving(costs, (6,))[0] < leaving(costs, (6,))[1]

@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,6 +31,9 @@ WEIGHTS = tuple(
 """Files that hold or name a folder's weights; Hugging Face reads the first that is there."""
 
 AGAIN = "Download or save the model again"
+
+HUB_S = 5.0
+"""Longest wait for the hub's first answer."""
 
 
 def check_model(path: str | Path) -> None:
@@ -188,6 +192,8 @@ def _load_config(path: str | Path) -> Any:
         )
     if not folder.is_dir() and not _looks_like_hub_id(str(path)):
         raise ModelError("model", f"there is no folder {str(path)!r}", "Check the path")
+    if not folder.is_dir():
+        _require_on_hub(str(path))
     try:
         # Were it not said, the terminal would be asked whether to run a folder's own code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -196,11 +202,28 @@ def _load_config(path: str | Path) -> Any:
             raise ModelError(
                 "model", f"{str(path)!r} has an unusable config.json: {in_one_line(error)}", AGAIN
             ) from error
-        raise ModelError(
-            "model",
-            f"{str(path)!r} is no folder and no model that the hub client can find",
-            "Check the path",
-        ) from error
+        raise _unknown_to_hub(str(path), error) from error
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask the hub, once, whether it has a model that was never fetched.
+
+    The hub client by itself asks a hub that does not answer again and again for 20 s.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_S)
+    except Exception as error:  # of the hub client, and of the HTTP client beneath it
+        raise _unknown_to_hub(name, error) from error
+
+
+def _unknown_to_hub(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        "model",
+        f"{name!r} is no folder and no model that the hub client can find ({in_one_line(error)})",
+        "Check the path",
+    )
 
 
 def _looks_like_hub_id(path: str) -> bool:

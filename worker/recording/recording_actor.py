@@ -17,9 +17,6 @@ from offramp.worker.recording.going_on import go_on
 from offramp.worker.recording.recorder import record_document
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
-RECORD_S = 20.0
-"""Seconds after which a recording stops measuring costs; `offramp profile` takes more care."""
-
 
 class TraceRecorder:
     """Decodes documents at full depth and returns their per-exit features.
@@ -69,13 +66,13 @@ class TraceRecorder:
         """What the model says after each prompt; see ``going_on.go_on``."""
         return go_on(self.engine, prompts, new_tokens, temperature, seeds=seeds)
 
-    def measure(self) -> CostTable:
-        """This process's costs, in ``RECORD_S`` once set up; call it while no other actor works."""
+    def measure(self, limit_s: float) -> CostTable:
+        """This process's costs, in so many seconds once set up, while no other actor works."""
         config = ProfileConfig(
             rows=tuple(rows for rows in (1, 2, 4) if rows <= self.engine.kv.slots),
             context=min(ProfileConfig().context, self.engine.stack.context // 2),
             exits=self.exits,
-            limit_s=RECORD_S,
+            limit_s=limit_s,
         )
         return measure_costs(self.engine, self.candidates_VK, config).costs
 

@@ -42,6 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RecordConfig:
         tokens_per_document=12,
         candidates=16,
         recorders=1,
+        profile_s=3.0,  # long enough for a word on how far it is
     )
 
 

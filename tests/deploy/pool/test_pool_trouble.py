@@ -275,7 +275,7 @@ def test_a_lost_workers_streams_are_told_and_the_others_go_on(
 ) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[Outcome]:
         await ready(client)
-        outcomes, tasks = await streams(client, 900)
+        outcomes, tasks = await streams(client, 400)
         lost = pool.workers()[0]  # of so many streams each has some
         lost.send_signal(number)
         # It has died, or is taken for dead, before long; what comes meanwhile goes elsewhere.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants as hub_constants
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -63,6 +66,27 @@ def test_the_reference_model_is_accepted() -> None:
 @pytest.mark.parametrize("path", ["no/such/folder", "/no/such/folder", "nothing", "models/other"])
 def test_a_missing_folder_is_named_without_asking_the_hub(path: str) -> None:
     assert f"there is no folder '{path}'" in refusal(lambda: check_model(path))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Broken(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}/{{repo_id}}/{{filename}}"
+        monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        message = refusal(lambda: check_model("no/such"))
+        hub.shutdown()
+    assert asked == ["/no/such/config.json"]
+    assert "no model that the hub client can find (Server error '503" in message
 
 
 def test_a_file_is_no_folder() -> None:
