@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from offramp.controller.errors import OfframpError, OverloadedError, RequestError
+from offramp.deploy.clients.quotas import QuotaError
 from offramp.deploy.http.backend import WorkerLostError
 from offramp.deploy.http.limits import DeadlineError
 from offramp.deploy.http.shapes.reply_shapes import ErrorFields, ErrorReply
@@ -42,6 +43,14 @@ def overload_reply(error: OverloadedError) -> Response:
     return error_reply(429, str(error), kind=f"{kind}_error", code=code, headers=headers)
 
 
+def quota_reply(error: QuotaError) -> Response:
+    """Tell a client that it has asked for what it may, in OpenAI's words."""
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return error_reply(
+        429, str(error), kind=error.unit, code="rate_limit_exceeded", headers=headers
+    )
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the routes."""
 
@@ -60,6 +69,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:
         return overload_reply(error)
+
+    @app.exception_handler(QuotaError)
+    async def spent(_: Request, error: QuotaError) -> Response:
+        return quota_reply(error)
 
     @app.exception_handler(DeadlineError)
     async def late(_: Request, error: DeadlineError) -> Response:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.controller.errors import OverloadedError
+from offramp.deploy.clients.quotas import QuotaError, Quotas
 from offramp.deploy.http.backend import Backend
-from offramp.deploy.http.error_replies import error_reply, overload_reply
+from offramp.deploy.http.error_replies import error_reply, overload_reply, quota_reply
 from offramp.worker.engine.service import RETRY_AFTER_S
 
 OPEN_ROUTES = ("/health", "/ready")
@@ -22,19 +23,21 @@ DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions")
 class Gate:
     """Middleware in front of the routes.
 
-    It asks for the key, refuses requests while there is nobody or no room to serve them, bounds
-    their bodies, and answers HEAD as GET without its body.
+    It asks for the key, refuses requests while there is nobody or no room to serve them, counts
+    what each key asks for, bounds bodies, and answers HEAD as GET without its body.
 
     Args:
         app: What comes behind it.
         backend: Says whether requests can be taken, and tells clients by their keys.
         body_bytes: Most bytes of a body.
+        quotas: Counts what clients ask.
     """
 
-    def __init__(self, app: ASGIApp, *, backend: Backend, body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, backend: Backend, body_bytes: int, quotas: Quotas) -> None:
         self._app = app
         self._backend = backend
         self._body_bytes = body_bytes
+        self._quotas = quotas
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,9 +48,11 @@ class Gate:
         if scope["method"] == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
         refusal = self._refusal(scope)
+        if _makes_tokens(scope):
+            send = self._with_quota(scope["state"]["client"], send)
         if refusal is not None:
             await refusal(scope, receive, send)
-        elif scope["method"] == "POST" and scope["path"] in DECODING_ROUTES:
+        elif _makes_tokens(scope):
             await self._let_decode(scope, self._bounded(receive), send)
         else:
             await self._app(scope, self._bounded(receive), send)
@@ -102,16 +107,34 @@ class Gate:
         if length.isdecimal() and len(length) < 19 and int(length) > self._body_bytes:
             # The server reads the rest and drops it, or the client would not see the answer.
             return error_reply(413, self._too_large)
-        return self._unavailable(scope["path"])
+        return self._unavailable(scope) or self._spent(scope)
 
-    def _unavailable(self, path: str) -> Response | None:
+    def _spent(self, scope: Scope) -> Response | None:
+        try:
+            if _makes_tokens(scope):
+                self._quotas.take(scope["state"]["client"], "requests")
+        except QuotaError as error:
+            return quota_reply(error)
+        return None
+
+    def _with_quota(self, client: str | None, send: Send) -> Send:
+        """Tell a client what is left to it, with whatever it is answered."""
+
+        async def send_told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._quotas.headers(client))
+            await send(message)
+
+        return send_told if self._quotas.of(client).to_values() else send
+
+    def _unavailable(self, scope: Scope) -> Response | None:
         trouble = self._backend.trouble()
         if trouble is not None:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             message = f"the server takes no requests now: it is {trouble}"
             code = trouble.replace(" ", "_")
             return error_reply(503, message, kind="server_error", code=code, headers=headers)
-        if path in DECODING_ROUTES and self._is_full:
+        if _makes_tokens(scope) and self._is_full:
             return overload_reply(OverloadedError(RETRY_AFTER_S))
         return None
 
@@ -141,6 +164,10 @@ class Gate:
             return message
 
         return receive_some
+
+
+def _makes_tokens(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] in DECODING_ROUTES
 
 
 def _without_body(send: Send) -> Send:

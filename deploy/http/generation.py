@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from offramp.controller.errors import OfframpError
+from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import REQUEST_ID
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
@@ -47,22 +48,29 @@ class Generation:
         backend: What decodes.
         limits: How much and how long a client may ask.
         metrics: Told of every token.
+        quotas: Says what each client may ask, and counts it.
     """
 
-    def __init__(self, backend: Backend, limits: HttpLimits, metrics: Metrics) -> None:
+    def __init__(
+        self, backend: Backend, limits: HttpLimits, metrics: Metrics, quotas: Quotas
+    ) -> None:
         self._backend = backend
         self._limits = limits
         self._metrics = metrics
+        self._quotas = quotas
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Answer POST /v1/completions."""
         # All that may be refused comes before anything is queued, which nobody would read.
         began_s = time.perf_counter()
         backend, encoder = self._backend, self._backend.encoder
-        prompts, sampling, mode = body.prompts, body.sampling, body.kv_mode
+        prompts, sampling = body.prompts, body.sampling
+        mode = self._quotas.of(_client(request)).wish(body.kv_mode)
         choices = len(prompts) * sampling.n
         self._limits.require_choices(choices, "prompt" if len(prompts) > 1 else "n")
         tokens = [await encoder.aside(encoder.encode, prompt) for prompt in prompts]
+        most = sum(map(len, tokens)) + choices * sampling.max_tokens
+        self._quotas.take(_client(request), "tokens", most)
         style = CompletionStyle(
             id=f"cmpl-{uuid.uuid4().hex}",
             **_common(backend, body, sum(map(len, tokens)), names=body.logprobs is not None),
@@ -87,11 +95,14 @@ class Generation:
         """Answer POST /v1/chat/completions."""
         began_s = time.perf_counter()
         backend = self._backend
-        conversation, sampling, mode = body.conversation, body.sampling, body.kv_mode
+        conversation, sampling = body.conversation, body.sampling
+        mode = self._quotas.of(_client(request)).wish(body.kv_mode)
         self._limits.require_choices(sampling.n, "n")
         tokens = await encode_conversation(backend, conversation)
         if body.most_tokens is None:
             sampling = replace(sampling, max_tokens=max(1, backend.most_tokens - len(tokens)))
+        most = len(tokens) + sampling.n * sampling.max_tokens
+        self._quotas.take(_client(request), "tokens", most)
         style = ChatStyle(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             **_common(backend, body, len(tokens), names=body.logprobs),
@@ -130,7 +141,12 @@ def _salt(body: DecodingFields, request: Request) -> str:
 
     How soon the first token comes tells whether a prompt's beginning was known.
     """
-    return json.dumps([getattr(request.state, "client", None), body.cache_salt])
+    return json.dumps([_client(request), body.cache_salt])
+
+
+def _client(request: Request) -> str | None:
+    name: str | None = getattr(request.state, "client", None)
+    return name
 
 
 def _echoes(

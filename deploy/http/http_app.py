@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import AccessLog
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.error_replies import add_error_handlers
@@ -44,11 +45,12 @@ def create_app(
         access_log: File that gets a line of JSON per request.
     """
     app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
-    app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes)
+    quotas = Quotas(backend.clients.allowance)
+    app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes, quotas=quotas)
     metrics = Metrics(backend)
     app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
     add_error_handlers(app)
-    generation = Generation(backend, limits, metrics)
+    generation = Generation(backend, limits, metrics, quotas)
     add_status_routes(app, backend, metrics)
     add_text_routes(app, backend)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from offramp.controller.errors import RequestError
+from offramp.deploy.clients.allowances import LOSSLESS
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
 from offramp.worker.decoding.request import KVMode, KVWish
 from offramp.worker.decoding.sampling import SamplingParams
@@ -52,10 +53,6 @@ class StreamOptions(Nullable):
     """OpenAI's ``stream_options``."""
 
     include_usage: bool = False
-
-
-LOSSLESS = "lossless"
-"""The quality of full depth's own output."""
 
 
 class OfframpOptions(Nullable):

@@ -17,6 +17,8 @@ from offramp.deploy.clients.client_keys import (
     remove_client,
 )
 
+UNKNOWN_BOUND = '{"alice": {"key": "' + 64 * "0" + '", "seconds": 3}}'
+
 
 def test_a_client_is_told_by_its_key(tmp_path: Path) -> None:
     path = tmp_path / "home" / CLIENTS
@@ -26,7 +28,7 @@ def test_a_client_is_told_by_its_key(tmp_path: Path) -> None:
     assert keys.client(alice) == "alice"
     assert keys.client(bob) == "bob"
     assert keys.client("one for all") == SHARED
-    for wrong in ("", "alice", alice[:-1], alice + "x", read_clients(path)["alice"]):
+    for wrong in ("", "alice", alice[:-1], alice + "x", read_clients(path)["alice"].key):
         assert keys.client(wrong) is None
 
 
@@ -63,7 +65,7 @@ def test_a_damaged_file_stops_the_start_but_not_the_server(tmp_path: Path) -> No
     path = tmp_path / CLIENTS
     alice = add_client(path, "alice")
     keys = ClientKeys(path)
-    for content in ("{", "[]", '{"alice": "secret"}', '{"a b": "' + 64 * "0" + '"}'):
+    for content in ("{", "[]", '{"alice": "secret"}', '{"a b": "' + 64 * "0" + '"}', UNKNOWN_BOUND):
         path.unlink()
         path.write_text(content)
         assert keys.client(alice) == "alice"
@@ -85,7 +87,13 @@ def test_the_commands_add_list_and_remove(
     assert status == 0
     assert ClientKeys(tmp_path / CLIENTS).client(key.strip()) == "alice"
     assert "has a key" in cli("clients", "add", "alice")[1]
-    assert cli("clients", "list") == (0, "alice\n")
+    assert cli("clients", "list") == (0, "alice: no bounds\n")
+    bounds = ("--requests-per-minute", 60, "--quality", "lossless")
+    assert cli("clients", "bound", "alice", *bounds)[0] == 0
+    assert cli("clients", "list")[1] == "alice: requests_per_minute 60, quality lossless\n"
+    assert ClientKeys(tmp_path / CLIENTS).client(key.strip()) == "alice"
+    assert "quality: 'most' is no share" in cli("clients", "bound", "alice", "--quality", "most")[1]
+    assert cli("clients", "bound", "bob")[0] == 1
     assert cli("clients", "remove", "alice")[0] == 0
     assert cli("clients", "list") == (0, "")
     assert cli("clients", "remove", "alice")[0] == 1
