@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from offramp.controller.errors import FieldError, OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
@@ -34,8 +36,26 @@ _logger = logging.getLogger(__name__)
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command()(serve)
+    app.command()(_failing_as_it_logs(serve))
     app.command()(doctor)
+
+
+def _failing_as_it_logs(command: Callable[..., None]) -> Callable[..., None]:
+    """Have what a command logs written, and, if that is JSON, also why it cannot do its work."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        send_lines(given["log_format"], "command", show_line)
+        try:
+            command(**given)
+        except (OfframpError, OSError) as error:
+            if given["log_format"] != "json":
+                raise
+            fields = {"field": error.field} if isinstance(error, FieldError) else {}
+            _logger.error("%s", error, extra={"fields": fields})
+            raise typer.Exit(1) from error
+
+    return run
 
 
 Trust = Annotated[
@@ -152,7 +172,7 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
 def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
     """Serve until told to stop."""
     _require_servable(config, settings, trust, redis_port)
-    tell = _told_as(config.log_format)
+    tell = _logger.info if config.log_format == "json" else console.print
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
             embedded = EmbeddedRedis(settings.home / "redis", redis_port, supervised=True)
@@ -168,12 +188,6 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
         wait = _catch_signals()
         tell(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
         wait()
-
-
-def _told_as(log_format: str | None) -> Callable[[str], object]:
-    """Have what this process logs written as the pool's lines are; returns what tells its user."""
-    send_lines(log_format, "command", show_line)
-    return _logger.info if log_format == "json" else console.print
 
 
 def _require_servable(

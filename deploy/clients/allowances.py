@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from offramp.controller.errors import ConfigError, RequestError
-
-if TYPE_CHECKING:  # whoever lists clients need not wait for torch
-    from offramp.worker.decoding.request import KVWish
+from offramp.controller.errors import ConfigError
 
 LOSSLESS: Final = "lossless"
 """The quality of full depth's own output."""
@@ -54,23 +51,6 @@ class Allowance:
     def to_values(self) -> dict[str, Any]:
         """Its bounds, as JSON says them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def wish(self, asked: KVWish | None) -> KVWish | None:
-        """What a request asks, or the least quality if it asks nothing.
-
-        Raises:
-            RequestError: it asks for less.
-        """
-        quality = self.quality
-        if quality is None or asked == "verify":
-            return asked
-        if asked is None:
-            return "verify" if quality == LOSSLESS else quality
-        if not isinstance(asked, str) and asked >= (1.0 if quality == LOSSLESS else quality):
-            return asked
-        field = "offramp.kv_mode" if isinstance(asked, str) else "offramp.quality"
-        problem = f"{asked} does not promise the {quality} that this key asks for"
-        raise RequestError(field, problem, f'Leave it out, or ask for quality "{LOSSLESS}"')
 
 
 UNBOUND = Allowance()

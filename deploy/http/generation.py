@@ -21,7 +21,7 @@ from offramp.deploy.http.access_log import REQUEST_ID
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
-from offramp.deploy.http.limits import HttpLimits, until
+from offramp.deploy.http.limits import HttpLimits, until, wish_within
 from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
@@ -65,7 +65,7 @@ class Generation:
         began_s = time.perf_counter()
         backend, encoder = self._backend, self._backend.encoder
         prompts, sampling = body.prompts, body.sampling
-        mode = self._quotas.of(_client(request)).wish(body.kv_mode)
+        mode = wish_within(self._quotas.of(_client(request)), body.kv_mode)
         choices = len(prompts) * sampling.n
         self._limits.require_choices(choices, "prompt" if len(prompts) > 1 else "n")
         tokens = [await encoder.aside(encoder.encode, prompt) for prompt in prompts]
@@ -96,7 +96,7 @@ class Generation:
         began_s = time.perf_counter()
         backend = self._backend
         conversation, sampling = body.conversation, body.sampling
-        mode = self._quotas.of(_client(request)).wish(body.kv_mode)
+        mode = wish_within(self._quotas.of(_client(request)), body.kv_mode)
         self._limits.require_choices(sampling.n, "n")
         tokens = await encode_conversation(backend, conversation)
         if body.most_tokens is None:

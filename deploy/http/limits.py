@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from offramp.controller.errors import ConfigError, OfframpError, RequestError
+from offramp.deploy.clients.allowances import LOSSLESS, Allowance
+from offramp.worker.decoding.request import KVWish
 
 Item = TypeVar("Item")
 
@@ -58,6 +60,24 @@ class HttpLimits:
 
 
 DEFAULT_LIMITS = HttpLimits()
+
+
+def wish_within(allowance: Allowance, asked: KVWish | None) -> KVWish | None:
+    """What a request asks of its quality, or the least that its client gets if it asks nothing.
+
+    Raises:
+        RequestError: it asks for less.
+    """
+    least = allowance.quality
+    if least is None or asked == "verify":
+        return asked
+    if asked is None:
+        return "verify" if least == LOSSLESS else least
+    if not isinstance(asked, str) and asked >= (1.0 if least == LOSSLESS else least):
+        return asked
+    field = "offramp.kv_mode" if isinstance(asked, str) else "offramp.quality"
+    problem = f"{asked} does not promise the {least} that this key asks for"
+    raise RequestError(field, problem, f'Leave it out, or ask for quality "{LOSSLESS}"')
 
 
 class DeadlineError(OfframpError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import uvicorn
 from ray import serve
 
+from offramp.controller.errors import ConfigError
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
@@ -51,10 +53,20 @@ class Front:
         self._serving: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
-        """Return once clients are answered."""
-        self._serving = asyncio.create_task(self._server.serve())
-        while not self._server.started and not self._serving.done():
+        """Return once clients are answered.
+
+        Raises:
+            ConfigError: somebody else took the port meanwhile.
+        """
+        self._serving = asyncio.create_task(self._serve())
+        while not self._server.started:
+            if self._serving.done():
+                raise ConfigError("port", "cannot be listened on any more", "Choose another")
             await asyncio.sleep(_PAUSE_S)
+
+    async def _serve(self) -> None:
+        with contextlib.suppress(SystemExit):  # that uvicorn ends the process with
+            await self._server.serve()
 
     async def connect(self) -> None:
         """Begin to send requests to the workers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,9 @@ again: one that froze does not answer."""
 
 AS_URGENT = {"worker_niceness": 0}
 """Ray's processes would give way to all others of the machine, and wake up too late."""
+
+_RAISED = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b(: |$)")
+"""The line of a traceback that says what was raised."""
 
 STOP_S = 15.0
 """Seconds that the front has for its end beyond those for draining."""
@@ -69,9 +73,29 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
             ray_actor_options={"num_cpus": config.cpus},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(workers.bind(config, front), name=APP, route_prefix=None)
+        _deploy(workers.bind(config, front))
         ray.get(front.connect.remote())
         yield f"http://{config.host}:{config.port}"
+
+
+def _deploy(workers: Any) -> None:
+    """Start the workers; returns once all are up.
+
+    Raises:
+        ConfigError: a worker cannot start, with what it said last.
+    """
+    try:
+        serve.run(workers, name=APP, route_prefix=None)
+    except RuntimeError as error:
+        raise ConfigError("workers", f"none could start: {_last_words(error)}") from error
+
+
+def _last_words(error: BaseException) -> str:
+    """What an exception that holds another process's traceback says at its end, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    last = (raised or lines or [type(error).__name__])[-1]
+    return re.sub(r"^offramp\.[\w.]+: ", "", last).rstrip(".")
 
 
 def _shut_down() -> None:
@@ -114,7 +138,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """Join a Ray cluster, or start a local one; leave it, or stop it, after.
 
     Raises:
-        ConfigError: nobody answers at the address.
+        ConfigError: nobody answers at the address, or Ray does not start here.
     """
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
@@ -129,7 +153,10 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of whatever Ray starts or asks
+        if address is None:
+            problem = f"cannot be started here: {_last_words(error)}"
+            raise ConfigError("ray", problem, "Run ray stop, or set RAY_ADDRESS") from error
         raise ConfigError(
             "RAY_ADDRESS",
             f"no Ray cluster lets us in at {address!r}",
@@ -144,8 +171,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         # An offramp error raised in a worker is both, and says itself what to do.
         if isinstance(error, OfframpError):
             raise
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError("ray", f"a worker process failed: {reason}") from error
+        raise ConfigError("ray", f"a worker process failed: {_last_words(error)}") from error
     finally:
         with _muted():
             ray.shutdown()

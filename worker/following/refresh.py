@@ -20,6 +20,7 @@ from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.keeper import PROBATION_S, Prepare, ReleaseKeeper
 from offramp.worker.following.root_follower import RootFollower
+from offramp.worker.following.telling import AckLog
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
@@ -82,6 +83,7 @@ class PolicyRefresher:
         self._boot = uuid.uuid4().hex
         self._about = 0  # the release on offer that is looked at
         self._refused: tuple[Mark, PolicyRefusedError] | None = None
+        self._log = AckLog()
         self._polling = threading.Lock()
         self._stopping = threading.Event()
         self._woken = threading.Event()  # by a trip, which the registry should hear of at once
@@ -135,6 +137,8 @@ class PolicyRefresher:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
         with self._polling:
             self.report = ack = self._ack(*self._refresh())
+            canary = self.current.canary
+            self._log.note(ack, None if canary is None else canary.generation)
             if ack.state is not AckState.STALE:
                 self._fresh_at_s = time.monotonic()
             try:

@@ -15,6 +15,7 @@ from offramp.deploy.clients.allowances import UNBOUND, Allowance
 from offramp.deploy.clients.client_keys import ClientKeys, add_client, bound_client
 from offramp.deploy.clients.quotas import QuotaError, Quotas
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.limits import wish_within
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.engine.service import EngineService
 
@@ -97,7 +98,7 @@ def test_each_client_has_its_own_and_nobody_else_any() -> None:
 def test_a_request_gets_the_quality_of_its_key(
     least: Any, asked: KVWish | None, wish: KVWish
 ) -> None:
-    assert Allowance(quality=least).wish(asked) == wish
+    assert wish_within(Allowance(quality=least), asked) == wish
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_request_gets_the_quality_of_its_key(
 )
 def test_less_than_its_keys_quality_is_refused(least: Any, asked: KVWish, field: str) -> None:
     with pytest.raises(RequestError, match=field):
-        Allowance(quality=least).wish(asked)
+        wish_within(Allowance(quality=least), asked)
 
 
 @pytest.mark.parametrize(

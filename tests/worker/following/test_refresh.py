@@ -253,6 +253,28 @@ def test_a_release_that_expires_while_it_runs_stays(bench: Bench) -> None:
     assert worker.current.policy == FixedExit(3)
 
 
+def test_what_a_worker_runs_is_logged_when_it_changes(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "offramp")
+    worker = bench.worker()
+    worker.poll_once()
+    release = bench.serve(3, expires_in_s=60.0)
+    worker.poll_once()
+    worker.poll_once()
+    bench.now += 61.0
+    worker.poll_once()
+    worker.poll_once()
+    lines = [(each.levelname, vars(each)["fields"]) for each in caplog.records]
+    assert [(level, each["generation"], each["state"]) for level, each in lines] == [
+        ("INFO", 0, "ACK"),
+        ("INFO", 1, "ACK"),
+        ("WARNING", 1, "NACK"),
+    ]
+    assert lines[1][1]["digest"] == release.digest
+    assert lines[2][1]["reason"].startswith("expired: ")
+
+
 def test_a_trip_is_full_depth_until_the_next_release(bench: Bench) -> None:
     bench.serve(3)
     worker = bench.worker()

@@ -71,7 +71,7 @@ def test_a_missing_folder_is_named_without_asking_the_hub(path: str) -> None:
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    class Broken(BaseHTTPRequestHandler):
+    class MuteHub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             asked.append(self.path)
             self.send_error(503)
@@ -79,7 +79,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as hub:
+    with ThreadingHTTPServer(("127.0.0.1", 0), MuteHub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{hub.server_port}/{{repo_id}}/{{filename}}"
         monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
