@@ -137,3 +137,8 @@ class PolicyRefusedError(OfframpError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"policy refused ({reason.value}): {detail}")
+
+
+def too_large(what: str, size: int, limit: int) -> PolicyRefusedError:
+    """The refusal to fetch something over its limit, both in bytes."""
+    return PolicyRefusedError(Refusal.TOO_LARGE, f"{what} has {size} bytes, over {limit}")

@@ -19,10 +19,10 @@ from offramp.controller.keys.key_files import load_or_create_key, save_public_ke
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import ExitPolicy
 from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
+from offramp.controller.watching.overseer import Overseer
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams

@@ -12,10 +12,10 @@ from typing import Any
 
 from offramp.controller.errors import OfframpError
 from offramp.controller.keys.root import load_root
-from offramp.controller.release.guardrails import PolicyWatch
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
 from offramp.controller.release.trust import ReleaseVerifier
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.refresh import PolicyRefresher

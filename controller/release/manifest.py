@@ -11,7 +11,6 @@ from offramp.controller.policies.codec import Shapes
 from offramp.controller.policies.exits import ascend, exit_from_json, exit_to_json
 from offramp.controller.policies.kinds import KINDS
 from offramp.controller.release.certificate import Certificate
-from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.strict import (
     COUNT,
     DIGEST,
@@ -30,6 +29,7 @@ from offramp.controller.strict import (
     parse_strictly,
     refuse,
 )
+from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
 
 FORMAT_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""

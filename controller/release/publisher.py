@@ -7,19 +7,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from offramp.controller.adapters.adapter_index import AdapterSource, require_model
-from offramp.controller.errors import ConfigError, RegistryUnavailableError
-from offramp.controller.keys.envelopes import STAMP_MAGIC, SigningKey
+from offramp.controller.errors import ConfigError
+from offramp.controller.keys.envelopes import SigningKey
 from offramp.controller.keys.root import Root, trusted_keys
 from offramp.controller.keys.signer import Signer
-from offramp.controller.policies.kinds import PackedPolicy
+from offramp.controller.policies.kinds import PackedPolicy, pack_policy
+from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout, require_said
-from offramp.controller.release.records import ServedHead, SignedRecords
+from offramp.controller.release.promoting import ChannelHead
+from offramp.controller.release.records import ServedHead, SignedRecords, canary_beside
 from offramp.controller.release.registry import Head, PolicyRegistry
-from offramp.controller.release.trust import Stamp, require_servable
+from offramp.controller.release.trust import require_servable
 
 STAMP_TTL_S = 24 * 3600.0
 """How long a timestamp vouches for the head unless it is renewed; a publisher that runs on should
@@ -61,17 +65,25 @@ class Publisher:
         trusted: Root | None = None,
         roots: Mapping[int, bytes] | None = None,
     ) -> None:
-        self._registry = registry
         self._ledger = ledger
         root = trusted or trusted_keys(key.public_bytes)
         self.signer = Signer(key, root)
-        self._roots = dict(roots or {})
         self._records = SignedRecords(ledger, root, channel)
         self._served = ServedHead(registry, ledger, self._records)
+        self._head = ChannelHead(
+            registry=registry,
+            ledger=ledger,
+            records=self._records,
+            served=self._served,
+            signer=self.signer,
+            roots=dict(roots or {}),
+            epoch=epoch,
+            stamp_ttl_s=stamp_ttl_s,
+            clock=clock,
+        )
         self._channel = channel
         self._clock = clock
         self._epoch = epoch
-        self._stamp_ttl_s = stamp_ttl_s
 
     @property
     def promoted(self) -> int:
@@ -146,8 +158,9 @@ class Publisher:
     def roll_out(self, percent: float, generation: int | None = None) -> Head:
         """Let a recorded policy serve a share of the requests, as a new generation: a canary.
 
-        The other requests stay under the release for everybody that is served now. So each step
-        of a canary is a release of its own, and what holds for releases holds for it.
+        The other requests stay under the release for everybody that is served now; where there is
+        none yet, one that never exits is released and served first. So each step of a canary is a
+        release of its own, and what holds for releases holds for it.
 
         Args:
             percent: Share of the requests, in [0, 100]. At 0 workers load and test the policy, and
@@ -155,30 +168,35 @@ class Publisher:
             generation: A release of that policy; None: the canary, or else the newest recorded.
 
         Raises:
-            ConfigError: the percent, no release for the other requests, or no newer policy.
+            ConfigError: the percent, or no newer policy.
             PolicyRefusedError, PromoteConflictError, RegistryUnavailableError: see ``promote``.
         """
         if not 0 <= percent <= 100:
             raise ConfigError("percent", f"{percent} is not in [0, 100]", "Give a share in percent")
         with self._ledger.writing():
             self._served.catch_up()
-            stable, promoted = self._records.stable(), self._ledger.promoted()
-            is_begun = stable.generation != promoted
-            chosen = generation or (promoted if is_begun else self._ledger.last())
+            promoted, newest = self._ledger.promoted(), self._ledger.last()
+            if not promoted:
+                self._serve_full_depth(self._records.manifest(generation or newest))
+            stable = self._records.stable()
+            is_begun = stable.generation != promoted > 0
+            chosen = generation or (promoted if is_begun else newest)
             candidate = self._records.manifest(chosen)
-            if candidate.served == stable.served:
-                problem = f"{chosen} is of the policy that serves everybody ({stable.generation})"
-                raise ConfigError("generation", problem, "Publish another one first")
-            canary = Rollout(
-                percent=percent,
-                salt=candidate.digest[:16],  # so that each step keeps the requests of the last
-                stable_generation=stable.generation,
-                stable_digest=stable.digest,
-            )
-            rollout = canary if canary.is_canary else Rollout()
+            rollout = canary_beside(stable, candidate, percent)
             head = self._release_again(candidate, rollout=rollout, rollback_of=None)
-            self._promote(head.generation)
+            self._head.move(head.generation)
             return head
+
+    def _serve_full_depth(self, candidate: Manifest) -> None:
+        """Release a policy that never exits, for a canary to begin beside."""
+        base = self.release(
+            pack_policy(NeverExit(), np.zeros((1, 1), np.float32)),
+            model=candidate.model,
+            tokenizer=candidate.tokenizer,
+            training={},
+            metrics={},
+        )
+        self._head.move(base.generation)
 
     def promote(self, generation: int) -> None:
         """Make a recorded release the head, uploading its blob again if the registry lost it.
@@ -192,37 +210,11 @@ class Publisher:
             RegistryUnavailableError: the registry fails; it says so if this is served all the same.
         """
         with self._ledger.writing():
-            self._promote(generation)
+            self._head.move(generation)
 
-    def _promote(self, generation: int) -> None:
-        self._served.catch_up()
-        release = self._records.signed(generation)
-        if generation == self._ledger.promoted() == self._served.generation:
-            self._upload(generation)
-            self.heartbeat()
-            return
-        if generation < self._ledger.promoted():
-            problem = f"{generation} is older than {self._ledger.promoted()}, promoted before"
-            raise ConfigError("generation", problem, "Roll back instead: workers never go back")
-        require_servable(release, self._ledger.blob(release.digest), self.signer.root, self._clock)
-        beside = release.rollout.stable_generation
-        if beside and beside != self._records.stable().generation:
-            problem = f"{generation} is a canary beside {beside}, which serves no more"
-            raise ConfigError("generation", problem, "Promote it anew, with a percent")
-        self._upload(generation)
-        # A worker woken by the promotion must find a living timestamp: renew the old one first.
-        self.heartbeat()
-        self._registry.promote(self._records.head(generation), self._served.generation)
-        self._ledger.record_promotion(generation)
-        try:
-            self.heartbeat()
-        except RegistryUnavailableError as error:
-            said = f"generation {generation} is served, its timestamp not renewed: {error.problem}"
-            remedy = f"{error.remedy}, then promote it again"
-            raise RegistryUnavailableError(error.field, said, remedy) from error
-        self._served.forget_old_blobs()
-
-    def rollback(self, to: int | None = None, failed: int | None = None) -> Head:
+    def rollback(
+        self, to: int | None = None, failed: int | None = None, *, serve: bool = True
+    ) -> Head:
         """Serve an older policy again, as a new and higher generation, at once and to everybody.
 
         A canary ends: its stable release's policy is the one to return to.
@@ -231,6 +223,7 @@ class Publisher:
             to: The generation whose policy to serve; None: the last one promoted to everybody
                 whose policy is neither served now nor was rolled back before.
             failed: What did harm, if not the head alone: a canary's stable release.
+            serve: Whether to serve it; else it is signed and recorded, for ``roll_back_ready``.
 
         Raises:
             ConfigError: nothing was promoted yet, or there is no such older release.
@@ -249,8 +242,30 @@ class Publisher:
                 raise ConfigError("to", problem)
             rollout = Rollout(salt="" if target.rollout.is_canary else target.rollout.salt)
             release = self._release_again(target, rollout=rollout, rollback_of=promoted)
-            self._promote(release.generation)
+            if serve:
+                self._head.move(release.generation)
             return release
+
+    def roll_back_ready(self, failed: int) -> Manifest | None:
+        """Serve the rollback of what is served now that was signed beforehand.
+
+        Nothing is signed: it is for a publisher whose signature alone does not suffice.
+
+        Args:
+            failed: The generation that did harm.
+
+        Returns:
+            None if none stands ready.
+
+        Raises:
+            PromoteConflictError, RegistryUnavailableError: see ``promote``.
+        """
+        with self._ledger.writing():
+            ready = self._records.ready([failed])
+            if ready is None:
+                return None
+            self._head.move(ready)
+            return self._records.manifest(ready)
 
     def _release_again(self, recorded: Manifest, **changes: Any) -> Head:
         """Sign a recorded policy as the next generation, to expire after as long as it did."""
@@ -267,22 +282,7 @@ class Publisher:
         Raises:
             RegistryUnavailableError: the registry cannot be reached.
         """
-        now = self._clock()
-        stamp = Stamp(
-            channel=self._channel,
-            epoch=self._epoch,
-            generation=self._ledger.promoted(),
-            issued_at=now,
-            expires_at=now + self._stamp_ttl_s,
-            root=self.signer.root.version,
-        )
-        self._registry.stamp(self.signer.sign(stamp.to_bytes(), STAMP_MAGIC), self._stamp_ttl_s)
-
-    def _upload(self, generation: int) -> None:
-        for version, envelope in self._roots.items():
-            self._registry.put_root(version, envelope)
-        for blob in self._records.blobs(generation):
-            self._registry.put_blob(blob)
+        self._head.vouch()
 
     def _append(self, manifest: Manifest, blob: bytes, others: Iterable[bytes] = ()) -> Head:
         with self._ledger.writing():
@@ -295,5 +295,5 @@ class Publisher:
             envelope = self.signer.sign(payload)
             self._ledger.append(generation, envelope, blob, others)
         if self.signer.suffices:
-            self._upload(generation)
+            self._head.upload(generation)
         return Head(generation, self._epoch, envelope, manifest.digest)

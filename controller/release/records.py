@@ -12,7 +12,7 @@ from offramp.controller.keys.envelopes import SignedEnvelope
 from offramp.controller.keys.root import Root
 from offramp.controller.release.heads import open_head, open_release
 from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.manifest import Manifest
+from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.registry import Head, PolicyRegistry
 
 FORGED = (
@@ -154,6 +154,42 @@ class SignedRecords:
         if not good:
             raise ConfigError("rollback", f"no good release is older than {max(failed)}")
         return good[-1].generation
+
+    def ready(self, failed: Collection[int]) -> int | None:
+        """A rollback of what is served now that was signed beforehand; None if there is none.
+
+        Args:
+            failed: Generations whose policies failed: none of these is returned to.
+        """
+        promoted = self._ledger.promoted()
+        bad = {each.served for each in self.trusted({promoted, *failed})}
+        newer = [each for each in self._ledger.generations() if each > promoted]
+        fit = [
+            each.generation
+            for each in self.trusted(newer)
+            if each.rollback_of == promoted and each.served not in bad
+        ]
+        return fit[-1] if fit else None
+
+
+def canary_beside(stable: Manifest, candidate: Manifest, percent: float) -> Rollout:
+    """The rollout of a policy's step beside a stable release; at 100 it serves everybody.
+
+    Raises:
+        ConfigError: both are the same policy, read through the same adapters.
+    """
+    if candidate.served == stable.served:
+        problem = (
+            f"{candidate.generation} is of the policy that serves everybody ({stable.generation})"
+        )
+        raise ConfigError("generation", problem, "Publish another one first")
+    rollout = Rollout(
+        percent=percent,
+        salt=candidate.digest[:16],  # so that each step keeps the requests of the last
+        stable_generation=stable.generation,
+        stable_digest=stable.digest,
+    )
+    return rollout if rollout.is_canary else Rollout()
 
 
 class ServedHead:

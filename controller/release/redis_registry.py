@@ -31,12 +31,13 @@ from offramp.controller.errors import (
     PromoteConflictError,
     Refusal,
     RegistryUnavailableError,
+    too_large,
 )
 from offramp.controller.keys.envelopes import MAX_ENVELOPE_BYTES
 from offramp.controller.policies.kinds import digest_of
 from offramp.controller.redis_client import connect, without_password
-from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head, too_large
-from offramp.controller.release.tally import tallies_from_json, tallies_to_json
+from offramp.controller.release.registry import MAX_EVENTS, Ack, AckState, Event, Head
+from offramp.controller.watching.tally import tallies_from_json, tallies_to_json
 
 _PROMOTE = """
 -- KEYS: head, blob, events. ARGV: gen, epoch, envelope, digest, expected gen, events kept, stable.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from offramp.controller.errors import PolicyRefusedError, PromoteConflictError, Refusal
+from offramp.controller.errors import PromoteConflictError, too_large
 from offramp.controller.policies.kinds import digest_of
-from offramp.controller.release.tally import Tally
+from offramp.controller.watching.tally import Tally
 
 MAX_EVENTS = 1000
 """Promotions remembered for audit."""
@@ -29,6 +29,9 @@ class AckState(StrEnum):
 
     NACK = "NACK"
     """It refused the head and goes on with what it runs."""
+
+    PREPARING = "PREPARING"
+    """It takes the head in, compiling what that needs, and goes on with what it runs meanwhile."""
 
     STALE = "STALE"
     """It cannot tell whether there is a newer head, and goes on with what it runs."""
@@ -180,11 +183,6 @@ class PolicyRegistry(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
-
-
-def too_large(what: str, size: int, limit: int) -> PolicyRefusedError:
-    """The refusal to fetch something over its limit, both in bytes."""
-    return PolicyRefusedError(Refusal.TOO_LARGE, f"{what} has {size} bytes, over {limit}")
 
 
 class InMemoryRegistry:

@@ -10,6 +10,7 @@ from offramp.controller.errors import PolicyRefusedError, Refusal
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.keys.envelopes import STAMP_MAGIC
 from offramp.controller.keys.root import Root, open_envelope
+from offramp.controller.policies.kinds import digest_of
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.heads import open_head, open_release, open_stable
@@ -33,7 +34,12 @@ _STAMP_FIELDS: dict[str, Check] = {
     "expires_at": NUMBER,
     "root": COUNT,
 }
-_MARK_FIELDS: dict[str, Check] = {"epoch": COUNT, "generation": COUNT, "digest": DIGEST}
+_MARK_FIELDS: dict[str, Check] = {
+    "epoch": COUNT,
+    "generation": COUNT,
+    "digest": DIGEST,
+    "manifest": DIGEST,
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,20 +50,27 @@ class Mark:
         epoch: Incarnation of the channel; every generation of a later one is higher.
         generation: Number of the release.
         digest: SHA-256 of its blob, hex.
+        manifest: SHA-256 of all that was signed of it, hex: its adapters, share of the requests and
+            guardrails, too. "" in a mark of a worker that did not note it yet.
     """
 
     epoch: int
     generation: int
     digest: str
+    manifest: str = ""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Mark:
         """The mark that an accepted release leaves."""
-        return cls(manifest.epoch, manifest.generation, manifest.digest)
+        signed = digest_of(manifest.to_bytes())
+        return cls(manifest.epoch, manifest.generation, manifest.digest, signed)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json({name: getattr(self, name) for name in _MARK_FIELDS})
+        noted = {name: getattr(self, name) for name in _MARK_FIELDS}
+        if not self.manifest:
+            del noted["manifest"]
+        return canonical_json(noted)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Mark:
@@ -66,7 +79,7 @@ class Mark:
         Raises:
             PolicyRefusedError: BAD_FORMAT.
         """
-        return cls(**parse_strictly(raw, _MARK_FIELDS))
+        return cls(**parse_strictly(raw, _MARK_FIELDS, optional=["manifest"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +286,12 @@ def _check_mark(manifest: Manifest, mark: Mark) -> None:
         if manifest.epoch < mark.epoch:
             detail = f"epoch {manifest.epoch} is over: epoch {mark.epoch} was accepted"
         raise PolicyRefusedError(Refusal.ROLLBACK, detail)
-    same = (manifest.epoch, manifest.generation) == (mark.epoch, mark.generation)
-    if same and manifest.digest != mark.digest:
+    if (manifest.epoch, manifest.generation) != (mark.epoch, mark.generation):
+        return
+    if manifest.digest != mark.digest:
         detail = f"generation {mark.generation} came with digest {mark.digest} before"
         raise PolicyRefusedError(Refusal.EQUIVOCATION, f"{detail}, now with {manifest.digest}")
+    found = Mark.of(manifest).manifest
+    if mark.manifest not in ("", found):
+        detail = f"generation {mark.generation} came with another manifest ({mark.manifest[:12]})"
+        raise PolicyRefusedError(Refusal.EQUIVOCATION, f"{detail} before, now with {found[:12]}")

@@ -111,7 +111,7 @@ def test_streams_under_way_keep_their_adapters_and_later_ones_get_the_new(
     assert [tokens for tokens, _ in found] == expected
     assert [generations for _, generations in found] == [{1}, {2}]
     # A start without Redis, on an engine that was never told of adapters.
-    channel.publisher._registry.close()
+    channel.publisher._head.registry.close()
     again = engine_of()
     fetcher = ReleaseFetcher(
         RedisRegistry("redis://127.0.0.1:1", "c"), tmp_path / "w0", take_in=again.take_in

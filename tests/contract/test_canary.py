@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import ConfigError
+from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.heads import open_head
 from offramp.controller.release.manifest import Manifest, Rollout
+from offramp.controller.release.promoting import ChannelHead
 from offramp.controller.release.registry import AckState, Head
 from offramp.worker.decoding.request import FULL_DEPTH
 
@@ -137,9 +139,21 @@ def test_a_worker_that_comes_in_the_midst_takes_both(site: Site, candidate: Head
     assert site.refresher("newer").poll_once().state is AckState.ACK
 
 
-def test_a_canary_needs_a_release_beside_it(site: Site, make_mlp: Any) -> None:
-    site.release(make_mlp(1))
-    with pytest.raises(ConfigError, match="no release serves the other requests"):
+def test_the_first_canary_of_a_channel_begins_beside_full_depth(site: Site, make_mlp: Any) -> None:
+    first = site.release(make_mlp(1))
+    canary = site.publisher.roll_out(50)
+    assert (canary.generation, canary.digest) == (3, first.digest)
+    worker = site.refresher()
+    assert worker.poll_once().state is AckState.ACK
+    assert isinstance(worker.current.policy, NeverExit)
+    assert set(generations(worker)) == {2, 3}
+    site.publisher.rollback()
+    worker.poll_once()
+    assert isinstance(worker.current.policy, NeverExit)
+
+
+def test_without_any_release_there_is_no_canary(site: Site) -> None:
+    with pytest.raises(ConfigError, match="generation 0 is not recorded"):
         site.publisher.roll_out(5)
     assert site.registry.head() is None
 
@@ -160,7 +174,7 @@ def test_a_step_that_was_signed_for_another_stable_release_is_not_promoted(
 ) -> None:
     publisher = site.publisher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publisher, "_promote", lambda generation: None)  # killed before it
+        patch.setattr(ChannelHead, "move", lambda head, generation: None)  # killed before it
         left = publisher.roll_out(5)
     site.serve(make_mlp(3))
     with pytest.raises(ConfigError, match=r"older than|serves no more"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from offramp.controller.release.analysis import Steps
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.registry import AckState, Head
+from offramp.controller.watching.overseer import Overseer
+from offramp.controller.watching.steps import Steps
 
 Site = Any
 STEPS = Steps(percents=(5, 50, 100), min_tokens=100, min_audited=50)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.registry import AckState
+from offramp.controller.watching.overseer import Overseer
 
 Site = Any
 

@@ -237,9 +237,11 @@ def test_an_older_generation_is_news_to_a_new_worker(
     site: Site, running: Any, make_mlp: Any
 ) -> None:
     # Negative control: without the mark nothing stands against it.
-    old, blob = site.draft(make_mlp(1), generation=1)
+    head = site.registry.head()
+    blob = site.registry.get_blob(head.digest, 10**6)
     site.wipe()
-    site.offer(old, blob)
+    site.registry.put_blob(blob)
+    site.registry.promote(head, 0)
     assert site.refresher("new").poll_once().generation == 1
 
 

@@ -16,9 +16,9 @@ from offramp.controller.keys.root import Role, Root, trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.ledger import Ledger
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, Head
+from offramp.controller.watching.overseer import Overseer
 from offramp.worker.following.refresh import PolicyRefresher
 
 FIXED = pack_policy(FixedExit(3), np.zeros((2, 3), np.float32))
@@ -52,9 +52,10 @@ class Ceremony:
             trusted=self.root, roots=self.roots,
         )  # fmt: skip
 
-    def release(self, publisher: Publisher) -> Head:
+    def release(self, publisher: Publisher, layer: int = 3) -> Head:
+        packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
         return publisher.release(
-            FIXED, model="aa11", tokenizer="bb22", training={}, metrics={}, uncertified=True
+            packed, model="aa11", tokenizer="bb22", training={}, metrics={}, uncertified=True
         )
 
     def cosign(self, head: Head, key: SigningKey) -> None:
@@ -131,6 +132,33 @@ def test_a_release_waits_for_its_second_signature(site: Any, ceremony: Ceremony)
     assert "more than one signature" in overseer.look()
     assert overseer.look() == ""
     assert publisher.promoted == 1
+
+
+def test_what_takes_two_signatures_is_rolled_back_by_a_release_signed_before(
+    site: Any, ceremony: Ceremony
+) -> None:
+    ceremony.change(release=only(site.key, ceremony.second, threshold=2))
+    publisher, worker = ceremony.publisher(), site.refresher()
+    heads = [ceremony.release(publisher, layer) for layer in (3, 5)]
+    for head in heads:
+        ceremony.cosign(head, ceremony.second)
+        publisher.promote(head.generation)
+    ready = publisher.rollback(serve=False)
+    assert said(worker) == (AckState.ACK, "")
+    worker.trip(2, "it does harm")
+    worker.poll_once()
+    assert "more than one signature" in Overseer(publisher, site.registry, 1).look()
+    ceremony.cosign(ready, ceremony.second)
+    story = Overseer(publisher, site.registry, 1).look()
+    assert story.endswith(
+        f"generation 3, signed before, serves policy {heads[0].digest[:12]} again"
+    )
+    assert said(worker) == (AckState.ACK, "")
+    assert worker.current.policy == FixedExit(3)
+    # It was for generation 2 alone.
+    worker.trip(3, "it does harm")
+    worker.poll_once()
+    assert "more than one signature" in Overseer(publisher, site.registry, 1).look()
 
 
 def test_roots_in_the_registry_are_believed_by_their_signatures_alone(

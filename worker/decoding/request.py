@@ -11,8 +11,8 @@ import torch
 from offramp.controller.errors import RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
-from offramp.controller.release.guardrails import PolicyWatch
 from offramp.controller.release.manifest import Guarantee, Rollout
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.model.adapter_layers import ExitAdapters

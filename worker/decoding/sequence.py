@@ -13,7 +13,7 @@ from torch import Tensor
 from offramp.controller.features import KEEP, FloatArray
 from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
-from offramp.controller.release.guardrails import PolicyWatch
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
 from offramp.worker.decoding.sampler import Draft, Draw, Sampler

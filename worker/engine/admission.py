@@ -86,7 +86,8 @@ class AuditPicker:
     """Picks the requests whose every early token full depth is asked about.
 
     Args:
-        share: Share of the requests that may be audited; spread evenly, the first is one.
+        share: Share of the requests that may be audited, spread evenly, once a release's first
+            ones were (``FIRST_AUDITED``); 0 audits none.
     """
 
     def __init__(self, share: float) -> None:
@@ -97,6 +98,8 @@ class AuditPicker:
         """Whether a new request is audited: one under a watched policy whose exits count."""
         if snapshot.watch is None or kv_mode == "verify" or forced:
             return False
+        if self._share > 0 and snapshot.watch.is_first():
+            return True
         self._owed += self._share
         is_due = self._share > 0 and self._owed >= 1.0 - 1e-9
         self._owed -= is_due

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from offramp.controller.release.guardrails import PolicyWatch
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.detokenize import SpecialTokens, StopStrings, StreamDecoder

@@ -10,9 +10,9 @@ from functools import partial
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.policies.weights import require_quick
-from offramp.controller.release.guardrails import PolicyWatch
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.trust import Mark, ReleaseVerifier
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.worker_state import CRASHES, Quarantine, WorkerState
 from offramp.worker.model.adapter_layers import ExitAdapters
@@ -62,7 +62,7 @@ class ReleaseKeeper:
         self.current: PolicySnapshot = FULL_DEPTH
         self.mark: Mark | None = None
         self.mark_lost = False
-        self.loaded: Mark | None = None
+        self.loaded: Manifest | None = None
         self.trips = 0
         self._verifier = verifier
         self._state = state
@@ -118,7 +118,10 @@ class ReleaseKeeper:
         manifest = self._verifier.verify_stored(stored[0], self.mark)
         if not self._state.count_start():
             reason = f"{CRASHES} starts under generation {manifest.generation} ended in a crash"
-            self._put_away(Quarantine(generation=0, digest=manifest.digest, reason=reason))
+            digest, adapters = manifest.served
+            self._put_away(
+                Quarantine(generation=0, digest=digest, adapters=adapters, reason=reason)
+            )
             return False
         self._activate(manifest, self._checked(manifest, stored[1]))
         self._raise_mark(Mark.of(manifest))
@@ -130,7 +133,7 @@ class ReleaseKeeper:
             return False
         # Below the mark is right here: what came after it was put away, or is damaged.
         manifest = self._verifier.verify_stored(stored[0], None)
-        if self._quarantine is not None and self._quarantine.holds(Mark.of(manifest)):
+        if self._quarantine is not None and self._quarantine.holds(manifest):
             return False
         self._activate(manifest, self._checked(manifest, stored[1]))
         self._on_trial_until = None
@@ -198,7 +201,7 @@ class ReleaseKeeper:
         policy, adapters = checked
         generation = manifest.generation
         watch = PolicyWatch(manifest.bounds, partial(self.trip, generation), generation)
-        self.loaded = Mark.of(manifest)
+        self.loaded = manifest
         self._on_trial_until = time.monotonic() + self._probation_s
         with self._swapping:
             self.current = PolicySnapshot(
@@ -230,7 +233,7 @@ class ReleaseKeeper:
         self.loaded, self.mark_lost, self._on_trial_until = None, False, None
         self._state.end_track()
 
-    def harm_of(self, offered: Mark) -> str:
+    def harm_of(self, offered: Manifest) -> str:
         """What a release on offer did here, if it is in quarantine; "" if it is not.
 
         Raises:
@@ -238,7 +241,7 @@ class ReleaseKeeper:
         """
         if self._quarantine is None or not self._quarantine.holds(offered):
             return ""
-        self._raise_mark(offered)
+        self._raise_mark(Mark.of(offered))
         return self._quarantine.reason
 
     def forgive(self) -> None:

@@ -9,27 +9,25 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from offramp.controller.errors import OfframpError, PolicyRefusedError, RegistryUnavailableError
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
-from offramp.controller.release.tally import Tally
 from offramp.controller.release.trust import Mark, ReleaseVerifier
+from offramp.controller.watching.tally import Tally
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.keeper import PROBATION_S, Prepare, ReleaseKeeper
 from offramp.worker.following.root_follower import RootFollower
-from offramp.worker.following.telling import AckLog
+from offramp.worker.following.telling import AckLog, AckTeller
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
 
 POLL_S = 5.0
 """Seconds between polls when no event wakes the worker."""
-
-ACK_TTL_POLLS = 6
-"""Polls after which the acknowledgement of a silent worker is forgotten."""
 
 WAIT_S = 0.5
 """Longest single wait for an event, which bounds how long ``stop`` takes."""
@@ -61,8 +59,6 @@ class PolicyRefresher:
 
     Attributes:
         report: The latest acknowledgement, also when the registry could not be told.
-        unreported: Why the registry could not be told; "" if it was. To follow a channel it
-            suffices to read it: a worker may be up to date all the same.
     """
 
     def __init__(
@@ -82,7 +78,7 @@ class PolicyRefresher:
         self._poll_s = poll_s
         self._boot = uuid.uuid4().hex
         self._about = 0  # the release on offer that is looked at
-        self._refused: tuple[Mark, PolicyRefusedError] | None = None
+        self._refused: tuple[Manifest, PolicyRefusedError] | None = None
         self._log = AckLog()
         self._polling = threading.Lock()
         self._stopping = threading.Event()
@@ -97,7 +93,7 @@ class PolicyRefresher:
             )
             for each in (state, WorkerState(state_dir, CANARY))
         )
-        self.unreported = ""
+        self._teller = AckTeller(registry, poll_s)
         self._fresh_at_s = time.monotonic()
         self._canary.cold_start()
         if self._canary.is_on_trial:
@@ -110,6 +106,14 @@ class PolicyRefresher:
         stable, canary = self._stable.current, self._canary.current
         is_beside = canary.rollout.stable_generation == stable.generation > 0
         return replace(stable, canary=canary) if is_beside else stable
+
+    @property
+    def unreported(self) -> str:
+        """Why the registry could not be told of the latest acknowledgement; "" if it was.
+
+        To follow a channel it suffices to read it: a worker may be up to date all the same.
+        """
+        return self._teller.unreported
 
     @property
     def stale_s(self) -> float:
@@ -137,15 +141,10 @@ class PolicyRefresher:
         """Read the head once, act on it, and acknowledge. Never raises for a bad or absent head."""
         with self._polling:
             self.report = ack = self._ack(*self._refresh())
-            canary = self.current.canary
-            self._log.note(ack, None if canary is None else canary.generation)
+            self._log.note(ack, self.current.canary)
             if ack.state is not AckState.STALE:
                 self._fresh_at_s = time.monotonic()
-            try:
-                self._registry.acknowledge(ack, ACK_TTL_POLLS * self._poll_s)
-                self.unreported = ""
-            except OfframpError as error:
-                self.unreported = str(error)
+            self._teller.tell(ack)
             return ack
 
     def start(self) -> None:
@@ -247,7 +246,7 @@ class PolicyRefresher:
         if harm := self._consider(self._stable, stable, head.stable):
             self._about = stable.generation
             return harm
-        is_new = self._canary.loaded != Mark.of(manifest)
+        is_new = self._canary.loaded != manifest
         harm = self._consider(self._canary, manifest, head.envelope)
         if is_new and not harm and (watch := self._stable.current.watch):
             watch.count_anew()  # both tracks are compared over the same time
@@ -263,19 +262,20 @@ class PolicyRefresher:
             PolicyRefusedError: it is not right; the running policy is untouched.
             OSError: it could not be recorded, so it was not taken.
         """
-        offered = Mark.of(manifest)
-        if harm := keeper.harm_of(offered):
+        if harm := keeper.harm_of(manifest):
             return harm
-        if keeper.loaded == offered:
+        if keeper.loaded == manifest:
             return ""
-        if self._refused is not None and self._refused[0] == offered:
+        if self._refused is not None and self._refused[0] == manifest:
             raise PolicyRefusedError(self._refused[1].reason, self._refused[1].detail)
-        blob = self._fetcher.fetch(manifest)
-        try:
-            keeper.accept(manifest, envelope, blob)
-        except PolicyRefusedError as error:
-            self._refused = (offered, error)
-            raise
+        busy = f"taking in generation {manifest.generation}; its kernels may have to be compiled"
+        with self._teller.meanwhile(partial(self._ack, AckState.PREPARING, busy)):
+            blob = self._fetcher.fetch(manifest)
+            try:
+                keeper.accept(manifest, envelope, blob)
+            except PolicyRefusedError as error:
+                self._refused = (manifest, error)
+                raise
         self._fetcher.forget_others(self._stable.adapters_kept | self._canary.adapters_kept)
         return ""
 

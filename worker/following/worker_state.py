@@ -11,13 +11,28 @@ from pathlib import Path
 from offramp.controller.durable import lock_file, write_durably
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.policies.kinds import digest_of
+from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.trust import Mark
-from offramp.controller.strict import COUNT, DIGEST, TEXT, Check, canonical_json, parse_strictly
+from offramp.controller.strict import (
+    COUNT,
+    DIGEST,
+    TEXT,
+    Check,
+    canonical_json,
+    is_digest,
+    or_null,
+    parse_strictly,
+)
 
 CRASHES = 2
 """Starts that may end in a crash while a release is on probation before it is quarantined."""
 
-_QUARANTINE_FIELDS: dict[str, Check] = {"generation": COUNT, "digest": DIGEST, "reason": TEXT}
+_QUARANTINE_FIELDS: dict[str, Check] = {
+    "generation": COUNT,
+    "digest": DIGEST,
+    "adapters": or_null((lambda value: value == "" or is_digest(value), f"{DIGEST[1]} or empty")),
+    "reason": TEXT,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +40,22 @@ class Quarantine:
     """A release that did harm here, and is not run again by this worker.
 
     Attributes:
-        generation: Its number; 0: its policy is not run under any number.
+        generation: Its number; 0: its policy, through its adapters, is not run under any number.
         digest: SHA-256 of its blob, hex.
+        adapters: SHA-256 of the adapters that it names, hex, or ""; None: whatever they are, as
+            workers wrote it that did not note them.
         reason: What it did, in a sentence.
     """
 
     generation: int
     digest: str
+    adapters: str | None = None
     reason: str
 
-    def holds(self, offered: Mark) -> bool:
+    def holds(self, offered: Manifest) -> bool:
         """Whether a release on offer is the one."""
-        return self.digest == offered.digest and self.generation in (0, offered.generation)
+        is_same = self.digest == offered.digest and self.adapters in (None, offered.adapters)
+        return is_same and self.generation in (0, offered.generation)
 
 
 class WorkerState:
@@ -151,7 +170,7 @@ class WorkerState:
             return None
         try:
             raw = _read_record(self._quarantine)
-            return Quarantine(**parse_strictly(raw, _QUARANTINE_FIELDS))
+            return Quarantine(**parse_strictly(raw, _QUARANTINE_FIELDS, optional=["adapters"]))
         except (OSError, PolicyRefusedError, ConfigError):
             return None
 

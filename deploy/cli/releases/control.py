@@ -18,21 +18,22 @@ from offramp.controller.errors import (
     PromoteConflictError,
     RegistryUnavailableError,
 )
-from offramp.controller.release.analysis import Steps
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.release.heads import open_head
 from offramp.controller.release.manifest import Manifest, require_said
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Head, PolicyRegistry
+from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
+from offramp.controller.watching.overseer import Overseer
+from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.releases.tracks import tracks_table
 from offramp.deploy.serve.publishing import (
     KEY,
     PUBLIC_KEY,
     adapters_beside,
+    open_ledger,
     open_publisher,
     open_registry,
     open_roots,
@@ -124,11 +125,22 @@ def rollback(
         int | None,
         typer.Option(min=1, help="Generation to return to.", show_default="the last good"),
     ] = None,
+    ready: Annotated[
+        bool,
+        typer.Option("--ready", help="Sign it only, for `watch` to serve should workers trip."),
+    ] = False,
 ) -> None:
     """Serve an older policy again, as a new generation."""
     with _publisher() as (publisher, _):
-        release = publisher.rollback(to)
-    console.print(f"generation {release.generation} serves policy {release.digest[:12]} again")
+        release = publisher.rollback(to, serve=not ready)
+        generation, policy = release.generation, release.digest[:12]
+        if not ready:
+            console.print(f"generation {generation} serves policy {policy} again")
+            return
+        say(f"generation {generation} stands ready to serve policy {policy} again")
+        if not publisher.signer.suffices:
+            path = open_ledger(Settings.from_environment()).release_path(generation)
+            say(f"it takes more signatures: offramp keys sign {path} --key KEY")
 
 
 def status() -> None:
@@ -151,7 +163,7 @@ def status() -> None:
 
 
 def watch(
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     trips: Annotated[
         int, typer.Option(min=1, help="Tripped workers that roll the release back.")
     ] = 2,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from offramp.controller.release.analysis import Steps, interval
 from offramp.controller.release.registry import Ack
-from offramp.controller.release.tally import Tally, add_up
+from offramp.controller.watching.analysis import interval
+from offramp.controller.watching.steps import Steps
+from offramp.controller.watching.tally import Tally, add_up
 
 CONFIDENCE = Steps().confidence
 """Probability that the intervals shown hold at every look."""

@@ -68,6 +68,23 @@ def test_the_mark(
     assert caught.value.reason is reason
 
 
+def test_the_same_number_and_policy_signed_otherwise_is_equivocation(
+    verifier: ReleaseVerifier, manifest: Manifest, key: SigningKey
+) -> None:
+    mark = Mark.of(manifest)
+    assert Mark.from_bytes(mark.to_bytes()) == mark
+    others = [
+        replace(manifest, adapters="a" * 64, certificate=None),
+        replace(manifest, guardrails={"min_exits": 0.5}),
+    ]
+    for other in others:
+        with pytest.raises(PolicyRefusedError) as caught:
+            verifier.verify(head_of(other, key), mark)
+        assert caught.value.reason is Refusal.EQUIVOCATION
+        older = Mark.from_bytes(replace(mark, manifest="").to_bytes())  # noted by digest alone
+        assert verifier.verify(head_of(other, key), older) == other
+
+
 @pytest.mark.parametrize(("expires_at", "taken"), [(NOW - 1, False), (NOW, False), (NOW + 1, True)])
 def test_expiry(
     verifier: ReleaseVerifier, manifest: Manifest, key: SigningKey, expires_at: float, taken: bool

@@ -18,7 +18,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState
-from offramp.controller.release.tally import Tally
+from offramp.controller.watching.tally import Tally
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 
 
@@ -242,25 +242,25 @@ def test_a_canary_goes_by_steps_and_is_rolled_back(cli: Any, url: str, tmp_path:
     assert "generation: Name one, or give --percent" in output
     first = bundle(tmp_path, 3)
     assert cli("publish", first, "--uncertified")[0] == 0
-    refusal = cli.refused("promote", "--percent", "5")
-    assert refusal.startswith("percent: no release serves the other requests")
-    assert cli("promote", "1")[0] == 0
-    assert cli.refused("promote", "--percent", "5").startswith("generation: 1 is of the policy")
+    assert "generation 2 the others" in cli("promote", "--percent", "5")[1].replace("\n", " ")
+    assert cli.refused("promote", "1").startswith("generation: 1 is older than 3")
+    assert cli("promote", "--percent", "100")[0] == 0
+    assert cli.refused("promote", "--percent", "5").startswith("generation: 4 is of the policy")
     assert cli("publish", bundle(tmp_path, 5), "--uncertified")[0] == 0
-    for generation, percent in ((3, "5"), (4, "25")):
+    for generation, percent in ((6, "5"), (7, "25")):
         status, output = cli("promote", "--percent", percent)
         assert status == 0, output
         line = f"head: generation {generation}, uncertified; a canary: it serves {percent}% of the"
         assert line in output
-        assert "generation 1 the others" in " ".join(output.split())
+        assert "generation 4 the others" in " ".join(output.split())
     assert line in cli("status")[1]
     assert cli("rollback")[0] == 0
-    assert "head: generation 5, uncertified\n" in cli("status")[1]
+    assert "head: generation 8, uncertified\n" in cli("status")[1]
     history = cli("history")[1]
-    assert "25% beside 1" in history
-    assert "in place of 4" in history
-    assert cli("promote", "2", "--percent", "100")[0] == 0
-    assert "head: generation 6, uncertified\n" in cli("status")[1]
+    assert "25% beside 4" in history
+    assert "in place of 7" in history
+    assert cli("promote", "5", "--percent", "100")[0] == 0
+    assert "head: generation 9, uncertified\n" in cli("status")[1]
 
 
 def test_a_watched_canary_is_moved_on_by_a_file(cli: Any, url: str, tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ class Bench:
             **{"uncertified": True} | options,
         )
 
-    def worker(self, poll_s: float = 5.0, **options: Any) -> PolicyRefresher:
+    def verifier(self) -> ReleaseVerifier:
         trusted = trusted_keys(self.key.public_bytes)
-        verifier = ReleaseVerifier(trusted, "demo", MODEL, TOKENIZER, lambda: self.now)
+        return ReleaseVerifier(trusted, "demo", MODEL, TOKENIZER, lambda: self.now)
+
+    def worker(self, poll_s: float = 5.0, **options: Any) -> PolicyRefresher:
+        verifier = self.verifier()
         return PolicyRefresher(self.registry, verifier, self.state_dir, "w0", poll_s, **options)

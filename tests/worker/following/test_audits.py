@@ -8,7 +8,7 @@ import pytest
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
-from offramp.controller.release.guardrails import Guardrails, PolicyWatch
+from offramp.controller.watching.guardrails import FIRST_AUDITED, Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.decoding.sequence import Sequence
@@ -78,9 +78,13 @@ def test_an_audit_changes_no_token_of_a_deferring_request(model: Any) -> None:
 def test_the_share_is_kept_and_the_rest_is_left_alone(model: Any) -> None:
     engine = engine_of(model, 0.25)
     snapshot = watched(FixedExit(2), [])
+    first, *_ = [engine.submit([5, 17], GREEDY, snapshot) for _ in range(FIRST_AUDITED)]
     requests = [engine.submit([5, 17], GREEDY, snapshot) for _ in range(40)]
-    picked = [request.audited for request in requests]
-    assert picked == [True, False, False, False] * 10
+    picked = [request.audited for request in (first, *requests)]
+    assert picked == [True] + [True, False, False, False] * 10
+    newer = watched(FixedExit(3), [])
+    assert all(engine.submit([5], GREEDY, newer).audited for _ in range(FIRST_AUDITED))
+    assert sum(engine.submit([5], GREEDY, newer).audited for _ in range(4)) == 1
     assert {request.kv_mode for request in requests if request.audited} == {"defer"}
     assert {request.kv_mode for request in requests if not request.audited} == {"project"}
 

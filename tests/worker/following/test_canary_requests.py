@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from offramp.controller.release.analysis import Steps
-from offramp.controller.release.overseer import Overseer
 from offramp.controller.release.redis_registry import RedisRegistry
+from offramp.controller.watching.overseer import Overseer
+from offramp.controller.watching.steps import Steps
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.engine.engine_config import EngineConfig

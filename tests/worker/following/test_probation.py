@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.registry import AckState, InMemoryRegistry
 from offramp.worker.decoding.request import FULL_DEPTH
 from offramp.worker.following.refresh import PolicyRefresher
+from offramp.worker.following.worker_state import Quarantine, WorkerState
 from support.releases.channel import Bench
 
 
@@ -58,6 +60,21 @@ def test_two_crashes_on_probation_put_a_policy_away_under_any_number(bench: Benc
     assert (ack.state, ack.generation, ack.about) == (AckState.TRIPPED, 1, 3)
     bench.serve(7)
     assert worker.poll_once().generation == 4
+
+
+def test_what_crashed_through_some_adapters_may_run_through_others(bench: Bench) -> None:
+    bench.serve(3)
+    manifest = bench.verifier().read(bench.registry.head().envelope)
+    through = replace(manifest, adapters="a" * 64)
+    record = Quarantine(generation=0, digest=manifest.digest, adapters="a" * 64, reason="crash")
+    assert (record.holds(through), record.holds(manifest)) == (True, False)
+    older = replace(record, adapters=None)  # written before adapters were noted
+    assert older.holds(through)
+    assert older.holds(manifest)
+    state = WorkerState(bench.state_dir)
+    for each in (record, older):
+        state.quarantine(each)
+        assert state.quarantined() == each
 
 
 def test_an_orderly_end_on_probation_is_no_crash(bench: Bench) -> None:

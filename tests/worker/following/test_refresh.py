@@ -17,9 +17,10 @@ from offramp.controller.errors import RegistryUnavailableError
 from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import AckState, InMemoryRegistry
+from offramp.controller.release.registry import Ack, AckState, InMemoryRegistry
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGINE
+from offramp.worker.following import telling
 from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher
 from support.releases.channel import Bench
 
@@ -273,6 +274,24 @@ def test_what_a_worker_runs_is_logged_when_it_changes(
     ]
     assert lines[1][1]["digest"] == release.digest
     assert lines[2][1]["reason"].startswith("expired: ")
+
+
+def test_a_worker_that_compiles_for_long_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telling, "SOON_S", 0.01)
+    bench.serve(3)
+    heard: list[Ack] = []
+
+    def compiling(*_: Any) -> None:
+        assert eventually(lambda: bool(bench.registry.acks()))
+        heard.extend(bench.registry.acks())
+
+    ack = bench.worker(prepare=compiling).poll_once()
+    assert (heard[0].state, heard[0].generation) == (AckState.PREPARING, 0)
+    assert heard[0].reason.startswith("taking in generation 1")
+    assert bench.registry.acks() == [ack]
+    assert ack.state is AckState.ACK
 
 
 def test_a_trip_is_full_depth_until_the_next_release(bench: Bench) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError
-from offramp.controller.release.analysis import StepOutcome, Steps, judge
+from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.publisher import Publisher
-from offramp.controller.release.registry import Ack, AckState, PolicyRegistry
-from offramp.controller.release.tally import add_up
+from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
+from offramp.controller.watching.analysis import StepOutcome, judge
+from offramp.controller.watching.steps import Steps
+from offramp.controller.watching.tally import add_up
 
 UNSIGNED = "a release takes more than one signature here, so nothing is done unattended"
 """What is said where the publisher cannot sign alone."""
@@ -68,6 +70,8 @@ class Overseer:
 
     def _roll_back(self, story: str, failed: int) -> str:
         if not self._publisher.signer.suffices:
+            if ready := self._publisher.roll_back_ready(failed):
+                return f"{story}; generation {ready.generation}, signed before, {_again(ready)}"
             self._hopeless = self._publisher.promoted
             return f"{story}; {UNSIGNED}: run offramp rollback"
         try:
@@ -75,7 +79,7 @@ class Overseer:
         except ConfigError as error:
             self._hopeless = self._publisher.promoted  # nothing to return to
             return f"{story}; they stay at full depth: {error}"
-        return f"{story}; generation {back.generation} serves policy {back.digest[:12]} again"
+        return f"{story}; generation {back.generation} {_again(back)}"
 
     def _move_on(self, living: Sequence[Ack], served: int) -> str:
         assert self._steps is not None
@@ -97,6 +101,10 @@ class Overseer:
         if found.outcome is StepOutcome.PASS and following is not None:
             return f"{story}; {UNSIGNED}: run offramp promote --percent {following:g}"
         return story + _refusals(living)
+
+
+def _again(back: Head | Manifest) -> str:
+    return f"serves policy {back.digest[:12]} again"
 
 
 def _has_tripped(ack: Ack, generation: int) -> bool:

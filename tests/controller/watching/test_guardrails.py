@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.release.guardrails import Guardrails, MeanAlarm, PolicyWatch
+from offramp.controller.watching.guardrails import Guardrails, MeanAlarm, PolicyWatch
 
 
 def observations_until(alarm: MeanAlarm, values: Any) -> int | None:

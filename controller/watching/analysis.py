@@ -11,100 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from offramp.controller.errors import ConfigError
-from offramp.controller.release.tally import Tally
-from offramp.controller.strict import COUNT, Check, is_number, or_null
+from offramp.controller.watching.steps import Steps
+from offramp.controller.watching.tally import Tally
 
 HALVINGS = 60
 """Halvings of the search for an end of an interval: past a double's precision."""
-
-_SHARE: Check = (lambda value: is_number(value) and 0 < value < 1, "a number in (0, 1)")
-_RATIO: Check = (lambda value: is_number(value) and value > 0, "a number above 0")
-
-
-def _are_percents(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
-        return False
-    return value[0] > 0 and value[-1] <= 100 and all(a < b for a, b in pairwise(value))
-
-
-STEPS: dict[str, Check] = {
-    "percents": (_are_percents, "a list of numbers in (0, 100], ascending"),
-    "min_tokens": COUNT,
-    "min_audited": COUNT,
-    "max_disagreement": _SHARE,
-    "max_failures": _SHARE,
-    "min_speed": _RATIO,
-    "max_layers": or_null(_RATIO),
-    "confidence": _SHARE,
-}
-"""What each setting may be."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """Steps of a canary, and what must hold before the next one is taken.
-
-    Attributes:
-        percents: Shares of the requests, ascending. The first is taken by hand.
-        min_tokens: Tokens of both tracks in a step before it is judged.
-        min_audited: Audited early tokens of the canary in a step before it is judged.
-        max_disagreement: Share of them that full depth may disagree with: the whole interval must
-            lie below it to pass, and above it to fail.
-        max_failures: Failures of the policy per token; the whole interval above it fails.
-        min_speed: Tokens per second of the canary's requests, in relation to the stable release's.
-        max_layers: Layers executed per token, in the same relation; None: no bound.
-        confidence: Probability that an interval is right at every look, in (0, 1).
-
-    Raises:
-        ConfigError: a setting is out of its range.
-    """
-
-    percents: tuple[float, ...] = (5, 25, 50, 100)
-    min_tokens: int = 2000
-    min_audited: int = 200
-    max_disagreement: float = 0.25
-    max_failures: float = 0.01
-    min_speed: float = 0.9
-    max_layers: float | None = None
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        for name, (holds, expected) in STEPS.items():
-            if not holds(value := getattr(self, name)):
-                raise ConfigError(name, f"{value!r} is not {expected}", "Correct the steps file")
-
-    @classmethod
-    def load(cls, path: Path) -> Steps:
-        """Read a YAML file.
-
-        Raises:
-            ConfigError: it cannot be read, or a setting is unknown or out of its range.
-        """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())
-            raise ConfigError("steps", f"{path} is unreadable ({said})", "Write YAML") from error
-        if not isinstance(values, dict):
-            raise ConfigError("steps", f"{path} is no mapping", "Write name: value, one a line")
-        known = [each.name for each in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(str(name), "is no known setting", f"Use {', '.join(known)}")
-        return cls(**values)
-
-    def after(self, percent: float) -> float | None:
-        """The next step; None after the last."""
-        return next((each for each in self.percents if each > percent), None)
 
 
 class StepOutcome(StrEnum):
@@ -167,7 +81,9 @@ def _end(outside: float, inside: float, is_refuted: Callable[[float], bool]) -> 
 def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     """Say whether a canary may take its next step.
 
-    A lossless canary (``verify``) is judged by speed: every draft was compared already.
+    A canary is judged by speed alone if none of its tokens could differ from full depth's: in
+    ``verify`` every draft was compared, and of another none may have left early. One that leaves so
+    seldom, or disagrees so nearly as often as it may, that audits do not tell, fails in the end.
     """
     least, most = interval(canary.disagreed, canary.audited, steps.confidence)
     fails = min(canary.failures, canary.tokens)
@@ -188,17 +104,27 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     if slow := _slowness(steps, canary, stable):
         return Finding(StepOutcome.FAIL, slow)
     speed = f"{canary.speed / stable.speed:.2f} times the stable release's speed"
+    return _equality(steps, canary, (least, most), speed)
+
+
+def _equality(steps: Steps, canary: Tally, disagreed: tuple[float, float], speed: str) -> Finding:
+    """What audits say of a canary that is fast enough."""
     if canary.is_lossless:
         return Finding(StepOutcome.PASS, f"lossless, {speed}")
+    if canary.is_full_depth:
+        return Finding(StepOutcome.PASS, f"no token left early, {speed}")
+    found = f"full depth disagrees with {disagreed[0]:.1%} to {disagreed[1]:.1%}"
     if canary.audited < steps.min_audited:
-        reason = f"{canary.audited} audited tokens, {steps.min_audited} are asked for"
-        return Finding(StepOutcome.HOLD, reason)
-    found = f"full depth disagrees with {least:.1%} to {most:.1%}"
-    if most > steps.max_disagreement:
-        return Finding(
-            StepOutcome.HOLD, f"{found}, too wide to tell from {steps.max_disagreement:.1%}"
-        )
-    return Finding(StepOutcome.PASS, f"{found}, {speed}")
+        found = f"{canary.audited} audited tokens, {steps.min_audited} are asked for"
+    elif disagreed[1] > steps.max_disagreement:
+        found = f"{found}, too wide to tell from {steps.max_disagreement:.1%}"
+    else:
+        return Finding(StepOutcome.PASS, f"{found}, {speed}")
+    if canary.tokens < steps.max_tokens:
+        return Finding(StepOutcome.HOLD, found)
+    return Finding(
+        StepOutcome.FAIL, f"{found}; {canary.tokens} tokens should have told (max_tokens)"
+    )
 
 
 def _slowness(steps: Steps, canary: Tally, stable: Tally) -> str:

@@ -25,6 +25,7 @@ class Tally:
         audited: Early tokens that full depth was asked about.
         disagreed: Those that full depth would not have emitted.
         verified: Passes at full depth that judged drafts.
+        early: Tokens that left early, or were drafted.
     """
 
     generation: int = 0
@@ -35,6 +36,7 @@ class Tally:
     audited: int = 0
     disagreed: int = 0
     verified: int = 0
+    early: int = 0
 
     @property
     def speed(self) -> float:
@@ -51,8 +53,15 @@ class Tally:
         """Whether full depth judged every draft, so that no output could differ."""
         return self.verified > 0 and self.audited == 0
 
+    @property
+    def is_full_depth(self) -> bool:
+        """Whether no token left early, so that no output could differ."""
+        return self.tokens > 0 and self.early == self.audited == 0
+
 
 _FIELDS: dict[str, Check] = {each.name: COUNT for each in fields(Tally)} | {"seconds": _TIME}
+_OPTIONAL = ("early",)
+"""What workers of before did not count: for them, all tokens may have left early."""
 
 
 def add_up(generation: int, tallies: Iterable[Tally]) -> Tally:
@@ -79,7 +88,7 @@ def tallies_from_json(text: str) -> tuple[Tally, ...]:
         raise ValueError(f"no list of tallies: {text[:80]}")
     try:
         for each in values:
-            check_fields(each, _FIELDS)
+            check_fields(each, _FIELDS, optional=_OPTIONAL)
     except PolicyRefusedError as error:
         raise ValueError(str(error)) from error
-    return tuple(Tally(**each) for each in values)
+    return tuple(Tally(**{"early": each["tokens"], **each}) for each in values)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.release.analysis import StepOutcome, Steps, interval, judge
-from offramp.controller.release.tally import Tally, add_up, tallies_from_json, tallies_to_json
+from offramp.controller.watching.analysis import StepOutcome, interval, judge
+from offramp.controller.watching.steps import Steps
+from offramp.controller.watching.tally import Tally, add_up, tallies_from_json, tallies_to_json
 
 
 @pytest.mark.parametrize(("hits", "seen"), [(0, 5), (3, 10), (10, 10), (40, 100)])
@@ -39,7 +40,7 @@ def test_the_truth_stays_within_at_every_look(rate: float) -> None:
 
 def tally(**changes: Any) -> Tally:
     values: dict[str, Any] = {"tokens": 5000, "seconds": 50.0, "layers": 40_000}
-    return Tally(**(values | {"audited": 500, "disagreed": 10} | changes))
+    return Tally(**(values | {"audited": 500, "disagreed": 10, "early": 4000} | changes))
 
 
 STABLE = tally(audited=0, disagreed=0)
@@ -76,6 +77,18 @@ BOUNDS = Steps(max_layers=1.0)
         ),
         (tally(audited=0, disagreed=0), STABLE, StepOutcome.HOLD, "0 audited tokens"),
         (
+            tally(audited=0, disagreed=0, early=0),
+            STABLE,
+            StepOutcome.PASS,
+            "no token left early, 1.00 times",
+        ),
+        (
+            tally(tokens=300_000, seconds=3000.0, audited=9, disagreed=0, early=9),
+            STABLE,
+            StepOutcome.FAIL,
+            "9 audited tokens, 200 are asked for; 300000 tokens should have told",
+        ),
+        (
             tally(audited=0, disagreed=0, verified=9),
             STABLE,
             StepOutcome.PASS,
@@ -101,6 +114,11 @@ def test_tallies_add_up_by_release_and_survive_their_text() -> None:
     assert (total.tokens, total.disagreed, total.speed, total.depth) == (10_000, 11, 100.0, 8.0)
     assert add_up(9, parts) == Tally(generation=9)
     assert tallies_from_json(tallies_to_json(parts)) == tuple(parts)
+
+
+def test_workers_that_count_no_early_tokens_are_not_taken_for_full_depth() -> None:
+    text = tallies_to_json([tally(early=0)]).replace(', "early": 0', "")
+    assert [each.early for each in tallies_from_json(text)] == [5000]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +147,7 @@ def test_steps_are_read_from_yaml(tmp_path: Path) -> None:
         ("max_disagreement: 1.5", "max_disagreement: 1.5 is not a number in (0, 1)"),
         ("min_audited: many", "min_audited: 'many' is not an integer from 0 on"),
         ("min_speed: 0", "min_speed: 0 is not a number above 0"),
+        ("max_tokens: 9", "max_tokens: 9 is below min_tokens, 2000"),
         ("max_lateness: 3", "max_lateness: is no known setting. Use percents, min_tokens"),
         ("- 5\n- 25", "steps: "),
         ("percents: [5", "steps: "),

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.release.tally import Tally
 from offramp.controller.strict import Check, is_number, or_null
+from offramp.controller.watching.tally import Tally
 
 RARELY = 1e6
 """A bound that holds is said to be crossed once in so many observations at most, on average."""
@@ -28,6 +28,10 @@ MOST_DRAFTS = 8
 
 LATE_SHARE = 0.05
 """Share of tokens that may be later than ``max_token_ms``."""
+
+FIRST_AUDITED = 8
+"""Requests of a release, on a worker, that are audited before a share of them is: what does harm
+shows within seconds, however busy the worker is."""
 
 _POSITIVE: Check = (lambda value: is_number(value) and value > 0, "a number above 0")
 _OPEN_SHARE: Check = (lambda value: is_number(value) and 0 < value < 1, "a number in (0, 1)")
@@ -135,12 +139,18 @@ class PolicyWatch:
         self.guardrails = guardrails
         self.tripped = ""
         self.tally = Tally(generation=generation)
+        self._first = FIRST_AUDITED
         self._trip = trip
         self._disagreement = MeanAlarm(guardrails.max_disagreement)
         self._failures = MeanAlarm(guardrails.max_failures)
         self._stays = MeanAlarm(1.0 - guardrails.min_exits)
         self._late = MeanAlarm(LATE_SHARE)
         self._losses = MeanAlarm(MOST_DRAFTS)
+
+    def is_first(self) -> bool:
+        """Whether a request that is admitted now is one of the release's first."""
+        self._first -= 1
+        return self._first >= 0
 
     def judge(self, agreed: bool) -> None:
         """Full depth agreed with an audited token, or did not."""
@@ -164,6 +174,7 @@ class PolicyWatch:
 
     def note_token(self, is_early: bool) -> None:
         """A token came out, early or not."""
+        self.tally.early += is_early
         self._failures.tell(0.0)
         if self.guardrails.min_exits and self._stays.tell(not is_early):
             self._stop(
