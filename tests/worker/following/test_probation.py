@@ -63,8 +63,7 @@ def test_two_crashes_on_probation_put_a_policy_away_under_any_number(bench: Benc
 
 
 def test_what_crashed_through_some_adapters_may_run_through_others(bench: Bench) -> None:
-    bench.serve(3)
-    manifest = bench.verifier().read(bench.registry.head().envelope)
+    manifest = bench.verifier().read(bench.serve(3).envelope)
     through = replace(manifest, adapters="a" * 64)
     record = Quarantine(generation=0, digest=manifest.digest, adapters="a" * 64, reason="crash")
     assert (record.holds(through), record.holds(manifest)) == (True, False)
