@@ -1,5 +1,5 @@
 # Two commands: `make demo` sets everything up and runs the closed loop; `make test` sets up and
-# passes the tests. `make check` is what CI runs.
+# passes the tests. `make check` and `make fuzz` are what CI runs.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH))
 # Two processes; a file's tests share its fixtures, so a file stays with one of them.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo demo-smollm2 test check setup format format-check lint types layers docs rooms clean
+.PHONY: demo demo-smollm2 test fuzz check setup format format-check lint types layers docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
@@ -33,6 +33,10 @@ $(SMOLLM2)/config.json: | setup
 
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# Two minutes of requests that schemathesis makes up from /openapi.json.
+fuzz: setup
+	$(BIN)/python -m pytest tests/deploy/http/fuzz_http.py
 
 check: format-check lint types layers docs test
 

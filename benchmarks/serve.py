@@ -7,10 +7,15 @@ and ``[DONE]``. The bare engine decodes the same prompts in this process, in tur
     python benchmarks/serve.py --json serve.json
     python benchmarks/serve.py --quick
     python benchmarks/serve.py --quick --only steady,overload
+    python benchmarks/serve.py --soak --json soak.json
+    python benchmarks/serve.py --soak --minutes 10
 
 Parts: *steady* (a token, the first token, and saturation, over the bare engine), *overload* (five
 times what the pool can do; 400 requests at once), *clients* (that hang up, send too much or too
 slowly).
+``--soak`` instead asks a pool of two workers for half an hour, while policies are swapped every
+20 s, one client in ten leaves, and a worker is killed: what became of each request, and whether
+memory grows.
 The client shares the machine with the pool; with fewer than three free cores they disturb each
 other, and milliseconds say less than ratios and counts.
 """
@@ -22,16 +27,18 @@ import os
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from serving.bad_clients import disturbed, hang_ups
 from serving.overload import crowded, overloaded
 from serving.serve_rows import ServeRow, keep_rows, show_rows
-from serving.served_process import served
+from serving.served_process import free_port, served
+from serving.soak import Soak
 from serving.steady_state import settle, steady
 
-from offramp.worker.spec import WorkerSpec, freeze_heap, load_engine
+from offramp.worker.spec import WorkerSpec, describe, freeze_heap, load_engine
 
 PARTS = ("steady", "overload", "clients")
 SLOTS, WAITING = 8, 8
@@ -40,6 +47,8 @@ SLOTS, WAITING = 8, 8
 def main(
     quick: Annotated[bool, typer.Option(help="Short spells, in a few minutes.")] = False,
     only: Annotated[str, typer.Option(help="Comma-separated parts.")] = ",".join(PARTS),
+    soak: Annotated[bool, typer.Option(help="Half an hour of mixed load instead.")] = False,
+    minutes: Annotated[float, typer.Option(help="With --soak: how long.")] = 30.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep rows here.")] = None,
 ) -> None:
     asked = only.split(",")
@@ -48,6 +57,9 @@ def main(
         raise typer.BadParameter(f"{unknown}: use {', '.join(PARTS)}", param_hint="--only")
     began = datetime.now(UTC)
     rows: list[ServeRow] = []
+    if soak:
+        asked = []
+        rows += soaked(minutes * 60)
     if "steady" in asked:
         rows += measured_steady(quick)
     if "overload" in asked or "clients" in asked:
@@ -100,6 +112,18 @@ def measured_trouble(quick: bool, asked: list[str]) -> list[ServeRow]:
             return rows
 
         return asyncio.run(work())
+
+
+def soaked(seconds: float) -> list[ServeRow]:
+    """Two workers, for long."""
+    facts = describe(load_engine(WorkerSpec(model="models/reference", threads=1)))
+    redis_port = free_port()
+    with (
+        TemporaryDirectory() as folder,
+        served(Path(folder), replicas=2, slots=SLOTS, redis_port=redis_port) as server,
+    ):
+        url = f"redis://127.0.0.1:{redis_port}/0"
+        return asyncio.run(Soak(server, Path(folder), url, facts, seconds).run())
 
 
 if __name__ == "__main__":

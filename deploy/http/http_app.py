@@ -28,8 +28,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 """Every route's errors, in place of FastAPI's own 422, which never comes."""
 
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
+    "required": ["data"],
+}
+"""One event of a stream, as OpenAPI 3.2 and FastAPI describe it."""
+
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}
 }
 """What a reply may also be."""
 

@@ -12,7 +12,13 @@ from offramp.controller.errors import RequestError
 from offramp.deploy.clients.allowances import LOSSLESS
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
 from offramp.worker.decoding.request import KVMode, KVWish
-from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.sampling import (
+    MOST_PENALTY,
+    MOST_REPETITION,
+    MOST_SAMPLES,
+    SEEDS,
+    SamplingParams,
+)
 from offramp.worker.engine.admission import Prompt, as_prompts
 
 MOST_STOPS = 4
@@ -80,6 +86,11 @@ class OfframpOptions(Nullable):
     )
 
 
+def _within(default: Any, **bounds: float) -> Any:
+    """A field whose bounds /openapi.json tells; SamplingParams holds values to them."""
+    return Field(default=default, json_schema_extra={**bounds})
+
+
 class DecodingFields(Nullable):
     """What completions and conversations have in common. Unknown fields are ignored.
 
@@ -91,18 +102,18 @@ class DecodingFields(Nullable):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    temperature: Number = 1.0
-    top_p: Number = 1.0
-    presence_penalty: Number = 0.0
-    frequency_penalty: Number = 0.0
+    temperature: Number = _within(1.0, minimum=0)
+    top_p: Number = _within(1.0, exclusiveMinimum=0, maximum=1)
+    presence_penalty: Number = _within(0.0, minimum=-MOST_PENALTY, maximum=MOST_PENALTY)
+    frequency_penalty: Number = _within(0.0, minimum=-MOST_PENALTY, maximum=MOST_PENALTY)
     logit_bias: dict[str, Number] = {}
-    seed: Integer | None = None
-    n: Integer = 1
-    stop: str | list[str] = []
-    top_k: Integer = 0
-    min_p: Number = 0.0
-    repetition_penalty: Number = 1.0
-    min_tokens: Integer = 0
+    seed: Integer | None = _within(None, minimum=-1, exclusiveMaximum=SEEDS)
+    n: Integer = _within(1, minimum=1, maximum=MOST_SAMPLES)
+    stop: str | list[str] = _within([], maxItems=MOST_STOPS, maxLength=LONGEST_STOP)
+    top_k: Integer = _within(0, minimum=-1)
+    min_p: Number = _within(0.0, minimum=0, maximum=1)
+    repetition_penalty: Number = _within(1.0, minimum=1 / MOST_REPETITION, maximum=MOST_REPETITION)
+    min_tokens: Integer = _within(0, minimum=0)
     stop_token_ids: list[Integer] = []
     ignore_eos: bool = False
     stream: bool = False
@@ -198,9 +209,9 @@ class CompletionRequest(DecodingFields):
     """Body of POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: Integer = 16
-    best_of: Integer | None = None
-    logprobs: Integer | None = None
+    max_tokens: Integer = _within(16, minimum=0)
+    best_of: Integer | None = _within(None, minimum=1)
+    logprobs: Integer | None = _within(None, minimum=0, maximum=MOST_LOGPROBS)
     echo: bool = False
 
     def own_sampling(self) -> dict[str, Any]:
