@@ -36,7 +36,7 @@ test: setup
 
 # Two minutes of requests that schemathesis makes up from /openapi.json.
 fuzz: setup
-	$(BIN)/python -m pytest tests/deploy/http/fuzz_http.py
+	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py
 
 check: format-check lint types layers docs test
 

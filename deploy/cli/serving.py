@@ -22,6 +22,7 @@ from offramp.deploy.cli.console import console, say
 from offramp.deploy.cli.doctor import examine
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
+from offramp.deploy.http.tracing import require_exporter
 from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
@@ -165,6 +166,7 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
         "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
         "state_dir": (settings.home / "workers").resolve(),
         "access_log": settings.access_log and settings.access_log.resolve(),
+        "otlp_endpoint": settings.otlp_endpoint,
         "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
     }
 
@@ -197,6 +199,8 @@ def _require_servable(
     options.require_loadable(config.worker, settings)
     if config.access_log is not None:
         options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
+    if config.otlp_endpoint is not None:
+        require_exporter()
     require_free(config.host, config.port)
     if trust is not None:
         load_root(trust)

@@ -27,6 +27,7 @@ from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
 from offramp.deploy.http.shapes.replies import ChatStyle, Choice, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
+from offramp.deploy.http.tracing import Spans
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import Prompt, prompt_text
 
@@ -49,15 +50,22 @@ class Generation:
         limits: How much and how long a client may ask.
         metrics: Told of every token.
         quotas: Says what each client may ask, and counts it.
+        spans: Makes a span of each request; None: there are no traces.
     """
 
     def __init__(
-        self, backend: Backend, limits: HttpLimits, metrics: Metrics, quotas: Quotas
+        self,
+        backend: Backend,
+        limits: HttpLimits,
+        metrics: Metrics,
+        quotas: Quotas,
+        spans: Spans | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
         self._metrics = metrics
         self._quotas = quotas
+        self._spans = spans
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Answer POST /v1/completions."""
@@ -88,7 +96,7 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        events = self._followed(events, choices, began_s)
+        events = self._followed(events, choices, began_s, request)
         return await _answer(style, choices, events, request, stream=body.stream)
 
     async def converse(self, body: ChatRequest, request: Request) -> Response:
@@ -114,13 +122,22 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        events = self._followed(events, sampling.n, began_s)
+        events = self._followed(events, sampling.n, began_s, request)
         return await _answer(style, sampling.n, events, request, stream=body.stream)
 
-    def _followed(self, events: Events, choices: int, began_s: float) -> Events:
+    def _followed(self, events: Events, choices: int, began_s: float, request: Request) -> Events:
         left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
         in_time = until(events, asyncio.get_running_loop().time() + left_s)
-        return self._metrics.follow(in_time, choices, began_s)
+        counted = self._metrics.follow(in_time, choices, began_s)
+        if self._spans is None:
+            return counted
+        about = {
+            "gen_ai.request.model": self._backend.model_id,
+            "gen_ai.request.id": request.headers[REQUEST_ID],
+            "gen_ai.request.choice.count": choices,
+            "http.route": request.url.path,
+        }
+        return self._spans.follow(counted, request.headers, about, began_s)
 
 
 def _common(

@@ -21,6 +21,7 @@ from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.deploy.http.shapes.reply_shapes import ChatReply, CompletionReply, ErrorReply
 from offramp.deploy.http.status_routes import add_status_routes, require_model
 from offramp.deploy.http.text_routes import add_text_routes
+from offramp.deploy.http.tracing import Spans
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorReply, "description": "The request is refused"},
@@ -42,7 +43,10 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    backend: Backend, limits: HttpLimits = DEFAULT_LIMITS, access_log: Path | None = None
+    backend: Backend,
+    limits: HttpLimits = DEFAULT_LIMITS,
+    access_log: Path | None = None,
+    spans: Spans | None = None,
 ) -> FastAPI:
     """Build the app over a backend.
 
@@ -50,6 +54,7 @@ def create_app(
         backend: What decodes.
         limits: How much and how long a client may ask.
         access_log: File that gets a line of JSON per request.
+        spans: Makes a span of each request that makes tokens.
     """
     app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
     quotas = Quotas(backend.clients.allowance)
@@ -57,7 +62,7 @@ def create_app(
     metrics = Metrics(backend)
     app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
     add_error_handlers(app)
-    generation = Generation(backend, limits, metrics, quotas)
+    generation = Generation(backend, limits, metrics, quotas, spans)
     add_status_routes(app, backend, metrics)
     add_text_routes(app, backend)
 

@@ -12,6 +12,7 @@ from ray import serve
 from offramp.controller.errors import ConfigError
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
+from offramp.deploy.http.tracing import Spans
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_backend import PoolBackend
 from offramp.deploy.serve.pool_config import APP, PoolConfig
@@ -35,8 +36,9 @@ class Front:
         self._lines = WaitingLines()
         send_lines(config.log_format, "front", self._lines.add)
         self._backend = PoolBackend(config)
+        self._spans = Spans.to(config.otlp_endpoint) if config.otlp_endpoint else None
         settings = LimitedConfig(
-            create_app(self._backend, config.limits, config.access_log),
+            create_app(self._backend, config.limits, config.access_log, self._spans),
             host=config.host,
             port=config.port,
             http=PatientProtocol,
@@ -95,4 +97,6 @@ class Front:
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
         await self._lines.emptied(CUT_S)

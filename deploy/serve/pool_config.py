@@ -36,6 +36,7 @@ class PoolConfig:
         cpus: Cores that Ray sets aside per replica.
         limits: Bounds on clients and their requests.
         access_log: File that gets a line of JSON per request; None: nowhere.
+        otlp_endpoint: Where spans of requests are sent, as OTLP over HTTP; None: nowhere.
         log_format: How the command shows what all processes log, "text" or "json"; None: not.
 
     Raises:
@@ -58,6 +59,7 @@ class PoolConfig:
     cpus: float = 1.0
     limits: HttpLimits = field(default_factory=HttpLimits)
     access_log: Path | None = None
+    otlp_endpoint: str | None = None
     log_format: str | None = None
 
     @property

@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +22,39 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.store import TraceStore
+from offramp.worker.recording.recording_actor import TraceRecorderActor
 from offramp.worker.spec import WorkerSpec
 from support.cost_tables import measured
 from support.models import REFERENCE
 from support.recordings import make_corpus
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("one_recorder")
 
 
 class Interrupted(Exception):
     """What stops a recording, as Ctrl-C would."""
+
+
+class LastingRecorder:
+    """Hands out one actor again and again: to start one takes longer than what it does here."""
+
+    def __init__(self) -> None:
+        self.actor: Any = None
+
+    def remote(self, spec: WorkerSpec) -> Any:
+        self.actor = self.actor or TraceRecorderActor.remote(spec)
+        return self.actor
+
+
+@pytest.fixture(scope="module")
+def lasting(ray_cluster: None) -> LastingRecorder:
+    return LastingRecorder()
+
+
+@pytest.fixture
+def one_recorder(lasting: LastingRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.agents.recording.record.TraceRecorderActor", lasting)
+    monkeypatch.setattr("ray.kill", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,126 @@
+"""Sends an OpenTelemetry span per request to a collector: how long it took, what its exits did.
+
+Names are OpenTelemetry's own for generative AI, and vLLM's where it has none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from opentelemetry.propagate import extract
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+
+from offramp.controller.errors import ConfigError, OfframpError
+from offramp.worker.decoding.request import CompletionStats, TokenEvent
+
+SPAN = "llm_request"
+"""Name of each span, as vLLM's."""
+
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
+
+
+class Spans:
+    """Makes a span of each request, below its client's if it sent a ``traceparent``.
+
+    Args:
+        tracer: Makes spans.
+        close: Called at the end, to send what waits.
+    """
+
+    def __init__(self, tracer: Tracer, close: Any = lambda: None) -> None:
+        self._tracer = tracer
+        self.close = close
+
+    @classmethod
+    def to(cls, endpoint: str) -> Spans:
+        """Send them to a collector's URL for traces, by OTLP over HTTP.
+
+        Raises:
+            ConfigError: what sends them is not installed.
+        """
+        require_exporter()
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        provider = TracerProvider(resource=Resource.create({"service.name": "offramp"}))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        return cls(provider.get_tracer("offramp"), provider.shutdown)
+
+    async def follow(
+        self,
+        events: AsyncIterator[tuple[int, TokenEvent]],
+        headers: Mapping[str, str],
+        about: Mapping[str, Any],
+        began_s: float,
+    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Pass the events of one request on; its span ends with them.
+
+        Args:
+            events: An async generator; closed in any case.
+            headers: The request's.
+            about: Attributes that are known beforehand.
+            began_s: When the request came, by ``time.perf_counter``.
+        """
+        start_ns = time.time_ns() - round((time.perf_counter() - began_s) * 1e9)
+        span = self._tracer.start_span(
+            SPAN, extract(headers), SpanKind.SERVER, dict(about), start_time=start_ns
+        )
+        ends: list[TokenEvent] = []
+        tokens, first_s = 0, 0.0
+        try:
+            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+                async for index, event in events:
+                    first_s = first_s or time.perf_counter() - began_s
+                    tokens += 1
+                    if event.finish_reason is not None:
+                        ends.append(event)
+                    yield index, event
+        except OfframpError as error:
+            span.set_status(Status(StatusCode.ERROR, str(error)))
+            raise
+        finally:
+            span.set_attribute("gen_ai.usage.output_tokens", tokens)
+            span.set_attribute("gen_ai.latency.time_to_first_token", first_s)
+            span.set_attributes(_of_ends(ends))
+            span.end()
+
+
+def require_exporter() -> None:
+    """Refuse to trace without what sends spans.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        found = importlib.util.find_spec(_EXPORTER)
+    except ModuleNotFoundError:  # of a package above it
+        found = None
+    if found is None:
+        problem = "needs OpenTelemetry's exporter, which is not installed"
+        raise ConfigError("OFFRAMP_OTLP_ENDPOINT", problem, 'Run pip install "offramp[otel]"')
+
+
+def _of_ends(ends: list[TokenEvent]) -> dict[str, Any]:
+    """What the completions that came to their end cost together."""
+    told: list[CompletionStats] = [each.stats for each in ends if each.stats is not None]
+    reasons = {"gen_ai.response.finish_reasons": [str(each.finish_reason) for each in ends]}
+    if not told:
+        return reasons
+    return reasons | {
+        "gen_ai.usage.input_tokens": sum(each.prompt_tokens for each in told),
+        "gen_ai.latency.time_in_queue": max(each.queued_s for each in told),
+        "offramp.generation": told[-1].generation,
+        "offramp.mean_exit_layer": sum(each.mean_exit_layer for each in told) / len(told),
+        "offramp.exact_share": sum(each.exact_share for each in told) / len(told),
+        "offramp.layer_calls": sum(each.layer_calls for each in told),
+        "offramp.copy_calls": sum(each.copy_calls for each in told),
+        "offramp.drafts": sum(each.drafts for each in told),
+        "offramp.drafts_accepted": sum(each.drafts_accepted for each in told),
+        "offramp.cached_tokens": sum(each.cached_tokens or 0 for each in told),
+    }
