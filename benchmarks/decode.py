@@ -10,12 +10,15 @@ trained to exit; ``accepted`` says how often.
     python benchmarks/decode.py --json decode.json
     python benchmarks/decode.py --quick
     python benchmarks/decode.py --drafting --dtypes bfloat16 --batches 1,2,4,8,16,32 --threads 1
+    python benchmarks/decode.py --model models/smollm2 --dtypes bfloat16 --batches 1
     python benchmarks/decode.py --device cuda --engines "HF static,kernel by kernel" --json gpu.json
     python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
 
 The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
-verified together, and priced by costs that it profiles first. The last measures nothing: it prints
-rows of a file, by shape, dtype and batch; with ``--summary`` the table of docs/decoding.md.
+verified together, and priced by costs that it profiles first. ``--model FOLDER`` takes another as
+it is, with real prompts, and drafts at the exits that are likeliest to pay. The last command
+measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary`` the table
+of docs/decoding.md.
 
 ``bound`` is the time of full depth over that of the layer, head and fill calls that were really
 made (counted), each at the price of such a call for its number of tokens, measured in the same
@@ -42,7 +45,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from shared.decode_contenders import Competitor, contenders, drafters, engines_of
+from shared.decode_contenders import Competitor, contenders, drafted_at, drafters, engines_of
 from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
 from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
 from shared.workload import SHAPES, build, exit_layer, prompts_of
@@ -58,12 +61,16 @@ from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import freeze_heap
 
 NEW_TOKENS = {"reference": 64, "smollm2-135m": 32, "qwen2.5-0.5b": 16, "llama-3.2-1b": 12}
+NEW_TOKENS_OF_A_FOLDER = 32
 
 
 def main(
     shapes: Annotated[str, typer.Option(help="Comma-separated; 'reference' too.")] = ",".join(
         ["reference", *SHAPES]
     ),
+    model: Annotated[
+        str, typer.Option(help="Folder of a model instead of shapes.", show_default="none")
+    ] = "",
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8,16",
     depths: Annotated[str, typer.Option(help="Mean depths, as shares.")] = "0.75,0.5,0.25",
@@ -89,25 +96,27 @@ def main(
         shapes, dtypes, batches, depths, tokens = "smollm2-135m", "float32", "1,8", "0.25", 16
     if drafting:
         shapes = "reference"
+    if model:
+        shapes = model
     require_device(device)
     torch.set_num_threads(threads)
     rows: list[DecodeRow] = []
     machine = ""
     for shape in shapes.split(","):
         for dtype in dtypes.split(","):
-            model = build(shape, getattr(torch, dtype), device)
-            machine = machine or describe_machine(model.dtype)
+            loaded = build(shape, getattr(torch, dtype), device)
+            machine = machine or describe_machine(loaded.dtype)
             for batch in map(int, batches.split(",")):
                 wanted = tuple(engines.split(","))
-                new = measure(model, shape, batch, [float(d) for d in depths.split(",")],
+                new = measure(loaded, shape, batch, [float(d) for d in depths.split(",")],
                               repeats, policy, tokens, wanted, drafting)  # fmt: skip
                 show(new)
                 rows += new
                 if json_file is not None:
-                    found = {"machine": machine, "device": device_name(model.device),
+                    found = {"machine": machine, "device": device_name(loaded.device),
                              "rows": [asdict(row) for row in rows]}  # fmt: skip
                     json_file.write_text(json.dumps(found, indent=1))
-            del model
+            del loaded
             gc.unfreeze()
             gc.collect()
 
@@ -147,9 +156,9 @@ def measure(
     if shape == "reference" and policy is not None:
         learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
-    new = tokens or NEW_TOKENS[shape]
+    new = tokens or NEW_TOKENS.get(shape, NEW_TOKENS_OF_A_FOLDER)
     todo = (
-        drafters()
+        drafters(drafted_at(model, shape))
         if drafting
         else contenders(batch, layers, plain.stack.vocab, depths, learned, wanted)
     )

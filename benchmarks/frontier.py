@@ -2,6 +2,8 @@
 
     python benchmarks/frontier.py --json frontier.json
     python benchmarks/frontier.py --quick --json frontier.json
+    python benchmarks/frontier.py --model models/smollm2 --translators runs/layers --corpus FILE \\
+        --dtype bfloat16 --exits 8,15,22 --prompt 32 --families "fixed exit,CALM,p̂,PPO"
 
 Records traces, trains every seed, scores all on validation documents, and what was picked there on
 test documents. Goes on where it was stopped if `--out` is the same. Needs `make setup`, and nothing
@@ -70,6 +72,7 @@ PAIRS = (
 OFFLINE_TARGETS = (0.93, 0.96, 0.98, 0.99, 0.997)
 """Replayed agreements at which every family gets an operating point."""
 ENERGY_DOCUMENTS = 4
+TIMED_TOKENS = 32
 STEPS = 1_500_000
 QUICK = {
     "documents": 96, "tokens_per_document": 128, "seeds": 1, "steps": 200_000, "validation": 4,
@@ -84,12 +87,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under 4 minutes: one small seed")
     parser.add_argument("--model", default="models/reference")
     parser.add_argument("--corpus", type=Path, help="default: the standard library")
+    parser.add_argument("--translators", type=Path, help="exits' adapters, of `offramp tune`")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--exits", type=parse_layers, default=(),
+                        help="like 3,6,9; default: quarters of the depth")  # fmt: skip
+    parser.add_argument("--families", type=lambda names: tuple(names.split(",")), default=None,
+                        help="default: all; like 'fixed exit,CALM,p̂,PPO'")  # fmt: skip
     parser.add_argument("--documents", type=int, default=320)
     parser.add_argument("--tokens-per-document", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--validation", type=int, default=32, help="documents")
     parser.add_argument("--test", type=int, default=48, help="documents")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens read before those")
     parser.add_argument("--tokens", type=int, default=64, help="teacher-forced in each document")
     parser.add_argument("--targets", type=float, nargs="+", default=OFFLINE_TARGETS,
                         help="replayed agreements to place operating points at")  # fmt: skip
@@ -101,6 +111,10 @@ def arguments() -> argparse.Namespace:
     if given.quick:
         vars(given).update(QUICK)
     return given
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    return tuple(int(layer) for layer in text.split(","))
 
 
 def main() -> None:
@@ -186,12 +200,12 @@ def report_of(
 
 def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) -> None:
     """Traces and policies, where they are not there yet."""
-    spec = WorkerSpec(model=given.model)
     traces, policies = given.out / "traces", given.out / "policies"
     if not is_whole(traces):
         recording = RecordConfig(
-            worker=spec, corpus=given.corpus, documents=given.documents,
-            tokens_per_document=given.tokens_per_document, states=True,
+            worker=worker(given), corpus=given.corpus, documents=given.documents,
+            tokens_per_document=given.tokens_per_document, exits=given.exits,
+            states=given.families is None,
         )  # fmt: skip
         with ray_session(None, 2):
             record_traces(recording, traces, tell)
@@ -206,21 +220,36 @@ def prepare(given: argparse.Namespace, tell: Callable[[str, int, int], None]) ->
                 gate=PPOConfig(steps=given.steps),
                 jump=replace(jump, ppo=replace(jump.ppo, steps=given.steps)),
             )
-            train_lineup(config, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n))
+            train_lineup(config, folder, lambda who, *n, s=seed: tell(f"seed {s}: {who}", *n),
+                         given.families)  # fmt: skip
+
+
+def worker(given: argparse.Namespace) -> WorkerSpec:
+    """What records and what scores; its folders as actors elsewhere on this machine see them."""
+    folder = Path(given.model)
+    return WorkerSpec(
+        model=str(folder.resolve()) if folder.exists() else given.model,
+        dtype=given.dtype,
+        threads=1,
+        slots=16,
+        engine=EngineConfig(
+            kv_mode=given.kv_mode, translators=given.translators and given.translators.resolve()
+        ),
+    )
 
 
 def tournament(given: argparse.Namespace) -> TournamentConfig:
-    protocol = Protocol(lines=given.lines, new_tokens=given.tokens)
+    protocol = Protocol(
+        lines=given.lines, new_tokens=given.tokens, prompt_tokens=given.prompt,
+        timed_tokens=min(TIMED_TOKENS, given.tokens - 1),
+    )  # fmt: skip
     assess = AssessConfig(
         model=given.model, corpus=given.corpus, corpus_limit=given.documents,
         validation_documents=given.validation, test_documents=given.test,
         timed_documents=given.timed, protocol=protocol,
     )  # fmt: skip
-    spec = WorkerSpec(
-        model=given.model, slots=16, threads=1, engine=EngineConfig(kv_mode=given.kv_mode)
-    )
     return TournamentConfig(
-        assess=assess, spec=spec, processes=given.processes,
+        assess=assess, spec=worker(given), processes=given.processes,
         choosing_documents=2 if given.quick else 6,
     )  # fmt: skip
 

@@ -8,16 +8,20 @@ document, so a ratio compares neighbours in time; intervals are paired document 
 
     python benchmarks/lossless.py --json lossless.json
     python benchmarks/lossless.py --quick
+    python benchmarks/lossless.py --model models/smollm2 --translators runs/layers --corpus FILE \\
+        --dtype bfloat16
     python benchmarks/lossless.py --read docs/lossless.json --plot docs/lossless.png
 
-The last measures nothing: it draws what a file holds.
+Exits are those that are likeliest to pay by the model's own agreement and costs, unless ``--exits``
+names them, on a copy in fewer bytes with ``--exits 30:int4``. The last command measures nothing: it
+draws what a file holds.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,35 +40,38 @@ from shared.drafting.contest import (
     rows_of,
     show,
 )
+from shared.drafting.lessons import spoken_table
 from shared.drafting.lossless_plot import draw_lossless
 from shared.drafting.turns import Entry, compare
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
-from offramp.agents.recording.corpus import load_corpus, tokenize
+from offramp.agents.drafting.likely_exits import best_of, likely_exits
+from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.documents import Document
+from offramp.agents.recording.own_text import begin_all
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import IntArray
+from offramp.controller.policies.exits import copy_weights, is_on_copy
 from offramp.controller.policies.protocols import NeverExit
+from offramp.deploy.cli.options import parse_exits
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.draft_rules import del_rule, hindsight, static_grid, thompson_grid
-from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.probes.candidates.successors import successor_table
+from offramp.worker import AdaptiveEngine, EngineConfig, Precision
 from offramp.worker.profiling.profile import describe_machine, measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 
-MODEL = "models/reference"
 CANDIDATES = 64
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of everything."""
+    """How much of everything; PPO is offered as many of the best exits as ``learned`` says."""
 
     documents: int = 320
-    exits: tuple[int, ...] = (2, 3, 5, 6)
-    learned_exits: tuple[tuple[int, ...], ...] = ((3, 6), (2, 3, 6), (2, 3, 5, 6))
+    exits: tuple[int, ...] = ()
+    learned: tuple[int, ...] = (2, 3, 4)
     prompt: int = 64
     recorded: int = 192
     steps: int = 1_500_000
@@ -74,36 +81,67 @@ class Extent:
     profile_s: float = 60.0
 
 
-QUICK = Extent(documents=60, recorded=64, steps=200_000, learned_exits=((3, 6),), seeds=2,
-             test_documents=4, new_tokens=48, profile_s=10.0)  # fmt: skip
+QUICK = Extent(documents=60, learned=(2,), recorded=64, steps=200_000, seeds=2, test_documents=4,
+               new_tokens=48, profile_s=10.0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What decodes, and on which text.
+
+    Attributes:
+        exits: Where drafts may leave; () takes those that are likeliest to pay.
+    """
+
+    model: str
+    corpus: Path | None
+    translators: Path | None
+    exits: tuple[int, ...]
+    dtype: str
 
 
 def main(
+    model: Annotated[str, typer.Option(help="Model folder.")] = "models/reference",
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Documents: a folder or a file.", show_default="the standard library"),
+    ] = None,
+    translators: Annotated[Path | None, typer.Option(help="Of `offramp tune`.")] = None,
+    exits: Annotated[
+        str, typer.Option(help="Like 3,6 or 30:int4.", show_default="those likeliest to pay")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quick: Annotated[bool, typer.Option(help="Little of everything, in < 4 minutes.")] = False,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
     read: Annotated[Path | None, typer.Option(help="Measure nothing; take this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the picture here (PNG).")] = None,
 ) -> None:
-    found = measure(quick, threads) if read is None else json.loads(read.read_text())
+    if read is None:
+        torch.set_num_threads(threads)
+        subject = Subject(model, corpus, translators, parse_exits("exits", exits), dtype)
+        found = measure(subject, QUICK if quick else Extent())
+    else:
+        found = json.loads(read.read_text())
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1))
     if plot is not None:
         draw_lossless(found, plot)
 
 
-def measure(quick: bool, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    plan = QUICK if quick else Extent()
-    recorder = AdaptiveEngine.from_pretrained(MODEL, slots=16)
-    engine = AdaptiveEngine(recorder.model, recorder.tokenizer, slots=1)
-    split = documents_of(plan)
+def measure(subject: Subject, plan: Extent) -> dict[str, Any]:
+    recorder = recording_engine(subject)
+    engine = AdaptiveEngine(recorder.model, recorder.tokenizer, slots=1, config=recorder.config)
+    split = prompts_of(recorder, subject.corpus, plan)
+    exits = subject.exits or best_of(likely_exits(recorder, [doc for doc, _ in split["train"]]))
+    plan = replace(plan, exits=exits)
+    SAY.print(f"exits: {', '.join(map(str, exits))}")
     table_VK = table_of(recorder, split["train"], plan)
     train, validation = (record(recorder, split[name], plan) for name in ("train", "validation"))
     headless = [record(recorder, split[name], plan, table_VK) for name in ("train", "validation")]
     costs = profile(engine, plan)
     SAY.print(parts_of(costs))
-    unseen = [tokens[: plan.prompt] for _, tokens in split["validation"]]
+    unseen = [prompt for _, prompt in split["validation"]]
     best = {
         "static": clocked(engine, static_grid(validation, costs)[:3], unseen[:10], plan.new_tokens),
         "confidence": confident_grid(validation, costs)[0],
@@ -115,19 +153,21 @@ def measure(quick: bool, threads: int) -> dict[str, Any]:
         *learn((train, validation), costs, plan),
         *learn((headless[0], headless[1]), costs, plan, table_VK),
     ]
-    assistant = best_assistant(engine, plan.exits, unseen[:3], plan.new_tokens)
+    theirs = peers(engine, unseen[:3], plan)
     contenders = [
         Entry("full depth", in_engine(engine, NeverExit(), plan.new_tokens)),
         *(Entry(c.name, in_engine(engine, c.policy, plan.new_tokens), c.offline.rate)
           for c in (*best.values(), *learned)),
-        Entry(assistant, in_hugging_face(engine, assistant, plan.new_tokens)),
+        *theirs,
     ]  # fmt: skip
-    compare(contenders, [tokens[: plan.prompt] for _, tokens in split["test"]])
-    require_equal(contenders[:-1])
+    compare(contenders, [prompt for _, prompt in split["test"]])
+    require_equal(contenders[: len(contenders) - len(theirs)])
     rows = rows_of(contenders, best["static"].name)
     show(rows, SAY)
     found = {
         "machine": describe_machine(engine.model.dtype),
+        "model": engine.model_fingerprint,
+        "adapters": engine.decoder.translators.digest,
         "costs": parts_of(costs),
         "hindsight": {
             "exits": validation.header.exits,
@@ -142,24 +182,45 @@ def measure(quick: bool, threads: int) -> dict[str, Any]:
     return found
 
 
-def documents_of(plan: Extent) -> dict[str, list[tuple[Document, list[int]]]]:
-    pairs = tokenize(MODEL, load_corpus(None, limit=plan.documents))
-    long = [(doc, tokens) for doc, tokens in pairs if len(tokens) > plan.prompt]
-    split = {name: [pair for pair in long if pair[0].split == name]
+def recording_engine(subject: Subject) -> AdaptiveEngine:
+    copy = copy_weights(subject.exits)
+    config = EngineConfig(
+        translators=subject.translators, draft_precision=copy and Precision.for_drafts(copy)
+    )
+    return AdaptiveEngine.from_pretrained(
+        subject.model, dtype=subject.dtype, slots=16, config=config
+    )
+
+
+def prompts_of(
+    engine: AdaptiveEngine, corpus: Path | None, plan: Extent
+) -> dict[str, list[tuple[Document, list[int]]]]:
+    """Documents' beginnings by split; of conversations all before the first answer."""
+    lengths = (plan.prompt, plan.recorded + 1)
+    documents = load_corpus(corpus, limit=plan.documents)
+    begun = begin_all(engine.tokenizer, documents, lengths, engine.stack.context)
+    whole = [(doc, prompt) for doc, prompt in begun if doc.turns or len(prompt) == plan.prompt]
+    split = {name: [pair for pair in whole if pair[0].split == name]
              for name in ("train", "validation", "test")}  # fmt: skip
     split["test"] = split["test"][: plan.test_documents]
     return split
+
+
+def peers(engine: AdaptiveEngine, prompts: list[list[int]], plan: Extent) -> list[Entry]:
+    """Hugging Face's way to draft at an exit of the model's own layers, if there are any."""
+    own = tuple(layer for layer in plan.exits if not is_on_copy(layer))
+    if not own:
+        return []
+    name = best_assistant(engine, own, prompts, plan.new_tokens)
+    return [Entry(name, in_hugging_face(engine, name, plan.new_tokens))]
 
 
 def table_of(
     engine: AdaptiveEngine, documents: Sequence[tuple[Document, list[int]]], plan: Extent
 ) -> IntArray:
     """Candidates by what the model itself says after each token, in training documents."""
-    prompts = [tokens[: plan.prompt] for _, tokens in documents]
-    sampling = SamplingParams(max_tokens=plan.recorded, ignore_eos=True)
-    done = engine.generate(prompts, sampling, NeverExit(), kv_mode="project")
-    spoken = [[*prompt, *each.token_ids] for prompt, each in zip(prompts, done, strict=True)]
-    return successor_table(spoken, engine.stack.vocab, CANDIDATES)
+    prompts = [prompt for _, prompt in documents]
+    return spoken_table(engine, prompts, plan.recorded, CANDIDATES)
 
 
 def record(
@@ -168,7 +229,7 @@ def record(
     plan: Extent,
     table_VK: IntArray | None = None,
 ) -> TokenTraces:
-    wanted = Continuations(exits=plan.exits, prompt_tokens=plan.prompt, new_tokens=plan.recorded)
+    wanted = Continuations(exits=plan.exits, prompt_tokens=None, new_tokens=plan.recorded)
     traces = record_continuations(engine, documents, wanted, candidates_VK=table_VK)
     agree = dict(zip(plan.exits, traces.agree_NE.mean(0).round(3).tolist(), strict=True))
     kind = "head" if table_VK is None else "best candidate"
@@ -195,7 +256,9 @@ def learn(
         return one_drafter(*split, costs, DraftPPOConfig(steps=plan.steps, seed=seed), exits,
                            table_VK)  # fmt: skip
 
-    by_exits = {exits: train(exits, 0) for exits in plan.learned_exits}
+    ranked = list(dict.fromkeys(c.policy.exits[0] for c in static_grid(split[1], costs, table_VK)))
+    tried = {tuple(e for e in plan.exits if e in ranked[:count]) for count in plan.learned}
+    by_exits = {exits: train(exits, 0) for exits in tried}
     exits = max(by_exits, key=lambda key: by_exits[key].offline.rate)
     return [by_exits[exits], *(train(exits, seed) for seed in range(1, plan.seeds))]
 

@@ -32,12 +32,15 @@ from transformers import PreTrainedTokenizerFast
 from typer import Option
 
 from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.documents import Document
+from offramp.agents.recording.documents import encode as encode_document
 from offramp.agents.training.resuming import Resumable
 from offramp.worker.model.loading import load_model, load_tokenizer
 
 Curriculum = Literal["rotational", "gradual"]
 EVALUATED = 32  # held-out windows
-KEPT_EVERY_S = 60.0  # seconds of training between checkpoints
+KEPT_EVERY_S = 60.0  # least seconds of training between checkpoints
+KEPT_SHARE = 0.03  # most of the time that writing them may take
 
 
 class LayerSkipRecipe(NamedTuple):
@@ -53,6 +56,7 @@ class LayerSkipRecipe(NamedTuple):
     rotation: int
     from_scratch: bool
     seed: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,12 +176,13 @@ def train(
         torch.set_rng_state(begun.generator)
         steps, spent = begun.steps, begun.spent
     started = time.monotonic() - spent * whole_s
-    kept_s = time.monotonic()
+    keep_at_s = time.monotonic() + KEPT_EVERY_S
     with Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")) as bar:
         task = bar.add_task("training", total=1.0)
         while spent < 1.0:
             batch = draw(stream_T, recipe.batch, recipe.length)
-            loss = training_loss(skipping, batch, recipe, steps, spent)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+                loss = training_loss(skipping, batch, recipe, steps, spent)
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             torch.nn.utils.clip_grad_norm_(skipping.parameters(), 1.0, error_if_nonfinite=True)
             for group in optimizer.param_groups:
@@ -185,12 +190,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             steps, spent = steps + 1, (time.monotonic() - started) / whole_s
-            if spent >= 1.0 or time.monotonic() > kept_s + KEPT_EVERY_S:
+            if spent >= 1.0 or time.monotonic() > keep_at_s:
+                writing_s = -time.monotonic()
                 RecipeCheckpoint(
                     settings=recipe._asdict(), model=skipping.state_dict(), steps=steps,
                     optimizer=optimizer.state_dict(), spent=spent, generator=torch.get_rng_state(),
                 ).save(out)  # fmt: skip
-                kept_s = time.monotonic()
+                writing_s += time.monotonic()
+                keep_at_s = time.monotonic() + max(KEPT_EVERY_S, writing_s / KEPT_SHARE)
             bar.update(task, completed=spent, description=f"step {steps} loss {loss.item():.3f}")
     return steps
 
@@ -201,11 +208,9 @@ def draw(stream_T: Tensor, batch: int, length: int) -> Tensor:
     return torch.stack([stream_T[start : start + length + 1] for start in starts])
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """One stream of tokens."""
-    return torch.tensor(
-        [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-    )
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> Tensor:
+    """One stream of tokens, conversations in the model's own chat template."""
+    return torch.tensor([token for each in documents for token in encode_document(tokenizer, each)])
 
 
 def spread(stream_T: Tensor, length: int) -> Tensor:
@@ -230,6 +235,9 @@ def main(
     curriculum: Annotated[str, Option(help="rotational or gradual.")] = "rotational",
     rotation: Annotated[int, Option(min=1, help="R of the rotation, in layers.")] = 4,
     from_scratch: Annotated[bool, Option(help="Raise the dropout over the run.")] = False,
+    dtype: Annotated[
+        str, Option(help="Of products: float32 or bfloat16; weights stay float32.")
+    ] = "float32",
     threads: Annotated[int, Option(min=1, help="CPU threads.")] = 1,
     seed: Annotated[int, Option(help="Of the windows and the dropout.")] = 0,
     resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint in OUT.")] = False,
@@ -237,9 +245,11 @@ def main(
     """Continue training a model so that its early layers can be left at, and save it."""
     if curriculum not in ("rotational", "gradual"):
         raise typer.BadParameter("write rotational or gradual", param_hint="--curriculum")
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter("write float32 or bfloat16", param_hint="--dtype")
     kind: Curriculum = "gradual" if curriculum == "gradual" else "rotational"
     recipe = LayerSkipRecipe(
-        minutes, batch, length, rate, p_max, e_scale, kind, rotation, from_scratch, seed
+        minutes, batch, length, rate, p_max, e_scale, kind, rotation, from_scratch, seed, dtype
     )
     begun = RecipeCheckpoint.load(out) if resume else None
     if begun is not None:
@@ -249,8 +259,8 @@ def main(
     loaded, tokenizer = load_model(model, torch.float32, "cpu"), load_tokenizer(model)
     skipping = SkippingModel(loaded.requires_grad_(True))
     found = load_corpus(corpus, limit=documents)
-    train_T = encode(tokenizer, [each.text for each in found if each.split == "train"])
-    held_out = encode(tokenizer, [each.text for each in found if each.split == "validation"])
+    train_T = encode(tokenizer, [each for each in found if each.split == "train"])
+    held_out = encode(tokenizer, [each for each in found if each.split == "validation"])
     windows = spread(held_out, length)
     before = evaluate(skipping, windows)
     steps = train(skipping, train_T, recipe, out, begun)

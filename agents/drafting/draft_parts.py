@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
+from offramp.agents.drafting.likely_exits import best_of, likely_exits
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.own_text import (
@@ -53,7 +54,7 @@ class DraftingConfig:
             library.
         documents: Documents to take from the corpus, over all splits.
         exits: Layers that a draft may leave after, those on a copy in fewer bytes first, as
-            ``Exit(12, "int4")``; () places four within the first half of the model's own.
+            ``Exit(12, "int4")``; () takes those of the model's own that are likeliest to pay.
         dtype: Weights' dtype, "float32" or "bfloat16".
         translators: Folder that ``offramp tune`` wrote for the model; "" reads exits as they are.
         prompt_tokens: Tokens of each document that are read before the model goes on.
@@ -166,9 +167,7 @@ def record_parts(
 
 def _exits_of(config: DraftingConfig, engine: AdaptiveEngine) -> tuple[int, ...]:
     layers = engine.stack.layers
-    exits = config.exits or tuple(
-        sorted({max(1, layers * part // 12) for part in (2, 3, 5, 6)} - {layers})
-    )
+    exits = config.exits or best_of(likely_exits(engine))
     if not ascend(exits) or any(e >= layers + is_on_copy(e) for e in exits):
         raise ConfigError(
             "exits",

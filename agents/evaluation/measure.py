@@ -97,7 +97,7 @@ def held_out(
         raise TraceError(
             "corpus",
             f"{len(found)} {split} documents have {length} tokens; intervals need 2",
-            "Use more or longer documents",
+            "Use more or longer documents, or ask for fewer tokens of each",
         )
 
     cut = functools.partial(

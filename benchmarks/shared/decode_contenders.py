@@ -6,13 +6,14 @@ GPU full depth without CUDA graphs, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 
+from offramp.agents.drafting.likely_exits import likely_exits
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.drafts.static_draft import StaticDraft
@@ -20,6 +21,7 @@ from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker import AdaptiveEngine, KVMode
 from offramp.worker.decoding.schedule import Schedule
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import load_tokenizer
 from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig
 from offramp.worker.profiling.samples import random_policy
@@ -29,7 +31,7 @@ LAUNCHED = "kernel by kernel"
 """Full depth without CUDA graphs, and the schedule that its engine is found under."""
 
 STATIC = ((3, 2), (6, 3))
-"""Exits and lengths of the static drafts: near the best by the cost table (docs/decoding.md)."""
+"""Exits and lengths of the reference model's static drafts."""
 
 PROFILE_S = 15.0
 """Seconds of profiling for the priced schedule."""
@@ -80,10 +82,21 @@ def contenders(
     return [each for each in found if each.name in baselines or each.name.startswith(wanted)]
 
 
-def drafters() -> list[Competitor]:
+def drafted_at(model: Any, shape: str) -> Sequence[tuple[int, int]]:
+    """Exits and lengths of static drafts: of the reference model the best by the cost table
+    (docs/decoding.md), of another where they are likeliest to pay.
+    """
+    if shape == "reference":
+        return STATIC
+    exits = likely_exits(AdaptiveEngine(model, load_tokenizer(shape), slots=1))
+    ranked = sorted(exits, key=lambda each: -each.rate)[: len(STATIC)]
+    return [(each.layer, 2) for each in ranked]
+
+
+def drafters(static: Sequence[tuple[int, int]]) -> list[Competitor]:
     """Full depth, and drafts of a fixed exit and length, by schedule."""
     found = [Competitor("full depth", "verify", "lock-step")]
-    for layer, length in STATIC:
+    for layer, length in static:
         policy = partial(StaticDraft, layer=layer, length=length)
         for schedule in ("lock-step", "together", "priced"):
             name = f"static, exit {layer}, {length}"

@@ -45,9 +45,16 @@ class ScriptedExit:
         return np.asarray(self.rng.random(len(features_NF)) < self.share)
 
 
-def build(shape: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+def folder_of(shape: str) -> str | None:
+    """Where a shape's trained weights lie: the reference model's, or of a folder named itself."""
     if shape == "reference":
-        return load_model("models/reference", dtype, device)
+        return "models/reference"
+    return None if shape in SHAPES else shape
+
+
+def build(shape: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+    if (folder := folder_of(shape)) is not None:
+        return load_model(folder, dtype, device)
     config_class, model_class, values = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -67,9 +74,9 @@ def exit_layer(layers: int) -> int:
 
 
 def prompts_of(model: Any, shape: str, batch: int) -> list[list[int]]:
-    """Random tokens; of the reference model, beginnings of source files that it never saw."""
-    if shape == "reference":
-        tokenizer = load_tokenizer("models/reference")
+    """Random tokens; of a trained model, beginnings of source files of this repository."""
+    if (folder := folder_of(shape)) is not None:
+        tokenizer = load_tokenizer(folder)
         files = [
             path for path in sorted(Path("worker").rglob("*.py")) if path.stat().st_size > 2000
         ]

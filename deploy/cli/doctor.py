@@ -5,32 +5,26 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.tuning.quality import measure, summarise
+from offramp.agents.drafting.likely_exits import LikelyExit, likely_exits
 from offramp.controller.errors import OfframpError
 from offramp.deploy.serve.publishing import open_registry
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.model.translators import UNTRANSLATED
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import WorkerSpec, load_engine
 
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "ray", "redis", "openai")
 
 
-LOOKED_AT = 4
-"""Documents of the standard library that exits are looked at on."""
-
-WINDOW = 128
-"""Tokens of each."""
+PARTS = 8
+"""Exits are looked at on these parts of the depth."""
 
 USEFUL = 0.4
 """Agreement below which an exit in the first half of the depth proposes mostly wrong tokens."""
@@ -85,36 +79,30 @@ def _exits(model: str) -> str:
     engine = load_engine(WorkerSpec(model=model))
     if engine.tokenizer is None:
         return "not looked at: the model has no tokenizer"
-    found = agreement_by_layer(engine)
+    found = likely_exits(engine, parts=PARTS)
     bars = "".join(
-        f"\n  after {layer:3d} of {engine.stack.layers} {'█' * round(share * 40):<40} {share:.0%}"
-        for layer, share in found.items()
+        f"\n  after {each.layer:3d} of {engine.stack.layers} "
+        f"{'█' * round(each.agreement * 40):<40} {each.agreement:4.0%}  {each.rate:.2f} ×"
+        for each in found
     )
-    return f"tokens on which an exit agrees with full depth{bars}\n{advice(found, model)}"
+    return (
+        "tokens on which an exit agrees with full depth, and times full depth that fixed drafts "
+        f"there are likely to decode{bars}\n{advice(found, model)}"
+    )
 
 
-def agreement_by_layer(engine: AdaptiveEngine) -> dict[int, float]:
-    """Share of a few hundred tokens on which the model's own head agrees early, by layer."""
-    layers = engine.stack.layers
-    exits = sorted({max(1, layers * part // 8) for part in range(1, 8)} | {layers - 1})
-    texts = load_corpus(None)[:LOOKED_AT]
-    tokens = (engine.tokenizer(each.text, verbose=False)["input_ids"] for each in texts)
-    windows = [each[: WINDOW + 1] for each in tokens]
-    sums = measure(engine.stack, UNTRANSLATED, windows, exits)
-    total = sum(len(each) - 1 for each in windows)
-    return {row.layer: row.agreement for row in summarise(sums, total) if row.layer < layers}
+def advice(exits: Sequence[LikelyExit], model: str) -> str:
+    """Say in a sentence what such exits are good for.
 
-
-def advice(agreement: Mapping[int, float], model: str) -> str:
-    """Say in a sentence what exits that agree so often are good for.
-
-    >>> advice({2: 0.7, 4: 0.8}, "m")
+    >>> fine = LikelyExit(layer=4, agreement=0.8, rate=1.3)
+    >>> advice([fine, LikelyExit(layer=7, agreement=0.9, rate=1.1)], "m")
     'fine: `offramp train` can learn from these exits as they are'
     """
-    early = list(agreement.values())[: max(1, len(agreement) // 2)]
-    if max(early) >= USEFUL:
+    early = exits[: max(1, len(exits) // 2)]
+    if max(each.agreement for each in early) >= USEFUL:
         return "fine: `offramp train` can learn from these exits as they are"
     return (
         f"early exits of this model agree too seldom to pay: run `offramp tune --model {model}` "
-        "before record and train, or draft on a copy (`offramp serve --draft-weights int8`)"
+        "before record and train, or draft on a copy (`offramp train --for drafting` does so, "
+        "`offramp serve --draft-weights int4`)"
     )

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from offramp.agents.drafting.draft_parts import DraftingConfig
+from offramp.agents.drafting.likely_exits import best_of, likely_exits
 from offramp.agents.drafting.teach import Taught, teach_drafters, time_drafting
 from offramp.agents.placing.contenders import CHOSEN
+from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.own_text import OWN_TEXT, only_texts
 from offramp.agents.training.train_config import load_config
-from offramp.controller.policies.exits import copy_weights
+from offramp.controller.policies.exits import Exit, copy_weights
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, keeping, progress
+from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
@@ -55,6 +57,8 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
             engine=_engine_of(config),
         )
     )
+    if not config.exits:
+        config, engine = with_exits(config, engine)
     taught, ratio = teach_and_time(config, engine, out)
     console.print(
         f"decoded: {ratio:.2f} × full depth at batch 1 on {len(taught.prompts[:TIMED])} validation "
@@ -89,6 +93,34 @@ def teach_and_time(
         console.print(f"  {each.name}: {rate:.3f} × full depth by replay {mark}")
     chosen = taught.contenders[taught.chosen].policy
     return taught, time_drafting(engine, chosen, taught.prompts[:TIMED], TIMED_TOKENS)
+
+
+def with_exits(
+    config: DraftingConfig, engine: AdaptiveEngine
+) -> tuple[DraftingConfig, AdaptiveEngine]:
+    """Draft where this model is likely to gain by it; if at no exit, on a copy of its layers.
+
+    Returns:
+        The settings with their exits, and an engine that has them.
+
+    Raises:
+        TraceError: the corpus cannot be used.
+    """
+    corpus = load_corpus(Path(config.corpus) if config.corpus else None, config.documents)
+    looked = likely_exits(engine, [each for each in corpus if each.split == "train"])
+    best = max(looked, key=lambda each: each.rate)
+    most = f"{best.agreement:.0%} of tokens right after {best.layer} layers"
+    if best.pays:
+        exits = best_of([each for each in looked if each.pays])
+        say(f"exits: {', '.join(map(str, exits))} (likeliest to pay: {most})")
+        return replace(config, exits=exits), engine
+    say(
+        f"no exit of this model is likely to pay by itself ({most}): drafts are made by an int4 "
+        "copy of all layers. --exits names others; `offramp tune --kind layer` trains some"
+    )
+    config = replace(config, exits=(Exit(engine.stack.layers, "int4"),), candidates=0)
+    own = replace(engine.config, draft_precision=_engine_of(config).draft_precision)
+    return config, AdaptiveEngine(engine.model, engine.tokenizer, slots=1, config=own)
 
 
 def _engine_of(config: DraftingConfig) -> EngineConfig:

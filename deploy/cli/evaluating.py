@@ -47,6 +47,9 @@ from offramp.worker.spec import WorkerSpec, load_engine
 SLOTS = 16
 """Rows decoded together where only quality is measured."""
 
+TIMED_TOKENS = 32
+"""Most tokens of a document that are timed."""
+
 UNFINISHED = "evaluation.unfinished"
 """Folder of what is measured, beside the policies, until the evaluation is whole."""
 
@@ -75,6 +78,12 @@ def evaluate_policies(
     ] = 16,
     test_documents: Annotated[int, typer.Option(min=2, help="Documents reported on.")] = 24,
     timed_documents: Annotated[int, typer.Option(min=1, help="Of either, timed and metered.")] = 12,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of each that are read at full depth first.")
+    ] = 64,
+    tokens: Annotated[
+        int, typer.Option(min=3, help="Tokens decoded after them; shorter documents stay out.")
+    ] = 96,
     lines: Annotated[int, typer.Option(min=0, help="Lines completed in each; 0 for none.")] = 4,
     target_agreement: Annotated[
         float, typer.Option(help="Least on-policy agreement of what is chosen.")
@@ -103,7 +112,7 @@ def evaluate_policies(
         validation_documents=validation_documents,
         test_documents=test_documents,
         timed_documents=timed_documents,
-        protocol=Protocol(lines=lines),
+        protocol=_protocol(prompt_tokens, tokens, lines),
         target_agreement=target_agreement,
         target_edit_loss=target_edit_loss,
         threads=threads,
@@ -138,6 +147,15 @@ def _evaluate(config: AssessConfig, spec: WorkerSpec, policies: Path, traces: Pa
     say(f"energy: {found.energy.label}")
     console.print(f"{found.reason} → {policies / CHOSEN}")
     console.print(f"report: {policies / 'report.html'}, {policies / 'report.md'}")
+
+
+def _protocol(prompt_tokens: int, tokens: int, lines: int) -> Protocol:
+    return Protocol(
+        prompt_tokens=prompt_tokens,
+        new_tokens=tokens,
+        timed_tokens=min(TIMED_TOKENS, tokens - 1),
+        lines=lines,
+    )
 
 
 def _settings(

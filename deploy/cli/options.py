@@ -50,7 +50,7 @@ DraftExits = Annotated[
     typer.Option(
         help="With --for drafting: layers to draft after, those on a copy in fewer bytes first, "
         "like 12:int4,3,6.",
-        show_default="four within the first half",
+        show_default="those likeliest to pay, or an int4 copy",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
