@@ -1,24 +1,23 @@
 """Judges a canary between two steps, by what its requests and its stable release's did.
 
-Rates are bounded by confidence sequences: intervals that hold at every look at once, so that a
-canary may be judged after every token. They are Robbins' mixture of binomial likelihoods under a
-uniform prior (Robbins 1970, "Statistical methods related to the law of the iterated logarithm";
-Howard, Ramdas, McAuliffe, Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence
-sequences", Annals of Statistics 49(2)).
+Every figure comes with an interval that holds at every look (see ``intervals``), so looking often
+costs nothing. What compares both releases fails once its whole interval lies beyond the bound, and
+holds while the figure does and the interval does not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from offramp.controller.watching.intervals import interval, mean_interval, ratio_of
+from offramp.controller.watching.quantiles import quantile_interval, quantile_s
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import Tally
 
-HALVINGS = 60
-"""Halvings of the search for an end of an interval: past a double's precision."""
+LATE = 0.99
+"""The quantile of times that is compared."""
 
 
 class StepOutcome(StrEnum):
@@ -42,40 +41,30 @@ class Finding:
     reason: str
 
 
-def interval(hits: int, seen: int, confidence: float) -> tuple[float, float]:
-    """Bounds of a probability, which hold for all numbers of observations at once.
+@dataclass(frozen=True, slots=True)
+class CostRatio:
+    """One cost of a canary's requests, in relation to the stable release's.
 
-    Args:
-        hits: Observations that were so.
-        seen: All observations.
-        confidence: Probability that the bounds hold at every look.
+    Attributes:
+        what: Names the cost.
+        ratio: Canary to stable release.
+        bounds: Interval of the ratio.
+        limit: What it may be at most.
     """
-    misses = seen - hits
-    mixture = math.lgamma(hits + 1) + math.lgamma(misses + 1) - math.lgamma(seen + 2)
-    limit = -math.log(1 - confidence)
 
-    def is_refuted(rate: float) -> bool:
-        likelihood = _times_log(hits, rate) + _times_log(misses, 1 - rate)
-        return mixture - likelihood >= limit
+    what: str
+    ratio: float
+    bounds: tuple[float, float]
+    limit: float
 
-    best = hits / seen if seen else 0.5
-    return _end(0.0, best, is_refuted), _end(1.0, best, is_refuted)
-
-
-def _times_log(count: int, share: float) -> float:
-    if count == 0:
-        return 0.0
-    return count * math.log(share) if share > 0 else -math.inf
-
-
-def _end(outside: float, inside: float, is_refuted: Callable[[float], bool]) -> float:
-    """Where an interval ends, between an end of [0, 1] and the best guess."""
-    if not is_refuted(outside):
-        return outside
-    for _ in range(HALVINGS):
-        middle = (outside + inside) / 2
-        outside, inside = (middle, inside) if is_refuted(middle) else (outside, middle)
-    return outside
+    @property
+    def story(self) -> str:
+        """The figure, its interval and its limit, in a clause."""
+        least, most = self.bounds
+        return (
+            f"{self.what} {self.ratio:.2f} times the stable release's ({least:.2f} to {most:.2f}), "
+            f"{self.limit:.3g} times are allowed"
+        )
 
 
 def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
@@ -83,60 +72,96 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
 
     A canary is judged by speed alone if none of its tokens could differ from full depth's: in
     ``verify`` every draft was compared, and of another none may have left early. One that leaves so
-    seldom, or disagrees so nearly as often as it may, that audits do not tell, fails in the end.
+    seldom, or comes so near to a bound, that nobody can tell, fails in the end.
     """
-    least, most = interval(canary.disagreed, canary.audited, steps.confidence)
-    fails = min(canary.failures, canary.tokens)
-    least_failing, _ = interval(fails, canary.tokens, steps.confidence)
-    if least > steps.max_disagreement:
-        allowed = f"{steps.max_disagreement:.1%} are allowed"
-        audits = f"{least:.1%} or more of what is audited ({canary.audited} tokens)"
-        return Finding(StepOutcome.FAIL, f"full depth disagrees with {audits}, {allowed}")
-    if least_failing > steps.max_failures:
-        allowed = f"{steps.max_failures:.1%} are allowed"
-        return Finding(
-            StepOutcome.FAIL, f"the policy fails on {least_failing:.1%} or more, {allowed}"
-        )
-    for name, tally in (("canary", canary), ("stable release", stable)):
-        if tally.tokens < steps.min_tokens:
-            reason = f"{tally.tokens} tokens of the {name}, {steps.min_tokens} are asked for"
-            return Finding(StepOutcome.HOLD, reason)
-    if slow := _slowness(steps, canary, stable):
-        return Finding(StepOutcome.FAIL, slow)
-    speed = f"{canary.speed / stable.speed:.2f} times the stable release's speed"
-    return _equality(steps, canary, (least, most), speed)
-
-
-def _equality(steps: Steps, canary: Tally, disagreed: tuple[float, float], speed: str) -> Finding:
-    """What audits say of a canary that is fast enough."""
-    if canary.is_lossless:
-        return Finding(StepOutcome.PASS, f"lossless, {speed}")
-    if canary.is_full_depth:
-        return Finding(StepOutcome.PASS, f"no token left early, {speed}")
-    found = f"full depth disagrees with {disagreed[0]:.1%} to {disagreed[1]:.1%}"
-    if canary.audited < steps.min_audited:
-        found = f"{canary.audited} audited tokens, {steps.min_audited} are asked for"
-    elif disagreed[1] > steps.max_disagreement:
-        found = f"{found}, too wide to tell from {steps.max_disagreement:.1%}"
-    else:
+    if harm := _harm(steps, canary):
+        return Finding(StepOutcome.FAIL, harm)
+    if few := _too_few(steps, canary, stable):
+        return Finding(StepOutcome.HOLD, few)
+    compared = list(comparisons(steps, canary, stable))
+    for each in compared:
+        if each.bounds[0] > each.limit:
+            return Finding(StepOutcome.FAIL, each.story)
+    speed = f"{compared[0].what} {compared[0].ratio:.2f} times the stable release's"
+    unsure = next((each.story for each in compared if each.ratio > each.limit), "")
+    found, is_equal = _equality(steps, canary)
+    if is_equal and not unsure:
         return Finding(StepOutcome.PASS, f"{found}, {speed}")
+    reason = unsure or found
     if canary.tokens < steps.max_tokens:
-        return Finding(StepOutcome.HOLD, found)
-    return Finding(
-        StepOutcome.FAIL, f"{found}; {canary.tokens} tokens should have told (max_tokens)"
-    )
+        return Finding(StepOutcome.HOLD, reason)
+    told = f"{canary.tokens} tokens should have told (max_tokens)"
+    return Finding(StepOutcome.FAIL, f"{reason}; {told}")
 
 
-def _slowness(steps: Steps, canary: Tally, stable: Tally) -> str:
-    """How the canary costs more than it may; "" if it does not."""
-    if canary.speed < steps.min_speed * stable.speed:
-        return (
-            f"{canary.speed:.1f} tokens/s are less than {steps.min_speed:g} times the stable "
-            f"release's {stable.speed:.1f}"
-        )
-    if steps.max_layers is not None and canary.depth > steps.max_layers * stable.depth:
-        return (
-            f"{canary.depth:.1f} layers per token are more than {steps.max_layers:g} times the "
-            f"stable release's {stable.depth:.1f}"
-        )
+def _harm(steps: Steps, canary: Tally) -> str:
+    """What the canary does more often than it may, beyond doubt; "" if nothing."""
+    least, _ = interval(canary.disagreed, canary.audited, steps.confidence)
+    if least > steps.max_disagreement:
+        audits = f"{least:.1%} or more of what is audited ({canary.audited} tokens)"
+        return f"full depth disagrees with {audits}, {steps.max_disagreement:.1%} are allowed"
+    fails = min(canary.failures, canary.tokens)
+    least, _ = interval(fails, canary.tokens, steps.confidence)
+    if least > steps.max_failures:
+        return f"the policy fails on {least:.1%} or more, {steps.max_failures:.1%} are allowed"
     return ""
+
+
+def _too_few(steps: Steps, canary: Tally, stable: Tally) -> str:
+    """What there is too little of; "" if there is enough."""
+    for name, tally in (("canary", canary), ("stable release", stable)):
+        for what, seen, least in (
+            ("tokens", tally.tokens, steps.min_tokens),
+            ("requests that ended", tally.requests, steps.min_requests),
+        ):
+            if seen < least:
+                return f"{seen} {what} of the {name}, {least} are asked for"
+    return ""
+
+
+def comparisons(steps: Steps, canary: Tally, stable: Tally) -> Iterator[CostRatio]:
+    """What the canary's requests cost, each figure that has a limit; time per token first."""
+    confidence = (1 + steps.confidence) / 2  # so that both intervals of a ratio are right together
+    tracks = (canary, stable)
+
+    def means(name: str, what: str, limit: float) -> CostRatio:
+        sums = [(getattr(each, name), getattr(each, f"{name}_squared")) for each in tracks]
+        ours, others = (
+            mean_interval(each.requests, *both, confidence)
+            for each, both in zip(tracks, sums, strict=True)
+        )
+        ratio = _ratio(sums[0][0] / canary.requests, sums[1][0] / stable.requests)
+        return CostRatio(what, ratio, ratio_of(ours, others), limit)
+
+    def late(name: str, what: str, limit: float) -> CostRatio:
+        counts = [getattr(each, name) for each in tracks]
+        ours, others = (quantile_interval(each, LATE, confidence) for each in counts)
+        ratio = _ratio(*(quantile_s(each, LATE) for each in counts))
+        return CostRatio(what, ratio, ratio_of(ours, others), limit)
+
+    yield means("paces", "seconds per token", 1 / steps.min_speed)
+    if steps.max_layers is not None:
+        yield means("depths", "layers per token", steps.max_layers)
+    if steps.max_first_p99 is not None:
+        yield late("firsts", "99% of first tokens within", steps.max_first_p99)
+    if steps.max_gap_p99 is not None:
+        yield late("gaps", "99% of later tokens within", steps.max_gap_p99)
+
+
+def _ratio(ours: float, others: float) -> float:
+    return ours / others if others else 1.0
+
+
+def _equality(steps: Steps, canary: Tally) -> tuple[str, bool]:
+    """What is known of the canary's tokens, and whether that is enough."""
+    if canary.is_lossless:
+        return "lossless", True
+    if canary.is_full_depth:
+        return "no token left early", True
+    if canary.audited < steps.min_audited:
+        return f"{canary.audited} audited tokens, {steps.min_audited} are asked for", False
+    least, most = interval(canary.disagreed, canary.audited, steps.confidence)
+    found = f"full depth disagrees with {least:.1%} to {most:.1%}"
+    if most > steps.max_disagreement:
+        return f"{found}, too wide to tell from {steps.max_disagreement:.1%}", False
+    return found, True

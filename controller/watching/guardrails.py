@@ -15,6 +15,7 @@ from typing import Any
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.strict import Check, is_number, or_null
+from offramp.controller.watching.quantiles import bucket_of
 from offramp.controller.watching.tally import Tally
 
 RARELY = 1e6
@@ -186,6 +187,10 @@ class PolicyWatch:
         """Begin the tally again, so that it covers the same time as another's."""
         self.tally = Tally(generation=self.tally.generation)
 
+    def note_first(self, seconds: float) -> None:
+        """A request's first token came, so long after the request."""
+        self.tally.firsts[bucket_of(seconds)] += 1
+
     def note_gap(self, seconds: float, tokens: int = 1, layers: int = 0) -> None:
         """A request's next tokens came.
 
@@ -194,6 +199,7 @@ class PolicyWatch:
             tokens: How many came at once; more than one in ``verify``.
             layers: Layers that were executed for them.
         """
+        self.tally.gaps[bucket_of(seconds)] += 1
         self.tally.tokens += tokens
         self.tally.seconds += seconds
         self.tally.layers += layers

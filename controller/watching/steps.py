@@ -25,12 +25,15 @@ def _are_percents(value: Any) -> bool:
 STEPS: dict[str, Check] = {
     "percents": (_are_percents, "a list of numbers in (0, 100], ascending"),
     "min_tokens": COUNT,
+    "min_requests": COUNT,
     "min_audited": COUNT,
     "max_tokens": COUNT,
     "max_disagreement": _SHARE,
     "max_failures": _SHARE,
     "min_speed": _RATIO,
     "max_layers": or_null(_RATIO),
+    "max_first_p99": or_null(_RATIO),
+    "max_gap_p99": or_null(_RATIO),
     "confidence": _SHARE,
 }
 """What each setting may be."""
@@ -43,13 +46,16 @@ class Steps:
     Attributes:
         percents: Shares of the requests, ascending. The first is taken by hand.
         min_tokens: Tokens of both tracks in a step before it is judged.
+        min_requests: Requests of both tracks that ended in a step before it is judged.
         min_audited: Audited early tokens of the canary in a step before it is judged.
-        max_tokens: Tokens of the canary in a step after which audits must have said enough of it.
+        max_tokens: Tokens of the canary in a step by which it must have passed or failed.
         max_disagreement: Share of them that full depth may disagree with: the whole interval must
             lie below it to pass, and above it to fail.
         max_failures: Failures of the policy per token; the whole interval above it fails.
         min_speed: Tokens per second of the canary's requests, in relation to the stable release's.
         max_layers: Layers executed per token, in the same relation; None: no bound.
+        max_first_p99: Time within which 99 % of the first tokens come, in the same relation.
+        max_gap_p99: Time within which 99 % of the later tokens follow the one before, likewise.
         confidence: Probability that an interval is right at every look, in (0, 1).
 
     Raises:
@@ -58,12 +64,15 @@ class Steps:
 
     percents: tuple[float, ...] = (5, 25, 50, 100)
     min_tokens: int = 2000
+    min_requests: int = 30
     min_audited: int = 200
     max_tokens: int = 200_000
     max_disagreement: float = 0.25
     max_failures: float = 0.01
     min_speed: float = 0.9
     max_layers: float | None = None
+    max_first_p99: float | None = 1.5
+    max_gap_p99: float | None = 1.5
     confidence: float = 0.95
 
     def __post_init__(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 from offramp.controller.errors import PolicyRefusedError
-from offramp.controller.strict import COUNT, Check, check_fields, is_number
+from offramp.controller.strict import COUNT, Check, check_fields, is_number, list_of
+from offramp.controller.watching.quantiles import BUCKETS
 
-_TIME: Check = (lambda value: is_number(value) and value >= 0, "a number from 0 on")
+_SUM: Check = (lambda value: is_number(value) and value >= 0, "a number from 0 on")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +28,11 @@ class Tally:
         disagreed: Those that full depth would not have emitted.
         verified: Passes at full depth that judged drafts.
         early: Tokens that left early, or were drafted.
+        requests: Requests that ended, and had more than one token.
+        paces, paces_squared: Sum over them of seconds per token, and of its square.
+        depths, depths_squared: Sum over them of layers executed per token, and of its square.
+        firsts: Requests by how long their first token took, in the buckets of ``quantiles``.
+        gaps: Events of later tokens by how long after those before they came, likewise.
     """
 
     generation: int = 0
@@ -37,6 +44,26 @@ class Tally:
     disagreed: int = 0
     verified: int = 0
     early: int = 0
+    requests: int = 0
+    paces: float = 0.0
+    paces_squared: float = 0.0
+    depths: float = 0.0
+    depths_squared: float = 0.0
+    firsts: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    gaps: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+
+    def note_request(self, seconds: float, tokens: int, layers: int) -> None:
+        """A request ended, whose later tokens took so long and so many layers."""
+        pace, depth = seconds / tokens, layers / tokens
+        self.requests += 1
+        self.paces += pace
+        self.paces_squared += pace * pace
+        self.depths += depth
+        self.depths_squared += depth * depth
+
+    def copy(self) -> Tally:
+        """The same counts, which go on no more."""
+        return replace(self, firsts=self.firsts.copy(), gaps=self.gaps.copy())
 
     @property
     def speed(self) -> float:
@@ -59,8 +86,18 @@ class Tally:
         return self.tokens > 0 and self.early == self.audited == 0
 
 
-_FIELDS: dict[str, Check] = {each.name: COUNT for each in fields(Tally)} | {"seconds": _TIME}
-_OPTIONAL = ("early",)
+_TIMES = ("firsts", "gaps")
+_SUMS = ("seconds", "paces", "paces_squared", "depths", "depths_squared")
+_COUNTS: Check = (
+    lambda value: list_of(COUNT)[0](value) and len(value) == BUCKETS,
+    f"a list of {BUCKETS} integers from 0 on",
+)
+_FIELDS: dict[str, Check] = (
+    {each.name: COUNT for each in fields(Tally)}
+    | dict.fromkeys(_SUMS, _SUM)
+    | dict.fromkeys(_TIMES, _COUNTS)
+)
+_OPTIONAL = ("early", "requests", *_SUMS[1:], *_TIMES)
 """What workers of before did not count: for them, all tokens may have left early."""
 
 
@@ -68,7 +105,13 @@ def add_up(generation: int, tallies: Iterable[Tally]) -> Tally:
     """One tally of all that are of a release."""
     mine = [each for each in tallies if each.generation == generation]
     names = [each.name for each in fields(Tally) if each.name != "generation"]
-    sums = {name: sum(getattr(each, name) for each in mine) for name in names}
+    sums: dict[str, Any] = {}
+    for name in names:
+        values = [getattr(each, name) for each in mine]
+        if name in _TIMES:
+            sums[name] = [sum(column) for column in zip(*values, [0] * BUCKETS, strict=True)]
+        else:
+            sums[name] = sum(values)
     return Tally(generation=generation, **sums)
 
 

@@ -11,7 +11,7 @@ from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 
 Site = Any
-STEPS = Steps(percents=(5, 50, 100), min_tokens=100, min_audited=50)
+STEPS = Steps(percents=(5, 50, 100), min_tokens=100, min_requests=20, min_audited=50)
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def traffic(worker: Any, wrong_each: int = 61, seconds: float = 0.01) -> None:
     for snapshot in (current, current.canary):
         for _ in range(60):
             is_canary = snapshot is current.canary
-            snapshot.watch.note_gap(seconds if is_canary else 0.01, 1, 8)
+            pace_s = seconds if is_canary else 0.01
+            snapshot.watch.note_gap(pace_s, 1, 8)
+            snapshot.watch.tally.note_request(pace_s, 1, 8)
     for number in range(1, 61):
         current.canary.watch.judge(number % wrong_each > 0)
     assert worker.poll_once().state is AckState.ACK
@@ -86,7 +88,7 @@ def test_one_that_disagrees_is_rolled_back(
 def test_a_slow_one_is_rolled_back(overseer: Overseer, workers: list[Any]) -> None:
     for worker in workers:
         traffic(worker, seconds=0.02)
-    assert "50.0 tokens/s are less than 0.9 times the stable release's 100.0" in overseer.look()
+    assert "fails: seconds per token 2.00 times the stable release's" in overseer.look()
 
 
 def test_a_refused_one_holds_and_says_who_refuses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from offramp.controller.watching.guardrails import PolicyWatch
@@ -10,6 +11,18 @@ from offramp.worker.decoding.request import CompletionStats, Request, TokenEvent
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.detokenize import SpecialTokens, StopStrings, StreamDecoder
 from offramp.worker.model.kv import SlotKV
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a watch was told of a request's later tokens."""
+
+    watch: PolicyWatch
+    first_s: float
+    last_s: float
+    calls: int
+    tokens: int = 0
+    layers: int = 0
 
 
 class Outbox:
@@ -24,8 +37,7 @@ class Outbox:
         self._tokenizer = tokenizer
         self._kv = kv
         self._texts: dict[str, _Text] = {}
-        # Seconds and layers at its last tokens, by request under a watch.
-        self._told_at: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, _Told] = {}  # by request under a watch
 
     def events(self, row: Sequence, before: int) -> list[TokenEvent]:
         """The events of a row's tokens from index ``before`` on; to be asked once per token.
@@ -61,14 +73,22 @@ class Outbox:
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended or was cancelled."""
         self._texts.pop(request_id, None)
-        self._told_at.pop(request_id, None)
+        told = self._told.pop(request_id, None)
+        if told is not None and told.tokens:
+            told.watch.tally.note_request(told.last_s - told.first_s, told.tokens, told.layers)
 
     def _note_gap(self, row: Sequence, tokens: int, watch: PolicyWatch) -> None:
         now = time.perf_counter()
-        if (last := self._told_at.get(row.request.id)) is not None:
-            told_at, layers = last
-            watch.note_gap(now - told_at, tokens, row.layer_calls - layers)
-        self._told_at[row.request.id] = (now, row.layer_calls)
+        told = self._told.get(row.request.id)
+        if told is None:
+            watch.note_first(now - row.request.arrived_s)
+            self._told[row.request.id] = _Told(watch, now, now, row.layer_calls)
+            return
+        layers = row.layer_calls - told.calls
+        watch.note_gap(now - told.last_s, tokens, layers)
+        told.last_s, told.calls = now, row.layer_calls
+        told.tokens += tokens
+        told.layers += layers
 
     def _stats(self, row: Sequence) -> CompletionStats:
         return CompletionStats(

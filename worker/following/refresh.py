@@ -297,4 +297,4 @@ class PolicyRefresher:
         current = self.current
         for snapshot in (current, current.canary):
             if snapshot is not None and snapshot.watch is not None:
-                yield replace(snapshot.watch.tally)
+                yield snapshot.watch.tally.copy()

@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.watching.analysis import StepOutcome, interval, judge
+from offramp.controller.watching.analysis import StepOutcome, judge
+from offramp.controller.watching.quantiles import BUCKETS, bucket_of
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import Tally, add_up, tallies_from_json, tallies_to_json
 
 
-@pytest.mark.parametrize(("hits", "seen"), [(0, 5), (3, 10), (10, 10), (40, 100)])
-def test_the_ends_are_where_the_mixture_refutes(hits: int, seen: int) -> None:
-    """Against a sum over a grid in place of the closed form."""
-    grid = (np.arange(200_000) + 0.5) / 200_000
-    likelihood = grid**hits * (1 - grid) ** (seen - hits)
-    inside = grid[likelihood.mean() < likelihood / 0.05]
-    assert interval(hits, seen, 0.95) == pytest.approx((inside[0], inside[-1]), abs=2e-5)
-
-
-def test_nothing_seen_says_nothing() -> None:
-    assert interval(0, 0, 0.95) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("rate", [0.02, 0.3])
-def test_the_truth_stays_within_at_every_look(rate: float) -> None:
-    rng = np.random.default_rng(0)
-    left = 0
-    for _ in range(200):
-        hits = np.cumsum(rng.random(300) < rate)
-        bounds = [interval(int(hits[n]), n + 1, 0.8) for n in range(300)]
-        left += any(not low <= rate <= high for low, high in bounds)
-    assert left / 200 <= 0.2
-
-
-def tally(**changes: Any) -> Tally:
-    values: dict[str, Any] = {"tokens": 5000, "seconds": 50.0, "layers": 40_000}
-    return Tally(**(values | {"audited": 500, "disagreed": 10, "early": 4000} | changes))
+def tally(
+    *,
+    pace_s: float = 0.01,
+    depth: float = 8.0,
+    spread: float = 0.1,
+    late_s: float = 0.02,
+    **changes: Any,
+) -> Tally:
+    """Requests whose seconds and layers per token lie around a mean."""
+    requests = changes.get("requests", 100)
+    times = [0] * BUCKETS
+    times[bucket_of(late_s)] = 2000
+    values: dict[str, Any] = {
+        "tokens": 5000, "seconds": 50.0, "layers": 40_000, "requests": requests,
+        "audited": 500, "disagreed": 10, "early": 4000,
+        "paces": requests * pace_s, "paces_squared": requests * pace_s**2 * (1 + spread**2),
+        "depths": requests * depth, "depths_squared": requests * depth**2 * (1 + spread**2),
+        "firsts": times, "gaps": times,
+    }  # fmt: skip
+    return Tally(**(values | changes))
 
 
 STABLE = tally(audited=0, disagreed=0)
@@ -50,9 +45,10 @@ BOUNDS = Steps(max_layers=1.0)
 @pytest.mark.parametrize(
     ("canary", "stable", "outcome", "reason"),
     [
-        (tally(), STABLE, StepOutcome.PASS, "1.00 times the stable release's speed"),
+        (tally(), STABLE, StepOutcome.PASS, "seconds per token 1.00 times the stable release's"),
         (tally(tokens=1999), STABLE, StepOutcome.HOLD, "1999 tokens of the canary, 2000 are asked"),
         (tally(), tally(tokens=7), StepOutcome.HOLD, "7 tokens of the stable release"),
+        (tally(requests=29), STABLE, StepOutcome.HOLD, "29 requests that ended of the canary, 30"),
         (tally(audited=199), STABLE, StepOutcome.HOLD, "199 audited tokens, 200 are asked for"),
         (tally(disagreed=115), STABLE, StepOutcome.HOLD, "too wide to tell from 25.0%"),
         (
@@ -68,22 +64,41 @@ BOUNDS = Steps(max_layers=1.0)
             "full depth disagrees",
         ),
         (tally(failures=200), STABLE, StepOutcome.FAIL, "the policy fails on"),
-        (tally(seconds=70.0), STABLE, StepOutcome.FAIL, "71.4 tokens/s are less than 0.9 times"),
         (
-            tally(layers=50_000),
+            tally(pace_s=0.014),
             STABLE,
             StepOutcome.FAIL,
-            "10.0 layers per token are more than 1 times",
+            "seconds per token 1.40 times the stable release's (",
+        ),
+        (tally(pace_s=0.0112), STABLE, StepOutcome.HOLD, "seconds per token 1.12 times"),
+        (
+            tally(pace_s=0.0112, tokens=300_000),
+            STABLE,
+            StepOutcome.FAIL,
+            "are allowed; 300000 tokens should have told",
+        ),
+        (tally(late_s=0.08), STABLE, StepOutcome.FAIL, "99% of first tokens within 4.00 times"),
+        (
+            tally(late_s=0.08, firsts=STABLE.firsts),
+            STABLE,
+            StepOutcome.FAIL,
+            "99% of later tokens within 4.00 times",
+        ),
+        (
+            tally(depth=10.0),
+            STABLE,
+            StepOutcome.FAIL,
+            "layers per token 1.25 times the stable release's",
         ),
         (tally(audited=0, disagreed=0), STABLE, StepOutcome.HOLD, "0 audited tokens"),
         (
             tally(audited=0, disagreed=0, early=0),
             STABLE,
             StepOutcome.PASS,
-            "no token left early, 1.00 times",
+            "no token left early, seconds per token 1.00",
         ),
         (
-            tally(tokens=300_000, seconds=3000.0, audited=9, disagreed=0, early=9),
+            tally(tokens=300_000, audited=9, disagreed=0, early=9),
             STABLE,
             StepOutcome.FAIL,
             "9 audited tokens, 200 are asked for; 300000 tokens should have told",
@@ -92,13 +107,13 @@ BOUNDS = Steps(max_layers=1.0)
             tally(audited=0, disagreed=0, verified=9),
             STABLE,
             StepOutcome.PASS,
-            "lossless, 1.00 times",
+            "lossless, seconds per token 1.00 times",
         ),
         (
-            tally(audited=0, disagreed=0, verified=9, seconds=70.0),
+            tally(audited=0, disagreed=0, verified=9, pace_s=0.014),
             STABLE,
             StepOutcome.FAIL,
-            "71.4 tokens/s",
+            "seconds per token 1.40 times",
         ),
     ],
 )
@@ -112,17 +127,30 @@ def test_tallies_add_up_by_release_and_survive_their_text() -> None:
     parts = [tally(generation=3), tally(generation=3, disagreed=1), tally(generation=1)]
     total = add_up(3, parts)
     assert (total.tokens, total.disagreed, total.speed, total.depth) == (10_000, 11, 100.0, 8.0)
+    assert (total.requests, round(total.paces, 6), sum(total.gaps)) == (200, 2.0, 4000)
     assert add_up(9, parts) == Tally(generation=9)
     assert tallies_from_json(tallies_to_json(parts)) == tuple(parts)
 
 
 def test_workers_that_count_no_early_tokens_are_not_taken_for_full_depth() -> None:
-    text = tallies_to_json([tally(early=0)]).replace(', "early": 0', "")
-    assert [each.early for each in tallies_from_json(text)] == [5000]
+    values = asdict(tally(early=0))
+    said = {name: values[name] for name in ("generation", "tokens", "seconds", "layers")}
+    said |= dict.fromkeys(("failures", "audited", "disagreed", "verified"), 0)
+    (read,) = tallies_from_json(json.dumps([said]))
+    assert (read.early, read.requests, sum(read.gaps)) == (5000, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "[3]", "[{}]", '[{"generation": -1}]', tallies_to_json([tally(seconds=-1.0)])]
+    "text",
+    [
+        "",
+        "3",
+        "[3]",
+        "[{}]",
+        '[{"generation": -1}]',
+        tallies_to_json([tally(seconds=-1.0)]),
+        tallies_to_json([tally(gaps=[1])]),
+    ],
 )
 def test_other_texts_are_no_tallies(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
@@ -147,6 +175,7 @@ def test_steps_are_read_from_yaml(tmp_path: Path) -> None:
         ("max_disagreement: 1.5", "max_disagreement: 1.5 is not a number in (0, 1)"),
         ("min_audited: many", "min_audited: 'many' is not an integer from 0 on"),
         ("min_speed: 0", "min_speed: 0 is not a number above 0"),
+        ("max_gap_p99: fast", "max_gap_p99: 'fast' is not a number above 0 or null"),
         ("max_tokens: 9", "max_tokens: 9 is below min_tokens, 2000"),
         ("max_lateness: 3", "max_lateness: is no known setting. Use percents, min_tokens"),
         ("- 5\n- 25", "steps: "),

@@ -101,6 +101,8 @@ def test_each_track_counts_its_own_requests(
         assert tally.tokens == sum(len(row.emitted) - 1 for row in mine) > 0
         assert tally.layers == sum(row.layer_calls for row in mine)
         assert tally.seconds > 0
+        assert (tally.requests, sum(tally.firsts)) == (len(mine), len(mine))
+        assert sum(tally.gaps) == tally.tokens  # one at a time, but in ``verify``
 
 
 def test_a_canary_that_talks_garbage_is_rolled_back_by_itself(bench: Bench) -> None:
