@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -51,6 +52,19 @@ def quota_reply(error: QuotaError) -> Response:
     )
 
 
+def _invalid_reply(problem: Mapping[str, Any]) -> Response:
+    """Name what pydantic refuses of a body."""
+    place = problem["loc"][1:]
+    if problem["type"] == "extra_forbidden":  # in a namespace that is ours: say which one
+        field: str | None = ".".join(map(str, place))
+        message = f"{field}: is unknown here. Leave it out; /openapi.json has those that are known."
+    else:
+        # Of a body that is no JSON, the location is a number of bytes.
+        field = next((part for part in place[:1] if isinstance(part, str)), None)
+        message = f"{field or 'body'}: {problem['msg']}."
+    return error_reply(400, message, param=field, code="invalid_value")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the routes."""
 
@@ -60,11 +74,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # Of a body that is no JSON, the location is a number of bytes.
-        field = next((part for part in first["loc"][1:2] if isinstance(part, str)), None)
-        message = f"{field or 'body'}: {first['msg']}."
-        return error_reply(400, message, param=field, code="invalid_value")
+        return _invalid_reply(error.errors()[0])
 
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:

@@ -156,7 +156,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     except Exception as error:  # of whatever Ray starts or asks
         if address is None:
             problem = f"cannot be started here: {_last_words(error)}"
-            raise ConfigError("ray", problem, "Run ray stop, or set RAY_ADDRESS") from error
+            raise ConfigError("ray", problem, "Try again once the machine is less busy") from error
         raise ConfigError(
             "RAY_ADDRESS",
             f"no Ray cluster lets us in at {address!r}",
