@@ -45,7 +45,7 @@ class WindowStream:
         seed: Seeds the order of the documents.
 
     Raises:
-        TraceError: no documents, or none of them gives a token.
+        TraceError: no documents; ``next`` raises it if all together do not fill a window.
     """
 
     def __init__(
@@ -92,13 +92,16 @@ class WindowStream:
 
     def _window(self, row: int) -> list[int]:
         pending = self._pending[row]
-        empty_in_a_row = 0
+        read = 0
         while len(pending) < self._length:
-            found = [*self._encode(self._take()), *self._end]
-            pending += found
-            empty_in_a_row = 0 if found else empty_in_a_row + 1
-            if empty_in_a_row > len(self._documents):
-                raise TraceError("corpus", "gives no tokens", "Use other documents")
+            pending += [*self._encode(self._take()), *self._end]
+            read += 1
+            if read > 2 * len(self._documents):  # a whole pass among them
+                raise TraceError(
+                    "corpus",
+                    f"has fewer tokens to train on than one window of {self._length}",
+                    "Add text, or lower --length",
+                )
         window, self._pending[row] = pending[: self._length], pending[self._length :]
         return window
 

@@ -137,5 +137,5 @@ def _unreadable(file: Path, error: Exception) -> ModelError:
     return ModelError(
         "gguf",
         f"{file} cannot be read: {in_one_line(error)}",
-        "Use a file of a family and a quantisation that transformers reads",
+        "Use a whole file, of a family and a quantisation that transformers reads",
     )
