@@ -261,9 +261,11 @@ class EngineCore:
             catch_up = [*launch.later, *self._catch_up(launch)]
             # What full depth says of a catch-up row's drafts decides what its next token is.
             judged |= {row for row in catch_up if row.drafts}
-            members = tuple(row for row in launch.members if row not in judged)
-            if members or launch.later:
-                waves.append((replace(launch, members=members), catch_up))
+            if judged:
+                members = tuple(row for row in launch.members if row not in judged)
+                launch = replace(launch, members=members)
+            if launch.members or launch.later:
+                waves.append((launch, catch_up))
         start = time.perf_counter()
         self._emitter.conclude(self.decoder.launch(waves))
         self._scheduler.took(time.perf_counter() - start)

@@ -12,7 +12,8 @@ UNFINISHED = "\ufffd"
 """What a tokenizer prints for bytes that do not make a character yet."""
 
 CONTEXT_TOKENS = 6
-"""At least so many are decoded again with each new one, so that joins come out right."""
+"""At least so many are decoded again with each new one, so that joins come out right; at twice as
+many, all but these are let go. So only every so often is the same text decoded twice."""
 
 
 FIRST_MARK = 0xD800
@@ -39,6 +40,8 @@ class StreamDecoder:
         # Where shown text ended: only there may decoding begin, since a decoder with byte fallback
         # spoils every byte that follows half a character.
         self._ends = deque(sorted({0, len(self._tokens)}))
+        # What is shown of the tokens from the first of these ends on; None: not decoded yet.
+        self._shown: str | None = None
 
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that became readable with this token; "" inside a multi-byte character.
@@ -63,13 +66,17 @@ class StreamDecoder:
 
     def _readable(self, *, last: bool) -> str:
         start, shown, count = self._ends[0], self._ends[-1], len(self._tokens)
-        before = self._decode(start, shown)
+        before = self._decode(start, shown) if self._shown is None else self._shown
         now = self._decode(start, count)
         if now.endswith(UNFINISHED) and not last:
+            self._shown = before
             return ""
         self._ends.append(count)
-        while self._ends[1] <= count - CONTEXT_TOKENS:
-            self._ends.popleft()
+        self._shown = now
+        if start < count - 2 * CONTEXT_TOKENS:
+            self._shown = None
+            while self._ends[1] <= count - CONTEXT_TOKENS:
+                self._ends.popleft()
         if not now.startswith(before):  # a prompt of token ids ended inside a character
             before = before.rstrip(UNFINISHED) or before
         return now[len(before) :]

@@ -23,7 +23,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from offramp.worker.model.attention import slot_attention
-from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
+from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm, norm_of
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import Product
 from offramp.worker.model.quantised import QuantisedLinear
@@ -54,6 +54,17 @@ FORMS: dict[type[nn.Module], frozenset[type[nn.Module]]] = {
 }
 """The layers that a lean one can stand in for, and the modules that such a layer consists of."""
 
+NORMS: frozenset[type[nn.Module]] = frozenset(
+    (
+        llama.LlamaRMSNorm,
+        mistral.MistralRMSNorm,
+        qwen2.Qwen2RMSNorm,
+        qwen3.Qwen3RMSNorm,
+        smollm3.SmolLM3RMSNorm,
+    )
+)
+"""Norms that a lean one can stand in for."""
+
 
 def has_lean_form(block: nn.Module) -> bool:
     """Whether a lean layer computes what a layer does: nothing in it is replaced or hooked."""
@@ -63,6 +74,17 @@ def has_lean_form(block: nn.Module) -> bool:
     # Between two types Hugging Face's norm rounds otherwise.
     dtypes = {parameter.dtype for parameter in block.parameters()}
     return whole and len(dtypes) == 1 and not any(_hooks_within(block))
+
+
+def lean_norm(module: nn.Module, dtype: torch.dtype) -> LeanNorm | None:
+    """What computes a final norm with fewer calls, to activations of a dtype; None: nothing does.
+
+    Another's subclass, or a module whose forward was replaced, may compute something else.
+    """
+    if type(module) not in NORMS or "forward" in vars(module):
+        return None
+    weight: Any = module.weight
+    return LeanNorm(module) if weight.dtype is dtype else None
 
 
 def _hooks_within(block: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -89,6 +111,29 @@ class Norm:
         """The norm over the last dimension."""
         # The weight is multiplied after rounding: given to rms_norm, it would be before.
         return torch.rms_norm(x, self._shape, None, self._eps).mul_(self._weight)
+
+
+class LeanNorm(nn.Module):
+    """Stands in for a final norm: one call of compiled code, where Hugging Face's is six.
+
+    Args:
+        module: A norm of one of ``NORMS``; its parameters and hooks stay its own, and where
+            gradients are wanted it computes them.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self._plain = (module,)  # in a tuple, so that its parameters are not listed twice
+        self._parameters = module._parameters
+        self._forward_hooks = module._forward_hooks
+        self._forward_pre_hooks = module._forward_pre_hooks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm over the last dimension."""
+        [module] = self._plain
+        if torch.is_grad_enabled():
+            return module.forward(x)  # type: ignore[no-any-return]
+        return norm_of(x, module.weight, module.variance_epsilon)
 
 
 class Rotation:

@@ -20,7 +20,7 @@ from offramp.worker.model.gpu.graphs import GraphedLayers, cuda_recorder
 from offramp.worker.model.kernels.compiled_layer import CompiledLayers, LayerForm
 from offramp.worker.model.kernels.matrix import KernelMatrix, is_readable
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.lean import LeanLayer, LeanRun, Rotation, has_lean_form
+from offramp.worker.model.lean import LeanLayer, LeanRun, Rotation, has_lean_form, lean_norm
 from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
 from offramp.worker.model.quantised import QuantisedLinear
 from offramp.worker.model.stack import LayerStack, Rotary, cloned
@@ -113,6 +113,8 @@ def prepare(stack: S, *, cuda_graphs: bool = True) -> S:
     rotation = Rotation()
     stack.blocks = [_prepared(block, rotation) for block in stack.blocks]
     stack.head = _faster(stack.head) or stack.head
+    if stack.device.type == "cpu":
+        stack.final_norm = lean_norm(stack.final_norm, stack.dtype) or stack.final_norm
     _choose_compiled(stack)
     if cuda_graphs and stack.device.type == "cuda":
         stack.run_compiled = GraphedLayers(stack, partial(cuda_recorder, stack.device))

@@ -50,6 +50,7 @@ class LayerStack(Protocol):
             equivalents may take their places.
         last_layer: The model's last layer as it was loaded, from which adapter layers are made.
         run_compiled: Runs neighbouring layers in one call, or gives None; None: nothing does.
+        final_norm: The norm that ``norm`` calls; an equivalent may take its place.
         head: The LM head that ``logits`` calls; an equivalent may take its place.
         head_weight_VD: The head's weight as it was loaded, whatever ``head`` is now.
     """
@@ -67,6 +68,7 @@ class LayerStack(Protocol):
     blocks: list[nn.Module]
     last_layer: nn.Module
     run_compiled: RunCompiled | None
+    final_norm: nn.Module
     head: nn.Module
     head_weight_VD: Tensor
 

@@ -99,7 +99,7 @@ class HFStack:
         self.head: nn.Module = model.lm_head
         self.head_weight_VD: Tensor = model.lm_head.weight
         self._embed = model.get_submodule(self.embed_path)
-        self._norm = model.get_submodule(self.norm_path)
+        self.final_norm: nn.Module = model.get_submodule(self.norm_path)
         rotary = model.get_submodule(self.rotary_path) if self.rotary_path else None
         self._angles = Angles(rotary, self.context, self.dtype, self.device)
 
@@ -154,7 +154,7 @@ class HFStack:
 
     def norm(self, x_ND: Tensor) -> Tensor:
         """The final norm, [N, D]."""
-        return self._norm(x_ND)  # type: ignore[no-any-return]
+        return self.final_norm(x_ND)  # type: ignore[no-any-return]
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Final norm and whole LM head, [N, V]."""

@@ -6,6 +6,7 @@ Shape suffixes: B rows, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offramp.worker.model.attention import Window
-from offramp.worker.model.kernels.layer import GATE, OUT, QUERIES, RUN_LAYERS, VALUES
+from offramp.worker.model.kernels.layer import GATE, OUT, QUERIES, RUN_LAYERS, VALUES, norm_rows
 from offramp.worker.model.kernels.matrix import GROUP, INPUTS, KIND, OUTPUTS, KernelMatrix
 from offramp.worker.model.kernels.multiply import BITS, FLOATS, TILES, code_for
 from offramp.worker.model.kernels.team import team_of
@@ -87,7 +88,9 @@ class CompiledLayers:
         outputs = matrices[:, :, OUTPUTS]
         heads = outputs[:, : VALUES + 1].sum(1).max()
         # What the threads make together of a token: heads, context, what is added, inner states.
-        self._widths = [int(heads), *(int(outputs[:, n].max()) for n in (QUERIES, OUT, GATE))]
+        widths = [int(heads), *(int(outputs[:, n].max()) for n in (QUERIES, OUT, GATE))]
+        *offsets, self._shared_width = accumulate(widths, initial=0)
+        self._offsets = [4 * offset for offset in offsets]
 
     def run(
         self, first: int, last: int, x_BTD: Tensor, window: Window, kv: SlotKV, rotary: Rotary
@@ -100,14 +103,33 @@ class CompiledLayers:
         out_BTD = torch.empty_like(x_BTD)
         cos_BTH, sin_BTH = rotary[0].contiguous(), rotary[1].contiguous()
         cells_M3 = window.cells_M3
-        shared = [np.empty(len(cells_M3) * width, np.float32) for width in self._widths]
+        tokens = len(cells_M3)
+        shared = np.empty(tokens * self._shared_width, np.float32)
+        shared_at = shared.ctypes.data
         job_J = np.array(
             [
-                len(cells_M3), first, last, len(self._forms), x_BTD.data_ptr(), out_BTD.data_ptr(),
+                tokens, first, last, len(self._forms), x_BTD.data_ptr(), out_BTD.data_ptr(),
                 cos_BTH.data_ptr(), sin_BTH.data_ptr(), cells_M3.ctypes.data, *kv.addresses(),
-                kv.capacity, *self._addresses, *(part.ctypes.data for part in shared),
+                kv.capacity, *self._addresses,
+                *(shared_at + tokens * offset for offset in self._offsets),
             ],
             np.int64,
         )  # fmt: skip
         team_of(torch.get_num_threads()).run(RUN_LAYERS, job_J)
         return out_BTD
+
+
+def norm_of(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The RMS norm over the last dimension, as the layers compute theirs.
+
+    Args:
+        x: Rows on the CPU, bfloat16 or float32.
+        weight_D: The norm's weight, of the same dtype.
+        eps: Its epsilon.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
+    sizes = (rows, x.shape[-1])
+    norm_rows(x.data_ptr(), weight_D.data_ptr(), eps, is_bits, sizes, out.data_ptr())
+    return out

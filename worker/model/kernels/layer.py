@@ -143,6 +143,15 @@ def normed(x_MD: Any, weight: int, eps: float, is_bits: bool, out_MD: Any) -> No
 
 
 @compiled
+def norm_rows(x: int, weight: int, eps: float, is_bits: bool, sizes: Any, out: int) -> None:
+    """Norm rows [M, D] that lie at an address, and write them to another."""
+    x_MD = np.empty(sizes, np.float32)
+    read(x, is_bits, x_MD.reshape(-1))
+    normed(x_MD, weight, np.float32(eps), is_bits, x_MD)
+    write(x_MD.reshape(-1), is_bits, out)
+
+
+@compiled
 def turn(layer: Any, reals: Any, cos: int, sin: int, heads_MNH: Any, team: Any) -> None:
     """Norm a member's queries and keys, where the layer does, and rotate them by position."""
     is_bits, width = layer[IS_BITS] != 0, layer[HEAD_DIM]

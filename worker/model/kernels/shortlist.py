@@ -1,4 +1,4 @@
-"""The likeliest tokens by an int4 head, whose logits the native head's rows then say exactly.
+"""The likeliest tokens: of known logits, or by an int4 head and then exactly by the native one.
 
 Shape suffixes: N rows, D width, V vocabulary, B blocks of neighbouring tokens.
 """
@@ -69,16 +69,50 @@ def _say_again(x: int, y: int, is_bits: bool, sizes: Any, native: Any) -> None:
             write(one, is_bits, here + token * size)
 
 
+def likeliest(logits_NV: Tensor) -> list[int]:
+    """The most likely token of each row: the first of equal ones; NaN is above all numbers.
+
+    Args:
+        logits_NV: Logits on the CPU, bfloat16 or float32.
+    """
+    logits_NV = logits_NV.contiguous()
+    is_bits = logits_NV.dtype is torch.bfloat16
+    best_N = _largest_of(logits_NV.data_ptr(), is_bits, *logits_NV.shape)
+    return best_N.tolist()  # type: ignore[no-any-return]
+
+
 @compiled
-def _likeliest(logits: int, is_bits: bool, tokens: int) -> Any:
-    """Tokens whose logit is as large as the largest of the ``LISTED``-th block."""
+def _largest_of(logits: int, is_bits: bool, rows: int, tokens: int) -> Any:
+    size = 2 if is_bits else 4
+    best_N = np.zeros(rows, np.int64)
+    for n in range(rows):
+        keys_V = _keys_of(logits + n * tokens * size, is_bits, tokens)
+        largest = np.int32(-0x80000000)
+        for v in range(tokens):
+            largest = max(largest, keys_V[v])
+        while keys_V[best_N[n]] != largest:
+            best_N[n] += 1
+    return best_N
+
+
+@compiled
+def _keys_of(logits: int, is_bits: bool, tokens: int) -> Any:
+    """Whole numbers in the order of the logits: only their largest is vector code."""
     logits_V = np.empty(tokens, np.float32)
     read(logits, is_bits, logits_V)
     keys_V = np.empty(tokens, np.int32)
     for v in range(tokens):
         bits = np.int32(bits_of(logits_V[v]))
-        # In the order of the numbers, as whole numbers: only their largest is vector code.
-        keys_V[v] = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        size = bits & np.int32(0x7FFFFFFF)
+        key = size if bits == size else -size
+        keys_V[v] = np.int32(0x7FFFFFFF) if size > np.int32(0x7F800000) else key
+    return keys_V
+
+
+@compiled
+def _likeliest(logits: int, is_bits: bool, tokens: int) -> Any:
+    """Tokens whose logit is as large as the largest of the ``LISTED``-th block."""
+    keys_V = _keys_of(logits, is_bits, tokens)
     width = max(1, min(BLOCK, tokens // LISTED))
     blocks = -(-tokens // width)
     largest_B = np.empty(blocks, np.int32)
