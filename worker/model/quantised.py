@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
-from offramp.worker.model.kernels.multiply import BLOCK
-from offramp.worker.model.kernels.rounding import LINE, rounded_rows
+from offramp.worker.model.kernels.multiply import BLOCK, LINE
+from offramp.worker.model.kernels.rounding import rounded_rows
 from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision
@@ -186,21 +186,25 @@ class Int4Weight:
         # Whole numbers of 8 bits times a power of two: bfloat16 holds them exactly.
         self._scale_OG = (scale_OG * unit_O1).bfloat16()
         self._zero_OG = (zero_OG * zero_unit_O1).bfloat16()
-        self._units_O2 = torch.cat((unit_O1, zero_unit_O1 / unit_O1), dim=1)
-        bytes_O2G = torch.stack(
-            (scale_OG.to(torch.uint8), zero_OG.to(torch.int8).view(torch.uint8)), 1
-        )
-        self._groups_O2G = _with_room(bytes_O2G, LANES)
+        self._units = torch.cat((unit_O1, zero_unit_O1 / unit_O1), dim=1)
+        counts = (scale_OG.to(torch.uint8), zero_OG.to(torch.int8).view(torch.uint8))
+        self._groups = torch.stack(counts, 1)
         # A block's first half lies in the lower four bits.
         q_OB2H = q_OGS.view(outputs, -1, 2, BLOCK // 2)
         pairs_OBH = q_OB2H[:, :, 0] | (q_OB2H[:, :, 1] << 4)
-        self._kept_OJ = _with_room(pairs_OBH.to(torch.uint8).view(outputs, -1), LINE)
+        self._kept = pairs_OBH.to(torch.uint8).view(outputs, -1)
+        if rounds:
+            self._units = interleaved(self._units, 1)
+            self._groups = interleaved(self._groups.transpose(1, 2), 1)
+            self._kept = interleaved(self._kept, 4)
+        else:
+            self._groups, self._kept = _with_room(self._groups, LANES), _with_room(self._kept, LINE)
 
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
         """The numbers, scales and zero points, with a bias, as compiled kernels take them."""
         return KernelMatrix(
-            self._kept_OJ, bias_O, self._units_O2, self._groups_O2G, self._group_size,
-            rounds=self._rounds,
+            self._kept, bias_O, self._units, self._groups, self._group_size,
+            outputs=len(self._scale_OG) if self._rounds else None,
         )  # fmt: skip
 
     def restored(self) -> Tensor:
@@ -223,8 +227,29 @@ class Int4Weight:
 
     def _numbers_OI(self) -> Tensor:
         """The numbers from 0 to 15, one by one, uint8."""
-        kept_OBH = self._kept_OJ.view(len(self._kept_OJ), -1, BLOCK // 2)
+        outputs = len(self._scale_OG)
+        kept_OJ = self._kept
+        if self._rounds:
+            by_lane = kept_OJ.view(len(kept_OJ) // LANES, -1, LANES, 4)
+            kept_OJ = by_lane.transpose(1, 2).reshape(len(kept_OJ), -1)[:outputs]
+        kept_OBH = kept_OJ.view(outputs, -1, BLOCK // 2)
         return torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2).flatten(1)
+
+
+def interleaved(part: Tensor, together: int) -> Tensor:
+    """Numbers of ``LANES`` outputs lane by lane: so many of each, then the next ones of each.
+
+    Args:
+        part: What each output has, [O, ...].
+        together: Neighbouring numbers of an output that stay together.
+
+    Returns:
+        The same [outputs filled up with 0 to whole lanes, numbers of each].
+    """
+    flat = part.flatten(1)
+    flat = nn.functional.pad(flat, (0, 0, 0, -len(flat) % LANES))
+    by_lane = flat.view(len(flat) // LANES, LANES, -1, together)
+    return by_lane.transpose(1, 2).reshape(len(flat), -1)
 
 
 def _with_room(part: Tensor, count: int) -> Tensor:

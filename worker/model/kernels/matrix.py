@@ -50,10 +50,11 @@ class KernelMatrix:
         bias_O: Added to the product, in the activations' dtype; None: nothing.
         scales: int8's [O]; or int4's units [O, 2]: of an output's scales, and how many of these
             make one of its zero points; float32.
-        groups_O2G: int4's scales (uint8) and zero points (bits of int8) in such units; behind them
-            a vector can be read.
+        groups: int4's scales (uint8) and zero points (bits of int8) in such units [O, 2, G]; behind
+            them a vector can be read.
         group_size: Inputs that share one of int4's scales.
-        rounds: Whether rows are rounded to whole numbers (``rounded``); of int4 in groups of 32.
+        outputs: Number of outputs of int4 weights in groups of 32 that are interleaved: their rows
+            are rounded to whole numbers (``rounded``). None: weights lie row by row.
 
     Attributes:
         nbytes: Bytes of weights, scales and zero points.
@@ -64,18 +65,21 @@ class KernelMatrix:
         weight: Tensor,
         bias_O: Tensor | None = None,
         scales: Tensor | None = None,
-        groups_O2G: Tensor | None = None,
+        groups: Tensor | None = None,
         group_size: int = 1,
         *,
-        rounds: bool = False,
+        outputs: int | None = None,
     ) -> None:
-        self._kept = (weight, bias_O, scales, groups_O2G)  # addresses do not keep alive
-        self.nbytes = sum(part.nbytes for part in (weight, scales, groups_O2G) if part is not None)
-        outputs, columns = weight.shape
-        self._outputs = outputs
+        self._kept = (weight, bias_O, scales, groups)  # addresses do not keep alive
+        self.nbytes = sum(part.nbytes for part in (weight, scales, groups) if part is not None)
+        rows, columns = weight.shape
         kind = KINDS[weight.dtype]
         inputs = 2 * columns if kind == INT4 else columns
-        kind = ROUNDED if rounds else kind
+        if outputs is None:
+            outputs = rows
+        else:
+            kind = ROUNDED
+        self._outputs = outputs
         self.described = np.zeros(10, np.int64)
         self.described[[KIND, CODE]] = kind, code_for(kind)
         self.described[STRIDE] = weight.stride(0) * weight.element_size()

@@ -10,21 +10,26 @@ from typing import Any
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from offramp.worker.model.kernels.rounding import BLOCK, LINE, STEP
+from offramp.worker.model.kernels.rounding import BLOCK
 from offramp.worker.model.kernels.vectors import (
     F32,
     FLOAT_LANES,
     I8,
     I16,
     I32,
+    I64,
     INT_LANES,
     LANES,
     TiledCode,
+    int_lanes,
     whole_number,
 )
 
-AHEAD = 2
-"""Tiles ahead that weights are asked for."""
+AHEAD = 2048
+"""Bytes ahead that weights are asked for."""
+
+LINE = 64
+"""Bytes of weights that are read at once: of four inputs and, in the upper bits, of four others."""
 
 _BYTES = ir.VectorType(I8, LINE)
 _PAIRS = ir.VectorType(I16, LINE // 2)
@@ -32,6 +37,9 @@ _PAIRS = ir.VectorType(I16, LINE // 2)
 
 class RoundedProduct(TiledCode):
     """Writes the code of one product: numba gives the addresses and sizes.
+
+    Each lane is an output, so that no sum runs over lanes: weights, scales and zero points of
+    ``LANES`` outputs lie together (``interleaved``).
 
     Args:
         builder: numba's, at the place where the code goes.
@@ -45,89 +53,84 @@ class RoundedProduct(TiledCode):
             self.inputs, self.x, self.beside, self.rows, self.y, self.y_stride,
         ) = arguments  # fmt: skip
         self.groups = builder.sdiv(self.inputs, whole_number(BLOCK))
-        self.padded = self._whole(self.groups, LANES)
-        self.filled = self._whole(self.inputs, STEP)
-        # Of a row: its lanes' scales, what goes beside them, and the groups' sums.
-        self.lane_bytes = builder.sdiv(self.filled, whole_number(2))
+
+    def emit(self) -> None:
+        """Write the product; the last lanes may be of no output."""
+        whole = self.b.and_(self.outputs, whole_number(-LANES))
+        every = cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(LANES))
+        with every as (o, _):
+            self._all_rows(LANES, o)
+        with self.b.if_then(self.b.icmp_signed("!=", whole, self.outputs)):
+            self._all_rows(1, whole)
 
     def tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
-        """Sums of some outputs of some rows, which start at o and m."""
-        sums = [[self.register() for _ in range(rows)] for _ in range(outputs)]
-        length = self.b.add(self.times(self.lane_bytes, 2), self.times(self.padded, 4))
-        beside_at = [self.row(self.beside, m, k, length) for k in range(rows)]
-        self._sum_steps(sums, o, m, beside_at)
-        self._add_zeros(sums, o, beside_at)
-        for k, of_output in enumerate(sums):
-            for j, total in enumerate(of_output):
-                row = self.b.mul(self.b.add(m, whole_number(j)), self.y_stride)
-                place = self.at(self.y, self.b.add(row, self.b.add(o, whole_number(k))), 4)
-                unit = self.load(self.row(self.units, o, k, whole_number(8)), F32, lanes=1)
-                value = self.b.fmul(self.total(self.b.load(total)), unit)
-                self.b.store(value, self.b.inttoptr(place, F32.as_pointer()))
+        """All lanes' sums of some rows, of which ``LANES`` or all that are left are written."""
+        sums = [(self.register(), self.register()) for _ in range(rows)]
+        x_at = [self.row(self.x, m, k, self.inputs) for k in range(rows)]
+        beside_at = [self.row(self.beside, m, k, self.times(self.groups, 12)) for k in range(rows)]
+        w_at = self.row(self.weights, o, 0, self.stride)
+        groups_at = self.row(self.in_groups, o, 0, self.times(self.groups, 2))
+        with cgutils.for_range(self.b, self.groups) as loop:
+            here = [self.at(at, loop.index, BLOCK) for at in x_at]
+            parts = self._whole_sums(self.at(w_at, loop.index, 4 * LINE), here, beside_at, loop)
+            place = self.at(groups_at, loop.index, 2 * LANES)
+            scale = self.counted(place, is_signed=False)
+            zero = self.counted(self.b.add(place, whole_number(LANES)), is_signed=True)
+            for (total, of_zeros), part, at in zip(sums, parts, beside_at, strict=True):
+                of_row, summed = (self._of_block(at, loop.index, n, F32) for n in (0, 2))
+                both = self.b.fmul(scale, of_row)
+                value = self.b.sitofp(part, FLOAT_LANES)
+                self.b.store(self.fma(value, both, self.b.load(total)), total)
+                self.b.store(self.fma(zero, summed, self.b.load(of_zeros)), of_zeros)
+        unit_at = self.row(self.units, o, 0, whole_number(8))
+        unit, of_unit = (self.load(self.at(unit_at, whole_number(n), 4), F32) for n in (0, LANES))
+        for k, (total, of_zeros) in enumerate(sums):
+            value = self.fma(self.b.load(of_zeros), of_unit, self.b.load(total))
+            row = self.b.mul(self.b.add(m, whole_number(k)), self.y_stride)
+            place = self.at(self.y, self.b.add(row, o), 4)
+            self._write(self.b.fmul(value, unit), place, None if outputs == LANES else o)
 
-    def _whole(self, count: Any, unit: int) -> Any:
-        return self.b.and_(self.b.add(count, whole_number(unit - 1)), whole_number(-unit))
-
-    def _sum_steps(self, sums: Any, o: Any, m: Any, beside_at: Any) -> None:
-        """Whole numbers of four blocks by the scales of both; beyond a row's end they are 0."""
-        w_at = [self.row(self.weights, o, k, self.stride) for k in range(len(sums))]
-        line = self.times(self.groups, 2)
-        scales_at = [self.row(self.in_groups, o, k, line) for k in range(len(sums))]
-        x_at = [self.row(self.x, m, k, self.filled) for k in range(len(beside_at))]
-        ahead = self.times(self.stride, len(sums) * AHEAD)
-        with cgutils.for_range(self.b, self.b.sdiv(self.filled, whole_number(STEP))) as loop:
-            lane = self.times(loop.index, LINE)
-            rows = [
-                (*(self._integers(self.at(x, loop.index, STEP, 0), half) for half in (0, LINE)),
-                 self._integers(self.b.add(beside, self.lane_bytes), lane),
-                 self.load(self.b.add(beside, lane), F32))
-                for x, beside in zip(x_at, beside_at, strict=True)
-            ]  # fmt: skip
-            for of_output, at, scales in zip(sums, w_at, scales_at, strict=True):
-                place = self.b.add(at, lane)
-                self.ask_for(self.b.add(place, ahead))
-                low, high = self._weights(place)
-                four = self.counted(self.at(scales, loop.index, 4), is_signed=False, lanes=4)
-                scale = self._by_block(four)
-                for total, (x_low, x_high, begun, of_row) in zip(of_output, rows, strict=True):
-                    part = self._dot(self._dot(begun, low, x_low), high, x_high)
-                    value = self.b.sitofp(part, FLOAT_LANES)
-                    both = self.b.fmul(scale, of_row)
-                    self.b.store(self.fma(value, both, self.b.load(total)), total)
-
-    def _add_zeros(self, sums: Any, o: Any, beside_at: Any) -> None:
-        """What the zero points add: beyond a row's groups its sums are 0."""
-        line = self.times(self.groups, 2)
-        zeros_at = [
-            self.b.add(self.row(self.in_groups, o, k, line), self.groups) for k in range(len(sums))
-        ]
-        units = [self.unit_of_zeros(self.units, o, k) for k in range(len(sums))]
-        sums_at = [self.b.add(at, self.times(self.lane_bytes, 2)) for at in beside_at]
-        every = cgutils.for_range_slice(self.b, whole_number(0), self.padded, whole_number(LANES))
-        with every as (g, _):
-            of_rows = [self.load(self.at(at, g, 4), F32) for at in sums_at]
-            for of_output, zeros, unit in zip(sums, zeros_at, units, strict=True):
-                whole = self.counted(self.b.add(zeros, g), is_signed=True)
-                zero = self.b.fmul(whole, unit)
-                for total, summed in zip(of_output, of_rows, strict=True):
-                    self.b.store(self.fma(zero, summed, self.b.load(total)), total)
-
-    def _weights(self, place: Any) -> tuple[Any, Any]:
-        """Numbers from 0 to 15 of the lower and of the upper four bits."""
-        pairs = self.load(place, I8, LINE)
+    def _whole_sums(self, w_at: Any, x_at: Any, beside_at: Any, loop: Any) -> list[Any]:
+        """Of each row, the sum of a block's products in whole numbers, output by output."""
+        parts = [self._of_block(at, loop.index, 1, I32) for at in beside_at]
         mask = ir.Constant(_BYTES, [15] * LINE)
         four = ir.Constant(_PAIRS, [4] * (LINE // 2))
-        upper = self.b.bitcast(self.b.lshr(self.b.bitcast(pairs, _PAIRS), four), _BYTES)
-        return self.b.and_(pairs, mask), self.b.and_(upper, mask)
+        for first in range(0, BLOCK // 2, 4):
+            place = self.b.add(w_at, whole_number(first * LANES))
+            self.ask_for(self.b.add(place, whole_number(AHEAD)))
+            pairs = self.load(place, I8, LINE)
+            shifted = self.b.bitcast(self.b.lshr(self.b.bitcast(pairs, _PAIRS), four), _BYTES)
+            for bits, offset in ((pairs, first), (shifted, first + BLOCK // 2)):
+                weights = self.b.and_(bits, mask)
+                for k, at in enumerate(x_at):
+                    inputs = self.load(self.b.add(at, whole_number(offset)), I32, lanes=1)
+                    parts[k] = self._dot(parts[k], weights, self._everywhere(inputs, I32))
+        return parts
 
-    def _integers(self, place: Any, offset: Any) -> Any:
-        at = offset if not isinstance(offset, int) else whole_number(offset)
-        return self.load(self.b.add(place, at), I32)
+    def _of_block(self, beside: Any, block: Any, which: int, kind: Any) -> Any:
+        """A block's scale, the start of its sum or its sum, in every lane."""
+        place = self.at(beside, block, 4)
+        if which:
+            place = self.b.add(place, self.times(self.groups, 4 * which))
+        return self._everywhere(self.load(place, kind, lanes=1), kind)
 
-    def _by_block(self, four: Any) -> Any:
-        """A block's scale in each of its four lanes."""
-        places = ir.Constant(INT_LANES, [lane // 4 for lane in range(LANES)])
-        return self.b.shuffle_vector(four, four, places)
+    def _everywhere(self, value: Any, kind: Any) -> Any:
+        lanes = ir.VectorType(kind, LANES)
+        nothing = ir.Constant(lanes, ir.Undefined)
+        one = self.b.insert_element(nothing, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(one, nothing, int_lanes(0))
+
+    def _write(self, value: Any, place: Any, first: Any) -> None:
+        """Write all lanes; or, from an output on, as many as there are outputs."""
+        if first is None:
+            self.b.store(value, self.b.inttoptr(place, FLOAT_LANES.as_pointer()), align=4)
+            return
+        lanes = cgutils.alloca_once(self.b, FLOAT_LANES)
+        self.b.store(value, lanes)
+        start = self.b.ptrtoint(lanes, I64)
+        with cgutils.for_range(self.b, self.b.sub(self.outputs, first)) as loop:
+            one = self.load(self.at(start, loop.index, 4), F32, lanes=1)
+            self.b.store(one, self.b.inttoptr(self.at(place, loop.index, 4), F32.as_pointer()))
 
     def _dot(self, total: Any, weights: Any, x: Any) -> Any:
         """Add the products of four neighbouring bytes to each lane."""

@@ -6,8 +6,7 @@ whole number from -127 to 127 (MXINT8, OCP Microscaling Formats Specification 1.
 of the restored weight with the rounded row. Whole numbers are multiplied and added without an
 error, in whatever order.
 
-Shape suffixes: M rows, I inputs, B blocks of a row, P numbers of a row filled up to whole steps,
-L lanes of four inputs, G groups of an output's weights.
+Shape suffixes: M rows, I inputs, B blocks of a row.
 """
 
 from __future__ import annotations
@@ -39,12 +38,6 @@ from offramp.worker.model.kernels.vectors import (
 BLOCK = 32
 """Neighbouring inputs of a row that share a scale, and int4 weights that do."""
 
-LINE = 64
-"""Bytes of weights that are read at once, and of numbers of a row."""
-
-STEP = 2 * LINE
-"""Inputs that are multiplied at once: four blocks."""
-
 BITS_OF_NUMBER = 6
 """The largest of a block's inputs lies between 2^6 and 2^7 of its scale."""
 
@@ -52,7 +45,6 @@ SMALLEST = 27 << 23
 """Bits of 2^-100: a block whose inputs are all smaller counts as 0."""
 
 _EXPONENT = 0x7F800000
-_FOUR = ir.VectorType(I32, 4)
 
 
 def rounded_rows(x: Tensor) -> Tensor:
@@ -72,39 +64,33 @@ def rounded_rows(x: Tensor) -> Tensor:
 
 @compiled
 def whole_numbers(x_MI: Any) -> Any:
-    """Round rows of float32; give them in the order of the weights, and what goes with them.
-
-    Of ``STEP`` inputs those come first whose weights lie in the lower four bits.
+    """Round rows of float32; give their numbers, and what goes with each block.
 
     Returns:
-        Numbers [M, P / 4], int8 by four in a float32; and of each row, side by side [M, 1, ..]: the
-        scale of each lane [L], -8 times the sum of each lane's numbers (bits of int32, [L]), and
-        each group's sum, padded by 0 to whole vectors [G].
+        Numbers [M, I / 4], int8 by four in a float32; and of each row, side by side [M, 1, 3 B]:
+        each block's scale, -8 times the sum of its numbers (bits of int32), and its sum.
     """
     rows, inputs = x_MI.shape
     blocks = inputs // BLOCK
-    steps = -(-inputs // STEP)
-    lanes = steps * LANES
-    numbers_MP = np.zeros((rows, steps * STEP // 4), np.float32)
-    beside = np.zeros((rows, 1, 2 * lanes + -(-blocks // LANES) * LANES), np.float32)
+    numbers_MP = np.empty((rows, inputs // 4), np.float32)
+    beside = np.empty((rows, 1, 3 * blocks), np.float32)
     for m in range(rows):
         _round_row(
             address(x_MI) + m * x_MI.strides[0],
             address(numbers_MP) + m * numbers_MP.strides[0],
             address(beside) + m * beside.strides[0],
             blocks,
-            lanes,
         )
     return numbers_MP, beside
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba is untyped
-def _round_row(_: Any, x: Any, numbers: Any, beside: Any, blocks: Any, lanes: Any) -> Any:
+def _round_row(_: Any, x: Any, numbers: Any, beside: Any, blocks: Any) -> Any:
     def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         _Rounding(builder, values).emit()
         return context.get_dummy_value()
 
-    return types.void(x, numbers, beside, blocks, lanes), emit
+    return types.void(x, numbers, beside, blocks), emit
 
 
 class _Rounding(VectorCode):
@@ -112,9 +98,9 @@ class _Rounding(VectorCode):
 
     def __init__(self, builder: Any, arguments: Any) -> None:
         super().__init__(builder)
-        self.x, self.numbers, self.beside, self.blocks, lanes = arguments
-        self.minus = builder.add(self.beside, self.times(lanes, 4))
-        self.sums = builder.add(self.beside, self.times(lanes, 8))
+        self.x, self.numbers, self.beside, self.blocks = arguments
+        self.minus = builder.add(self.beside, self.times(self.blocks, 4))
+        self.sums = builder.add(self.beside, self.times(self.blocks, 8))
 
     def emit(self) -> None:
         """Round block by block."""
@@ -137,17 +123,12 @@ class _Rounding(VectorCode):
         inverse = b.select(b.and_(counts, finite), inverse, ir.Constant(I32, 0))
         factor = self.splat(b.bitcast(inverse, F32))
         whole = [self._whole(b.fmul(half, factor)) for half in halves]
-        step, place = b.sdiv(block, whole_number(4)), b.srem(block, whole_number(4))
-        at = b.add(self.at(self.numbers, step, STEP), self.times(place, BLOCK // 2))
-        for half, offset in zip(whole, (0, LINE), strict=True):
-            kind = ir.VectorType(I8, LANES)
-            pointer = b.inttoptr(b.add(at, whole_number(offset)), kind.as_pointer())
-            b.store(b.trunc(half, kind), pointer, align=1)
-        parts = self._by_lane(b.add(*whole))
-        self._put(b.mul(parts, ir.Constant(_FOUR, [-8] * 4)), self.at(self.minus, block, 16))
-        self._put(self._four(scale), self.at(self.beside, block, 16))
-        total = b.fmul(scale, b.sitofp(self._reduced("add", parts), F32))
-        b.store(total, b.inttoptr(self.at(self.sums, block, 4), F32.as_pointer()))
+        for half, offset in zip(whole, (0, LANES), strict=True):
+            self._put(b.trunc(half, ir.VectorType(I8, LANES)), self.numbers, block, BLOCK, offset)
+        total = self._reduced("add", b.add(*whole))
+        self._put(scale, self.beside, block, 4)
+        self._put(b.mul(total, ir.Constant(I32, -8)), self.minus, block, 4)
+        self._put(b.fmul(scale, b.sitofp(total, F32)), self.sums, block, 4)
 
     def _largest(self, halves: Any) -> Any:
         """Bits of the largest magnitude; NaN is larger than any number."""
@@ -165,16 +146,6 @@ class _Rounding(VectorCode):
         rint = cgutils.get_or_insert_function(self.b.module, signature, "llvm.rint.v16f32")
         return self.b.fptosi(self.b.call(rint, (scaled,)), INT_LANES)
 
-    def _by_lane(self, numbers: Any) -> Any:
-        """Sums of four neighbours."""
-        parts = [
-            self.b.shuffle_vector(
-                numbers, numbers, ir.Constant(_FOUR, list(range(first, LANES, 4)))
-            )
-            for first in range(4)
-        ]
-        return self.b.add(self.b.add(parts[0], parts[1]), self.b.add(parts[2], parts[3]))
-
     def _reduced(self, how: str, vector: Any) -> Any:
         signature = ir.FunctionType(I32, (vector.type,))
         name = f"llvm.vector.reduce.{how}.v{vector.type.count}i32"
@@ -182,10 +153,7 @@ class _Rounding(VectorCode):
             cgutils.get_or_insert_function(self.b.module, signature, name), (vector,)
         )
 
-    def _four(self, scale: Any) -> Any:
-        kind = ir.VectorType(F32, 4)
-        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scale, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, one, ir.Constant(_FOUR, [0] * 4))
-
-    def _put(self, four: Any, place: Any) -> None:
-        self.b.store(four, self.b.inttoptr(place, four.type.as_pointer()), align=4)
+    def _put(self, value: Any, base: Any, block: Any, size: int, offset: int = 0) -> None:
+        """Keep a block's value, or a part of it."""
+        place = self.b.add(self.at(base, block, size), whole_number(offset))
+        self.b.store(value, self.b.inttoptr(place, value.type.as_pointer()), align=1)
