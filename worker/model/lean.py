@@ -124,16 +124,16 @@ class LeanNorm(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self._plain = (module,)  # in a tuple, so that its parameters are not listed twice
+        self._norm = norm_of(module.weight.detach(), module.variance_epsilon)
         self._parameters = module._parameters
         self._forward_hooks = module._forward_hooks
         self._forward_pre_hooks = module._forward_pre_hooks
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm over the last dimension."""
-        [module] = self._plain
         if torch.is_grad_enabled():
-            return module.forward(x)  # type: ignore[no-any-return]
-        return norm_of(x, module.weight, module.variance_epsilon)
+            return self._plain[0].forward(x)  # type: ignore[no-any-return]
+        return self._norm(x)
 
 
 class Rotation:

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -119,17 +119,20 @@ class CompiledLayers:
         return out_BTD
 
 
-def norm_of(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def norm_of(weight_D: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
     """The RMS norm over the last dimension, as the layers compute theirs.
 
     Args:
-        x: Rows on the CPU, bfloat16 or float32.
-        weight_D: The norm's weight, of the same dtype.
+        weight_D: The norm's weight on the CPU, bfloat16 or float32; rows have the same dtype.
         eps: Its epsilon.
     """
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
-    sizes = (rows, x.shape[-1])
-    norm_rows(x.data_ptr(), weight_D.data_ptr(), eps, is_bits, sizes, out.data_ptr())
-    return out
+    width, is_bits = len(weight_D), weight_D.dtype is torch.bfloat16
+
+    def norm(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        rows = x.numel() // width
+        norm_rows(x.data_ptr(), weight_D.data_ptr(), eps, is_bits, rows, width, out.data_ptr())
+        return out
+
+    return norm

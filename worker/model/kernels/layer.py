@@ -143,9 +143,11 @@ def normed(x_MD: Any, weight: int, eps: float, is_bits: bool, out_MD: Any) -> No
 
 
 @compiled
-def norm_rows(x: int, weight: int, eps: float, is_bits: bool, sizes: Any, out: int) -> None:
-    """Norm rows [M, D] that lie at an address, and write them to another."""
-    x_MD = np.empty(sizes, np.float32)
+def norm_rows(
+    x: int, weight: int, eps: float, is_bits: bool, rows: int, width: int, out: int
+) -> None:
+    """Norm rows that lie at an address, and write them to another."""
+    x_MD = np.empty((rows, width), np.float32)
     read(x, is_bits, x_MD.reshape(-1))
     normed(x_MD, weight, np.float32(eps), is_bits, x_MD)
     write(x_MD.reshape(-1), is_bits, out)
