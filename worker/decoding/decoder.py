@@ -18,6 +18,7 @@ from offramp.worker.decoding.asking.grouping import RowGrouper
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.draft_wave import DraftWave
+from offramp.worker.decoding.full_wave import full_wave, is_full
 from offramp.worker.decoding.reading import ExitReader
 from offramp.worker.decoding.sampler import report_each
 from offramp.worker.decoding.schedule import Launch
@@ -199,6 +200,9 @@ class Decoder:
         """
         arrivals: list[Arrival] = []
         for launch, catch_up in waves:
+            if not catch_up and is_full(launch, self.stack.layers):
+                arrivals += full_wave(self.context, launch.members)
+                continue
             members = launch.members
             if launch.first == 0 and launch.ending != "all":
                 drafted = self._draft(members)

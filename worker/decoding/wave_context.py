@@ -9,6 +9,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,8 +173,8 @@ def sent(
 
     They go to the model's device together, since each upload costs a launch.
     """
-    slots = [[row.slot] for row in rows]
-    positions = [[row.open[-1].position] for row in rows]
-    three = upload([[[number] for number in numbers], slots, positions], stack.device)
+    slots = [row.slot for row in rows]
+    positions = [row.open[-1].position if row.open else row.position for row in rows]
+    three = upload(np.array([numbers, slots, positions])[:, :, None], stack.device)
     numbers_N1, slots_N1, positions_N1 = three.unbind()
     return numbers_N1, (slots_N1, positions_N1)
