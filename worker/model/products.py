@@ -8,6 +8,7 @@ machine compute with the same kernels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -71,7 +72,8 @@ def rows_up_to(
         sizes: Numbers of rows to compare at, ascending.
     """
     known = _known()
-    key = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {what}"
+    versions = f"torch {torch.__version__}, kernels {_kernels()}"
+    key = f"{processor()}, {versions}, {torch.get_num_threads()} threads, {what}"
     key += f", up to {sizes[-1]}"
     if key not in known:
         faster = itertools.takewhile(
@@ -96,6 +98,13 @@ def processor() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> str:
+    """Digest of our kernels' sources: what was measured of others says nothing of these."""
+    sources = sorted((Path(__file__).parent / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
 
 
 @torch.inference_mode()

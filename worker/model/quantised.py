@@ -20,7 +20,7 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK, LINE
-from offramp.worker.model.kernels.rounding import rounded_rows
+from offramp.worker.model.kernels.rounding import interleaved, rounded_rows
 from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision
@@ -234,22 +234,6 @@ class Int4Weight:
             kept_OJ = by_lane.transpose(1, 2).reshape(len(kept_OJ), -1)[:outputs]
         kept_OBH = kept_OJ.view(outputs, -1, BLOCK // 2)
         return torch.stack((kept_OBH & 15, kept_OBH >> 4), dim=2).flatten(1)
-
-
-def interleaved(part: Tensor, together: int) -> Tensor:
-    """Numbers of ``LANES`` outputs lane by lane: so many of each, then the next ones of each.
-
-    Args:
-        part: What each output has, [O, ...].
-        together: Neighbouring numbers of an output that stay together.
-
-    Returns:
-        The same [outputs filled up with 0 to whole lanes, numbers of each].
-    """
-    flat = part.flatten(1)
-    flat = nn.functional.pad(flat, (0, 0, 0, -len(flat) % LANES))
-    by_lane = flat.view(len(flat) // LANES, LANES, -1, together)
-    return by_lane.transpose(1, 2).reshape(len(flat), -1)
 
 
 def _with_room(part: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.attention import decode_window, prefill_window
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.lean import LeanLayer, has_lean_form
+from offramp.worker.model.lean import LeanLayer, LeanNorm, has_lean_form, lean_norm
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.prepared import PackedWeight, prepare
 from offramp.worker.model.products import can_pack
@@ -134,3 +134,36 @@ def test_the_model_is_neither_changed_nor_its_plain_weights_copied() -> None:
         block.weight for block in model.model.layers[0].mlp.children() if hasattr(block, "weight")
     ]
     assert {each.data_ptr() for each in PackedWeight(*parts[:2])._plain} <= mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_final_norm_is_the_modules_and_calls_its_hooks(dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype)
+    module = model.model.norm
+    module.weight.data += 0.1 * torch.randn_like(module.weight)
+    stack = prepare(stack_for(model))
+    assert isinstance(stack.final_norm, LeanNorm)
+    x_ND = torch.randn(50, stack.width).to(dtype)
+    seen: list[torch.Tensor] = []
+    module.register_forward_hook(lambda _module, _given, out: seen.append(out))
+    with torch.inference_mode():
+        ours, theirs = stack.norm(x_ND), module.forward(x_ND)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], ours)
+    torch.testing.assert_close(
+        ours, theirs, rtol=2**-7 if dtype is torch.bfloat16 else 1e-6, atol=0
+    )
+    assert float((ours == theirs).float().mean()) > 0.99 or dtype is torch.float32
+    x_ND.requires_grad_()
+    [gradient] = torch.autograd.grad(stack.norm(x_ND).float().square().sum(), x_ND)
+    [expected] = torch.autograd.grad(module.forward(x_ND).float().square().sum(), x_ND)
+    assert torch.equal(gradient, expected)
+
+
+def test_a_norm_of_another_kind_or_type_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_model("llama").model.norm
+    assert lean_norm(module, torch.bfloat16) is None
+    assert lean_norm(nn.LayerNorm(8), torch.float32) is None
+    assert lean_norm(module, torch.float32) is not None
+    monkeypatch.setattr(module, "forward", lambda x: x)
+    assert lean_norm(module, torch.float32) is None

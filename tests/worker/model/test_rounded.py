@@ -27,7 +27,7 @@ from offramp.worker.model.kernels.matrix import (
     weighted,
 )
 from offramp.worker.model.kernels.rounding import rounded_rows
-from offramp.worker.model.kernels.shortlist import LISTED, Shortlist
+from offramp.worker.model.kernels.shortlist import LISTED, Shortlist, likeliest
 from offramp.worker.model.quantised import Int4Weight
 from support.kernels import matrix_of, numbers
 
@@ -110,3 +110,20 @@ def test_a_shortlist_says_the_likeliest_tokens_as_the_native_head_does(
     assert torch.equal(torch.cat([listed.product(row_D[None]) for row_D in x_ND]), logits)
     x_ND[2] = float("nan")
     assert listed.product(x_ND).isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [
+        [-3.0, -1.0, -2.0, -1.0],
+        [-0.0, 0.0, -1.0, 0.0],
+        [1.0, inf, 2.0, inf],
+        [1.0, nan, inf, -nan],
+        [-inf, -inf, -5.0, -inf],
+        [-inf, -inf, -inf, -inf],
+    ]
+    assert likeliest(torch.tensor(rows, dtype=dtype)) == [1, 0, 1, 1, 2, 0]
+    logits_NV = numbers(7, 1001).to(dtype)
+    assert likeliest(logits_NV) == logits_NV.float().numpy().argmax(-1).tolist()
+    assert likeliest(logits_NV[:, :500]) == logits_NV[:, :500].float().numpy().argmax(-1).tolist()

@@ -62,6 +62,22 @@ def rounded_rows(x: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2).to(x.dtype)
 
 
+def interleaved(part: Tensor, together: int) -> Tensor:
+    """Numbers of ``LANES`` outputs lane by lane: so many of each, then the next ones of each.
+
+    Args:
+        part: What each output has, [O, ...].
+        together: Neighbouring numbers of an output that stay together.
+
+    Returns:
+        The same [outputs filled up with 0 to whole lanes, numbers of each].
+    """
+    flat = part.flatten(1)
+    flat = torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % LANES))
+    by_lane = flat.view(len(flat) // LANES, LANES, -1, together)
+    return by_lane.transpose(1, 2).reshape(len(flat), -1)
+
+
 @compiled
 def whole_numbers(x_MI: Any) -> Any:
     """Round rows of float32; give their numbers, and what goes with each block.
