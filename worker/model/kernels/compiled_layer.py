@@ -124,7 +124,7 @@ def norm_of(weight_D: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
     Args:
         weight_D: The norm's weight on the CPU, bfloat16 or float32; rows have the same dtype.
-        eps: Its epsilon.
+        eps: What keeps it from dividing by zero.
     """
     width, is_bits = len(weight_D), weight_D.dtype is torch.bfloat16
 

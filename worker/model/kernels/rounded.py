@@ -91,7 +91,7 @@ class RoundedProduct(TiledCode):
             self._write(self.b.fmul(value, unit), place, None if outputs == LANES else o)
 
     def _whole_sums(self, w_at: Any, x_at: Any, beside_at: Any, loop: Any) -> list[Any]:
-        """Of each row, the sum of a block's products in whole numbers, output by output."""
+        """Sum a block's products in whole numbers, row by row; each lane is an output."""
         parts = [self._of_block(at, loop.index, 1, I32) for at in beside_at]
         mask = ir.Constant(_BYTES, [15] * LINE)
         four = ir.Constant(_PAIRS, [4] * (LINE // 2))
