@@ -125,7 +125,7 @@ class Soak:
             if samples[-1][0] - samples[0][0] >= STEADY_S:
                 seconds, held = zip(*warm, strict=True)
                 slope = float(np.polyfit(seconds, held, 1)[0]) * 60
-                label = f"soak: {name.split(':')[2]} grows by, from {held[0]:.0f} MiB on"
+                label = f"soak: {name} grows by, from {held[0]:.0f} MiB on"
                 rows.append(row(label, STREAMS, slope, "MiB/min"))
         return rows
 
