@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import ConfigError
+from offramp.controller.redis_client import SCHEMES
 
 PREFIX = "OFFRAMP_"
 
@@ -52,8 +53,8 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _is_an_address(cls, url: str | None) -> str | None:
-        if url is not None and urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("it begins with none of redis://, rediss:// and unix://")
+        if url is not None and urlsplit(url).scheme not in SCHEMES:
+            raise ValueError(f"it begins with none of {', '.join(SCHEMES)}, each with ://")
         return url
 
     @classmethod
