@@ -285,7 +285,8 @@ class Decoder:
 
     def _head(self, arrivals: list[Arrival]) -> Tensor:
         """Run the head that reads them over all tokens that are judged."""
-        states = torch.cat([each.states_MD[-_tokens_to_judge(each) :] for each in arrivals])
+        parts = [each.states_MD[-_tokens_to_judge(each) :] for each in arrivals]
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
         copy = self.context.copy
         stack = copy.stack if copy is not None and arrivals[0].on_copy else self.stack
         return stack.logits(states)

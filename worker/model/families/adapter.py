@@ -40,7 +40,7 @@ class Angles:
     def at(self, x_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines [B, T, H]; empty for a family without rotary embeddings."""
         if self._tables:
-            return tuple(torch.nn.functional.embedding(positions_BT, t) for t in self._tables)
+            return tuple(torch.embedding(table, positions_BT) for table in self._tables)
         return () if self._module is None else tuple(self._module(x_BTD, positions_BT))
 
 
