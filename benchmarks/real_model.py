@@ -48,6 +48,7 @@ from shared.drafting.lossless_plot import draw_real_model
 from shared.drafting.turns import Entry, Unfinished, compare
 from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
 
+from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
 from offramp.agents.recording.training_data import load_candidates
@@ -84,6 +85,7 @@ class Sizes:
     seeds: int = 3
     profile_s: float = 30.0
     candidates: int = 256
+    max_drafts: int = 24
     temperature: float = 0.0
     peers: bool = True
 
@@ -105,6 +107,7 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="New tokens of each.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings of each learned drafter.")] = None,
     steps: Annotated[int | None, typer.Option(help="Decisions of each training.")] = None,
+    drafts: Annotated[int | None, typer.Option(help="Drafts of a cycle at most.")] = None,
     theirs: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Time Hugging Face's loops, too.")
     ] = True,
@@ -119,6 +122,7 @@ def main(
         "new_tokens": tokens,
         "seeds": seeds,
         "steps": steps,
+        "max_drafts": drafts,
     }
     plan = replace(
         QUICK if quick else Sizes(),
@@ -133,6 +137,7 @@ def main(
             kv_mode="verify",
             draft_precision=Precision.parse(copy, for_drafts=True),
             translators=translators,
+            max_pending=plan.max_drafts,
         )
         engine = AdaptiveEngine.from_pretrained(model, dtype=dtype, slots=1, config=config)
         asked = {name: questions_of(name, gsm8k) or [] for name in text.split(",")}
@@ -249,7 +254,10 @@ def drafters_of(
         else spoken_table(engine, learning, plan.recorded, plan.candidates)
     )
     costs = from_json(
-        kept.once("costs", lambda: to_json(profile(engine, table_VK, plan.profile_s)))
+        kept.once(
+            "costs",
+            lambda: to_json(profile(engine, table_VK, plan.profile_s, most=plan.max_drafts)),
+        )
     )
     precision = engine.config.draft_precision
     assert precision is not None
@@ -265,7 +273,7 @@ def drafters_of(
         )
         lesson = Lesson(train, validation, costs, table)
         if table is None and found:  # adapters read by the head: for rules that know no other way
-            found += head_rules(lesson)
+            found += head_rules(lesson, plan.max_drafts)
         else:
             found += of_lesson(lesson, plan)
     return found
@@ -273,15 +281,18 @@ def drafters_of(
 
 def of_lesson(lesson: Lesson, plan: Sizes) -> list[Chosen]:
     train, validation, costs = lesson.train, lesson.validation, lesson.costs
+    table_VK, most = lesson.table_VK, plan.max_drafts
     rules = [
-        *static_grid(validation, costs, lesson.table_VK)[:3],
-        confident_grid(validation, costs, lesson.table_VK)[0],
+        *static_grid(validation, costs, table_VK, most)[:3],
+        confident_grid(validation, costs, table_VK, most)[0],
+        trusted_grid(fit_chances(train), validation, costs, table_VK, most)[0],
     ]
-    if lesson.table_VK is None:
-        rules += head_rules(lesson)
+    if table_VK is None:
+        rules += head_rules(lesson, most)
     learned = [
-        one_drafter(train, validation, costs, DraftPPOConfig(steps=plan.steps, seed=seed),
-                    train.header.exits, lesson.table_VK)
+        one_drafter(train, validation, costs,
+                    DraftPPOConfig(steps=plan.steps, seed=seed, max_pending=most),
+                    train.header.exits, table_VK)
         for seed in range(plan.seeds)
     ]  # fmt: skip
     for each in rules:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.agents.drafting.draft_replay import Chosen, at_exits, ranked
+from offramp.agents.drafting.draft_replay import Chosen, at_exits, bounds, ranked
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.drafts import ConfidentDraft, DelDraft, StaticDraft, ThompsonDraft
@@ -20,7 +20,10 @@ from offramp.envs.traces.tokens import TokenTraces
 
 
 def static_grid(
-    validation: TokenTraces, costs: CostTable, candidates_VK: IntArray | None = None
+    validation: TokenTraces,
+    costs: CostTable,
+    candidates_VK: IntArray | None = None,
+    max_pending: int = MAX_PENDING,
 ) -> list[Chosen]:
     """Every (exit, length), the best first; headless if a table is given.
 
@@ -30,29 +33,41 @@ def static_grid(
 
     def rule(layer: int, length: int) -> RoutingPolicy:
         if candidates_VK is None:
-            return StaticDraft(layer=layer, length=length)
+            return StaticDraft(layer=layer, length=length, max_pending=max_pending)
         return ConfidentDraft(
-            layer=layer, threshold=0.0, length=length, candidates_VK=candidates_VK
+            layer=layer,
+            threshold=0.0,
+            length=length,
+            max_pending=max_pending,
+            candidates_VK=candidates_VK,
         )
 
     tried = [
         (f"{name}, exit {layer}, length {length}", rule(layer, length))
         for layer in validation.header.exits
-        for length in range(1, MAX_PENDING + 1)
+        for length in range(1, max_pending + 1)
     ]
-    return ranked(tried, validation, costs)
+    return ranked(tried, validation, costs, max_pending)
 
 
-def thompson_grid(validation: TokenTraces, costs: CostTable) -> list[Chosen]:
-    """Thompson sampling at every exit, the best first."""
+def thompson_grid(
+    validation: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
+) -> list[Chosen]:
+    """Thompson sampling at every exit and with several bounds on its length, the best first."""
     tried = [
-        (f"Thompson sampling, exit {layer}", ThompsonDraft(layer))
+        (
+            f"Thompson sampling, exit {layer}, at most {length}",
+            ThompsonDraft(layer, length=length, max_pending=max_pending),
+        )
         for layer in validation.header.exits
+        for length in bounds(max_pending)
     ]
-    return ranked(tried, validation, costs)
+    return ranked(tried, validation, costs, max_pending)
 
 
-def del_rule(train: TokenTraces, validation: TokenTraces, costs: CostTable) -> list[Chosen]:
+def del_rule(
+    train: TokenTraces, validation: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
+) -> list[Chosen]:
     """DEL over all recorded exits, and over the trained ones, the best first."""
     exits = train.header.exits
     load = dict(zip(exits, loads_of(train.header, costs), strict=True))
@@ -65,9 +80,10 @@ def del_rule(train: TokenTraces, validation: TokenTraces, costs: CostTable) -> l
             shown.agree_NE.mean(0),
             halfway_confidence(shown),
             [load[layer] for layer in subset],
+            max_pending=max_pending,
         )
         tried.append((f"DEL, exits {', '.join(map(str, subset))}", policy))
-    return ranked(tried, validation, costs)
+    return ranked(tried, validation, costs, max_pending)
 
 
 def loads_of(header: TraceHeader, costs: CostTable) -> list[float]:

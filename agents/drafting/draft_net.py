@@ -126,7 +126,15 @@ def router_of(
     if candidates_VK is not None:
         weight, bias = router[0]
         router[0] = (_spread(weight), bias)
-    return DraftRouter(exits, starter, router, max_pending=max_pending, candidates_VK=candidates_VK)
+    chances = model.get_env().core.chances
+    return DraftRouter(
+        exits,
+        starter,
+        router,
+        max_pending=max_pending,
+        candidates_VK=candidates_VK,
+        chances=None if chances is None else chances.line_E2,
+    )
 
 
 def _spread(weight_IH: FloatArray) -> FloatArray:

@@ -31,7 +31,7 @@ from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.profiling.rounds import ProfileConfig, spans_of
 from offramp.worker.recording.going_on import go_on
 
 LEARNED_SPLITS = ("train", "validation")
@@ -151,7 +151,9 @@ def record_parts(
 
     recorded, held_out = record("record", train), record("record validation", validation)
     alone = AdaptiveEngine(engine.model, engine.tokenizer, slots=1, config=own)
-    profile = ProfileConfig(rows=(1,), limit_s=config.profile_s)
+    profile = ProfileConfig(
+        rows=(1,), tokens=spans_of(config.ppo.max_pending), limit_s=config.profile_s
+    )
     parts = DraftParts(
         config=config,
         train=recorded,

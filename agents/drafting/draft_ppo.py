@@ -13,10 +13,13 @@ import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
+from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
 from offramp.agents.drafting.draft_net import DraftPolicy
+from offramp.agents.drafting.draft_replay import decider
+from offramp.agents.drafting.draft_start import imitate
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import MAX_PENDING
+from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from offramp.envs.cores.draft_core import DraftExitCore
 from offramp.envs.traces.tokens import TokenTraces
@@ -37,6 +40,7 @@ class DraftPPOConfig:
         entropy: Weight of the entropy bonus at the start; falls with the learning rate.
         hidden: Units of each hidden layer of both actor nets.
         max_pending: Drafts that may be open.
+        imitated: Decisions of the best stop by trust that the actor learns to repeat first.
         rate_share: How far ρ moves to a rollout's own rate.
         seed: Seeds everything random.
     """
@@ -46,16 +50,17 @@ class DraftPPOConfig:
     rollout: int = 32
     batch: int = 4096
     epochs: int = 4
-    learning_rate: float = 2e-3
-    gae_lambda: float = 0.95
-    entropy: float = 0.002
+    learning_rate: float = 5e-4
+    gae_lambda: float = 1.0
+    entropy: float = 0.0
     hidden: tuple[int, ...] = (32, 32)
     max_pending: int = MAX_PENDING
+    imitated: int = 65_536
     rate_share: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "envs", "rollout", "batch", "epochs"):
+        for name in ("steps", "envs", "rollout", "batch", "epochs", "imitated"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1")
         if not 0 < self.rate_share <= 1:
@@ -91,16 +96,24 @@ def train_drafter(
     costs: CostTable,
     config: DraftPPOConfig,
     on_rate: Callable[[int, float], None] = lambda *_: None,
+    candidates_VK: IntArray | None = None,
 ) -> Any:
     """Train Stable-Baselines3's PPO on ``offramp/DraftExit-v0``; returns the ``PPO``.
+
+    It starts from the stop by trust that is best on the same traces (``draft_start``).
 
     Args:
         traces: Continuations that episodes replay.
         costs: What a token's parts cost, as measured.
         config: Hyper-parameters of the run.
         on_rate: Told (decisions so far, ρ) after each rollout.
+        candidates_VK: The table of ``CandidateDrafts``.
     """
-    core = DraftExitCore(traces, costs, num_envs=config.envs, max_pending=config.max_pending)
+    exits, chances = traces.header.exits, fit_chances(traces)
+    rule = trusted_grid(chances, traces, costs, candidates_VK, config.max_pending)[0]
+    core = DraftExitCore(
+        traces, costs, num_envs=config.envs, max_pending=config.max_pending, chances=chances
+    )
     model = PPO(
         DraftPolicy,
         CoreVecEnv(core),
@@ -114,7 +127,10 @@ def train_drafter(
         ent_coef=config.entropy,
         seed=config.seed,
         device="cpu",
-        policy_kwargs={"nets": {"exits": len(traces.header.exits), "hidden": config.hidden}},
+        policy_kwargs={"nets": {"exits": len(exits), "hidden": config.hidden}},
     )
+    shown = decider(rule.policy, exits)
+    imitate(model, core, shown, decisions=config.imitated, seed=config.seed)
+    core.set_rate(rule.offline.rate)
     model.learn(config.steps, callback=_Rate(config.rate_share, on_rate))
     return model

@@ -16,6 +16,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SOFTMAX_V2, FloatArray, IntArray
 from offramp.controller.policies.drafts import ConfidentDraft
+from offramp.controller.policies.drafts.draft_trust import DraftChances, TrustingPolicy
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import (
     IndexArray,
@@ -90,22 +91,37 @@ def replay_drafts(
         cores = [_core(shown, costs, prices, firsts[at : at + 1]) for at in range(len(firsts))]
         infos = [_decode_learning(core, learner, decide) for core in cores]
         return _sum(infos, prices)
-    return _side_by_side(decider(policy), _core(shown, costs, prices, firsts))
+    chances = policy.chances if isinstance(policy, TrustingPolicy) else None
+    return _side_by_side(decider(policy), _core(shown, costs, prices, firsts, chances))
 
 
 def replay_decisions(
-    decide: Decide, traces: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
+    decide: Decide,
+    traces: TokenTraces,
+    costs: CostTable,
+    max_pending: int = MAX_PENDING,
+    chances: DraftChances | None = None,
 ) -> DraftReplay:
     """Decode all documents side by side from their first token, as ``decide`` says."""
     headless = isinstance(traces, CandidateDrafts)
     exits = traces.header.exits
     prices = DraftPrices.of(costs, max_pending, exits, headless=headless)
-    return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces)))
+    return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces), chances))
 
 
-def decider(policy: RoutingPolicy) -> Decide:
-    """A policy as a function of the environment's observation; trust is not passed on."""
-    exits = len(policy.exits)
+def decider(policy: RoutingPolicy, recorded: tuple[int, ...] = ()) -> Decide:
+    """A policy as a function of the environment's observation.
+
+    Args:
+        policy: The policy.
+        recorded: Exits of the environment, the policy's among them; () are the policy's.
+    """
+    recorded = recorded or policy.exits
+    exits = len(recorded)
+    # Where the policy's own exits, and the end, are among those recorded.
+    place_E1 = np.array([*map(recorded.index, policy.exits), exits])
+    own = {int(place): here for here, place in enumerate(place_E1)}
+    trusts = isinstance(policy, TrustingPolicy)
 
     def decide(obs_ND: FloatArray) -> IndexArray:
         here_N = np.rint(obs_ND[:, -1] * exits).astype(np.int64) - 1
@@ -113,11 +129,12 @@ def decider(policy: RoutingPolicy) -> Decide:
         actions_N = np.zeros(len(obs_ND), np.int64)
         for here in np.unique(here_N).tolist():
             rows = here_N == here
+            trust = (obs_ND[rows, -2],) if trusts else ()
             if here < 0:
-                actions_N[rows] = policy.start(outlook_NC[rows])
+                actions_N[rows] = place_E1[policy.start(outlook_NC[rows], *trust)]
                 continue
             features_NF = as_read(policy, obs_ND[rows, :FEATURES])
-            target_N = policy.route(here, features_NF, outlook_NC[rows])
+            target_N = place_E1[policy.route(own[here], features_NF, outlook_NC[rows], *trust)]
             actions_N[rows] = np.where(target_N == exits, exits, target_N - here)
         return actions_N
 
@@ -164,10 +181,19 @@ def _firsts(traces: TokenTraces) -> IndexArray:
 
 
 def _core(
-    traces: TokenTraces, costs: CostTable, prices: DraftPrices, first_B: IndexArray
+    traces: TokenTraces,
+    costs: CostTable,
+    prices: DraftPrices,
+    first_B: IndexArray,
+    chances: DraftChances | None = None,
 ) -> DraftExitCore:
     core = DraftExitCore(
-        traces, costs, num_envs=len(first_B), max_pending=len(prices.layer_W) - 1, autoreset=False
+        traces,
+        costs,
+        num_envs=len(first_B),
+        max_pending=len(prices.layer_W) - 1,
+        autoreset=False,
+        chances=chances,
     )
     core.prices = prices
     core.reset(tokens=first_B)
@@ -200,27 +226,50 @@ class Chosen:
     offline: DraftReplay
 
 
+def bounds(max_pending: int) -> tuple[int, ...]:
+    """Most drafts a cycle to try, of rules that stop by themselves but not always in time.
+
+    >>> bounds(8), bounds(24)
+    ((8,), (8, 24))
+    """
+    return tuple(sorted({min(MAX_PENDING, max_pending), max_pending}))
+
+
 def confident_grid(
-    validation: TokenTraces, costs: CostTable, candidates_VK: IntArray | None = None
+    validation: TokenTraces,
+    costs: CostTable,
+    candidates_VK: IntArray | None = None,
+    max_pending: int = MAX_PENDING,
 ) -> list[Chosen]:
-    """Every (exit, η) of Kangaroo's rule, the best first; headless if a table is given."""
+    """Every (exit, η, bound) of Kangaroo's rule, the best first; headless if a table is given."""
     name = "confidence stop" if candidates_VK is None else "headless confidence stop"
     tried = [
         (
-            f"{name}, exit {layer}, η {eta:g}",
-            ConfidentDraft(layer=layer, threshold=eta, candidates_VK=candidates_VK),
+            f"{name}, exit {layer}, η {eta:g}, at most {length}",
+            ConfidentDraft(
+                layer=layer,
+                threshold=eta,
+                length=length,
+                max_pending=max_pending,
+                candidates_VK=candidates_VK,
+            ),
         )
         for layer in validation.header.exits
         for eta in THRESHOLDS
+        for length in bounds(max_pending)
     ]
-    return ranked(tried, validation, costs)
+    return ranked(tried, validation, costs, max_pending)
 
 
 def ranked(
-    tried: Sequence[tuple[str, RoutingPolicy]], validation: TokenTraces, costs: CostTable
+    tried: Sequence[tuple[str, RoutingPolicy]],
+    validation: TokenTraces,
+    costs: CostTable,
+    max_pending: int = MAX_PENDING,
 ) -> list[Chosen]:
     """The policies tried, the fastest on validation documents first."""
     found = [
-        Chosen(name, policy, replay_drafts(policy, validation, costs)) for name, policy in tried
+        Chosen(name, policy, replay_drafts(policy, validation, costs, max_pending))
+        for name, policy in tried
     ]
     return sorted(found, key=lambda each: -each.offline.rate)

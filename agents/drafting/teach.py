@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_parts import DraftingConfig, DraftParts, Progress, record_parts
 from offramp.agents.drafting.draft_ppo import train_drafter
-from offramp.agents.drafting.draft_replay import confident_grid, ranked, replay_drafts
+from offramp.agents.drafting.draft_replay import bounds, confident_grid, ranked, replay_drafts
 from offramp.agents.placing.contenders import CANNED_ROWS, CHOSEN, Contender, save_policies
 from offramp.agents.training.families import DRAFT_FAMILIES, place_all, register
 from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.drafts import ConfidentDraft, ThompsonDraft
+from offramp.controller.policies.drafts import ConfidentDraft, ThompsonDraft, TrustedDraft
 from offramp.controller.policies.exits import exit_to_json
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
@@ -37,6 +38,7 @@ PLACES = ("model", "corpus", "translators")
 """Settings that say where things lie on one machine."""
 
 CONFIDENT = "headless confidence stop"
+TRUSTED = "headless trust stop"
 THOMPSON = "Thompson sampling"
 DRAFTER = "PPO drafting"
 
@@ -44,7 +46,8 @@ DRAFTER = "PPO drafting"
 @register(CONFIDENT, goal="drafting")
 def _confident(parts: DraftParts) -> list[Contender]:
     """Place Kangaroo's rule at the exit and threshold that are fastest on validation documents."""
-    best = confident_grid(parts.validation, parts.costs, parts.candidates_VK)[0]
+    most = parts.config.ppo.max_pending
+    best = confident_grid(parts.validation, parts.costs, parts.candidates_VK, most)[0]
     policy = best.policy
     assert isinstance(policy, ConfidentDraft)
     return [
@@ -60,13 +63,40 @@ def _confident(parts: DraftParts) -> list[Contender]:
     ]
 
 
+@register(TRUSTED, goal="drafting")
+def _trusted(parts: DraftParts) -> list[Contender]:
+    """Place the stop by trust at the exit and threshold that are fastest on validation."""
+    chances = fit_chances(parts.train)
+    found = trusted_grid(
+        chances, parts.validation, parts.costs, parts.candidates_VK, parts.config.ppo.max_pending
+    )
+    policy = found[0].policy
+    assert isinstance(policy, TrustedDraft)
+    return [
+        Contender(
+            family=TRUSTED if parts.candidates_VK is not None else TRUSTED.split(" ", 1)[1],
+            setting=policy.threshold,
+            offline_agreement=1.0,
+            policy=policy,
+            offline_cost=1 / found[0].offline.rate,
+            symbol="θ=",
+            note=f" at {policy.exits[0]}",
+        )
+    ]
+
+
 @register(THOMPSON, goal="drafting")
 def _thompson(parts: DraftParts) -> list[Contender]:
     """Draft with the head as often as drafts were right, at the fastest exit; none headless."""
     if parts.candidates_VK is not None:
         return []
-    tried = [(str(layer), ThompsonDraft(layer)) for layer in parts.validation.header.exits]
-    best = ranked(tried, parts.validation, parts.costs)[0]
+    most = parts.config.ppo.max_pending
+    tried = [
+        (str(layer), ThompsonDraft(layer, length=length, max_pending=most))
+        for layer in parts.validation.header.exits
+        for length in bounds(most)
+    ]
+    best = ranked(tried, parts.validation, parts.costs, most)[0]
     return [
         Contender(
             family=THOMPSON,
@@ -88,6 +118,7 @@ def _drafter(parts: DraftParts) -> list[Contender]:
         parts.costs,
         ppo,
         lambda done, _: parts.on_progress("PPO", min(done, ppo.steps), ppo.steps),
+        parts.candidates_VK,
     )
     exits = parts.train.header.exits
     router = router_of(model, exits, ppo.max_pending, parts.candidates_VK)

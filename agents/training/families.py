@@ -31,7 +31,12 @@ SURE = np.linspace(0.3, 0.999, GRID)
 
 Goal = Literal["exits", "drafting"]
 
-DRAFT_FAMILIES = ("headless confidence stop", "Thompson sampling", "PPO drafting")
+DRAFT_FAMILIES = (
+    "headless confidence stop",
+    "headless trust stop",
+    "Thompson sampling",
+    "PPO drafting",
+)
 """What ``offramp train --for drafting`` teaches."""
 
 

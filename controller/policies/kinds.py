@@ -30,6 +30,7 @@ from offramp.controller.policies.drafts.del_rule import DEL
 from offramp.controller.policies.drafts.draft_router import DRAFT_ROUTER
 from offramp.controller.policies.drafts.static_draft import STATIC
 from offramp.controller.policies.drafts.thompson import THOMPSON
+from offramp.controller.policies.drafts.trusted_draft import TRUSTED
 from offramp.controller.policies.exits import exit_to_json
 from offramp.controller.policies.mlp import MLP
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
@@ -75,6 +76,7 @@ _SHIPPED = (
     THOMPSON,
     DEL,
     DRAFT_ROUTER,
+    TRUSTED,
 )
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType({kind.name: kind for kind in _SHIPPED})

@@ -129,4 +129,5 @@ def _engine_of(config: DraftingConfig) -> EngineConfig:
     return EngineConfig(
         draft_precision=None if weights is None else Precision.for_drafts(weights),
         translators=Path(config.translators) if config.translators else None,
+        max_pending=config.ppo.max_pending,
     )

@@ -38,7 +38,7 @@ class DraftExitEnv(CoreEnv):
     |---|---|---|
     | 7 features | SOFTMAX_V2's at this exit; position is left at 0 | 0 … 1 |
     | 8 outlook | OUTLOOK_V1's, of one row alone: active 1, waiting 0 | 0 … 100 |
-    | trust | product of top1 of the open drafts, each at its exit; 1 without any | 0 … 1 |
+    | trust | product of the open drafts' chances of being right; 1 without any | 0 … 1 |
     | place | 0 before the first layer, (i + 1) / E at exit i | 0 … 1 |
 
     ``agrees`` and ``run_length`` compare with the exit asked at last, as the engine's probe does,
@@ -101,6 +101,7 @@ class DraftExitEnv(CoreEnv):
     - ``max_pending``: drafts that may be open.
     - ``cycles``: cycles in an episode at most; None: to the document's end.
     - ``rate``: ρ at first.
+    - ``chances``: ``DraftChances``, how likely a draft is right; None takes its top1.
 
     Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for unusable
     traces, and ``gymnasium.error.ResetNeeded`` for a step outside an episode.

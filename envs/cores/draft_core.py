@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING, BoolArray, FloatArray
+from offramp.controller.policies.drafts.draft_trust import DraftChances
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
 from offramp.envs.cores.draft_tables import (
     CandidateDrafts,
@@ -53,6 +54,7 @@ class DraftExitCore:
         cycles: Cycles in an episode at most; None: to the end of the document.
         rate: ρ, tokens per full-depth token's time that a second must earn.
         autoreset: Start the next episode in the step that ends one.
+        chances: What trust is a product of; None: of top-1 probabilities.
 
     Raises:
         ConfigError: an argument is out of range, or the costs are of another model.
@@ -69,6 +71,7 @@ class DraftExitCore:
         cycles: int | None = None,
         rate: float = 1.0,
         autoreset: bool = True,
+        chances: DraftChances | None = None,
     ) -> None:
         require_arguments(num_envs, max_pending, cycles)
         require_same_model(traces, costs)
@@ -80,10 +83,11 @@ class DraftExitCore:
         self.layers = traces.header.layers
         self.max_pending = max_pending
         self.actions: Actions = DraftActions(self.exits)
-        self.tables = DraftTables.of(traces)
-        headless = isinstance(traces, CandidateDrafts)
-        exits = traces.header.exits
-        self.prices = DraftPrices.of(costs, max_pending, exits, headless=headless)
+        self.chances = chances
+        self.tables = DraftTables.of(traces, chances)
+        self.prices = DraftPrices.of(
+            costs, max_pending, traces.header.exits, headless=isinstance(traces, CandidateDrafts)
+        )
         self.set_rate(rate)
         self.rng = np.random.default_rng()
         self.view = DraftView(num_envs, self.tables, max_pending)
@@ -150,10 +154,8 @@ class DraftExitCore:
         while len(forced_K := self._forced()):
             self._verify(forced_K)
         self._seconds_B += self._spent_B
-        earned_BV = np.stack(
-            [self._counts["tokens"] - before_B, -self._spent_B / self.prices.full_s], axis=-1
-        )
-        return self._conclude(obs_BD, earned_BV)
+        tokens_B, fulls_B = self._counts["tokens"] - before_B, self._spent_B / self.prices.full_s
+        return self._conclude(obs_BD, np.stack([tokens_B, -fulls_B], axis=-1))
 
     def observation(self) -> FloatArray:
         """Where all episodes stand, [B, D]."""
@@ -248,7 +250,7 @@ class DraftExitCore:
         self._spent_B[place_K] += self.prices.step_s + self.prices.fill_s * filled_K
         self._counts["drafts"][place_K] += 1
         self._here_B[place_K] = -1
-        self.view.drafted(place_K, depth_K, self.tables.sure_NES[token_K, here_K, 0])
+        self.view.drafted(place_K, depth_K, self.tables.chance_NE[token_K, here_K])
 
     def _verify(self, place_K: IndexArray) -> None:
         """Run to the end, with all open drafts; what full depth says of them is certain."""

@@ -316,15 +316,21 @@ steps = 64
 envs = 8
 rollout = 8
 batch = 64
+imitated = 64
+max_pending = 9
 """
 
 
 @pytest.mark.parametrize(
     ("exits", "candidates", "rules"),
     [
-        ((3, 6), 8, ["headless confidence stop"]),
-        ((Exit(6, "int4"), Exit(12, "int4"), 3), 8, ["headless confidence stop"]),
-        ((Exit(12, "int4"),), 0, ["confidence stop", "Thompson sampling"]),
+        ((3, 6), 8, ["headless confidence stop", "headless trust stop"]),
+        (
+            (Exit(6, "int4"), Exit(12, "int4"), 3),
+            8,
+            ["headless confidence stop", "headless trust stop"],
+        ),
+        ((Exit(12, "int4"),), 0, ["confidence stop", "trust stop", "Thompson sampling"]),
     ],
 )
 def test_drafters_are_taught_chosen_and_lossless(

@@ -13,7 +13,7 @@ import numpy as np
 
 from offramp.controller.costs.prices import LEAST_REPEATS, SPAN_PARTS
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
+from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SCHEMAS, IntArray
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import (
     SILENT,
@@ -39,6 +39,16 @@ PROMPT_TOKENS = 512
 """Distinct tokens of the invented prompts."""
 
 
+def spans_of(max_pending: int) -> tuple[int, ...]:
+    """Tokens of one row to measure verifying passes at, where so many drafts may be open.
+
+    >>> spans_of(8), spans_of(24)
+    ((1, 2, 3, 5, 7, 9), (1, 2, 3, 5, 7, 9, 13, 17, 25))
+    """
+    usual = (1, 2, 3, 5, 7, 9, 13, 17, 25, 33, 49, 65)
+    return (*(tokens for tokens in usual if tokens <= max_pending), max_pending + 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileConfig:
     """How much is profiled, and for how long.
@@ -53,7 +63,7 @@ class ProfileConfig:
     """
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16)
-    tokens: tuple[int, ...] = (1, 2, 3, 5, 7, 9)
+    tokens: tuple[int, ...] = spans_of(MAX_PENDING)
     context: int = 128
     exits: tuple[int, ...] = ()
     half_width: float = 0.05

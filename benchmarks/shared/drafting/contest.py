@@ -17,7 +17,7 @@ from rich.table import Table
 
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
-from offramp.agents.drafting.draft_replay import Chosen, at_exits, replay_decisions
+from offramp.agents.drafting.draft_replay import Chosen, at_exits, replay_drafts
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import Policy
@@ -156,15 +156,14 @@ def one_drafter(
 ) -> Chosen:
     """PPO trained on recorded tokens and replayed on validation ones; headless with a table."""
     start = time.perf_counter()
-    model = train_drafter(at_exits(train, exits), costs, config)
-    offline = replay_decisions(
-        lambda obs: model.predict(obs, deterministic=True)[0], at_exits(validation, exits), costs
-    )
+    model = train_drafter(at_exits(train, exits), costs, config, candidates_VK=table_VK)
+    router = router_of(model, exits, config.max_pending, table_VK)
+    offline = replay_drafts(router, validation, costs, config.max_pending)
     spent = time.perf_counter() - start
     kind = "PPO" if table_VK is None else "headless PPO"
     name = f"{kind}, exits {', '.join(map(str, exits))}, seed {config.seed}"
     SAY.print(f"{name}: {offline.rate:.3f} offline, {spent:.0f} s")
-    return Chosen(name, router_of(model, exits, MAX_PENDING, table_VK), offline)
+    return Chosen(name, router, offline)
 
 
 def clocked(

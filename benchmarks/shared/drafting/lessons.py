@@ -6,20 +6,20 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
 from offramp.agents.drafting.draft_replay import Chosen
 from offramp.agents.recording.documents import Document
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import IntArray
+from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.controller.policies.protocols import NeverExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.draft_rules import del_rule, thompson_grid
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.probes.candidates.successors import successor_table
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig
+from offramp.worker.profiling.rounds import ProfileConfig, spans_of
 from shared.drafting.contest import SAY, parts_of
 
 TOGETHER = 16
@@ -44,10 +44,10 @@ def is_static(chosen: Chosen) -> bool:
     return "static" in chosen.name
 
 
-def head_rules(lesson: Lesson) -> list[Chosen]:
-    """DEL and Thompson sampling, which know no drafts but the head's."""
+def head_rules(lesson: Lesson, most: int = MAX_PENDING) -> list[Chosen]:
+    """DEL and Thompson sampling, which know no drafts but the head's; at most so many a cycle."""
     train, validation, costs = lesson.train, lesson.validation, lesson.costs
-    return [del_rule(train, validation, costs)[0], thompson_grid(validation, costs)[0]]
+    return [del_rule(train, validation, costs, most)[0], thompson_grid(validation, costs, most)[0]]
 
 
 def spoken_table(
@@ -80,12 +80,16 @@ def record(
 
 
 def profile(
-    engine: AdaptiveEngine, table_VK: IntArray, limit_s: float, context: int | None = None
+    engine: AdaptiveEngine,
+    table_VK: IntArray,
+    limit_s: float,
+    context: int | None = None,
+    most: int = MAX_PENDING,
 ) -> CostTable:
-    """What the parts of a token cost here, at batch 1; tells the reader."""
-    config = ProfileConfig(rows=(1,), limit_s=limit_s)
+    """What a token's parts cost here, at batch 1 with up to so many drafts; tells the reader."""
+    config = ProfileConfig(rows=(1,), limit_s=limit_s, tokens=spans_of(most))
     if context is not None:
-        config = ProfileConfig(rows=(1,), limit_s=limit_s, context=context)
+        config = replace(config, context=context)
     costs = measure_costs(engine, table_VK, config).costs
     copies = {name: f"{1e6 * costs.on_copy(name).layer_s:.0f}" for name in costs.copies}
     SAY.print({**parts_of(costs), "copy's layer_us": copies})

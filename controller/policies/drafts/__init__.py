@@ -10,5 +10,13 @@ from offramp.controller.policies.drafts.del_rule import DelDraft
 from offramp.controller.policies.drafts.draft_router import DraftRouter
 from offramp.controller.policies.drafts.static_draft import StaticDraft
 from offramp.controller.policies.drafts.thompson import ThompsonDraft
+from offramp.controller.policies.drafts.trusted_draft import TrustedDraft
 
-__all__ = ["ConfidentDraft", "DelDraft", "DraftRouter", "StaticDraft", "ThompsonDraft"]
+__all__ = [
+    "ConfidentDraft",
+    "DelDraft",
+    "DraftRouter",
+    "StaticDraft",
+    "ThompsonDraft",
+    "TrustedDraft",
+]

@@ -6,6 +6,7 @@ Shape suffixes: N rows, F features, C columns of outlook, A actions, E exits.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from offramp.controller.features import (
     CANDIDATES_V1,
@@ -26,27 +27,19 @@ from offramp.controller.policies.codec import (
     pack_layers,
     unpack_layers,
 )
-from offramp.controller.policies.drafts.drafter import (
-    ACCEPTANCE,
-    PENDING,
-    TOP1,
-    open_drafts,
-    require_exits,
-)
+from offramp.controller.policies.drafts.draft_trust import DraftChances, TrustingPolicy
+from offramp.controller.policies.drafts.drafter import require_exits
 from offramp.controller.policies.net import TanhNet, Weights, finite
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.policies.router import targets
 from offramp.controller.strict import COUNT
 
 
-class DraftRouter:
+class DraftRouter(TrustingPolicy):
     """What ``offramp/DraftExit-v0`` trains: the largest logit of a tanh MLP decides.
 
-    Beside features and outlook it reads *trust*, the product of the open drafts' top-1
-    probabilities, each at the exit where it left. A request asked one row at a time, under its
-    own policy object, has it followed here; where several rows are asked at once, or the count of
-    open drafts shows that another row's got in between, trust is estimated as acceptance to the
-    power of the open drafts. The output is full depth's in any case; only speed depends on it.
+    Beside features and outlook it reads *trust*, the product of the open drafts' chances of being
+    right, each at the exit where it left (``DraftTrust``).
 
     Actions are the environment's: of E + 1 logits, before the first layer number a < E asks first
     at exit a; at an exit, 0 leaves and k asks next at the k-th exit from there; the last verifies.
@@ -58,6 +51,8 @@ class DraftRouter:
         max_pending: The engine's.
         candidates_VK: Candidate table. With it, it reads CANDIDATES_V1 and drafts the best
             candidate, *headless*; else SOFTMAX_V2, whose probe is the head.
+        chances: Lines of ``DraftChances``, [E, 2]; None: trust is of top-1 probabilities, as it was
+            before drafters were calibrated.
 
     Raises:
         RequestError: shapes that do not chain.
@@ -71,10 +66,11 @@ class DraftRouter:
         *,
         max_pending: int = MAX_PENDING,
         candidates_VK: IntArray | None = None,
+        chances: ArrayLike | None = None,
     ) -> None:
         require_exits(exits)
+        super().__init__(max_pending, None if chances is None else DraftChances(chances, exits))
         self.exits = exits
-        self.max_pending = max_pending
         self.candidates_VK = candidates_VK
         self.headless = candidates_VK is not None
         self.schema: FeatureSchema = CANDIDATES_V1 if self.headless else SOFTMAX_V2
@@ -88,76 +84,76 @@ class DraftRouter:
         self._masks = list(self._mask_EA)
         self._anywhere = np.zeros(actions, np.float32)
         self._targets = self._target_EA.tolist()
-        self._trust = np.ones(1, np.float32)
-        self._drafts = 0
 
-    def start(self, outlook_NC: FloatArray) -> IndexArray:
+    def start(self, outlook_NC: FloatArray, trust_N: FloatArray | None = None) -> IndexArray:
         """Exit first asked at, E to verify now, [N].
 
         Raises:
             PolicyFaultError: a logit is not finite.
         """
+        trust_N = self._trust_of(outlook_NC, trust_N)
         if len(outlook_NC) == 1:
-            trust_1 = self._trust_of(outlook_NC)
-            return np.array([self.starter.best(self._anywhere, outlook_NC[0], trust_1)])
-        return self.starter.bests(self._anywhere, outlook_NC, self._trust_of(outlook_NC)[:, None])
+            return np.array([self.starter.best(self._anywhere, outlook_NC[0], trust_N)])
+        return self.starter.bests(self._anywhere, outlook_NC, trust_N[:, None])
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+    def route(
+        self,
+        here: int,
+        features_NF: FloatArray,
+        outlook_NC: FloatArray,
+        trust_N: FloatArray | None = None,
+    ) -> IndexArray:
         """Leave, go deeper or verify, [N].
 
         Raises:
             PolicyFaultError: a logit is not finite.
         """
-        if len(features_NF) == 1:
+        if len(features_NF) == 1 and trust_N is None:
             return np.array([self._route_one(here, features_NF[0], outlook_NC)])
-        trust_N1 = self._trust_of(outlook_NC)[:, None]
+        trust_N1 = self._trust_of(outlook_NC, trust_N)[:, None]
         best_N = self.router.bests(self._masks[here], features_NF, outlook_NC, trust_N1)
         target_N: IndexArray = self._target_EA[here, best_N]
         return target_N
 
     def _route_one(self, here: int, features_F: FloatArray, outlook_1C: FloatArray) -> int:
-        trust_1 = self._trust_of(outlook_1C)
+        trust_1 = self.trust.of(outlook_1C)
         best = self.router.best(self._masks[here], features_F, outlook_1C[0], trust_1)
         target = int(self._targets[here][best])
         if target == here:
-            self._trust *= features_F[TOP1]
-            self._drafts += 1
+            self.trust.add(here, features_F)
         return target
 
     def start_logits(self, outlook_NC: FloatArray) -> FloatArray:
         """Logits before the first layer, [N, A]."""
-        return finite(self.starter.rows(outlook_NC, self._trust_of(outlook_NC)[:, None])).copy()
+        return finite(self.starter.rows(outlook_NC, self.trust.of(outlook_NC)[:, None])).copy()
 
     def route_logits(
         self, here: int, features_NF: FloatArray, outlook_NC: FloatArray
     ) -> FloatArray:
         """Logits at an exit, −∞ where a jump leads past the last exit, [N, A]."""
-        trust_N1 = self._trust_of(outlook_NC)[:, None]
+        trust_N1 = self.trust.of(outlook_NC)[:, None]
         logits_NA = self.router.rows(features_NF, outlook_NC, trust_N1)
         masked_NA: FloatArray = finite(logits_NA) + self._mask_EA[here]
         return masked_NA
-
-    def _trust_of(self, outlook_NC: FloatArray) -> FloatArray:
-        if len(outlook_NC) == 1:
-            drafts = round(float(outlook_NC[0, PENDING]) * self.max_pending)
-            if drafts == 0:
-                self._trust[0], self._drafts = 1.0, 0
-            if drafts == self._drafts:
-                return self._trust
-        drafts_N = open_drafts(outlook_NC, self.max_pending)
-        estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
-        return estimate_N
 
 
 def _describe(policy: DraftRouter) -> tuple[Params, Tensors]:
     tensors = pack_layers(policy.starter.weights, "starter")
     tensors |= pack_layers(policy.router.weights, "router")
+    if policy.chances is not None:
+        tensors["chances"] = policy.chances.line_E2
     return {"max_pending": policy.max_pending}, tensors
 
 
 def _build(parts: PolicyParts) -> DraftRouter:
     nets = (unpack_layers(parts.tensors, "starter"), unpack_layers(parts.tensors, "router"))
-    return DraftRouter(parts.exits, *nets, candidates_VK=parts.candidates_VK, **parts.params)
+    return DraftRouter(
+        parts.exits,
+        *nets,
+        candidates_VK=parts.candidates_VK,
+        chances=parts.tensors.get("chances"),
+        **parts.params,
+    )
 
 
 def _clear(policy: DraftRouter, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:

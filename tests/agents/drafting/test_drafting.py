@@ -44,8 +44,8 @@ def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: 
     table_VK = np.zeros((4, 4), np.int32) if headless else None
     if headless:
         traces = CandidateDrafts(**{name: getattr(traces, name) for name in traces.__slots__})
-    config = DraftPPOConfig(steps=2_000, envs=16, rollout=32, batch=256, hidden=(16,))
-    model = train_drafter(traces, measured(), config)
+    config = DraftPPOConfig(steps=2_000, envs=16, rollout=32, batch=256, hidden=(16,), imitated=512)
+    model = train_drafter(traces, measured(), config, candidates_VK=table_VK)
     router = router_of(model, traces.header.exits, 8, table_VK)
     core = DraftExitCore(traces, measured(), num_envs=32)
     obs_BD, rng = core.reset(0), np.random.default_rng(0)
@@ -64,7 +64,9 @@ def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: 
 
 def test_training_moves_the_rate_to_what_is_earned(traces: TokenTraces) -> None:
     rates: list[float] = []
-    config = DraftPPOConfig(steps=20_000, envs=64, rollout=16, batch=512, rate_share=0.3)
+    config = DraftPPOConfig(
+        steps=20_000, envs=64, rollout=16, batch=512, rate_share=0.3, imitated=512
+    )
     train_drafter(all_right(traces), measured(), config, lambda _, rate: rates.append(rate))
     # Every draft is right, so that drafting wins by far: leaving at once earns more than 2.
     assert rates[-1] > 1.3 > rates[0]
@@ -79,7 +81,7 @@ def test_dels_loads_are_those_of_the_cost_table(traces: TokenTraces) -> None:
 
 
 def test_the_same_seed_trains_the_same_net(traces: TokenTraces) -> None:
-    config = DraftPPOConfig(steps=1_000, envs=16, rollout=16, batch=64)
+    config = DraftPPOConfig(steps=1_000, envs=16, rollout=16, batch=64, imitated=256)
     first, second = (
         router_of(train_drafter(traces, measured(), config), (2, 4, 7), 8) for _ in range(2)
     )

@@ -20,6 +20,7 @@ from offramp.controller.policies.drafts import (
     DraftRouter,
     StaticDraft,
     ThompsonDraft,
+    TrustedDraft,
 )
 from offramp.controller.policies.drafts.del_rule import tokens_per_layer
 from offramp.controller.policies.exits import Exit
@@ -67,10 +68,12 @@ TABLE_VK = np.arange(40, dtype=np.int32).reshape(10, 4) % 10
 LAST = Exit(12, "int4")
 
 
-def drafter(candidates_VK: IntArray | None = None, exits: tuple[int, ...] = (3, 6)) -> DraftRouter:
+def drafter(
+    candidates_VK: IntArray | None = None, exits: tuple[int, ...] = (3, 6), **options: Any
+) -> DraftRouter:
     width = (SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).width
     nets = net(SEEN, 3, 0), net(width + SEEN, 3, 1)
-    return DraftRouter(exits, *nets, candidates_VK=candidates_VK)
+    return DraftRouter(exits, *nets, candidates_VK=candidates_VK, **options)
 
 
 EVERY: tuple[Any, ...] = (
@@ -85,7 +88,9 @@ EVERY: tuple[Any, ...] = (
     ConfidentDraft(layer=LAST, threshold=0.4, candidates_VK=TABLE_VK),
     ThompsonDraft(LAST, length=5),
     DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5), (4.8, 3)),
-    drafter(TABLE_VK, (LAST, 3)),
+    drafter(TABLE_VK, (LAST, 3), chances=((0.5, 8.0), (0.0, 1.0))),
+    TrustedDraft(LAST, (0.5, 8.0), 0.8, length=6),
+    TrustedDraft(3, (0.5, 8.0), 0.8, candidates_VK=TABLE_VK),
 )
 
 
@@ -111,7 +116,8 @@ def test_all_are_packed_and_built_again(policy: Any) -> None:
     weights.require_quick(again, packed.blob, 9.0)  # and a worker does so again
     assert type(again) is type(policy)
     assert again.exits == policy.exits
-    assert kind.describe_policy(again)[0] == kind.describe_policy(policy)[0]
+    for mine, other in zip(kind.describe_policy(again), kind.describe_policy(policy), strict=True):
+        assert str(mine) == str(other)
     assert again.schema == policy.schema
     assert is_headless(again) == is_headless(policy) == (policy.candidates_VK is not None)
 
@@ -187,10 +193,10 @@ def test_a_router_follows_the_trust_in_its_own_drafts() -> None:
     for drafts, top1 in enumerate((0.9, 0.5)):
         policy._targets = [[0] * 3] * 2  # whatever the logits say: leave
         policy.route(0, features(top1), outlook(drafts))
-        trusts.append(float(policy._trust_of(outlook(drafts + 1))[0]))
+        trusts.append(float(policy.trust.of(outlook(drafts + 1))[0]))
     np.testing.assert_allclose(trusts, [0.9, 0.45], rtol=1e-6)
-    assert policy._trust_of(outlook(5, 0.5))[0] == 0.5**5  # another row's drafts
-    assert policy._trust_of(outlook(0))[0] == 1
+    assert policy.trust.of(outlook(5, 0.5))[0] == 0.5**5  # another row's drafts
+    assert policy.trust.of(outlook(0))[0] == 1
 
 
 def test_one_row_is_decided_as_it_is_among_many() -> None:
@@ -219,6 +225,9 @@ def test_bad_arguments_are_refused() -> None:
         lambda: DelDraft((3, 6), 12, (0.5, 0.5), (0.5, 0.5), (3, 0)),
         lambda: DelDraft((6, 3), 12, (0.5, 0.5), (0.5, 0.5)),
         lambda: DelDraft((3, LAST), 12, (0.5, 0.5), (0.5, 0.5)),
+        lambda: TrustedDraft(3, (0.5, 8.0), 1.5),
+        lambda: TrustedDraft(3, (0.5, np.nan), 0.5),
+        lambda: drafter(chances=((0.5, 8.0),)),
         lambda: DraftRouter((3,), net(SEEN, 3, 0), net(SOFTMAX_V2.width + SEEN, 2, 0)),
     ):
         with pytest.raises(RequestError):
