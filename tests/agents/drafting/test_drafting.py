@@ -62,14 +62,12 @@ def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: 
         obs_BD = core.step(rng.integers(4, size=32)).obs_BD
 
 
-def test_training_moves_the_rate_to_what_is_earned(traces: TokenTraces) -> None:
+def test_training_begins_where_drafting_pays_and_stays_there(traces: TokenTraces) -> None:
     rates: list[float] = []
-    config = DraftPPOConfig(
-        steps=20_000, envs=64, rollout=16, batch=512, rate_share=0.3, imitated=512
-    )
+    config = DraftPPOConfig(steps=8_000, envs=64, rollout=16, batch=512, imitated=512)
     train_drafter(all_right(traces), measured(), config, lambda _, rate: rates.append(rate))
-    # Every draft is right, so that drafting wins by far: leaving at once earns more than 2.
-    assert rates[-1] > 1.3 > rates[0]
+    # Every draft is right, so that drafting wins by far; never to draft would earn 1.
+    assert min(rates) > 1.3
 
 
 def test_dels_loads_are_those_of_the_cost_table(traces: TokenTraces) -> None:
