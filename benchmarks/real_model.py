@@ -117,13 +117,8 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the picture here (PNG).")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    given: dict[str, Any] = {
-        "prompts": prompts,
-        "new_tokens": tokens,
-        "seeds": seeds,
-        "steps": steps,
-        "max_drafts": drafts,
-    }
+    given: dict[str, Any] = {"prompts": prompts, "new_tokens": tokens, "seeds": seeds,
+                             "steps": steps, "max_drafts": drafts}  # fmt: skip
     plan = replace(
         QUICK if quick else Sizes(),
         temperature=temperature,
