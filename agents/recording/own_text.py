@@ -96,9 +96,10 @@ Speak = Callable[[Iterable[Batch]], Iterable[list[list[int]]]]
 """Gives the new tokens of each batch, in order."""
 
 
-def only_texts(folder: Path) -> bool:
-    """Whether a run was cut off in a folder while the model wrote its texts."""
-    return folder.is_dir() and [path.name for path in folder.iterdir()] == [OWN_TEXT]
+def only_texts(folder: Path, *made_anew: str) -> bool:
+    """Whether a run that was cut off left the model's texts, and at most files made anew."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names - set(made_anew) == {OWN_TEXT}
 
 
 def beginning(tokenizer: Any, document: Document, length: int) -> list[int]:

@@ -42,10 +42,11 @@ class Resumable:
         try:
             write_durably(path, buffer.getvalue())
         except OSError as error:
+            onward = "--resume goes on from the last checkpoint" if path.exists() else "start again"
             raise ConfigError(
                 "out",
                 f"{path} cannot be written ({error.strerror or error})",
-                "Make room or give permission; then --resume goes on from the last checkpoint",
+                f"Make room or give permission; then {onward}",
             ) from error
 
     @classmethod

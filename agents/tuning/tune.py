@@ -27,7 +27,7 @@ from offramp.agents.tuning.distil import (
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure, summarise
 from offramp.agents.tuning.ridge import start_translators
-from offramp.agents.tuning.state_feed import StateFeed
+from offramp.agents.tuning.state_feed import STATES, StateFeed
 from offramp.agents.tuning.stream import WindowStream, data_digest
 from offramp.agents.tuning.texts import chosen_documents, read_texts
 from offramp.agents.tuning.tune_checkpoint import TuneCheckpoint
@@ -92,7 +92,9 @@ def tune(
     """
     exits = require_exits(config)
     require_device(config.device)
-    checkpoint = TuneCheckpoint.load(folder) if resume and not only_texts(folder) else None
+    checkpoint = TuneCheckpoint.load(folder) if resume and not only_texts(folder, STATES) else None
+    if checkpoint is None:
+        (folder / STATES).unlink(missing_ok=True)  # of a run cut off before its first checkpoint
     torch.set_num_threads(config.threads)
     run = _Tuning(config, exits, folder, on_progress)
     if config.minutes is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from offramp.agents.recording.own_text import OwnText, only_texts
+from offramp.agents.tuning.state_feed import STATES
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.deploy.cli import options
@@ -111,8 +112,8 @@ def tune_exits(
 def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
     """Tune, and show what it came to."""
     require_exits(config)
-    # Cut off while the model wrote its texts, there is no checkpoint yet: it just goes on.
-    if not resume and not only_texts(out):
+    # Cut off before the first checkpoint, it just goes on from the model's texts.
+    if not resume and not only_texts(out, STATES):
         options.require_new_folder("out", out)
     with keeping(out, "--resume goes on"), progress("tune", "tokens", own_text="texts") as advance:
         report = tune(
