@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from offramp.agents.evaluation.evaluation_rows import EvaluationRow
+from offramp.agents.tuning.kv_quality import LEAVING, FillQuality
 from offramp.agents.tuning.quality import Comparison, TuneReport
 from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
 from offramp.controller.costs.table import CostTable
@@ -77,6 +78,17 @@ def tuning_losses_table(report: TuneReport) -> Table:
         is_exit = index < len(report.gains)
         changes = (_change(report, index, name) for name in ("kl", "accuracy", "nll"))
         table.add_row(str(row.layer) if is_exit else "full", *changes)
+    return table
+
+
+def fill_table(rows: Sequence[FillQuality]) -> Table:
+    """What the fill destroys, by exit: plain, and through the map that was fitted."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.title = f"{LEAVING:.0%} of tokens leave; of the others, say something else"
+    for name in ("exit", "filled plainly", "through the map"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(str(row.layer), f"{row.plain:.3f}", f"{row.mapped:.3f}")
     return table
 
 

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from offramp.agents.recording.own_text import OwnText, only_texts
+from offramp.agents.tuning.kv_tuning import KVTuneConfig, require_fill_exits, tune_kv
 from offramp.agents.tuning.state_feed import STATES
 from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
+from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
-from offramp.deploy.cli.tables import tuning_losses_table, tuning_table
+from offramp.deploy.cli.tables import fill_table, tuning_losses_table, tuning_table
 from offramp.worker.hf.gguf_import import find_gguf, import_gguf
 from offramp.worker.model.loading import parse_dtype
 
@@ -27,6 +29,29 @@ LossTokens = Annotated[
 StatesGb = Annotated[
     float, typer.Option(help="Most GB of disk for states that later passes read; 0: none.")
 ]
+
+KV = Annotated[
+    bool, typer.Option("--kv", help="Fit what skipped layers are filled through, in closed form.")
+]
+Beside = Annotated[
+    Path | None,
+    typer.Option("--translators", help="With --kv: adapters for the same exits, written along."),
+]
+Exits = Annotated[
+    str, typer.Option(help="Layers to fit, like 3,6,9.", show_default="quarters of the depth")
+]
+Kind = Annotated[str, typer.Option(help="translator, or layer: a decoder layer after each exit.")]
+Rank = Annotated[
+    int | None, typer.Option(help="Rank of each translator or map.", show_default="32; --kv: 256")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+
+FOR_KV = frozenset({
+    "out", "kv", "translators", "model", "corpus", "documents", "exits", "rank", "length",
+    "held_out", "dtype", "device", "threads", "seed",
+})  # fmt: skip
+"""Options of ``offramp tune`` that mean something with --kv."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,6 +75,7 @@ def import_model(
 
 
 def tune_exits(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the translators.")],
     model: options.Model = options.DEFAULT_MODEL,
     corpus: options.Corpus = None,
@@ -57,13 +83,11 @@ def tune_exits(
     own_text: options.OwnText = False,
     temperature: options.Temperature = 0.0,
     prompt_share: options.PromptShare = 0.25,
-    exits: Annotated[
-        str, typer.Option(help="Layers to fit, like 3,6,9.", show_default="quarters of the depth")
-    ] = "",
-    kind: Annotated[
-        str, typer.Option(help="translator, or layer: a decoder layer after each exit.")
-    ] = "translator",
-    rank: Annotated[int, typer.Option(help="Rank of each translator.")] = 32,
+    exits: Exits = "",
+    kind: Kind = "translator",
+    kv: KV = False,
+    translators: Beside = None,
+    rank: Rank = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     minutes: Minutes = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
@@ -73,23 +97,26 @@ def tune_exits(
     held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
     states_gb: StatesGb = 8.0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
-    ] = False,
+    checkpoint_every: CheckpointEvery = 50,
+    resume: Resume = False,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     threads: options.Threads = 1,
     seed: options.Seed = 0,
 ) -> None:
     """Fit exits of a model that was not trained to exit; full depth stays as it is."""
+    if kv:
+        _tune_kv(context, out)
+        return
+    if translators is not None:
+        raise ConfigError("translators", "means nothing without --kv", "Leave it out")
     config = TuneConfig(
         kind=kind,
         model=model,
         corpus=corpus,
         documents=documents,
         exits=options.parse_layers("exits", exits),
-        rank=rank,
+        rank=32 if rank is None else rank,
         steps=steps,
         minutes=minutes,
         batch_tokens=batch_tokens,
@@ -107,6 +134,30 @@ def tune_exits(
         own_text=OwnText.asked_for(own_text, temperature, prompt_share),
     )
     _tune(config, out, resume)
+
+
+def _tune_kv(context: typer.Context, out: Path) -> None:
+    """Fit a map of the fill, from what was given of the options that mean something to it."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    }
+    if odd := sorted(given.keys() - FOR_KV):
+        raise ConfigError(odd[0], "means nothing with --kv", "Leave it out")
+    given["exits"] = options.parse_layers("exits", given.get("exits", ""))
+    given["beside"] = given.pop("translators", None)
+    given = {"model": context.params["model"]} | given
+    config = KVTuneConfig(
+        **{name: each for name, each in given.items() if name not in ("out", "kv")}
+    )
+    require_fill_exits(config)
+    options.require_new_folder("out", out)
+    with progress("states", "texts") as advance:
+        found = tune_kv(config, out, lambda stage, done, total: advance(done, total, stage))
+    console.print(fill_table(found))
+    console.print(f"{found[0].tokens:,} held-out tokens that stayed → {out}")
 
 
 def _tune(config: TuneConfig, out: Path, resume: bool) -> None:

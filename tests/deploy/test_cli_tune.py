@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,38 @@ def test_a_folder_that_is_not_ours_is_not_resumed(
     message = cli.refused("tune", "--out", tmp_path, "--resume", *SMALL)
     assert message.startswith("resume: ")
     assert "no checkpoint of `offramp tune`" in message
+
+
+def test_tune_kv_prints_what_the_fill_destroys(cli: Any, tmp_path: Path) -> None:
+    out, corpus = tmp_path / "out", make_corpus(tmp_path / "corpus")
+    few = ("--kv", "--corpus", corpus, "--length", 40, "--held-out", 2)
+    status, output = cli("tune", "--out", out, "--exits", "6,9", "--rank", 4, *few)
+    assert status == 0, output
+    rows = [line.split() for line in output.splitlines()]
+    assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == ["6", "9"]
+    assert {path.name for path in out.iterdir()} == {"translators.safetensors", "tune.json"}
+    facts = json.loads((out / "tune.json").read_text())
+    assert (facts["kind"], facts["exits"], facts["kv"]["rank"]) == ("kv", [6, 9], 4)
+    both = tmp_path / "both"
+    status, output = cli("tune", "--out", both, "--translators", out, "--rank", 2, *few)
+    assert status == 0, output
+    assert json.loads((both / "tune.json").read_text())["exits"] == [6, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--kv", "--steps", "3"), "steps: means nothing with --kv"),
+        (("--kv", "--kind", "layer"), "kind: means nothing with --kv"),
+        (("--kv", "--resume"), "resume: means nothing with --kv"),
+        (("--kv", "--exits", "3,12"), "exits: 3,12 do not ascend"),
+        (("--kv", "--rank", "0"), "rank: 0 is below 1"),
+        (("--kv", "--exits", "3", "--translators", "x"), "exits: are those of --translators"),
+        (("--translators", "x"), "translators: means nothing without --kv"),
+    ],
+)
+def test_an_option_that_does_not_fit_kv_is_refused(
+    cli: Any, tmp_path: Path, untouched: Callable[[], None], options: tuple[str, ...], said: str
+) -> None:
+    untouched()
+    assert said in cli.refused("tune", "--out", tmp_path / "out", *options)

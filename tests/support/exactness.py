@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from offramp.worker import AdaptiveEngine
+from offramp.worker.model.fill import UNMAPPED, KVMap
 
 
 def hf_greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -41,13 +43,21 @@ def assert_same(model: Any, prompts: list[list[int]], ours: Any, theirs: list[li
         assert float(logits_V[other[place]] - logits_V[mine[place]]) <= close
 
 
-def check_fill(engine: AdaptiveEngine, first_layer: int) -> None:
-    """Fused fill ≈ running each skipped layer's own projections on the exit state."""
+def check_fill(
+    engine: AdaptiveEngine,
+    first_layer: int,
+    kv_map: KVMap = UNMAPPED,
+    moved: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, x_ND: x_ND,
+) -> None:
+    """Fused fill ≈ running each skipped layer's own projections on the exit state.
+
+    ``moved`` gives the state that the layers from the first on read, through the map.
+    """
     device = engine.stack.device
     x_ND = torch.randn(3, engine.stack.width).to(device)
     rotary = engine.stack.rotary(x_ND[:, None], torch.tensor([[4], [0], [9]], device=device))
     assert engine.decoder.projector is not None
-    keys, values = engine.decoder.projector.project(x_ND, first_layer, rotary)
+    keys, values = engine.decoder.projector.project(x_ND, first_layer, rotary, kv_map)
 
     class Spy:
         def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
@@ -56,6 +66,7 @@ def check_fill(engine: AdaptiveEngine, first_layer: int) -> None:
 
     spied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index in range(first_layer, engine.stack.layers):
-        engine.stack.run_layer(index, x_ND[:, None], rotary, None, Spy())
+        read_ND = moved(index - first_layer, x_ND)
+        engine.stack.run_layer(index, read_ND[:, None], rotary, None, Spy())
         torch.testing.assert_close(keys[:, index - first_layer], spied[index][0][:, :, 0])
         torch.testing.assert_close(values[:, index - first_layer], spied[index][1][:, :, 0])

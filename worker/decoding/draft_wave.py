@@ -110,7 +110,7 @@ class DraftWave:
         if executed < self.stack.layers:
             self._fill(
                 [
-                    ExitedToken(row.slot, row.open[-1].position, int(executed), self._x_N1D[n, 0])
+                    self.context.reader.exited(row, row.open[-1], int(executed), self._x_N1D[n, 0])
                     for n, row in ((n, self.rows[n]) for n, _ in leaving)
                 ]
             )
@@ -132,7 +132,7 @@ class DraftWave:
             return
         self._fill(
             [
-                ExitedToken(row.slot, token.position, token.depth, token.state_D)
+                self.context.reader.exited(row, token, token.depth, token.state_D)
                 for row, token in missing
                 if token.state_D is not None
             ]

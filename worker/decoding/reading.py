@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from offramp.worker.decoding.request import PolicySnapshot
-from offramp.worker.decoding.sequence import Sequence
+from offramp.worker.decoding.sequence import OpenToken, Sequence
 from offramp.worker.model.adapter_layers import ExitAdapters
+from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import take, upload
 
@@ -36,6 +37,11 @@ class ExitReader:
     def under(self, snapshot: PolicySnapshot) -> ExitAdapters:
         """The adapters of requests that are pinned to a snapshot."""
         return self.own if snapshot.adapters is None else snapshot.adapters
+
+    def exited(self, row: Sequence, token: OpenToken, depth: int, state_D: Tensor) -> ExitedToken:
+        """What the fill must know of a row's token that left the stack there, in this state."""
+        kv_map = self.under(row.request.snapshot).kv_map
+        return ExitedToken(row.slot, token.position, depth, state_D, kv_map)
 
     def exits_with_layers(self, rows: Iterable[Sequence]) -> set[int]:
         """Exits that some row's policy names and behind which its adapter layer runs.

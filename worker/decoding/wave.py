@@ -18,7 +18,6 @@ from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, sent, widened
 from offramp.worker.model.attention import decode_window, ragged_window
-from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED
 from offramp.worker.model.stack import Rotary
 from offramp.worker.model.transfers import take
@@ -267,7 +266,7 @@ class Wave:
         start = time.perf_counter()
         self.context.filler.fill(
             [
-                ExitedToken(row.slot, token.position, token.depth, token.state_D)
+                self.context.reader.exited(row, token, token.depth, token.state_D)
                 for row, token in exited
                 if token.state_D is not None
             ]

@@ -158,9 +158,9 @@ class MemoryTraffic:
         layer_bytes = projector.rows * projector.weight_RD[0].nbytes
         layers = len(projector.weight_RD) // projector.rows
 
-        def counting(x_ND: Any, first_layer: int, rotary: Any) -> Any:
+        def counting(x_ND: Any, first_layer: int, *rest: Any) -> Any:
             self.bytes += (layers - first_layer) * layer_bytes
-            return project(x_ND, first_layer, rotary)
+            return project(x_ND, first_layer, *rest)
 
         projector.project = counting
 

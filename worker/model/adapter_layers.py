@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from offramp.controller.adapters.adapter_folder import AGAIN, read_description
 from offramp.controller.errors import ConfigError
+from offramp.worker.model.fill import UNMAPPED, KVMap
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import (
     UNTRANSLATED,
@@ -28,6 +29,7 @@ from offramp.worker.model.translators import (
     exits_of,
     read_weights,
     save_exits,
+    take_kv_map,
 )
 
 KIND = "layer"
@@ -43,6 +45,7 @@ class AdapterLayers:
         digest: SHA-256 of the file they were loaded from; "" if from none.
         places: Indices that they have among the stack's layers, by exit. Whoever gives them puts
             the layers there; without, they are put behind those that are there.
+        kv_map: What skipped layers are filled through.
 
     Attributes:
         layers: Index of the adapter layer after an exit, by exit.
@@ -54,8 +57,10 @@ class AdapterLayers:
         by_layer: Mapping[int, nn.Module],
         digest: str = "",
         places: Mapping[int, int] | None = None,
+        kv_map: KVMap = UNMAPPED,
     ) -> None:
         self.digest = digest
+        self.kv_map = kv_map
         self._stack = stack
         self._by_layer = dict(sorted(by_layer.items()))
         behind = dict(zip(self._by_layer, itertools.count(len(stack.blocks)), strict=False))
@@ -101,9 +106,8 @@ class AdapterLayers:
         stack = copy.copy(self._stack)
         stack.blocks = self._stack.blocks[: stack.layers]
         own = self._by_layer.items()
-        return AdapterLayers(
-            stack, {layer: copy.deepcopy(each).to(device, dtype) for layer, each in own}
-        )
+        moved = {layer: copy.deepcopy(each).to(device, dtype) for layer, each in own}
+        return AdapterLayers(stack, moved, kv_map=self.kv_map)
 
     def save(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Write them as float32; see ``ExitTranslators.save``."""
@@ -139,7 +143,8 @@ def load_exits(folder: Path | None, stack: LayerStack, fingerprint: str) -> Exit
         return UNTRANSLATED
     facts = read_description(folder)
     if facts.get("kind") == KIND:
-        return AdapterLayers(stack, read_layers(folder, stack, fingerprint), str(facts["digest"]))
+        blocks, kv_map = read_layers(folder, stack, fingerprint)
+        return AdapterLayers(stack, blocks, str(facts["digest"]), kv_map=kv_map)
     return load_translators(folder, stack, fingerprint)
 
 
@@ -154,8 +159,12 @@ def load_translators(folder: Path, stack: LayerStack, fingerprint: str) -> ExitT
     )
 
 
-def read_layers(folder: Path, stack: LayerStack, fingerprint: str) -> dict[int, nn.Module]:
-    """Read adapter layers in the stack's dtype, by exit; they do not belong to it yet.
+def read_layers(
+    folder: Path, stack: LayerStack, fingerprint: str
+) -> tuple[dict[int, nn.Module], KVMap]:
+    """Read adapter layers in the stack's dtype, by exit, and the map of the fill beside them.
+
+    They do not belong to the stack yet.
 
     Raises:
         ConfigError: as ``ExitTranslators.load``.
@@ -163,6 +172,7 @@ def read_layers(folder: Path, stack: LayerStack, fingerprint: str) -> dict[int, 
     facts = read_description(folder)
     exits = exits_of(folder, facts, fingerprint, stack.layers)
     tensors = read_weights(folder, facts)
+    kv_map = take_kv_map(folder, tensors, exits, stack.layers, stack.width)
     blocks = {layer: fresh_layer(stack) for layer in exits}
     expected = {
         f"{layer}.{name}": tensor
@@ -179,4 +189,4 @@ def read_layers(folder: Path, stack: LayerStack, fingerprint: str) -> dict[int, 
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         block.load_state_dict(own)
         block.to(stack.device, stack.dtype).requires_grad_(False)
-    return blocks
+    return blocks, kv_map

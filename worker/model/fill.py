@@ -1,13 +1,14 @@
 """Keys and values of skipped layers from an exit state: one GEMM for all remaining layers.
 
 Shape suffixes: N rows, L layers filled, D width, G key/value heads, H head_dim,
-R = L·2·G·H stacked output rows.
+R = L·2·G·H stacked output rows, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,58 @@ from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 
 
+class ExitMap(NamedTuple):
+    """What each layer behind one exit is taken to read, by the exit's state after the norm, u.
+
+    Of layer l that is u + B_l (A u) + b_l, before the norm's own weight and bias.
+
+    Attributes:
+        A_rD: Reads the state; shared by all layers.
+        B_LDr: Moves it, for each layer not executed.
+        b_LD: Shifts it.
+    """
+
+    A_rD: Tensor
+    B_LDr: Tensor
+    b_LD: Tensor
+
+
+class KVMap:
+    """What skipped layers are filled through, by exit; at any other the state counts as it is.
+
+    ``offramp tune --kv`` fits it. Only the fill reads it, so layers that run never see it.
+
+    Args:
+        by_exit: Layers are counted from 1; float32.
+    """
+
+    def __init__(self, by_exit: Mapping[int, ExitMap] | None = None) -> None:
+        self.by_exit = dict(sorted((by_exit or {}).items()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a folder of adapters holds of it, by name."""
+        return {
+            f"{KV}{layer}.{part[0]}": tensor
+            for layer, each in self.by_exit.items()
+            for part, tensor in each._asdict().items()
+        }
+
+
+KV = "kv."
+"""How the names of its tensors begin."""
+
+UNMAPPED = KVMap()
+"""Every skipped layer is filled as if the exit's state had reached it unchanged."""
+
+
 class KVProjector:
     """The ``project`` mode of the cache: what each skipped layer would have stored, had the
-    hidden state reached it unchanged (Schuster et al. 2022, CALM, section 3.2, state propagation).
+    hidden state reached it unchanged (Schuster et al. 2022, CALM, section 3.2, state propagation),
+    or as a map changes it.
 
     Every layer's input norm shares one root mean square (or one mean and variance), so its weight
-    is folded into the stacked key and value matrices, and its bias into theirs.
+    is folded into the stacked key and value matrices, and its bias into theirs; so is a map, which
+    is why it starts behind that shared part of the norm, and costs nothing.
 
     Raises:
         ModelError: the layers' norms differ in kind or epsilon, so no single one serves all.
@@ -39,17 +86,20 @@ class KVProjector:
         self.centres = weights[0].norm == "layer"
         self.eps = weights[0].eps
         self.rows = 2 * stack.kv_heads * stack.head_dim
-        folded = [each.weight_RD.float() * each.scale_D.float() for each in weights]
-        self.weight_RD = torch.cat(folded).to(stack.dtype)
+        self.weight_RD = torch.cat([_folded(each) for each in weights]).to(stack.dtype)
         self.bias_R = _stacked_bias(weights, stack.dtype)
-        self._products: dict[int, Product] = {}
+        self._stack = stack
+        # Of a map that no request is filled through any more they go with it.
+        self._products: WeakKeyDictionary[KVMap, dict[int, Product]] = WeakKeyDictionary()
         self.key_norm_LH = _stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
         is_plain = all(w.rotates for w in weights)
         self.rotates_L11 = None if is_plain else upload(rotates, stack.device, torch.bool)
 
-    def project(self, x_ND: Tensor, first_layer: int, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def project(
+        self, x_ND: Tensor, first_layer: int, rotary: Rotary, kv_map: KVMap = UNMAPPED
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values for the layers from ``first_layer`` (index) on.
 
         Args:
@@ -57,28 +107,40 @@ class KVProjector:
             first_layer: Index of the first layer not executed.
             rotary: Cosines and sines of the rows' positions, each [N, 1, rotated part of H]; empty
                 for a family without rotary embeddings.
+            kv_map: What it is to pass.
 
         Returns:
             Keys (rotated) and values, each [N, L, G, H].
         """
-        out = self._linear(first_layer)(self._unit(x_ND))
+        out = self._linear(first_layer, kv_map)(self._unit(x_ND))
         keys, values = out.view(len(x_ND), -1, 2, self.heads, self.head_dim).unbind(2)
         if self.key_norm_LH is not None:
             keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
         return self._rotated(keys, first_layer, rotary), values
 
-    def _linear(self, first_layer: int) -> Product:
+    def _linear(self, first_layer: int, kv_map: KVMap) -> Product:
         """The product with the weights from a layer on; packed for each exit that occurs."""
-        if first_layer not in self._products:
+        exit_map = kv_map.by_exit.get(first_layer)
+        kept = self._products.setdefault(UNMAPPED if exit_map is None else kv_map, {})
+        if first_layer not in kept:
+            kept[first_layer] = _product(*self._stacked(first_layer, exit_map))
+        return kept[first_layer]
+
+    def _stacked(self, first_layer: int, exit_map: ExitMap | None) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases of the layers from one on, a map folded in."""
+        if exit_map is None:
             start = first_layer * self.rows
-            weight_RD = self.weight_RD[start:]
-            bias_R = None if self.bias_R is None else self.bias_R[start:]
-            self._products[first_layer] = (
-                PackedWeight(weight_RD, bias_O=bias_R)
-                if can_pack(weight_RD)
-                else lambda x_ND: nn.functional.linear(x_ND, weight_RD, bias_R)
-            )
-        return self._products[first_layer]
+            return self.weight_RD[start:], None if self.bias_R is None else self.bias_R[start:]
+        device, dtype = self._stack.device, self._stack.dtype
+        A_rD, B_LDr, b_LD = (part.to(device) for part in exit_map)
+        weights, biases = [], []
+        for index, (B_Dr, b_D) in enumerate(zip(B_LDr, b_LD, strict=True), first_layer):
+            layer = self._stack.kv_weights(index)
+            folded_RD = _folded(layer)
+            weights.append(folded_RD + (folded_RD @ B_Dr) @ A_rD)
+            biases.append(_folded_bias(layer) + folded_RD @ b_D)
+        bias_R = torch.cat(biases)
+        return torch.cat(weights).to(dtype), bias_R.to(dtype) if bias_R.any() else None
 
     def _unit(self, x_ND: Tensor) -> Tensor:
         """The norm that all layers share, without weight and bias; in float32 inside."""
@@ -104,12 +166,14 @@ class ExitedToken(NamedTuple):
         position: Position of the token in its row.
         depth: Layers executed so far.
         state_D: Its hidden state there.
+        kv_map: What its row is filled through.
     """
 
     slot: int
     position: int
     depth: int
     state_D: Tensor
+    kv_map: KVMap = UNMAPPED
 
 
 class CacheFiller:
@@ -128,11 +192,14 @@ class CacheFiller:
         self._projector = projector
 
     def fill(self, tokens: Sequence[ExitedToken]) -> None:
-        """Fill all layers that the tokens skipped, in one product for each depth among them."""
+        """Fill all layers that the tokens skipped, in one product for each depth and map."""
         if self._projector is None:
             return
-        for depth in {token.depth for token in tokens}:
-            self._fill_from(depth, [token for token in tokens if token.depth == depth])
+        together: dict[tuple[int, int], list[ExitedToken]] = {}
+        for token in tokens:
+            together.setdefault((token.depth, id(token.kv_map)), []).append(token)
+        for (depth, _), group in together.items():
+            self._fill_from(depth, group)
 
     def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
         assert self._projector is not None
@@ -140,7 +207,7 @@ class CacheFiller:
         places = [[token.position for token in tokens], [token.slot for token in tokens]]
         positions_N, slots_N = upload(places, self._stack.device).unbind()
         rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
-        keys, values = self._projector.project(x_ND, depth, rotary)
+        keys, values = self._projector.project(x_ND, depth, rotary, tokens[0].kv_map)
         self._kv.fill(depth, slots_N, positions_N, keys, values)
 
 
@@ -155,6 +222,16 @@ def _require_one_norm(weights: list[KVWeights]) -> None:
                 f"has {what} norms whose kind or epsilon differs between layers: {names}",
                 "Use a model whose layers share one kind of norm and one epsilon",
             )
+
+
+def _product(weight_RD: Tensor, bias_R: Tensor | None) -> Product:
+    if can_pack(weight_RD):
+        return PackedWeight(weight_RD, bias_O=bias_R)
+    return lambda x_ND: nn.functional.linear(x_ND, weight_RD, bias_R)
+
+
+def _folded(weights: KVWeights) -> Tensor:
+    return weights.weight_RD.float() * weights.scale_D.float()
 
 
 def _stacked_bias(weights: list[KVWeights], dtype: torch.dtype) -> Tensor | None:

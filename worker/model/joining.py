@@ -94,11 +94,11 @@ class AdapterSets:
         facts, stack = read_description(folder), self._stack
         if facts.get("kind") != KIND:
             return load_translators(folder, stack, self._fingerprint)
-        blocks = read_layers(folder, stack, self._fingerprint)
+        blocks, kv_map = read_layers(folder, stack, self._fingerprint)
         places = dict(zip(blocks, self._places(), strict=False))
         layers = max(len(stack.blocks), *(place + 1 for place in places.values()))
         self._require_room(stack.context, self._kv.bytes_per_token_of(layers))
-        joined = AdapterLayers(stack, blocks, str(facts["digest"]), places)
+        joined = AdapterLayers(stack, blocks, str(facts["digest"]), places, kv_map)
         put = joining(stack, {places[exit_]: block for exit_, block in blocks.items()})
         with self.turn:
             self._kv.make_room(layers)

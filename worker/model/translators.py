@@ -7,7 +7,8 @@ read badly. A translator maps the state after a layer to one they read well:
 deeper layers take the state as it was, so full depth never sees a translator.
 
 A folder holds ``translators.safetensors`` (float32 tensors ``layer.A`` [r, D], ``layer.B`` [D, r]
-and ``layer.b`` [D] per exit) and ``tune.json`` (what they were fitted to, and how well).
+and ``layer.b`` [D] per exit) and ``tune.json`` (what they were fitted to, and how well). It may
+also hold what skipped layers are filled through (``fill.KVMap``), or that alone.
 
 Shape suffixes: N rows (any number of leading dimensions), D width, r rank.
 """
@@ -36,8 +37,12 @@ from offramp.controller.adapters.adapter_folder import (
 )
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
+from offramp.worker.model.fill import KV, UNMAPPED, ExitMap, KVMap
 
 PARTS = ("A", "B", "b")
+
+FILL = "kv"
+"""What the description of a folder says that holds a map of the fill, and reads exits plainly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,21 @@ class ExitTranslators:
     Args:
         by_layer: Layers are counted from 1, as exits are.
 
-    Attributes:
         digest: SHA-256 of the file they were loaded from; "" if from none.
+        kv_map: What skipped layers are filled through.
+
+    Attributes:
         layers: Index of the adapter layer after an exit, by exit: there are none.
     """
 
-    def __init__(self, by_layer: Mapping[int, Translator] | None = None, digest: str = "") -> None:
+    def __init__(
+        self,
+        by_layer: Mapping[int, Translator] | None = None,
+        digest: str = "",
+        kv_map: KVMap = UNMAPPED,
+    ) -> None:
         self.digest = digest
+        self.kv_map = kv_map
         self.layers: dict[int, int] = {}
         self._by_layer = dict(sorted((by_layer or {}).items()))
 
@@ -99,7 +112,7 @@ class ExitTranslators:
     def to(self, dtype: torch.dtype, device: torch.device | str) -> ExitTranslators:
         """Copy to another dtype and device."""
         moved = {layer: each.to(dtype, device) for layer, each in self._by_layer.items()}
-        return ExitTranslators(moved, self.digest)
+        return ExitTranslators(moved, self.digest, self.kv_map)
 
     def save(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Write both files; the description gets the format, the exits and the weights' digest.
@@ -140,11 +153,13 @@ class ExitTranslators:
         facts = read_description(folder)
         exits = exits_of(folder, facts, fingerprint, layers)
         tensors = read_weights(folder, facts)
-        _check(folder, tensors, exits, width)
+        kv_map = take_kv_map(folder, tensors, exits, layers, width)
+        read = () if facts.get("kind") == FILL else exits
+        _check(folder, tensors, read, width)
         parts = {
-            layer: Translator(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in exits
+            layer: Translator(*(tensors[f"{layer}.{part}"] for part in PARTS)) for layer in read
         }
-        return cls(parts, str(facts["digest"])).to(dtype, device)
+        return cls(parts, str(facts["digest"]), kv_map).to(dtype, device)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -201,6 +216,37 @@ def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     if found != facts.get("digest"):
         raise ConfigError("translators", f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
     return tensors
+
+
+def take_kv_map(
+    folder: Path, tensors: dict[str, Tensor], exits: tuple[int, ...], layers: int, width: int
+) -> KVMap:
+    """Take the map of the fill out of a folder's tensors; without one, that which changes nothing.
+
+    Raises:
+        ConfigError: field ``translators``; a tensor is missing, misshapen or not finite.
+    """
+    found = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(KV)}
+    if not found:
+        return UNMAPPED
+    if odd := sorted({f"{KV}{layer}.{part}" for layer in exits for part in PARTS} ^ found.keys()):
+        raise ConfigError("translators", f"{folder} lacks, or should not have, {odd}", AGAIN)
+    by_exit = {}
+    for layer in exits:
+        by_exit[layer] = ExitMap(*(found[f"{KV}{layer}.{part}"] for part in PARTS))
+        shapes = [tuple(part.shape) for part in by_exit[layer]]
+        rank, deeper = (*shapes[0], 0)[0], layers - layer
+        if rank < 1 or shapes != [(rank, width), (deeper, width, rank), (deeper, width)]:
+            raise ConfigError(
+                "translators",
+                f"the map after exit {layer} has shapes {shapes}, not "
+                f"[(r, {width}), ({deeper}, {width}, r), ({deeper}, {width})]",
+                AGAIN,
+            )
+        if not all(part.isfinite().all() for part in by_exit[layer]):
+            problem = f"the map after exit {layer} holds NaN or infinite values"
+            raise ConfigError("translators", problem, AGAIN)
+    return KVMap(by_exit)
 
 
 def _check(folder: Path, tensors: dict[str, Tensor], exits: tuple[int, ...], width: int) -> None:
