@@ -10,6 +10,12 @@ leaves the smallest squared error; the interval of c is bootstrapped over docume
 The same documents show how well features of jumps are recomputed from a recording of every exit.
 
     python benchmarks/debt.py --json debt.json
+
+With a map of the fill, what filling destroys is measured instead, plainly and through the map, by
+exit and by policy (``shared/fills.py``):
+
+    offramp tune --kv --out runs/kv --exits 3,6,9
+    python benchmarks/debt.py --kv runs/kv --policies runs/demo/policies/chosen --json fills.json
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from shared.fills import by_exit, by_policy, engines_of
 
 from offramp.agents.recording.corpus import load_corpus, tokenize, window
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray, IntArray
@@ -86,7 +93,18 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the exits and the bootstrap.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
     quick: Annotated[bool, typer.Option(help="Eight documents, under four minutes.")] = False,
+    kv: Annotated[Path | None, typer.Option(help="Map of the fill to measure.")] = None,
+    policies: Annotated[str, typer.Option(help="Bundles to follow with it, by comma.")] = "",
+    batches: Annotated[str, typer.Option(help="Rows that they are followed in.")] = "1,8",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
+    if kv is not None:
+        texts = texts_of(model, 8 if quick else documents, tokens, "validation")
+        bundles = [Path(each) for each in policies.split(",") if each]
+        rows = fills(model, dtype, kv, texts, bundles, [int(each) for each in batches.split(",")])
+        if json_file is not None:
+            json_file.write_text(json.dumps(rows, indent=1))
+        return
     engine = load_engine(WorkerSpec(model=model, threads=1, slots=1))
     layers = tuple(map(int, exits.split(",")))
     texts = texts_of(model, 8 if quick else documents, tokens + 1)
@@ -106,9 +124,28 @@ def main(
         json_file.write_text(json.dumps(content, indent=1))
 
 
-def texts_of(model: str, count: int, length: int) -> list[list[int]]:
-    """Windows of training documents of the standard library."""
-    documents = [doc for doc in load_corpus(None, limit=2 * count + 20) if doc.split == "train"]
+def fills(
+    model: str, dtype: str, kv: Path, texts: list[list[int]], bundles: list[Path], rows: list[int]
+) -> dict[str, Any]:
+    """Both tables of ``shared/fills.py``, printed as they come."""
+    console = Console(width=140)
+    found: dict[str, Any] = {"by_exit": [], "by_policy": []}
+    for slots in rows:
+        engines = engines_of(model, dtype, kv, slots)
+        if slots == rows[0]:
+            found["machine"] = describe_machine(engines["defer"].stack.dtype)
+            found["by_exit"] = by_exit(engines["defer"], texts, seed=0)
+            console.print(*found["by_exit"], sep="\n")
+        for row in by_policy(engines, texts, bundles, repeats=3):
+            found["by_policy"].append(row)
+            console.print(row)
+    return found
+
+
+def texts_of(model: str, count: int, length: int, split: str = "train") -> list[list[int]]:
+    """Windows of a split's documents of the standard library."""
+    limit = (2 if split == "train" else 12) * count + 20
+    documents = [doc for doc in load_corpus(None, limit=limit) if doc.split == split]
     windows = [window(doc, ids, length) for doc, ids in tokenize(model, documents)]
     return [ids for ids in windows if len(ids) == length][:count]
 

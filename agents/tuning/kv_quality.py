@@ -45,7 +45,7 @@ class FilledTokens:
     """A cache of one causal pass in which some tokens' entries are filled, not computed.
 
     Args:
-        left_T: Which tokens.
+        left_T: Says which tokens left.
         first: Index of the first layer that they did not run.
         keys_TLGH, values_TLGH: Their entries from there on; those of other tokens are not read.
     """
