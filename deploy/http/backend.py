@@ -11,6 +11,9 @@ from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 
+Tokens = list[tuple[int, TokenEvent]]
+"""Events that came together, each with the index of the choice that it belongs to."""
+
 
 class WorkerLostError(DecodeFailedError):
     """The worker of a request died, or froze."""
@@ -57,14 +60,14 @@ class Backend(Protocol):
         kv_mode: KVWish | None,
         request_id: str,
         cache_salt: str,
-    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+    ) -> AsyncIterator[Tokens]:
         """Queue ``sampling.n`` requests per prompt, in order.
 
         While a canary runs, the id decides which policy all of them run under. What is kept of
         prompts is shared by requests with the same salt.
 
         Returns:
-            Their events as they come, each with the index of its request. An async generator;
+            Their events as they come, with the indices of their requests. An async generator;
             closing it gives them up.
 
         Raises:

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from offramp.controller.errors import OfframpError
 from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import REQUEST_ID
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Backend, Tokens
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
 from offramp.deploy.http.limits import HttpLimits, until, wish_within
@@ -33,7 +33,7 @@ from offramp.worker.engine.admission import Prompt, prompt_text
 
 _logger = logging.getLogger(__name__)
 
-Events = AsyncIterator[tuple[int, TokenEvent]]
+Events = AsyncIterator[Tokens]
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
@@ -208,29 +208,34 @@ class _Reply:
 
     async def whole(self) -> Response:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
-            async for index, event in self.events:
-                self.choices[index].append(event)
+            async for tokens in self.events:
+                for index, event in tokens:
+                    self.choices[index].append(event)
         return JSONResponse(self.style.reply(self.choices))
 
     async def stream(self) -> Response:
         # Waiting for the first token keeps the status code honest: what fails before it is still
         # an error response, not a broken stream.
         first = await anext(self.events)
-        lines = self._lines(*first)
+        lines = self._lines(first)
         return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
 
-    async def _lines(self, index: int, first: TokenEvent) -> AsyncIterator[str]:
+    async def _lines(self, first: Tokens) -> AsyncIterator[str]:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
             try:
-                yield self._chunk(index, first)
-                async for index, event in self.events:
-                    yield self._chunk(index, event)
+                yield self._chunks(first)
+                async for tokens in self.events:
+                    yield self._chunks(tokens)
                 if self.style.counts:
                     yield _line(self.style.usage_chunk(self.choices))
             except OfframpError as error:
                 _logger.warning("a stream ended with an error: %s", error)
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))
         yield "data: [DONE]\n\n"
+
+    def _chunks(self, tokens: Tokens) -> str:
+        """An event per token; those that came together are sent together."""
+        return "".join(self._chunk(index, event) for index, event in tokens)
 
     def _chunk(self, index: int, event: TokenEvent) -> str:
         events = self.choices[index]

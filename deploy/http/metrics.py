@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from offramp.controller.errors import OfframpError
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Backend, Tokens
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 
 PREFIX = "offramp_"
@@ -101,8 +101,8 @@ class Metrics:
         self._replies.labels(self._model, str(status)).inc()
 
     async def follow(
-        self, events: AsyncIterator[tuple[int, TokenEvent]], completions: int, began_s: float
-    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+        self, events: AsyncIterator[Tokens], completions: int, began_s: float
+    ) -> AsyncIterator[Tokens]:
         """Pass the events of one request on, and count them.
 
         Args:
@@ -114,12 +114,13 @@ class Metrics:
         reason = "abort"
         try:
             async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-                async for index, event in events:
+                async for tokens in events:
                     now_s = time.perf_counter()
-                    self._count_token(event, now_s - began_s, now_s, told_s.get(index))
-                    told_s[index] = now_s
-                    completions -= event.finish_reason is not None
-                    yield index, event
+                    for index, event in tokens:
+                        self._count_token(event, now_s - began_s, now_s, told_s.get(index))
+                        told_s[index] = now_s
+                        completions -= event.finish_reason is not None
+                    yield tokens
         except OfframpError:
             reason = "error"
             raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import uvicorn
 from ray import serve
+from ray.util import get_node_ip_address
 
 from offramp.controller.errors import ConfigError
 from offramp.deploy.http.http_app import create_app
@@ -17,6 +18,7 @@ from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_backend import PoolBackend
 from offramp.deploy.serve.pool_config import APP, PoolConfig
 from offramp.deploy.serve.replica import ServedWorker
+from offramp.deploy.serve.token_wire import WireAddress
 
 _PAUSE_S = 0.02
 
@@ -53,6 +55,7 @@ class Front:
         settings.limits = config.limits
         self._server = uvicorn.Server(settings)
         self._serving: asyncio.Task[None] | None = None
+        self._wire: WireAddress | None = None
 
     async def listen(self) -> None:
         """Return once clients are answered.
@@ -60,6 +63,7 @@ class Front:
         Raises:
             ConfigError: somebody else took the port meanwhile.
         """
+        self._wire = await self._backend.inbox.listen(get_node_ip_address())
         self._serving = asyncio.create_task(self._serve())
         while not self._server.started:
             if self._serving.done():
@@ -69,6 +73,11 @@ class Front:
     async def _serve(self) -> None:
         with contextlib.suppress(SystemExit):  # that uvicorn ends the process with
             await self._server.serve()
+
+    async def wire(self) -> WireAddress:
+        """Where workers send tokens to."""
+        assert self._wire is not None  # workers are started after ``listen`` has returned
+        return self._wire
 
     async def connect(self) -> None:
         """Begin to send requests to the workers."""

@@ -12,10 +12,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
-from offramp.deploy.http.backend import WorkerLostError
+from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.pool_config import PoolConfig
-from offramp.deploy.serve.replica import Tokens
-from offramp.worker.decoding.request import KVWish, TokenEvent
+from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
+from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.service import RETRY_AFTER_S
@@ -58,6 +58,7 @@ class PoolBackend:
         self.tokenizer = load_tokenizer(config.worker.model)
         self.most_tokens = 0
         self.is_draining = False
+        self.inbox = TokenInbox()
         self._encoder: PromptEncoder | None = None
         self._workers: Any = None
         self._room = config.room
@@ -99,38 +100,41 @@ class PoolBackend:
         kv_mode: KVWish | None,
         request_id: str,
         cache_salt: str,
-    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+    ) -> AsyncIterator[Tokens]:
         """Queue requests; see ``Backend``."""
         count = len(prompts) * sampling.n
         if self._outstanding + count > self.load()[1]:
             raise OverloadedError(RETRY_AFTER_S)
         self._outstanding += count
-        events = self._events((prompts, sampling, kv_mode, request_id, cache_salt), count)
+        events = self._events(
+            (prompts, sampling, kv_mode, request_id, cache_salt), request_id, count
+        )
         # What is refused is refused here: the first thing that a worker says is that it accepts.
         try:
             await anext(events)
         except BaseException:
             await events.aclose()
             raise
-        return cast("AsyncIterator[tuple[int, TokenEvent]]", events)
+        return cast("AsyncIterator[Tokens]", events)
 
     async def _events(
-        self, request: tuple[Any, ...], count: int
-    ) -> AsyncGenerator[tuple[int, TokenEvent] | None, None]:
-        """None once the request is accepted, then its tokens; retried while there are none."""
+        self, request: tuple[Any, ...], name: str, count: int
+    ) -> AsyncGenerator[Tokens, None]:
+        """No tokens once the request is accepted, then its own; retried while there are none."""
         has_sent = is_accepted = has_killed = False
         silent = 0
         try:
             while True:
                 try:
-                    async with aclosing(self._said(request)) as said:
+                    async with aclosing(self._said(request, name, count)) as said:
                         async for tokens in said:
+                            # The wire is quicker than Ray: tokens come before the first word, too.
                             if not is_accepted:
                                 is_accepted = True
-                                yield None
-                            for token in tokens:
+                                yield []
+                            if tokens:
                                 has_sent = True
-                                yield token
+                                yield tokens
                     return
                 except WorkerLostError as lost:
                     silent += isinstance(lost, _SilentError)
@@ -141,19 +145,27 @@ class PoolBackend:
         finally:
             self._outstanding -= count
 
-    async def _said(self, request: tuple[Any, ...]) -> AsyncGenerator[Tokens, None]:
+    async def _said(
+        self, request: tuple[Any, ...], name: str, count: int
+    ) -> AsyncGenerator[Tokens, None]:
         """What one worker says of a request.
 
         Raises:
             WorkerLostError: it died, or says nothing any more.
         """
-        stream = self._workers.options(stream=True).generate.remote(*request)
+        arriving = self.inbox.expect(name)
+        stream = self._workers.options(stream=True).generate.remote(arriving.number, *request)
         self._streams.add(stream)
+        following = asyncio.create_task(_follow(stream, arriving))
         try:
-            while (said := await _next(stream)) is not None:
-                yield said
+            while count:
+                tokens = await arriving.take()
+                count -= sum(event.finish_reason is not None for _, event in tokens)
+                yield tokens
         finally:
+            self.inbox.forget(arriving)
             self._streams.discard(stream)
+            following.cancel()
             stream.cancel()
 
     def abandon(self) -> None:
@@ -172,8 +184,17 @@ class PoolBackend:
         return [report for heard_s, report in self._heard.values() if heard_s >= oldest_s]
 
 
-async def _next(stream: Any) -> Tokens | None:
-    """The next that a worker says; None at the end."""
+async def _follow(stream: Any, arriving: Arriving) -> None:
+    """Tell a request that it was accepted, and why it ends if not with its last token."""
+    try:
+        while (worker := await _next(stream)) is not None:
+            arriving.accept(worker)
+    except Exception as error:  # whatever it is, a client waits
+        arriving.fail(error)
+
+
+async def _next(stream: Any) -> str | None:
+    """The next that a worker says: its name; None at the end."""
     saying = asyncio.ensure_future(anext(stream, None))
     try:
         for _ in range(SLICES):
@@ -182,7 +203,7 @@ async def _next(stream: Any) -> Tokens | None:
                 break
         else:
             raise _SilentError("the request's worker no longer answers")
-        return cast("Tokens | None", saying.result())
+        return cast("str | None", saying.result())
     except RequestCancelledError as error:
         raise DecodeFailedError("the server stops") from error
     except RayTaskError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import ray
 import ray.serve._private.replica as serve_replica
 
 from offramp.controller.errors import DecodeFailedError
@@ -18,7 +19,8 @@ from offramp.controller.release.trust import ReleaseVerifier
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
-from offramp.worker.decoding.request import KVWish, PolicySnapshot, TokenEvent
+from offramp.deploy.serve.token_wire import TokenWire
+from offramp.worker.decoding.request import KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
@@ -32,8 +34,45 @@ BEAT_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
-Tokens = list[tuple[int, TokenEvent]]
-"""Events with the index of the choice that each belongs to; none: a sign of life."""
+
+class _Sender:
+    """Has the tokens of one request sent, and says when the last was."""
+
+    def __init__(self, wire: TokenWire, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._wire = wire
+        self._number = number
+        self._loop = loop
+        self._places: dict[str, int] = {}
+        self._unfinished = 0
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    def accept(self, requests: Sequence[Request]) -> None:
+        """Note which choice each request is."""
+        self._places = {request.id: place for place, request in enumerate(requests)}
+        self._unfinished = len(requests)
+
+    def tell(self, event: TokenEvent | Exception) -> None:
+        """Put a token with what is sent after the engine's step."""
+        if isinstance(event, Exception):
+            self._end(event)
+            return
+        self._wire.add(self._number, self._places[event.request_id], event)
+        self._unfinished -= event.finish_reason is not None
+        if not self._unfinished:
+            self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        # Nobody waits any more if the loop is closed.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._settle, error)
+
+    def _settle(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
 
 
 class ServedWorker:
@@ -77,58 +116,48 @@ class ServedWorker:
             ),
         )
         engine.current_policy = lambda: self.refresher.current
-        self.service = EngineService(engine, max_waiting=config.max_waiting)
+        self._wire = TokenWire(ray.get(front.wire.remote()), self.worker_id)
+        self.service = EngineService(
+            engine, max_waiting=config.max_waiting, after_step=self._wire.flush
+        )
         freeze_heap()
         self.refresher.start()
         self.service.start()
 
     async def generate(
         self,
+        number: int,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         kv_mode: KVWish | None,
         request_id: str,
         cache_salt: str,
-    ) -> AsyncIterator[Tokens]:
-        """Decode prompts; yields an empty list once they are accepted, then tokens as they come.
+    ) -> AsyncIterator[str]:
+        """Decode prompts; tokens go over the wire.
 
-        Raises as ``EngineService.submit`` does.
+        Yields this worker's name: once the prompts are accepted, and then as signs of life, until
+        the last token was sent. Raises as ``EngineService.submit`` does.
+
+        Args:
+            number: Names the request on the wire.
+            prompts, sampling, kv_mode, request_id, cache_salt: See ``Backend.submit_all``.
         """
         REQUEST_NAME.set(request_id)
-        requests, events = await self.service.submit_all(
-            prompts, sampling, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
+        sender = _Sender(self._wire, number, asyncio.get_running_loop())
+        requests = await self.service.queue_all(
+            prompts, sampling, sender, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
         )
-        places = {request.id: place for place, request in enumerate(requests)}
-        async with aclosing(self._beating(events)) as beats:
-            yield []
-            try:
-                async for event in beats:
-                    yield [] if event is None else [(places[event.request_id], event)]
-            except DecodeFailedError as error:
-                _logger.error("%s: %r", error, error.__cause__)
-                raise
-
-    async def _beating(
-        self, events: AsyncIterator[TokenEvent]
-    ) -> AsyncGenerator[TokenEvent | None, None]:
-        """Events, and None where there is none for long and the engine is well."""
-        async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-            coming = asyncio.ensure_future(anext(events, None))
-            try:
-                while True:
-                    done, _ = await asyncio.wait({coming}, timeout=BEAT_S)
-                    if not done:
-                        if self.service.is_healthy:
-                            yield None
-                        continue
-                    event = coming.result()
-                    if event is None:
-                        return
-                    coming = asyncio.ensure_future(anext(events, None))
-                    yield event
-            finally:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+        try:
+            yield self.worker_id
+            while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
+                if self.service.is_healthy:
+                    yield self.worker_id
+            sender.ended.result()
+        except DecodeFailedError as error:
+            _logger.error("%s: %r", error, error.__cause__)
+            raise
+        finally:
+            self.service.give_up(requests)
 
     async def most_tokens(self) -> tuple[int, int]:
         """Tokens of the context, and most tokens of a request."""
@@ -144,6 +173,8 @@ class ServedWorker:
         """Called by Ray Serve each second: reports; a stuck engine gets its replica replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the engine makes no progress")
+        if self._wire.is_broken:
+            raise RuntimeError("the front takes no tokens")
         self._front.hear.remote(self.report())
 
     def report(self) -> dict[str, Any]:

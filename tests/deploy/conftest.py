@@ -18,9 +18,10 @@ from fastapi import FastAPI
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.cli.main import main
 from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.deploy.http.backend import Tokens
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.request import KVWish, PolicySnapshot, TokenEvent
+from offramp.worker.decoding.request import KVWish, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.service import EngineService
@@ -64,16 +65,16 @@ class StandIn:
         kv_mode: KVWish | None,
         request_id: str,
         cache_salt: str,
-    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+    ) -> AsyncIterator[Tokens]:
         requests, events = await self.service.submit_all(
             prompts, sampling, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
         )
         return self._placed([request.id for request in requests], events)
 
-    async def _placed(self, ids: list[str], events: Any) -> AsyncIterator[tuple[int, TokenEvent]]:
+    async def _placed(self, ids: list[str], events: Any) -> AsyncIterator[Tokens]:
         async with aclosing(events):
             async for event in events:
-                yield ids.index(event.request_id), event
+                yield [(ids.index(event.request_id), event)]
 
     def trouble(self) -> str | None:
         return None if self.service.is_healthy else "stuck"

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt
 from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.engine.orders import Cancel, Listener, QueueListener, Submit
 
 log = logging.getLogger(__name__)
 
@@ -32,51 +31,28 @@ STOPPED = "the worker is shutting down"
 """What open streams and late requests are told once the service stops."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | Exception]
-
-    def tell(self, event: TokenEvent | Exception) -> None:
-        # A client whose loop is closed, perhaps this moment, can no longer be told anything.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    prompts: tuple[Prompt, ...]
-    sampling: SamplingParams
-    kv_mode: KVWish | None
-    split_by: str | None
-    cache_salt: str
-    listener: _Listener
-    accepted: Future[list[Request]]
-
-    @property
-    def count(self) -> int:
-        return len(self.prompts) * self.sampling.n
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_ids: tuple[str, ...]
-
-
 class EngineService:
     """Runs an engine in its own thread.
 
     Args:
         engine: Used by this service's thread only, from ``start`` on.
         max_waiting: Requests that may wait for a slot; one more is refused.
+        after_step: Called in the thread once listeners were told all of a step.
     """
 
-    def __init__(self, engine: AdaptiveEngine, *, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        engine: AdaptiveEngine,
+        *,
+        max_waiting: int = 64,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> None:
         self.engine = engine
+        self._after_step = after_step
         self.max_waiting = max_waiting
         self.tokens_emitted = 0
-        self._commands: queue.Queue[_Submit | _Cancel | None] = queue.Queue()
-        self._listeners: dict[str, _Listener] = {}
+        self._commands: queue.Queue[Submit | Cancel | None] = queue.Queue()
+        self._listeners: dict[str, Listener] = {}
         self._last_step_s = time.monotonic()
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
@@ -141,6 +117,23 @@ class EngineService:
         Their events come from one iterator, as they are emitted. Arguments and errors are those of
         ``submit``, and it is closed as that is.
         """
+        listener = QueueListener(asyncio.get_running_loop())
+        requests = await self.queue_all(
+            prompts, sampling, listener, kv_mode=kv_mode, split_by=split_by, cache_salt=cache_salt
+        )
+        return requests, self._listen(requests, listener)
+
+    async def queue_all(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        listener: Listener,
+        *,
+        kv_mode: KVWish | None = None,
+        split_by: str | None = None,
+        cache_salt: str = "",
+    ) -> list[Request]:
+        """Queue requests as ``submit_all`` does, with events for a listener; see ``give_up``."""
         if any(isinstance(prompt, str) for prompt in prompts):
             # Once more when they are queued: others come while they are encoded.
             self._require_room(len(prompts) * sampling.n)
@@ -149,37 +142,34 @@ class EngineService:
             await encoder.aside(encoder.encode, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
         accepted: Future[list[Request]] = Future()
         options = (sampling, kv_mode, split_by, cache_salt)
-        self._commands.put(_Submit(tuple(given), *options, listener, accepted))
+        self._commands.put(Submit(tuple(given), *options, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
         try:
-            requests = await asyncio.wrap_future(accepted)
+            return await asyncio.wrap_future(accepted)
         except asyncio.CancelledError:
             # The thread may have accepted it meanwhile, and nobody will read its tokens.
             accepted.add_done_callback(self._abandon)
             raise
-        return requests, self._listen(_ids(requests), listener)
+
+    def give_up(self, requests: Sequence[Request]) -> None:
+        """Free the slots of those that have not ended, within one step."""
+        self._commands.put(Cancel(_ids(requests)))
 
     async def _listen(
-        self, request_ids: tuple[str, ...], listener: _Listener
+        self, requests: Sequence[Request], listener: QueueListener
     ) -> AsyncIterator[TokenEvent]:
-        unfinished = len(request_ids)
         try:
-            while unfinished:
-                event = await listener.events.get()
-                if isinstance(event, Exception):
-                    raise event
-                unfinished -= event.finish_reason is not None
+            async for event in listener.events(len(requests)):
                 yield event
         finally:
-            self._commands.put(_Cancel(request_ids))
+            self.give_up(requests)
 
     def _abandon(self, accepted: Future[list[Request]]) -> None:
         if not accepted.cancelled() and accepted.exception() is None:
-            self._commands.put(_Cancel(_ids(accepted.result())))
+            self.give_up(accepted.result())
 
     def _run(self) -> None:
         while True:
@@ -197,6 +187,7 @@ class EngineService:
                 failure = DecodeFailedError("decoding failed")
                 failure.__cause__ = error
                 self._fail(dict.fromkeys(self._listeners, failure))
+            self._after_step()
             self._last_step_s = time.monotonic()
 
     def _obey(self, *, block: bool) -> bool:
@@ -209,14 +200,14 @@ class EngineService:
             block = False  # one command wakes an idle thread; the rest are taken as they lie
             if command is None:
                 return False
-            if isinstance(command, _Cancel):
+            if isinstance(command, Cancel):
                 for request_id in command.request_ids:
                     self.engine.cancel(request_id)
                     self._listeners.pop(request_id, None)
             else:
                 self._accept(command)
 
-    def _accept(self, command: _Submit) -> None:
+    def _accept(self, command: Submit) -> None:
         if not command.accepted.set_running_or_notify_cancel():
             return
         try:
@@ -228,9 +219,10 @@ class EngineService:
         # An idle engine has made no step for long, and is not stuck for that.
         self._last_step_s = time.monotonic()
         self._listeners.update(dict.fromkeys(_ids(requests), command.listener))
+        command.listener.accept(requests)
         command.accepted.set_result(requests)
 
-    def _submit_each(self, command: _Submit) -> list[Request]:
+    def _submit_each(self, command: Submit) -> list[Request]:
         requests: list[Request] = []
         try:
             for prompt, sampling in itertools.product(command.prompts, command.sampling.each()):
@@ -268,7 +260,7 @@ class EngineService:
                 command = self._commands.get(block=False)
             except queue.Empty:
                 return
-            if isinstance(command, _Submit) and command.accepted.set_running_or_notify_cancel():
+            if isinstance(command, Submit) and command.accepted.set_running_or_notify_cancel():
                 command.accepted.set_exception(DecodeFailedError(STOPPED))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
