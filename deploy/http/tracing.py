@@ -15,6 +15,7 @@ from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 
 from offramp.controller.errors import ConfigError, OfframpError
+from offramp.deploy.http.backend import Tokens
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 
 SPAN = "llm_request"
@@ -54,11 +55,11 @@ class Spans:
 
     async def follow(
         self,
-        events: AsyncIterator[tuple[int, TokenEvent]],
+        events: AsyncIterator[Tokens],
         headers: Mapping[str, str],
         about: Mapping[str, Any],
         began_s: float,
-    ) -> AsyncIterator[tuple[int, TokenEvent]]:
+    ) -> AsyncIterator[Tokens]:
         """Pass the events of one request on; its span ends with them.
 
         Args:
@@ -75,12 +76,11 @@ class Spans:
         tokens, first_s = 0, 0.0
         try:
             async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-                async for index, event in events:
+                async for came in events:
                     first_s = first_s or time.perf_counter() - began_s
-                    tokens += 1
-                    if event.finish_reason is not None:
-                        ends.append(event)
-                    yield index, event
+                    tokens += len(came)
+                    ends += [event for _, event in came if event.finish_reason is not None]
+                    yield came
         except OfframpError as error:
             span.set_status(Status(StatusCode.ERROR, str(error)))
             raise
