@@ -187,22 +187,24 @@ class PoolBackend:
 async def _follow(stream: Any, arriving: Arriving) -> None:
     """Tell a request that it was accepted, and why it ends if not with its last token."""
     try:
-        while (worker := await _next(stream)) is not None:
+        while (worker := await _next(stream, arriving)) is not None:
             arriving.accept(worker)
     except Exception as error:  # whatever it is, a client waits
         arriving.fail(error)
 
 
-async def _next(stream: Any) -> str | None:
+async def _next(stream: Any, arriving: Arriving) -> str | None:
     """The next that a worker says: its name; None at the end."""
     saying = asyncio.ensure_future(anext(stream, None))
+    silent = 0
     try:
-        for _ in range(SLICES):
+        while not saying.done():
+            heard = arriving.tokens
             await asyncio.wait({saying}, timeout=SILENCE_S / SLICES)
-            if saying.done():
-                break
-        else:
-            raise _SilentError("the request's worker no longer answers")
+            # Tokens are signs of life, too, and come another way.
+            silent = silent + 1 if arriving.tokens == heard else 0
+            if silent == SLICES and not saying.done():
+                raise _SilentError("the request's worker no longer answers")
         return cast("str | None", saying.result())
     except RequestCancelledError as error:
         raise DecodeFailedError("the server stops") from error

@@ -32,6 +32,7 @@ class Arriving:
         self.number = number
         self.name = name
         self.worker: str | None = None
+        self.tokens = 0
         self._came: Tokens = []
         self._is_accepted = False
         self._error: Exception | None = None
@@ -44,6 +45,7 @@ class Arriving:
 
     def add(self, place: int, event: TokenEvent) -> None:
         """Take a token; ``wake`` when all are there that came with it."""
+        self.tokens += 1
         self._came.append((place, event))
 
     def fail(self, error: Exception) -> None:
