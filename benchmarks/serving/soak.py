@@ -109,7 +109,10 @@ class Soak:
         began_s = time.monotonic()
         while time.monotonic() < end_s:
             for name, held in rss_mb(self._server.speakers()).items():
-                self._held.setdefault(name, []).append((time.monotonic() - began_s, held))
+                # Ray renames its processes by what they do; their numbers stay.
+                kind, pid = "front" if "Front" in name else "worker", name.rpartition(":")[2]
+                samples = self._held.setdefault(f"{kind} {pid}", [])
+                samples.append((time.monotonic() - began_s, held))
             await asyncio.sleep(SAMPLE_S)
 
     async def _kill(self) -> None:
