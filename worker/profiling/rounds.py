@@ -105,6 +105,7 @@ class Rounds:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
         self.repeats = 1
+        self._books_s: dict[int, float] = {}  # by rows: what steps take longer whose rows are asked
         self.scripts = {
             schema.name: ScriptedPolicy(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
@@ -183,6 +184,9 @@ class Rounds:
         silent, stays = steps[:repeats], steps[repeats : 2 * repeats]
         fills = steps[2 * repeats + 1 :: 2]
         full = silent + stays
+        rests_s = [median(step.rest_s for step in some) for some in (silent, stays)]
+        # Rows that nobody asks need no books: what these cost is paid by who asks.
+        self._books_s[rows] = max(0.0, rests_s[1] - rests_s[0])
         skipped = sum(self.engine.stack.layers - layer for layer in exits)
         self.samples.add(
             "rows",
@@ -190,7 +194,7 @@ class Rounds:
             {
                 "layer": median(step.each("layer") for step in full),
                 "head": median(step.each("head") for step in full),
-                "step": median(step.rest_s for step in silent),
+                "step": rests_s[0],
                 "fill": sum(step.parts_s["fill"] for step in fills) / skipped,
                 **self._asked(CANDIDATES_V1.name, rows, stays),
             },
@@ -201,6 +205,7 @@ class Rounds:
 
     def _asked(self, name: str, rows: int, stays: Sequence[Step]) -> dict[str, float]:
         parts = {part: median(step.each(part) for step in stays) for part in ("probe", "build")}
+        parts["build"] += self._books_s.get(rows, 0.0)
         parts["policy"] = median(step.each("ask") - step.each("probe") for step in stays)
         self.samples.add(name, rows, parts)
         return parts
