@@ -50,17 +50,7 @@ def _confident(parts: DraftParts) -> list[Contender]:
     best = confident_grid(parts.validation, parts.costs, parts.candidates_VK, most)[0]
     policy = best.policy
     assert isinstance(policy, ConfidentDraft)
-    return [
-        Contender(
-            family=CONFIDENT if parts.candidates_VK is not None else CONFIDENT.split(" ", 1)[1],
-            setting=policy.threshold,
-            offline_agreement=1.0,
-            policy=policy,
-            offline_cost=1 / best.offline.rate,
-            symbol="η=",
-            note=f" at {policy.layer}",
-        )
-    ]
+    return [_stop(CONFIDENT, "η=", policy, policy.layer, best.offline.rate)]
 
 
 @register(TRUSTED, goal="drafting")
@@ -72,17 +62,22 @@ def _trusted(parts: DraftParts) -> list[Contender]:
     )
     policy = found[0].policy
     assert isinstance(policy, TrustedDraft)
-    return [
-        Contender(
-            family=TRUSTED if parts.candidates_VK is not None else TRUSTED.split(" ", 1)[1],
-            setting=policy.threshold,
-            offline_agreement=1.0,
-            policy=policy,
-            offline_cost=1 / found[0].offline.rate,
-            symbol="θ=",
-            note=f" at {policy.exits[0]}",
-        )
-    ]
+    return [_stop(TRUSTED, "θ=", policy, policy.exits[0], found[0].offline.rate)]
+
+
+def _stop(
+    family: str, symbol: str, policy: ConfidentDraft | TrustedDraft, exit_: int, rate: float
+) -> Contender:
+    """A stop at an exit, with the rate that it earns by replay."""
+    return Contender(
+        family=family if policy.candidates_VK is not None else family.split(" ", 1)[1],
+        setting=policy.threshold,
+        offline_agreement=1.0,
+        policy=policy,
+        offline_cost=1 / rate,
+        symbol=symbol,
+        note=f" at {exit_}",
+    )
 
 
 @register(THOMPSON, goal="drafting")

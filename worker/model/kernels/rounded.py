@@ -97,7 +97,7 @@ class RoundedProduct(TiledCode):
         four = ir.Constant(_PAIRS, [4] * (LINE // 2))
         for first in range(0, BLOCK // 2, 4):
             place = self.b.add(w_at, whole_number(first * LANES))
-            self.ask_for(self.b.add(place, whole_number(AHEAD)), 3)
+            self.ask_for(self.b.add(place, whole_number(AHEAD)))
             pairs = self.load(place, I8, LINE)
             shifted = self.b.bitcast(self.b.lshr(self.b.bitcast(pairs, _PAIRS), four), _BYTES)
             for bits, offset in ((pairs, first), (shifted, first + BLOCK // 2)):

@@ -55,12 +55,11 @@ class VectorCode:
         wide = self.b.shl(self.b.zext(bits, INT_LANES), int_lanes(16))
         return self.b.bitcast(wide, FLOAT_LANES)
 
-    def counted(self, place: Any, *, is_signed: bool, lanes: int = LANES) -> Any:
+    def counted(self, place: Any, *, is_signed: bool) -> Any:
         """Whole numbers of 8 bits at an address, as float32."""
-        kept = self.load(place, I8, lanes)
-        wide, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
-        extended = self.b.sext(kept, wide) if is_signed else self.b.zext(kept, wide)
-        return self.b.sitofp(extended, floats)
+        kept = self.load(place, I8)
+        extended = self.b.sext(kept, INT_LANES) if is_signed else self.b.zext(kept, INT_LANES)
+        return self.b.sitofp(extended, FLOAT_LANES)
 
     def unit_of_zeros(self, units: Any, first: Any, offset: int) -> Any:
         """How many units of an int4 output's scales make one of its zero points, in every lane."""
