@@ -15,7 +15,8 @@ trained to exit; ``accepted`` says how often.
     python benchmarks/decode.py --show docs/decoding.json --shapes reference --batches 1,8
 
 The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
-verified together, and priced by costs that it profiles first. ``--model FOLDER`` takes another as
+verified together, and priced by costs that it profiles first; each takes steps in turn with full
+depth, whose own run is beside it. ``--model FOLDER`` takes another as
 it is, with real prompts, and drafts at the exits that are likeliest to pay. The last command
 measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary`` the table
 of docs/decoding.md.
@@ -37,6 +38,7 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,10 +49,12 @@ import torch
 import typer
 from shared.decode_contenders import Competitor, contenders, drafted_at, drafters, engines_of
 from shared.decode_rows import DecodeRow, read_rows, show, summary, tables_of
-from shared.timing import Report, StepPrices, counted, hugging_face, ours, peak_mb
+from shared.timing import Report, StepPrices, TimedRun, counted, hugging_face, peak_mb, side_by_side
 from shared.workload import SHAPES, build, exit_layer, prompts_of
 
+from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.gpu.graphs import GraphedLayers
@@ -152,28 +156,33 @@ def measure(
     hold = Schedule(holds=(exit_layer(layers),), rows=max(1, batch // 2), patience=batch)
     engines = engines_of(model, batch, drafting)
     plain = engines["lock-step"]
-    learned = None
-    if shape == "reference" and policy is not None:
-        learned = PolicyBundle.load(policy).policy()
     prompts = prompts_of(model, shape, batch)
     new = tokens or NEW_TOKENS.get(shape, NEW_TOKENS_OF_A_FOLDER)
     todo = (
         drafters(drafted_at(model, shape))
         if drafting
-        else contenders(batch, layers, plain.stack.vocab, depths, learned, wanted)
+        else contenders(
+            batch, layers, plain.stack.vocab, depths, learned_for(shape, policy), wanted
+        )
     )
+    beside = todo[:1] if drafting else []
 
-    def run(each: Competitor) -> Report:
-        if each.name.startswith("HF"):
-            return hugging_face(model, prompts, new, each.name)
+    def begun(each: Competitor) -> TimedRun:
         engine = engines.get(each.schedule or "", plain)
         if engine is plain:
             engine.set_schedule(hold if each.schedule == "cohorts" else LOCKSTEP)
-        return ours(engine, prompts, new, each.policy(), each.kv_mode or "project")
+        return TimedRun(engine, prompts, new, each.policy(), each.kv_mode or "project")
+
+    def run(each: Competitor) -> list[Report]:
+        """A competitor's run; before it full depth's, where both take steps in turn."""
+        if each.name.startswith("HF"):
+            return [hugging_face(model, prompts, new, each.name)]
+        others = [begun(other) for other in beside if other is not each]
+        return side_by_side(*others, begun(each))
 
     peaks = [peak_mb(partial(run, each), model.device) for each in todo]  # also warms all up
     freeze_heap()  # as a serving worker does
-    reports: list[list[Report]] = [[] for _ in todo]
+    reports: list[list[list[Report]]] = [[] for _ in todo]
     prices = StepPrices(plain, batch, exit_layer(layers))
     for _ in range(repeats):
         for each, into in zip(todo, reports, strict=True):
@@ -181,17 +190,32 @@ def measure(
         prices.sample()
     [full] = [runs for each, runs in zip(todo, reports, strict=True) if each.name == "full depth"]
     rows = []
-    for each, runs, peak in zip(todo, reports, peaks, strict=True):
+    for each, both, peak in zip(todo, reports, peaks, strict=True):
+        baselines = [both, both] if beside else [reports[0], full]
         calls = None
         if not each.name.startswith("HF"):
-            with counted(engines.get(each.schedule or "", plain)) as calls:
-                run(each)
-            calls["head", 1] -= batch  # the prompts'
-        rows.append(row_of(each, runs, [reports[0], full], prices, calls,
+            calls = calls_of(engines.get(each.schedule or "", plain), partial(begun, each), batch)
+        rows.append(row_of(each, both, baselines, prices, calls,
                            (shape, str(model.dtype)[6:], batch, peak)))  # fmt: skip
         if model.device.type != "cpu":
             complete_on_gpu(rows[-1], engines.get(each.schedule or "", plain).stack)
     return rows
+
+
+def learned_for(shape: str, policy: Path | None) -> Policy | None:
+    if shape != "reference" or policy is None:
+        return None
+    return PolicyBundle.load(policy).policy()
+
+
+def calls_of(
+    engine: AdaptiveEngine, begun: Callable[[], TimedRun], batch: int
+) -> Counter[tuple[str, int]]:
+    """Count the calls of one more run, those for the prompts left out."""
+    with counted(engine) as calls:
+        side_by_side(begun())
+    calls["head", 1] -= batch
+    return calls
 
 
 def complete_on_gpu(row: DecodeRow, stack: LayerStack) -> None:
@@ -204,18 +228,19 @@ def complete_on_gpu(row: DecodeRow, stack: LayerStack) -> None:
 
 def row_of(
     each: Competitor,
-    runs: list[Report],
-    baselines: list[list[Report]],
+    both: list[list[Report]],
+    baselines: list[list[list[Report]]],
     prices: StepPrices,
     calls: Counter[tuple[str, int]] | None,
     where: tuple[str, str, int, float | None],
 ) -> DecodeRow:
     shape, dtype, batch, peak = where
+    runs = [turn[-1] for turn in both]
     seconds = np.asarray([run.seconds for run in runs])
     tokens = runs[0].tokens
     # Neighbours in time are compared, so a drifting machine drifts for both.
     ratios_hf, ratios_full = (
-        np.asarray([run.seconds / run.tokens * tokens for run in baseline]) / seconds
+        np.asarray([turn[0].seconds / turn[0].tokens * tokens for turn in baseline]) / seconds
         for baseline in baselines
     )
     ratio_hf, ratio_full = float(np.median(ratios_hf)), float(np.median(ratios_full))

@@ -30,6 +30,9 @@ from shared.workload import ScriptedExit, exit_layer
 LAUNCHED = "kernel by kernel"
 """Full depth without CUDA graphs, and the schedule that its engine is found under."""
 
+NEVER = "without drafts"
+"""What the engine of full depth is found under, where others draft."""
+
 STATIC = ((3, 2), (6, 3))
 """Exits and lengths of the reference model's static drafts."""
 
@@ -95,7 +98,7 @@ def drafted_at(model: Any, shape: str) -> Sequence[tuple[int, int]]:
 
 def drafters(static: Sequence[tuple[int, int]]) -> list[Competitor]:
     """Full depth, and drafts of a fixed exit and length, by schedule."""
-    found = [Competitor("full depth", "verify", "lock-step")]
+    found = [Competitor("full depth", "verify", NEVER)]
     for layer, length in static:
         policy = partial(StaticDraft, layer=layer, length=length)
         for schedule in ("lock-step", "together", "priced"):
@@ -105,7 +108,10 @@ def drafters(static: Sequence[tuple[int, int]]) -> list[Competitor]:
 
 
 def engines_of(model: Any, batch: int, drafting: bool) -> dict[str, AdaptiveEngine]:
-    """An engine for each schedule; of drafts, what the priced one has learned lasts, as in use."""
+    """An engine for each schedule; of drafts, what the priced one has learned lasts, as in use.
+
+    Full depth then has an engine of its own, to take steps in turn with the others.
+    """
     config = EngineConfig(prefill_tokens=2**20)
     plain = AdaptiveEngine(model, slots=batch, config=config)
     if not drafting:
@@ -118,7 +124,7 @@ def engines_of(model: Any, batch: int, drafting: bool) -> dict[str, AdaptiveEngi
         "together": Schedule(together=True, rows=batch, patience=12),
         "priced": Schedule(costs=profiled(plain), patience=12),
     }
-    return {"lock-step": plain} | {
+    return {"lock-step": plain, NEVER: AdaptiveEngine(model, slots=batch, config=config)} | {
         name: AdaptiveEngine(model, slots=batch, config=replace(config, schedule=schedule))
         for name, schedule in schedules.items()
     }

@@ -41,34 +41,64 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def ours(
-    engine: AdaptiveEngine,
-    prompts: list[list[int]],
-    new: int,
-    policy: Policy,
-    kv_mode: KVMode = "project",
-    temperature: float = 0.0,
-) -> Report:
-    """The prompts are read, and the first tokens emitted, before the clock starts.
+class TimedRun:
+    """Prompts that an engine decodes, step by step on the clock.
 
-    Above temperature 0 a prompt has a seed of its own, the same for whoever decodes it.
+    They are read, and the first tokens emitted, before it starts. Above temperature 0 a prompt has
+    a seed of its own, the same for whoever decodes it.
     """
-    sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=temperature)
-    asked = [
-        engine.submit(prompt, replace(sampling, seed=sum(prompt)), policy, kv_mode=kv_mode)
-        for prompt in prompts
-    ]
-    finished: dict[str, Sequence] = {}
-    engine.step(finished)
-    spent = engine.decoder.overhead
-    before = (spent.deciding_s, spent.filling_s)
-    start = now(engine.stack.device)
-    while engine.load != (0, 0):
-        engine.step(finished)
-    seconds = now(engine.stack.device) - start
-    return Report(seconds, (new - 1) * len(prompts), list(finished.values()),
-                  spent.deciding_s - before[0], spent.filling_s - before[1],
-                  [finished[request.id].emitted for request in asked])  # fmt: skip
+
+    def __init__(
+        self,
+        engine: AdaptiveEngine,
+        prompts: list[list[int]],
+        new: int,
+        policy: Policy,
+        kv_mode: KVMode = "project",
+        temperature: float = 0.0,
+    ) -> None:
+        sampling = SamplingParams(max_tokens=new, ignore_eos=True, temperature=temperature)
+        self._asked = [
+            engine.submit(prompt, replace(sampling, seed=sum(prompt)), policy, kv_mode=kv_mode)
+            for prompt in prompts
+        ]
+        self._engine, self._finished = engine, dict[str, Sequence]()
+        engine.step(self._finished)
+        spent = engine.decoder.overhead
+        self._before = (spent.deciding_s, spent.filling_s)
+        self._seconds, self._tokens = 0.0, (new - 1) * len(prompts)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the engine has nothing left to do."""
+        return self._engine.load == (0, 0)
+
+    def step(self) -> None:
+        """Let the engine take a step, if there is one."""
+        if not self.is_over:
+            start = now(self._engine.stack.device)
+            self._engine.step(self._finished)
+            self._seconds += now(self._engine.stack.device) - start
+
+    def report(self) -> Report:
+        """What came of it."""
+        spent = self._engine.decoder.overhead
+        return Report(self._seconds, self._tokens, list(self._finished.values()),
+                      spent.deciding_s - self._before[0], spent.filling_s - self._before[1],
+                      [self._finished[request.id].emitted for request in self._asked])  # fmt: skip
+
+
+def side_by_side(*runs: TimedRun) -> list[Report]:
+    """Let runs of different engines take a step each in turn: a busy machine is busy for all."""
+    while not all(run.is_over for run in runs):
+        for run in runs:
+            run.step()
+    return [run.report() for run in runs]
+
+
+def ours(*what: Any, **how: Any) -> Report:
+    """Time a run; takes what ``TimedRun`` takes."""
+    return side_by_side(TimedRun(*what, **how))[0]
 
 
 class TokenClock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped

@@ -200,7 +200,7 @@ class Decoder:
         """
         arrivals: list[Arrival] = []
         for launch, catch_up in waves:
-            if not catch_up and is_full(launch, self.stack.layers):
+            if not catch_up and is_full(self.context, launch):
                 arrivals += full_wave(self.context, launch.members)
                 continue
             members = launch.members

@@ -7,15 +7,22 @@ from operator import attrgetter
 
 from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.decoding.wave_context import Arrival, WaveContext, sent
+from offramp.worker.decoding.wave_context import Arrival, WaveContext, is_spared, sent
 from offramp.worker.model.attention import decode_window
 from offramp.worker.model.kv import EXACT
 
 
-def is_full(launch: Launch[Sequence], layers: int) -> bool:
-    """Whether all that a launch runs are new tokens that go through every layer unasked."""
-    whole = launch.first == 0 and launch.last == layers and not launch.later
-    return whole and all(not (row.policy.exits or row.open) for row in launch.members)
+def is_full(context: WaveContext, launch: Launch[Sequence]) -> bool:
+    """Whether all that a launch runs are new tokens that go through every layer unasked.
+
+    An adapter layer that a row's policy names reads each of its tokens, asked or not.
+    """
+    if launch.first > 0 or launch.last < context.stack.layers or launch.later:
+        return False
+    for row in launch.members:
+        if row.open or (row.policy.exits and not is_spared(row, launch.ending)):
+            return False
+    return not context.reader.exits_with_layers(launch.members)
 
 
 def full_wave(context: WaveContext, rows: Rows[Sequence]) -> list[Arrival]:

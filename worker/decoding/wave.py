@@ -131,7 +131,7 @@ class Wave:
         tokens_N1, self._places = sent(self.rows, [row.next_input for row in self.rows], self.stack)
         self._x_NTD = self.stack.embed(tokens_N1, self._places[1])
         # A row that may leave no more tokens pending is not asked: it runs all layers anyway.
-        free = [n for n, row in enumerate(self.rows) if self._may_leave(row)]
+        free = [n for n, row in enumerate(self.rows) if self.context.may_leave(row, self._ending)]
         x_ND = self._x_NTD[:, 0]
         states_ND = x_ND if len(free) in (0, len(self.rows)) else take(x_ND, free)
         start = time.perf_counter()
@@ -141,12 +141,6 @@ class Wave:
         self.context.overhead.deciding_s += time.perf_counter() - start
         if not self.groups and self._ending == "wait":
             self._ending = "each"  # nobody will leave, so there is nothing to wait for
-
-    def _may_leave(self, row: Sequence) -> bool:
-        # Only where tokens are full depth's in any case may the others have a say in a row's depth.
-        if self._ending == "all" and row.request.kv_mode == "verify":
-            return False
-        return not (row.is_past_asking or self.context.must_go_deep(row))
 
     def _resume_groups(self) -> None:
         self.groups = list({id(row.group): row.group for row in self.rows if row.group}.values())

@@ -17,6 +17,7 @@ from offramp.controller.features import FloatArray
 from offramp.worker.decoding.asking.grouping import RowGrouper
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.reading import ExitReader
+from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.fill import CacheFiller
 from offramp.worker.model.kv import SlotKV
@@ -127,6 +128,19 @@ class WaveContext:
     def must_go_deep(self, row: Sequence) -> bool:
         """Whether a row's new token may not leave early."""
         return row.policy_failed or row.must_go_deep(self.max_pending, self.stack.eos_tokens)
+
+    def may_leave(self, row: Sequence, ending: Ending) -> bool:
+        """Whether a row's policy is asked about its new token in a launch with such an ending."""
+        is_bound = is_spared(row, ending) or self.must_go_deep(row)
+        return not (is_bound or row.is_past_asking)
+
+
+def is_spared(row: Sequence, ending: Ending) -> bool:
+    """Whether a launch takes a row to the end without asking its policy.
+
+    Only where tokens are full depth's in any case may the others have a say in a row's depth.
+    """
+    return ending == "all" and row.request.kv_mode == "verify"
 
 
 def widened(
