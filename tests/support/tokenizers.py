@@ -41,3 +41,17 @@ def byte_level_tokenizer(*special: str) -> Any:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|end|>", *special])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def word_tokenizer(vocab: int) -> Any:
+    """A token per word: ``w5`` is token 5; any other word is token 1, and 0 is padding."""
+    core = Tokenizer(
+        models.WordLevel(
+            vocab={"<pad>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, vocab)},
+            unk_token="<unk>",
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", model_max_length=10**6
+    )

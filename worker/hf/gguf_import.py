@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from offramp.controller.errors import ConfigError, ModelError
+from offramp.worker.hf.weight_files import in_one_line
 from offramp.worker.model.families import adapter_of
-from offramp.worker.model.loading import check_model, in_one_line
+from offramp.worker.model.loading import check_model
 
 MAGIC = b"GGUF"
 """How such a file begins."""

@@ -5,32 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import textwrap
-import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from offramp.controller.errors import ConfigError, ModelError
+from offramp.worker.hf.weight_files import AGAIN, in_one_line, require_weights
 from offramp.worker.model.families import adapter_of
 
 SAMPLED_VALUES = 4096
 """Values per tensor that enter a model's fingerprint."""
-
-INDEX = ".index.json"
-"""Ending of a file that names weight files."""
-
-WEIGHTS = tuple(
-    name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", INDEX)
-)
-"""Files that hold or name a folder's weights; Hugging Face reads the first that is there."""
-
-AGAIN = "Download or save the model again"
 
 HUB_S = 5.0
 """Longest wait for the hub's first answer."""
@@ -43,10 +30,9 @@ def check_model(path: str | Path) -> None:
         ModelError: folder missing, not a causal LM, an unsupported architecture, or weights
             that are cut short or are no weights.
     """
-    config = _load_config(path)
+    config = load_config(path)
     adapter_of(_architecture(path, config), repr(str(path))).require_servable(config)
-    for file in _weight_files(Path(path)):
-        _require_whole(file)
+    require_weights(path)
 
 
 def layers_and_vocab(path: str | Path) -> tuple[int, int]:
@@ -55,7 +41,7 @@ def layers_and_vocab(path: str | Path) -> tuple[int, int]:
     Raises:
         ModelError: folder missing, or its config.json is unusable.
     """
-    config = _load_config(path)
+    config = load_config(path)
     return int(config.num_hidden_layers), int(config.vocab_size)
 
 
@@ -74,9 +60,19 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str) -> Any:
     """
     require_device(device)
     check_model(path)
+    return read_model(AutoModelForCausalLM, path, dtype, device)
+
+
+def read_model(auto: Any, path: str | Path, dtype: torch.dtype, device: str, **options: Any) -> Any:
+    """Read a checked folder's weights into one of transformers' auto classes; see ``load_model``.
+
+    Raises:
+        ModelError: weights are damaged or missing.
+    """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             path,
+            **options,
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -184,7 +180,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
 
 
-def _load_config(path: str | Path) -> Any:
+def load_config(path: str | Path) -> Any:
+    """A model's configuration.
+
+    Raises:
+        ModelError: there is no such folder or hub id, or its config.json is unusable.
+    """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
@@ -243,48 +244,3 @@ def _architecture(path: str | Path, config: Any) -> str:
             "Use a model whose architecture ends in ForCausalLM",
         )
     return str(causal[0])
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that the weights will be read from; none of a model that is no folder."""
-    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if first is None:
-        return []
-    if not first.name.endswith(INDEX):
-        return [first]
-    try:
-        named = set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(named)]
-    except Exception as error:  # JSON may be of any shape
-        raise _damaged(first, in_one_line(error)) from error
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise _damaged(first, f"it names {absent[0]}, which is not there")
-    return files
-
-
-def _require_whole(file: Path) -> None:
-    """Refuse a file that holds no weights, as far as can be seen without reading them all."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt"):
-                return
-        # weights_only: a model from elsewhere must not run code.
-        is_zip = zipfile.is_zipfile(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UnpicklingError as error:  # whose message advises to read it with its code
-        problem = "it holds more than tensors, which could run code and is not read"
-        raise _damaged(file, problem) from error
-    except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
-        raise _damaged(file, in_one_line(error)) from error
-    if not isinstance(found, dict):
-        raise _damaged(file, f"it holds a {type(found).__name__}, not tensors by name")
-
-
-def _damaged(file: Path, problem: str) -> ModelError:
-    return ModelError("model", f"{file.name} in {str(file.parent)!r} is damaged: {problem}", AGAIN)
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__

@@ -12,9 +12,51 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FloatArray, IntArray
+from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.traces import SOFTMAX_COLUMNS
 from offramp.worker.model.transfers import fetch
-from offramp.worker.probes.probe import ProbeInputs
+from offramp.worker.probes.probe import ProbeInputs, part_of
+
+EVERY_ROW = slice(None)
+
+
+class SoftmaxMemory:
+    """Turns whole logits of some rows, exit by exit, into SOFTMAX_V2.
+
+    Args:
+        exits: Number of exits that are asked at.
+        layers: Number of layers of the model.
+        position_N: Position of each row's last token, as a share of the context.
+    """
+
+    def __init__(self, exits: int, layers: int, position_N: FloatArray) -> None:
+        self._exits, self._layers = exits, layers
+        self._position_N = position_N
+        self._best_N = np.full(len(position_N), -1, np.int32)
+        self._run_N = np.zeros(len(position_N), np.float32)
+
+    def features(
+        self, layer: int, logits_MV: Tensor, rows: IndexArray | slice = EVERY_ROW
+    ) -> FloatArray:
+        """All columns of SOFTMAX_V2, [M, F], of all rows or of some, whose logits these are."""
+        alone = len(logits_MV) == 1 and logits_MV.device.type == "cpu"
+        sure_MS, best_M = (one_row if alone else softmax_features)(logits_MV)
+        agrees_M = best_M == self._best_N[rows]
+        run_M = np.where(agrees_M, self._run_N[rows] + 1, 0)
+        self._best_N[rows], self._run_N[rows] = best_M, run_M
+        out_MF = np.empty((len(best_M), SOFTMAX_V2.width), np.float32)
+        out_MF[:, :3] = sure_MS
+        out_MF[:, 3] = agrees_M
+        out_MF[:, 4] = run_M / self._exits
+        out_MF[:, 5] = layer / self._layers
+        out_MF[:, 6] = self._position_N[rows]
+        return out_MF
+
+    def keep(self, stay_N: BoolArray) -> None:
+        """Forget the rows that left."""
+        self._best_N = self._best_N[stay_N]
+        self._run_N = self._run_N[stay_N]
+        self._position_N = self._position_N[stay_N]
 
 
 class SoftmaxProbe:
@@ -28,33 +70,18 @@ class SoftmaxProbe:
 
     def __init__(self, inputs: ProbeInputs) -> None:
         self._stack = inputs.readout.stack
-        self._exits = inputs.exits
-        self._position_N = inputs.positions_N / self._stack.context
-        self._best_N = np.full(len(inputs.x_ND), -1, np.int32)
-        self._run_N = np.zeros(len(inputs.x_ND), np.float32)
+        position_N = (inputs.positions_N / self._stack.context).astype(np.float32)
+        self._memory = SoftmaxMemory(inputs.exits, self._stack.layers, position_N)
         self._logits_NV: Tensor | None = None
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of SOFTMAX_V2, [N, F]."""
         self._logits_NV = self._stack.logits(x_ND)
-        alone = len(x_ND) == 1 and x_ND.device.type == "cpu"
-        sure_NS, best_N = (one_row if alone else softmax_features)(self._logits_NV)
-        agrees_N = best_N == self._best_N
-        self._run_N = np.where(agrees_N, self._run_N + 1, 0)
-        self._best_N = best_N
-        out_NF = np.empty((len(best_N), SOFTMAX_V2.width), np.float32)
-        out_NF[:, :3] = sure_NS
-        out_NF[:, 3] = agrees_N
-        out_NF[:, 4] = self._run_N / self._exits
-        out_NF[:, 5] = layer / self._stack.layers
-        out_NF[:, 6] = self._position_N
-        return out_NF
+        return self._memory.features(layer, self._logits_NV)
 
     def keep(self, stay_N: BoolArray) -> None:
-        """Forget the rows that left."""
-        self._best_N = self._best_N[stay_N]
-        self._run_N = self._run_N[stay_N]
-        self._position_N = self._position_N[stay_N]
+        """Forget the rows that left, which a copy made before goes on to remember."""
+        self._memory = part_of(self._memory, stay_N)
 
     def logits(self) -> Tensor | None:
         """Give the logits of the last probe, [N, V]."""

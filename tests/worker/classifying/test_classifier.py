@@ -1,0 +1,126 @@
+"""Rows leave a batch, the batch shrinks, and what is left is as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
+from offramp.controller.policies.protocols import FixedExit, IndexArray, ThresholdPolicy
+from offramp.controller.policies.rules.entropy_patience import PatienceExit
+from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.classifier import Classifier
+from support.classifying.sequence_models import RAGGED, ByLength, encoder_stack, random_heads
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier(encoder_stack(), random_heads())
+
+
+def test_rows_leave_and_are_gone(classifier: Classifier) -> None:
+    policy = ByLength({1: 2, 3: 5})
+    found = classifier.run(RAGGED, policy)
+    assert found.layers_N.tolist() == [5, 1, 3]
+    assert policy.asked == [3, 2]
+    assert (found.launches, found.row_layers) == (5, 3 + 2 * 2 + 1 * 2)
+    assert found.row_layers == found.layers_N.sum()
+    for row, layer in enumerate(found.layers_N.tolist()):
+        alone = classifier.run(
+            RAGGED[row : row + 1], FixedExit(layer) if layer < 5 else ByLength({})
+        )
+        assert np.allclose(found.probs_NC[row], alone.probs_NC[0], atol=1e-5)
+        assert found.label_N[row] == alone.label_N[0] == found.probs_NC[row].argmax()
+
+
+def test_layers_behind_the_last_row_are_never_run(classifier: Classifier) -> None:
+    found = classifier.run(RAGGED, FixedExit(2))
+    assert (found.launches, found.row_layers) == (2, 6)
+
+
+def test_patience_counts_a_rows_own_answers_while_others_leave(classifier: Classifier) -> None:
+    policy = PatienceExit(exits=(1, 2, 3, 4), patience=1)
+    together = classifier.run(RAGGED, policy)
+    alone = [classifier.run(RAGGED[row : row + 1], policy) for row in range(3)]
+    assert together.layers_N.tolist() == [int(each.layers_N[0]) for each in alone]
+    # It is a real decision here: they do not all leave at one depth.
+    assert len(set(together.layers_N.tolist())) > 1
+
+
+class JumpByLength:
+    """Sends short sequences to the second exit, the others to the third; they leave there."""
+
+    exits = (1, 2, 4)
+    schema = None
+    candidates_VK = None
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        return np.arange(len(outlook_NC)) % 2 + 1
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        return np.full(len(outlook_NC), here)
+
+
+def test_a_router_says_where_rows_are_asked(classifier: Classifier) -> None:
+    assert classifier.run(RAGGED, JumpByLength()).layers_N.tolist() == [2, 4, 2]
+
+
+class FailsForWholeBatches(ByLength):
+    """Fails whenever it is asked."""
+
+    def leave(self, features_NF: FloatArray) -> BoolArray:
+        raise RuntimeError("no")
+
+
+def test_a_policy_that_fails_costs_nobody_the_answer() -> None:
+    own = Classifier(encoder_stack(), random_heads())
+    found = own.run(RAGGED, FailsForWholeBatches({1: 9, 2: 9}))
+    assert found.layers_N.tolist() == [5, 5, 5]
+    assert own.guard.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (ThresholdPolicy((1,), CANDIDATES_V1, "top1", 0.5), "another task"),
+        (FixedExit(9), "where no head was fitted"),
+        (FixedExit(5), "where no head was fitted"),
+    ],
+)
+def test_a_policy_for_another_task_is_refused(
+    classifier: Classifier, policy: Any, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        classifier.run(RAGGED, policy)
+
+
+def test_heads_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    heads = random_heads()
+    heads.save(tmp_path, {"model": "m", "layers": 5, "width": 48})
+    back = ClassHeads.load(tmp_path, "m", 5, 48)
+    assert (back.labels, back.pool, back.exits) == (heads.labels, heads.pool, heads.exits)
+    assert back.digest
+    stack = encoder_stack()
+    found = [Classifier(stack, each).run(RAGGED, FixedExit(2)).probs_NC for each in (heads, back)]
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        (lambda folder: ClassHeads.load(folder, "other", 5, 48), "another model"),
+        (lambda folder: ClassHeads.load(folder, "m", 6, 48), "do not ascend to 6"),
+        (lambda folder: ClassHeads.load(folder, "m", 5, 32), "has shapes"),
+    ],
+)
+def test_heads_of_another_model_are_refused(
+    tmp_path: Path, load: Callable[[Path], ClassHeads], said: str
+) -> None:
+    random_heads().save(tmp_path, {"model": "m", "layers": 5, "width": 48})
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path)

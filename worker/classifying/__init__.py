@@ -1,0 +1,1 @@
+"""Classifies whole sequences layer by layer: rows leave early, and the batch shrinks."""

@@ -1,0 +1,141 @@
+"""A linear head per exit: what reads a class off a pooled state, and the folder it is kept in.
+
+A folder holds ``translators.safetensors`` (float32 ``layer.weight`` [C, D] and ``layer.bias`` [C]
+per exit, each already divided by its temperature) and ``tune.json``: model, labels, pool, how well
+each exit does. Shape suffixes: N rows, C classes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from offramp.controller.adapters.adapter_folder import read_description
+from offramp.controller.errors import ConfigError
+from offramp.worker.classifying.sequence_stack import Pool, parse_pool
+from offramp.worker.model.translators import read_weights, save_exits
+
+KIND = "classify"
+"""What the description of a folder says that holds heads."""
+
+AGAIN = "Run `offramp tune --task classify` for this model again"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassHead:
+    """One exit's head.
+
+    Attributes:
+        weight_CD: Weights of the classes.
+        bias_C: Biases of the classes.
+    """
+
+    weight_CD: Tensor
+    bias_C: Tensor
+
+    def __call__(self, pooled_ND: Tensor) -> Tensor:
+        """Logits of the classes, [N, C]."""
+        return linear(pooled_ND, self.weight_CD, self.bias_C)
+
+
+class ClassHeads:
+    """The heads of a model's exits and of its full depth.
+
+    Args:
+        labels: Names of the C classes.
+        pool: What of a sequence they read.
+        by_layer: The heads, by number of layers executed; the deepest is full depth's.
+        digest: SHA-256 of the file they were loaded from; "" if from none.
+
+    Attributes:
+        exits: Layers that have a head, ascending; the last is full depth.
+    """
+
+    def __init__(
+        self,
+        labels: tuple[str, ...],
+        pool: Pool,
+        by_layer: Mapping[int, ClassHead],
+        digest: str = "",
+    ) -> None:
+        self.labels = labels
+        self.pool: Pool = pool
+        self.digest = digest
+        self.exits = tuple(sorted(by_layer))
+        self._by_layer = dict(by_layer)
+
+    def logits(self, layer: int, pooled_ND: Tensor) -> Tensor:
+        """Logits of the classes after so many layers, [N, C]."""
+        return self._by_layer[layer](pooled_ND)
+
+    def save(self, folder: Path, description: Mapping[str, Any]) -> None:
+        """Write both files.
+
+        Args:
+            folder: Made if missing.
+            description: At least ``model`` (fingerprint), ``layers`` and ``width``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        tensors = {
+            f"{layer}.{part}": tensor
+            for layer, head in self._by_layer.items()
+            for part, tensor in (("weight", head.weight_CD), ("bias", head.bias_C))
+        }
+        facts = {"kind": KIND, "labels": list(self.labels), "pool": self.pool}
+        save_exits(folder, tensors, {**description, **facts, "exits": list(self.exits)})
+
+    @classmethod
+    def load(cls, folder: Path, fingerprint: str, layers: int, width: int) -> ClassHeads:
+        """Read a folder that ``offramp tune --task classify`` wrote, for the model of then.
+
+        Args:
+            folder: With both files.
+            fingerprint: Fingerprint of the model in use.
+            layers: Number of its layers.
+            width: D of the model.
+
+        Raises:
+            ConfigError: field ``heads``; the folder holds no heads, or another model's, or a
+                tensor is missing, misshapen or not finite.
+        """
+        facts = read_description(folder)
+        exits, labels = _checked(folder, facts, fingerprint, layers)
+        tensors = read_weights(folder, facts)
+        by_layer = {}
+        for layer in exits:
+            parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "bias")]
+            shapes = [None if part is None else tuple(part.shape) for part in parts]
+            if shapes != [(len(labels), width), (len(labels),)]:
+                raise ConfigError("heads", f"exit {layer} has shapes {shapes}", AGAIN)
+            weight_CD, bias_C = (part for part in parts if part is not None)
+            if not (weight_CD.isfinite().all() and bias_C.isfinite().all()):
+                raise ConfigError("heads", f"exit {layer} holds NaN or infinite values", AGAIN)
+            by_layer[layer] = ClassHead(weight_CD, bias_C)
+        return cls(labels, parse_pool(str(facts.get("pool"))), by_layer, str(facts["digest"]))
+
+
+def _checked(
+    folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The exits and labels that a description names, if it is one of heads for this model."""
+    if facts.get("kind") != KIND:
+        raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
+    if facts.get("model") != fingerprint:
+        raise ConfigError("heads", f"{folder} was fitted to another model", AGAIN)
+    exits, labels = facts.get("exits"), facts.get("labels")
+    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
+    if not named or len(set(labels or ())) < 2 or len(set(labels or ())) != len(labels or ()):
+        raise ConfigError("heads", f"{folder} names no two classes or more", AGAIN)
+    listed = isinstance(exits, list) and all(type(layer) is int for layer in exits)
+    if not listed or exits != sorted(set(exits or ())) or not exits or exits[-1] != layers:
+        raise ConfigError("heads", f"exits {exits} do not ascend to {layers}", AGAIN)
+    if exits[0] < 1:
+        raise ConfigError("heads", f"exit {exits[0]} is below 1", AGAIN)
+    return tuple(exits), tuple(labels or ())

@@ -1,0 +1,90 @@
+"""Load a model that classifies: an encoder, or a causal LM, with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from offramp.controller.errors import RequestError
+from offramp.worker.classifying.decoders import DecoderStack
+from offramp.worker.classifying.encoders import ENCODERS
+from offramp.worker.classifying.sequence_stack import SequenceStack
+from offramp.worker.hf.weight_files import require_weights
+from offramp.worker.model.families import stack_for
+from offramp.worker.model.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    read_model,
+    require_device,
+    tokenizer_fingerprint,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceModel:
+    """A model that reads whole texts, ready to be classified with.
+
+    Attributes:
+        stack: Runs the layers.
+        tokenizer: What turns a text into ids.
+        fingerprint: SHA-256 of the weights.
+        tokenizer_fingerprint: SHA-256 of the tokenizer.
+    """
+
+    stack: SequenceStack
+    tokenizer: Any
+    fingerprint: str
+    tokenizer_fingerprint: str
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> SequenceModel:
+        """Load an encoder of the BERT family, or any causal LM that the engine serves.
+
+        Raises:
+            ModelError: folder missing, an unsupported architecture, or damaged weights.
+            ConfigError: there is no such device.
+        """
+        require_device(device)
+        config = load_config(path)
+        encoder = ENCODERS.get(config.model_type)
+        stack: SequenceStack
+        if encoder is None:
+            model = load_model(path, dtype, device)
+            stack = DecoderStack(stack_for(model))
+        else:
+            require_weights(path)
+            model = read_model(AutoModel, path, dtype, device, **encoder.options)
+            stack = encoder(model)
+        tokenizer = load_tokenizer(path)
+        return cls(stack, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, with the marks that the tokenizer sets around one.
+
+        Raises:
+            RequestError: a text is empty, or longer than the context; its place is the field.
+        """
+        for place, text in enumerate(texts):
+            if not text.strip():
+                raise RequestError(f"input[{place}]", "is empty", "Leave it out, or give it words")
+        # Longer than the context is refused below, in a sentence of ours.
+        found: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        for place, tokens in enumerate(found):
+            if not tokens:
+                raise RequestError(f"input[{place}]", "has no token", "Give it words")
+            if len(tokens) > self.stack.context:
+                raise RequestError(
+                    f"input[{place}]",
+                    f"has {len(tokens)} tokens, and the model's context is {self.stack.context}",
+                    "Shorten it",
+                )
+        return found
