@@ -16,10 +16,10 @@ trained to exit; ``accepted`` says how often.
 
 The third drafts with a fixed exit and length in ``verify`` on the reference model, in lock-step,
 verified together, and priced by costs that it profiles first; each takes steps in turn with full
-depth, whose own run is beside it. ``--model FOLDER`` takes another as
-it is, with real prompts, and drafts at the exits that are likeliest to pay. The last command
-measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary`` the table
-of docs/decoding.md.
+depth, which runs against itself, too: that spread is the machine's. ``--model FOLDER`` takes
+another as it is, with real prompts, and drafts at the exits that are likeliest to pay. The last
+command measures nothing: it prints rows of a file, by shape, dtype and batch; with ``--summary``
+the table of docs/decoding.md.
 
 ``bound`` is the time of full depth over that of the layer, head and fill calls that were really
 made (counted), each at the price of such a call for its number of tokens, measured in the same
@@ -159,7 +159,7 @@ def measure(
     prompts = prompts_of(model, shape, batch)
     new = tokens or NEW_TOKENS.get(shape, NEW_TOKENS_OF_A_FOLDER)
     todo = (
-        drafters(drafted_at(model, shape))
+        drafters(drafted_at(model, shape), wanted)
         if drafting
         else contenders(
             batch, layers, plain.stack.vocab, depths, learned_for(shape, policy), wanted

@@ -96,15 +96,23 @@ def drafted_at(model: Any, shape: str) -> Sequence[tuple[int, int]]:
     return [(each.layer, 2) for each in ranked]
 
 
-def drafters(static: Sequence[tuple[int, int]]) -> list[Competitor]:
-    """Full depth, and drafts of a fixed exit and length, by schedule."""
+def drafters(static: Sequence[tuple[int, int]], wanted: tuple[str, ...]) -> list[Competitor]:
+    """Full depth, itself again as a control, and drafts of a fixed exit and length, by schedule.
+
+    Of the others than full depth those are left out whose name and schedule do not begin as wanted.
+    """
     found = [Competitor("full depth", "verify", NEVER)]
+    found.append(Competitor("full depth, again", "verify", "lock-step"))
     for layer, length in static:
         policy = partial(StaticDraft, layer=layer, length=length)
         for schedule in ("lock-step", "together", "priced"):
             name = f"static, exit {layer}, {length}"
             found.append(Competitor(name, "verify", schedule, policy))
-    return found
+    return found[:1] + [
+        each
+        for each in found[1:]
+        if each.name.startswith(wanted) or (each.schedule or "").startswith(wanted)
+    ]
 
 
 def engines_of(model: Any, batch: int, drafting: bool) -> dict[str, AdaptiveEngine]:

@@ -8,12 +8,11 @@ from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
-from offramp.controller.policies.exits import ascend, copy_weights, is_on_copy
+from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.policies.protocols import Policy, is_headless
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.detokenize import decode
-from offramp.worker.model.precision import Precision
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 
@@ -60,26 +59,20 @@ def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
 
 
 def pinned(
-    policy: Policy | PolicySnapshot | None,
-    current: Callable[[], PolicySnapshot],
-    stack: LayerStack,
-    copy: Precision | None,
+    policy: Policy | PolicySnapshot | None, current: Callable[[], PolicySnapshot], stack: LayerStack
 ) -> PolicySnapshot:
     """The snapshot that a request runs under: of its own policy, or the current one.
 
     Raises:
-        RequestError: the policy was made for another model, or for a copy that is not there.
+        RequestError: the policy was made for another model.
     """
     if policy is None:
         return current()
     if isinstance(policy, PolicySnapshot):
         require_policy(policy.policy, stack.layers, stack.width)
-        snapshot = policy
-    else:
-        require_fit(policy, stack)
-        snapshot = PolicySnapshot(0, "", policy)
-    require_copy(snapshot.policy, copy)
-    return snapshot
+        return policy
+    require_fit(policy, stack)
+    return PolicySnapshot(0, "", policy)
 
 
 class AuditPicker:
@@ -231,24 +224,6 @@ def require_mode(
             f"{kv_mode} emits what exits say, and the policy leaves on a copy in fewer bytes",
             "Use verify, or a policy with exits of the model's own layers",
         )
-
-
-def require_copy(policy: Policy, copy: Precision | None) -> None:
-    """Refuse exits on a copy of the layers that the engine does not have.
-
-    Raises:
-        RequestError: naming the exits.
-    """
-    wanted = copy_weights(policy.exits)
-    if wanted is None or (copy is not None and copy.weights == wanted):
-        return
-    own = "none" if copy is None else copy.name
-    raise RequestError(
-        "exits",
-        f"({', '.join(map(str, policy.exits))}) ask for a copy of the layers in {wanted}, and the "
-        f"engine has {own}",
-        f"Serve with --draft-weights {wanted} (EngineConfig.draft_precision)",
-    )
 
 
 def require_policy(policy: Policy, layers: int, width: int) -> None:

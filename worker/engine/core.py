@@ -145,10 +145,11 @@ class EngineCore:
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
         track = partial(self._track, split_by or request_id)
-        snapshot = pinned(policy, track, self.stack, self.config.draft_precision)
+        snapshot = pinned(policy, track, self.stack)
         adapters = self.decoder.reader.under(snapshot)
         mode = snapshot.mode(kv_mode, self.config.kv_mode, self.stack.dtype, adapters.digest)
         require_mode(mode, forced, snapshot.policy, adapters.layers)
+        self.config.require_drafts(snapshot.policy, mode)
         audited = self._audits.picks(snapshot, mode, forced)
         request = Request(
             id=request_id,

@@ -27,14 +27,7 @@ from offramp.worker.decoding.request import (
 )
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.admission import (
-    Prompt,
-    as_prompts,
-    pinned,
-    prompt_text,
-    require_copy,
-    require_mode,
-)
+from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text, require_mode
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.adapter_layers import ExitAdapters
@@ -220,10 +213,10 @@ class AdaptiveEngine(EngineCore):
             adapters: What its exits are to be read through; None: the engine's own.
 
         Raises:
-            RequestError: it leaves on a copy of the layers that this engine does not have, or does
-                not go with the engine's cache mode.
+            RequestError: it leaves on a copy of the layers that this engine does not have, counts
+                other drafts than may pend, or does not go with the engine's cache mode.
         """
-        require_copy(policy, self.config.draft_precision)
+        self.config.require_drafts(policy)
         layers = (adapters or self.decoder.translators).layers
         if layers:
             require_mode(self.config.kv_mode, (), policy, layers)
@@ -263,7 +256,7 @@ class AdaptiveEngine(EngineCore):
         requests: list[Request] = []
         # One for all of them: what one call returns is comparable.
         current = partial(self._track, uuid.uuid4().hex)
-        policy = pinned(policy, current, self.stack, self.config.draft_precision)
+        policy = pinned(policy, current, self.stack)
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):

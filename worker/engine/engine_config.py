@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import get_args
 
 from offramp.controller.costs.table import CostTable
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import MAX_PENDING
+from offramp.controller.policies.exits import copy_weights
+from offramp.controller.policies.protocols import Policy
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.model.kv import BLOCK_TOKENS
@@ -95,6 +97,36 @@ class EngineConfig:
         costs.at(slots)
         if self.draft_precision is not None:
             costs.on_copy(self.draft_precision.weights, slots)
+
+    def require_drafts(self, policy: Policy, kv_mode: str = "verify") -> None:
+        """Refuse exits on a copy that is not there, and drafts that are counted otherwise.
+
+        Policies that draft read the share of ``max_pending`` that is pending (``OUTLOOK_V1``).
+
+        Args:
+            policy: What is to be served.
+            kv_mode: The mode that it runs in; only ``verify`` drafts.
+
+        Raises:
+            RequestError: naming the exits, or ``max_pending``.
+        """
+        wanted, copy = copy_weights(policy.exits), self.draft_precision
+        if wanted is not None and (copy is None or copy.weights != wanted):
+            own = "none" if copy is None else copy.name
+            raise RequestError(
+                "exits",
+                f"({', '.join(map(str, policy.exits))}) ask for a copy of the layers in {wanted}, "
+                f"and the engine has {own}",
+                f"Serve with --draft-weights {wanted} (EngineConfig.draft_precision)",
+            )
+        most = getattr(policy, "max_pending", self.max_pending)
+        if kv_mode == "verify" and most != self.max_pending:
+            raise RequestError(
+                "max_pending",
+                f"the policy was made for {most} pending drafts, and the engine lets "
+                f"{self.max_pending} pend",
+                f"Serve with --max-pending {most} (EngineConfig.max_pending)",
+            )
 
     def row_tokens(self, context: int, bytes_per_token: int) -> int:
         """Tokens that one request may hold.

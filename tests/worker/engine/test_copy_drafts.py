@@ -137,6 +137,13 @@ def _on(weights: Any, policy: Policy) -> Policy:
     return policy if isinstance(policy, NeverExit) else replace(cast(Any, policy), exits=exits)
 
 
+def _counting(most: int, policy: Policy) -> Policy:
+    """The same policy for an engine that lets so many drafts pend."""
+    if isinstance(policy, ConfidentDraft | StaticDraft):
+        return replace(policy, max_pending=most, length=min(policy.length, most))
+    return policy
+
+
 def submitted(
     engine: AdaptiveEngine, tried: Iterable[Policy], kv_mode: KVMode = "verify"
 ) -> list[Sequence]:
@@ -163,7 +170,8 @@ def test_tokens_are_full_depths(
     family: str, tried: Callable[[], list[Policy]], schedule: Schedule, pending: int
 ) -> None:
     model = make_model(family)
-    rows = submitted(engine_with_copy(model, schedule=schedule, max_pending=pending), tried())
+    fitting = [_counting(pending, policy) for policy in tried()]
+    rows = submitted(engine_with_copy(model, schedule=schedule, max_pending=pending), fitting)
     for row in rows:
         assert float(shortfalls(model, row).max()) <= CLOSE
     assert 0 < sum(row.drafts_accepted for row in rows) < sum(row.drafts_made for row in rows)
@@ -363,3 +371,17 @@ def test_a_copy_that_cannot_gain_is_refused(settings: dict[str, Any], remedy: st
     with pytest.raises(ConfigError, match=remedy) as refusal:
         EngineConfig(**settings)
     assert refusal.value.field == "draft_weights"
+
+
+def test_a_policy_that_counts_other_drafts_than_may_pend_is_refused_by_name() -> None:
+    engine = AdaptiveEngine(make_model("llama"), slots=1, config=EngineConfig(max_pending=3))
+    policy = StaticDraft(layer=1, length=2, max_pending=8)
+    for refused in (
+        lambda: engine.submit((1, 2), policy=policy, kv_mode="verify"),
+        lambda: engine.prepare(policy),
+    ):
+        with pytest.raises(RequestError, match="--max-pending 8") as refusal:
+            refused()
+        assert refusal.value.field == "max_pending"
+    engine.submit((1, 2), policy=StaticDraft(layer=1, length=2, max_pending=3), kv_mode="verify")
+    engine.submit((1, 2), policy=policy, kv_mode="defer")  # nothing is drafted there
