@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
 from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.prompt_places import PromptPlaces
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import SamplingParams
@@ -62,6 +63,11 @@ class PoolBackend:
         self._encoder: PromptEncoder | None = None
         self._workers: Any = None
         self._room = config.room
+        engine = config.worker.engine
+        self._places = PromptPlaces(
+            engine.prefill_tokens if engine.prefix_cache_mib else 0,
+            max(1, config.worker.slots // 4),
+        )
         self._outstanding = 0
         self._streams: set[Any] = set()
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -123,10 +129,12 @@ class PoolBackend:
         """No tokens once the request is accepted, then its own; retried while there are none."""
         has_sent = is_accepted = has_killed = False
         silent = 0
+        prompts, *_, cache_salt = request
+        names = self._places.names(prompts[0], cache_salt)
         try:
             while True:
                 try:
-                    async with aclosing(self._said(request, name, count)) as said:
+                    async with aclosing(self._said(request, name, count, names)) as said:
                         async for tokens in said:
                             # The wire is quicker than Ray: tokens come before the first word, too.
                             if not is_accepted:
@@ -146,7 +154,7 @@ class PoolBackend:
             self._outstanding -= count
 
     async def _said(
-        self, request: tuple[Any, ...], name: str, count: int
+        self, request: tuple[Any, ...], name: str, count: int, beginnings: Sequence[bytes]
     ) -> AsyncGenerator[Tokens, None]:
         """What one worker says of a request.
 
@@ -154,7 +162,10 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         arriving = self.inbox.expect(name)
-        stream = self._workers.options(stream=True).generate.remote(arriving.number, *request)
+        chosen, requests = self._places.choose(beginnings, self._living(), count), count
+        # See ``WorkerRouter`` for why the worker is named so.
+        workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
+        stream = workers.generate.remote(arriving.number, *request)
         self._streams.add(stream)
         following = asyncio.create_task(_follow(stream, arriving))
         try:
@@ -163,6 +174,10 @@ class PoolBackend:
                 count -= sum(event.finish_reason is not None for _, event in tokens)
                 yield tokens
         finally:
+            if chosen is not None:
+                self._places.ended(chosen, requests)
+            if arriving.worker is not None:  # another, if the chosen one could not take it
+                self._places.note(beginnings, arriving.worker)
             self.inbox.forget(arriving)
             self._streams.discard(stream)
             following.cancel()
@@ -180,7 +195,18 @@ class PoolBackend:
 
     def reports(self) -> list[dict[str, Any]]:
         """What each worker said last, if it has said anything for some time."""
-        oldest_s = time.monotonic() - FORGET_S
+        kept, moved = self._places.kept, self._places.moved
+        return [
+            report | {"kept": kept[report["replica"]], "moved": moved[report["replica"]]}
+            for report in self._since(FORGET_S)
+        ]
+
+    def _living(self) -> set[str]:
+        """Replicas that have just reported: who is silent for longer loses its requests."""
+        return {report["replica"] for report in self._since(SILENCE_S)}
+
+    def _since(self, age_s: float) -> list[dict[str, Any]]:
+        oldest_s = time.monotonic() - age_s
         return [report for heard_s, report in self._heard.values() if heard_s >= oldest_s]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.serve._private.replica as serve_replica
+from ray import serve
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.controller.keys.root import load_root
@@ -89,6 +90,8 @@ class ServedWorker:
         # Held for as long as this process lives: no other worker writes there.
         self._claim = StateClaim(config.state_dir / config.channel)
         self.worker_id = self._claim.name
+        # Unlike that name, another worker never has it again.
+        self._replica = serve.get_replica_context().replica_id.unique_id
         send_lines(config.log_format, self.worker_id, front.log.remote)
         engine = load_engine(config.worker)
         verifier = ReleaseVerifier(
@@ -116,7 +119,7 @@ class ServedWorker:
             ),
         )
         engine.current_policy = lambda: self.refresher.current
-        self._wire = TokenWire(ray.get(front.wire.remote()), self.worker_id)
+        self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
         self.service = EngineService(
             engine, max_waiting=config.max_waiting, after_step=self._wire.flush
         )
@@ -135,7 +138,7 @@ class ServedWorker:
     ) -> AsyncIterator[str]:
         """Decode prompts; tokens go over the wire.
 
-        Yields this worker's name: once the prompts are accepted, and then as signs of life, until
+        Yields this replica's name: once the prompts are accepted, and then as signs of life, until
         the last token was sent. Raises as ``EngineService.submit`` does.
 
         Args:
@@ -148,10 +151,10 @@ class ServedWorker:
             prompts, sampling, sender, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
         )
         try:
-            yield self.worker_id
+            yield self._replica
             while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
                 if self.service.is_healthy:
-                    yield self.worker_id
+                    yield self._replica
             sender.ended.result()
         except DecodeFailedError as error:
             _logger.error("%s: %r", error, error.__cause__)
@@ -186,6 +189,7 @@ class ServedWorker:
         policy = describe_policy(self.worker_id, refresher.current, refresher.report, engine)
         running, waiting = engine.load
         return policy | {
+            "replica": self._replica,
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
@@ -21,6 +22,7 @@ from offramp.deploy.serve.front import Front
 from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.pool_config import APP, PoolConfig
 from offramp.deploy.serve.replica import ServedWorker
+from offramp.deploy.serve.worker_router import WorkerRouter
 from offramp.worker.model.loading import check_model
 
 HEALTH_S = 1.0
@@ -67,6 +69,7 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
             num_replicas=config.replicas,
             # The front takes no more than all workers have room for; this spreads them.
             max_ongoing_requests=config.room,
+            request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
             health_check_period_s=HEALTH_S,
             health_check_timeout_s=FROZEN_S,
             graceful_shutdown_timeout_s=config.limits.drain_s,

@@ -86,7 +86,7 @@ class StandIn:
     def reports(self) -> list[dict[str, Any]]:
         running, waiting = self.service.engine.load
         policy = {"generation": 7, "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
-        numbers = {"stale_s": 0.0, "trips": 0, "audited": 0, "disagreed": 0}
+        numbers = {"stale_s": 0.0, "trips": 0, "audited": 0, "disagreed": 0, "kept": 0, "moved": 0}
         return [{"worker": "worker-0", "running": running, "waiting": waiting, **policy, **numbers}]
 
 

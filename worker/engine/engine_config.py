@@ -28,7 +28,8 @@ class EngineConfig:
         kv_mode: What becomes of the layers that exited tokens skipped, unless a request says.
         schedule: Lock-step, or cohorts with holds.
         prefill_tokens: Prompt tokens read between two launches at most: a running row never
-            waits longer for other rows' prompts. Prompts are cut at its multiples, nowhere else.
+            waits longer for other rows' prompts. Prompts are cut at its multiples, and nowhere else
+            unless they are kept.
         max_pending: Tokens a row may have pending before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
@@ -41,8 +42,8 @@ class EngineConfig:
         kv_budget_mb: Most memory the cache may grow to, in MiB; None: as the context asks. While
             it grows, the keys or the values exist twice.
         prefix_cache_mib: Most memory, in MiB, for what is kept of prompts that were read: one that
-            begins with the same chunks of ``prefill_tokens`` is not read again so far, and its
-            completion stays the same bit for bit. 0 keeps nothing.
+            begins with the same chunks is not read again so far, and its completion stays the same
+            bit for bit. Chunks are then cut at 32, 64, 128, … tokens, too. 0 keeps nothing.
         cuda_graphs: Whether layers on a GPU are captured once per size, and replayed by one launch;
             without, each kernel is launched by itself, which is slower and takes less memory.
 

@@ -10,19 +10,38 @@ import numpy as np
 
 from offramp.worker.model.kv import Entries
 
+FIRST_CUT = 32
+"""Tokens of the shortest beginning that is kept."""
+
+
+def next_cut(read: int, chunk: int) -> int:
+    """Where the chunk ends that begins after the tokens that were read.
+
+    Chunks double from ``FIRST_CUT`` tokens up to the longest: what two prompts share is found to
+    more than half even if it is short, and a long prompt costs few launches more.
+
+    Args:
+        read: 0, or where a chunk ends.
+        chunk: Tokens of the longest chunk.
+    """
+    return min(max(2 * read, FIRST_CUT), chunk) if read < chunk else read + chunk
+
 
 def beginnings(root: str, prompt: Sequence[int], chunk: int) -> Iterator[tuple[int, bytes]]:
-    """Name what a prompt begins with: lengths that are multiples of a chunk, and a hash of each.
+    """Name what a prompt begins with: lengths at which it is cut, and a hash of each.
 
     Args:
         root: All else that decides the entries, and who may share them.
         prompt: Token ids.
-        chunk: Tokens that are read together: their number decides the last bits of the entries.
+        chunk: Tokens of the longest chunk; how many are read together decides the last bits of
+            their entries.
     """
     digest = hashlib.sha256(f"{chunk} {len(root)} {root}".encode())
-    for end in range(chunk, len(prompt) + 1, chunk):
-        digest.update(np.asarray(prompt[end - chunk : end], "<i8").tobytes())
+    start, end = 0, next_cut(0, chunk)
+    while end <= len(prompt):
+        digest.update(np.asarray(prompt[start:end], "<i8").tobytes())
         yield end, digest.copy().digest()
+        start, end = end, next_cut(end, chunk)
 
 
 class PrefixCache:

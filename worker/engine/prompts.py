@@ -1,9 +1,10 @@
 """Reads prompts between two launches, chunk by chunk, and takes from the prefix cache what it can.
 
-A chunk is ``config.prefill_tokens`` long, and the last of a prompt as long as what is left; nothing
-else ever cuts a prompt. How many tokens are read together decides the last bits of their entries,
-so a prompt's entries depend on no neighbour, and those of another prompt with the same chunks are
-its own, bit for bit. What was decoded token by token is not kept: reading it would give other bits.
+A chunk is ``config.prefill_tokens`` long, and the last of a prompt as long as what is left; where
+prompts are kept, the first chunks are shorter (``next_cut``). Nothing else ever cuts a prompt. How
+many tokens are read together decides the last bits of their entries, so a prompt's entries depend
+on no neighbour, and those of another prompt with the same chunks are its own, bit for bit. What was
+decoded token by token is not kept: reading it would give other bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import MIB, EngineConfig
-from offramp.worker.engine.prefixes import PrefixCache, beginnings
+from offramp.worker.engine.prefixes import PrefixCache, beginnings, next_cut
 
 
 class PromptReader:
@@ -48,24 +49,29 @@ class PromptReader:
             )
 
     def read(self, rows: Iterable[Sequence]) -> None:
-        """Read the next chunks of prompts, first come, first served: in all at most one chunk's
-        tokens, lest running rows wait longer. What is taken from the prefix cache does not count:
-        copying a whole context takes less than reading a chunk.
+        """Read the next chunks of prompts, first come, first served: in all at most as many tokens
+        as the longest has, lest running rows wait longer. What is taken from the prefix cache does
+        not count: copying a whole context takes less than reading such a chunk.
         """
         left = self._chunk
         for row in rows:
-            if row.is_prefilled:
-                continue
             try:
-                if row.prefilled == 0:
-                    self._recall(row)
-                tokens = min(self._chunk, len(row.request.prompt) - row.prefilled)
-                if tokens > left:
-                    return
-                left -= tokens
-                self._read(row, tokens)
+                while not row.is_prefilled:
+                    if row.prefilled == 0:
+                        self._recall(row)
+                    tokens = self._next_end(row) - row.prefilled
+                    if tokens > left:
+                        return
+                    left -= tokens
+                    self._read(row, tokens)
             except Exception as error:
                 row.error = error
+
+    def _next_end(self, row: Sequence) -> int:
+        """Where the row's next chunk ends."""
+        read, chunk = row.prefilled, self._chunk
+        end = read + chunk if self.prefixes is None else next_cut(read, chunk)
+        return min(end, len(row.request.prompt))
 
     def _read(self, row: Sequence, tokens: int) -> None:
         self._kv.reserve(row.prefilled + tokens)
@@ -81,29 +87,28 @@ class PromptReader:
         """
         if self.prefixes is None or row.request.sampling.prompt_logprobs is not None:
             return  # which need the states of all of the prompt's tokens
-        found = []
+        found, row.recalled = [], 0
         for end, name in self._beginnings(row):
             entries = self.prefixes.find(name)
             if entries is None or end == len(row.request.prompt):
                 break
-            found.append(entries)
-        row.recalled = len(found) * self._chunk
+            found.append((slice(row.recalled, end), entries))
+            row.recalled = end
         self._kv.reserve(row.recalled)
-        for index, entries in enumerate(found):
-            first = index * self._chunk
-            where = slice(first, first + self._chunk)
+        for where, entries in found:
             self._kv.restore(row.slot, where, self._layers(row), entries)
         row.prefilled = row.recalled
 
     def _keep(self, row: Sequence) -> None:
         """Keep the chunk that was just read, unless it is the shorter one at a prompt's end."""
-        if self.prefixes is None or row.prefilled % self._chunk:
+        if self.prefixes is None:
             return
         read = takewhile(lambda each: each[0] <= row.prefilled, self._beginnings(row))
-        names = [name for _, name in read]
-        where = slice(row.prefilled - self._chunk, row.prefilled)
-        entries = partial(self._kv.entries, row.slot, where, self._layers(row))
-        self.prefixes.keep(names, entries)
+        ends, names = zip((0, b""), *read, strict=True)
+        if ends[-1] == row.prefilled:
+            where = slice(*ends[-2:])
+            entries = partial(self._kv.entries, row.slot, where, self._layers(row))
+            self.prefixes.keep(names[1:], entries)
 
     def _beginnings(self, row: Sequence) -> Iterator[tuple[int, bytes]]:
         """Name the prompt's beginnings; a policy matters only if adapter layers read along."""

@@ -6,17 +6,10 @@ One pool for all tests of this file, in this order: the last one stops it.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -25,64 +18,21 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.deploy.http.metrics import REPORTED
+from support.served_pool import (
+    CAPACITY,
+    PATIENCE_S,
+    SLACK,
+    STREAMS,
+    Outcome,
+    ServedPool,
+    body,
+    follow,
+    ready,
+    run,
+    streams,
+)
 
-T = TypeVar("T")
-
-ROOT = Path(__file__).parents[3]
-STREAMS = SLOTS = 12  # one worker alone can run them all: they begin at once, wherever they go
-WAITING = 8
-CAPACITY = 2 * (SLOTS + WAITING)
-PATIENCE_S = 120.0
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class ServedPool:
-    """``offramp serve`` as a process of its own."""
-
-    def __init__(self, home: Path) -> None:
-        self.port = free_port()
-        self.redis_port = free_port()
-        options = {"--port": self.port, "--redis-port": self.redis_port}
-        options |= {"--slots": SLOTS, "--max-waiting": WAITING, "--threads": 1}
-        words = [str(word) for option in options.items() for word in option]
-        environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
-        self.process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "offramp"), "serve", *words],
-            cwd=ROOT,
-            env=environment | {"OFFRAMP_HOME": str(home)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def family(self) -> list[psutil.Process]:
-        """The command's process and all that it started."""
-        command = psutil.Process(self.process.pid)
-        return [command, *command.children(recursive=True)]
-
-    def of_each(self, ask: Callable[[psutil.Process], T]) -> list[tuple[psutil.Process, T]]:
-        """What each says; Ray's helpers come and go, and who is gone says nothing."""
-        said = []
-        for each in self.family():
-            with suppress(psutil.NoSuchProcess):
-                said.append((each, ask(each)))
-        return said
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes of replicas."""
-        named = self.of_each(lambda each: "".join(each.cmdline()))
-        return [each for each, words in named if "ServeReplica:offramp" in words]
 
 
 @pytest.fixture(scope="module")
@@ -102,87 +52,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
         if pool.process.poll() is None:
             pool.process.terminate()
             pool.process.wait(PATIENCE_S)
-
-
-def run(pool: ServedPool, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
-    async def within() -> Any:
-        limits = httpx.Limits(max_connections=1000)
-        async with httpx.AsyncClient(
-            base_url=pool.url, timeout=PATIENCE_S, limits=limits
-        ) as client:
-            return await asyncio.wait_for(scenario(client), 2 * PATIENCE_S)
-
-    return asyncio.run(within())
-
-
-def body(tokens: int, **fields: Any) -> dict[str, Any]:
-    asked = {"model": "reference", "prompt": [11, 12], "max_tokens": tokens, "ignore_eos": True}
-    return {**asked, "temperature": 0, "stream": True, **fields}
-
-
-@dataclass(eq=False)
-class Outcome:
-    """What one stream brought."""
-
-    status: int = 0
-    tokens: int = 0
-    finish: str | None = None
-    error: Any = None
-    is_done: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        return self.finish == "length" and self.is_done and self.error is None
-
-    @property
-    def is_told(self) -> bool:
-        """It did not come to its end, and its client was told so."""
-        return (
-            self.error is not None and self.finish is None and (self.is_done or self.status != 200)
-        )
-
-    def note(self, line: str) -> None:
-        if line == "data: [DONE]":
-            self.is_done = True
-        elif line:
-            event = json.loads(line.removeprefix("data: "))
-            self.error = event.get("error")
-            for choice in event.get("choices", []):
-                self.tokens += 1
-                self.finish = choice["finish_reason"]
-
-
-async def follow(client: httpx.AsyncClient, outcome: Outcome, asked: dict[str, Any]) -> None:
-    async with client.stream("POST", "/v1/completions", json=asked) as response:
-        outcome.status = response.status_code
-        if response.status_code != 200:
-            outcome.error = json.loads(await response.aread())["error"]
-            return
-        async for line in response.aiter_lines():
-            outcome.note(line)
-
-
-async def streams(
-    client: httpx.AsyncClient, tokens: int, count: int = STREAMS
-) -> tuple[list[Outcome], list[asyncio.Task[None]]]:
-    """Streams that all have begun."""
-    outcomes = [Outcome() for _ in range(count)]
-    tasks = [asyncio.create_task(follow(client, each, body(tokens))) for each in outcomes]
-    while any(outcome.tokens < 2 for outcome in outcomes):
-        assert not any(task.done() for task in tasks), outcomes
-        await asyncio.sleep(0.01)
-    return outcomes, tasks
-
-
-async def ready(client: httpx.AsyncClient) -> None:
-    """Both workers answer, and nothing is under way."""
-    answered: set[str] = set()
-    while len(answered) < 2:
-        answered.add((await client.get("/v1/policy")).json().get("worker", ""))
-        answered.discard("")
-        await asyncio.sleep(0.01)
-    while (await client.get("/ready")).json() != {"status": "ready", "outstanding": 0}:
-        await asyncio.sleep(0.01)
 
 
 def test_the_official_client_works_unchanged(pool: ServedPool) -> None:
@@ -216,6 +85,65 @@ def test_prometheus_sees_every_token_and_every_worker(pool: ServedPool) -> None:
         family = after["offramp_" + name.removesuffix("_total")]
         assert len({sample.labels["worker"] for sample in family}) == 2
     assert {sample.labels["guarantee"] for sample in after["offramp_policy_info"]} == {"full depth"}
+
+
+def turn(number: int, turns: int) -> list[int]:
+    """What a client sends as a conversation's next turn."""
+    return [100 + number, *range(200, 200 + 40 * turns)]
+
+
+async def known(client: httpx.AsyncClient, prompt: list[int]) -> int:
+    """Tokens of a prompt that the worker knew that it came to."""
+    reply = await client.post("/v1/completions", json=body(2, prompt=prompt, stream=False))
+    return int(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+async def sent(client: httpx.AsyncClient) -> tuple[Counter[str], Counter[str]]:
+    """Prompts of each worker: whose beginning it knew, and those that others were too busy for."""
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    samples = {each.name: each.samples for each in families}
+    kept, moved = (samples[f"offramp_{name}_prompts"] for name in ("kept", "moved"))
+    return (
+        Counter({each.labels["worker"]: int(each.value) for each in kept}),
+        Counter({each.labels["worker"]: int(each.value) for each in moved}),
+    )
+
+
+def test_conversations_stay_with_their_workers_which_have_equally_many(pool: ServedPool) -> None:
+    async def scenario(client: httpx.AsyncClient) -> tuple[Counter[str], Counter[str]]:
+        await ready(client)
+        kept, moved = await sent(client)
+        beginnings = [body(200, prompt=turn(number, 1)) for number in range(STREAMS)]
+        await asyncio.gather(*(follow(client, Outcome(), asked) for asked in beginnings))
+        for turns, cached in ((2, 32), (4, 64), (5, 128)):
+            for number in range(STREAMS):
+                assert await known(client, turn(number, turns)) == cached
+        now_kept, now_moved = await sent(client)
+        return now_kept - kept, now_moved - moved
+
+    kept, moved = run(pool, scenario)
+    assert not moved
+    assert sum(kept.values()) == 3 * STREAMS
+    assert max(kept.values()) - min(kept.values()) <= 3 * SLACK
+    assert len(kept) == 2
+
+
+def test_a_beginning_that_all_prompts_share_makes_no_worker_hot(pool: ServedPool) -> None:
+    async def scenario(client: httpx.AsyncClient) -> tuple[Counter[str], Counter[str]]:
+        await ready(client)
+        shared = turn(99, 4)
+        assert [await known(client, shared) for _ in range(2)] == [0, 128]
+        kept, moved = await sent(client)
+        asked = [body(200, prompt=[*shared, number]) for number in range(STREAMS)]
+        await asyncio.gather(*(follow(client, Outcome(), each) for each in asked))
+        now_kept, now_moved = await sent(client)
+        return now_kept - kept, now_moved - moved
+
+    kept, moved = run(pool, scenario)
+    assert sum(moved.values()) == 1  # after it, both know the beginning
+    got = kept + moved
+    assert sum(got.values()) == STREAMS
+    assert max(got.values()) - min(got.values()) <= SLACK
 
 
 def test_nothing_listens_where_other_machines_reach_it(pool: ServedPool) -> None:
@@ -276,6 +204,8 @@ def test_a_lost_workers_streams_are_told_and_the_others_go_on(
 ) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[Outcome]:
         await ready(client)
+        asked = [turn(20 * number + each, 1) for each in range(STREAMS)]
+        assert sum([await known(client, prompt) for prompt in asked]) == 0
         outcomes, tasks = await streams(client, 400)
         lost = pool.workers()[0]  # of so many streams each has some
         lost.send_signal(number)
@@ -283,6 +213,10 @@ def test_a_lost_workers_streams_are_told_and_the_others_go_on(
         late = Outcome()
         await follow(client, late, body(5))
         assert late.is_whole
+        # Conversations of the lost worker begin anew with the other, and stay there.
+        found = [await known(client, prompt) for prompt in asked]
+        assert set(found) == {0, 32}
+        assert {await known(client, prompt) for prompt in asked} == {32}
         await asyncio.gather(*tasks)
         while lost.is_running() and lost.status() != psutil.STATUS_ZOMBIE:
             await asyncio.sleep(0.1)  # until it is replaced

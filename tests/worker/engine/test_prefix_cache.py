@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.decoding.request import KVMode, PolicySnapshot, TokenEvent
 from offramp.worker.engine.engine_config import MIB
-from offramp.worker.engine.prefixes import PrefixCache, beginnings
+from offramp.worker.engine.prefixes import PrefixCache, beginnings, next_cut
 from offramp.worker.model.kv import Entries
 from support.models import DEVICE, VOCAB, make_model, save_adapters
 from support.rows import drain
@@ -174,6 +175,32 @@ def test_an_engine_keeps_to_the_bound_and_lets_go_the_longest_beginnings_first()
     assert "8 tokens" in str(refused.value)
     with pytest.raises(ConfigError, match="0 to keep nothing"):
         EngineConfig(prefix_cache_mib=float("nan"))
+
+
+def test_short_prompts_share_beginnings_of_32_64_and_128_tokens_bit_for_bit() -> None:
+    model = make_model("llama").to(DEVICE)
+    config = EngineConfig(prefix_cache_mib=4)
+    engine = AdaptiveEngine(model, slots=1, config=config)
+    text = [(5 * n * n + n) % VOCAB for n in range(200)]
+    engine.generate(text, SAMPLING)
+    found = []
+    for shared in (31, 40, 70, 150):
+        prompt = [*text[:shared], *range(1, 40)]
+        fresh = AdaptiveEngine(model, slots=1, config=config)
+        ours, theirs = (list(each.stream(prompt, SAMPLING)) for each in (engine, fresh))
+        assert [replace(event, request_id="r0") for event in ours] == theirs
+        found.append(known(ours))
+    assert found == [0, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ends"),
+    [(256, [32, 64, 128, 256, 512]), (48, [32, 48, 96, 144, 192]), (8, [8, 16, 24, 32, 40])],
+)
+def test_chunks_double_up_to_the_longest(chunk: int, ends: list[int]) -> None:
+    names = list(beginnings("", range(ends[-1]), chunk))
+    assert [end for end, _ in names] == ends
+    assert [next_cut(end, chunk) for end in (0, *ends[:-1])] == ends
 
 
 def test_names_tell_root_chunk_and_tokens_apart() -> None:
