@@ -162,7 +162,8 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         arriving = self.inbox.expect(name)
-        chosen, requests = self._places.choose(beginnings, self._living(), count), count
+        replicas = {report["replica"] for report in self.reports()}
+        chosen, requests = self._places.choose(beginnings, replicas, count), count
         # See ``WorkerRouter`` for why the worker is named so.
         workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
         stream = workers.generate.remote(arriving.number, *request)
@@ -196,18 +197,12 @@ class PoolBackend:
     def reports(self) -> list[dict[str, Any]]:
         """What each worker said last, if it has said anything for some time."""
         kept, moved = self._places.kept, self._places.moved
+        oldest_s = time.monotonic() - FORGET_S
         return [
             report | {"kept": kept[report["replica"]], "moved": moved[report["replica"]]}
-            for report in self._since(FORGET_S)
+            for heard_s, report in self._heard.values()
+            if heard_s >= oldest_s
         ]
-
-    def _living(self) -> set[str]:
-        """Replicas that have just reported: who is silent for longer loses its requests."""
-        return {report["replica"] for report in self._since(SILENCE_S)}
-
-    def _since(self, age_s: float) -> list[dict[str, Any]]:
-        oldest_s = time.monotonic() - age_s
-        return [report for heard_s, report in self._heard.values() if heard_s >= oldest_s]
 
 
 async def _follow(stream: Any, arriving: Arriving) -> None:

@@ -49,7 +49,7 @@ class PromptPlaces:
         Args:
             names: Names of their prompt's beginnings, the shortest first.
             workers: Those that can take requests.
-            requests: How many they are.
+            requests: Number of requests.
 
         Returns:
             The worker; None if there is none, or if workers keep nothing.

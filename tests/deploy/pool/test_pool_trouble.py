@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.deploy.http.metrics import REPORTED
-from support.served_pool import (
+from support.pools.served_pool import (
     CAPACITY,
     PATIENCE_S,
     SLACK,
@@ -113,8 +113,8 @@ def test_conversations_stay_with_their_workers_which_have_equally_many(pool: Ser
     async def scenario(client: httpx.AsyncClient) -> tuple[Counter[str], Counter[str]]:
         await ready(client)
         kept, moved = await sent(client)
-        beginnings = [body(200, prompt=turn(number, 1)) for number in range(STREAMS)]
-        await asyncio.gather(*(follow(client, Outcome(), asked) for asked in beginnings))
+        _, tasks = await streams(client, 400, [turn(number, 1) for number in range(STREAMS)])
+        await asyncio.gather(*tasks)
         for turns, cached in ((2, 32), (4, 64), (5, 128)):
             for number in range(STREAMS):
                 assert await known(client, turn(number, turns)) == cached
@@ -134,8 +134,8 @@ def test_a_beginning_that_all_prompts_share_makes_no_worker_hot(pool: ServedPool
         shared = turn(99, 4)
         assert [await known(client, shared) for _ in range(2)] == [0, 128]
         kept, moved = await sent(client)
-        asked = [body(200, prompt=[*shared, number]) for number in range(STREAMS)]
-        await asyncio.gather(*(follow(client, Outcome(), each) for each in asked))
+        _, tasks = await streams(client, 400, [[*shared, number] for number in range(STREAMS)])
+        await asyncio.gather(*tasks)
         now_kept, now_moved = await sent(client)
         return now_kept - kept, now_moved - moved
 

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import psutil
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STREAMS = SLOTS = 12  # one worker alone can run them all: they begin at once, wherever they go
 SLACK = SLOTS // 4
 WAITING = 8
@@ -140,11 +140,14 @@ async def follow(client: httpx.AsyncClient, outcome: Outcome, asked: dict[str, A
 
 
 async def streams(
-    client: httpx.AsyncClient, tokens: int, count: int = STREAMS
+    client: httpx.AsyncClient, tokens: int, prompts: Sequence[Sequence[int]] = ((11, 12),) * STREAMS
 ) -> tuple[list[Outcome], list[asyncio.Task[None]]]:
     """Streams that all have begun."""
-    outcomes = [Outcome() for _ in range(count)]
-    tasks = [asyncio.create_task(follow(client, each, body(tokens))) for each in outcomes]
+    outcomes = [Outcome() for _ in prompts]
+    tasks = [
+        asyncio.create_task(follow(client, outcome, body(tokens, prompt=prompt)))
+        for outcome, prompt in zip(outcomes, prompts, strict=True)
+    ]
     while any(outcome.tokens < 2 for outcome in outcomes):
         assert not any(task.done() for task in tasks), outcomes
         await asyncio.sleep(0.01)

@@ -1,0 +1,1 @@
+"""Serves pools as their users do."""
