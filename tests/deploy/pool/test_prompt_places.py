@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -50,7 +51,7 @@ def test_who_has_too_much_to_do_is_relieved_and_who_relieves_knows_it_then(
     assert first == ["a", "a", "a", "b"]
     assert (places.kept, places.moved) == ({"a": 3}, {"b": 1, "a": 0})
     then = [places.choose(names, ("a", "b"), 1) for _ in range(6)]
-    assert sorted(then) == ["a", "a", "b", "b", "b", "b"]
+    assert Counter(then) == {"a": 2, "b": 4}
     assert places.moved.total() == 1
 
 
