@@ -67,7 +67,8 @@ class PromptPlaces:
                 break
         if chosen is None:
             chosen = self._idlest(workers)
-            self.moved[chosen] += is_known
+            if is_known:
+                self.moved[chosen] += 1
         self._load[chosen] += requests
         self.note(names, chosen)
         return chosen

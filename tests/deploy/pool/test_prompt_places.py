@@ -49,7 +49,7 @@ def test_who_has_too_much_to_do_is_relieved_and_who_relieves_knows_it_then(
     places.note(names, "a")
     first = [places.choose(names, ("a", "b"), 1) for _ in range(4)]
     assert first == ["a", "a", "a", "b"]
-    assert (places.kept, places.moved) == ({"a": 3}, {"b": 1, "a": 0})
+    assert (places.kept, places.moved) == ({"a": 3}, {"b": 1})
     then = [places.choose(names, ("a", "b"), 1) for _ in range(6)]
     assert Counter(then) == {"a": 2, "b": 4}
     assert places.moved.total() == 1
