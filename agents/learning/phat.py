@@ -1,4 +1,4 @@
-"""p̂: a calibrated classifier of "this exit's token is the full-depth token".
+"""p̂: a calibrated classifier of "this exit is right", by default: its token is full depth's.
 
 Shape suffixes: N tokens, E exits, F features, M = N·E rows.
 """
@@ -16,7 +16,7 @@ from offramp.agents.learning.export import Normaliser, Weights, linear_weights
 from offramp.agents.learning.stopping_problem import StateObservations, states_of
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SCHEMAS, BoolArray, FeatureSchema, FloatArray
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 HIDDEN = 32
 
@@ -42,7 +42,10 @@ class PhatConfig:
 
 
 def train_phat(
-    traces: TokenTraces, config: PhatConfig, columns: Collection[str] | None = None
+    traces: TokenTraces,
+    config: PhatConfig,
+    columns: Collection[str] | None = None,
+    quality: Quality = "agreement",
 ) -> Weights:
     """Fit P(right | features) by binary cross-entropy over every exit of every token.
 
@@ -51,6 +54,7 @@ def train_phat(
         config: Hyper-parameters of the fit.
         columns: Features that it may read, of the recorded schema; None: all. The weights of the
             others are zero.
+        quality: Says which exits are right.
 
     Returns:
         Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of p̂.
@@ -58,7 +62,8 @@ def train_phat(
     rows_MF = traces.features_NEF.reshape(-1, traces.features_NEF.shape[2])
     normaliser = Normaliser.fit(rows_MF)
     hidden_F = _hidden(SCHEMAS[traces.header.schema], columns)
-    return fit_classifier(rows_MF, traces.agree_NE.reshape(-1), normaliser, config, hidden_F)
+    right_M = traces.quality(quality)[:, :-1].reshape(-1)
+    return fit_classifier(rows_MF, right_M, normaliser, config, hidden_F)
 
 
 def fit_classifier(

@@ -24,7 +24,7 @@ from offramp.controller.policies.protocols import (
     Verdict,
 )
 from offramp.envs.charges.token_costs import TokenCosts
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 VERDICT_TOKENS = 8
 """Tokens after which a learning policy gets its verdicts: the engine's default ``max_pending``."""
@@ -57,9 +57,9 @@ class TakenExits:
     taken_N: IndexArray
     probes_N: IndexArray
 
-    def agreement_N(self, traces: TokenTraces) -> FloatArray:
-        """Mark with 1 the tokens that would be full depth's, [N]."""
-        return traces.quality("agreement")[np.arange(len(self.taken_N)), self.taken_N]
+    def quality_N(self, traces: TokenTraces, quality: Quality = "agreement") -> FloatArray:
+        """Score each token that would be emitted, [N]; by agreement, 1 if it is full depth's."""
+        return traces.quality(quality)[np.arange(len(self.taken_N)), self.taken_N]
 
     def cost_N(self, costs: TokenCosts) -> NDArray[np.float64]:
         """Price each token, in units of a full-depth token's time; a first exit is not decided."""

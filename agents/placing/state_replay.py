@@ -151,7 +151,7 @@ class SubsetGrid:
         for q, subset in enumerate(every):
             for z, threshold in enumerate(thresholds):
                 taken = table.replay_subset(logits, subset, threshold)
-                agreement_QZ[q, z] = taken.agreement_N(table.traces).mean()
+                agreement_QZ[q, z] = taken.quality_N(table.traces).mean()
                 cost_QZ[q, z] = taken.cost_N(table.problem.costs).mean()
         return cls(every, list(thresholds), agreement_QZ, cost_QZ)
 

@@ -196,7 +196,7 @@ def _jumps(parts: TrainedParts) -> list[Contender]:
             Contender(
                 family=JUMPS,
                 setting=preference,
-                offline_agreement=float(paths.agreement_N(parts.data.validation).mean()),
+                offline_agreement=float(paths.quality_N(parts.data.validation).mean()),
                 policy=router,
                 offline_cost=float(paths.cost_N(parts.states.problem.costs).mean()),
                 symbol="λ=",
@@ -218,7 +218,7 @@ def _best_exits(parts: TrainedParts) -> list[Contender]:
         found[subset, threshold] = Contender(
             family=BEST_EXITS,
             setting=float(1 / (1 + np.exp(-threshold))),
-            offline_agreement=float(paths.agreement_N(parts.data.validation).mean()),
+            offline_agreement=float(paths.quality_N(parts.data.validation).mean()),
             policy=MlpPolicy(layers, table.schema, phat, threshold, parts.data.candidates_VK),
             offline_cost=float(paths.cost_N(table.problem.costs).mean()),
             note=f" at {','.join(map(str, layers))}",

@@ -113,14 +113,14 @@ def against(
 
 def worth(taken: TakenExits, table: StateTable, preference: float) -> NDArray[np.float64]:
     """Agreement − λ · cost of each token."""
-    agreement_N = taken.agreement_N(table.traces)
+    agreement_N = taken.quality_N(table.traces)
     return np.asarray(agreement_N - preference * taken.cost_N(table.problem.costs), np.float64)
 
 
 def described(who: str, taken: TakenExits, table: StateTable) -> dict[str, float]:
     """Agreement, cost and probes per token, rounded."""
     return {
-        f"{who}_agreement": round(float(taken.agreement_N(table.traces).mean()), 4),
+        f"{who}_agreement": round(float(taken.quality_N(table.traces).mean()), 4),
         f"{who}_cost": round(float(taken.cost_N(table.problem.costs).mean()), 4),
         f"{who}_probes": round(float(taken.probes_N.mean()), 3),
     }

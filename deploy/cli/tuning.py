@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
+from offramp.deploy.cli.classifying import CLASSIFY, TOKENS, tune_heads
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import fill_table, tuning_losses_table, tuning_table
 from offramp.worker.hf.gguf_import import find_gguf, import_gguf
@@ -47,6 +49,34 @@ Rank = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 
+Task = Annotated[
+    str, typer.Option(help="tokens: exits that emit tokens; classify: heads that classify texts.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="With --task classify: .csv or .jsonl of texts with labels.")
+]
+TextField = Annotated[str, typer.Option(help="With --data: field of the text.")]
+LabelField = Annotated[
+    str, typer.Option(help="With --data: field of the label.", show_default="the only other one")
+]
+HeadPool = Annotated[
+    str,
+    typer.Option(help="With --task classify: mean, first or last.", show_default="the family's"),
+]
+HeldOut = Annotated[
+    float | None,
+    typer.Option(
+        help="Validation documents measured; with --task classify: share of each class kept back.",
+        show_default="48; classify: 0.3",
+    ),
+]
+
+FOR_CLASSES = frozenset({
+    "out", "task", "model", "data", "text_field", "label_field", "pool", "exits", "held_out",
+    "resume", "dtype", "device", "threads", "seed",
+})  # fmt: skip
+"""Options of ``offramp tune`` that mean something with --task classify."""
+
 FOR_KV = frozenset({
     "out", "kv", "translators", "model", "corpus", "documents", "exits", "rank", "length",
     "held_out", "dtype", "device", "threads", "seed",
@@ -76,8 +106,13 @@ def import_model(
 
 def tune_exits(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the translators.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is fitted.")],
+    task: Task = TOKENS,
     model: options.Model = options.DEFAULT_MODEL,
+    data: Data = None,
+    text_field: TextField = "text",
+    label_field: LabelField = "",
+    pool: HeadPool = "",
     corpus: options.Corpus = None,
     documents: options.Documents = 320,
     own_text: options.OwnText = False,
@@ -94,7 +129,7 @@ def tune_exits(
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     loss_tokens: LossTokens = 4096,
-    held_out: Annotated[int, typer.Option(help="Validation documents measured.")] = 48,
+    held_out: HeldOut = None,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,
     states_gb: StatesGb = 8.0,
     checkpoint_every: CheckpointEvery = 50,
@@ -105,48 +140,42 @@ def tune_exits(
     seed: options.Seed = 0,
 ) -> None:
     """Fit exits of a model that was not trained to exit; full depth stays as it is."""
+    asked = locals()
+    if task == CLASSIFY:
+        tune_heads(_typed(context, FOR_CLASSES, "with --task classify"), out, resume)
+        return
+    if task != TOKENS:
+        raise ConfigError("task", f"{task!r} is unknown", f"Use {TOKENS} or {CLASSIFY}")
+    if data is not None:
+        raise ConfigError("data", f"means nothing without --task {CLASSIFY}", "Leave it out")
     if kv:
         _tune_kv(context, out)
         return
     if translators is not None:
         raise ConfigError("translators", "means nothing without --kv", "Leave it out")
-    config = TuneConfig(
-        kind=kind,
-        model=model,
-        corpus=corpus,
-        documents=documents,
-        exits=options.parse_layers("exits", exits),
-        rank=32 if rank is None else rank,
-        steps=steps,
-        minutes=minutes,
-        batch_tokens=batch_tokens,
-        length=length,
-        learning_rate=lr,
-        loss_tokens=loss_tokens,
-        held_out=held_out,
-        candidates=candidates,
-        states_gb=states_gb,
-        checkpoint_every=checkpoint_every,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        seed=seed,
-        own_text=OwnText.asked_for(own_text, temperature, prompt_share),
-    )
-    _tune(config, out, resume)
+    _tune(_token_config(asked), out, resume)
+
+
+def _token_config(given: dict[str, Any]) -> TuneConfig:
+    """The settings of translators or adapter layers, from the options of the command."""
+    own = OwnText.asked_for(given["own_text"], given["temperature"], given["prompt_share"])
+    renamed = {
+        "exits": options.parse_layers("exits", given["exits"]),
+        "rank": 32 if given["rank"] is None else given["rank"],
+        "learning_rate": given["lr"],
+        "held_out": 48 if given["held_out"] is None else int(given["held_out"]),
+        "own_text": own,
+    }
+    same = {each.name for each in fields(TuneConfig)} - renamed.keys()
+    return TuneConfig(**{name: given[name] for name in same}, **renamed)
 
 
 def _tune_kv(context: typer.Context, out: Path) -> None:
     """Fit a map of the fill, from what was given of the options that mean something to it."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name != "DEFAULT"
-    }
-    if odd := sorted(given.keys() - FOR_KV):
-        raise ConfigError(odd[0], "means nothing with --kv", "Leave it out")
+    given = _typed(context, FOR_KV, "with --kv")
     given["exits"] = options.parse_layers("exits", given.get("exits", ""))
+    if "held_out" in given:
+        given["held_out"] = int(given["held_out"])
     given["beside"] = given.pop("translators", None)
     given = {"model": context.params["model"]} | given
     config = KVTuneConfig(
@@ -176,3 +205,20 @@ def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
     console.print(tuning_losses_table(report))
     console.print(tuning_table(report))
     console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")
+
+
+def _typed(context: typer.Context, meaningful: frozenset[str], where: str) -> dict[str, Any]:
+    """The options of a command that were typed, by name.
+
+    Raises:
+        ConfigError: one of them is not among those that mean something here.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    }
+    if odd := sorted(typed.keys() - meaningful):
+        raise ConfigError(odd[0], f"means nothing {where}", "Leave it out")
+    return typed

@@ -14,7 +14,7 @@ from offramp.controller.features import SOFTMAX_V2, FloatArray
 from offramp.controller.policies.rules.stages import NEVER, StageThresholds
 from offramp.controller.traces import SOFTMAX_COLUMNS
 from offramp.envs.charges.token_costs import TokenCosts
-from offramp.envs.traces.tokens import TokenTraces
+from offramp.envs.traces.tokens import Quality, TokenTraces
 
 SHARPNESS = 50.0
 """β: weights fall by e for every 1/50 of risk."""
@@ -24,7 +24,11 @@ LARGEST_PRICE = 1e6
 
 
 def fit_budget(
-    traces: TokenTraces, costs: CostTable, budget: float, column: str = "top1"
+    traces: TokenTraces,
+    costs: CostTable,
+    budget: float,
+    column: str = "top1",
+    quality: Quality = "agreement",
 ) -> StageThresholds:
     """Shares by exponential weights under a budget, then one quantile per exit.
 
@@ -38,11 +42,12 @@ def fit_budget(
         costs: Measured costs, probes included.
         budget: Mean cost allowed, in units of a full-depth token's time.
         column: Score, one of SOFTMAX_COLUMNS without ``entropy``.
+        quality: Says what an exit is worth; its lack is the risk.
 
     Raises:
         ConfigError: leaving at the cheapest exit already costs more than the budget.
     """
-    risk_E1 = np.append(1.0 - traces.agree_NE.mean(axis=0, dtype=np.float64), 0.0)
+    risk_E1 = 1.0 - traces.quality(quality).mean(axis=0, dtype=np.float64)
     cost_E1 = TokenCosts.under(SOFTMAX_V2, costs, traces.header.exits).asked_everywhere_E1
     share_E1 = gibbs_shares(risk_E1, cost_E1, budget)
     score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]

@@ -114,3 +114,47 @@ def test_an_option_that_does_not_fit_kv_is_refused(
 ) -> None:
     untouched()
     assert said in cli.refused("tune", "--out", tmp_path / "out", *options)
+
+
+def labelled(path: Path) -> Path:
+    lines = ["text,category", *(f"w{n} good fine,a\nw{n} bad poor,b" for n in range(20))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_tune_fits_heads_that_classify(cli: Any, tmp_path: Path) -> None:
+    data, out = labelled(tmp_path / "data.csv"), tmp_path / "out"
+    status, output = cli(
+        "tune", "--task", "classify", "--data", data, "--out", out, "--exits", "2,6"
+    )
+    assert status == 0, output
+    lines = [line.split() for line in output.splitlines()]
+    assert [line[0] for line in lines if "→" in line][:3] == ["2", "6", "full"]
+    assert "2 classes, 28 texts learned from" in output
+    assert json.loads((out / "tune.json").read_text())["labels"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "said"),
+    [
+        (("--task", "classify"), "data", "Name a .csv or .jsonl file"),
+        (("--task", "classify", "--data", "d.csv", "--steps", 9), "steps", "with --task classify"),
+        (("--task", "classify", "--data", "d.csv", "--pool", "max"), "pool", "mean, first, last"),
+        (("--task", "classify", "--data", "d.csv", "--held-out", 3), "held_out", "within (0, 1)"),
+        (("--task", "classify", "--data", "d.txt"), "data", "neither .csv nor .jsonl"),
+        (("--task", "rank"), "task", "tokens or classify"),
+        (("--data", "d.csv"), "data", "without --task classify"),
+    ],
+)
+def test_what_cannot_be_classified_is_named(
+    cli: Any,
+    tmp_path: Path,
+    untouched: Callable[[], None],
+    arguments: tuple[Any, ...],
+    field: str,
+    said: str,
+) -> None:
+    untouched()
+    message = cli.refused("tune", "--out", tmp_path / "out", *arguments)
+    assert message.startswith(f"{field}: ")
+    assert said in message

@@ -106,6 +106,11 @@ class SequenceBatch:
         self._x_BTD = stack.embed(torch.tensor(padded, device=stack.device))
         self._around = stack.surroundings(self._x_BTD, self._lengths)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the states."""
+        return self._x_BTD.dtype
+
     def run_layer(self, index: int) -> None:
         """Run one layer over the rows that are left."""
         self.launches += 1

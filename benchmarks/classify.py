@@ -1,0 +1,273 @@
+"""Classify with early exits: accuracy by label and wall time against full depth, paired.
+
+Heads, p̂, PPO and budgets are fitted to the training file; settings are chosen on a part of it that
+nothing was fitted to; the test file is classified once. Texts are timed in turn under all policies.
+
+    python benchmarks/classify.py --model FOLDER --data ../shared/data --quick --json classify.json
+
+``--data`` holds ``banking77/train.csv``, ``test.csv``, and ``sst2/train.tsv``, ``test.tsv``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from offramp.agents.classifying.class_policies import LOSS, ClassPolicy, place_families, replayed
+from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
+from offramp.agents.classifying.classify_tuning import fit_heads, three_ways
+from offramp.agents.classifying.exit_states import exit_states
+from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled
+from offramp.agents.classifying.sequence_traces import sequence_traces
+from offramp.controller.errors import ConfigError
+from offramp.controller.policies.protocols import FixedExit
+from offramp.envs.traces.tokens import TokenTraces
+from offramp.research.fitting.budget import fit_budget
+from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.classifier import Classifier
+from offramp.worker.classifying.sequence_costs import measure_costs
+from offramp.worker.classifying.sequence_model import SequenceModel
+from offramp.worker.model.loading import parse_dtype
+
+BUDGETS = np.linspace(0.2, 1.0, 33)
+ROUND = 48
+"""Texts that are timed under one policy before the next has its turn."""
+RESAMPLES = 2000
+
+
+@dataclass
+class Row:
+    data: str
+    model: str
+    policy: str
+    batch: int
+    accuracy: float
+    accuracy_loss: float
+    mean_layers: float
+    wall_ratio: float | None
+    wall_ratio_low: float | None
+    wall_ratio_high: float | None
+    seeds: int
+
+
+@dataclass
+class Data:
+    """One data set, with the states of all its texts."""
+
+    name: str
+    train: LabelledTexts
+    test: LabelledTexts
+    sequences: list[list[int]]
+    test_sequences: list[list[int]]
+    states_NED: NDArray[np.float32]
+    test_NED: NDArray[np.float32]
+
+
+def read(folder: Path, name: str) -> tuple[LabelledTexts, LabelledTexts]:
+    if name == "banking77":
+        return read_labelled(folder / name / "train.csv"), read_labelled(folder / name / "test.csv")
+    found = []
+    for split in ("train", "test"):
+        lines = (folder / name / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+        texts, labels = zip(*(line.split("\t") for line in lines if line.strip()), strict=True)
+        found.append(LabelledTexts(tuple(texts), tuple(labels)))
+    return found[0], found[1]
+
+
+def load(folder: Path, name: str, model: SequenceModel, console: Console) -> Data:
+    train, test = read(folder, name)
+    exits = exits_of_stack(model.stack, ())
+    parts: list[Any] = []
+    for texts in (train, test):
+        sequences = model.encode(texts.texts)
+        states = exit_states(model.stack, sequences, exits, model.stack.best_pool)
+        parts.append((sequences, states))
+        console.print(f"{name}: {len(texts):,} texts read")
+    (sequences, states_NED), (test_sequences, test_NED) = parts
+    return Data(name, train, test, sequences, test_sequences, states_NED, test_NED)
+
+
+def traces_of(
+    heads: ClassHeads, data: Data, model: SequenceModel, places: NDArray[np.int64] | None
+) -> TokenTraces:
+    """Traces of some training texts, or of the test texts."""
+    texts, sequences, states = data.test, data.test_sequences, data.test_NED
+    if places is not None:
+        texts, states = data.train.of(places), data.states_NED[places]
+        sequences = [data.sequences[place] for place in places.tolist()]
+    return sequence_traces(
+        heads,
+        states,
+        texts.indices(heads.labels),
+        [len(tokens) for tokens in sequences],
+        texts.texts,
+        model=model.fingerprint,
+        context=model.stack.context,
+    )
+
+
+@dataclass
+class Seed:
+    """What one seed came to: policies on the test traces, and their times by batch."""
+
+    tested: list[ClassPolicy]
+    better: float
+    times: dict[int, NDArray[np.float64]]
+
+
+def one_seed(
+    data: Data, model: SequenceModel, seed: int, timed: int, batches: Sequence[int]
+) -> Seed:
+    exits = exits_of_stack(model.stack, ())
+    config = ClassifyTuneConfig(model="", data=Path(), seed=seed)
+    heads, _ = fit_heads(data.train, data.states_NED, exits, model.stack.best_pool, config)
+    _, fit, choose = three_ways(data.train, config.held_out, seed)
+    classifier = Classifier(model.stack, heads)
+    rng = np.random.default_rng(seed)
+    picked = rng.permutation(len(data.test))[:timed].tolist()
+    costs = measure_costs(classifier, [data.test_sequences[place] for place in picked[:64]])
+    fitted, chosen = (traces_of(heads, data, model, places) for places in (fit, choose))
+    placed = place_families(fitted, chosen, costs, seed=seed)
+    placed += placed_budget(fitted, chosen, costs, placed)
+    test = traces_of(heads, data, model, None)
+    tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
+    fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
+    better = max(tested[0].accuracy, *(each.accuracy for each in fixed))
+    sequences = [data.test_sequences[place] for place in picked]
+    times = {batch: timed_in_turn(classifier, tested, sequences, batch) for batch in batches}
+    return Seed([*tested, oracle(test)], better, times)
+
+
+def placed_budget(
+    fit: TokenTraces, choose: TokenTraces, costs: Any, placed: list[ClassPolicy]
+) -> list[ClassPolicy]:
+    """EERO's budget at its cheapest setting within the loss, if any is."""
+    least = max(placed[0].accuracy, placed[1].accuracy) - LOSS
+    tried = []
+    for budget in BUDGETS.tolist():
+        try:
+            policy = fit_budget(fit, costs, budget, quality="label")
+        except ConfigError:
+            continue
+        tried.append(replayed("budget", budget, policy, choose, costs))
+    meeting = [each for each in tried if each.accuracy >= least]
+    return [min(meeting, key=lambda each: each.cost)] if meeting else []
+
+
+def oracle(traces: TokenTraces) -> ClassPolicy:
+    """Leaves at the first exit that finds the label; at the first of all where none does."""
+    right_NE = traces.quality("label") > 0
+    depth_E = np.array([*traces.header.exits, traces.header.layers])
+    return ClassPolicy(
+        family="label oracle",
+        setting=None,
+        policy=FixedExit(1),
+        accuracy=float(right_NE.any(-1).mean()),
+        mean_layers=float(depth_E[right_NE.argmax(-1)].mean()),
+        cost=0.0,
+    )
+
+
+def timed_in_turn(
+    classifier: Classifier, policies: list[ClassPolicy], sequences: list[list[int]], batch: int
+) -> NDArray[np.float64]:
+    """Seconds of each round of texts under each policy, the order turning with the rounds."""
+    starts = range(0, len(sequences) - ROUND + 1, ROUND)
+    out = np.zeros((len(starts), len(policies)))
+    for each in policies:
+        classifier.run(sequences[:batch], each.policy)
+    for number, start in enumerate(starts):
+        texts = sequences[start : start + ROUND]
+        for turn in range(len(policies)):
+            place = (turn + number) % len(policies)
+            begun = time.perf_counter()
+            for first in range(0, ROUND, batch):
+                classifier.run(texts[first : first + batch], policies[place].policy)
+            out[number, place] = time.perf_counter() - begun
+    return out
+
+
+def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[Row]:
+    rows = []
+    rng = np.random.default_rng(0)
+    for name in dict.fromkeys(each.family for seed in seeds for each in seed.tested):
+        found = [
+            (seed, place)
+            for seed in seeds
+            for place, each in enumerate(seed.tested)
+            if each.family == name
+        ]
+        at = [seed.tested[place] for seed, place in found]
+        ratio: tuple[float | None, float | None, float | None] = (None, None, None)
+        if name != "label oracle":
+            pairs = np.concatenate([seed.times[batch][:, [place, 0]] for seed, place in found])
+            drawn = pairs[rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))].sum(1)
+            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]).tolist()
+            ratio = (float(pairs[:, 0].sum() / pairs[:, 1].sum()), low, high)
+        accuracy = float(np.mean([each.accuracy for each in at]))
+        loss = float(np.mean([seed.better - seed.tested[place].accuracy for seed, place in found]))
+        layers = float(np.mean([each.mean_layers for each in at]))
+        rows.append(Row(data, model, name, batch, accuracy, loss, layers, *ratio, len(found)))
+    return rows
+
+
+def show(rows: list[Row], console: Console) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("data", "batch", "policy", "accuracy", "loss", "layers", "wall ratio", "seeds"):
+        table.add_column(name)
+    for row in rows:
+        wall = (
+            "–"
+            if row.wall_ratio is None
+            else f"{row.wall_ratio:.2f} [{row.wall_ratio_low:.2f}, {row.wall_ratio_high:.2f}]"
+        )
+        table.add_row(
+            row.data, str(row.batch), row.policy, f"{row.accuracy:.3f}",
+            f"{100 * row.accuracy_loss:+.1f}", f"{row.mean_layers:.2f}", wall, str(row.seeds),
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Encoder or causal LM, in Hugging Face format.")],
+    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("../shared/data"),
+    sets: Annotated[str, typer.Option(help="Data sets, with commas.")] = "banking77,sst2",
+    batches: Annotated[str, typer.Option(help="Texts per batch, with commas.")] = "1,16",
+    seeds: Annotated[int, typer.Option(help="Splits and fits.")] = 5,
+    timed: Annotated[int, typer.Option(help="Test texts timed per seed.")] = 960,
+    dtype: str = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 288 texts timed.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Rows.")] = None,
+) -> None:
+    """Measure and print; write rows."""
+    torch.set_num_threads(1)
+    console = Console(width=110, highlight=False)
+    if quick:
+        seeds, timed = 2, 288
+    loaded = SequenceModel.load(model, parse_dtype(dtype))
+    sizes = [int(each) for each in batches.split(",")]
+    rows: list[Row] = []
+    for name in sets.split(","):
+        one = load(data, name, loaded, console)
+        found = [one_seed(one, loaded, seed, timed, sizes) for seed in range(seeds)]
+        for batch in sizes:
+            rows += rows_of(name, Path(model).name, found, batch)
+    show(rows, console)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,76 @@
+"""Recorded texts replay as the classifier runs them, and families keep the accuracy they must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.agents.classifying.class_policies import AGENT, place_families, replayed
+from offramp.agents.classifying.exit_states import exit_states
+from offramp.agents.classifying.sequence_traces import sequence_traces
+from offramp.agents.placing.replay import walk
+from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
+from offramp.envs.traces.tokens import TokenTraces
+from offramp.worker.classifying.classifier import Classifier
+from offramp.worker.classifying.sequence_costs import measure_costs
+from support.classifying.sequence_models import encoder_stack, random_heads
+
+TEXTS = 512
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Classifier, list[list[int]], TokenTraces]:
+    """Texts whose labels layer 2 knows best: the classes that its own head finds."""
+    classifier = Classifier(encoder_stack(), random_heads())
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(5, 97, rng.integers(2, 12)).tolist() for _ in range(TEXTS)]
+    states_NED = exit_states(classifier.stack, sequences, classifier.heads.exits, "mean")
+    known: dict[str, Any] = {"model": "m", "context": classifier.stack.context}
+    lengths = [len(tokens) for tokens in sequences]
+    names = [str(tokens) for tokens in sequences]
+    label_N = np.zeros(TEXTS, np.int64)
+    first = sequence_traces(classifier.heads, states_NED, label_N, lengths, names, **known)
+    label_N = first.exit_token_NE[:, 1].astype(np.int64)
+    traces = sequence_traces(classifier.heads, states_NED, label_N, lengths, names, **known)
+    return classifier, sequences, traces
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [EntropyExit(exits=(1, 2, 3, 4), threshold=0.2), PatienceExit(exits=(1, 2, 3, 4), patience=1)],
+)
+def test_replay_takes_the_exits_that_the_classifier_takes(recorded: Any, policy: Any) -> None:
+    classifier, sequences, traces = recorded
+    walked = walk(policy, traces)
+    live = classifier.run(sequences, policy)
+    depth_E1 = np.array([1, 2, 3, 4, 5])
+    assert depth_E1[walked.taken_N].tolist() == live.layers_N.tolist()
+    assert len(set(live.layers_N.tolist())) > 1
+
+
+def test_families_keep_accuracy_by_label_and_not_by_agreement(recorded: Any) -> None:
+    classifier, sequences, traces = recorded
+    costs = measure_costs(classifier, sequences[:4])
+    full = replayed("full depth", None, NeverExit(), traces, costs)
+    agent = replace(AGENT, steps=4096, envs=64, batch=512)
+    placed = place_families(traces, traces, costs, loss=0.3, agent=agent)
+    by_family = {each.family: each for each in placed}
+    assert by_family["full depth"] == full
+    # Layer 2 knows the labels, full depth does not: a policy may disagree and be more right.
+    assert by_family["fixed exit"].setting == 2
+    assert by_family["fixed exit"].accuracy > full.accuracy + 0.2
+    least = by_family["fixed exit"].accuracy - 0.3
+    assert {"full depth", "fixed exit", "p̂"} <= by_family.keys()
+    for each in placed[2:]:
+        assert each.accuracy >= least
+
+
+def test_costs_have_no_fill_and_a_probe_takes_a_head(recorded: Any) -> None:
+    classifier, sequences, _ = recorded
+    costs = measure_costs(classifier, sequences[:4])
+    assert (costs.fill_s, costs.layers) == (0.0, 5)
+    assert costs.probe_s > costs.head_s > 0
