@@ -3,7 +3,7 @@
 Heads, p̂, PPO and budgets are fitted to the training file; settings are chosen on a part of it that
 nothing was fitted to; the test file is classified once. Texts are timed in turn under all policies.
 
-    python benchmarks/classify.py --model FOLDER --data ../shared/data --quick --json classify.json
+    python benchmarks/classify.py --model FOLDER --data FOLDER --quick --json classify.json
 
 ``--data`` holds ``banking77/train.csv``, ``test.csv``, and ``sst2/train.tsv``, ``test.tsv``.
 """
@@ -48,7 +48,7 @@ RESAMPLES = 2000
 
 
 @dataclass
-class Row:
+class ClassifyRow:
     data: str
     model: str
     policy: str
@@ -199,7 +199,7 @@ def timed_in_turn(
     return out
 
 
-def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[Row]:
+def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[ClassifyRow]:
     rows = []
     rng = np.random.default_rng(0)
     for name in dict.fromkeys(each.family for seed in seeds for each in seed.tested):
@@ -219,11 +219,13 @@ def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[Row]:
         accuracy = float(np.mean([each.accuracy for each in at]))
         loss = float(np.mean([seed.better - seed.tested[place].accuracy for seed, place in found]))
         layers = float(np.mean([each.mean_layers for each in at]))
-        rows.append(Row(data, model, name, batch, accuracy, loss, layers, *ratio, len(found)))
+        rows.append(
+            ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, len(found))
+        )
     return rows
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[ClassifyRow], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("data", "batch", "policy", "accuracy", "loss", "layers", "wall ratio", "seeds"):
         table.add_column(name)
@@ -242,7 +244,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="Encoder or causal LM, in Hugging Face format.")],
-    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of the data sets.")],
     sets: Annotated[str, typer.Option(help="Data sets, with commas.")] = "banking77,sst2",
     batches: Annotated[str, typer.Option(help="Texts per batch, with commas.")] = "1,16",
     seeds: Annotated[int, typer.Option(help="Splits and fits.")] = 5,
@@ -258,7 +260,7 @@ def main(
         seeds, timed = 2, 288
     loaded = SequenceModel.load(model, parse_dtype(dtype))
     sizes = [int(each) for each in batches.split(",")]
-    rows: list[Row] = []
+    rows: list[ClassifyRow] = []
     for name in sets.split(","):
         one = load(data, name, loaded, console)
         found = [one_seed(one, loaded, seed, timed, sizes) for seed in range(seeds)]
