@@ -48,6 +48,11 @@ class Allowance:
             raise ConfigError("clients", f"{name!r:.40} bounds nothing that is known", "Remove it")
         return cls(**values)
 
+    @property
+    def bounds_requests(self) -> bool:
+        """Whether something of it is counted."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
     def to_values(self) -> dict[str, Any]:
         """Its bounds, as JSON says them."""
         return {name: value for name, value in asdict(self).items() if value is not None}

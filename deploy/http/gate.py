@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -11,6 +14,8 @@ from offramp.controller.errors import OverloadedError
 from offramp.deploy.clients.quotas import QuotaError, Quotas
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.error_replies import error_reply, overload_reply, quota_reply
+from offramp.deploy.http.json_size import json_values
+from offramp.deploy.http.limits import HttpLimits
 from offramp.worker.engine.service import RETRY_AFTER_S
 
 OPEN_ROUTES = ("/health", "/ready")
@@ -29,16 +34,21 @@ class Gate:
     Args:
         app: What comes behind it.
         backend: Says whether requests can be taken, and tells clients by their keys.
-        body_bytes: Most bytes of a body.
+        limits: Bounds bodies.
         quotas: Counts what clients ask.
     """
 
-    def __init__(self, app: ASGIApp, *, backend: Backend, body_bytes: int, quotas: Quotas) -> None:
+    def __init__(
+        self, app: ASGIApp, *, backend: Backend, limits: HttpLimits, quotas: Quotas
+    ) -> None:
         self._app = app
         self._backend = backend
-        self._body_bytes = body_bytes
+        self._limits = limits
         self._quotas = quotas
         self._inside = 0
+        self._entering = asyncio.Lock()
+        # Made once: many get the same refusal at once, and they are to get it soon.
+        self._full = overload_reply(OverloadedError(RETRY_AFTER_S))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -52,17 +62,13 @@ class Gate:
             send = self._with_quota(scope["state"]["client"], send)
         if refusal is not None:
             await refusal(scope, receive, send)
-        elif _makes_tokens(scope):
-            await self._let_decode(scope, self._bounded(receive), send)
+        elif scope["method"] == "POST":
+            await self._let_in_whole(scope, self._bounded(receive), send)
         else:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, receive, send)
 
-    async def _let_decode(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give a request a place once its body is there, or refuse it.
-
-        Of many that come at once the backend counts none before the first is parsed, encoded and
-        queued; and one whose body comes slowly holds no place.
-        """
+    async def _let_in_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through once its body is there, unless parsing it would take too long."""
         parts: list[Message] = []
         try:
             while not parts or parts[-1].get("more_body"):
@@ -70,8 +76,8 @@ class Gate:
         except HTTPException as error:
             await error_reply(error.status_code, error.detail)(scope, receive, send)
             return
-        if self._is_full:
-            await overload_reply(OverloadedError(RETRY_AFTER_S))(scope, receive, send)
+        if self._is_costly(parts):
+            await error_reply(413, self._too_many)(scope, receive, send)
             return
         coming = iter(parts)
 
@@ -79,11 +85,34 @@ class Gate:
             part = next(coming, None)
             return await receive() if part is None else part
 
+        enter = self._let_decode if _makes_tokens(scope) else self._app
+        await enter(scope, receive_again, send)
+
+    async def _let_decode(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give a request whose body is there a place, or refuse it.
+
+        Of many that come at once the backend counts none before the first is parsed, encoded and
+        queued; and one whose body comes slowly holds no place. Those that get one enter one by one,
+        a turn of the event loop each: to parse and submit takes ten times as long as to refuse, and
+        a crowd that is refused would wait for all who are not.
+        """
+        if self._is_full:
+            await self._full(scope, receive, send)
+            return
         self._inside += 1
         try:
-            await self._app(scope, receive_again, send)
+            async with self._entering:
+                await asyncio.sleep(0)
+            await self._app(scope, receive, send)
         finally:
             self._inside -= 1
+
+    def _is_costly(self, parts: Sequence[Message]) -> bool:
+        # A value takes a byte or more.
+        if sum(len(part.get("body", b"")) for part in parts) <= self._limits.body_values:
+            return False
+        body = b"".join(part.get("body", b"") for part in parts)
+        return json_values(body) > self._limits.body_values
 
     @property
     def _is_full(self) -> bool:
@@ -104,7 +133,7 @@ class Gate:
         if scope["method"] != "POST":
             return None
         length = headers.get("content-length", "")
-        if length.isdecimal() and len(length) < 19 and int(length) > self._body_bytes:
+        if length.isdecimal() and len(length) < 19 and int(length) > self._limits.body_bytes:
             # The server reads the rest and drops it, or the client would not see the answer.
             return error_reply(413, self._too_large)
         return self._unavailable(scope) or self._spent(scope)
@@ -120,12 +149,15 @@ class Gate:
     def _with_quota(self, client: str | None, send: Send) -> Send:
         """Tell a client what is left to it, with whatever it is answered."""
 
+        if not self._quotas.of(client).bounds_requests:
+            return send
+
         async def send_told(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self._quotas.headers(client))
             await send(message)
 
-        return send_told if self._quotas.of(client).to_values() else send
+        return send_told
 
     def _unavailable(self, scope: Scope) -> Response | None:
         trouble = self._backend.trouble()
@@ -135,7 +167,7 @@ class Gate:
             code = trouble.replace(" ", "_")
             return error_reply(503, message, kind="server_error", code=code, headers=headers)
         if _makes_tokens(scope) and self._is_full:
-            return overload_reply(OverloadedError(RETRY_AFTER_S))
+            return self._full
         return None
 
     def _lets_in(self, scope: Scope, headers: Headers) -> bool:
@@ -149,7 +181,12 @@ class Gate:
 
     @property
     def _too_large(self) -> str:
-        return f"body: exceeds {self._body_bytes} bytes. Shorten it."
+        return f"body: exceeds {self._limits.body_bytes} bytes. Shorten it."
+
+    @property
+    def _too_many(self) -> str:
+        most = self._limits.body_values
+        return f"body: holds more than {most} JSON values. Send several requests, or text."
 
     def _bounded(self, receive: Receive) -> Receive:
         """Count the bytes of a body whose length was not told."""
@@ -159,7 +196,7 @@ class Gate:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._body_bytes:
+            if received > self._limits.body_bytes:
                 raise HTTPException(413, self._too_large)
             return message
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from fastapi.telemetry import TelemetryConfig
 
 from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import AccessLog
@@ -41,6 +42,9 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 """What a reply may also be."""
 
+NO_SPANS: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+"""FastAPI's own, beside ``spans``; it would ask the environment before each request."""
+
 
 def create_app(
     backend: Backend,
@@ -56,9 +60,11 @@ def create_app(
         access_log: File that gets a line of JSON per request.
         spans: Makes a span of each request that makes tokens.
     """
-    app = FastAPI(title="offramp", docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(
+        title="offramp", docs_url=None, redoc_url=None, responses=ERRORS, telemetry=NO_SPANS
+    )
     quotas = Quotas(backend.clients.allowance)
-    app.add_middleware(Gate, backend=backend, body_bytes=limits.body_bytes, quotas=quotas)
+    app.add_middleware(Gate, backend=backend, limits=limits, quotas=quotas)
     metrics = Metrics(backend)
     app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
     add_error_handlers(app)

@@ -21,6 +21,7 @@ class HttpLimits:
 
     Attributes:
         body_bytes: Most bytes of a request's body.
+        body_values: Most JSON values of a body, keys included (numbers, strings, lists, objects).
         choices: Most completions of one request, over all of its prompts.
         header_s: Seconds that a client may take for a request's headers, from its first byte (or
             the connection's beginning) on.
@@ -35,6 +36,7 @@ class HttpLimits:
     """
 
     body_bytes: int = 8 * 2**20
+    body_values: int = 2**18
     choices: int = 128
     header_s: float = 10.0
     body_s: float = 30.0

@@ -23,7 +23,7 @@ class TokenizeRequest(Nullable):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool = True
 
 
@@ -31,7 +31,7 @@ class DetokenizeRequest(Nullable):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Integer]
+    tokens: Annotated[list[Integer], Field(fail_fast=True)]
 
 
 def add_text_routes(app: FastAPI, backend: Backend) -> None:

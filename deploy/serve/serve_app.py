@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import signal
 import socket
@@ -34,6 +35,10 @@ FROZEN_S = 4.0
 ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
 """Requests of one burst are spread by what was sent; after it workers are asked for their load
 again: one that froze does not answer."""
+
+AT_ONCE = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
+"""Ray Serve would ask a worker that answers nothing to end, and wait as long as draining may take
+before the next one gets its place. Of a cluster that is joined, whoever starts Ray sets it."""
 
 AS_URGENT = {"worker_niceness": 0}
 """Ray's processes would give way to all others of the machine, and wake up too late."""
@@ -145,6 +150,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
+        os.environ.setdefault(AT_ONCE, "1")  # Ray's processes take it over
         options |= {
             "num_cpus": cpus,
             "include_dashboard": False,

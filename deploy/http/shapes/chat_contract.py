@@ -47,7 +47,7 @@ class ChatMessage(Nullable):
 class ChatRequest(DecodingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Integer | None = None
     max_tokens: Integer | None = Field(default=None, description="OpenAI's older name of it.")
     logprobs: bool = False

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import fields
+from itertools import chain
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.clients.allowances import LOSSLESS
@@ -114,7 +123,7 @@ class DecodingFields(Nullable):
     min_p: Number = _within(0.0, minimum=0, maximum=1)
     repetition_penalty: Number = _within(1.0, minimum=1 / MOST_REPETITION, maximum=MOST_REPETITION)
     min_tokens: Integer = _within(0, minimum=0)
-    stop_token_ids: list[Integer] = []
+    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] = []
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -205,10 +214,26 @@ def _quality(given: Any) -> KVWish:
     return float(given)
 
 
+def _prompt(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """A prompt as it is: pydantic would try each kind in turn, and note each item that is none."""
+    if isinstance(given, list):
+        kinds = set(map(type, given))
+        is_nested = kinds == {list}
+        if is_nested:
+            kinds = set(map(type, chain.from_iterable(given)))
+        if kinds <= {int} or (kinds == {str} and not is_nested):
+            return given
+        if kinds <= {int, float}:  # 1.0 is an integer in JSON
+            return validate(given)
+    elif isinstance(given, str):
+        return given
+    raise ValueError("Input should be a string, a list of token ids, or a list of either")
+
+
 class CompletionRequest(DecodingFields):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], WrapValidator(_prompt)]
     max_tokens: Integer = _within(16, minimum=0)
     best_of: Integer | None = _within(None, minimum=1)
     logprobs: Integer | None = _within(None, minimum=0, maximum=MOST_LOGPROBS)

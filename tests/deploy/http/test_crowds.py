@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.json_size import json_values
+from offramp.deploy.http.limits import HttpLimits
 from offramp.worker.engine.service import EngineService
 
 ROOM = 3
@@ -64,3 +70,50 @@ def test_a_body_that_is_still_coming_holds_no_place(
     quick, *slow = ask(create_app(stand_in(service)), beside_slow_ones)
     assert quick == 200
     assert set(slow) <= {400, 429}
+
+
+def test_a_body_of_more_values_than_is_good_for_others_is_not_parsed(
+    service: EngineService, stand_in: type, ask: Any
+) -> None:
+    app = create_app(stand_in(service), HttpLimits(body_values=40))
+    text = json.dumps({**BODY, "prompt": '[1, "2"], \\ {"a": 3}, ' * 10})
+    ids = json.dumps({**BODY, "prompt": [7] * 40})
+
+    async def each(client: httpx.AsyncClient) -> list[httpx.Response]:
+        as_json = {"content-type": "application/json"}
+        asked = [("/v1/completions", text), ("/v1/completions", ids)]
+        asked += [("/detokenize", json.dumps({"tokens": [7] * 40}))]
+        return [await client.post(path, content=body, headers=as_json) for path, body in asked]
+
+    served, *refused = ask(app, each)
+    assert served.status_code == 200, served.text
+    for reply in refused:
+        assert reply.status_code == 413
+        assert "more than 40 JSON values" in reply.json()["error"]["message"]
+
+
+@given(values=st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+))  # fmt: skip
+def test_no_fewer_values_are_counted_than_there_are(values: Any) -> None:
+    def number(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + sum(1 + number(each) for each in value.values())
+        return 1 + (sum(map(number, value)) if isinstance(value, list) else 0)
+
+    counted = json_values(json.dumps(values, ensure_ascii=False).encode())
+    # An empty list or object counts as if something were in it, but for the one at the top.
+    assert number(values) <= counted <= 2 * number(values)
+
+
+@pytest.mark.parametrize("prompt", [[1, "a"], [["a"]], [[[1]]], [{}], 7, [True], [1.5], [[1], "a"]])
+def test_prompts_of_no_known_kind_are_refused_with_one_sentence(
+    app: FastAPI, ask: Any, prompt: Any
+) -> None:
+    async def send(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/completions", json={**BODY, "prompt": prompt})
+
+    reply = ask(app, send)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "prompt"
