@@ -16,6 +16,7 @@ from offramp.deploy.cli.console import say
 
 TOPICS = {
     "record": "cli.learning",
+    "drift": "cli.drifting",
     "train": "cli.learning",
     "evaluate": "cli.evaluating",
     "calibrate": "cli.calibrating",
