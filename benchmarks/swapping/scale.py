@@ -138,13 +138,15 @@ def draw(rows: list[FleetRow], path: Path) -> None:
     """Draw how long agreeing takes, and what the server gets to do, by the size of the fleet."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for scene, size in dict.fromkeys((row.scene, row.blob_bytes) for row in rows):
+    scenes = dict.fromkeys((row.scene, row.blob_bytes) for row in rows)
+    for number, (scene, size) in enumerate(scenes):
         own = [row for row in rows if (row.scene, row.blob_bytes) == (scene, size)]
         workers = [row.workers for row in own]
-        name = scene if scene == "quiet" else f"{scene}, {size / 1e6:g} MB"
-        right.plot(workers, [row.peak_per_s for row in own], "o-", label=name)
+        name = scene if scene == "quiet" else f"{scene}, {size / 1e6:.2g} MB"
+        style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "label": name}
+        right.plot(workers, [row.peak_per_s for row in own], **style)
         if scene != "quiet":
-            left.plot(workers, [row.p99_s for row in own], "o-", label=name)
+            left.plot(workers, [row.p99_s for row in own], **style)
     left.set(title="Until 99 % run the new policy", ylabel="simulated seconds")
     right.set(title="Redis's busiest tenth of a second", ylabel="commands per second")
     for axes in (left, right):
