@@ -1,4 +1,4 @@
-"""Run ``offramp record`` and ``train``: from documents to traces, from traces to policies."""
+"""Run ``offramp record``, ``train`` and ``drift``: documents, traces, policies, and their age."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
+from offramp.agents.recording.drift import find_drift
 from offramp.agents.recording.own_text import TOGETHER, OwnText
 from offramp.agents.recording.record import is_finished, record_traces
 from offramp.agents.recording.record_config import RecordConfig
@@ -24,6 +25,7 @@ from offramp.deploy.cli.drafting import teach
 from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
+from offramp.envs.traces.store import TraceStore
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.model.precision import Precision
@@ -48,11 +50,15 @@ Cluster = Annotated[
     str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
 ]
 
+DRIFTED = 3
+"""Exit status of ``drift`` for a difference that is no chance; errors have 1 and 2."""
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("record")(record)
     app.command("train")(train_policies)
+    app.command("drift")(drift)
 
 
 def record(
@@ -186,6 +192,27 @@ def train_policies(
     options.require_new_folder("out", out)
     placed_at = options.parse_list("targets", targets, float, "numbers", ".9,.97")
     train_here(_gates(traces, costs, translators, placed_at, steps, (threads, seed)), out)
+
+
+def drift(
+    traces: Annotated[Path, typer.Argument(help="A recording of now, by `offramp record`.")],
+    against: Annotated[Path, typer.Option(help="The recording that policies were trained on.")],
+    false_alarms: Annotated[
+        float, typer.Option(min=0.002, max=0.5, help="Chance of an alarm if nothing changed.")
+    ] = 0.01,
+) -> None:
+    """Compare the features of two recordings; exit status 3 if they differ beyond chance."""
+    before = TraceStore.open(against).read("train")
+    found = find_drift(before, TraceStore.open(traces).read())
+    first, second = found.document_counts
+    has_drifted = found.p_value <= false_alarms
+    verdict = "they differ beyond chance" if has_drifted else "no difference beyond chance"
+    console.print(
+        f"{verdict}: p = {found.p_value:.3g}, over {first} and {second} documents; most at "
+        f"{found.column}, by {found.distance:.2f} (Kolmogorov-Smirnov)"
+    )
+    if has_drifted:
+        raise typer.Exit(DRIFTED)
 
 
 def _gates(

@@ -16,7 +16,7 @@ from offramp.deploy.cli.console import say
 
 TOPICS = {
     "record": "cli.learning",
-    "drift": "cli.drifting",
+    "drift": "cli.learning",
     "train": "cli.learning",
     "evaluate": "cli.evaluating",
     "calibrate": "cli.calibrating",
