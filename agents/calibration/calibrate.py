@@ -11,7 +11,6 @@ from safetensors.numpy import load
 
 from offramp.agents.calibration.calibration_documents import CalibrationDocument, data_digest
 from offramp.agents.calibration.fixed_sequence import (
-    LossesOf,
     OnStep,
     WalkResult,
     conformal_risk_control,
@@ -107,11 +106,7 @@ def calibrate(
     """
     require_fingerprints(family.bundle, engine)
 
-    def losses_of(setting: float) -> Losses:
-        # Measured when it is walked: what lies behind the first failure is never decoded.
-        return losses.losses(family.build(setting), promise.unit)
-
-    outcome = _walk(promise, family, losses_of, on_step)
+    outcome = _walk(promise, family, losses, on_step)
     passed, mode = outcome.certified, losses.decode_mode
     if passed is None:
         return Calibration(loss=losses.loss, outcome=outcome, bundle=None)
@@ -196,19 +191,28 @@ def require_enough(promise: Promise, documents: int) -> None:
 
 
 def _walk(
-    promise: Promise, family: SettingFamily, losses_of: LossesOf, on_step: OnStep
+    promise: Promise, family: SettingFamily, losses: LossSource, on_step: OnStep
 ) -> WalkResult:
-    delta, epsilon = promise.delta, promise.epsilon
+    """Walk a family; each step says where tokens left, if its losses' source records that."""
+    leaves: dict[float, tuple[float, ...]] = {}
+
+    def losses_of(setting: float) -> Losses:
+        # Measured when it is walked: what lies behind the first failure is never decoded.
+        policy = family.build(setting)
+        found = losses.losses(policy, promise.unit)
+        leaves[setting] = losses.leaves(policy.exits)
+        return found
+
+    delta, epsilon, settings = promise.delta, promise.epsilon, family.settings
     if epsilon is None:
-        return conformal_risk_control(family.settings, losses_of, delta=delta, on_step=on_step)
-    return learn_then_test(
-        family.settings,
-        losses_of,
-        delta=delta,
-        epsilon=epsilon,
-        method=promise.method,
-        on_step=on_step,
-    )
+        found = conformal_risk_control(settings, losses_of, delta=delta, on_step=on_step)
+    else:
+        method = promise.method
+        found = learn_then_test(
+            settings, losses_of, delta=delta, epsilon=epsilon, method=method, on_step=on_step
+        )
+    walked = tuple(replace(step, leaves=leaves[step.setting]) for step in found.walked)
+    return replace(found, walked=walked)
 
 
 def _bundle(family: SettingFamily, setting: float) -> PolicyBundle:

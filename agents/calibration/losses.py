@@ -59,6 +59,10 @@ class LossSource(Protocol):
         """Losses of a policy, [N]."""
         ...
 
+    def leaves(self, exits: Sequence[int]) -> tuple[float, ...]:
+        """Shares of the tokens of the last policy that left at each exit; () if not recorded."""
+        ...
+
 
 def serving_mode(engine: AdaptiveEngine) -> DecodeMode:
     """The mode of an engine whose exits can lose something.
@@ -85,6 +89,10 @@ class TokenLosses:
         """Losses of each document, or of each token; [N]."""
         return by_unit(self.disagreement(policy), unit)
 
+    def leaves(self, exits: Sequence[int]) -> tuple[float, ...]:
+        """Nothing: it is not recorded."""
+        return ()
+
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's under the same history."""
         raise NotImplementedError
@@ -110,7 +118,12 @@ class OnPolicy(TokenLosses):
         self._engine = engine
         self._tokens = [document.tokens for document in documents]
         self._prompt_tokens = prompt_tokens
+        self._depths_N = np.zeros(0, np.int64)
         self._full = self._emitted(NeverExit())
+
+    def leaves(self, exits: Sequence[int]) -> tuple[float, ...]:
+        """Shares of the tokens of the last policy that left at each exit."""
+        return tuple(float((self._depths_N == depth).mean()) for depth in exits)
 
     def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
         """Per document, which tokens [T] differ from full depth's, teacher-forced."""
@@ -119,6 +132,7 @@ class OnPolicy(TokenLosses):
 
     def _emitted(self, policy: Policy) -> list[NDArray[np.int64]]:
         runs, _ = follow(self._engine, self._tokens, self._prompt_tokens, policy)
+        self._depths_N = np.concatenate([run.exit_layers for run in runs])
         return [np.asarray(run.emitted, np.int64) for run in runs]
 
 
@@ -196,6 +210,10 @@ class CompletedLines:
         ends = np.cumsum([0, *map(len, lines)])
         self._documents_N = [slice(start, end) for start, end in pairwise(ends)]
         self._full_L = self._similarities(NeverExit())
+
+    def leaves(self, exits: Sequence[int]) -> tuple[float, ...]:
+        """Nothing: it is not recorded."""
+        return ()
 
     def losses(self, policy: Policy, unit: Unit) -> Losses:
         """Each document's mean over its lines, [N].

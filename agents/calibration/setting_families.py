@@ -176,13 +176,8 @@ def _along_column(policy: ThresholdPolicy, point: SavedPoint, steps: int) -> Set
 
 
 def _along_logit(policy: MlpPolicy, point: SavedPoint, steps: int) -> SettingFamily:
-    def build(threshold: float) -> MlpPolicy:
-        return MlpPolicy(
-            policy.exits, policy.schema, policy.weights, threshold, policy.candidates_VK
-        )
-
     settings = np.linspace(max(logit(SAFEST), policy.threshold), policy.threshold, steps)
-    return _family(point, "threshold, logits", settings, build)
+    return _family(point, "threshold, logits", settings, policy.at)
 
 
 def _along_preference(gentle: SavedPoint, eager: SavedPoint, steps: int) -> SettingFamily:

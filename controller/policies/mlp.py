@@ -63,6 +63,10 @@ class MlpPolicy:
         """One pair per layer."""
         return self._net.weights
 
+    def at(self, threshold: float) -> MlpPolicy:
+        """The same net with another threshold."""
+        return MlpPolicy(self.exits, self.schema, self.weights, threshold, self.candidates_VK)
+
     def logits(self, features_NF: FloatArray) -> FloatArray:
         """The MLP's output per row, [N]; a view that the next call reuses (N ≤ MAX_ROWS)."""
         return self._net.rows(features_NF)[:, 0]

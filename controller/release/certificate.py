@@ -49,12 +49,22 @@ class Walked:
         risk: Mean loss on the calibration data, in [0, 1].
         p_value: Belongs to "the risk exceeds delta"; None for conformal risk control.
         passed: Whether it was certified.
+        leaves: Shares of the tokens that left at each of the policy's exits, which the others
+            passed; () if that was not recorded.
     """
 
     setting: float
     risk: float
     p_value: float | None
     passed: bool
+    leaves: tuple[float, ...] = ()
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain values, as JSON says them."""
+        values = asdict(self) | {"leaves": list(self.leaves)}
+        if not self.leaves:
+            del values["leaves"]
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +159,7 @@ class Certificate:
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, as JSON says them."""
-        return asdict(self) | {"walked": [asdict(step) for step in self.walked]}
+        return asdict(self) | {"walked": [step.to_values() for step in self.walked]}
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -164,8 +174,10 @@ class Certificate:
         """
         check_fields(values, _FIELDS, PREFIX)
         for step in values["walked"]:
-            check_fields(step, _STEP_FIELDS, f"{PREFIX}walked.")
-        walked = tuple(Walked(**step) for step in values["walked"])
+            check_fields(step, _STEP_FIELDS, f"{PREFIX}walked.", ("leaves",))
+        walked = tuple(
+            Walked(**step | {"leaves": tuple(step.get("leaves", ()))}) for step in values["walked"]
+        )
         try:
             return cls(**values | {"walked": walked})
         except ConfigError as error:
@@ -195,6 +207,8 @@ def _problems(certificate: Certificate) -> Iterator[str]:
 def _untested(certificate: Certificate) -> Iterator[str]:
     """The certified setting must be the last that passed, and nothing passes after a failure."""
     steps = certificate.walked
+    if any(min(step.leaves, default=0) < 0 or sum(step.leaves) > 1 + 1e-9 for step in steps):
+        yield "of some setting, tokens left in shares that are none"
     passed = [step for step in steps if step.passed]
     if not passed or not all(step.passed for step in steps[:-1]):
         yield "no setting passed, or one was tested after a failure"
@@ -232,6 +246,7 @@ _STEP_FIELDS: dict[str, Check] = {
     "risk": NUMBER,
     "p_value": or_null(NUMBER),
     "passed": _FLAG,
+    "leaves": list_of(NUMBER),
 }
 _FIELDS: dict[str, Check] = {
     "version": COUNT,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from offramp.controller.errors import ConfigError, OfframpError, RequestError
+from offramp.controller.release.certified_points import Target
 from offramp.deploy.clients.allowances import LOSSLESS, Allowance
 from offramp.worker.decoding.request import KVWish
 
@@ -75,7 +76,12 @@ def wish_within(allowance: Allowance, asked: KVWish | None) -> KVWish | None:
         return asked
     if asked is None:
         return "verify" if least == LOSSLESS else least
-    if not isinstance(asked, str) and asked >= (1.0 if least == LOSSLESS else least):
+    promised = 1.0 if least == LOSSLESS else least
+    if isinstance(asked, Target):
+        if asked.quality is None or asked.quality >= promised:
+            return replace(asked, quality=promised if asked.quality is None else asked.quality)
+        asked = asked.quality
+    if not isinstance(asked, str) and asked >= promised:
         return asked
     field = "offramp.kv_mode" if isinstance(asked, str) else "offramp.quality"
     problem = f"{asked} does not promise the {least} that this key asks for"

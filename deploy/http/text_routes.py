@@ -11,7 +11,8 @@ from offramp.controller.errors import RequestError
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.shapes.chat_contract import ChatMessage
-from offramp.deploy.http.shapes.contract import Integer, Nullable
+from offramp.deploy.http.shapes.contract import Integer
+from offramp.deploy.http.shapes.offramp_options import Nullable
 from offramp.deploy.http.shapes.reply_shapes import DetokenizeReply, TokenizeReply
 from offramp.deploy.http.status_routes import require_model
 from offramp.worker.engine.admission import require_tokens

@@ -12,6 +12,8 @@ import torch
 
 from offramp.controller import FixedExit
 from offramp.controller.errors import RequestError
+from offramp.controller.release.certified_points import Target
+from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from support.certificates import certificate
@@ -143,6 +145,39 @@ def test_a_quality_that_is_none_is_refused(complete: Ask, options: Any, param: s
     response = complete(options)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({name: value}, f"offramp.{name}")
+        for name in ("latency_budget_ms", "energy_weight")
+        for value in (-1, True, "fast", [1], 10**400)
+    ]
+    + [
+        ({"latency_budget_ms": 0}, "offramp.latency_budget_ms"),
+        ({"latency_budget_ms": 5, "kv_mode": "defer"}, "offramp.kv_mode"),
+        ({"latency_budget_ms": 5, "quality": 2}, "offramp.quality"),
+        # The pool of these tests was started without a table of costs.
+        ({"latency_budget_ms": 5, "quality": 0.9}, "offramp.latency_budget_ms"),
+        ({"energy_weight": 0.1}, "offramp.energy_weight"),
+    ],
+)
+def test_a_target_that_cannot_be_had_is_refused(complete: Ask, options: Any, param: str) -> None:
+    response = complete(options)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_target_is_read_whole() -> None:
+    def wish(**options: Any) -> Any:
+        return CompletionRequest.model_validate({**BODY, "offramp": options}).kv_mode
+
+    both = wish(latency_budget_ms=5, energy_weight=0.25, quality="lossless")
+    assert both == Target(latency_budget_ms=5.0, energy_weight=0.25, quality=1.0)
+    assert wish(latency_budget_ms=5) == Target(latency_budget_ms=5.0)
+    assert wish(energy_weight=0) == Target()
+    assert wish(latency_budget_ms=None) is None
 
 
 def test_the_served_policy_decides_for_whom_its_certificate_says_enough() -> None:

@@ -11,6 +11,7 @@ import torch
 from offramp.controller.errors import RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.certified_points import Target
 from offramp.controller.release.manifest import Guarantee, Rollout
 from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.sampler import Draw, Sampler
@@ -55,7 +56,9 @@ class PolicySnapshot:
             return "full depth"
         return "uncertified" if self.certificate is None else "certified"
 
-    def mode(self, wish: KVWish | None, own: KVMode, dtype: torch.dtype, adapters: str) -> KVMode:
+    def mode(
+        self, wish: KVMode | float | None, own: KVMode, dtype: torch.dtype, adapters: str
+    ) -> KVMode:
         """What becomes of the layers that a request under it skips.
 
         Args:
@@ -97,9 +100,10 @@ verify: as defer, but the tokens are drafts until full depth confirms them: the 
 depth's.
 """
 
-KVWish = KVMode | float
-"""A mode, or the quality to be guaranteed, from 0 to 1: the engine's own mode if the policy's
-certificate bounds the loss at 1 minus so much, else verify, which loses nothing."""
+KVWish = KVMode | float | Target
+"""A mode; or the quality to be guaranteed, from 0 to 1: the engine's own mode if the policy's
+certificate bounds the loss at 1 minus so much, else verify, which loses nothing; or what the point
+of the certified frontier is to cost, in the engine's own mode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

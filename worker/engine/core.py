@@ -16,6 +16,7 @@ from typing import Any
 
 from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
 from offramp.controller.policies.protocols import Policy
+from offramp.controller.release.certified_points import Target
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
@@ -35,6 +36,7 @@ from offramp.worker.engine.admission import (
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
+from offramp.worker.engine.points import PointPicker
 from offramp.worker.engine.prompts import PromptReader
 from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.adapter_layers import load_exits
@@ -104,6 +106,8 @@ class EngineCore:
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._prompts = PromptReader(self.decoder, self._emitter, self.config)
         self._audits = AuditPicker(self.config.audit_share)
+        costs = self.config.schedule.costs
+        self._points = PointPicker(costs, self.config.kv_mode, self.stack.dtype)
         self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
         # Events that nobody has taken yet, by request: only whoever follows requests has any.
@@ -147,6 +151,8 @@ class EngineCore:
         track = partial(self._track, split_by or request_id)
         snapshot = pinned(policy, track, self.stack)
         adapters = self.decoder.reader.under(snapshot)
+        if isinstance(kv_mode, Target):
+            snapshot, kv_mode = self._points.pick(snapshot, kv_mode, adapters.digest), None
         mode = snapshot.mode(kv_mode, self.config.kv_mode, self.stack.dtype, adapters.digest)
         require_mode(mode, forced, snapshot.policy, adapters.layers)
         self.config.require_drafts(snapshot.policy, mode)

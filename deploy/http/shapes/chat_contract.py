@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.http.shapes.contract import DecodingFields, Integer, Nullable
+from offramp.deploy.http.shapes.contract import DecodingFields, Integer
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL_IN_CHATS, require_supported
+from offramp.deploy.http.shapes.offramp_options import Nullable
 from offramp.worker.decoding.sampling import MOST_LOGPROBS
 
 DEFAULT_TOKENS = 1 << 31

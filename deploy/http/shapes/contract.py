@@ -5,22 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import fields
 from itertools import chain
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.clients.allowances import LOSSLESS
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
-from offramp.worker.decoding.request import KVMode, KVWish
+from offramp.deploy.http.shapes.offramp_options import Nullable, OfframpOptions, wish_of
+from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import (
     MOST_PENALTY,
     MOST_REPETITION,
@@ -50,49 +42,10 @@ Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
-class Nullable(BaseModel):
-    """Fields of a request, of which null means absent.
-
-    OpenAI's fields are nullable, and its client sends null for None.
-    """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {field: value for field, value in body.items() if value is not None}
-
-
 class StreamOptions(Nullable):
     """OpenAI's ``stream_options``."""
 
     include_usage: bool = False
-
-
-class OfframpOptions(Nullable):
-    """The opt-in namespace ``offramp`` of a request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    stats: bool = Field(default=False, description="Report exit depths, generation and cost.")
-    # Checked in DecodingFields.kv_mode: the error is to name the field within the namespace.
-    kv_mode: Any = Field(
-        default=None,
-        description="What becomes of skipped layers; the engine's own mode by default.",
-        json_schema_extra={"enum": [*get_args(KVMode), None]},
-    )
-    quality: Any = Field(
-        default=None,
-        description='1 minus the loss that a certificate must bound, or "lossless".',
-        json_schema_extra={
-            "anyOf": [
-                {"type": "number", "minimum": 0, "maximum": 1},
-                {"const": LOSSLESS},
-                {"type": "null"},
-            ]
-        },
-    )
 
 
 def _within(default: Any, **bounds: float) -> Any:
@@ -115,7 +68,7 @@ class DecodingFields(Nullable):
     top_p: Number = _within(1.0, exclusiveMinimum=0, maximum=1)
     presence_penalty: Number = _within(0.0, minimum=-MOST_PENALTY, maximum=MOST_PENALTY)
     frequency_penalty: Number = _within(0.0, minimum=-MOST_PENALTY, maximum=MOST_PENALTY)
-    logit_bias: dict[str, Number] = {}
+    logit_bias: dict[str, Number] = _within({})
     seed: Integer | None = _within(None, minimum=-1, exclusiveMaximum=SEEDS)
     n: Integer = _within(1, minimum=1, maximum=MOST_SAMPLES)
     stop: str | list[str] = _within([], maxItems=MOST_STOPS, maxLength=LONGEST_STOP)
@@ -123,7 +76,7 @@ class DecodingFields(Nullable):
     min_p: Number = _within(0.0, minimum=0, maximum=1)
     repetition_penalty: Number = _within(1.0, minimum=1 / MOST_REPETITION, maximum=MOST_REPETITION)
     min_tokens: Integer = _within(0, minimum=0)
-    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] = []
+    stop_token_ids: Annotated[list[Integer], Field(fail_fast=True)] = _within([])
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -140,21 +93,8 @@ class DecodingFields(Nullable):
 
     @property
     def kv_mode(self) -> KVWish | None:
-        """What becomes of skipped layers; None leaves it to the engine.
-
-        Raises:
-            RequestError: an unknown mode, a quality that is none, or both.
-        """
-        mode: KVMode | None = self.offramp.kv_mode
-        quality = self.offramp.quality
-        if quality is not None:
-            if mode is not None:
-                raise RequestError("offramp.quality", "says what kv_mode says", "Send one of both")
-            return _quality(quality)
-        if mode is not None and mode not in get_args(KVMode):
-            known = ", ".join(get_args(KVMode))
-            raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
-        return mode
+        """What becomes of skipped layers; None leaves it to the engine. Raises as ``wish_of``."""
+        return wish_of(self.offramp)
 
     @abstractmethod
     def own_sampling(self) -> dict[str, Any]:
@@ -200,18 +140,6 @@ class DecodingFields(Nullable):
                     "logit_bias", f"{token!r:.40} is no token id", 'Write {"50": -100}'
                 )
         return {int(token): bias for token, bias in self.logit_bias.items()}
-
-
-def _quality(given: Any) -> KVWish:
-    """The mode, or the number, that a request's ``quality`` stands for."""
-    if given == LOSSLESS:
-        return "verify"
-    is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if not (is_number and 0 <= given <= 1):
-        raise RequestError(
-            "offramp.quality", f"{given!r:.40} is no share", f'Send 0 to 1, or "{LOSSLESS}"'
-        )
-    return float(given)
 
 
 def _prompt(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:

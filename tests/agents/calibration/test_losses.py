@@ -22,6 +22,7 @@ from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
 from offramp.worker import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.engine.follow import follow
 
 REFERENCE = Path(__file__).parents[3] / "models" / "reference"
 PROMPT, LENGTH = 16, 41
@@ -52,7 +53,13 @@ def test_full_depth_has_no_loss_and_early_exits_have_more(
 ) -> None:
     losses = OnPolicy(engine, documents, PROMPT)
     assert losses.decode_mode == "project"
-    risks = []
+    risks, shallow = [], ThresholdPolicy(EXITS, SOFTMAX_V2, "margin", 0.3)
+    losses.disagreement(shallow)
+    shares = losses.leaves(EXITS)
+    runs, _ = follow(engine, [each.tokens for each in documents], PROMPT, shallow)
+    left = [depth for run in runs for depth in run.exit_layers]
+    assert shares == tuple(left.count(depth) / len(left) for depth in EXITS)
+    assert 0 < sum(shares) < 1
     for policy in (NeverExit(), FixedExit(9), FixedExit(3)):
         differs = losses.disagreement(policy)
         assert [len(each) for each in differs] == [LENGTH - PROMPT - 1] * 5

@@ -27,7 +27,8 @@ shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 )
 def test_json_there_and_back(later: float, **changes: Any) -> None:
     last = Walked(setting=later, risk=1.0, p_value=1.0, passed=False)
-    mine = certificate(**changes, walked=(*WALKED[:2], last))
+    first = replace(WALKED[0], leaves=(changes["delta"], 0.0))
+    mine = certificate(**changes, walked=(first, WALKED[1], last))
     assert Certificate.from_bytes(mine.to_bytes()) == mine
     assert Certificate.from_bytes(mine.to_bytes()).to_bytes() == mine.to_bytes()
 
@@ -58,6 +59,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     (OFF_BY_ONE, "the last setting that passed is 2.0"),
     ({"setting": 4.0}, "the last setting that passed is 2.0"),
     ({"walked": WALKED[2:]}, "no setting passed"),
+    ({"walked": (replace(WALKED[0], leaves=(0.6, 0.5)), *WALKED[1:])}, "shares that are none"),
+    ({"walked": (replace(WALKED[0], leaves=(-0.1, 0.5)), *WALKED[1:])}, "shares that are none"),
     ({"walked": (WALKED[0], WALKED[2], WALKED[1])}, "tested after a failure"),
     ({"walked": ()}, "no setting passed"),
     ({"epsilon": 0.02}, "p-value 0.03 exceeds epsilon 0.02"),
@@ -82,7 +85,8 @@ def test_what_certifies_nothing_is_no_certificate(changes: dict[str, Any], probl
 
 
 def as_dict(step: Walked) -> dict[str, Any]:
-    return {each.name: getattr(step, each.name) for each in fields(Walked)}
+    values = {each.name: getattr(step, each.name) for each in fields(Walked)}
+    return values | {"leaves": list(step.leaves)}
 
 
 def test_a_conformal_bound_above_delta_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from offramp.controller.errors import ConfigError, RequestError
+from offramp.controller.release.certified_points import Target
 from offramp.deploy.clients.allowances import UNBOUND, Allowance
 from offramp.deploy.clients.client_keys import ClientKeys, add_client, bound_client
 from offramp.deploy.clients.quotas import QuotaError, Quotas
@@ -93,6 +94,9 @@ def test_each_client_has_its_own_and_nobody_else_any() -> None:
         (0.9, "verify", "verify"),
         ("lossless", None, "verify"),
         ("lossless", 1.0, 1.0),
+        (0.9, Target(latency_budget_ms=5), Target(latency_budget_ms=5, quality=0.9)),
+        ("lossless", Target(energy_weight=1), Target(energy_weight=1, quality=1.0)),
+        (0.9, Target(quality=0.95), Target(quality=0.95)),
     ],
 )
 def test_a_request_gets_the_quality_of_its_key(
@@ -107,6 +111,7 @@ def test_a_request_gets_the_quality_of_its_key(
         (0.9, 0.8, "offramp.quality"),
         (0.9, "defer", "offramp.kv_mode"),
         ("lossless", 0.999, "offramp.quality"),
+        (0.9, Target(latency_budget_ms=5, quality=0.8), "offramp.quality"),
     ],
 )
 def test_less_than_its_keys_quality_is_refused(least: Any, asked: KVWish, field: str) -> None:

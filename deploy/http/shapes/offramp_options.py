@@ -1,0 +1,124 @@
+"""The namespace ``offramp`` of a request: which depth it asks for, and what it is told."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from offramp.controller.errors import RequestError
+from offramp.controller.release.certified_points import BUDGET, WEIGHT, Target
+from offramp.deploy.clients.allowances import LOSSLESS
+from offramp.worker.decoding.request import KVMode, KVWish
+
+MOST_ASKED = 1e9
+"""Larger budgets and weights are mistakes."""
+
+
+class Nullable(BaseModel):
+    """Fields of a request, of which null means absent.
+
+    OpenAI's fields are nullable, and its client sends null for None.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
+
+
+def _number_or_null(**bounds: float) -> Any:
+    number = {"type": "number", "maximum": MOST_ASKED, **bounds}
+    return {"anyOf": [number, {"type": "null"}]}
+
+
+class OfframpOptions(Nullable):
+    """The opt-in namespace ``offramp`` of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stats: bool = Field(default=False, description="Report exit depths, generation and cost.")
+    # Checked in ``wish_of``: the error is to name the field within the namespace.
+    kv_mode: Any = Field(
+        default=None,
+        description="What becomes of skipped layers; the engine's own mode by default.",
+        json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
+    quality: Any = Field(
+        default=None,
+        description='1 minus the loss that a certificate must bound, or "lossless".',
+        json_schema_extra={
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"const": LOSSLESS},
+                {"type": "null"},
+            ]
+        },
+    )
+
+    latency_budget_ms: Any = Field(
+        default=None,
+        description="Most milliseconds per token that the cost table may predict.",
+        json_schema_extra=_number_or_null(exclusiveMinimum=0),
+    )
+    energy_weight: Any = Field(
+        default=None,
+        description="Loss that saving full depth's energy for a token is worth.",
+        json_schema_extra=_number_or_null(minimum=0),
+    )
+
+
+def wish_of(options: OfframpOptions) -> KVWish | None:
+    """What a request asks for: a mode, a quality or a point; None leaves all to the engine.
+
+    Raises:
+        RequestError: an unknown mode, a quality, budget or weight that is none, or two of them that
+            exclude each other.
+    """
+    mode: KVMode | None = options.kv_mode
+    target = _target(options)
+    if target is not None:
+        if mode is not None:
+            raise RequestError("offramp.kv_mode", "picks no point", "Leave it out")
+        return target
+    if options.quality is not None:
+        if mode is not None:
+            raise RequestError("offramp.quality", "says what kv_mode says", "Send one of both")
+        return _quality(options.quality)
+    if mode is not None and mode not in get_args(KVMode):
+        known = ", ".join(get_args(KVMode))
+        raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
+    return mode
+
+
+def _target(options: OfframpOptions) -> Target | None:
+    """What a request asks of time and energy; None if nothing."""
+    budget, weight = options.latency_budget_ms, options.energy_weight
+    if budget is None and weight is None:
+        return None
+    for field, value in ((BUDGET, budget), (WEIGHT, weight)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_fine = is_number and (value > 0 or field == WEIGHT) and 0 <= value <= MOST_ASKED
+        if value is not None and not is_fine:
+            problem = f"{value!r:.40} is no number from 0 to {MOST_ASKED:g}"
+            raise RequestError(field, problem, "Send one, or leave it out")
+    quality = None if options.quality is None else _quality(options.quality)
+    return Target(
+        latency_budget_ms=None if budget is None else float(budget),
+        energy_weight=float(weight or 0),
+        quality=1.0 if isinstance(quality, str) else quality,
+    )
+
+
+def _quality(given: Any) -> KVMode | float:
+    """The mode, or the number, that a request's ``quality`` stands for."""
+    if given == LOSSLESS:
+        return "verify"
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not (is_number and 0 <= given <= 1):
+        raise RequestError(
+            "offramp.quality", f"{given!r:.40} is no share", f'Send 0 to 1, or "{LOSSLESS}"'
+        )
+    return float(given)
