@@ -139,7 +139,7 @@ class AdaptiveEngine(EngineCore):
         sampling: SamplingParams | None = None,
         policy: Policy | PolicySnapshot | None = None,
         *,
-        kv_mode: KVMode | None = None,
+        kv_mode: KVWish | None = None,
         echo: bool = False,
     ) -> list[Completion]:
         """Complete some prompts together: ``sampling.n`` completions per prompt, in order.
@@ -175,7 +175,7 @@ class AdaptiveEngine(EngineCore):
         sampling: SamplingParams | None = None,
         policy: Policy | PolicySnapshot | None = None,
         *,
-        kv_mode: KVMode | None = None,
+        kv_mode: KVWish | None = None,
     ) -> Generator[TokenEvent, None, None]:
         """Complete one prompt, yielding each token as it is emitted.
 
@@ -250,7 +250,7 @@ class AdaptiveEngine(EngineCore):
         prompts: list[Prompt],
         samples: Items[SamplingParams],
         policy: Policy | PolicySnapshot | None,
-        kv_mode: KVMode | None,
+        kv_mode: KVWish | None,
     ) -> list[Request]:
         """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []

@@ -66,7 +66,7 @@ def by_hand(leaves: tuple[float, float], seconds: dict[str, float]) -> float:
 def test_a_point_costs_what_its_tokens_do_where_they_left(
     policy: Any, probe: dict[str, float]
 ) -> None:
-    points = certified_points(policy, CERTIFICATE, COSTS)
+    points: list[Any] = list(certified_points(policy, CERTIFICATE, COSTS))
     expected = [by_hand(leaves, SECONDS | probe) for leaves in LEAVES]
     assert [point.token_ms for point in points] == pytest.approx(expected)
     assert [point.risk for point in points] == [0.01, 0.02]
