@@ -19,7 +19,7 @@ from offramp.worker.decoding.request import (
     FULL_DEPTH,
     CompletionStats,
     FinishReason,
-    KVMode,
+    KVWish,
     PolicySnapshot,
     Request,
     TokenEvent,
