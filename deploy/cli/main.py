@@ -31,6 +31,7 @@ TOPICS = {
     "history": "cli.releases.past",
     "diff": "cli.releases.past",
     "keys": "cli.releases.keys",
+    "console": "console.console_command",
     "clients": "clients.clients_command",
     "serve": "cli.serving",
     "demo": "demo.demo_command",

@@ -31,6 +31,8 @@ class Settings(BaseModel):
         epoch: OFFRAMP_EPOCH: incarnation of the channel that is written; raise it when the channel
             is begun anew without its ledger, so that workers take lower generations again.
         api_key: OFFRAMP_API_KEY: a key that clients may present, beside those of their own.
+        console_key: OFFRAMP_CONSOLE_KEY: the key that ``offramp console`` asks for; unset, it draws
+            one and prints it.
         access_log: OFFRAMP_ACCESS_LOG: file that gets a line of JSON per HTTP request.
         otlp_endpoint: OFFRAMP_OTLP_ENDPOINT: URL that gets a span per request that makes tokens,
             as OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; needs the extra ``otel``.
@@ -46,6 +48,7 @@ class Settings(BaseModel):
     channel: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     epoch: int = Field(default=1, ge=1)
     api_key: str | None = Field(default=None, min_length=8, pattern=r"^[!-~]+$")
+    console_key: str | None = Field(default=None, min_length=16, pattern=r"^[!-~]+$")
     access_log: Path | None = None
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[!-~]+$")
     max_adapter_mb: float = Field(default=MAX_ADAPTER_MB, gt=0, allow_inf_nan=False)

@@ -117,7 +117,7 @@ def promote(
         elif generation is not None:
             publisher.promote(generation)
             console.print(f"generation {generation} promoted")
-        say(_head_line(registry, Settings.from_environment()))
+        say(head_line(registry, Settings.from_environment()))
 
 
 def rollback(
@@ -148,7 +148,7 @@ def status() -> None:
     settings = Settings.from_environment()
     registry = open_registry(settings)
     try:
-        say(_head_line(registry, settings))
+        say(head_line(registry, settings))
         acks = registry.acks()
     finally:
         registry.close()
@@ -199,7 +199,8 @@ def standing(manifest: Manifest) -> str:
     return f"{manifest.guarantee}: {certificate.statement}"
 
 
-def _head_line(registry: PolicyRegistry, settings: Settings) -> str:
+def head_line(registry: PolicyRegistry, settings: Settings) -> str:
+    """Say in a sentence what the head of the channel is, its signature checked."""
     path = settings.home / PUBLIC_KEY
     try:
         head = registry.head()

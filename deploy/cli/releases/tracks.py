@@ -17,15 +17,36 @@ CONFIDENCE = Steps().confidence
 """Probability that the intervals shown hold at every look."""
 
 
+COLUMNS_OF_TRACKS = (
+    "generation",
+    "workers",
+    "tokens",
+    "tokens/s",
+    "first, gap p99 ms",
+    "layers/token",
+    "failures",
+    "audited",
+    f"disagreed ({CONFIDENCE:.0%})",
+)
+"""What a line about a running release says."""
+
+
 def tracks_table(acks: Sequence[Ack]) -> Table:
     """A row per release that some worker runs: the stable one, and a canary beside it."""
-    columns = ("generation", "workers", "tokens", "tokens/s", "first, gap p99 ms", "layers/token")
-    table = Table(*columns, "failures", "audited", f"disagreed ({CONFIDENCE:.0%})")
+    table = Table(*COLUMNS_OF_TRACKS)
+    for row in track_rows(acks):
+        table.add_row(*row)
+    return table
+
+
+def track_rows(acks: Sequence[Ack]) -> list[tuple[str, ...]]:
+    """What the requests of each running release did, as cells of COLUMNS_OF_TRACKS."""
     tallies = [each for ack in acks for each in ack.tallies]
+    rows = []
     for generation in sorted({each.generation for each in tallies}):
         workers = sum(each.generation == generation for each in tallies)
-        table.add_row(str(generation), str(workers), *_cells(add_up(generation, tallies)))
-    return table
+        rows.append((str(generation), str(workers), *_cells(add_up(generation, tallies))))
+    return rows
 
 
 def _cells(tally: Tally) -> tuple[str, ...]:
