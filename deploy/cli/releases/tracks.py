@@ -17,6 +17,9 @@ CONFIDENCE = Steps().confidence
 """Probability that the intervals shown hold at every look."""
 
 
+UNKNOWN = "–"
+"""What stands where nothing has been counted yet."""
+
 COLUMNS_OF_TRACKS = (
     "generation",
     "workers",
@@ -50,13 +53,25 @@ def track_rows(acks: Sequence[Ack]) -> list[tuple[str, ...]]:
 
 
 def _cells(tally: Tally) -> tuple[str, ...]:
-    least, most = interval(tally.disagreed, tally.audited, CONFIDENCE)
     return (
         str(tally.tokens),
         f"{tally.speed:.1f}",
-        f"{1e3 * quantile_s(tally.firsts, LATE):.3g}, {1e3 * quantile_s(tally.gaps, LATE):.3g}",
+        f"{_late_ms(tally.firsts)}, {_late_ms(tally.gaps)}",
         f"{tally.depth:.1f}",
         str(tally.failures),
         str(tally.audited),
-        "lossless" if tally.is_lossless else f"{least:.1%} to {most:.1%}",
+        _disagreed(tally),
     )
+
+
+def _late_ms(counts: Sequence[int]) -> str:
+    return f"{1e3 * quantile_s(counts, LATE):.3g}" if sum(counts) else UNKNOWN
+
+
+def _disagreed(tally: Tally) -> str:
+    if tally.is_lossless:
+        return "lossless"
+    if tally.audited == 0:
+        return UNKNOWN
+    least, most = interval(tally.disagreed, tally.audited, CONFIDENCE)
+    return f"{least:.1%} to {most:.1%}"
