@@ -44,7 +44,7 @@ class DraftPrices:
         copy_layer_s, copy_ask_s: One layer over one token, and asking, on the copy that exits
             are on; the model's own where none are.
         fill_s: The entries of one token at one layer that a later draft on the copy reads.
-        build_s: Preparing the probe, once per token that is asked at all.
+        build_s: Preparing a row to be asked, and its probe, once per token that is asked at all.
         start_s: The decision before the first layer.
         step_s: What every token pays besides.
         full_s: One token at full depth, undrafted: the unit of time.
@@ -103,7 +103,7 @@ class DraftPrices:
             copy_layer_s=copy.layer_s,
             copy_ask_s=one.policy_s + on_copy_s,
             fill_s=one.fill_s,
-            build_s=one.build_s * probes,
+            build_s=one.build_s,  # mostly the books of rows that are asked at all, probed or not
             start_s=one.policy_s,
             step_s=one.step_s,
             full_s=one.full_s,
