@@ -361,7 +361,7 @@ def test_drafters_are_taught_chosen_and_lossless(
     assert said.count("← chosen") == 1
     drafter = PolicyBundle.load(tmp_path / "out" / "chosen").policy()
     copy = Precision(weights="int4") if copy_weights(exits) else None
-    config = EngineConfig(kv_mode="verify", draft_precision=copy)
+    config = EngineConfig(kv_mode="verify", draft_precision=copy, max_pending=9)
     engine = AdaptiveEngine.from_pretrained(REFERENCE, config=config)
     sampling = SamplingParams(max_tokens=24)
     texts = [
