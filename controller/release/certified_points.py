@@ -82,12 +82,13 @@ def certified_points(
     for step in certificate.walked:
         if step.passed and len(step.leaves) == len(policy.exits):
             seconds = _spent(prices, policy.exits, step.leaves, "s")
+            assert seconds is not None  # a table has every part's seconds
             joules = _spent(prices, policy.exits, step.leaves, "j")
             points.append(
                 PricedPoint(
                     policy=_at(policy, step.setting),
                     risk=step.risk,
-                    token_ms=1e3 * (seconds or 0.0),
+                    token_ms=1e3 * seconds,
                     energy=joules and prices.full_j and joules / prices.full_j,
                 )
             )

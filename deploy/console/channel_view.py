@@ -171,7 +171,7 @@ def _saved(promoted: int, stable: int, tallies: Sequence[Tally]) -> list[tuple[s
     if beside.is_full_depth and ours.tokens and beside.speed and ours.speed:
         layers = f"{1 - ours.depth / beside.depth:.0%} against generation {stable}"
         latency = f"{1 - beside.speed / ours.speed:.0%} per token against generation {stable}"
-    energy = f"{NOT_REPORTED}: both releases share a meter"
+    energy = f"{NOT_REPORTED}: a worker has one meter for all releases"
     return [("Layers", layers), ("Latency", latency), ("Energy", energy)]
 
 
