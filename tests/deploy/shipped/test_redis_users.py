@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.resources
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,18 @@ def test_who_does_not_publish_changes_nothing_that_is_served(
 def test_nobody_commands_the_server(user: str, login: Login) -> None:
     for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "SHUTDOWN"):
         forbidden(login(user), *command.split())
+
+
+def test_a_thousand_workers_keep_their_two_connections(address: str, folder: Path) -> None:
+    with ExitStack() as open_ones:
+        connections = [
+            open_ones.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2 * 1000)
+        ]
+        for each in connections:
+            each.connect(address)
+            each.sendall(b"PING\r\n")
+        assert {each.recv(9) for each in connections} == {b"-NOAUTH A"}  # not: too many clients
+    assert "maxclients has been reduced" not in (folder / "log").read_text()
 
 
 def test_a_reader_does_not_even_acknowledge(login: Login) -> None:
