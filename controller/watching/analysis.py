@@ -82,6 +82,8 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     for each in compared:
         if each.bounds[0] > each.limit:
             return Finding(StepOutcome.FAIL, each.story)
+    if steps.max_energy is not None and (unread := energy_gap(canary, stable)):
+        return Finding(StepOutcome.HOLD, f"{unread}, and max_energy bounds it")
     speed = f"{compared[0].what} {compared[0].ratio:.2f} times the stable release's"
     unsure = next((each.story for each in compared if each.ratio > each.limit), "")
     found, is_equal = _equality(steps, canary)
@@ -133,6 +135,14 @@ def comparisons(steps: Steps, canary: Tally, stable: Tally) -> Iterator[CostRati
         ratio = _ratio(sums[0][0] / canary.requests, sums[1][0] / stable.requests)
         return CostRatio(what, ratio, ratio_of(ours, others), limit)
 
+    def energy(limit: float) -> CostRatio:
+        ours, others = (
+            mean_interval(each.batches, each.joules, each.joules_squared, confidence)
+            for each in tracks
+        )
+        ratio = _ratio(canary.joules / canary.batches, stable.joules / stable.batches)
+        return CostRatio(f"joules per token ({canary.meter})", ratio, ratio_of(ours, others), limit)
+
     def late(name: str, what: str, limit: float) -> CostRatio:
         counts = [getattr(each, name) for each in tracks]
         ours, others = (quantile_interval(each, LATE, confidence) for each in counts)
@@ -142,10 +152,23 @@ def comparisons(steps: Steps, canary: Tally, stable: Tally) -> Iterator[CostRati
     yield means("paces", "seconds per token", 1 / steps.min_speed)
     if steps.max_layers is not None:
         yield means("depths", "layers per token", steps.max_layers)
+    if steps.max_energy is not None and not energy_gap(canary, stable):
+        yield energy(steps.max_energy)
     if steps.max_first_p99 is not None:
         yield late("firsts", "99% of first tokens within", steps.max_first_p99)
     if steps.max_gap_p99 is not None:
         yield late("gaps", "99% of later tokens within", steps.max_gap_p99)
+
+
+def energy_gap(canary: Tally, stable: Tally) -> str:
+    """Why both tracks' energy cannot be compared; "" if it can."""
+    for name, tally in (("canary", canary), ("stable release", stable)):
+        if tally.token_j is None:
+            why = "it was read by several meters" if tally.batches else "too few tokens were read"
+            return f"energy of the {name} is not known: {why}"
+    if canary.meter != stable.meter:
+        return f"energy cannot be compared: {canary.meter} with {stable.meter}"
+    return ""
 
 
 def _ratio(ours: float, others: float) -> float:

@@ -173,9 +173,11 @@ class PolicyWatch:
                 f"tokens, {self._failures.bound:.0%} are allowed"
             )
 
-    def note_token(self, is_early: bool) -> None:
-        """A token came out, early or not."""
+    def note_token(self, executed: int, layers: int) -> None:
+        """A token came out, or was drafted, after so many of the layers."""
+        is_early = executed / layers < 1.0  # of a copy, too, whose exits equal no plain number
         self.tally.early += is_early
+        self.tally.note_exit(executed)
         self._failures.tell(0.0)
         if self.guardrails.min_exits and self._stays.tell(not is_early):
             self._stop(

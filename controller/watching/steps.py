@@ -32,6 +32,7 @@ STEPS: dict[str, Check] = {
     "max_failures": _SHARE,
     "min_speed": _RATIO,
     "max_layers": or_null(_RATIO),
+    "max_energy": or_null(_RATIO),
     "max_first_p99": or_null(_RATIO),
     "max_gap_p99": or_null(_RATIO),
     "confidence": _SHARE,
@@ -54,6 +55,7 @@ class Steps:
         max_failures: Failures of the policy per token; the whole interval above it fails.
         min_speed: Tokens per second of the canary's requests, in relation to the stable release's.
         max_layers: Layers executed per token, in the same relation; None: no bound.
+        max_energy: Joules per token, likewise; a canary holds while no worker reads energy.
         max_first_p99: Time within which 99 % of the first tokens come, in the same relation.
         max_gap_p99: Time within which 99 % of the later tokens follow the one before, likewise.
         confidence: Probability that an interval is right at every look, in (0, 1).
@@ -71,6 +73,7 @@ class Steps:
     max_failures: float = 0.01
     min_speed: float = 0.9
     max_layers: float | None = None
+    max_energy: float | None = None
     max_first_p99: float | None = 1.5
     max_gap_p99: float | None = 1.5
     confidence: float = 0.95

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from offramp.controller.errors import PolicyRefusedError
-from offramp.controller.strict import COUNT, Check, check_fields, is_number, list_of
+from offramp.controller.policies.exits import parse_exit
+from offramp.controller.strict import COUNT, TEXT, Check, check_fields, is_count, is_number, list_of
 from offramp.controller.watching.quantiles import BUCKETS
+
+MOST_DEPTHS = 512
+"""Depths that an acknowledgement counts tokens by, at most; models have fewer layers."""
+
+SEVERAL = "several meters"
+"""Stands for the meter of tallies that were read by different ones, which are never added up."""
 
 _SUM: Check = (lambda value: is_number(value) and value >= 0, "a number from 0 on")
 
@@ -33,6 +41,11 @@ class Tally:
         depths, depths_squared: Sum over them of layers executed per token, and of its square.
         firsts: Requests by how long their first token took, in the buckets of ``quantiles``.
         gaps: Events of later tokens by how long after those before they came, likewise.
+        exits: Tokens by the layers executed before they came out or were drafted, those of a copy
+            as ``parse_exit`` reads them: {"6": 31, "12": 9}.
+        meter: Says by which method and source energy was read; "" if it was not.
+        batches: Batches of ``BATCH_TOKENS`` tokens whose energy was read.
+        joules, joules_squared: Sum over them of joules per token, and of its square.
     """
 
     generation: int = 0
@@ -51,6 +64,23 @@ class Tally:
     depths_squared: float = 0.0
     firsts: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     gaps: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    exits: dict[str, int] = field(default_factory=dict)
+    meter: str = ""
+    batches: int = 0
+    joules: float = 0.0
+    joules_squared: float = 0.0
+
+    def note_exit(self, executed: int) -> None:
+        """A token came out, or was drafted, after so many layers."""
+        name = str(executed)
+        self.exits[name] = self.exits.get(name, 0) + 1
+
+    def note_energy(self, meter: str, joules: float, tokens: int) -> None:
+        """A batch of tokens took so much, by this meter."""
+        self.meter = meter
+        self.batches += 1
+        self.joules += joules / tokens
+        self.joules_squared += (joules / tokens) ** 2
 
     def note_request(self, seconds: float, tokens: int, layers: int) -> None:
         """A request ended, whose later tokens took so long and so many layers."""
@@ -63,7 +93,9 @@ class Tally:
 
     def copy(self) -> Tally:
         """The same counts, which go on no more."""
-        return replace(self, firsts=self.firsts.copy(), gaps=self.gaps.copy())
+        return replace(
+            self, firsts=self.firsts.copy(), gaps=self.gaps.copy(), exits=self.exits.copy()
+        )
 
     @property
     def speed(self) -> float:
@@ -74,6 +106,11 @@ class Tally:
     def depth(self) -> float:
         """Layers executed per token; 0 if there are none yet."""
         return self.layers / self.tokens if self.tokens else 0.0
+
+    @property
+    def token_j(self) -> float | None:
+        """Joules per token; None where no energy was read, or by different meters."""
+        return self.joules / self.batches if self.batches and self.meter != SEVERAL else None
 
     @property
     def is_lossless(self) -> bool:
@@ -87,17 +124,31 @@ class Tally:
 
 
 _TIMES = ("firsts", "gaps")
-_SUMS = ("seconds", "paces", "paces_squared", "depths", "depths_squared")
+_SUMS = (
+    "seconds", "paces", "paces_squared", "depths", "depths_squared", "joules", "joules_squared",
+)  # fmt: skip
 _COUNTS: Check = (
     lambda value: list_of(COUNT)[0](value) and len(value) == BUCKETS,
     f"a list of {BUCKETS} integers from 0 on",
 )
+
+
+def _are_exits(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > MOST_DEPTHS:
+        return False
+    try:
+        return all(str(parse_exit(name)) == name and is_count(n) for name, n in value.items())
+    except ValueError:
+        return False
+
+
 _FIELDS: dict[str, Check] = (
     {each.name: COUNT for each in fields(Tally)}
     | dict.fromkeys(_SUMS, _SUM)
     | dict.fromkeys(_TIMES, _COUNTS)
+    | {"exits": (_are_exits, "an object of numbers of tokens by exit"), "meter": TEXT}
 )
-_OPTIONAL = ("early", "requests", *_SUMS[1:], *_TIMES)
+_OPTIONAL = ("early", "requests", *_SUMS[1:], *_TIMES, "exits", "meter", "batches")
 """What workers of before did not count: for them, all tokens may have left early."""
 
 
@@ -110,6 +161,11 @@ def add_up(generation: int, tallies: Iterable[Tally]) -> Tally:
         values = [getattr(each, name) for each in mine]
         if name in _TIMES:
             sums[name] = [sum(column) for column in zip(*values, [0] * BUCKETS, strict=True)]
+        elif name == "exits":
+            sums[name] = dict(sum(map(Counter, values), Counter()))
+        elif name == "meter":
+            meters = {each for each in values if each}
+            sums[name] = SEVERAL if len(meters) > 1 else "".join(meters)
         else:
             sums[name] = sum(values)
     return Tally(generation=generation, **sums)

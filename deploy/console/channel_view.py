@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from offramp.controller.errors import ConfigError, OfframpError, RegistryUnavailableError
 from offramp.controller.release.manifest import Rollout
 from offramp.controller.release.registry import Ack, AckState, Event, PolicyRegistry
-from offramp.controller.watching.analysis import CostRatio, comparisons, judge
+from offramp.controller.watching.analysis import CostRatio, comparisons, energy_gap, judge
 from offramp.controller.watching.intervals import interval
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import Tally, add_up
@@ -51,6 +51,21 @@ class CanaryView:
     ratios: list[CostRatio]
 
 
+@dataclass(frozen=True, slots=True)
+class ExitShares:
+    """Where the tokens of a release left, drafts included.
+
+    Attributes:
+        generation: The release.
+        early: Share of its tokens that left early.
+        by_exit: Share of them after each exit, full depth last; [] from workers that do not say.
+    """
+
+    generation: int
+    early: float
+    by_exit: list[tuple[str, float]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelView:
     """All that the page shows at one moment.
@@ -66,7 +81,7 @@ class ChannelView:
         tracks: Cells of what each running release did.
         canary: How far a canary is; None if none runs.
         saved: Each kind of saving against full depth, and the figure or why there is none.
-        early: Share of tokens that left early, by generation.
+        left: Where the tokens of each running release left.
         releases: The ledger, newest first.
         events: Latest promotions by the registry, newest first.
         now: Unix seconds of the look.
@@ -82,7 +97,7 @@ class ChannelView:
     tracks: list[tuple[str, ...]]
     canary: CanaryView | None
     saved: list[tuple[str, str]]
-    early: list[tuple[int, float]]
+    left: list[ExitShares]
     releases: list[PastRelease]
     events: list[Event]
     now: float
@@ -119,7 +134,7 @@ def view_channel(registry: PolicyRegistry, settings: Settings) -> ChannelView:
         tracks=track_rows(workers),
         canary=_canary(promoted, rollout, tallies) if rollout.is_canary else None,
         saved=_saved(promoted, rollout.stable_generation, tallies),
-        early=_early(tallies),
+        left=_left(tallies),
         releases=releases,
         events=events,
         now=time.time(),
@@ -171,10 +186,23 @@ def _saved(promoted: int, stable: int, tallies: Sequence[Tally]) -> list[tuple[s
     if beside.is_full_depth and ours.tokens and beside.speed and ours.speed:
         layers = f"{1 - ours.depth / beside.depth:.0%} against generation {stable}"
         latency = f"{1 - beside.speed / ours.speed:.0%} per token against generation {stable}"
-    energy = f"{NOT_REPORTED}: a worker has one meter for all releases"
+    energy = f"{NOT_REPORTED}: {energy_gap(ours, beside)}"
+    if not beside.is_full_depth:
+        energy = f"{NOT_REPORTED}: no release ran at full depth beside it"
+    elif ours.token_j is not None and beside.token_j and not energy_gap(ours, beside):
+        saved = 1 - ours.token_j / beside.token_j
+        energy = f"{saved:.0%} per token against generation {stable} ({ours.meter})"
     return [("Layers", layers), ("Latency", latency), ("Energy", energy)]
 
 
-def _early(tallies: Sequence[Tally]) -> list[tuple[int, float]]:
+def _left(tallies: Sequence[Tally]) -> list[ExitShares]:
     sums = [add_up(each, tallies) for each in sorted({tally.generation for tally in tallies})]
-    return [(each.generation, each.early / each.tokens) for each in sums if each.tokens]
+    return [_shares(each) for each in sums if each.tokens]
+
+
+def _shares(tally: Tally) -> ExitShares:
+    """Shares by exit in the order in which tokens pass them."""
+    told = sum(tally.exits.values())
+    places = sorted(tally.exits, key=lambda name: (":" not in name, int(name.split(":")[0])))
+    shares = [(name, tally.exits[name] / told) for name in places] if told else []
+    return ExitShares(tally.generation, tally.early / tally.tokens, shares)

@@ -23,6 +23,7 @@ from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.token_wire import TokenWire
 from offramp.worker.decoding.request import KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.energy.tracks import TrackMeter, serving_source
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
@@ -121,7 +122,10 @@ class ServedWorker:
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
         self.service = EngineService(
-            engine, max_waiting=config.max_waiting, after_step=self._wire.flush
+            engine,
+            max_waiting=config.max_waiting,
+            after_step=self._wire.flush,
+            around=TrackMeter(engine, serving_source(engine), self.refresher.watches),
         )
         freeze_heap()
         self.refresher.start()

@@ -119,7 +119,7 @@ class DraftWave:
 
     def _leave(self, row: Sequence, executed: int, state_1D: Tensor, known: Known) -> None:
         row.open[-1].is_filled = True
-        row.note_exit(executed / self.stack.layers)
+        row.note_exit(executed, self.stack.layers)
         self.arrivals.append(
             Arrival(row, executed, state_1D, True, *known, drafted=True, on_copy=True)
         )

@@ -47,6 +47,6 @@ def full_wave(context: WaveContext, rows: Rows[Sequence]) -> list[Arrival]:
     for row, position in zip(rows, positions, strict=True):
         row.layer_calls += stack.layers
         kv.mark(row.slot, slice(position, position + 1), EXACT)
-        row.note_depth(1.0)
+        row.note_depth(stack.layers, stack.layers)
         row.early = 0
     return [Arrival(row, stack.layers, x_N1D[n], True) for n, row in enumerate(rows)]

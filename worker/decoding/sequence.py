@@ -186,21 +186,21 @@ class Sequence:
             fed = self.request.forced[len(self.emitted) - 1] if self.request.forced else token
             self.ngrams.push(fed)
 
-    def note_depth(self, share: float) -> None:
-        """A token came out after this share of the layers."""
-        self.debt += (1 - KEEP) * (1 - share - self.debt)
+    def note_depth(self, executed: int, layers: int) -> None:
+        """A token came out after so many of the layers."""
+        self.debt += (1 - KEEP) * (1 - executed / layers - self.debt)
         if self.watch is not None:
-            self.watch.note_token(share < 1.0)
+            self.watch.note_token(executed, layers)
 
-    def note_exit(self, share: float) -> None:
-        """Its newest token left the stack early, after this share of the layers."""
+    def note_exit(self, executed: int, layers: int) -> None:
+        """Its newest token left the stack early, after so many of the layers."""
         token = self.open[-1]
         token.is_underway = False
         if self.request.audited and token.left_at is None:
             token.left_at = UNPROBED
         self.undecided, self.group = False, None
         self.early += 1
-        self.note_depth(share)
+        self.note_depth(executed, layers)
 
     def note_verdict(self, agreed: bool) -> None:
         """Full depth agreed with an early token, or did not."""

@@ -237,7 +237,7 @@ class Wave:
         """Record how far a row's tokens have come; its newest one is now decided."""
         row = self.rows[n]
         self._note_depth(n, executed)
-        row.note_exit(executed / self.stack.layers)
+        row.note_exit(executed, self.stack.layers)
         if row.projects:
             position = row.open[-1].position
             self.context.kv.mark(row.slot, slice(position, position + 1), PROJECTED)
@@ -285,7 +285,7 @@ class Wave:
                 Arrival(row, self.stack.layers, self._x[n, -joined:], row.undecided, left=left)
             )
             if row.undecided:
-                row.note_depth(1.0)
+                row.note_depth(self.stack.layers, self.stack.layers)
                 row.early = 0
             row.open.clear()  # every token of the row has now run every layer
             row.undecided = False

@@ -26,6 +26,8 @@ STUCK_AFTER_S = 30.0
 RETRY_AFTER_S = 1
 """What an overloaded service tells its clients to wait."""
 
+Step = Callable[[], list[TokenEvent]]
+"""Runs one step of an engine; returns its events."""
 
 STOPPED = "the worker is shutting down"
 """What open streams and late requests are told once the service stops."""
@@ -38,6 +40,7 @@ class EngineService:
         engine: Used by this service's thread only, from ``start`` on.
         max_waiting: Requests that may wait for a slot; one more is refused.
         after_step: Called in the thread once listeners were told all of a step.
+        around: Runs each step that it is given, and returns its events: with a meter, for example.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class EngineService:
         *,
         max_waiting: int = 64,
         after_step: Callable[[], object] = lambda: None,
+        around: Callable[[Step], list[TokenEvent]] = lambda step: step(),
     ) -> None:
         self.engine = engine
         self._after_step = after_step
+        self._around = around
         self.max_waiting = max_waiting
         self.tokens_emitted = 0
         self._commands: queue.Queue[Submit | Cancel | None] = queue.Queue()
@@ -180,7 +185,7 @@ class EngineService:
                 self._refuse_queued()
                 return
             try:
-                self._deliver(self.engine.step())
+                self._deliver(self._around(self.engine.step))
                 self._fail(self.engine.failed)
             except Exception as error:
                 log.exception("decoding failed; the requests under way are ended")

@@ -16,7 +16,7 @@ from offramp.controller.errors import OfframpError, PolicyRefusedError, Registry
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
 from offramp.controller.release.trust import Mark, ReleaseVerifier
-from offramp.controller.watching.tally import Tally
+from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.keeper import PROBATION_S, Prepare, ReleaseKeeper
@@ -25,7 +25,6 @@ from offramp.worker.following.telling import AckLog, AckTeller
 from offramp.worker.following.worker_state import WorkerState
 
 __all__ = ["FULL_DEPTH", "PolicyRefresher", "PolicySnapshot"]
-
 POLL_S = 5.0
 """Seconds between polls when no event wakes the worker."""
 
@@ -290,11 +289,12 @@ class PolicyRefresher:
             state=state,
             reason=reason,
             at=time.time(),
-            tallies=tuple(self._tallies()),
+            tallies=tuple(each.tally.copy() for each in self.watches()),
         )
 
-    def _tallies(self) -> Iterator[Tally]:
+    def watches(self) -> Iterator[PolicyWatch]:
+        """Those of the releases that run: the one for everybody, and its canary."""
         current = self.current
         for snapshot in (current, current.canary):
             if snapshot is not None and snapshot.watch is not None:
-                yield snapshot.watch.tally.copy()
+                yield snapshot.watch

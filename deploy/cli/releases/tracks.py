@@ -27,6 +27,7 @@ COLUMNS_OF_TRACKS = (
     "tokens/s",
     "first, gap p99 ms",
     "layers/token",
+    "mJ/token",
     "failures",
     "audited",
     f"disagreed ({CONFIDENCE:.0%})",
@@ -58,6 +59,7 @@ def _cells(tally: Tally) -> tuple[str, ...]:
         f"{tally.speed:.1f}",
         f"{_late_ms(tally.firsts)}, {_late_ms(tally.gaps)}",
         f"{tally.depth:.1f}",
+        _energy(tally),
         str(tally.failures),
         str(tally.audited),
         _disagreed(tally),
@@ -66,6 +68,11 @@ def _cells(tally: Tally) -> tuple[str, ...]:
 
 def _late_ms(counts: Sequence[int]) -> str:
     return f"{1e3 * quantile_s(counts, LATE):.3g}" if sum(counts) else UNKNOWN
+
+
+def _energy(tally: Tally) -> str:
+    """Millijoules and how they were come by: a bare number of joules says nothing."""
+    return UNKNOWN if tally.token_j is None else f"{1e3 * tally.token_j:.3g} ({tally.meter})"
 
 
 def _disagreed(tally: Tally) -> str:

@@ -13,7 +13,13 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.watching.analysis import StepOutcome, judge
 from offramp.controller.watching.quantiles import BUCKETS, bucket_of
 from offramp.controller.watching.steps import Steps
-from offramp.controller.watching.tally import Tally, add_up, tallies_from_json, tallies_to_json
+from offramp.controller.watching.tally import (
+    SEVERAL,
+    Tally,
+    add_up,
+    tallies_from_json,
+    tallies_to_json,
+)
 
 
 def tally(
@@ -33,7 +39,7 @@ def tally(
         "audited": 500, "disagreed": 10, "early": 4000,
         "paces": requests * pace_s, "paces_squared": requests * pace_s**2 * (1 + spread**2),
         "depths": requests * depth, "depths_squared": requests * depth**2 * (1 + spread**2),
-        "firsts": times, "gaps": times,
+        "firsts": times, "gaps": times, "exits": {"6": 4000, "12": 1000},
     }  # fmt: skip
     return Tally(**(values | changes))
 
@@ -123,10 +129,61 @@ def test_outcomes(canary: Tally, stable: Tally, outcome: StepOutcome, reason: st
     assert reason in found.reason
 
 
+METER = "attributed: RAPL package-0"
+
+
+def read(token_j: float, meter: str = METER, batches: int = 100) -> dict[str, Any]:
+    """Energy of a track, batch by batch around a mean."""
+    squared = batches * token_j**2 * 1.01
+    return {
+        "meter": meter, "batches": batches, "joules": batches * token_j, "joules_squared": squared
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "outcome", "reason"),
+    [
+        (read(0.8), read(1.0), StepOutcome.PASS, "seconds per token 1.00"),
+        (
+            read(1.3),
+            read(1.0),
+            StepOutcome.FAIL,
+            f"joules per token ({METER}) 1.30 times the stable release's",
+        ),
+        (read(1.02), read(1.0), StepOutcome.HOLD, "joules per token"),
+        ({}, read(1.0), StepOutcome.HOLD, "energy of the canary is not known: too few tokens"),
+        (read(1.0), {}, StepOutcome.HOLD, "energy of the stable release is not known"),
+        (read(1.0), read(1.0, "modelled: 3 W"), StepOutcome.HOLD, "cannot be compared: attributed"),
+        (read(1.0, SEVERAL), read(1.0), StepOutcome.HOLD, "it was read by several meters"),
+    ],
+)
+def test_energy_is_judged_where_it_is_bounded(
+    ours: dict[str, Any], theirs: dict[str, Any], outcome: StepOutcome, reason: str
+) -> None:
+    canary, stable = tally(**ours), tally(audited=0, disagreed=0, **theirs)
+    found = judge(Steps(max_energy=1.0), canary, stable)
+    assert found.outcome is outcome, found
+    assert reason in found.reason
+    assert judge(Steps(), canary, stable).outcome is StepOutcome.PASS  # nobody asked about it
+
+
+def test_what_other_bounds_say_is_not_held_up_by_missing_energy() -> None:
+    found = judge(Steps(max_energy=1.0), tally(pace_s=0.014), STABLE)
+    assert found.outcome is StepOutcome.FAIL
+
+
+def test_energy_of_different_meters_is_never_added() -> None:
+    parts = [tally(**read(0.5)), tally(**read(1.5)), tally()]
+    assert add_up(0, parts).token_j == pytest.approx(1.0)
+    total = add_up(0, [*parts, tally(**read(1.0, "modelled: 3 W"))])
+    assert (total.meter, total.token_j) == (SEVERAL, None)
+
+
 def test_tallies_add_up_by_release_and_survive_their_text() -> None:
     parts = [tally(generation=3), tally(generation=3, disagreed=1), tally(generation=1)]
     total = add_up(3, parts)
     assert (total.tokens, total.disagreed, total.speed, total.depth) == (10_000, 11, 100.0, 8.0)
+    assert total.exits == {"6": 8000, "12": 2000}
     assert (total.requests, round(total.paces, 6), sum(total.gaps)) == (200, 2.0, 4000)
     assert add_up(9, parts) == Tally(generation=9)
     assert tallies_from_json(tallies_to_json(parts)) == tuple(parts)
@@ -150,6 +207,9 @@ def test_workers_that_count_no_early_tokens_are_not_taken_for_full_depth() -> No
         '[{"generation": -1}]',
         tallies_to_json([tally(seconds=-1.0)]),
         tallies_to_json([tally(gaps=[1])]),
+        tallies_to_json([tally(exits={"last": 1})]),
+        tallies_to_json([tally(exits={"6": -1})]),
+        tallies_to_json([tally(exits={str(n): 1 for n in range(1000)})]),
     ],
 )
 def test_other_texts_are_no_tallies(text: str) -> None:

@@ -75,7 +75,7 @@ def test_garbage_is_told_once_and_in_a_sentence() -> None:
 def test_a_policy_that_fails_is_told_of() -> None:
     watch, said = watched()
     for _ in range(20):
-        watch.note_token(is_early=False)
+        watch.note_token(12, 12)
         watch.note_failure()
     assert said[0].startswith("the policy failed ")
 
@@ -84,8 +84,8 @@ def test_exits_that_collapse_are_told_of_only_if_asked_for() -> None:
     watch, said = watched(min_exits=0.3)
     silent, nothing = watched()
     for _ in range(300):
-        watch.note_token(is_early=False)
-        silent.note_token(is_early=False)
+        watch.note_token(12, 12)
+        silent.note_token(12, 12)
     assert said[0].startswith("0.0% of the last ")
     assert nothing == []
 

@@ -284,8 +284,8 @@ def test_a_watched_canary_is_moved_on_by_a_file(cli: Any, url: str, tmp_path: Pa
     assert registry.acks() == [ack]
     registry.close()
     rows = [line.split() for line in cli("status")[1].splitlines()]
-    assert ["3", "1", "100", "50.0", "–,", "–", "5.0", "0", "50"] in [
-        [cell for cell in row if cell != "│"][:9] for row in rows
+    assert ["3", "1", "100", "50.0", "–,", "–", "5.0", "–", "0", "50"] in [
+        [cell for cell in row if cell != "│"][:10] for row in rows
     ]
     status, output = cli("watch", "--once", "--steps", steps)
     assert status == 0

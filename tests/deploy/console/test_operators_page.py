@@ -90,7 +90,8 @@ def tally(generation: int, disagreed: int, **changed: Any) -> Tally:
     counts: dict[str, Any] = {
         "tokens": 4000, "seconds": 80.0, "layers": 30_000, "requests": 100, "early": 2000,
         "paces": 2.0, "paces_squared": 0.0404, "depths": 750.0, "depths_squared": 5700.0,
-        "audited": 400, "disagreed": disagreed,
+        "audited": 400, "disagreed": disagreed, "exits": {"12": 2000, "3": 1500, "6:int4": 500},
+        "meter": "modelled: 3 W", "batches": 60, "joules": 3.0, "joules_squared": 0.16,
     }  # fmt: skip
     return Tally(generation=generation, **counts | changed)
 
@@ -117,6 +118,7 @@ def canary(stage: Stage, disagreed: int = 4) -> None:
     stage.publish(5, promote=False)
     stage.publisher.roll_out(5)
     full = {"early": 0, "audited": 0, "layers": 48_000, "depths": 1200.0, "depths_squared": 14400.0}
+    full |= {"joules": 6.0, "exits": {"12": 4000}}
     stage.say(AckState.ACK, 3, "", tally(1, 0, **full), tally(3, disagreed))
 
 
@@ -144,10 +146,12 @@ def redis_gone(stage: Stage) -> None:
 
 STATES: list[tuple[Callable[[Stage], None], list[str], list[str]]] = [
     (no_release, ["no release", "head: none", "No worker reports.", "offramp publish"], ["Roll b"]),
-    (stable_only, ["serving", "worker-0-ab", "head: generation 1", "50.0%", "not reported"],
+    (stable_only, ["serving", "worker-0-ab", "head: generation 1", "50.0%", "not reported",
+      "6:int4</th><td>12.5%</td>", "3</th><td>37.5%</td>"],
      ["Canary</h2>", "Trips"]),
     (canary, ["canary", "serves 5% of the requests", "0.1% to 4.2%", "Take it to 25%",
-              "seconds per token", "38% against generation 1"], ["Trips", "99% of first"]),
+              "seconds per token", "38% against generation 1",
+              "50% per token against generation 1 (modelled: 3 W)"], ["Trips", "99% of first"]),
     (failed_canary, ["fails</strong>: full depth disagrees with 4"], ["passes"]),
     (tripped, ["tripped", f"took generation 2 out of service: {REASON}"], ["Canary</h2>"]),
     (rolled_back, ["rolled back", "in place of 2", "generation 3"], ["Trips"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_each_track_counts_its_own_requests(
     assert tallies.keys() == {1, 3}
     for generation, tally in tallies.items():
         mine = [row for row in rows if row.generations[0] == generation]
+        exits = Counter(str(layer) for row in mine for layer in row.exit_layers[1:])
+        assert tally.exits == exits
         assert tally.tokens == sum(len(row.emitted) - 1 for row in mine) > 0
         assert tally.layers == sum(row.layer_calls for row in mine)
         assert tally.seconds > 0

@@ -1,0 +1,131 @@
+"""Energy by track: steps are charged to those that ran in them, and prompts to nobody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading, unavailable
+from offramp.controller.policies.protocols import FixedExit, NeverExit
+from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
+from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.decoding.schedule import Schedule
+from offramp.worker.energy.tracks import BATCH_TOKENS, BusyCores, TrackMeter, serving_source
+from offramp.worker.engine.engine_config import EngineConfig
+from support.models import LAYERS, make_model
+
+TOKENS = 3 * BATCH_TOKENS + 1
+LONG = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+
+
+@dataclass
+class OneJoule:
+    """A counter that moves by a joule between any two looks."""
+
+    known: bool = True
+    slow_s: float = 0.0
+    looks: int = 0
+
+    def start(self) -> None:
+        self.looks += 1
+        if self.slow_s:
+            time.sleep(self.slow_s)
+
+    def stop(self, before: None, window_s: float) -> EnergyReading:
+        if not self.known:
+            return unavailable(window_s, "nothing here")
+        return EnergyReading(
+            joules=1.0,
+            method=EnergyMethod.MEASURED_SHARED,
+            source="a counter",
+            scope="this test",
+            window_s=window_s,
+        )
+
+
+def snapshots() -> tuple[PolicySnapshot, PolicySnapshot]:
+    stable, canary = (
+        PolicySnapshot(number, "d" * 64, policy, None, PolicyWatch(Guardrails(), print, number))
+        for number, policy in ((1, NeverExit()), (2, FixedExit(1)))
+    )
+    return stable, canary
+
+
+def engine() -> AdaptiveEngine:
+    config = EngineConfig(audit_share=0.0, schedule=Schedule())
+    return AdaptiveEngine.from_pretrained(make_model("llama"), slots=2, config=config)
+
+
+def decode(
+    meter_source: object, tracks: tuple[PolicySnapshot, ...], also: tuple[PolicySnapshot, ...] = ()
+) -> int:
+    """Decode one request under each snapshot, in the same steps; returns how many those were."""
+    made = engine()
+
+    def watches() -> Iterator[PolicyWatch]:
+        return (each.watch for each in tracks if each.watch is not None)
+
+    meter = TrackMeter(made, meter_source, watches)  # type: ignore[arg-type]
+    for each in (*tracks, *also):
+        made.submit([5, 6], LONG, each)
+    steps = 0
+    while made.load != (0, 0):
+        meter(made.step)
+        steps += 1
+    return steps
+
+
+def test_a_step_is_shared_by_the_layers_that_each_track_ran() -> None:
+    tracks = stable, canary = snapshots()
+    decode(OneJoule(), tracks)
+    assert stable.watch is not None
+    assert canary.watch is not None
+    ours, theirs = canary.watch.tally, stable.watch.tally
+    assert ours.meter == theirs.meter == "attributed: a counter"
+    assert ours.batches == theirs.batches >= 1
+    # A joule for both tokens of a step: one of one layer, one of all.
+    assert ours.token_j == pytest.approx(1 / (1 + LAYERS))
+    assert theirs.token_j == pytest.approx(LAYERS / (1 + LAYERS))
+
+
+def test_alone_a_track_is_charged_all_of_it_but_the_prompt() -> None:
+    _, canary = snapshots()
+    decode(OneJoule(), (canary,))
+    assert canary.watch is not None
+    assert canary.watch.tally.token_j == 1.0
+
+
+def test_requests_of_no_track_bear_their_share() -> None:
+    stable, canary = snapshots()
+    decode(OneJoule(), (canary,), also=(replace(stable, watch=None),))
+    assert canary.watch is not None
+    assert canary.watch.tally.token_j == pytest.approx(1 / (1 + LAYERS))
+
+
+def test_where_nothing_can_be_read_nothing_is_said() -> None:
+    tracks = snapshots()
+    decode(OneJoule(known=False), tracks)
+    assert [each.watch.tally.token_j for each in tracks if each.watch] == [None, None]
+
+
+def test_a_slow_counter_is_read_seldom() -> None:
+    source = OneJoule(slow_s=0.05)
+    steps = decode(source, snapshots())
+    assert 1 <= source.looks < steps / 4
+
+
+def test_without_counters_busy_cores_are_charged_and_nothing_is_hooked() -> None:
+    made = engine()
+    source = serving_source(made)
+    stable, _ = snapshots()
+    decode(BusyCores(), (stable,))
+    assert stable.watch is not None
+    assert stable.watch.tally.meter == "modelled: 3 W per busy core"
+    assert (stable.watch.tally.token_j or 0.0) > 0.0
+    begun = source.start()
+    assert not any(block._forward_hooks for block in made.stack.blocks)
+    assert source.stop(begun, 0.1).joules is not None

@@ -1,0 +1,146 @@
+"""Energy of the tracks of a channel: what each engine step took, shared among those that ran in it.
+
+A step that serves one track alone is that track's; one that serves several is shared by the layers
+that each executed. So the less the tracks meet in a step, the less of a figure is a rule and the
+more of it a measurement. Steps that read prompts are left out: their energy is no token's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
+from offramp.controller.watching.guardrails import PolicyWatch
+from offramp.controller.watching.tally import Tally
+from offramp.worker.decoding.request import TokenEvent
+from offramp.worker.energy.meter import EnergySource, open_meter
+from offramp.worker.energy.modelled import EnergyModel, ModelledSource
+from offramp.worker.engine.core import EngineCore
+from offramp.worker.engine.service import Step
+
+BATCH_TOKENS = 64
+"""Tokens of a track that make one observation: neighbouring steps serve the same requests, and are
+less independent than long batches of them are (batch means)."""
+
+
+MOST_READING = 0.01
+"""Share of the steps' time that may go to readings: sources that take longer are read at fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusyCores:
+    """This process's processor time, times the model's watts, for machines without counters.
+
+    Unlike ``ModelledSource`` it hooks itself into nothing, so it may run while requests are
+    served; bytes from memory are not in it.
+
+    Attributes:
+        model: Formula that turns busy cores into joules.
+    """
+
+    model: EnergyModel = field(default_factory=EnergyModel)
+
+    def start(self) -> float:
+        """Processor time so far, seconds."""
+        return time.process_time()
+
+    def stop(self, before: float, window_s: float) -> EnergyReading:
+        """Processor time since, in joules."""
+        return EnergyReading(
+            joules=self.model.joules(time.process_time() - before, 0),
+            method=EnergyMethod.MODELLED,
+            source=f"{self.model.coefficients['watts_per_busy_core'].value:g} W per busy core",
+            scope="this process's cores",
+            window_s=window_s,
+        )
+
+
+def serving_source(engine: EngineCore) -> EnergySource:
+    """The best source that may be read at every step of an engine that serves."""
+    source = open_meter(engine).source
+    return BusyCores(source.model) if isinstance(source, ModelledSource) else source
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Tokens of a track that no observation was made of yet."""
+
+    joules: float = 0.0
+    tokens: int = 0
+
+
+class TrackMeter:
+    """Runs the steps of an engine with a meter around them; used by the thread that decodes.
+
+    Args:
+        engine: Its steps are charged.
+        source: Is read before and after each.
+        watches: The watches of the releases that run now.
+    """
+
+    def __init__(
+        self, engine: EngineCore, source: EnergySource, watches: Callable[[], Iterator[PolicyWatch]]
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._watches = watches
+        self._batches: dict[int, tuple[Tally, _Batch]] = {}  # by generation
+        self._stepping_s = self._reading_s = 0.0
+
+    def __call__(self, step: Step) -> list[TokenEvent]:
+        """Run a step and charge it; returns its events."""
+        start_s = time.perf_counter()
+        is_due = self._reading_s <= MOST_READING * self._stepping_s
+        events = step() if self._engine.is_prefilling or not is_due else self._metered(step)
+        self._stepping_s += time.perf_counter() - start_s
+        return events
+
+    def _metered(self, step: Step) -> list[TokenEvent]:
+        tallies = [watch.tally for watch in self._watches()]
+        before = [(tally.layers, tally.tokens) for tally in tallies]
+        asked_s = time.perf_counter()
+        begun, start_s = self._source.start(), time.perf_counter()
+        events = step()
+        end_s = time.perf_counter()
+        reading = self._source.stop(begun, end_s - start_s)
+        self._reading_s += start_s - asked_s + time.perf_counter() - end_s
+        if reading.joules is not None:
+            ran = [
+                (tally, tally.layers - layers, tally.tokens - tokens)
+                for tally, (layers, tokens) in zip(tallies, before, strict=True)
+            ]
+            self._charge(reading.joules, _name(reading), ran, events)
+        return events
+
+    def _charge(
+        self, joules: float, meter: str, ran: list[tuple[Tally, int, int]], events: list[TokenEvent]
+    ) -> None:
+        mine = {tally.generation for tally, _, _ in ran}
+        # Requests of older releases and of none are no track's, and have their share all the same.
+        others = sum(event.exit_layer for event in events if event.generation not in mine)
+        layers = others + sum(each for _, each, _ in ran)
+        for tally, executed, tokens in ran:
+            if executed:
+                batch = self._batch(tally, mine)
+                batch.joules += joules * executed / layers
+                batch.tokens += tokens
+                if batch.tokens >= BATCH_TOKENS:
+                    tally.note_energy(meter, batch.joules, batch.tokens)
+                    del self._batches[tally.generation]
+
+    def _batch(self, tally: Tally, running: set[int]) -> _Batch:
+        known = self._batches.get(tally.generation)
+        if known is None or known[0] is not tally:  # the release is new, or counted anew
+            known = (tally, _Batch())
+            kept = {key: each for key, each in self._batches.items() if key in running}
+            self._batches = kept | {tally.generation: known}
+        return known[1]
+
+
+def _name(reading: EnergyReading) -> str:
+    """Method and source; what was measured of all tracks at once is attributed to each."""
+    is_measured = reading.method in (EnergyMethod.MEASURED_DEVICE, EnergyMethod.MEASURED_SHARED)
+    method = EnergyMethod.ATTRIBUTED if is_measured else reading.method
+    return f"{method.value}: {reading.source}"
