@@ -23,7 +23,7 @@ from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.token_wire import TokenWire
 from offramp.worker.decoding.request import KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.energy.tracks import TrackMeter, serving_source
+from offramp.worker.energy.track_meter import TrackMeter, serving_source
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher

@@ -14,7 +14,7 @@ from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.energy.tracks import BATCH_TOKENS, BusyCores, TrackMeter, serving_source
+from offramp.worker.energy.track_meter import BATCH_TOKENS, BusyCores, TrackMeter, serving_source
 from offramp.worker.engine.engine_config import EngineConfig
 from support.models import LAYERS, make_model
 

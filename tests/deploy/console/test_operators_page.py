@@ -117,8 +117,14 @@ def canary(stage: Stage, disagreed: int = 4) -> None:
     stage.publish(3)
     stage.publish(5, promote=False)
     stage.publisher.roll_out(5)
-    full = {"early": 0, "audited": 0, "layers": 48_000, "depths": 1200.0, "depths_squared": 14400.0}
-    full |= {"joules": 6.0, "exits": {"12": 4000}}
+    full: dict[str, Any] = {"joules": 6.0, "exits": {"12": 4000}}
+    full |= {
+        "early": 0,
+        "audited": 0,
+        "layers": 48_000,
+        "depths": 1200.0,
+        "depths_squared": 14400.0,
+    }
     stage.say(AckState.ACK, 3, "", tally(1, 0, **full), tally(3, disagreed))
 
 

@@ -28,6 +28,9 @@ less independent than long batches of them are (batch means)."""
 MOST_READING = 0.01
 """Share of the steps' time that may go to readings: sources that take longer are read at fewer."""
 
+READINGS = 5
+"""Readings that are made to learn what one costs."""
+
 
 @dataclass(frozen=True, slots=True)
 class BusyCores:
@@ -64,7 +67,7 @@ def serving_source(engine: EngineCore) -> EnergySource:
 
 
 @dataclass(slots=True)
-class _Batch:
+class _TokenBatch:
     """Tokens of a track that no observation was made of yet."""
 
     joules: float = 0.0
@@ -86,8 +89,10 @@ class TrackMeter:
         self._engine = engine
         self._source = source
         self._watches = watches
-        self._batches: dict[int, tuple[Tally, _Batch]] = {}  # by generation
+        self._batches: dict[int, tuple[Tally, _TokenBatch]] = {}  # by generation
         self._stepping_s = self._reading_s = 0.0
+        # The least, since a reading that the scheduler interrupts says nothing of the source.
+        self._cost_s = min(self._time_reading() for _ in range(READINGS))
 
     def __call__(self, step: Step) -> list[TokenEvent]:
         """Run a step and charge it; returns its events."""
@@ -97,15 +102,18 @@ class TrackMeter:
         self._stepping_s += time.perf_counter() - start_s
         return events
 
+    def _time_reading(self) -> float:
+        start_s = time.perf_counter()
+        self._source.stop(self._source.start(), 0.0)
+        return time.perf_counter() - start_s
+
     def _metered(self, step: Step) -> list[TokenEvent]:
         tallies = [watch.tally for watch in self._watches()]
         before = [(tally.layers, tally.tokens) for tally in tallies]
-        asked_s = time.perf_counter()
         begun, start_s = self._source.start(), time.perf_counter()
         events = step()
-        end_s = time.perf_counter()
-        reading = self._source.stop(begun, end_s - start_s)
-        self._reading_s += start_s - asked_s + time.perf_counter() - end_s
+        reading = self._source.stop(begun, time.perf_counter() - start_s)
+        self._reading_s += self._cost_s
         if reading.joules is not None:
             ran = [
                 (tally, tally.layers - layers, tally.tokens - tokens)
@@ -130,10 +138,10 @@ class TrackMeter:
                     tally.note_energy(meter, batch.joules, batch.tokens)
                     del self._batches[tally.generation]
 
-    def _batch(self, tally: Tally, running: set[int]) -> _Batch:
+    def _batch(self, tally: Tally, running: set[int]) -> _TokenBatch:
         known = self._batches.get(tally.generation)
         if known is None or known[0] is not tally:  # the release is new, or counted anew
-            known = (tally, _Batch())
+            known = (tally, _TokenBatch())
             kept = {key: each for key, each in self._batches.items() if key in running}
             self._batches = kept | {tally.generation: known}
         return known[1]
