@@ -22,7 +22,8 @@ class HttpLimits:
 
     Attributes:
         body_bytes: Most bytes of a request's body.
-        body_values: Most JSON values of a body, keys included (numbers, strings, lists, objects).
+        body_values: Most JSON values of a body (numbers, strings, lists, objects); a key counts as
+            four.
         choices: Most completions of one request, over all of its prompts.
         header_s: Seconds that a client may take for a request's headers, from its first byte (or
             the connection's beginning) on.

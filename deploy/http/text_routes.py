@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from fastapi import FastAPI
-from pydantic import Field
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.http.backend import Backend
 from offramp.deploy.http.chat_prompts import encode_conversation
-from offramp.deploy.http.shapes.chat_contract import ChatMessage
-from offramp.deploy.http.shapes.contract import Integer
+from offramp.deploy.http.shapes.chat_contract import Conversation
+from offramp.deploy.http.shapes.contract import Integers
 from offramp.deploy.http.shapes.offramp_options import Nullable
 from offramp.deploy.http.shapes.reply_shapes import DetokenizeReply, TokenizeReply
 from offramp.deploy.http.status_routes import require_model
@@ -24,7 +21,7 @@ class TokenizeRequest(Nullable):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Conversation | None = None
     add_special_tokens: bool = True
 
 
@@ -32,7 +29,7 @@ class DetokenizeRequest(Nullable):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[Integer], Field(fail_fast=True)]
+    tokens: Integers
 
 
 def add_text_routes(app: FastAPI, backend: Backend) -> None:

@@ -181,6 +181,8 @@ def _require_bias(logit_bias: Mapping[int, float]) -> None:
     if not isinstance(logit_bias, Mapping):
         raise RequestError("logit_bias", f"{logit_bias!r} is no mapping", "Use {token id: bias}")
     for token, bias in logit_bias.items():
+        if type(token) is int and type(bias) is float and -MOST_BIAS <= bias <= MOST_BIAS:
+            continue  # like all of most mappings, which may be large
         if not _is_int(token):
             raise RequestError("logit_bias", f"{token!r} is no token id", "Use integers")
         if not (_is_finite(bias) and abs(bias) <= MOST_BIAS):

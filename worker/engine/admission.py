@@ -32,13 +32,14 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not isinstance(given, Iterable):
         problem = f"{prompts!r} is neither text nor a list"
         raise RequestError("prompts", problem, "Use strings or lists of token ids")
-    items = list(prompts)
-    tokens = [int(item) for item in items if isinstance(item, Integral)]
-    if tokens and len(tokens) == len(items):
-        return [tokens]
-    if tokens:
+    items: list[Any] = list(prompts)
+    # Of each kind once: to ask each item takes ten times as long, and there may be many.
+    are_tokens = {issubclass(kind, Integral) for kind in set(map(type, items))}
+    if are_tokens == {True}:
+        return [list(map(int, items))]
+    if len(are_tokens) > 1:
         raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
-    return [item for item in items if not isinstance(item, int)]
+    return items
 
 
 def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
@@ -150,6 +151,8 @@ def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
     Raises:
         RequestError: naming the first such token.
     """
+    if not tokens or 0 <= min(tokens) <= max(tokens) < vocab:
+        return
     for place, token in enumerate(tokens):
         if not 0 <= token < vocab:
             raise RequestError(

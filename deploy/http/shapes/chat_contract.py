@@ -16,6 +16,10 @@ DEFAULT_TOKENS = 1 << 31
 """More than any context holds: without a bound of its own a reply may fill what is left."""
 
 
+MOST_MESSAGES = 8192
+"""Messages of a conversation, and parts of one: templates make several tokens of each."""
+
+
 class TextPart(BaseModel):
     """A part of a message's content; only text is supported."""
 
@@ -34,7 +38,9 @@ class ChatMessage(Nullable):
 
     role: str
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_kind)
+        Annotated[str, Tag("text")]
+        | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True), Tag("parts")],
+        Discriminator(_kind),
     ] = ""
 
     @property
@@ -45,10 +51,15 @@ class ChatMessage(Nullable):
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
+Conversation = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+]
+
+
 class ChatRequest(DecodingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Conversation
     max_completion_tokens: Integer | None = None
     max_tokens: Integer | None = Field(default=None, description="OpenAI's older name of it.")
     logprobs: bool = False

@@ -15,6 +15,10 @@ MOST_ASKED = 1e9
 """Larger budgets and weights are mistakes."""
 
 
+MOST_FIELDS = 1024
+"""Fields of one object: each that is unknown is kept, or refused, by itself."""
+
+
 class Nullable(BaseModel):
     """Fields of a request, of which null means absent.
 
@@ -26,6 +30,8 @@ class Nullable(BaseModel):
     def _null_is_absent(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MOST_FIELDS:
+            raise ValueError(f"holds more than {MOST_FIELDS} fields")
         return {field: value for field, value in body.items() if value is not None}
 
 

@@ -21,6 +21,7 @@ from support.shipped.shipped_files import (
 
 SHIPPED = {each.place: each for each in containers()}
 POOLS = [place for place in SHIPPED if place.endswith("pool")]
+CONSOLES = [place for place in SHIPPED if place.endswith("console")]
 
 
 def words(instruction: str) -> list[str]:
@@ -46,6 +47,20 @@ def test_a_pool_finds_its_files_and_has_the_time_that_it_takes_to_stop(place: st
     assert str(told["trust"].parent) in pool.mounts
     assert {"/var/lib/offramp", "/home/offramp"} <= set(pool.mounts)
     assert pool.grace_s >= pool.pause_s + told["drain"] + STOP_S
+
+
+@pytest.mark.parametrize("place", CONSOLES)
+def test_a_console_signs_where_the_publisher_does_and_says_how_it_is(place: str) -> None:
+    console, told = SHIPPED[place], parse(SHIPPED[place].command)
+    [publisher] = (
+        each
+        for each in SHIPPED.values()
+        if each.command[0] == "watch" and each.place.split()[0] == place.split()[0]
+    )
+    assert console.mounts == publisher.mounts
+    assert console.environment.items() > publisher.environment.items()
+    assert len(console.environment["OFFRAMP_CONSOLE_KEY"]) >= 16
+    assert f"http://127.0.0.1:{told['port']}/health" in " ".join(console.probe)
 
 
 def test_the_image_says_how_its_pool_is_and_runs_without_rights() -> None:

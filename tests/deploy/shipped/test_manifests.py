@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -23,7 +24,8 @@ def by_kind(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def container(pod: str) -> dict[str, Any]:
-    (found,) = pods()[pod]["containers"]
+    """The container of a pod that is named as the pod is."""
+    (found,) = (each for each in pods()[pod]["containers"] if each["name"] == pod)
     return dict(found)
 
 
@@ -54,13 +56,16 @@ def test_kustomize_takes_every_manifest_and_files_that_there_are() -> None:
 
 @pytest.mark.parametrize("name", pods())
 def test_no_pod_has_rights_that_it_does_not_need(name: str) -> None:
-    pod, context = pods()[name], container(name)["securityContext"]
+    pod = pods()[name]
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert context["readOnlyRootFilesystem"] is True
-    assert context["allowPrivilegeEscalation"] is False
-    assert context["capabilities"] == {"drop": ["ALL"]}
+    for each in pod["containers"]:
+        assert each["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
     # Kubernetes' own variables for a Service would be refused as unknown settings.
     assert pod["enableServiceLinks"] is False
     # Else the volume's group is given the publisher's key, which no command then takes.
@@ -105,7 +110,7 @@ def test_nobody_reaches_redis_but_who_must() -> None:
     services = compose()["services"]
     assert compose()["networks"]["control"] == {"internal": True}
     reaching = {name for name, each in services.items() if "control" in each.get("networks", ())}
-    assert reaching == {"redis", "publisher", "pool"}
+    assert reaching == {"redis", "publisher", "console", "pool"}
     assert "ports" not in services["redis"]
     published = [port for each in services.values() for port in each.get("ports", ())]
     assert published
@@ -115,7 +120,9 @@ def test_nobody_reaches_redis_but_who_must() -> None:
 def test_secrets_are_nowhere_in_the_files() -> None:
     told = (DEPLOY / "compose/passwords.example").read_text().splitlines()
     names = {line.removesuffix("=") for line in told if not line.startswith("#")}
+    text = (DEPLOY / "compose/compose.yaml").read_text()
     asked = {each["environment"] for each in compose()["secrets"].values()}
+    asked |= set(re.findall(r"\$\{(\w+):\?", text))
     assert names == asked
     assert "Secret" not in {manifest["kind"] for manifest in manifests()}
 

@@ -34,6 +34,7 @@ class Shipped:
         mounts: Paths that come from outside of the image.
         grace_s: Seconds between SIGTERM and SIGKILL.
         pause_s: Seconds of them that pass before the command is told.
+        probe: The command that is asked whether it lives; empty where there is none.
     """
 
     place: str
@@ -42,6 +43,7 @@ class Shipped:
     mounts: list[str]
     grace_s: float
     pause_s: float = 0.0
+    probe: tuple[str, ...] = ()
 
 
 def compose() -> dict[str, Any]:
@@ -101,13 +103,14 @@ def containers() -> Iterator[Shipped]:
                 service["environment"],
                 [volume.split(":")[1] for volume in service["volumes"]],
                 float(service.get("stop_grace_period", "10s").removesuffix("s")),
+                probe=tuple(service.get("healthcheck", {}).get("test", ())),
             )
     for name, pod in pods().items():
         for container in pod["containers"]:
             if container["image"] == "offramp":
                 pause = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
                 yield Shipped(
-                    f"pod {name}",
+                    f"pod {name}, {container['name']}",
                     container["args"],
                     {
                         each["name"]: each.get("value", f"redis://{MADE_UP}")
@@ -116,4 +119,5 @@ def containers() -> Iterator[Shipped]:
                     [mount["mountPath"] for mount in container["volumeMounts"]],
                     pod.get("terminationGracePeriodSeconds", 30),
                     float(pause.get("command", [0])[-1]),
+                    tuple(container.get("livenessProbe", {}).get("exec", {}).get("command", ())),
                 )
