@@ -4,6 +4,7 @@ from offramp.controller.errors import OfframpError
 from offramp.controller.features import (
     CANDIDATES_V1,
     OUTLOOK_V1,
+    PROMPT_V1,
     SKETCH_V1,
     SOFTMAX_V2,
     STATE_V1,
@@ -28,6 +29,7 @@ from offramp.controller.release.registry import InMemoryRegistry, PolicyRegistry
 __all__ = [
     "CANDIDATES_V1",
     "OUTLOOK_V1",
+    "PROMPT_V1",
     "SKETCH_V1",
     "SOFTMAX_V2",
     "STATE_V1",

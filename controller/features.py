@@ -119,6 +119,25 @@ STATE_V1 = FeatureSchema(
 )
 """Statistics of the hidden state alone: no logit, no matrix."""
 
+PROMPT_V1 = FeatureSchema(
+    name="prompt",
+    version=1,
+    columns=(
+        "cosine",  # of this hidden state to the one at the exit before (embedding), in [-1, 1]
+        "norm_change",  # ln(|h| / |h at the exit before|)
+        "update",  # |h - h at the exit before| / |h|
+        "log_rms",  # ln(root mean square of h)
+        "peak",  # ln(largest |h_i| / root mean square of h), at least 0
+        "seen",  # 1 if the token occurred earlier in the prompt, else 0
+        "pair_seen",  # 1 if it occurred there behind the same token, else 0
+        "place",  # position / 256, exact in float32
+        "ahead",  # tokens between it and the prompt's last / 256
+        "depth",  # layer / number of layers, in (0, 1)
+    ),
+)
+"""Of a token of a prompt that is being read: its state alone, how new it is, and where it stands.
+Policies for prompts read it; none that decides about new tokens does."""
+
 OUTLOOK_V1 = FeatureSchema(
     name="outlook",
     version=1,
@@ -156,15 +175,15 @@ def hidden_schema(width: int) -> FeatureSchema:
 
 
 def schema_of(digest: str, width: int) -> FeatureSchema | None:
-    """The schema of a digest: one of SCHEMAS, or the hidden state of that width; else None."""
-    hidden = hidden_schema(width)
-    return hidden if digest == hidden.digest else SCHEMAS.get(digest)
+    """The schema of a digest: of SCHEMAS, PROMPT_V1, or the hidden state of that width, or None."""
+    others = {each.digest: each for each in (hidden_schema(width), PROMPT_V1)}
+    return others.get(digest) or SCHEMAS.get(digest)
 
 
 SCHEMAS: dict[str, FeatureSchema] = {
     schema.digest: schema for schema in (CANDIDATES_V1, SOFTMAX_V2, SKETCH_V1, STATE_V1)
 }
-"""Every schema this version can compute, by digest."""
+"""Every schema that is computed of new tokens, by digest."""
 
 TABLE_SCHEMAS = frozenset({CANDIDATES_V1.digest, SKETCH_V1.digest})
 """Digests of the schemas whose probes need the policy's candidate table."""

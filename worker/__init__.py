@@ -1,5 +1,6 @@
 """Decodes Hugging Face causal LMs with early exits."""
 
+from offramp.worker.decoding.prompting.prompt_exits import PromptExits
 from offramp.worker.decoding.request import (
     FULL_DEPTH,
     CompletionStats,
@@ -24,6 +25,7 @@ __all__ = [
     "KVMode",
     "PolicySnapshot",
     "Precision",
+    "PromptExits",
     "SamplingParams",
     "Schedule",
     "TokenEvent",

@@ -41,6 +41,7 @@ from offramp.controller.policies.rules.decay import DECAYING_THRESHOLD
 from offramp.controller.policies.rules.entropy_patience import ENTROPY, PATIENCE
 from offramp.controller.policies.rules.optimal_stopping import STOPPING
 from offramp.controller.policies.rules.position import POSITION_SCHEDULE
+from offramp.controller.policies.rules.prompt_rules import RANDOM_SHARE, WINDOWED
 from offramp.controller.policies.rules.stages import STAGE_THRESHOLDS
 from offramp.controller.strict import NUMBER, TEXT, canonical_json
 
@@ -68,6 +69,8 @@ _SHIPPED = (
     PATIENCE,
     POSITION_SCHEDULE,
     STAGE_THRESHOLDS,
+    WINDOWED,
+    RANDOM_SHARE,
     BETA_THRESHOLD,
     THRESHOLD_BANDIT,
     STOPPING,

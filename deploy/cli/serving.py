@@ -10,12 +10,12 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 
-from offramp.controller.errors import FieldError, OfframpError
+from offramp.controller.errors import ConfigError, FieldError, OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, say
@@ -29,6 +29,8 @@ from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_ke
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
+from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
@@ -62,6 +64,18 @@ def _failing_as_it_logs(command: Callable[..., None]) -> Callable[..., None]:
 Trust = Annotated[
     Path | None,
     typer.Option(help="Publisher's public key.", show_default="the one in OFFRAMP_HOME"),
+]
+PromptPolicy = Annotated[
+    Path | None,
+    typer.Option(
+        help="Bundle of a policy for prompts, which requests may ask for.", show_default="none"
+    ),
+]
+PrefillWay = Annotated[
+    str, typer.Option(help="How prompts are read unless a request says: full|exits.")
+]
+PromptKeep = Annotated[
+    str, typer.Option(help="First and last tokens of a prompt that run every layer, like 4,32.")
 ]
 ServedName = Annotated[
     str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
@@ -114,6 +128,9 @@ def serve(
     together: options.Together = False,
     costs: options.ScheduleCosts = None,
     prefill_tokens: options.PrefillTokens = 256,
+    prefill: PrefillWay = "full",
+    prompt_policy: PromptPolicy = None,
+    prompt_keep: PromptKeep = "4,32",
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
     prefix_cache_mib: options.PrefixCache = 0.0,
@@ -123,6 +140,10 @@ def serve(
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     settings = Settings.from_environment()
     plan = options.parse_schedule(hold, hold_rows, hold_patience, together=together, costs=costs)
+    engine = options.engine_config(kv_mode, max_pending, translators, weights)
+    engine = replace(engine, schedule=plan, draft_precision=Precision.of_copy(draft_weights))
+    engine = replace(engine, kv_budget_mb=kv_budget_mb, prefix_cache_mib=prefix_cache_mib)
+    engine = _with_prompts(engine, prefill_tokens, prefill, prompt_policy, prompt_keep)
     config = PoolConfig(
         worker=WorkerSpec(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
@@ -130,14 +151,7 @@ def serve(
             device=device,
             threads=options.parse_threads(threads, replicas),
             slots=slots,
-            engine=replace(
-                options.engine_config(kv_mode, max_pending, translators, weights),
-                schedule=plan,
-                prefill_tokens=prefill_tokens,
-                kv_budget_mb=kv_budget_mb,
-                draft_precision=Precision.of_copy(draft_weights),
-                prefix_cache_mib=prefix_cache_mib,
-            ),
+            engine=engine,
         ),
         model_id=served_model_name or Path(model).resolve().name,
         replicas=replicas,
@@ -148,6 +162,24 @@ def serve(
         **_followed(settings, trust) | {"log_format": log_format},
     )
     _serve(config, settings, trust, redis_port)
+
+
+def _with_prompts(
+    engine: EngineConfig, tokens: int, prefill: str, bundle: Path | None, keep: str
+) -> EngineConfig:
+    """Read prompts as the options say.
+
+    Raises:
+        ConfigError: an unknown way, a bundle that is none for prompts, or no two numbers.
+    """
+    kept = options.parse_list("prompt_keep", keep, int, "numbers of tokens", "4,32")
+    if len(kept) != 2:
+        raise ConfigError("prompt_keep", f"{keep!r} is not two numbers", "Write it like 4,32")
+    prompts = None
+    if bundle is not None:
+        prompts = PromptExits.load(bundle, keep_first=kept[0], keep_last=kept[1])
+    way = cast(Prefill, prefill)  # EngineConfig refuses an unknown one
+    return replace(engine, prefill_tokens=tokens, prefill=way, prompts=prompts)
 
 
 def _limits(body_bytes: int, choices: int, deadline_s: float, drain_s: float) -> HttpLimits:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
@@ -58,6 +59,7 @@ class Backend(Protocol):
         sampling: SamplingParams,
         *,
         kv_mode: KVWish | None,
+        prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
     ) -> AsyncIterator[Tokens]:

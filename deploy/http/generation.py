@@ -93,6 +93,7 @@ class Generation:
             tokens,
             sampling,
             kv_mode=mode,
+            prefill=body.prefill,
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
@@ -119,6 +120,7 @@ class Generation:
             [tokens],
             sampling,
             kv_mode=mode,
+            prefill=body.prefill,
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )

@@ -120,6 +120,7 @@ def _of_ends(ends: list[TokenEvent]) -> dict[str, Any]:
         "offramp.exact_share": sum(each.exact_share for each in told) / len(told),
         "offramp.layer_calls": sum(each.layer_calls for each in told),
         "offramp.copy_calls": sum(each.copy_calls for each in told),
+        "offramp.prompt_calls": sum(each.prompt_calls for each in told),
         "offramp.drafts": sum(each.drafts for each in told),
         "offramp.drafts_accepted": sum(each.drafts_accepted for each in told),
         "offramp.cached_tokens": sum(each.cached_tokens or 0 for each in told),

@@ -16,6 +16,7 @@ from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.prompt_places import PromptPlaces
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
@@ -104,6 +105,7 @@ class PoolBackend:
         sampling: SamplingParams,
         *,
         kv_mode: KVWish | None,
+        prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
     ) -> AsyncIterator[Tokens]:
@@ -113,7 +115,7 @@ class PoolBackend:
             raise OverloadedError(RETRY_AFTER_S)
         self._outstanding += count
         events = self._events(
-            (prompts, sampling, kv_mode, request_id, cache_salt), request_id, count
+            (prompts, sampling, kv_mode, prefill, request_id, cache_salt), request_id, count
         )
         # What is refused is refused here: the first thing that a worker says is that it accepts.
         try:

@@ -21,6 +21,7 @@ from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.token_wire import TokenWire
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.energy.track_meter import TrackMeter, serving_source
@@ -137,6 +138,7 @@ class ServedWorker:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         kv_mode: KVWish | None,
+        prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
     ) -> AsyncIterator[str]:
@@ -147,12 +149,18 @@ class ServedWorker:
 
         Args:
             number: Names the request on the wire.
-            prompts, sampling, kv_mode, request_id, cache_salt: See ``Backend.submit_all``.
+            prompts, sampling, kv_mode, prefill, request_id, cache_salt: See ``Backend.submit_all``.
         """
         REQUEST_NAME.set(request_id)
         sender = _Sender(self._wire, number, asyncio.get_running_loop())
         requests = await self.service.queue_all(
-            prompts, sampling, sender, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
+            prompts,
+            sampling,
+            sender,
+            kv_mode=kv_mode,
+            prefill=prefill,
+            split_by=request_id,
+            cache_salt=cache_salt,
         )
         try:
             yield self._replica

@@ -21,6 +21,7 @@ from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
@@ -65,9 +66,15 @@ class StandIn:
         kv_mode: KVWish | None,
         request_id: str,
         cache_salt: str,
+        prefill: Prefill | None,
     ) -> AsyncIterator[Tokens]:
         requests, events = await self.service.submit_all(
-            prompts, sampling, kv_mode=kv_mode, split_by=request_id, cache_salt=cache_salt
+            prompts,
+            sampling,
+            kv_mode=kv_mode,
+            prefill=prefill,
+            split_by=request_id,
+            cache_salt=cache_salt,
         )
         return self._placed([request.id for request in requests], events)
 

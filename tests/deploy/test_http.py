@@ -129,6 +129,7 @@ def test_exit_statistics_are_opt_in(post: Post, expected: Any) -> None:
         "mean_exit_layer": 7.0,
         "layer_calls": 30,
         "copy_calls": 0,
+        "prompt_calls": 12 * expected.stats.prompt_tokens,
         "exact_share": expected.stats.exact_share,
         "drafts": 0,
         "drafts_accepted": 0,

@@ -20,7 +20,7 @@ from support.certificates import certificate
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-COST = ("layer_calls", "copy_calls", "exact_share", "drafts", "drafts_accepted")
+COST = ("layer_calls", "copy_calls", "prompt_calls", "exact_share", "drafts", "drafts_accepted")
 MODES: tuple[KVMode, ...] = ("project", "defer", "verify")
 
 Ask = Callable[..., httpx.Response]
@@ -195,3 +195,15 @@ def test_the_served_policy_decides_for_whom_its_certificate_says_enough() -> Non
     assert served.mode(None, "defer", torch.float32, "") == "defer"
     with pytest.raises(RequestError, match="quality"):
         mode(1.5)
+
+
+def test_a_request_says_how_its_prompt_is_read(engine: Any, complete: Ask) -> None:
+    """The pool's worker of these tests has no policy for prompts: that is said by name."""
+    told = complete({"stats": True, "prefill": "full"}).json()["offramp"]
+    tokens = len(engine.tokenizer.encode(PROMPT))
+    assert told["prompt_calls"] == 12 * tokens
+    for way, param in (("exits", "prefill"), ("half", "offramp.prefill"), (3, "offramp.prefill")):
+        refused = complete({"prefill": way})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
+    assert complete({"prefill": None}).status_code == 200

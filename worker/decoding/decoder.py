@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.draft_wave import DraftWave
 from offramp.worker.decoding.full_wave import full_wave, is_full
+from offramp.worker.decoding.prompting.prompt_chunk import PromptChunk
 from offramp.worker.decoding.reading import ExitReader
 from offramp.worker.decoding.sampler import report_each
 from offramp.worker.decoding.schedule import Launch
@@ -32,12 +32,11 @@ from offramp.worker.decoding.wave_context import (
     WaveContext,
 )
 from offramp.worker.model.adapter_layers import ExitAdapters
-from offramp.worker.model.attention import prefill_window
 from offramp.worker.model.fill import CacheFiller, KVProjector
 from offramp.worker.model.kernels.shortlist import likeliest
-from offramp.worker.model.kv import EXACT, SlotKV
+from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
-from offramp.worker.model.transfers import fetch, upload
+from offramp.worker.model.transfers import fetch
 from offramp.worker.model.translators import UNTRANSLATED
 from offramp.worker.probes import ProbeFactory
 
@@ -151,31 +150,18 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, row: Sequence, tokens: int) -> tuple[Tensor, int] | None:
-        """Run the next tokens of a row's prompt at full depth.
+        """Run the next tokens of a row's prompt, at full depth or with exits, as it asks.
 
         Returns:
             Logits [V] after the whole prompt and the most likely token by them; None while some
             of it is left.
         """
-        first = row.prefilled
-        chunk = row.request.prompt[first : first + tokens]
-        like = self.kv.keys_LSGCH
-        window = prefill_window(row.slot, first, len(chunk), self.stack.heads_per_key, like)
-        x_BTD = self.stack.embed(upload([chunk], self.stack.device), window.positions_BT)
-        rotary = self.stack.rotary(x_BTD, window.positions_BT)
-        self.kv.open(window)
-        step = (rotary, window, self.kv)
-        adapted = sorted(self.reader.exits_with_layers([row]))
-        for start, end in pairwise((0, *adapted, self.stack.layers)):
-            x_BTD = self.stack.run_layers(start, end, x_BTD, *step)
-            if end in adapted:
-                self.reader.run(end, [row], x_BTD, step)
-        self.kv.mark(row.slot, slice(first, first + len(chunk)), EXACT)
-        self._report_prompt(row, x_BTD[0])
-        row.prefilled += len(chunk)
+        states_TD = PromptChunk(self.context, row, tokens).run()
+        self._report_prompt(row, states_TD)
+        row.prefilled = min(row.prefilled + tokens, len(row.request.prompt))
         if not row.is_prefilled:
             return None
-        [best], logits_1V = self._judged(self.stack.logits(x_BTD[:, -1]), [row])
+        [best], logits_1V = self._judged(self.stack.logits(states_TD[-1:]), [row])
         return logits_1V[0], best
 
     def _report_prompt(self, row: Sequence, states_MD: Tensor) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from offramp.controller.policies.exits import is_on_copy
 from offramp.worker.decoding.asking.grouping import RowGrouper
-from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
+from offramp.worker.decoding.open_token import OpenToken
+from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext, sent
 from offramp.worker.model.attention import decode_window
 from offramp.worker.model.fill import ExitedToken

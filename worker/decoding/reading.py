@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from offramp.worker.decoding.open_token import OpenToken
 from offramp.worker.decoding.request import PolicySnapshot
-from offramp.worker.decoding.sequence import OpenToken, Sequence
+from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.fill import ExitedToken
 from offramp.worker.model.stack import LayerStack

@@ -14,6 +14,7 @@ from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.certified_points import Target
 from offramp.controller.release.manifest import Guarantee, Rollout
 from offramp.controller.watching.guardrails import PolicyWatch
+from offramp.worker.decoding.prompting.prompt_exits import PromptExits
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.model.adapter_layers import ExitAdapters
@@ -120,6 +121,7 @@ class Request:
         sampler: Draws the tokens of this request alone; None: one made from ``sampling``.
         audited: Whether full depth is asked about every token that leaves early.
         cache_salt: Beginnings of its prompt are shared with requests that have the same one.
+        prompts: Says which tokens of its prompt leave early; None: every one runs every layer.
         arrived_s: When it was made, by ``time.perf_counter``.
     """
 
@@ -132,6 +134,7 @@ class Request:
     sampler: Sampler | None = None
     audited: bool = False
     cache_salt: str = ""
+    prompts: PromptExits | None = None
     arrived_s: float = field(default_factory=time.perf_counter, compare=False)
 
 
@@ -149,6 +152,7 @@ class CompletionStats:
         drafts, drafts_accepted: Tokens that left early in ``verify``, and those confirmed.
         queued_s: Seconds that it waited for a slot.
         cached_tokens: Tokens of the prompt that the prefix cache knew; None: it was not asked.
+        prompt_calls: Layers executed for the prompt's other tokens.
     """
 
     prompt_tokens: int
@@ -161,6 +165,7 @@ class CompletionStats:
     drafts_accepted: int = 0
     queued_s: float = field(default=0.0, compare=False)
     cached_tokens: int | None = field(default=None, compare=False)
+    prompt_calls: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

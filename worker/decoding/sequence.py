@@ -7,46 +7,18 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from offramp.controller.features import KEEP, FloatArray
+from offramp.controller.features import KEEP
 from offramp.controller.policies.exits import is_on_copy
 from offramp.controller.policies.protocols import LearningPolicy, Policy, RoutingPolicy, is_headless
 from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.asking.guard import PolicyGuard
+from offramp.worker.decoding.open_token import UNPROBED, OpenToken
 from offramp.worker.decoding.request import FinishReason, Request, TopLogprobs
 from offramp.worker.decoding.sampler import Draft, Draw, Sampler
 from offramp.worker.probes import Probe
 from offramp.worker.probes.candidates.successors import NgramIndex
-
-UNPROBED = (-1, np.empty(0, np.float32))
-"""Where an audited token left that no policy learns from."""
-
-
-@dataclass(slots=True)
-class OpenToken:
-    """A token some of whose layers have not run.
-
-    Attributes:
-        position: Where it stands in its row.
-        depth: Layers executed so far.
-        state_D: Its hidden state there; None before the embedding.
-        is_underway: Whether it may yet go on by itself: it has not left.
-        left_at: Index of the exit where it left and what was probed there, if its policy learns.
-        is_filled: Whether the layers above have entries of it that a copy's drafts may read.
-    """
-
-    position: int
-    depth: int
-    state_D: Tensor | None
-    is_underway: bool = True
-    left_at: tuple[int, FloatArray] | None = None
-    is_filled: bool = False
-
-    def has_left(self, index: int) -> bool:
-        """Whether it left the stack before the layer with this index; 0 is no exit."""
-        return 0 < self.depth <= index and not self.is_underway
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +30,8 @@ class Sequence:
     Attributes:
         prefilled: Prompt tokens in the cache.
         recalled: Those of them that the prefix cache knew; None: it was not asked.
+        prompt_calls: Layers executed for the prompt's tokens.
+        prompt_failed: Whether the policy for prompts failed on it; it is not asked again.
         prompt_draws: What is told of the prompt's tokens from the second on, if asked for.
         drafts: Tokens after the emitted ones that wait for confirmation (``verify``).
         open: Tokens whose deeper layers have not run, oldest first; their depths never increase.
@@ -93,6 +67,8 @@ class Sequence:
     ngrams: NgramIndex | None = None
     prefilled: int = 0
     recalled: int | None = None
+    prompt_calls: int = 0
+    prompt_failed: bool = False
     prompt_draws: list[Draw] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     open: list[OpenToken] = field(default_factory=list)

@@ -14,8 +14,9 @@ from operator import attrgetter
 from torch import Tensor
 
 from offramp.controller.policies.exits import is_on_copy
+from offramp.worker.decoding.open_token import OpenToken
 from offramp.worker.decoding.schedule import Ending
-from offramp.worker.decoding.sequence import OpenToken, RowGroup, Sequence
+from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, Known, WaveContext, sent, widened
 from offramp.worker.model.attention import decode_window, ragged_window
 from offramp.worker.model.kv import EXACT, PENDING, PROJECTED

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any, get_args
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import CANDIDATES_V1, TABLE_SCHEMAS
+from offramp.controller.features import CANDIDATES_V1, PROMPT_V1, TABLE_SCHEMAS
 from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.policies.protocols import Policy, is_headless
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
@@ -98,6 +98,18 @@ class AuditPicker:
         is_due = self._share > 0 and self._owed >= 1.0 - 1e-9
         self._owed -= is_due
         return is_due
+
+
+def sampling_of(sampling: SamplingParams | None, forced: Sequence[int]) -> SamplingParams:
+    """How a request draws tokens: as many as are forced, or as it says; greedy, 64, by default.
+
+    Raises:
+        RequestError: it is no ``SamplingParams``.
+    """
+    given: object = SamplingParams() if sampling is None else sampling
+    if not isinstance(given, SamplingParams):
+        raise RequestError("sampling", f"{given!r} is no SamplingParams", "Make one")
+    return SamplingParams(max_tokens=len(forced), ignore_eos=True) if forced else given
 
 
 def require_request(
@@ -243,6 +255,9 @@ def require_policy(policy: Policy, layers: int, width: int) -> None:
     if is_headless(policy) and (schema is None or schema.digest != CANDIDATES_V1.digest):
         problem = "drafts the best candidate and does not read candidates"
         raise RequestError("schema", problem, "Read CANDIDATES_V1, or draft with the head")
+    if schema is not None and schema.digest == PROMPT_V1.digest:
+        problem = "is of a prompt's tokens, and a request's policy decides about new ones"
+        raise RequestError("schema", problem, "Give the policy as EngineConfig.prompts")
     if schema is not None and probe_of(schema) is None:
         problem = f"no probe computes {schema.name!r} version {schema.version}"
         raise RequestError("schema", problem, "Add one to offramp.worker.probes.factory")

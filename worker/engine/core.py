@@ -14,13 +14,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from offramp.controller.errors import ConfigError, DecodeFailedError, RequestError
+from offramp.controller.errors import ConfigError, DecodeFailedError
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.certified_points import Target
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.decoding.emit import Emitter
 from offramp.worker.decoding.pricing import DraftingPrice
+from offramp.worker.decoding.prompting.prompt_exits import Prefill, promise_of
 from offramp.worker.decoding.request import FULL_DEPTH, KVWish, PolicySnapshot, Request, TokenEvent
 from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
@@ -32,6 +33,7 @@ from offramp.worker.engine.admission import (
     pinned,
     require_mode,
     require_request,
+    sampling_of,
 )
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
@@ -85,6 +87,7 @@ class EngineCore:
         self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
         stack = quantise(stack_for(model), precision)
         exits = load_exits(self.config.translators, stack, self.model_fingerprint)
+        self.config.require_model(self.model_fingerprint, stack.layers)
         self.stack = ready(stack)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, self.stack.context)
@@ -120,6 +123,7 @@ class EngineCore:
         policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
         forced: Items[int] = (),
         sampler: Sampler | None = None,
         split_by: str | None = None,
@@ -132,6 +136,7 @@ class EngineCore:
             sampling: How to draw tokens; greedy, 64 tokens by default.
             policy: The engine's current one by default.
             kv_mode: See ``KVWish``; the engine's own mode by default.
+            prefill: How the prompt is read; see ``EngineConfig.prefill`` for the default.
             forced: Teacher forcing: these tokens are fed in place of as many emitted ones.
             sampler: Draws this request's tokens, in place of one made from ``sampling``.
             split_by: Decides between current policy and canary; None: the request's own id does.
@@ -141,21 +146,20 @@ class EngineCore:
             RequestError: a prompt, sampling value, mode or policy that cannot be served.
         """
         tokens = self.encoder.encode(prompt)
-        sampling = SamplingParams() if sampling is None else sampling
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError("sampling", f"{sampling!r} is no SamplingParams", "Make one")
-        if forced:
-            sampling = SamplingParams(max_tokens=len(forced), ignore_eos=True)
+        sampling = sampling_of(sampling, forced)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
         track = partial(self._track, split_by or request_id)
         snapshot = pinned(policy, track, self.stack)
         adapters = self.decoder.reader.under(snapshot)
+        is_bound = isinstance(kv_mode, float | Target)
         if isinstance(kv_mode, Target):
             snapshot, kv_mode = self._points.pick(snapshot, kv_mode, adapters.digest), None
         mode = snapshot.mode(kv_mode, self.config.kv_mode, self.stack.dtype, adapters.digest)
         require_mode(mode, forced, snapshot.policy, adapters.layers)
         self.config.require_drafts(snapshot.policy, mode)
+        promise = promise_of(mode, sampling, is_bound=is_bound)
+        adapted = adapters.layers.keys() & {*snapshot.policy.exits}
         audited = self._audits.picks(snapshot, mode, forced)
         request = Request(
             id=request_id,
@@ -167,6 +171,7 @@ class EngineCore:
             sampler=sampler,
             audited=audited,
             cache_salt=cache_salt,
+            prompts=self.config.prompts_of(prefill, promise=promise, adapted=adapted),
         )
         self._roster.waiting.append(request)
         return request
@@ -265,7 +270,7 @@ class EngineCore:
         waves = []
         judged: set[Sequence] = set()
         for launch in launches:
-            catch_up = [*launch.later, *self._catch_up(launch)]
+            catch_up = [*launch.later, *self._roster.catch_up(launch)]
             # What full depth says of a catch-up row's drafts decides what its next token is.
             judged |= {row for row in catch_up if row.drafts}
             if judged:
@@ -276,18 +281,6 @@ class EngineCore:
         start = time.perf_counter()
         self._emitter.conclude(self.decoder.launch(waves))
         self._scheduler.took(time.perf_counter() - start)
-
-    def _catch_up(self, launch: Launch[Sequence]) -> list[Sequence]:
-        """Rows whose pending tokens all stand within a stage that runs to the end."""
-        if launch.first == 0 or launch.last < self.stack.layers:
-            return []
-        return [
-            row
-            for row in self._roster.rows
-            if row.open
-            and not (row.projects or row.undecided)
-            and row.open[-1].depth >= launch.first
-        ]
 
     def _release(self, finished: dict[str, Sequence]) -> None:
         for row in [row for row in self._roster.rows if row.is_finished]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import (
     FULL_DEPTH,
     CompletionStats,
@@ -140,6 +141,7 @@ class AdaptiveEngine(EngineCore):
         policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
         echo: bool = False,
     ) -> list[Completion]:
         """Complete some prompts together: ``sampling.n`` completions per prompt, in order.
@@ -148,7 +150,7 @@ class AdaptiveEngine(EngineCore):
             prompts: Strings or lists of token ids; one prompt alone is allowed.
             sampling: For all of them; greedy, 64 tokens by default.
             policy: For all of them; the engine's current one by default.
-            kv_mode: For all of them; the engine's own by default.
+            kv_mode, prefill: For all of them; the engine's own by default.
             echo: Put the prompt's text before the completion's.
 
         Raises:
@@ -157,7 +159,7 @@ class AdaptiveEngine(EngineCore):
         """
         samples = (sampling or SamplingParams()).each()
         prompts = as_prompts(prompts)
-        requests = self._submit_all(prompts, samples, policy, kv_mode)
+        requests = self._submit_all(prompts, samples, policy, kv_mode, prefill)
         try:
             prefixes = [prompt_text(prompt, self.tokenizer) if echo else "" for prompt in prompts]
             places = itertools.product(prefixes, range(len(samples)))
@@ -176,12 +178,14 @@ class AdaptiveEngine(EngineCore):
         policy: Policy | PolicySnapshot | None = None,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
     ) -> Generator[TokenEvent, None, None]:
         """Complete one prompt, yielding each token as it is emitted.
 
         Closing the iterator early frees its slot. Raises as ``generate`` does.
         """
-        [request] = self._submit_all([prompt], [sampling or SamplingParams()], policy, kv_mode)
+        samples = [sampling or SamplingParams()]
+        [request] = self._submit_all([prompt], samples, policy, kv_mode, prefill)
         try:
             yield from self._await(request)
         finally:
@@ -251,6 +255,7 @@ class AdaptiveEngine(EngineCore):
         samples: Items[SamplingParams],
         policy: Policy | PolicySnapshot | None,
         kv_mode: KVWish | None,
+        prefill: Prefill | None,
     ) -> list[Request]:
         """All of the prompts, each with all of the samples, or, if one is refused, none."""
         requests: list[Request] = []
@@ -260,7 +265,7 @@ class AdaptiveEngine(EngineCore):
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):
-                request = self.submit(prompt, sampling, policy, kv_mode=kv_mode)
+                request = self.submit(prompt, sampling, policy, kv_mode=kv_mode, prefill=prefill)
                 requests.append(request)
                 self._inboxes[request.id] = deque()
         except BaseException:

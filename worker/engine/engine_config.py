@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,7 @@ from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import MAX_PENDING
 from offramp.controller.policies.exits import copy_weights
 from offramp.controller.policies.protocols import Policy
+from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.model.kv import BLOCK_TOKENS
@@ -30,6 +32,9 @@ class EngineConfig:
         prefill_tokens: Prompt tokens read between two launches at most: a running row never
             waits longer for other rows' prompts. Prompts are cut at its multiples, and nowhere else
             unless they are kept.
+        prefill: How prompts are read unless a request says; one that was promised full depth's
+            tokens, or a quality, is read in full.
+        prompts: The policy for prompts; None: none can be read with exits.
         max_pending: Tokens a row may have pending before its next one runs all layers.
         translators: Folder that ``offramp tune`` wrote for this model; None: exits are read as
             they are.
@@ -54,6 +59,8 @@ class EngineConfig:
     kv_mode: KVMode = "project"
     schedule: Schedule = LOCKSTEP
     prefill_tokens: int = 256
+    prefill: Prefill = "full"
+    prompts: PromptExits | None = None
     max_pending: int = MAX_PENDING
     translators: Path | None = None
     precision: Precision = NATIVE
@@ -64,9 +71,12 @@ class EngineConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        if self.kv_mode not in get_args(KVMode):
-            known = ", ".join(get_args(KVMode))
-            raise ConfigError("kv_mode", f"{self.kv_mode!r} is unknown", f"Use one of {known}")
+        for name, kind in (("kv_mode", KVMode), ("prefill", Prefill)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                problem = f"{getattr(self, name)!r} is unknown"
+                raise ConfigError(name, problem, f"Use one of {known}")
+        self._require_prompts()
         for name in ("prefill_tokens", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int):
@@ -88,6 +98,52 @@ class EngineConfig:
         budget = self.kv_budget_mb
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
+
+    def _require_prompts(self) -> None:
+        if self.prefill == "full":
+            return
+        if self.prompts is None:
+            problem, remedy = "exits needs a policy for prompts", "Give prompts, or full"
+            raise ConfigError("prefill", problem, remedy)
+        if self.kv_mode == "verify":
+            problem = "exits changes what follows, and verify promises full depth's tokens"
+            raise ConfigError("prefill", problem, "Use project or defer, or full")
+
+    def require_model(self, fingerprint: str, layers: int) -> None:
+        """Refuse a policy for prompts that was made for another model.
+
+        Raises:
+            ConfigError: see ``PromptExits.require_model``.
+        """
+        if self.prompts is not None:
+            self.prompts.require_model(fingerprint, layers)
+
+    def prompts_of(
+        self, wish: Prefill | None, *, promise: str, adapted: Collection[int]
+    ) -> PromptExits | None:
+        """Say who may leave a request's prompt; None: every token runs every layer.
+
+        A request that does not say gets the engine's own way only where nothing speaks against it.
+
+        Args:
+            wish: How the request wants its prompt read; None leaves it to the engine.
+            promise: What the request was promised that exits in the prompt would break, or "".
+            adapted: Exits behind which adapter layers run over its tokens.
+
+        Raises:
+            RequestError: an unknown way, or exits in the prompt that the request cannot have.
+        """
+        if wish is not None and wish not in get_args(Prefill):
+            known = ", ".join(get_args(Prefill))
+            raise RequestError("prefill", f"{wish!r:.40} is unknown", f"Use one of {known}")
+        if (wish or self.prefill) == "full":
+            return None
+        problem = "exits needs a policy for prompts, and the engine has none"
+        if self.prompts is not None:
+            problem = self.prompts.problem_with(promise, adapted)
+        if problem and wish is not None:
+            raise RequestError("prefill", problem, "Use full")
+        return None if problem else self.prompts
 
     def require_prices(self, costs: CostTable, slots: int) -> None:
         """Refuse costs without launches of so many rows, or without the copy that drafts run on.

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt
@@ -61,7 +62,7 @@ class Submit:
     """Queue ``sampling.n`` requests per prompt.
 
     Attributes:
-        prompts, sampling, kv_mode, split_by, cache_salt: See ``EngineService.submit``.
+        prompts, sampling, kv_mode, prefill, split_by, cache_salt: See ``EngineService.submit``.
         listener: Is told of all of them.
         accepted: Gets the requests, or why there are none.
     """
@@ -69,6 +70,7 @@ class Submit:
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     kv_mode: KVWish | None
+    prefill: Prefill | None
     split_by: str | None
     cache_salt: str
     listener: Listener

@@ -97,6 +97,7 @@ class Outbox:
             mean_exit_layer=sum(row.exit_layers) / len(row.exit_layers),
             layer_calls=row.layer_calls,
             copy_calls=row.copy_calls,
+            prompt_calls=row.prompt_calls,
             exact_share=self._kv.exact_share(row.slot, row.position),
             drafts=row.drafts_made,
             drafts_accepted=row.drafts_accepted,

@@ -70,8 +70,16 @@ class PromptReader:
     def _next_end(self, row: Sequence) -> int:
         """Where the row's next chunk ends."""
         read, chunk = row.prefilled, self._chunk
-        end = read + chunk if self.prefixes is None else next_cut(read, chunk)
+        end = next_cut(read, chunk) if self._may_share(row) else read + chunk
         return min(end, len(row.request.prompt))
+
+    def _may_share(self, row: Sequence) -> bool:
+        """Whether the prompt's entries are the same for every request that begins so.
+
+        Where tokens may leave they are not: some are projected, and those above attend to them.
+        Nor does such a row recall others': its tokens must depend on nothing but its request.
+        """
+        return self.prefixes is not None and row.request.prompts is None
 
     def _read(self, row: Sequence, tokens: int) -> None:
         self._kv.reserve(row.prefilled + tokens)
@@ -85,7 +93,9 @@ class PromptReader:
 
         At least its last chunk is read: the first token is drawn from the state after it.
         """
-        if self.prefixes is None or row.request.sampling.prompt_logprobs is not None:
+        if self.prefixes is None or not self._may_share(row):
+            return
+        if row.request.sampling.prompt_logprobs is not None:
             return  # which need the states of all of the prompt's tokens
         found, row.recalled = [], 0
         for end, name in self._beginnings(row):
@@ -101,7 +111,7 @@ class PromptReader:
 
     def _keep(self, row: Sequence) -> None:
         """Keep the chunk that was just read, unless it is the shorter one at a prompt's end."""
-        if self.prefixes is None:
+        if self.prefixes is None or not self._may_share(row):
             return
         read = takewhile(lambda each: each[0] <= row.prefilled, self._beginnings(row))
         ends, names = zip((0, b""), *read, strict=True)

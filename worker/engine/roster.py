@@ -7,6 +7,7 @@ from collections import deque
 from offramp.controller.errors import DecodeFailedError
 from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sampler import Sampler
+from offramp.worker.decoding.schedule import Launch
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
@@ -64,6 +65,18 @@ class Roster:
             if row.is_prefilled:
                 standing.setdefault(row.depth, []).append(row)
         return standing
+
+    def catch_up(self, launch: Launch[Sequence]) -> list[Sequence]:
+        """Rows whose pending tokens all stand within a stage that runs to the end."""
+        if launch.first == 0 or launch.last < self.stack.layers:
+            return []
+        return [
+            row
+            for row in self.rows
+            if row.open
+            and not (row.projects or row.undecided)
+            and row.open[-1].depth >= launch.first
+        ]
 
     def remove(self, request_id: str) -> None:
         """Forget a request, running or waiting."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.admission import Prompt
@@ -84,6 +85,7 @@ class EngineService:
         sampling: SamplingParams,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
         split_by: str | None = None,
         cache_salt: str = "",
     ) -> tuple[Request, AsyncIterator[TokenEvent]]:
@@ -94,9 +96,7 @@ class EngineService:
         Args:
             prompt: A string or token ids.
             sampling: How to draw tokens.
-            kv_mode: See ``KVWish``; the engine's own mode by default.
-            split_by: Decides between the current policy and its canary; see ``EngineCore.submit``.
-            cache_salt: See there.
+            kv_mode, prefill, split_by, cache_salt: See ``EngineCore.submit``.
 
         Raises:
             RequestError: the request cannot be served.
@@ -104,7 +104,12 @@ class EngineService:
             DecodeFailedError: the service has stopped.
         """
         requests, events = await self.submit_all(
-            [prompt], sampling, kv_mode=kv_mode, split_by=split_by, cache_salt=cache_salt
+            [prompt],
+            sampling,
+            kv_mode=kv_mode,
+            prefill=prefill,
+            split_by=split_by,
+            cache_salt=cache_salt,
         )
         return requests[0], events
 
@@ -114,6 +119,7 @@ class EngineService:
         sampling: SamplingParams,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
         split_by: str | None = None,
         cache_salt: str = "",
     ) -> tuple[list[Request], AsyncIterator[TokenEvent]]:
@@ -124,7 +130,13 @@ class EngineService:
         """
         listener = QueueListener(asyncio.get_running_loop())
         requests = await self.queue_all(
-            prompts, sampling, listener, kv_mode=kv_mode, split_by=split_by, cache_salt=cache_salt
+            prompts,
+            sampling,
+            listener,
+            kv_mode=kv_mode,
+            prefill=prefill,
+            split_by=split_by,
+            cache_salt=cache_salt,
         )
         return requests, self._listen(requests, listener)
 
@@ -135,6 +147,7 @@ class EngineService:
         listener: Listener,
         *,
         kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
         split_by: str | None = None,
         cache_salt: str = "",
     ) -> list[Request]:
@@ -148,7 +161,7 @@ class EngineService:
             for prompt in prompts
         ]
         accepted: Future[list[Request]] = Future()
-        options = (sampling, kv_mode, split_by, cache_salt)
+        options = (sampling, kv_mode, prefill, split_by, cache_salt)
         self._commands.put(Submit(tuple(given), *options, listener, accepted))
         if self._has_ended:  # looked at after the command is queued, so that one of both sees it
             self._refuse_queued()
@@ -238,6 +251,7 @@ class EngineService:
                         sampling,
                         pinned,
                         kv_mode=command.kv_mode,
+                        prefill=command.prefill,
                         split_by=command.split_by,
                         cache_salt=command.cache_salt,
                     )

@@ -147,6 +147,19 @@ def prefill_window(slot: int, first: int, tokens: int, heads_per_key: int, like:
     return Window((run,), write, positions_1T, cells_T3)
 
 
+def chosen_window(slot: int, positions: Sequence[int], heads_per_key: int, like: Tensor) -> Window:
+    """Some tokens in a row of one slot, at ascending positions, each of which sees all before it.
+
+    The entries between them are there already.
+    """
+    positions_1T = upload([positions], like.device)
+    write = (slot, slice(None), positions_1T[0])
+    cells_T3 = np.ones((len(positions), 3), np.int64)
+    cells_T3[:, 0], cells_T3[:, 1] = slot, positions
+    run = _run(slice(0, 1), [slot], [positions[-1]], positions_1T, heads_per_key, like)
+    return Window((run,), write, positions_1T, cells_T3)
+
+
 def decode_window(
     slots: Sequence[int],
     positions: Sequence[int],

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
@@ -202,12 +204,32 @@ class CacheFiller:
             self._fill_from(depth, group)
 
     def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
-        assert self._projector is not None
         x_ND = torch.stack([token.state_D for token in tokens])
-        places = [[token.position for token in tokens], [token.slot for token in tokens]]
+        slots, positions = zip(*((token.slot, token.position) for token in tokens), strict=True)
+        self.fill_states(depth, x_ND, slots, positions, tokens[0].kv_map)
+
+    def fill_states(
+        self,
+        depth: int,
+        x_ND: Tensor,
+        slots: Sequence[int] | NDArray[np.int64],
+        positions: Sequence[int] | NDArray[np.int64],
+        kv_map: KVMap,
+    ) -> None:
+        """Fill the layers from ``depth`` on for tokens that left there, in one product.
+
+        Args:
+            depth: Layers that they executed.
+            x_ND: Their states there.
+            slots, positions: Where each stands in the cache, N of each.
+            kv_map: What they are filled through.
+        """
+        if self._projector is None:
+            return
+        places = np.array((positions, slots), np.int64)
         positions_N, slots_N = upload(places, self._stack.device).unbind()
         rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
-        keys, values = self._projector.project(x_ND, depth, rotary, tokens[0].kv_map)
+        keys, values = self._projector.project(x_ND, depth, rotary, kv_map)
         self._kv.fill(depth, slots_N, positions_N, keys, values)
 
 

@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.http.shapes.foreign_fields import NEUTRAL, require_supported
-from offramp.deploy.http.shapes.offramp_options import Nullable, OfframpOptions, wish_of
+from offramp.deploy.http.shapes.offramp_options import Nullable, OfframpOptions, prefill_of, wish_of
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import (
     MOST_PENALTY,
@@ -105,6 +106,11 @@ class DecodingFields(Nullable):
     def kv_mode(self) -> KVWish | None:
         """What becomes of skipped layers; None leaves it to the engine. Raises as ``wish_of``."""
         return wish_of(self.offramp)
+
+    @property
+    def prefill(self) -> Prefill | None:
+        """How prompts are read; None leaves it to the engine. Raises as ``prefill_of``."""
+        return prefill_of(self.offramp)
 
     @abstractmethod
     def own_sampling(self) -> dict[str, Any]:

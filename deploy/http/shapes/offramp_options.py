@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from offramp.controller.errors import RequestError
 from offramp.controller.release.certified_points import BUDGET, WEIGHT, Target
 from offramp.deploy.clients.allowances import LOSSLESS
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVMode, KVWish
 
 MOST_ASKED = 1e9
@@ -51,6 +52,12 @@ class OfframpOptions(Nullable):
         default=None,
         description="What becomes of skipped layers; the engine's own mode by default.",
         json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
+    # As kv_mode, checked in ``prefill_of``.
+    prefill: Any = Field(
+        default=None,
+        description="Whether tokens of the prompt may leave early; by default as the engine does.",
+        json_schema_extra={"enum": [*get_args(Prefill), None]},
     )
     quality: Any = Field(
         default=None,
@@ -97,6 +104,19 @@ def wish_of(options: OfframpOptions) -> KVWish | None:
         known = ", ".join(get_args(KVMode))
         raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
     return mode
+
+
+def prefill_of(options: OfframpOptions) -> Prefill | None:
+    """How a request wants its prompt read; None leaves it to the engine.
+
+    Raises:
+        RequestError: an unknown way.
+    """
+    way: Prefill | None = options.prefill
+    if way is not None and way not in get_args(Prefill):
+        known = ", ".join(get_args(Prefill))
+        raise RequestError("offramp.prefill", f"{way!r:.40} is unknown", f"Use one of {known}")
+    return way
 
 
 def _target(options: OfframpOptions) -> Target | None:

@@ -242,6 +242,7 @@ def _cost(stats: CompletionStats | None) -> dict[str, Any]:
     return {
         "layer_calls": stats.layer_calls,
         "copy_calls": stats.copy_calls,
+        "prompt_calls": stats.prompt_calls,
         "exact_share": stats.exact_share,
         "drafts": stats.drafts,
         "drafts_accepted": stats.drafts_accepted,

@@ -18,6 +18,7 @@ from offramp.controller.policies.rules.decay import DecayingThreshold
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
 from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy
 from offramp.controller.policies.rules.position import PositionSchedule
+from offramp.controller.policies.rules.prompt_rules import RandomShare, WindowedExit
 from offramp.controller.policies.rules.stages import StageThresholds
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
@@ -61,6 +62,8 @@ RULES: list[Policy] = [
         sums_A=np.array([1.0, 2.0, 2.5]),
     ),
     make_stopping(np.random.default_rng(8)),
+    WindowedExit(exits=(6,), window=16),
+    RandomShare(exits=EXITS, share=0.4, seed=3),
 ]
 
 

@@ -19,7 +19,7 @@ from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
-from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.model.fill import ExitMap, KVMap
 from offramp.worker.model.translators import FILL, save_exits
@@ -191,3 +191,27 @@ def test_a_damaged_map_is_refused(
 def test_another_models_map_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was fitted to the model"):
         engine_of("llama", save(tmp_path, "qwen2"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_tokens_of_a_prompt_are_filled_through_it_as_decoded_ones_are(
+    family: str, tmp_path: Path
+) -> None:
+    folder, prompt = save(tmp_path, family), [*PROMPTS[2], *PROMPTS[0]]
+    leaving = PromptExits(policy=FixedExit(EXIT), keep_first=1, keep_last=4)
+    asked = engine_of(family, folder, prefill="exits", prompts=leaving)
+    asked.submit(prompt, SAMPLING)
+    while not asked.step():
+        pass
+    fed = engine_of(family, folder)
+    depths = [LAYERS, *[EXIT] * (len(prompt) - 5), *[LAYERS] * 4]
+    policy = ReplayedExits(depths, (EXIT,), asked=iter((EXIT,)))
+    fed.submit(prompt[:1], policy=policy, forced=[*prompt[1:], 0, 0])
+    for _ in depths:
+        fed.step()
+    for ours, theirs in (
+        (asked.kv.keys_LSGCH, fed.kv.keys_LSGCH),
+        (asked.kv.values_LSGCH, fed.kv.values_LSGCH),
+    ):
+        used = (slice(LAYERS), 0, slice(None), slice(len(prompt)))
+        torch.testing.assert_close(ours[used], theirs[used], rtol=0, atol=1e-3)

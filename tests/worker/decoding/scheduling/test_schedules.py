@@ -179,13 +179,13 @@ def test_which_tokens_go_deep_does_not_depend_on_the_neighbours(
     config = EngineConfig(kv_mode="defer", max_pending=3, schedule=schedule)
     lone, shared = (AdaptiveEngine(model, slots=slots, config=config) for slots in (1, 2))
     caught_up: list[Sequence] = []
-    plain = shared._catch_up
+    plain = shared._roster.catch_up
 
     def spied(launch: Launch[Sequence]) -> list[Sequence]:
         caught_up.extend(found := plain(launch))
         return found
 
-    shared._catch_up = spied  # type: ignore[method-assign]
+    shared._roster.catch_up = spied  # type: ignore[method-assign]
     for seed in range(12):
         rng = np.random.default_rng(seed)
         prompts = [rng.integers(1, VOCAB, size=rng.choice([1, 2, 9])).tolist() for _ in range(7)]
