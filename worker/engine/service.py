@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
@@ -103,14 +104,8 @@ class EngineService:
             OverloadedError: every slot is taken and the line is full.
             DecodeFailedError: the service has stopped.
         """
-        requests, events = await self.submit_all(
-            [prompt],
-            sampling,
-            kv_mode=kv_mode,
-            prefill=prefill,
-            split_by=split_by,
-            cache_salt=cache_salt,
-        )
+        options: Any = {"prefill": prefill, "split_by": split_by, "cache_salt": cache_salt}
+        requests, events = await self.submit_all([prompt], sampling, kv_mode=kv_mode, **options)
         return requests[0], events
 
     async def submit_all(
