@@ -25,17 +25,24 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from offramp.agents.classifying.class_policies import LOSS, ClassPolicy, place_families, replayed
+from offramp.agents.classifying.class_policies import (
+    LOSS,
+    ClassPolicy,
+    learn_families,
+    place_families,
+    replayed,
+)
+from offramp.agents.classifying.class_training import halves
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
-from offramp.agents.classifying.classify_tuning import fit_heads, three_ways
+from offramp.agents.classifying.classify_tuning import fit_heads
+from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
 from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled
-from offramp.agents.classifying.sequence_traces import sequence_traces
+from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.fitting.budget import fit_budget
-from offramp.worker.classifying.class_heads import ClassHeads
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -99,20 +106,10 @@ def load(folder: Path, name: str, model: SequenceModel, console: Console) -> Dat
     return Data(name, train, test, sequences, test_sequences, states_NED, test_NED)
 
 
-def traces_of(
-    heads: ClassHeads, data: Data, model: SequenceModel, places: NDArray[np.int64] | None
-) -> TokenTraces:
-    """Traces of some training texts, or of the test texts."""
-    texts, sequences, states = data.test, data.test_sequences, data.test_NED
-    if places is not None:
-        texts, states = data.train.of(places), data.states_NED[places]
-        sequences = [data.sequences[place] for place in places.tolist()]
-    return sequence_traces(
-        heads,
-        states,
-        texts.indices(heads.labels),
-        [len(tokens) for tokens in sequences],
-        texts.texts,
+def read_by(model: SequenceModel, texts: LabelledTexts, sequences: list[list[int]]) -> ReadTexts:
+    return ReadTexts(
+        texts=texts,
+        lengths_N=np.array([len(tokens) for tokens in sequences]),
         model=model.fingerprint,
         context=model.stack.context,
     )
@@ -133,15 +130,16 @@ def one_seed(
     exits = exits_of_stack(model.stack, ())
     config = ClassifyTuneConfig(model="", data=Path(), seed=seed)
     heads, _ = fit_heads(data.train, data.states_NED, exits, model.stack.best_pool, config)
-    _, fit, choose = three_ways(data.train, config.held_out, seed)
     classifier = Classifier(model.stack, heads)
     rng = np.random.default_rng(seed)
     picked = rng.permutation(len(data.test))[:timed].tolist()
     costs = measure_costs(classifier, [data.test_sequences[place] for place in picked[:64]])
-    fitted, chosen = (traces_of(heads, data, model, places) for places in (fit, choose))
-    placed = place_families(fitted, chosen, costs, seed=seed)
-    placed += placed_budget(fitted, chosen, costs, placed)
-    test = traces_of(heads, data, model, None)
+    read = read_by(model, data.train, data.sequences)
+    fit, choose = halves(cross_fitted_traces(heads, data.states_NED, read, seed), seed)
+    families = learn_families(fit, costs, seed=seed)
+    placed = place_families(families, choose, costs)
+    placed += placed_budget(fit, choose, costs, placed)
+    test = sequence_traces(heads, data.test_NED, read_by(model, data.test, data.test_sequences))
     tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
     better = max(tested[0].accuracy, *(each.accuracy for each in fixed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import cast, get_args
 
 import numpy as np
 from safetensors.numpy import load
@@ -25,6 +26,9 @@ from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate, Method, Unit
 from offramp.worker.engine.engine import AdaptiveEngine
+
+EPSILON = 0.05
+"""Probability that a promise may fail to hold, unless another is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,23 @@ class Promise:
             )
 
 
+def parse_promise(delta: float, epsilon: float | None, method: str, unit: str) -> Promise:
+    """Read what is to be guaranteed off what was typed.
+
+    Raises:
+        ConfigError: an unknown name, or numbers outside their range.
+    """
+    for field, value, known in (
+        ("method", method, get_args(Method)),
+        ("unit", unit, get_args(Unit)),
+    ):
+        if value not in known:
+            raise ConfigError(field, f"{value!r} is unknown", f"Use one of {', '.join(known)}")
+    if epsilon is None and method != "conformal":
+        epsilon = EPSILON
+    return Promise(delta=delta, epsilon=epsilon, method=cast(Method, method), unit=cast(Unit, unit))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What a calibration came to.
@@ -80,9 +101,41 @@ class Calibration:
     bundle: PolicyBundle | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredWith:
+    """What losses are measured with, as a certificate names it.
+
+    Attributes:
+        model, tokenizer: Fingerprints, hex.
+        adapters: Digest of what its exits are read through: adapters, or heads that classify.
+        dtype: Number format of the weights, such as "float32".
+        max_pending: Pending tokens at most, in mode ``defer``; else None.
+        option: The option that names the folder of ``adapters``.
+    """
+
+    model: str
+    tokenizer: str
+    adapters: str
+    dtype: str
+    max_pending: int | None = None
+    option: str = "translators"
+
+    @classmethod
+    def of(cls, engine: AdaptiveEngine) -> MeasuredWith:
+        """An engine that decodes tokens."""
+        config = engine.config
+        return cls(
+            model=engine.model_fingerprint,
+            tokenizer=engine.tokenizer_fingerprint,
+            adapters=engine.decoder.translators.digest,
+            dtype=str(engine.stack.dtype).removeprefix("torch."),
+            max_pending=config.max_pending if config.kv_mode == "defer" else None,
+        )
+
+
 def calibrate(
     promise: Promise,
-    engine: AdaptiveEngine,
+    measured: MeasuredWith,
     family: SettingFamily,
     documents: Sequence[CalibrationDocument],
     losses: LossSource,
@@ -93,7 +146,7 @@ def calibrate(
 
     Args:
         promise: What is to be guaranteed.
-        engine: The engine that the losses are measured with.
+        measured: What the losses are measured with.
         family: The settings to walk, safest first.
         documents: Documents that the losses are measured on.
         losses: Measures the losses of a policy.
@@ -101,10 +154,10 @@ def calibrate(
         on_step: Told each setting as soon as it is judged.
 
     Raises:
-        ConfigError: the family is of another model or tokenizer than the engine's.
+        ConfigError: the family is of another model or tokenizer.
         TraceError: there is no document.
     """
-    require_fingerprints(family.bundle, engine)
+    require_fingerprints(family.bundle, measured)
 
     outcome = _walk(promise, family, losses, on_step)
     passed, mode = outcome.certified, losses.decode_mode
@@ -124,31 +177,31 @@ def calibrate(
         walked=outcome.walked,
         data=data_digest(documents),
         decode_mode=mode,
-        max_pending=engine.config.max_pending if mode == "defer" else None,
-        dtype=str(engine.stack.dtype).removeprefix("torch."),
+        max_pending=measured.max_pending if mode == "defer" else None,
+        dtype=measured.dtype,
         prompt_tokens=prompt_tokens,
         new_tokens=losses.new_tokens,
         policy=manifest.digest,
         model=manifest.model,
         tokenizer=manifest.tokenizer,
-        translators=engine.decoder.translators.digest,
+        translators=measured.adapters,
         created_at=manifest.created_at,
     )
     whole = PolicyBundle(replace(manifest, certificate=certificate), bundle.blob)
     return Calibration(loss=losses.loss, outcome=outcome, bundle=whole)
 
 
-def require_fingerprints(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
+def require_fingerprints(bundle: PolicyBundle, measured: MeasuredWith) -> None:
     """Refuse a policy of another model or tokenizer, or recorded through other adapters.
 
     Raises:
         ConfigError: it is of another; the field says which.
     """
-    require_adapters(bundle, engine)
     manifest = bundle.manifest
+    require_read(manifest.adapters, measured.adapters, measured.option)
     pairs = {
-        "model": (manifest.model, engine.model_fingerprint),
-        "tokenizer": (manifest.tokenizer, engine.tokenizer_fingerprint),
+        "model": (manifest.model, measured.model),
+        "tokenizer": (manifest.tokenizer, measured.tokenizer),
     }
     for field, (theirs, ours) in pairs.items():
         if theirs != ours:
@@ -165,14 +218,29 @@ def require_adapters(bundle: PolicyBundle, engine: AdaptiveEngine) -> None:
     Raises:
         ConfigError: naming both.
     """
-    named, own = bundle.manifest.adapters, engine.decoder.translators.digest
-    if named not in ("", own):
-        raise ConfigError(
-            "translators",
-            f"the policies were recorded through adapters {named[:12]}, "
-            f"{own[:12] or 'none'} are loaded",
-            "Name the folder that they were recorded with (--translators)",
-        )
+    require_read(bundle.manifest.adapters, engine.decoder.translators.digest, "translators")
+
+
+def require_read(named: str, own: str, option: str) -> None:
+    """Refuse what was recorded through others; heads must be named, adapters need not be.
+
+    Args:
+        named: Digest that the policy names; "" for none.
+        own: Digest of those that are loaded.
+        option: "translators" or "heads".
+
+    Raises:
+        ConfigError: field ``option``, naming both.
+    """
+    if named == own or (not named and option == "translators"):
+        return
+    kind = "adapters" if option == "translators" else "heads"
+    raise ConfigError(
+        option,
+        f"the policies were recorded through {kind} {named[:12] or 'of no name'}, "
+        f"{own[:12] or 'none'} are loaded",
+        f"Name the folder that they were recorded with (--{option})",
+    )
 
 
 def require_enough(promise: Promise, documents: int) -> None:
@@ -197,7 +265,7 @@ def _walk(
     leaves: dict[float, tuple[float, ...]] = {}
 
     def losses_of(setting: float) -> Losses:
-        # Measured when it is walked: what lies behind the first failure is never decoded.
+        # MeasuredWith when it is walked: what lies behind the first failure is never decoded.
         policy = family.build(setting)
         found = losses.losses(policy, promise.unit)
         leaves[setting] = losses.leaves(policy.exits)

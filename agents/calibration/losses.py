@@ -41,6 +41,24 @@ from offramp.worker.recording.recorder import record_document
 DISAGREEMENT = "disagreement"
 """1 where the token differs from full depth's under the same history, else 0."""
 
+EDIT_SIMILARITY = "edit-similarity"
+LOSSES = (DISAGREEMENT, EDIT_SIMILARITY)
+"""What can be bounded."""
+
+
+def require_loss(loss: str, unit: str, *, replay: bool) -> None:
+    """Refuse a loss that is unknown, or that cannot be measured as asked.
+
+    Raises:
+        ConfigError: it is; the field names the option.
+    """
+    if loss not in LOSSES:
+        raise ConfigError("loss", f"{loss!r} is unknown", f"Use one of {', '.join(LOSSES)}")
+    if loss == EDIT_SIMILARITY and unit != "document":
+        raise ConfigError("unit", f"{loss} is not a {unit}'s", "Use document")
+    if loss == EDIT_SIMILARITY and replay:
+        raise ConfigError("replay", f"has no completions to take {loss} of", "Leave it out")
+
 
 class LossSource(Protocol):
     """Measures a policy on the same documents each time.

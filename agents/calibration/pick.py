@@ -56,6 +56,19 @@ class Wish:
         return "energy_budget", ENERGY, self.energy
 
 
+def parse_wish(
+    quality: float | None, latency_budget: float | None, energy_budget: float | None
+) -> Wish | None:
+    """Read what the operator asked for off what was typed, if anything.
+
+    Raises:
+        ConfigError: two things at once, or a number outside its range.
+    """
+    if quality is latency_budget is energy_budget is None:
+        return None
+    return Wish(quality=quality, latency=latency_budget, energy=energy_budget)
+
+
 @dataclass(frozen=True, slots=True)
 class Picked:
     """The measured point that fulfils a wish.

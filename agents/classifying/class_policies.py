@@ -5,7 +5,7 @@ Chosen on the label, never on agreement with full depth: an exit may be more rig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,8 +26,8 @@ LOSS = 0.005
 
 LOGITS = np.linspace(-3.0, 6.0, GRID)
 PREFERENCES = np.geomspace(0.02, 2.0, GRID)
-ENTROPIES = np.geomspace(1e-3, 1.0, GRID)
-MARGINS = 1 - np.geomspace(1e-3, 1.0, GRID)
+SHARES = np.linspace(0.0, 1.0, GRID)
+"""Quantiles, over all exits, of the column that a rule compares: as dense where texts lie close."""
 
 CLASSIFIER = PhatConfig(epochs=40, batch=256)
 """How p̂ is fitted here: more passes over fewer rows."""
@@ -83,46 +83,98 @@ def cheapest(tried: Iterable[ClassPolicy], least: float) -> ClassPolicy | None:
     return min(meeting, key=lambda each: each.cost, default=None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassFamily:
+    """A rule or agent along its one setting.
+
+    Attributes:
+        name: What it is called.
+        build: Makes the policy of a setting.
+        settings: What is tried.
+        symbol: What evaluations write before the setting.
+    """
+
+    name: str
+    build: Callable[[float], Policy]
+    settings: Sequence[float]
+    symbol: str = "τ="
+
+
+def learn_families(
+    fit: TokenTraces, costs: CostTable, *, seed: int = 0, agent: PPOConfig | None = AGENT
+) -> list[ClassFamily]:
+    """The rules, and what is learned beside them: p̂ of the label, and PPO with it as reward.
+
+    Args:
+        fit: Texts that p̂ and PPO learn from, as heads see them that were not fitted to them.
+        costs: Measured prices of layers, heads and probes.
+        seed: Seeds what is learned.
+        agent: How PPO is trained; None leaves it out.
+    """
+    exits = fit.header.exits
+
+    def entropy(setting: float) -> Policy:
+        return EntropyExit(exits=exits, threshold=setting)
+
+    def margin(setting: float) -> Policy:
+        return ThresholdPolicy(exits, SOFTMAX_V2, "margin", setting)
+
+    def patience(setting: float) -> Policy:
+        return PatienceExit(exits=exits, patience=int(setting))
+
+    softmax_MS = fit.softmax_NES.reshape(-1, fit.softmax_NES.shape[2])
+    margins, entropies = (np.unique(np.quantile(softmax_MS[:, each], SHARES)) for each in (1, 2))
+    families = [
+        ClassFamily(name="fixed exit", build=lambda s: FixedExit(int(s)), settings=exits),
+        ClassFamily(name="entropy", build=entropy, settings=entropies.tolist()),
+        ClassFamily(name="margin", build=margin, settings=margins.tolist()),
+        ClassFamily(name="patience", build=patience, settings=range(1, len(exits)), symbol="t="),
+    ]
+    weights = train_phat(fit, replace(CLASSIFIER, seed=seed), quality="label")
+    families.append(
+        ClassFamily(
+            name="p̂",
+            build=lambda s: MlpPolicy(exits, SOFTMAX_V2, weights, s),
+            settings=LOGITS.tolist(),
+        )
+    )
+    if agent is not None:
+        trained = train_ppo(fit, costs, replace(agent, seed=seed))
+        families.append(
+            ClassFamily(
+                name="PPO",
+                build=lambda s: MlpPolicy(exits, SOFTMAX_V2, trained.weights(s)),
+                settings=PREFERENCES.tolist(),
+                symbol="λ=",
+            )
+        )
+    return families
+
+
 def place_families(
-    fit: TokenTraces,
-    choose: TokenTraces,
-    costs: CostTable,
-    *,
-    loss: float = LOSS,
-    seed: int = 0,
-    agent: PPOConfig | None = AGENT,
+    families: Sequence[ClassFamily], choose: TokenTraces, costs: CostTable, loss: float = LOSS
 ) -> list[ClassPolicy]:
     """Full depth, the best fixed exit, and each family at its cheapest setting within a loss.
 
     A family whose every setting loses more is left out.
 
     Args:
-        fit: Texts that p̂ and PPO learn from, none of which a head was fitted to.
+        families: What ``learn_families`` gave, the fixed exit first.
         choose: Texts that settings are chosen on.
         costs: Measured prices of layers, heads and probes.
         loss: Accuracy that a setting may lose on those, below the better of full depth and the
             best fixed exit.
-        seed: Seeds what is learned.
-        agent: How PPO is trained; None leaves it out.
     """
-    exits = choose.header.exits
+    tried = {
+        each.name: [
+            replayed(each.name, setting, each.build(setting), choose, costs)
+            for setting in map(float, each.settings)
+        ]
+        for each in families
+    }
     full = replayed("full depth", None, NeverExit(), choose, costs)
-    fixed = [replayed("fixed exit", each, FixedExit(each), choose, costs) for each in exits]
-    best = max(fixed, key=lambda each: (each.accuracy, -each.cost))
+    best = max(tried["fixed exit"], key=lambda each: (each.accuracy, -each.cost))
     least = max(full.accuracy, best.accuracy) - loss
-
-    def place(family: str, build: Callable[[float], Policy], settings: Iterable[float]) -> None:
-        tried = (replayed(family, s, build(s), choose, costs) for s in map(float, settings))
-        if (found := cheapest(tried, least)) is not None:
-            placed.append(found)
-
-    placed = [full, cheapest(fixed, least) or best]
-    place("entropy", lambda s: EntropyExit(exits=exits, threshold=s), ENTROPIES)
-    place("margin", lambda s: ThresholdPolicy(exits, SOFTMAX_V2, "margin", s), MARGINS)
-    place("patience", lambda s: PatienceExit(exits=exits, patience=int(s)), range(1, len(exits)))
-    weights = train_phat(fit, replace(CLASSIFIER, seed=seed), quality="label")
-    place("p̂", lambda s: MlpPolicy(exits, SOFTMAX_V2, weights, s), LOGITS)
-    if agent is not None:
-        trained = train_ppo(fit, costs, replace(agent, seed=seed))
-        place("PPO", lambda s: MlpPolicy(exits, SOFTMAX_V2, trained.weights(s)), PREFERENCES)
-    return placed
+    found = {name: cheapest(each, least) for name, each in tried.items()}
+    found["fixed exit"] = found["fixed exit"] or best
+    return [full, *(each for each in found.values() if each is not None)]

@@ -16,8 +16,13 @@ import torch
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
 from offramp.agents.classifying.exit_states import STATES, ClassifyCheckpoint, exit_states
 from offramp.agents.classifying.head_fitting import HeadQuality, fit_head, measure_head, temper
-from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled, split_by_class
-from offramp.controller.errors import RequestError, TraceError
+from offramp.agents.classifying.labelled_texts import (
+    LabelledTexts,
+    encoded,
+    read_labelled,
+    split_by_class,
+)
+from offramp.controller.errors import TraceError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
 from offramp.worker.classifying.class_heads import ClassHead, ClassHeads
@@ -70,7 +75,7 @@ def tune_classes(
     torch.set_num_threads(config.threads)
     texts = read_labelled(config.data, config.text_field, config.label_field)
     model = SequenceModel.load(config.model, parse_dtype(config.dtype), config.device)
-    sequences = _encoded(model, texts, config.data)
+    sequences = encoded(model, texts, config.data)
     exits = exits_of_stack(model.stack, config.exits)
     pool = parse_pool(config.pool) if config.pool else model.stack.best_pool
     settings = _settings(config, model, texts, exits, pool)
@@ -124,7 +129,7 @@ def fit_heads(
     for place, layer in enumerate(exits):
         states_ND = torch.from_numpy(states_NED[:, place])
         parts = [(states_ND[each], label_N[each]) for each in (learned, chosen, measured)]
-        plain = fit_head(*parts[0], *parts[1])
+        plain, _ = fit_head(*parts[0], *parts[1])
         by_layer[layer], temperature = temper(plain, *parts[1])
         rows.append(measure_head(layer, plain, by_layer[layer], temperature, *parts[2]))
         on_heads(place + 1, len(exits))
@@ -152,14 +157,6 @@ def three_ways(
             "Give more of each class, or a larger --held-out",
         )
     return learned, chosen, measured
-
-
-def _encoded(model: SequenceModel, texts: LabelledTexts, data: Path) -> list[list[int]]:
-    try:
-        return model.encode(texts.texts)
-    except RequestError as error:
-        problem = f"{error.field.replace('input', 'text')} of {data} {error.problem}"
-        raise TraceError("data", problem, "Shorten it, or leave it out") from error
 
 
 def _settings(

@@ -5,6 +5,7 @@ Shape suffixes: N texts, C classes, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,14 @@ class HeadQuality:
     temperature: float
 
 
-def fit_head(states_ND: Tensor, label_N: Tensor, chosen_ND: Tensor, chosen_N: Tensor) -> ClassHead:
+def fit_head(
+    states_ND: Tensor,
+    label_N: Tensor,
+    chosen_ND: Tensor,
+    chosen_N: Tensor,
+    penalties: Sequence[float] = PENALTIES,
+    classes: int = 0,
+) -> tuple[ClassHead, float]:
     """Multinomial logistic regression on standardised states, which is folded into the weights.
 
     Args:
@@ -53,20 +61,25 @@ def fit_head(states_ND: Tensor, label_N: Tensor, chosen_ND: Tensor, chosen_N: Te
         label_N: Index of the class of each.
         chosen_ND: States of other texts, on which the weight of the penalty is chosen.
         chosen_N: Classes of those.
+        penalties: Weights that are tried, ascending.
+        classes: Number of classes, of some of which there may be no text; 0: the highest index + 1.
+
+    Returns:
+        The head, and the weight that was chosen.
     """
-    classes = int(label_N.max()) + 1
+    classes = classes or int(max(label_N.max(), chosen_N.max())) + 1
     mean_D, std_D = states_ND.mean(0), states_ND.std(0).clamp_min(1e-4)
     scaled_ND, start = (states_ND - mean_D) / std_D, torch.zeros(classes, states_ND.shape[1] + 1)
-    best: tuple[float, Tensor] | None = None
-    for penalty in reversed(PENALTIES):
+    best: tuple[float, Tensor, float] | None = None
+    for penalty in reversed(penalties):
         start = _regress(scaled_ND, label_N, penalty, start)
         logits_NC = linear((chosen_ND - mean_D) / std_D, start[:, :-1], start[:, -1])
         loss = float(cross_entropy(logits_NC, chosen_N))
         if best is None or loss < best[0]:
-            best = (loss, start)
+            best = (loss, start, penalty)
     assert best is not None
     weight_CD = best[1][:, :-1] / std_D
-    return ClassHead(weight_CD.contiguous(), best[1][:, -1] - weight_CD @ mean_D)
+    return ClassHead(weight_CD.contiguous(), best[1][:, -1] - weight_CD @ mean_D), best[2]
 
 
 def _regress(scaled_ND: Tensor, label_N: Tensor, penalty: float, start: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from offramp.controller.errors import ConfigError, TraceError
+from offramp.controller.errors import ConfigError, RequestError, TraceError
 from offramp.controller.policies.protocols import IndexArray
+from offramp.worker.classifying.sequence_model import SequenceModel
 
 TEXT = "text"
 """Name of the field that holds the text, unless another is asked for."""
@@ -68,6 +69,11 @@ class LabelledTexts:
         return np.array([index[name] for name in self.labels], np.int64)
 
 
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_labelled(path: Path, text: str = TEXT, label: str = "") -> LabelledTexts:
     """Read a file of texts with labels.
 
@@ -97,6 +103,19 @@ def read_labelled(path: Path, text: str = TEXT, label: str = "") -> LabelledText
         said = f"holds one class only ({found.classes[0]!r})" if texts else "holds no text"
         raise TraceError("data", f"{path} {said}", "Give texts of two classes or more")
     return found
+
+
+def encoded(model: SequenceModel, texts: LabelledTexts, data: Path) -> list[list[int]]:
+    """Token ids of the texts of a file.
+
+    Raises:
+        TraceError: field ``data``; a text is empty or over the model's context.
+    """
+    try:
+        return model.encode(texts.texts)
+    except RequestError as error:
+        problem = f"{error.field.replace('input', 'text')} of {data} {error.problem}"
+        raise TraceError("data", problem, "Shorten it, or leave it out") from error
 
 
 def split_by_class(labels: Sequence[str], share: float, seed: int) -> tuple[IndexArray, IndexArray]:

@@ -8,12 +8,13 @@ Shape suffixes: N texts, E exits, C classes, D width, F features.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from offramp.agents.classifying.labelled_texts import LabelledTexts, text_digest
 from offramp.controller.features import SOFTMAX_V2, FloatArray
 from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.traces import TraceHeader
@@ -22,36 +23,53 @@ from offramp.worker.classifying.class_heads import ClassHeads
 from offramp.worker.probes.softmax import SoftmaxMemory
 
 
-def sequence_traces(
-    heads: ClassHeads,
-    states_NED: FloatArray,
-    label_N: IndexArray,
-    lengths_N: Sequence[int],
-    texts: Sequence[str],
-    *,
-    model: str,
-    context: int,
-) -> TokenTraces:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTexts:
+    """Texts that a model has read.
+
+    Attributes:
+        texts: The texts with their classes.
+        lengths_N: Tokens of each.
+        model: Fingerprint of the model.
+        context: Most tokens of a sequence.
+    """
+
+    texts: LabelledTexts
+    lengths_N: IndexArray
+    model: str
+    context: int
+
+    def of(self, places: IndexArray) -> ReadTexts:
+        """Some of them, in the order given."""
+        return replace(self, texts=self.texts.of(places), lengths_N=self.lengths_N[places])
+
+
+def sequence_traces(heads: ClassHeads, states_NED: FloatArray, read: ReadTexts) -> TokenTraces:
     """What each exit says of texts, as an environment replays it.
 
     Args:
         heads: Heads of all exits, the last of which is full depth's.
         states_NED: Pooled states after each of them.
-        label_N: Index of the class of each text.
-        lengths_N: Tokens of each text.
-        texts: The texts, which are the documents of these traces.
-        model: Fingerprint of the model.
-        context: Most tokens of a sequence.
+        read: The texts, which are the documents of these traces.
+
+    Raises:
+        TraceError: a label is none of the heads'.
     """
+    states = torch.from_numpy(states_NED)
+    logits = [heads.logits(layer, states[:, place]) for place, layer in enumerate(heads.exits)]
+    return traces_of_logits(torch.stack(logits), heads, read)
+
+
+def traces_of_logits(logits_ENC: Tensor, heads: ClassHeads, read: ReadTexts) -> TokenTraces:
+    """The same of logits, by exit, that these or other heads of the same exits gave."""
     *exits, layers = heads.exits
-    position_N = ((np.asarray(lengths_N) - 1) / context).astype(np.float32)
+    label_N = read.texts.indices(heads.labels)
+    position_N = ((read.lengths_N - 1) / read.context).astype(np.float32)
     memory = SoftmaxMemory(len(exits), layers, position_N)
     features, tokens = [], []
-    states = torch.from_numpy(states_NED)
-    full_NC = heads.logits(layers, states[:, -1]).log_softmax(-1)
+    full_NC = logits_ENC[-1].log_softmax(-1)
     gaps = []
-    for place, layer in enumerate(exits):
-        logits_NC = heads.logits(layer, states[:, place])
+    for layer, logits_NC in zip(exits, logits_ENC, strict=False):  # full depth's are left
         features.append(memory.features(layer, logits_NC))
         best_N = logits_NC.argmax(-1)
         tokens.append(best_N.numpy())
@@ -59,12 +77,12 @@ def sequence_traces(
         gaps.append((chosen_N - full_NC.max(-1).values).numpy())
     token_NE = np.stack(tokens, axis=1).astype(np.int32)
     full_N = full_NC.argmax(-1).numpy()
-    names = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    names = [text_digest(text) for text in read.texts.texts]
     index = {name: place for place, name in enumerate(dict.fromkeys(names))}
     features_NEF = np.stack(features, axis=1)
     return TokenTraces(
         header=TraceHeader(
-            model=model,
+            model=read.model,
             schema=SOFTMAX_V2.digest,
             exits=tuple(exits),
             layers=layers,
@@ -77,7 +95,7 @@ def sequence_traces(
         gap_NE=np.stack(gaps, axis=1),
         right_NE=(token_NE == label_N[:, None]).astype(np.float32),
         full_right_N=(full_N == label_N).astype(np.float32),
-        position_N=np.asarray(lengths_N, np.int32) - 1,
+        position_N=read.lengths_N.astype(np.int32) - 1,
         document_N=np.array([index[name] for name in names], np.int32),
         documents=tuple(index),
     )

@@ -24,6 +24,7 @@ from offramp.controller.features import FloatArray
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.envs.traces.tokens import TokenTraces
 
 INDEX = "contenders.json"
 
@@ -44,8 +45,8 @@ class Contender:
     Attributes:
         family: Name of the rule or agent that the policy belongs to.
         setting: Its threshold, preference or layer; None for full depth.
-        offline_agreement: Share of validation tokens on which replay agrees with full depth; None
-            where nothing was replayed.
+        offline_agreement: Share of validation tokens on which replay agrees with full depth, or
+            of classified texts whose label it finds; None where nothing was replayed.
         policy: The policy, ready to run.
         offline_cost: Mean cost on validation traces, in units of a full-depth token's time; None
             where nothing was replayed.
@@ -133,7 +134,7 @@ def save_contenders(
         folder,
         contenders,
         training,
-        lambda policy: canned_rows(policy, data),
+        lambda policy: canned_rows(policy, data.validation),
         (data.facts.model, data.facts.tokenizer),
         adapters=data.facts.translators,
     )
@@ -222,13 +223,13 @@ def _contender(entry: Mapping[str, Any], bundle: PolicyBundle) -> Contender:
     )
 
 
-def canned_rows(policy: Policy, data: TrainingData) -> FloatArray:
-    """Pick evenly spaced validation rows, of the columns that the policy reads, [N, F]."""
+def canned_rows(policy: Policy, traces: TokenTraces) -> FloatArray:
+    """Pick evenly spaced rows, of the columns that the policy reads, [N, F]."""
     if policy.schema is None:
         return np.empty((CANNED_ROWS, 0), np.float32)
-    tokens = len(data.validation)
+    tokens = len(traces)
     rows = np.arange(0, tokens, max(1, tokens * len(policy.exits) // CANNED_ROWS))
-    seen = RecordedFeatures(policy, data.validation)
+    seen = RecordedFeatures(policy, traces)
     features = [seen.features(here, rows) for here in range(len(policy.exits))]
     # Columns that were not recorded are NaN there; as canned inputs any number serves.
     return np.nan_to_num(np.concatenate(features)[:CANNED_ROWS])

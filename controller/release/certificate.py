@@ -30,8 +30,9 @@ Method = Literal["binomial", "hoeffding-bentkus", "betting", "conformal"]
 Unit = Literal["document", "token"]
 """What is taken to be independent draws."""
 
-DecodeMode = Literal["project", "defer", "replay"]
-"""KV mode the losses were measured under; ``replay``: offline, from traces of an exact cache."""
+DecodeMode = Literal["project", "defer", "replay", "classify"]
+"""KV mode the losses were measured under; ``replay``: offline, from traces of an exact cache;
+``classify``: whole texts were classified, which leave no cache behind."""
 
 PREFIX = "certificate."
 """Before what is wrong with one, in refusals."""
@@ -96,7 +97,8 @@ class Certificate:
         new_tokens: Tokens after them that losses were measured on, per document.
         policy: SHA-256 of the certified policy's blob, hex.
         model, tokenizer: Fingerprints of the model and its tokenizer, hex.
-        translators: Digest of the exit translators read through; "" for none.
+        translators: Digest of the exit translators, or of the heads that classify, that exits were
+            read through; "" for none.
         created_at: Unix seconds.
 
     Raises:
@@ -140,7 +142,8 @@ class Certificate:
             bound = f"expected {bound} (conformal)"
         else:
             bound += f" with probability ≥ {1 - self.epsilon:g} ({self.method})"
-        return f"{bound}, {self.n:,} {self.unit}s, decoded by {self.decode_mode}"
+        how = "classified" if self.decode_mode == "classify" else f"decoded by {self.decode_mode}"
+        return f"{bound}, {self.n:,} {self.unit}s, {how}"
 
     def gap(self, *, kv_mode: str, dtype: str, translators: str) -> str:
         """Why it says nothing about a worker decoding like this; "" if it does.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from offramp.agents.calibration.calibrate import (
     Calibration,
+    MeasuredWith,
     Promise,
     calibrate,
+    parse_promise,
     require_enough,
     require_fingerprints,
 )
@@ -22,8 +25,16 @@ from offramp.agents.calibration.calibration_documents import (
     unseen_documents,
     with_lines,
 )
-from offramp.agents.calibration.losses import CompletedLines, LossSource, OnPolicy, Replayed
-from offramp.agents.calibration.pick import Picked, Wish, load_rows, pick
+from offramp.agents.calibration.losses import (
+    DISAGREEMENT,
+    EDIT_SIMILARITY,
+    CompletedLines,
+    LossSource,
+    OnPolicy,
+    Replayed,
+    require_loss,
+)
+from offramp.agents.calibration.pick import Picked, load_rows, parse_wish, pick
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.training_data import load_candidates
@@ -31,8 +42,9 @@ from offramp.controller.adapters.adapter_folder import keep_adapters, kept_in
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.certificate import Method, Unit, Walked
+from offramp.controller.release.certificate import Walked
 from offramp.deploy.cli import options
+from offramp.deploy.cli.classifying import Data, Heads, LabelSource, require_unused
 from offramp.deploy.cli.console import console, say
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.spec import WorkerSpec, load_engine
@@ -40,15 +52,9 @@ from offramp.worker.spec import WorkerSpec, load_engine
 CERTIFIED = "certified"
 """Folder, beside the contenders, of the bundle that a calibration certified."""
 
-EDIT_SIMILARITY = "edit-similarity"
-LOSSES = ("disagreement", EDIT_SIMILARITY)
-"""What can be bounded."""
-
 REPORT = "calibration.json"
 NOTHING_CERTIFIED = 3
 """Exit status when no setting passed."""
-
-EPSILON = 0.05
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,7 +67,14 @@ Epsilon = Annotated[
     float | None, typer.Option(help="Probability that it may not hold.", show_default="0.05")
 ]
 TestMethod = Annotated[str, typer.Option(help="hoeffding-bentkus|betting|binomial|conformal.")]
-LossName = Annotated[str, typer.Option("--loss", help="disagreement|edit-similarity.")]
+LossName = Annotated[
+    str,
+    typer.Option(
+        "--loss",
+        help="disagreement|edit-similarity; with --heads, label-error|lost-labels.",
+        show_default="disagreement; label-error",
+    ),
+]
 Independent = Annotated[str, typer.Option(help="Independent draws: document|token.")]
 FamilyName = Annotated[
     str, typer.Option(help="Whose settings to walk.", show_default="that of the chosen policy")
@@ -82,8 +95,10 @@ Out = Annotated[
 
 def calibrate_policies(
     policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
-    traces: Annotated[Path, typer.Option(help="Folder that `offramp record` wrote.")],
-    loss: LossName = "disagreement",
+    traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
+    heads: Heads = None,
+    data: Data = None,
+    loss: LossName = "",
     delta: Delta = 0.05,
     epsilon: Epsilon = None,
     method: TestMethod = "hoeffding-bentkus",
@@ -115,83 +130,80 @@ def calibrate_policies(
 
     Exit status 3: no setting passed. Nothing is certified, and full depth remains.
     """
-    promise = parse_promise(delta, epsilon, method, unit)
-    require_loss(loss, unit, replay=replay)
-    out = out or policies / CERTIFIED
+    given = locals()
+    given["promise"] = parse_promise(delta, epsilon, method, unit)
+    given["out"] = out or policies / CERTIFIED
+    given["wish"] = parse_wish(quality, latency_budget, energy_budget)
+    (_calibrate_tokens if heads is None else _calibrate_labels)(given)
+
+
+def _calibrate_labels(given: dict[str, Any]) -> None:
+    """Certify a policy that classifies, from the options of the command."""
+    names = ("traces", "corpus", "replay", "translators")
+    require_unused({name: given[name] for name in names}, "means nothing with --heads")
+    options.require_new_folder("out", given["out"])
+    torch.set_num_threads(given["threads"])
+    source = LabelSource(**{each.name: given[each.name] for each in fields(LabelSource)})
+    picked, walked = _family(given)
+    named = walked.bundle.manifest.adapters
+    measured, texts, labels = source.open(given["loss"], given["promise"], named)
+    _certify(given, measured, walked, texts, labels, 0, picked)
+
+
+def _calibrate_tokens(given: dict[str, Any]) -> None:
+    """Certify a policy that decodes, from the options of the command."""
+    require_unused({"data": given["data"]}, "means nothing without --heads")
+    traces, policies, out = given["traces"], given["policies"], given["out"]
+    if traces is None:
+        raise ConfigError("traces", "is not given", "Name the folder, or give --heads")
+    loss = given["loss"] or DISAGREEMENT
+    require_loss(loss, given["unit"], replay=given["replay"])
     options.require_new_folder("out", out)
-    wish = parse_wish(quality, latency_budget, energy_budget)
-    picked, walked = _family(policies, family, steps, wish)
-    translators = translators or kept_in(policies)
-    config = options.engine_config(kv_mode, max_pending, translators, weights)
-    spec = WorkerSpec(
-        model=model, dtype=dtype, device=device, threads=threads, slots=slots, engine=config
+    picked, walked = _family(given)
+    translators = given["translators"] or kept_in(policies)
+    config = options.engine_config(
+        given["kv_mode"], given["max_pending"], translators, given["weights"]
     )
-    engine = load_engine(spec)
-    require_fingerprints(walked.bundle, engine)
-    unseen = unseen_documents(corpus, traces)
-    windows = calibration_windows(model, unseen, prompt_tokens + new_tokens + 1, documents)
-    replayed = traces if replay else None
+    same = {name: given[name] for name in ("model", "dtype", "device", "threads", "slots")}
+    engine = load_engine(WorkerSpec(**same, engine=config))
+    measured = MeasuredWith.of(engine)
+    require_fingerprints(walked.bundle, measured)
+    prompt_tokens = given["prompt_tokens"]
+    length = prompt_tokens + given["new_tokens"] + 1
+    unseen = unseen_documents(given["corpus"], traces)
+    windows = calibration_windows(given["model"], unseen, length, given["documents"])
+    replayed = traces if given["replay"] else None
+    promise = given["promise"]
     windows, losses = _losses(promise, loss, engine, windows, prompt_tokens, walked, replayed)
-    _announce(walked, promise, windows, losses, picked)
-    found = calibrate(promise, engine, walked, windows, losses, prompt_tokens, _show)
-    save_calibration(out, promise, found)
+    _certify(given, measured, walked, windows, losses, prompt_tokens, picked)
     if config.translators is not None and out.resolve().parent != policies.resolve():
         keep_adapters(config.translators, out)
+
+
+def _certify(
+    given: dict[str, Any],
+    measured: MeasuredWith,
+    family: SettingFamily,
+    documents: list[CalibrationDocument],
+    losses: LossSource,
+    prompt_tokens: int,
+    picked: Picked | None,
+) -> None:
+    """Walk the family, write what it came to, and say so."""
+    promise, out = given["promise"], given["out"]
+    _announce(family, promise, documents, losses, picked)
+    found = calibrate(promise, measured, family, documents, losses, prompt_tokens, _show)
+    save_calibration(out, promise, found)
     _conclude(found, picked, out)
 
 
-def parse_promise(delta: float, epsilon: float | None, method: str, unit: str) -> Promise:
-    """Read what is to be guaranteed off the command line.
-
-    Raises:
-        ConfigError: an unknown name, or numbers outside their range.
-    """
-    for field, value, known in (
-        ("method", method, get_args(Method)),
-        ("unit", unit, get_args(Unit)),
-    ):
-        if value not in known:
-            raise ConfigError(field, f"{value!r} is unknown", f"Use one of {', '.join(known)}")
-    if epsilon is None and method != "conformal":
-        epsilon = EPSILON
-    return Promise(delta=delta, epsilon=epsilon, method=cast(Method, method), unit=cast(Unit, unit))
-
-
-def require_loss(loss: str, unit: str, *, replay: bool) -> None:
-    """Refuse a loss that is unknown, or that cannot be measured as asked.
-
-    Raises:
-        ConfigError: it is; the field names the option.
-    """
-    if loss not in LOSSES:
-        raise ConfigError("loss", f"{loss!r} is unknown", f"Use one of {', '.join(LOSSES)}")
-    if loss == EDIT_SIMILARITY and unit != "document":
-        raise ConfigError("unit", f"{loss} is not a {unit}'s", "Use document")
-    if loss == EDIT_SIMILARITY and replay:
-        raise ConfigError("replay", f"has no completions to take {loss} of", "Leave it out")
-
-
-def parse_wish(
-    quality: float | None, latency_budget: float | None, energy_budget: float | None
-) -> Wish | None:
-    """Read what the operator asked for off the command line, if anything.
-
-    Raises:
-        ConfigError: two things at once, or a number outside its range.
-    """
-    if quality is latency_budget is energy_budget is None:
-        return None
-    return Wish(quality=quality, latency=latency_budget, energy=energy_budget)
-
-
-def _family(
-    policies: Path, name: str, steps: int, wish: Wish | None
-) -> tuple[Picked | None, SettingFamily]:
+def _family(given: dict[str, Any]) -> tuple[Picked | None, SettingFamily]:
+    policies, wish = given["policies"], given["wish"]
     points = load_points(policies)
-    name = name or _chosen_family(policies)
+    name = given["family"] or _chosen_family(policies)
     picked = pick(load_rows(policies), name, wish) if wish else None
     last = None if picked is None else picked.setting
-    return picked, family_of(points, name, steps, last)
+    return picked, family_of(points, name, given["steps"], last)
 
 
 def _chosen_family(policies: Path) -> str:

@@ -1,21 +1,60 @@
-"""Run ``offramp tune --task classify``: fit a head per exit, and show what it came to."""
+"""Run what ``tune``, ``train`` and ``calibrate`` do for a classification, with its heads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from offramp.agents.calibration.calibrate import MeasuredWith, Promise, require_enough, require_read
+from offramp.agents.calibration.calibration_documents import CalibrationDocument
+from offramp.agents.calibration.label_losses import LABEL_LOSSES, Labels
+from offramp.agents.classifying.class_training import (
+    TEXTS,
+    ClassTrainConfig,
+    ClassTraining,
+    train_classes,
+)
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig
 from offramp.agents.classifying.classify_tuning import ClassifyReport, tune_classes
+from offramp.agents.classifying.labelled_texts import encoded, read_labelled, text_digest
+from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, keeping, progress
+from offramp.deploy.cli.console import console, keeping, progress, say
+from offramp.worker.classifying.sequence_model import SequenceModel
+from offramp.worker.model.loading import parse_dtype
 
 TOKENS, CLASSIFY = "tokens", "classify"
 """What ``offramp tune`` fits exits for."""
+
+Heads = Annotated[
+    Path | None, typer.Option(help="To classify: folder that `offramp tune --task classify` wrote.")
+]
+Data = Annotated[Path | None, typer.Option(help="With --heads: texts with labels, .csv or .jsonl.")]
+
+FOR_TOKENS = (
+    "traces", "costs", "seeds", "resume", "config", "exits", "corpus", "translators", "temperature",
+    "ray_address",
+)  # fmt: skip
+"""Options of ``offramp train`` that mean nothing to a classification."""
+
+
+def require_unused(given: Mapping[str, object], problem: str) -> None:
+    """Refuse the first of some options that was given, for a problem that they share.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for name, value in given.items():
+        if value:
+            raise ConfigError(name, problem, "Leave it out")
 
 
 def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
@@ -60,3 +99,114 @@ def heads_table(report: ClassifyReport) -> Table:
             f"{row.temperature:.2f}",
         )
     return table
+
+
+def teach_classes(asked: Mapping[str, Any], out: Path) -> None:
+    """Train policies for the heads of a folder, and show where they stand.
+
+    Raises:
+        ConfigError: no heads or no data, an option that means nothing here, or others' heads.
+        TraceError, ModelError: the data or the model are unusable.
+    """
+    require_unused({name: asked[name] for name in FOR_TOKENS}, f"does not go with --for {CLASSIFY}")
+    for name in ("heads", "data"):
+        if asked[name] is None:
+            raise ConfigError(name, f"is not given, and --for {CLASSIFY} needs it", "Name it")
+    names = ("model", "heads", "data", "steps", "threads", "seed")
+    lesson = ClassTrainConfig(
+        **{name: asked[name] for name in names}, dtype=asked["dtype"] or "float32"
+    )
+    options.require_new_folder("out", out)
+    with progress("states", "texts", heads="heads") as advance:
+        found = train_classes(lesson, out, lambda stage, done, total: advance(done, total, stage))
+    console.print(placed_table(found))
+    say(
+        f"{found.learned:,} texts learned from, settings chosen on {found.measured:,}; "
+        f"chosen: {found.chosen.family} → {out}"
+    )
+
+
+def placed_table(found: ClassTraining) -> Table:
+    """Every saved policy, as replay finds it on the texts that settings were chosen on."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("policy", "setting", "accuracy", "layers", "cost / full depth"):
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    for each in found.placed:
+        table.add_row(
+            each.family,
+            "" if each.setting is None else f"{each.setting:.3g}",
+            f"{each.accuracy:.3f}",
+            f"{each.mean_layers:.2f}",
+            f"{each.cost:.3f}",
+        )
+    return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSource:
+    """What labels are lost with, and on which texts.
+
+    Attributes:
+        heads: Folder of the heads.
+        data: File of texts with labels that nothing was fitted to or chosen on.
+        model, dtype, device: The model.
+        policies: Folder of the policies, which says what they learned from.
+        documents: Texts at most.
+    """
+
+    heads: Path
+    data: Path | None
+    model: str
+    dtype: str
+    device: str
+    policies: Path
+    documents: int
+
+    def open(
+        self, loss: str, promise: Promise, named: str
+    ) -> tuple[MeasuredWith, list[CalibrationDocument], Labels]:
+        """Read the texts that were not learned from, and load what classifies them.
+
+        Args:
+            loss: Name of the loss; "" for the first of LABEL_LOSSES.
+            promise: What is to be guaranteed of it.
+            named: Digest of the heads that the policies name.
+
+        Raises:
+            ConfigError: no data, unknown loss, too few texts, or the heads' own.
+            TraceError, ModelError: the data or the model are unusable.
+        """
+        loss = loss or next(iter(LABEL_LOSSES))
+        if loss not in LABEL_LOSSES:
+            raise ConfigError("loss", f"{loss!r} is unknown", f"Use {', '.join(LABEL_LOSSES)}")
+        if self.data is None:
+            raise ConfigError("data", "is missing", "Name a .csv or .jsonl file of other texts")
+        texts, facts = read_labelled(self.data), read_description(self.heads)
+        require_read(named, str(facts.get("digest")), "heads")
+        if facts.get("data") == texts.digest:
+            raise ConfigError("data", "is the file that the heads were fitted to", "Give others")
+        learned = set((self.policies / TEXTS).read_text(encoding="utf-8").split())
+        places = [
+            place for place, text in enumerate(texts.texts) if text_digest(text) not in learned
+        ]
+        require_enough(promise, len(places))
+        texts = texts.of(np.array(places[: self.documents]))
+        model = SequenceModel.load(self.model, parse_dtype(self.dtype), self.device)
+        classifier = model.classifier(self.heads)
+        sequences = encoded(model, texts, self.data)
+        labels = Labels(
+            classifier, sequences, texts.indices(classifier.heads.labels), LABEL_LOSSES[loss]
+        )
+        say(f"full depth does not find {labels.full_error:.1%} of the labels")
+        windows = [
+            CalibrationDocument(text_digest(text), tuple(tokens))
+            for text, tokens in zip(texts.texts, sequences, strict=True)
+        ]
+        measured = MeasuredWith(
+            model=model.fingerprint,
+            tokenizer=model.tokenizer_fingerprint,
+            adapters=classifier.heads.digest,
+            dtype=self.dtype,
+            option="heads",
+        )
+        return measured, windows, labels

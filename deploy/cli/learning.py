@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from offramp.agents.recording.training_data import has_begun
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
+from offramp.deploy.cli.classifying import CLASSIFY, Data, Heads, require_unused, teach_classes
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.drafting import teach
 from offramp.deploy.cli.train_by_file import train_by_file, train_here
@@ -135,8 +136,10 @@ def _record(config: RecordConfig, out: Path) -> None:
 def train_policies(
     out: Annotated[Path, typer.Option(help="New folder for the trained policies.")],
     goal: Annotated[
-        str, typer.Option("--for", help="What is taught: exits, or drafting (lossless).")
+        str, typer.Option("--for", help="What is taught: exits, drafting (lossless), or classify.")
     ] = "exits",
+    heads: Heads = None,
+    data: Data = None,
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
     model: DraftModel = options.DEFAULT_MODEL,
     corpus: options.Corpus = None,
@@ -159,30 +162,20 @@ def train_policies(
     ray_address: Cluster = None,
 ) -> None:
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
+    asked = locals()
     given = {"exits": exits, "corpus": corpus, "dtype": dtype}
     if goal == "drafting":
-        _require_unused(
-            {"traces": traces, "costs": costs, "seeds": seeds, "resume": resume},
-            "does not go with --for drafting, which records and measures for itself",
-        )
-        left = options.parse_exits("exits", exits)
-        lesson = DraftingConfig(
-            model=model,
-            corpus=str(corpus or ""),
-            translators=str(translators or ""),
-            dtype=dtype or "float32",
-            threads=threads,
-            seed=seed,
-            exits=left,
-            temperature=temperature,
-        )
-        teach(config, lesson, steps, out)
+        teach(config, _lesson(asked), steps, out)
+        return
+    if goal == CLASSIFY:
+        teach_classes(asked, out)
         return
     if goal != "exits":
-        raise ConfigError("for", f"{goal!r} is unknown", "Use exits or drafting")
-    _require_unused(given | {"temperature": temperature}, "is that of the recording")
+        raise ConfigError("for", f"{goal!r} is unknown", f"Use exits, drafting or {CLASSIFY}")
+    require_unused({"heads": heads, "data": data}, f"means nothing without --for {CLASSIFY}")
+    require_unused(given | {"temperature": temperature}, "is that of the recording")
     if config is not None:
-        _require_unused({"translators": translators}, "is a setting of the file")
+        require_unused({"translators": translators}, "is a setting of the file")
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
         return
     if traces is None:
@@ -192,6 +185,22 @@ def train_policies(
     options.require_new_folder("out", out)
     placed_at = options.parse_list("targets", targets, float, "numbers", ".9,.97")
     train_here(_gates(traces, costs, translators, placed_at, steps, (threads, seed)), out)
+
+
+def _lesson(asked: Mapping[str, Any]) -> DraftingConfig:
+    """How drafting is taught, from the options of the command."""
+    require_unused(
+        {name: asked[name] for name in ("traces", "costs", "seeds", "resume", "heads", "data")},
+        "does not go with --for drafting, which records and measures for itself",
+    )
+    same = {name: asked[name] for name in ("model", "threads", "seed", "temperature")}
+    return DraftingConfig(
+        **same,
+        corpus=str(asked["corpus"] or ""),
+        translators=str(asked["translators"] or ""),
+        dtype=asked["dtype"] or "float32",
+        exits=options.parse_exits("exits", asked["exits"]),
+    )
 
 
 def drift(
@@ -235,12 +244,6 @@ def _gates(
         targets=targets,
         gate=PPOConfig(steps=steps),
     )
-
-
-def _require_unused(options: Mapping[str, object], problem: str) -> None:
-    for name, value in options.items():
-        if value:
-            raise ConfigError(name, problem, "Leave it out")
 
 
 def _require_recordable(config: RecordConfig, settings: Settings) -> None:

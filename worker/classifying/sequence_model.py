@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
 
 from offramp.controller.errors import RequestError
+from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.decoders import DecoderStack
 from offramp.worker.classifying.encoders import ENCODERS
 from offramp.worker.classifying.sequence_stack import SequenceStack
@@ -54,6 +57,7 @@ class SequenceModel:
             ConfigError: there is no such device.
         """
         require_device(device)
+        transformers_logging.disable_progress_bar()
         config = load_config(path)
         encoder = ENCODERS.get(config.model_type)
         stack: SequenceStack
@@ -66,6 +70,17 @@ class SequenceModel:
             stack = encoder(model)
         tokenizer = load_tokenizer(path)
         return cls(stack, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+
+    def classifier(self, heads: Path) -> Classifier:
+        """The model with the heads of a folder that ``offramp tune --task classify`` wrote.
+
+        Raises:
+            ConfigError: field ``heads``; the folder holds none, or another model's.
+        """
+        stack = self.stack
+        return Classifier(
+            stack, ClassHeads.load(heads, self.fingerprint, stack.layers, stack.width)
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, with the marks that the tokenizer sets around one.

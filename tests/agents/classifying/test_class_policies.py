@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from offramp.agents.classifying.class_policies import AGENT, place_families, replayed
+from offramp.agents.classifying.class_policies import (
+    AGENT,
+    learn_families,
+    place_families,
+    replayed,
+)
+from offramp.agents.classifying.classify_config import ClassifyTuneConfig
+from offramp.agents.classifying.classify_tuning import fit_heads
+from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
-from offramp.agents.classifying.sequence_traces import sequence_traces
+from offramp.agents.classifying.labelled_texts import LabelledTexts
+from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
 from offramp.agents.placing.replay import walk
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
@@ -29,13 +40,19 @@ def recorded() -> tuple[Classifier, list[list[int]], TokenTraces]:
     rng = np.random.default_rng(1)
     sequences = [rng.integers(5, 97, rng.integers(2, 12)).tolist() for _ in range(TEXTS)]
     states_NED = exit_states(classifier.stack, sequences, classifier.heads.exits, "mean")
-    known: dict[str, Any] = {"model": "m", "context": classifier.stack.context}
-    lengths = [len(tokens) for tokens in sequences]
-    names = [str(tokens) for tokens in sequences]
-    label_N = np.zeros(TEXTS, np.int64)
-    first = sequence_traces(classifier.heads, states_NED, label_N, lengths, names, **known)
-    label_N = first.exit_token_NE[:, 1].astype(np.int64)
-    traces = sequence_traces(classifier.heads, states_NED, label_N, lengths, names, **known)
+    names = tuple(str(tokens) for tokens in sequences)
+
+    def read(labels: Sequence[str]) -> ReadTexts:
+        return ReadTexts(
+            texts=LabelledTexts(names, tuple(labels)),
+            lengths_N=np.array([len(tokens) for tokens in sequences]),
+            model="m",
+            context=classifier.stack.context,
+        )
+
+    first = sequence_traces(classifier.heads, states_NED, read(["red"] * TEXTS))
+    labels = [classifier.heads.labels[token] for token in first.exit_token_NE[:, 1].tolist()]
+    traces = sequence_traces(classifier.heads, states_NED, read(labels))
     return classifier, sequences, traces
 
 
@@ -57,7 +74,8 @@ def test_families_keep_accuracy_by_label_and_not_by_agreement(recorded: Any) -> 
     costs = measure_costs(classifier, sequences[:4])
     full = replayed("full depth", None, NeverExit(), traces, costs)
     agent = replace(AGENT, steps=4096, envs=64, batch=512)
-    placed = place_families(traces, traces, costs, loss=0.3, agent=agent)
+    families = learn_families(traces, costs, agent=agent)
+    placed = place_families(families, traces, costs, loss=0.3)
     by_family = {each.family: each for each in placed}
     assert by_family["full depth"] == full
     # Layer 2 knows the labels, full depth does not: a policy may disagree and be more right.
@@ -74,3 +92,21 @@ def test_costs_have_no_fill_and_a_probe_takes_a_head(recorded: Any) -> None:
     costs = measure_costs(classifier, sequences[:4])
     assert (costs.fill_s, costs.layers) == (0.0, 5)
     assert costs.probe_s > costs.head_s > 0
+
+
+def test_texts_are_read_by_heads_that_never_saw_them() -> None:
+    """States that say nothing of labels drawn at random: who saw a text is right, others guess."""
+    rng = np.random.default_rng(0)
+    width, layers = 160, 3
+    labels = [str(each) for each in rng.integers(0, 2, 240)]
+    texts = LabelledTexts(tuple(f"text {number}" for number in range(240)), tuple(labels))
+    states_NED = rng.normal(size=(240, layers, width)).astype(np.float32)
+    read = ReadTexts(texts=texts, lengths_N=np.full(240, 5), model="m", context=64)
+    config = ClassifyTuneConfig(model="", data=Path(), held_out=0.1)
+    heads, _ = fit_heads(texts, states_NED, (1, 2, 3), "mean", config)
+    seen = sequence_traces(heads, states_NED, read)
+    unseen = cross_fitted_traces(heads, states_NED, read, seed=0)
+    assert seen.right_NE.mean() > 0.9
+    assert abs(unseen.right_NE.mean() - 0.5) < 0.1
+    assert unseen.header == seen.header
+    assert (unseen.documents, len(unseen)) == (seen.documents, 240)

@@ -134,7 +134,7 @@ def test_a_temperature_undoes_a_known_one() -> None:
     states_ND = torch.randn(4000, 6, generator=generator)
     true_CD = torch.randn(3, 6, generator=generator)
     label_N = torch.multinomial((states_ND @ true_CD.T).softmax(-1), 1, generator=generator)[:, 0]
-    head = fit_head(states_ND[:2000], label_N[:2000], states_ND[2000:], label_N[2000:])
+    head, _ = fit_head(states_ND[:2000], label_N[:2000], states_ND[2000:], label_N[2000:])
     sharp = type(head)(head.weight_CD * 3, head.bias_C * 3)
     _, temperature = temper(sharp, states_ND[2000:], label_N[2000:])
     assert temperature == pytest.approx(3.0, rel=0.15)
