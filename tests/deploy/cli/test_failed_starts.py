@@ -30,6 +30,23 @@ def test_the_reason_is_json_where_lines_are(
     assert lines == []
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--prefill", "exits"), "prefill: exits needs a policy for prompts"),
+        (("--prefill", "half"), "prefill: 'half' is unknown"),
+        (("--prompt-keep", "4"), "prompt_keep: '4' is not two numbers"),
+        (("--prompt-policy", "no_such"), "policy folder:"),
+    ],
+)
+def test_prompts_that_cannot_be_read_so_are_named(
+    cli: Any, options: tuple[str, ...], said: str
+) -> None:
+    status, output = cli("serve", *options)
+    assert status == 1
+    assert said in " ".join(output.split())
+
+
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
 def test_a_ray_that_does_not_start_is_named(
     monkeypatch: pytest.MonkeyPatch, address: str | None
