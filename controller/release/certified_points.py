@@ -13,10 +13,11 @@ from typing import Literal
 
 from offramp.controller.costs.prices import Prices
 from offramp.controller.costs.table import CostTable
-from offramp.controller.errors import RequestError
+from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import NeverExit, Policy, ThresholdPolicy
 from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.manifest import Manifest
 
 BUDGET, WEIGHT = "offramp.latency_budget_ms", "offramp.energy_weight"
 """What requests call the two, over HTTP."""
@@ -46,12 +47,14 @@ class PricedPoint:
         risk: Mean loss on the calibration data; 0 at full depth.
         token_ms: Predicted milliseconds per token of a row that is alone.
         energy: Its predicted energy per token over full depth's; None if the table has none.
+        setting: The setting that passed; None at full depth.
     """
 
     policy: Policy
     risk: float
     token_ms: float
     energy: float | None
+    setting: float | None = None
 
 
 def full_depth(costs: CostTable) -> PricedPoint:
@@ -59,6 +62,47 @@ def full_depth(costs: CostTable) -> PricedPoint:
     prices = costs.at(1)
     energy = None if prices.full_j is None else 1.0
     return PricedPoint(policy=NeverExit(), risk=0.0, token_ms=1e3 * prices.full_s, energy=energy)
+
+
+def certified_policies(policy: Policy, certificate: Certificate | None) -> dict[float, Policy]:
+    """The policy of every setting that passed, by setting, safest first.
+
+    Args:
+        policy: The released policy, or that of another such setting.
+        certificate: The release's.
+
+    Returns:
+        {} if λ is not the policy's threshold.
+    """
+    if certificate is None or not isinstance(policy, ThresholdPolicy | MlpPolicy):
+        return {}
+    passed = [step.setting for step in certificate.walked if step.passed]
+    if policy.threshold not in passed or not certificate.parameter.startswith("threshold"):
+        return {}
+    return {each: policy if each == policy.threshold else _at(policy, each) for each in passed}
+
+
+def certified_range(policy: Policy, certificate: Certificate | None) -> dict[float, Policy]:
+    """The same for a released policy, whose setting is the last, the fastest; {} if it is not."""
+    policies = certified_policies(policy, certificate)
+    return policies if policies and [*policies.values()][-1] is policy else {}
+
+
+def require_range(manifest: Manifest, policy: Policy) -> None:
+    """Refuse to release a policy whose workers may move and have nowhere to go.
+
+    Raises:
+        ConfigError: the certificate bounds fewer than two settings, or workers would trip first.
+    """
+    above, most = manifest.bounds.adapt_above, manifest.bounds.max_disagreement
+    if above is None:
+        return
+    if len(certified_range(policy, manifest.certificate)) < 2:
+        problem = "the policy has no two certified settings to move between"
+        raise ConfigError("adapt_above", problem, "Calibrate its threshold, or leave it out")
+    if above >= most:
+        problem = f"{above:g} is not below max_disagreement, {most:g}, at which workers trip"
+        raise ConfigError("adapt_above", problem, "Correct one of the guardrails")
 
 
 def certified_points(
@@ -69,9 +113,8 @@ def certified_points(
     There are none if λ is not the policy's threshold, if calibration did not record where tokens
     left, or if the table does not price the policy's probe or skipped layers are not projected.
     """
-    if not isinstance(policy, ThresholdPolicy | MlpPolicy) or certificate.decode_mode != "project":
-        return ()
-    if certificate.setting != policy.threshold or not certificate.parameter.startswith("threshold"):
+    policies = certified_policies(policy, certificate)
+    if not policies or policy.schema is None or certificate.decode_mode != "project":
         return ()
     if policy.schema.name in costs.probes:
         costs = costs.with_probe(policy.schema.name)
@@ -86,10 +129,11 @@ def certified_points(
             joules = _spent(prices, policy.exits, step.leaves, "j")
             points.append(
                 PricedPoint(
-                    policy=_at(policy, step.setting),
+                    policy=policies[step.setting],
                     risk=step.risk,
                     token_ms=1e3 * seconds,
                     energy=joules and prices.full_j and joules / prices.full_j,
+                    setting=step.setting,
                 )
             )
     return tuple(points)

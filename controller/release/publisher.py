@@ -18,6 +18,7 @@ from offramp.controller.policies.kinds import PackedPolicy, pack_policy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate
+from offramp.controller.release.certified_points import require_range
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.manifest import Manifest, Rollout, require_said
 from offramp.controller.release.promoting import ChannelHead
@@ -26,8 +27,7 @@ from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.trust import require_servable
 
 STAMP_TTL_S = 24 * 3600.0
-"""How long a timestamp vouches for the head unless it is renewed; a publisher that runs on should
-say less than this, which is for one-shot commands."""
+"""How long a timestamp vouches for the head unless renewed; who runs on should say less."""
 
 
 class Publisher:
@@ -151,6 +151,7 @@ class Publisher:
             guardrails=dict(guardrails or {}),
             adapter_index="" if adapters is None else adapters.index.name,
         )
+        require_range(manifest, bundle.policy())
         if adapters is not None:
             require_model(adapters.index, model)
         return self._append(manifest, packed.blob, () if adapters is None else adapters.blobs())

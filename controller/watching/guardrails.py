@@ -15,6 +15,7 @@ from typing import Any
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.strict import Check, is_number, or_null
+from offramp.controller.watching.adaptation import SettingWalk
 from offramp.controller.watching.quantiles import bucket_of
 from offramp.controller.watching.tally import Tally
 
@@ -43,6 +44,7 @@ GUARDRAILS: dict[str, Check] = {
     "max_failures": _OPEN_SHARE,
     "min_exits": _BELOW_ONE,
     "max_token_ms": or_null(_POSITIVE),
+    "adapt_above": or_null(_OPEN_SHARE),
 }
 """What each bound may be."""
 
@@ -57,6 +59,8 @@ class Guardrails:
             request fails once at most, and goes on without it.
         min_exits: Share of tokens that must leave early; 0 asks for none.
         max_token_ms: Milliseconds after which a token is late; 5 % may be. None: no bound.
+        adapt_above: No bound to trip at: share of audited early tokens above which a worker moves
+            to a safer setting of the certificate, and below which it returns; None: it stays.
 
     Raises:
         ConfigError: a bound is out of its range.
@@ -66,6 +70,7 @@ class Guardrails:
     max_failures: float = 0.01
     min_exits: float = 0.0
     max_token_ms: float | None = None
+    adapt_above: float | None = None
 
     def __post_init__(self) -> None:
         for name, (holds, expected) in GUARDRAILS.items():
@@ -128,6 +133,8 @@ class PolicyWatch:
         guardrails: The release's bounds.
         trip: Told once, in a sentence, why the release must go.
         generation: The release's number.
+        walk: Says at which certified setting its requests run; None: at what was published.
+        move: Told each setting that new requests are to run at, once it changes.
 
     Attributes:
         tripped: Why it went; "" while it is in service.
@@ -135,11 +142,18 @@ class PolicyWatch:
     """
 
     def __init__(
-        self, guardrails: Guardrails, trip: Callable[[str], None], generation: int = 0
+        self,
+        guardrails: Guardrails,
+        trip: Callable[[str], None],
+        generation: int = 0,
+        walk: SettingWalk | None = None,
+        move: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.guardrails = guardrails
         self.tripped = ""
         self.tally = Tally(generation=generation)
+        self._walk, self._move = walk, move
+        self._note_point()
         self._first = FIRST_AUDITED
         self._trip = trip
         self._disagreement = MeanAlarm(guardrails.max_disagreement)
@@ -153,8 +167,13 @@ class PolicyWatch:
         self._first -= 1
         return self._first >= 0
 
-    def judge(self, agreed: bool) -> None:
-        """Full depth agreed with an audited token, or did not."""
+    def judge(self, agreed: bool, setting: float | None = None) -> None:
+        """Full depth agreed with an audited token, or did not.
+
+        Args:
+            agreed: Whether it did.
+            setting: The certified setting that the token's request runs at; None: of none.
+        """
         self.tally.audited += 1
         self.tally.disagreed += not agreed
         alarm = self._disagreement
@@ -163,6 +182,15 @@ class PolicyWatch:
                 f"full depth disagrees with {alarm.mean:.0%} of the last {alarm.seen} audited "
                 f"tokens, {alarm.bound:.0%} are allowed"
             )
+        # Requests that began before the last move, or chose a setting, say nothing of this one.
+        elif self._walk is not None and setting == self._walk.setting and self._walk.tell(agreed):
+            self._note_point()
+            self._move(self._walk.setting)
+
+    def _note_point(self) -> None:
+        if (walk := self._walk) is not None:
+            self.tally.points, self.tally.point = len(walk.settings), walk.place + 1
+            self.tally.moves = walk.moves
 
     def note_failure(self) -> None:
         """The policy raised or made no sense; the request goes on without it."""
@@ -188,6 +216,7 @@ class PolicyWatch:
     def count_anew(self) -> None:
         """Begin the tally again, so that it covers the same time as another's."""
         self.tally = Tally(generation=self.tally.generation)
+        self._note_point()
 
     def note_first(self, seconds: float) -> None:
         """A request's first token came, so long after the request."""

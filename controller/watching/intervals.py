@@ -31,16 +31,20 @@ def interval(hits: int, seen: int, confidence: float) -> tuple[float, float]:
         seen: All observations.
         confidence: Probability that the bounds hold at every look.
     """
-    misses = seen - hits
-    mixture = math.lgamma(hits + 1) + math.lgamma(misses + 1) - math.lgamma(seen + 2)
-    limit = -math.log(1 - confidence)
 
     def is_refuted(rate: float) -> bool:
-        likelihood = _times_log(hits, rate) + _times_log(misses, 1 - rate)
-        return mixture - likelihood >= limit
+        return refutes(hits, seen, rate, confidence)
 
     best = hits / seen if seen else 0.5
     return _end(0.0, best, is_refuted), _end(1.0, best, is_refuted)
+
+
+def refutes(hits: int, seen: int, rate: float, confidence: float) -> bool:
+    """Whether a rate lies outside the ``interval`` of these observations, without finding it."""
+    misses = seen - hits
+    mixture = math.lgamma(hits + 1) + math.lgamma(misses + 1) - math.lgamma(seen + 2)
+    likelihood = _times_log(hits, rate) + _times_log(misses, 1 - rate)
+    return mixture - likelihood >= -math.log(1 - confidence)
 
 
 def _times_log(count: int, share: float) -> float:

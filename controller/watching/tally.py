@@ -46,6 +46,9 @@ class Tally:
         meter: Says by which method and source energy was read; "" if it was not.
         batches: Batches of ``BATCH_TOKENS`` tokens whose energy was read.
         joules, joules_squared: Sum over them of joules per token, and of its square.
+        points: Certified settings that the worker moves among; 0: it does not move.
+        point: The one that new requests run at, from 1, the safest, on.
+        moves: How often that changed.
     """
 
     generation: int = 0
@@ -69,6 +72,9 @@ class Tally:
     batches: int = 0
     joules: float = 0.0
     joules_squared: float = 0.0
+    points: int = 0
+    point: int = 0
+    moves: int = 0
 
     def note_exit(self, executed: int) -> None:
         """A token came out, or was drafted, after so many layers."""
@@ -124,6 +130,9 @@ class Tally:
 
 
 _TIMES = ("firsts", "gaps")
+_EXTREMES: dict[str, Any] = {"points": max, "point": min}
+"""What is not added up over workers: the safest point that one stands at is told."""
+
 _SUMS = (
     "seconds", "paces", "paces_squared", "depths", "depths_squared", "joules", "joules_squared",
 )  # fmt: skip
@@ -148,7 +157,10 @@ _FIELDS: dict[str, Check] = (
     | dict.fromkeys(_TIMES, _COUNTS)
     | {"exits": (_are_exits, "an object of numbers of tokens by exit"), "meter": TEXT}
 )
-_OPTIONAL = ("early", "requests", *_SUMS[1:], *_TIMES, "exits", "meter", "batches")
+_OPTIONAL = (
+    "early", "requests", *_SUMS[1:], *_TIMES, "exits", "meter", "batches", "points", "point",
+    "moves",
+)  # fmt: skip
 """What workers of before did not count: for them, all tokens may have left early."""
 
 
@@ -163,6 +175,8 @@ def add_up(generation: int, tallies: Iterable[Tally]) -> Tally:
             sums[name] = [sum(column) for column in zip(*values, [0] * BUCKETS, strict=True)]
         elif name == "exits":
             sums[name] = dict(sum(map(Counter, values), Counter()))
+        elif name in _EXTREMES:
+            sums[name] = _EXTREMES[name](values, default=0)
         elif name == "meter":
             meters = {each for each in values if each}
             sums[name] = SEVERAL if len(meters) > 1 else "".join(meters)

@@ -41,6 +41,11 @@ REPORTED = {
     "policy_generation": ("generation", "Release that a worker runs; 0: full depth"),
     "policy_stale_seconds": ("stale_s", "Since when a worker cannot tell which release is newest"),
     "guardrail_trips_total": ("trips", "Releases that a worker took out of service"),
+    "policy_point": (
+        "point",
+        "Certified setting that it runs at, from 1, the safest, on; 0: fixed",
+    ),
+    "policy_moves_total": ("moves", "How often that setting changed"),
     "audited_tokens_total": ("audited", "Early tokens that full depth was asked about"),
     "audit_disagreements_total": ("disagreed", "Those that full depth would not have emitted"),
 }

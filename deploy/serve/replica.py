@@ -17,6 +17,7 @@ from offramp.controller.keys.root import load_root
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
 from offramp.controller.release.trust import ReleaseVerifier
+from offramp.controller.watching.tally import Tally
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
@@ -210,6 +211,10 @@ class ServedWorker:
         }
 
 
+_TOLD_OF_TALLIES = ("audited", "disagreed", "points", "point", "moves")
+"""What is told of a release's counts as it is."""
+
+
 def _keep_to_loopback() -> None:
     """Have this replica's gRPC port, which Serve opens next, listen on loopback.
 
@@ -232,8 +237,10 @@ def describe_policy(
     ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
     states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
     ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
-    would not have emitted; ``canary`` describes the release that serves a share of the requests
-    (``percent``) in its place, None if there is none.
+    would not have emitted; ``setting`` is the certified setting that new requests run at, the
+    ``point``-th of ``points`` that the worker moves among, 1 being the safest, and ``moves`` says
+    how often it changed (0 of 0: it does not move); ``canary`` describes the release that serves a
+    share of the requests (``percent``) in its place, None if there is none.
     """
     canary = snapshot.canary
     return {
@@ -247,6 +254,7 @@ def describe_policy(
 
 def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
     certificate = snapshot.certificate
+    tally = snapshot.watch.tally if snapshot.watch else Tally()
     adapters = engine.decoder.reader.under(snapshot).digest
     gap = (
         ""
@@ -265,6 +273,6 @@ def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
         "guarantee": snapshot.guarantee,
         "certificate": None if certificate is None else certificate.statement,
         "gap": gap,
-        "audited": snapshot.watch.tally.audited if snapshot.watch else 0,
-        "disagreed": snapshot.watch.tally.disagreed if snapshot.watch else 0,
+        "setting": snapshot.setting,
+        **{name: getattr(tally, name) for name in _TOLD_OF_TALLIES},
     }

@@ -94,6 +94,7 @@ class StandIn:
         running, waiting = self.service.engine.load
         policy = {"generation": 7, "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
         numbers = {"stale_s": 0.0, "trips": 0, "audited": 0, "disagreed": 0, "kept": 0, "moved": 0}
+        numbers |= {"point": 0, "moves": 0}
         return [{"worker": "worker-0", "running": running, "waiting": waiting, **policy, **numbers}]
 
 

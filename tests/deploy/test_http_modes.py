@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -122,6 +123,14 @@ def test_an_unknown_mode_names_its_field(complete: Ask, mode: Any, stream: bool)
     assert error["param"] == "offramp.kv_mode"
     assert error["type"] == "invalid_request_error"
     assert "project, defer, verify" in error["message"]
+
+
+def test_a_request_is_told_the_certified_setting_that_it_ran_at(
+    complete: Ask, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = replace(engine.current_policy(), setting=0.25)
+    monkeypatch.setattr(engine, "current_policy", lambda: moved)
+    assert complete({"stats": True}).json()["offramp"]["setting"] == 0.25
 
 
 @pytest.mark.parametrize("quality", ["lossless", 1, 0.9])

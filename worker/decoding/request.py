@@ -33,6 +33,7 @@ class PolicySnapshot:
         rollout: Says which requests it may serve, if it is a canary.
         canary: A release that serves some of the requests in its place; None if there is none.
         adapters: What its exits are read through; None: whatever the engine was made with.
+        setting: The certified setting that the policy is at; None if its release has none.
     """
 
     generation: int
@@ -43,6 +44,7 @@ class PolicySnapshot:
     rollout: Rollout = field(default_factory=Rollout)
     canary: PolicySnapshot | None = None
     adapters: ExitAdapters | None = field(default=None, compare=False)
+    setting: float | None = None
 
     def track(self, request_id: str) -> PolicySnapshot:
         """Which of the two a request runs under, to its end."""
@@ -153,6 +155,7 @@ class CompletionStats:
         queued_s: Seconds that it waited for a slot.
         cached_tokens: Tokens of the prompt that the prefix cache knew; None: it was not asked.
         prompt_calls: Layers executed for the prompt's other tokens.
+        setting: The certified setting that it ran at; None if its release has none.
     """
 
     prompt_tokens: int
@@ -166,6 +169,7 @@ class CompletionStats:
     queued_s: float = field(default=0.0, compare=False)
     cached_tokens: int | None = field(default=None, compare=False)
     prompt_calls: int = field(default=0, compare=False)
+    setting: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

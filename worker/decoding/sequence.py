@@ -184,7 +184,7 @@ class Sequence:
         self.judged += 1
         self.agreed += agreed
         if self.watch is not None and self.request.audited:
-            self.watch.judge(agreed)
+            self.watch.judge(agreed, self.request.snapshot.setting)
 
     def note_cycle(self, drafts: Rows[Draft], accepted: int, layers: int) -> None:
         """Full depth judged drafts. Those of a copy in fewer bytes cost too little to count."""

@@ -103,6 +103,7 @@ class Outbox:
             drafts_accepted=row.drafts_accepted,
             queued_s=row.seated_s - row.request.arrived_s,
             cached_tokens=row.recalled,
+            setting=row.request.snapshot.setting,
         )
 
     def _text(self, row: Sequence, index: int) -> tuple[int, str]:

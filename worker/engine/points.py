@@ -62,7 +62,7 @@ class PointPicker:
         point = pick(points, target)
         if point is points[0]:
             return FULL_DEPTH
-        return replace(snapshot, policy=point.policy)
+        return replace(snapshot, policy=point.policy, setting=point.setting)
 
     def _points(self, snapshot: PolicySnapshot, adapters: str) -> tuple[PricedPoint, ...]:
         certificate = snapshot.certificate

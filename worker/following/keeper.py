@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.policies.weights import require_quick
+from offramp.controller.release.certified_points import certified_range
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.trust import Mark, ReleaseVerifier
+from offramp.controller.watching.adaptation import SettingWalk
 from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.following.worker_state import CRASHES, Quarantine, WorkerState
@@ -200,7 +203,14 @@ class ReleaseKeeper:
     def _activate(self, manifest: Manifest, checked: tuple[Policy, ExitAdapters | None]) -> None:
         policy, adapters = checked
         generation = manifest.generation
-        watch = PolicyWatch(manifest.bounds, partial(self.trip, generation), generation)
+        policies, above = certified_range(policy, manifest.certificate), manifest.bounds.adapt_above
+        watch = PolicyWatch(
+            manifest.bounds,
+            partial(self.trip, generation),
+            generation,
+            SettingWalk([*policies], above) if policies and above is not None else None,
+            partial(self._move, generation, policies),
+        )
         self.loaded = manifest
         self._on_trial_until = time.monotonic() + self._probation_s
         with self._swapping:
@@ -212,7 +222,16 @@ class ReleaseKeeper:
                 watch,
                 manifest.rollout,
                 adapters=adapters,
+                setting=[*policies][-1] if policies else None,
             )
+
+    def _move(self, generation: int, policies: Mapping[float, Policy], setting: float) -> None:
+        """Let new requests run at another certified setting; those under way keep theirs."""
+        with self._swapping:
+            if self.current.generation != generation:
+                return
+            self.current = replace(self.current, policy=policies[setting], setting=setting)
+        self._tell()
 
     @property
     def is_on_trial(self) -> bool:

@@ -28,7 +28,7 @@ from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli.console import console, say
-from offramp.deploy.cli.releases.tracks import tracks_table
+from offramp.deploy.cli.releases.tracks import UNKNOWN, points_of, tracks_table
 from offramp.deploy.serve.publishing import (
     KEY,
     PUBLIC_KEY,
@@ -60,7 +60,10 @@ def publish(
     ] = False,
     guardrail: Annotated[
         list[str] | None,
-        typer.Option(help="Bound at which a worker trips, like max_disagreement=0.1; repeatable."),
+        typer.Option(
+            help="Bound at which a worker trips, like max_disagreement=0.1, or moves to a safer "
+            "certified setting, like adapt_above=0.05; repeatable."
+        ),
     ] = None,
     translators: Annotated[
         Path | None,
@@ -152,12 +155,11 @@ def status() -> None:
         acks = registry.acks()
     finally:
         registry.close()
-    table = Table("worker", "state", "generation", "digest", "seconds ago", "reason")
+    table = Table("worker", "state", "generation", "digest", "setting", "seconds ago", "reason")
     for ack in sorted(acks, key=lambda each: each.worker):
-        age_s = f"{time.time() - ack.at:.1f}"
-        table.add_row(
-            ack.worker, ack.state.value, str(ack.generation), ack.digest[:12], age_s, ack.reason
-        )
+        age_s, point = f"{time.time() - ack.at:.1f}", points_of(ack) or UNKNOWN
+        runs = (str(ack.generation), ack.digest[:12], point)
+        table.add_row(ack.worker, ack.state.value, *runs, age_s, ack.reason)
     console.print(table)
     console.print(tracks_table(acks))
 

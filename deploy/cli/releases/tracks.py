@@ -16,9 +16,8 @@ from offramp.controller.watching.tally import Tally, add_up
 CONFIDENCE = Steps().confidence
 """Probability that the intervals shown hold at every look."""
 
-
 UNKNOWN = "–"
-"""What stands where nothing has been counted yet."""
+"""What stands where nothing has been counted yet, or nothing is to be told."""
 
 COLUMNS_OF_TRACKS = (
     "generation",
@@ -33,6 +32,11 @@ COLUMNS_OF_TRACKS = (
     f"disagreed ({CONFIDENCE:.0%})",
 )
 """What a line about a running release says."""
+
+
+def points_of(ack: Ack) -> str:
+    """At which certified settings a worker's releases run, where they may move: "2 of 5"."""
+    return ", ".join(f"{each.point} of {each.points}" for each in ack.tallies if each.points)
 
 
 def tracks_table(acks: Sequence[Ack]) -> Table:

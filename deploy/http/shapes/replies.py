@@ -239,7 +239,9 @@ def _cost(stats: CompletionStats | None) -> dict[str, Any]:
     """What a completion cost; nothing before its last token."""
     if stats is None:
         return {}
+    at_setting = {} if stats.setting is None else {"setting": stats.setting}
     return {
+        **at_setting,
         "layer_calls": stats.layer_calls,
         "copy_calls": stats.copy_calls,
         "prompt_calls": stats.prompt_calls,

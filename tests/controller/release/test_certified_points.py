@@ -18,6 +18,8 @@ from offramp.controller.release.certified_points import (
     PricedPoint,
     Target,
     certified_points,
+    certified_policies,
+    certified_range,
     full_depth,
     pick,
 )
@@ -98,6 +100,16 @@ def test_there_are_no_points_where_the_setting_or_the_price_is_not_known(
     policy: Any, changes: dict[str, Any]
 ) -> None:
     assert certified_points(policy, replace(CERTIFICATE, **changes), COSTS) == ()
+
+
+def test_settings_that_passed_make_policies_safest_first() -> None:
+    assert certified_policies(NET, None) == certified_policies(FixedExit(3), CERTIFICATE) == {}
+    found = certified_range(MARGIN, CERTIFICATE)
+    assert found == {each: replace(MARGIN, threshold=each) for each in SETTINGS}
+    assert found[0.5] is MARGIN
+    safer = replace(MARGIN, threshold=0.9)
+    assert certified_policies(safer, CERTIFICATE) == found
+    assert certified_range(safer, CERTIFICATE) == {}  # nobody releases it with this certificate
 
 
 def point(risk: float, token_ms: float, energy: float | None = None) -> PricedPoint:

@@ -67,6 +67,7 @@ def tripped(url: str, generation: int) -> Ack:
         ("max_disagreement=much", "max_disagreement: 'much' is no number"),
         ("max_disagreement=2", "max_disagreement: 2.0 is not a number in (0, 1)"),
         ("min_exits", "min_exits: '' is no number"),
+        ("adapt_above=1", "adapt_above: 1.0 is not a number in (0, 1) or null"),
     ],
 )
 def test_an_unusable_guardrail_is_named_before_anything_is_signed(
@@ -274,6 +275,7 @@ def test_a_watched_canary_is_moved_on_by_a_file(cli: Any, url: str, tmp_path: Pa
     said = cli("watch", "--once", "--steps", steps)
     assert said == (0, "canary 3 at 5% holds: 0 tokens of the canary, 10 are asked for\n")
     counts = {"tokens": 100, "seconds": 2.0, "layers": 500, "requests": 1, "paces": 0.02}
+    counts |= {"points": 3, "point": 2, "moves": 1}
     tallies = (
         Tally(generation=1, **counts),  # type: ignore[arg-type]  # of mixed types
         Tally(generation=3, audited=50, disagreed=1, **counts),  # type: ignore[arg-type]
@@ -283,7 +285,9 @@ def test_a_watched_canary_is_moved_on_by_a_file(cli: Any, url: str, tmp_path: Pa
     registry.acknowledge(ack, 60.0)
     assert registry.acks() == [ack]
     registry.close()
-    rows = [line.split() for line in cli("status")[1].splitlines()]
+    told = cli("status")[1]
+    assert "2 of 3, 2 of 3" in " ".join(told.split())
+    rows = [line.split() for line in told.splitlines()]
     assert ["3", "1", "100", "50.0", "–,", "–", "5.0", "–", "0", "50"] in [
         [cell for cell in row if cell != "│"][:10] for row in rows
     ]

@@ -92,6 +92,7 @@ def tally(generation: int, disagreed: int, **changed: Any) -> Tally:
         "paces": 2.0, "paces_squared": 0.0404, "depths": 750.0, "depths_squared": 5700.0,
         "audited": 400, "disagreed": disagreed, "exits": {"12": 2000, "3": 1500, "6:int4": 500},
         "meter": "modelled: 3 W", "batches": 60, "joules": 3.0, "joules_squared": 0.16,
+        "points": 5, "point": 2, "moves": 3,
     }  # fmt: skip
     return Tally(generation=generation, **counts | changed)
 
@@ -153,7 +154,7 @@ def redis_gone(stage: Stage) -> None:
 STATES: list[tuple[Callable[[Stage], None], list[str], list[str]]] = [
     (no_release, ["no release", "head: none", "No worker reports.", "offramp publish"], ["Roll b"]),
     (stable_only, ["serving", "worker-0-ab", "head: generation 1", "50.0%", "not reported",
-      "6:int4</th><td>12.5%</td>", "3</th><td>37.5%</td>"],
+      "<td>2 of 5</td>", "6:int4</th><td>12.5%</td>", "3</th><td>37.5%</td>"],
      ["Canary</h2>", "Trips"]),
     (canary, ["canary", "serves 5% of the requests", "0.1% to 4.2%", "Take it to 25%",
               "seconds per token", "38% against generation 1",

@@ -61,6 +61,15 @@ def test_a_request_runs_at_its_point() -> None:
     assert request.snapshot.policy is other.snapshot.policy  # so they are asked together
 
 
+def test_a_release_that_moved_offers_the_same_points() -> None:
+    moved = replace(SERVED, policy=replace(POLICY, threshold=SAFE), setting=SAFE)
+    for served in (SERVED, moved):
+        picked = engine_of(served=served).submit(
+            [5], SAMPLING, kv_mode=Target(latency_budget_ms=EAGER_MS + 1e-6)
+        )
+        assert (picked.snapshot.setting, picked.snapshot.policy) == (EAGER, POLICY)
+
+
 def test_what_was_not_bounded_is_not_offered() -> None:
     fast = Target(latency_budget_ms=5)
     wants = replace(fast, quality=0.96)
