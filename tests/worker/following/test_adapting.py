@@ -38,7 +38,7 @@ ABOVE = 0.15
 PATIENCE = 40
 
 
-class Site:
+class MovingWorker:
     """A worker that may move, its engine, and what its requests did."""
 
     def __init__(self, bench: Bench, worker: PolicyRefresher) -> None:
@@ -81,49 +81,50 @@ def released(bench: Bench, **changes: Any) -> Head:
         p_value=0.001,
         parameter="threshold of margin",
     )
-    options = {"certificate": proof, "guardrails": {"adapt_above": ABOVE, "max_disagreement": 0.9}}
+    bounds = {"adapt_above": ABOVE, "max_disagreement": 0.9}
+    options: dict[str, Any] = {"certificate": proof, "guardrails": bounds}
     return bench.publisher.release(
         packed, model=MODEL, tokenizer=TOKENIZER, training={}, metrics={}, **options | changes
     )
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def moving(tmp_path: Path) -> Iterator[MovingWorker]:
     bench = Bench(InMemoryRegistry(), tmp_path)
     head = released(bench)
     bench.publisher.promote(head.generation)
     worker = bench.worker()
     worker.poll_once()
-    yield Site(bench, worker)
+    yield MovingWorker(bench, worker)
     worker.stop()
 
 
-def told(site: Site) -> tuple[int, int, int]:
+def told(moving: MovingWorker) -> tuple[int, int, int]:
     """At which point the registry says that the worker stands, of how many, and its moves."""
-    site.worker.poll_once()
-    [ack] = site.bench.registry.acks()
+    moving.worker.poll_once()
+    [ack] = moving.bench.registry.acks()
     assert isinstance(ack, Ack)
     [tally] = ack.tallies
     return tally.point, tally.points, tally.moves
 
 
-def test_traffic_that_disagrees_moves_it_to_safety_and_back(site: Site) -> None:
-    assert told(site) == (3, 3, 0)
-    pinned = site.engine.submit(CODE[0], replace(CALM, max_tokens=200))
-    site.until(SETTINGS[1], HOT)
-    assert told(site) == (2, 3, 1)
+def test_traffic_that_disagrees_moves_it_to_safety_and_back(moving: MovingWorker) -> None:
+    assert told(moving) == (3, 3, 0)
+    pinned = moving.engine.submit(CODE[0], replace(CALM, max_tokens=200))
+    moving.until(SETTINGS[1], HOT)
+    assert told(moving) == (2, 3, 1)
     assert (pinned.snapshot.setting, pinned.snapshot.policy) == (SETTINGS[2], POLICY)
-    site.until(SETTINGS[2], CALM)
-    assert told(site) == (3, 3, 2)
+    moving.until(SETTINGS[2], CALM)
+    assert told(moving) == (3, 3, 2)
     for seed in range(2):
-        site.round(CALM, seed)  # there is nothing faster that is certified
-    assert told(site) == (3, 3, 2)
-    site.finish(pinned)
+        moving.round(CALM, seed)  # there is nothing faster that is certified
+    assert told(moving) == (3, 3, 2)
+    moving.finish(pinned)
 
-    rows = [*site.rows.values()]
+    rows = [*moving.rows.values()]
     assert {row.request.snapshot.setting for row in rows} == set(SETTINGS[1:])
     again = AdaptiveEngine.from_pretrained(REFERENCE, slots=1)
-    for row in (site.rows[pinned.id], *rows[:2], *rows[-14:-12], *rows[-1:]):
+    for row in (moving.rows[pinned.id], *rows[:2], *rows[-14:-12], *rows[-1:]):
         request, setting = row.request, row.request.snapshot.setting
         assert setting is not None
         alone = PolicySnapshot(0, "", replace(POLICY, threshold=setting))
