@@ -94,9 +94,10 @@ def require_range(manifest: Manifest, policy: Policy) -> None:
     Raises:
         ConfigError: the certificate bounds fewer than two settings, or workers would trip first.
     """
-    above, most = manifest.bounds.adapt_above, manifest.bounds.max_disagreement
+    above = manifest.guardrails.get("adapt_above")
     if above is None:
         return
+    most = manifest.bounds.max_disagreement
     if len(certified_range(policy, manifest.certificate)) < 2:
         problem = "the policy has no two certified settings to move between"
         raise ConfigError("adapt_above", problem, "Calibrate its threshold, or leave it out")
