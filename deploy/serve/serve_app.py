@@ -40,6 +40,10 @@ AT_ONCE = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
 """Ray Serve would ask a worker that answers nothing to end, and wait as long as draining may take
 before the next one gets its place. Of a cluster that is joined, whoever starts Ray sets it."""
 
+FEW_ARENAS = ("MALLOC_ARENA_MAX", "2")
+"""Ray gives each process some forty threads, and glibc each of them a heap of its own, up to eight
+per core: what one frees another cannot use, and memory grows for hours though nothing is kept."""
+
 AS_URGENT = {"worker_niceness": 0}
 """Ray's processes would give way to all others of the machine, and wake up too late."""
 
@@ -151,6 +155,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
         os.environ.setdefault(AT_ONCE, "1")  # Ray's processes take it over
+        os.environ.setdefault(*FEW_ARENAS)
         options |= {
             "num_cpus": cpus,
             "include_dashboard": False,

@@ -6,6 +6,7 @@ One pool for all tests of this file, in this order: the last one stops it.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.deploy.http.metrics import REPORTED
+from offramp.deploy.serve.serve_app import FEW_ARENAS
 from support.pools.served_pool import (
     CAPACITY,
     PATIENCE_S,
@@ -154,6 +156,15 @@ def test_nothing_listens_where_other_machines_reach_it(pool: ServedPool) -> None
         if connection.status == psutil.CONN_LISTEN
     }
     assert open_at <= {"127.0.0.1", "::1"}
+
+
+def test_no_thread_has_a_heap_of_its_own_that_only_grows(pool: ServedPool) -> None:
+    name, arenas = FEW_ARENAS
+    named = pool.of_each(lambda each: "".join(each.cmdline()))
+    fronts = [each for each, words in named if "ray::Front" in words]
+    assert len(fronts) == 1
+    for each in (*fronts, *pool.workers()):
+        assert each.environ().get(name) == os.environ.get(name, arenas)
 
 
 def test_four_hundred_at_once_are_served_or_told_to_come_back(pool: ServedPool) -> None:
