@@ -12,7 +12,8 @@ and ``[DONE]``. The bare engine decodes the same prompts in this process, in tur
 
 Parts: *steady* (a token, the first token, and saturation, over the bare engine), *overload* (five
 times what the pool can do; 400 requests at once), *clients* (that hang up, send too much or too
-slowly).
+slowly), *lost* (workers, and then the pool, that are killed, frozen or told to stop under twelve
+streams).
 ``--soak`` instead asks a pool of two workers for half an hour, while policies are swapped every
 20 s, one client in ten leaves, and a worker is killed: what became of each request, and whether
 memory grows.
@@ -32,6 +33,7 @@ from typing import Annotated
 
 import typer
 from serving.bad_clients import disturbed, hang_ups
+from serving.lost_workers import STREAMS, lost_workers
 from serving.overload import crowded, overloaded
 from serving.serve_rows import ServeRow, keep_rows, show_rows
 from serving.served_process import free_port, served
@@ -40,7 +42,7 @@ from serving.steady_state import settle, steady
 
 from offramp.worker.spec import WorkerSpec, describe, freeze_heap, load_engine
 
-PARTS = ("steady", "overload", "clients")
+PARTS = ("steady", "overload", "clients", "lost")
 SLOTS, WAITING = 8, 8
 
 
@@ -64,6 +66,8 @@ def main(
         rows += measured_steady(quick)
     if "overload" in asked or "clients" in asked:
         rows += measured_trouble(quick, asked)
+    if "lost" in asked:
+        rows += measured_lost()
     show_rows(rows)
     if json_file is not None:
         conditions = {
@@ -112,6 +116,12 @@ def measured_trouble(quick: bool, asked: list[str]) -> list[ServeRow]:
             return rows
 
         return asyncio.run(work())
+
+
+def measured_lost() -> list[ServeRow]:
+    """Two workers, of which one alone has room for all streams."""
+    with served(replicas=2, slots=STREAMS) as server:
+        return asyncio.run(lost_workers(server))
 
 
 def soaked(seconds: float) -> list[ServeRow]:

@@ -14,7 +14,7 @@ import psutil
 from serving.serve_rows import ServeRow, row
 from serving.served_process import ServerProcess, fds, rss_mb
 from serving.steady_state import prompts
-from serving.stream_client import Streamed, asked
+from serving.stream_client import asked
 
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
@@ -88,7 +88,7 @@ class Soak:
             except TimeoutError:
                 self._ends["given up by the client"] += 1
                 continue
-            self._ends[_end_of(streamed)] += 1
+            self._ends[streamed.end] += 1
 
     async def _swap(self, end_s: float) -> None:
         while time.monotonic() < end_s:
@@ -131,11 +131,3 @@ class Soak:
                 label = f"soak: {name} grows by, from {held[0]:.0f} MiB on"
                 rows.append(row(label, STREAMS, slope, "MiB/min"))
         return rows
-
-
-def _end_of(streamed: Streamed) -> str:
-    if streamed.is_good:
-        return "whole"
-    if streamed.is_refused:
-        return "told to come back"
-    return "told of a failure" if streamed.is_told else "not accounted for"

@@ -73,6 +73,20 @@ class Streamed:
         return is_error and (self.is_done or self.status != 200)
 
     @property
+    def end(self) -> str:
+        """What became of it, in words."""
+        if self.is_good:
+            return "whole"
+        if self.is_refused:
+            return "told to come back"
+        return "told of a failure" if self.is_told else "not accounted for"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of its body came."""
+        return bool(self._came)
+
+    @property
     def gaps_s(self) -> list[float]:
         """Seconds between neighbouring tokens."""
         return [

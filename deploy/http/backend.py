@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from offramp.controller.errors import DecodeFailedError
@@ -11,6 +13,7 @@ from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
+from offramp.worker.engine.service import EngineService
 
 Tokens = list[tuple[int, TokenEvent]]
 """Events that came together, each with the index of the choice that it belongs to."""
@@ -90,3 +93,116 @@ class Backend(Protocol):
     def reports(self) -> Sequence[dict[str, Any]]:
         """What each worker said of itself last, the latest at the end."""
         ...
+
+
+class Embedded(Protocol):
+    """The least that can be served: an engine's service, and what clients are to call its model.
+
+    A further attribute ``api_key``, if there is one that is not None, is asked of clients.
+
+    Attributes:
+        model_id: Name that clients ask for.
+        service: Decodes; it has been started.
+    """
+
+    model_id: str
+    service: EngineService
+
+
+class EngineBackend:
+    """What decodes in this very process, without Ray or Redis: for apps that embed the routes.
+
+    Args:
+        model_id: Name that clients ask for.
+        service: Decodes; start it before the first request.
+        clients: Tells clients by their keys; by default no key is asked for.
+    """
+
+    def __init__(
+        self, model_id: str, service: EngineService, clients: ClientKeys | None = None
+    ) -> None:
+        self.model_id = model_id
+        self.service = service
+        self.clients = clients or ClientKeys()
+        self.started_at = int(time.time())
+        self.layers: int = service.engine.stack.layers
+
+    @classmethod
+    def of(cls, embedded: Embedded) -> EngineBackend:
+        """Serve what has a service."""
+        keys = ClientKeys(shared=getattr(embedded, "api_key", None))
+        return cls(embedded.model_id, embedded.service, keys)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.service.engine.tokenizer
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Encodes prompts with it."""
+        return self.service.engine.encoder
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of a request, those of its prompt included."""
+        engine = self.service.engine
+        return min(engine.stack.context, engine.row_tokens)
+
+    async def submit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        kv_mode: KVWish | None,
+        prefill: Prefill | None,
+        request_id: str,
+        cache_salt: str,
+    ) -> AsyncIterator[Tokens]:
+        """Queue requests; see ``Backend``."""
+        requests, events = await self.service.submit_all(
+            prompts,
+            sampling,
+            kv_mode=kv_mode,
+            prefill=prefill,
+            split_by=request_id,
+            cache_salt=cache_salt,
+        )
+        return _placed({request.id: place for place, request in enumerate(requests)}, events)
+
+    def trouble(self) -> str | None:
+        """Why it can make no tokens now."""
+        return None if self.service.is_healthy else "stuck"
+
+    def load(self) -> tuple[int, int]:
+        """Requests under way, and how many may be."""
+        engine = self.service.engine
+        return sum(engine.load), engine.kv.slots + self.service.max_waiting
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the engine runs, in the words of a pool's workers."""
+        snapshot = self.service.engine.current_policy()
+        running, waiting = self.service.engine.load
+        tally = snapshot.watch.tally if snapshot.watch else None
+        return [
+            {
+                "worker": "worker-0",
+                "running": running,
+                "waiting": waiting,
+                "generation": snapshot.generation,
+                "digest": snapshot.digest,
+                "guarantee": snapshot.guarantee,
+                "state": "ACK",
+                "audited": tally.audited if tally else 0,
+                "disagreed": tally.disagreed if tally else 0,
+                **dict.fromkeys(("stale_s", "trips", "kept", "moved", "point", "moves"), 0),
+            }
+        ]
+
+
+async def _placed(
+    places: dict[str, int], events: AsyncIterator[TokenEvent]
+) -> AsyncIterator[Tokens]:
+    async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+        async for event in events:
+            yield [(places[event.request_id], event)]

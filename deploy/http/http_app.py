@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -11,7 +11,7 @@ from fastapi.telemetry import TelemetryConfig
 
 from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import AccessLog
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Backend, Embedded, EngineBackend
 from offramp.deploy.http.error_replies import add_error_handlers
 from offramp.deploy.http.gate import Gate
 from offramp.deploy.http.generation import Generation
@@ -47,7 +47,7 @@ NO_SPANS: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
 def create_app(
-    backend: Backend,
+    backend: Backend | Embedded,
     limits: HttpLimits = DEFAULT_LIMITS,
     access_log: Path | None = None,
     spans: Spans | None = None,
@@ -55,11 +55,12 @@ def create_app(
     """Build the app over a backend.
 
     Args:
-        backend: What decodes.
+        backend: What decodes; of what is no backend but has a service, that.
         limits: How much and how long a client may ask.
         access_log: File that gets a line of JSON per request.
         spans: Makes a span of each request that makes tokens.
     """
+    backend = _decoding(backend)
     app = FastAPI(
         title="offramp", docs_url=None, redoc_url=None, responses=ERRORS, telemetry=NO_SPANS
     )
@@ -83,3 +84,8 @@ def create_app(
         return await generation.converse(body, request)
 
     return app
+
+
+def _decoding(given: Backend | Embedded) -> Backend:
+    # Not by its type: that would ask a pool that is yet to start for its properties.
+    return cast("Backend", given) if hasattr(given, "submit_all") else EngineBackend.of(given)

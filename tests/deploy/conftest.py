@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,10 @@ from fastapi import FastAPI
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.cli.main import main
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.deploy.http.backend import Tokens
+from offramp.deploy.http.backend import EngineBackend
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine
-from offramp.worker.decoding.prompting.prompt_exits import Prefill
-from offramp.worker.decoding.request import KVWish, PolicySnapshot
-from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.encoding import PromptEncoder
+from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.service import EngineService
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
@@ -34,68 +30,12 @@ PATIENCE_S = 60.0
 Ask = Callable[[FastAPI, Callable[[httpx.AsyncClient], Awaitable[Any]]], Any]
 
 
-class StandIn:
+class StandIn(EngineBackend):
     """What the routes need of a worker, without Ray or Redis."""
 
-    model_id = "reference"
-    started_at = 1_800_000_000
-
     def __init__(self, service: EngineService, api_key: str | None = None) -> None:
-        self.service = service
-        self.clients = ClientKeys(shared=api_key)
-        self.layers: int = service.engine.stack.layers
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.service.engine.tokenizer
-
-    @property
-    def encoder(self) -> PromptEncoder:
-        return self.service.engine.encoder
-
-    @property
-    def most_tokens(self) -> int:
-        engine = self.service.engine
-        return min(engine.stack.context, engine.row_tokens)
-
-    async def submit_all(
-        self,
-        prompts: Any,
-        sampling: SamplingParams,
-        *,
-        kv_mode: KVWish | None,
-        request_id: str,
-        cache_salt: str,
-        prefill: Prefill | None,
-    ) -> AsyncIterator[Tokens]:
-        requests, events = await self.service.submit_all(
-            prompts,
-            sampling,
-            kv_mode=kv_mode,
-            prefill=prefill,
-            split_by=request_id,
-            cache_salt=cache_salt,
-        )
-        return self._placed([request.id for request in requests], events)
-
-    async def _placed(self, ids: list[str], events: Any) -> AsyncIterator[Tokens]:
-        async with aclosing(events):
-            async for event in events:
-                yield [(ids.index(event.request_id), event)]
-
-    def trouble(self) -> str | None:
-        return None if self.service.is_healthy else "stuck"
-
-    def load(self) -> tuple[int, int]:
-        engine = self.service.engine
-        return sum(engine.load), engine.kv.slots + self.service.max_waiting
-
-    def reports(self) -> list[dict[str, Any]]:
-        running, waiting = self.service.engine.load
-        policy = {"generation": 7, "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
-        numbers = {"stale_s": 0.0, "trips": 0, "audited": 0, "disagreed": 0, "kept": 0, "moved": 0}
-        numbers |= {"point": 0, "moves": 0}
-        return [{"worker": "worker-0", "running": running, "waiting": waiting, **policy, **numbers}]
+        super().__init__("reference", service, ClientKeys(shared=api_key))
+        self.started_at = 1_800_000_000
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,7 @@ R = L·2·G·H stacked output rows, r rank.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from offramp.controller.errors import ModelError
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight
-from offramp.worker.model.products import Product, can_pack
+from offramp.worker.model.products import Product, RecentProducts, can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 
@@ -69,22 +67,6 @@ UNMAPPED = KVMap()
 """Every skipped layer is filled as if the exit's state had reached it unchanged."""
 
 
-UNUSED_S = 60.0
-"""Weights of an exit that nothing left by for so long are forgotten when another exit's are packed.
-
-Each is a copy of all layers behind its exit: a worker that is given policy after policy would hold
-one for every exit that any of them ever named.
-"""
-
-
-@dataclass(slots=True)
-class ExitProduct:
-    """A packed product, and when something was filled through it last (time.monotonic)."""
-
-    product: Product
-    used_s: float = 0.0
-
-
 class KVProjector:
     """The ``project`` mode of the cache: what each skipped layer would have stored, had the
     hidden state reached it unchanged (Schuster et al. 2022, CALM, section 3.2, state propagation),
@@ -110,7 +92,7 @@ class KVProjector:
         self.bias_R = _stacked_bias(weights, stack.dtype)
         self._stack = stack
         # Of a map that no request is filled through any more they go with it.
-        self._products: WeakKeyDictionary[KVMap, dict[int, ExitProduct]] = WeakKeyDictionary()
+        self._products: WeakKeyDictionary[KVMap, RecentProducts] = WeakKeyDictionary()
         self.key_norm_LH = _stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
@@ -141,18 +123,9 @@ class KVProjector:
     def _linear(self, first_layer: int, kv_map: KVMap) -> Product:
         """The product with the weights from a layer on; packed for each exit that occurs."""
         exit_map = kv_map.by_exit.get(first_layer)
-        kept = self._products.setdefault(UNMAPPED if exit_map is None else kv_map, {})
-        if first_layer not in kept:
-            self._forget_unused()
-            kept[first_layer] = ExitProduct(_product(*self._stacked(first_layer, exit_map)))
-        kept[first_layer].used_s = time.monotonic()
-        return kept[first_layer].product
-
-    def _forget_unused(self) -> None:
-        oldest_s = time.monotonic() - UNUSED_S
-        for kept in self._products.values():
-            for layer in [layer for layer, each in kept.items() if each.used_s < oldest_s]:
-                del kept[layer]
+        owner = UNMAPPED if exit_map is None else kv_map
+        kept = self._products.setdefault(owner, RecentProducts())
+        return kept.get(first_layer, lambda: _product(*self._stacked(first_layer, exit_map)))
 
     def _stacked(self, first_layer: int, exit_map: ExitMap | None) -> tuple[Tensor, Tensor | None]:
         """Weights and biases of the layers from one on, a map folded in."""

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +29,9 @@ Product = Callable[[Tensor], Tensor]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows at which kernels are compared, until the one for many rows wins."""
+
+UNUSED_S = 60.0
+"""Products that nobody asked for in so long are forgotten when another is made."""
 
 PAIRS = 9
 """Runs of each kernel at each size, in turns."""
@@ -139,3 +143,35 @@ def _keep(known: dict[str, int]) -> None:
     known |= _read()
     with contextlib.suppress(OSError):  # without a folder, each process measures for itself
         write_durably(choices_file(), json.dumps(known, indent=1, sort_keys=True).encode())
+
+
+@dataclass(slots=True)
+class KeptProduct:
+    """A product, and when it was asked for last, by ``time.monotonic``."""
+
+    product: Product
+    used_s: float
+
+
+class RecentProducts:
+    """Products by number, each made when it is first asked for.
+
+    Those that nobody asked for in ``UNUSED_S`` go when another is made: the fill has one for each
+    exit, a copy of all layers behind it, and a worker that is given policy after policy would hold
+    one for every exit that any of them ever named.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, KeptProduct] = {}
+
+    def get(self, number: int, make: Callable[[], Product]) -> Product:
+        """The product of a number."""
+        now_s = time.monotonic()
+        if number not in self._kept:
+            recent = {
+                each: kept for each, kept in self._kept.items() if kept.used_s >= now_s - UNUSED_S
+            }
+            self._kept = {**recent, number: KeptProduct(make(), now_s)}
+        kept = self._kept[number]
+        kept.used_s = now_s
+        return kept.product

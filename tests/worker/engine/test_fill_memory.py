@@ -9,7 +9,7 @@ import pytest
 
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
-from offramp.worker.model.fill import UNUSED_S, ExitProduct
+from offramp.worker.model.products import UNUSED_S, KeptProduct
 from support.models import LAYERS, make_model
 
 PROMPT = [5, 17, 33, 2, 41]
@@ -19,7 +19,7 @@ PROMPT = [5, 17, 33, 2, 41]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Seconds by the fill's clock, to be changed."""
     now_s = [1000.0]
-    monkeypatch.setattr("offramp.worker.model.fill.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("offramp.worker.model.products.time.monotonic", lambda: now_s[0])
     yield now_s
     monkeypatch.undo()
 
@@ -34,7 +34,7 @@ def leave(engine: AdaptiveEngine, layer: int) -> list[int]:
 
 def packed() -> int:
     gc.collect()
-    return sum(isinstance(each, ExitProduct) for each in gc.get_objects())
+    return sum(isinstance(each, KeptProduct) for each in gc.get_objects())
 
 
 def test_weights_of_exits_go_once_nothing_leaves_there(clock: list[float]) -> None:

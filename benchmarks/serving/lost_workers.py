@@ -1,0 +1,96 @@
+"""Workers that are killed, frozen or told to stop under twelve streams, and then the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from contextlib import suppress
+
+import psutil
+from serving.serve_rows import ServeRow, row
+from serving.served_process import STOPPED_IN_S, ServerProcess
+from serving.steady_state import prompts
+from serving.stream_client import Streamed, asked
+
+STREAMS = 12
+TOKENS = 400
+REPLACED_IN_S = 120.0
+
+SIGNALS = {
+    "a worker killed": signal.SIGKILL,
+    "a worker frozen": signal.SIGSTOP,
+    "a worker told to stop": signal.SIGTERM,
+}
+
+
+async def lost_workers(server: ServerProcess) -> list[ServeRow]:
+    """Rows of a pool of two that loses one worker after the other, and is then stopped itself.
+
+    To roll out anew is the last of these: another pool takes new requests, and the old one drains.
+    """
+    rows = []
+    for what, number in SIGNALS.items():
+        await server.idle(workers=2)
+        found, streaming = await _begun(server)
+        victim = server.workers()[0]  # of so many streams each worker has some
+        victim.send_signal(number)
+        rows += [*_rows(what, found, await streaming), await _replaced(server, what, victim)]
+    await server.idle(workers=2)
+    found, streaming = await _begun(server)
+    server.process.send_signal(signal.SIGTERM)
+    rows += _rows("the pool told to stop", found, await streaming)
+    status = await asyncio.to_thread(server.process.wait, STOPPED_IN_S)
+    return [*rows, row("the pool told to stop: exit status", STREAMS, status, "status")]
+
+
+async def _begun(server: ServerProcess) -> tuple[list[Streamed], asyncio.Future[float]]:
+    """Streams that have all sent something, and the seconds until the last has ended."""
+    found = [Streamed(TOKENS) for _ in range(STREAMS)]
+
+    async def follow(number: int) -> None:
+        body = asked(prompts(1, seed=number)[0], TOKENS)
+        await server.client.follow(found[number], body, *await server.client.connect())
+
+    async def ended() -> float:
+        await asyncio.gather(*following)
+        return loop.time() - began_s
+
+    loop = asyncio.get_running_loop()
+    following = [asyncio.ensure_future(follow(number)) for number in range(STREAMS)]
+    while not all(each.has_begun or each.ended_s for each in found):
+        await asyncio.sleep(0.01)
+    began_s = loop.time()
+    return found, asyncio.ensure_future(ended())
+
+
+def _rows(what: str, found: list[Streamed], took_s: float) -> list[ServeRow]:
+    kinds = ("whole", "told of a failure", "not accounted for")
+    ends = Counter(each.end for each in found)
+    return [
+        *(
+            row(f"{what}: streams {kind}", STREAMS, ends[kind], "streams", STREAMS)
+            for kind in kinds
+        ),
+        row(f"{what}: the last stream has ended after", STREAMS, took_s, "s"),
+    ]
+
+
+async def _replaced(server: ServerProcess, what: str, victim: psutil.Process) -> ServeRow:
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    while loop.time() - began_s < REPLACED_IN_S and len(_serving(server, victim)) < 2:
+        await asyncio.sleep(0.1)
+    waited_s = loop.time() - began_s
+    took_s = waited_s if waited_s < REPLACED_IN_S else float("nan")
+    return row(f"{what}: after that, two workers again after", STREAMS, took_s, "s")
+
+
+def _serving(server: ServerProcess, victim: psutil.Process) -> list[psutil.Process]:
+    """Workers that have loaded their model; Ray names each by what it does."""
+    found = []
+    for each in server.workers():
+        with suppress(psutil.Error):
+            if each.pid != victim.pid and "__init__" not in "".join(each.cmdline()):
+                found.append(each)
+    return found
