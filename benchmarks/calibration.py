@@ -33,8 +33,8 @@ from offramp.agents.calibration.fixed_sequence import (
 )
 from offramp.agents.calibration.losses import LossSource, OnPolicy, Replayed
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
-from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.release.certificate import Method
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import WorkerSpec, load_engine
 

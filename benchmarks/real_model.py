@@ -51,11 +51,11 @@ from shared.prompt_texts import HELD_OUT, TEXTS, chat_prompt, questions_of
 from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
-from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.costs.cost_file import from_json, to_json
 from offramp.controller.features import IntArray
 from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.protocols import NeverExit
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.research.draft_rules import static_grid
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision
 from offramp.worker.profiling.profile import describe_machine

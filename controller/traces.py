@@ -1,6 +1,7 @@
 """What a worker records and an environment replays: one row per token, columns by exit.
 
-Shape suffixes: T tokens, E exits, F feature columns, S = 3 softmax columns, D model width.
+Shape suffixes: T tokens, E exits, F feature columns, S = 3 softmax columns, D model width,
+C = 2 + E tokens of a row.
 """
 
 from __future__ import annotations
@@ -109,6 +110,22 @@ class TraceChunk:
         """The tokens from position ``first`` on."""
         kept = {n: getattr(self, n) for n in PER_TOKEN if getattr(self, n) is not None}
         return replace(self, **{name: values[first:] for name, values in kept.items()})
+
+    def without_text(self) -> TraceChunk:
+        """The same, with each row's tokens numbered anew, the full-depth one as 0.
+
+        Which of them are equal is all that training asks, and stays; which they are is gone, and
+        with it the text.
+        """
+        columns = (self.full_token_T[:, None], self.next_token_T[:, None], self.exit_token_TE)
+        token_TC = np.concatenate(columns, axis=1)
+        first_TC = (token_TC[:, :, None] == token_TC[:, None, :]).argmax(axis=2).astype(np.int32)
+        return replace(
+            self,
+            full_token_T=first_TC[:, 0],
+            next_token_T=first_TC[:, 1],
+            exit_token_TE=first_TC[:, 2:],
+        )
 
 
 def _check_wide(name: str, values: NDArray[Any], tokens: int, exits: int) -> None:

@@ -1,13 +1,15 @@
-"""What a worker process loads, how it loads it, and what the loaded model says of itself."""
+"""What a worker process loads, keeps, and how it loads; what the loaded model says of itself."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from offramp.controller.errors import ConfigError
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 
@@ -31,6 +33,33 @@ class WorkerSpec:
     threads: int = 1
     slots: int = 8
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficConfig:
+    """What workers keep of live traffic.
+
+    Attributes:
+        folder: Where each worker has a folder of its own, named as it is.
+        most_mb: Most MiB of one worker's chunks; beyond it the oldest give way.
+        time_share: Most of a worker's time that recording may take, in (0, 1).
+        keep_text: Whether tokens stay what they are, prompts included; else only which of a
+            position's tokens are equal is kept, and nothing of prompts.
+
+    Raises:
+        ConfigError: a number outside its range.
+    """
+
+    folder: Path
+    most_mb: float = 64.0
+    time_share: float = 0.02
+    keep_text: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.most_mb > 0:
+            raise ConfigError("traffic_mb", f"{self.most_mb} is no room", "Give MiB")
+        if not 0 < self.time_share < 1:
+            raise ConfigError("traffic_share", f"{self.time_share} is not in (0, 1)")
 
 
 def load_engine(spec: WorkerSpec) -> AdaptiveEngine:

@@ -24,19 +24,14 @@ from offramp.agents.recording.record_config import (
     require_exits,
 )
 from offramp.agents.recording.recording import TextWindow, begin, begun_store, forget_if_empty
-from offramp.agents.recording.training_data import (
-    COSTS,
-    has_begun,
-    is_whole,
-    load_candidates,
-    save_facts,
-)
+from offramp.agents.recording.training_data import COSTS, has_begun, is_whole, save_facts
 from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.loading import check_model, layers_and_vocab, load_tokenizer
 from offramp.worker.probes.candidates.successors import successor_table

@@ -15,15 +15,11 @@ import numpy as np
 
 from offramp.agents.recording.documents import Document
 from offramp.agents.recording.own_text import OWN_TEXT
-from offramp.agents.recording.training_data import (
-    BEGUN,
-    has_begun,
-    load_candidates,
-    save_candidates,
-)
+from offramp.agents.recording.training_data import BEGUN, has_begun
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
 from offramp.controller.traces import TraceHeader
+from offramp.envs.traces.candidate_file import load_candidates, save_candidates
 from offramp.envs.traces.store import MANIFEST, TraceStore, write_traces
 
 

@@ -5,19 +5,15 @@ Shape suffixes: V vocabulary, K candidates.
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
 
 from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import TraceError
 from offramp.controller.features import IntArray
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.envs.traces.store import TraceStore, write_traces
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.spec import ModelFacts
@@ -25,7 +21,6 @@ from offramp.worker.spec import ModelFacts
 COSTS = "costs.json"
 """Measured when all is recorded: its presence says that a recording was carried to its end."""
 FACTS = "model.json"
-CANDIDATES = "candidates.npy"
 BEGUN = "recording.json"
 """The settings a recording began with: written first, and held to when it goes on."""
 
@@ -96,13 +91,6 @@ def save_facts(folder: Path, facts: ModelFacts) -> None:
     write_traces(folder / FACTS, json.dumps(asdict(facts), indent=1).encode())
 
 
-def save_candidates(folder: Path, candidates_VK: IntArray) -> None:
-    """Write a candidate table beside the traces."""
-    buffer = io.BytesIO()
-    np.save(buffer, candidates_VK, allow_pickle=False)
-    write_traces(folder / CANDIDATES, buffer.getvalue())
-
-
 def _load_facts(path: Path) -> ModelFacts:
     try:
         return ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
@@ -110,28 +98,3 @@ def _load_facts(path: Path) -> ModelFacts:
         raise TraceError(
             str(path), f"is unreadable ({error})", "Record the traces again"
         ) from error
-
-
-def load_candidates(folder: Path) -> IntArray:
-    """The candidate table of a recording.
-
-    Raises:
-        TraceError: it is missing or damaged.
-    """
-    path = folder / CANDIDATES
-    try:
-        table: Any = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise TraceError(
-            str(path), f"is no readable candidate table ({error})", "Record the traces again"
-        ) from error
-    if not isinstance(table, np.ndarray):
-        raise TraceError(str(path), "is an archive of arrays, not one", "Record the traces again")
-    if table.ndim != 2 or table.dtype != np.int32:
-        raise TraceError(
-            str(path),
-            f"holds {table.dtype} of shape {table.shape}, not int32 [V, K]",
-            "Record the traces again",
-        )
-    found: IntArray = table
-    return found

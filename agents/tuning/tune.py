@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from offramp.agents.recording.own_text import only_texts
-from offramp.agents.recording.training_data import save_candidates
 from offramp.agents.tuning.distil import (
     Trainable,
     TrainableLayer,
@@ -33,6 +32,7 @@ from offramp.agents.tuning.texts import chosen_documents, read_texts
 from offramp.agents.tuning.tune_checkpoint import TuneCheckpoint
 from offramp.agents.tuning.tune_config import OnTuning, TuneConfig, require_exits, require_fit
 from offramp.controller.errors import ConfigError
+from offramp.envs.traces.candidate_file import save_candidates
 from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (

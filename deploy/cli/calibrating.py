@@ -37,7 +37,6 @@ from offramp.agents.calibration.losses import (
 from offramp.agents.calibration.pick import Picked, load_rows, parse_wish, pick
 from offramp.agents.calibration.setting_families import SettingFamily, family_of, load_points
 from offramp.agents.placing.contenders import CHOSEN
-from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.adapters.adapter_folder import keep_adapters, kept_in
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
@@ -46,6 +45,7 @@ from offramp.controller.release.certificate import Walked
 from offramp.deploy.cli import options
 from offramp.deploy.cli.classifying import Data, Heads, LabelSource, require_unused
 from offramp.deploy.cli.console import console, say
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.spec import WorkerSpec, load_engine
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from offramp.agents.recording.training_data import load_candidates
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.pace import FREE_GROWTH, knee_of
 from offramp.controller.costs.table import CostTable
@@ -18,6 +17,7 @@ from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import costs_table, spans_table
 from offramp.deploy.serve.settings import Settings
+from offramp.envs.traces.candidate_file import load_candidates
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.model.precision import Precision

@@ -32,7 +32,7 @@ from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
-from offramp.worker.spec import WorkerSpec
+from offramp.worker.spec import TrafficConfig, WorkerSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -197,10 +197,23 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
         "max_adapter_mb": settings.max_adapter_mb,
         "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
         "state_dir": (settings.home / "workers").resolve(),
+        "traffic": _kept_traffic(settings),
         "access_log": settings.access_log and settings.access_log.resolve(),
         "otlp_endpoint": settings.otlp_endpoint,
         "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
     }
+
+
+def _kept_traffic(settings: Settings) -> TrafficConfig | None:
+    """What the environment says that workers keep; None: nothing."""
+    if settings.traffic is None:
+        return None
+    return TrafficConfig(
+        folder=(settings.traffic / settings.channel).resolve(),
+        most_mb=settings.traffic_mb,
+        time_share=settings.traffic_share,
+        keep_text=settings.traffic_text,
+    )
 
 
 def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:

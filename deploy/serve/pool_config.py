@@ -10,7 +10,7 @@ from offramp.controller.errors import ConfigError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.serve.log_lines import FORMATS
-from offramp.worker.spec import WorkerSpec
+from offramp.worker.spec import TrafficConfig, WorkerSpec
 
 APP = "offramp"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -34,6 +34,7 @@ class PoolConfig:
         max_adapter_mb: Most MiB of adapters that a release may bring.
         poll_s: Seconds between polls of the registry when no event wakes a worker.
         cpus: Cores that Ray sets aside per replica.
+        traffic: What workers keep of live traffic; None: nothing.
         limits: Bounds on clients and their requests.
         access_log: File that gets a line of JSON per request; None: nowhere.
         otlp_endpoint: Where spans of requests are sent, as OTLP over HTTP; None: nowhere.
@@ -57,6 +58,7 @@ class PoolConfig:
     max_adapter_mb: float = MAX_ADAPTER_MB
     poll_s: float = 5.0
     cpus: float = 1.0
+    traffic: TrafficConfig | None = None
     limits: HttpLimits = field(default_factory=HttpLimits)
     access_log: Path | None = None
     otlp_endpoint: str | None = None

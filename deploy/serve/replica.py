@@ -123,10 +123,16 @@ class ServedWorker:
         )
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
+        self._traffic: Any = None
+        if config.traffic is not None:
+            # Others need nothing of what records and stores: it is not even loaded.
+            from offramp.deploy.serve.traffic_keeping import KeptTraffic
+
+            self._traffic = KeptTraffic(engine, config.traffic, self.worker_id)
         self.service = EngineService(
             engine,
             max_waiting=config.max_waiting,
-            after_step=self._wire.flush,
+            after_step=self._after_step,
             around=TrackMeter(engine, serving_source(engine), self.refresher.watches),
         )
         freeze_heap()
@@ -175,6 +181,11 @@ class ServedWorker:
         finally:
             self.service.give_up(requests)
 
+    def _after_step(self) -> None:
+        self._wire.flush()  # first: whoever waits for a token does not wait for what comes next
+        if self._traffic is not None:
+            self._traffic.work()
+
     async def most_tokens(self) -> tuple[int, int]:
         """Tokens of the context, and most tokens of a request."""
         engine = self.service.engine
@@ -196,7 +207,8 @@ class ServedWorker:
     def report(self) -> dict[str, Any]:
         """What this worker runs, and how it is.
 
-        ``unreported`` says why the registry could not be told of it; "" if it was.
+        ``unreported`` says why the registry could not be told of it; "" if it was. ``traffic``
+        counts what was recorded of live traffic, None if nothing is to be.
         """
         engine, refresher = self.service.engine, self.refresher
         policy = describe_policy(self.worker_id, refresher.current, refresher.report, engine)
@@ -208,6 +220,7 @@ class ServedWorker:
             "waiting": waiting,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
+            "traffic": self._traffic and self._traffic.counts(),
         }
 
 

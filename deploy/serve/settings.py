@@ -38,6 +38,12 @@ class Settings(BaseModel):
             as OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; needs the extra ``otel``.
         max_adapter_mb: OFFRAMP_MAX_ADAPTER_MB: most MiB of adapters that are published, or that a
             worker fetches with a release.
+        traffic: OFFRAMP_TRAFFIC: folder where workers keep traces of live traffic, and ``learn``
+            finds them; unset keeps none. On several machines it must be one that they share.
+        traffic_mb: OFFRAMP_TRAFFIC_MB: most MiB that each worker keeps; the oldest give way.
+        traffic_share: OFFRAMP_TRAFFIC_SHARE: most of a worker's time that recording may take.
+        traffic_text: OFFRAMP_TRAFFIC_TEXT: true keeps the text, prompts included, as token ids;
+            without, no text is kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +58,10 @@ class Settings(BaseModel):
     access_log: Path | None = None
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[!-~]+$")
     max_adapter_mb: float = Field(default=MAX_ADAPTER_MB, gt=0, allow_inf_nan=False)
+    traffic: Path | None = None
+    traffic_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    traffic_share: float = Field(default=0.02, gt=0, lt=1)
+    traffic_text: bool = False
 
     @field_validator("redis_url")
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
@@ -122,7 +121,7 @@ class TraceStore:
         content = encode(chunk, self.header)
         digest = hashlib.sha256(content).hexdigest()
         entry = ChunkEntry(
-            name=f"{len(self.chunks):06d}-{digest[:12]}.parquet",
+            name=f"{self._next_number():06d}-{digest[:12]}.parquet",
             rows=len(chunk),
             document=chunk.document,
             sha256=digest,
@@ -130,6 +129,17 @@ class TraceStore:
         )
         write_traces(self.folder / entry.name, content)
         self._commit(self._manifest.model_copy(update={"chunks": (*self.chunks, entry)}))
+
+    def drop(self, count: int) -> None:
+        """Forget the oldest chunks: the manifest first, so that readers miss no listed file.
+
+        Raises:
+            TraceError: the manifest cannot be written, and the store is as before.
+        """
+        gone, kept = self.chunks[:count], self.chunks[count:]
+        self._commit(self._manifest.model_copy(update={"chunks": kept}))
+        for entry in gone:
+            (self.folder / entry.name).unlink(missing_ok=True)
 
     def read(self, split: str | None = None) -> TokenTraces:
         """All tokens of a split; None reads every split.
@@ -145,7 +155,7 @@ class TraceStore:
                 f"holds no chunk of split {split!r} (it has {held})" if held else "holds no chunk",
                 "Record some documents first",
             )
-        return TokenTraces.from_chunks(self.header, self._load(entries))
+        return TokenTraces.from_chunks(self.header, map(self.load, entries))
 
     def verify(self) -> None:
         """Read every chunk and check it.
@@ -153,14 +163,21 @@ class TraceStore:
         Raises:
             TraceError: a chunk is missing or damaged.
         """
-        for _ in self._load(self.chunks):
-            pass
+        for entry in self.chunks:
+            self.load(entry)
 
-    def _load(self, entries: Iterable[ChunkEntry]) -> Iterable[TraceChunk]:
-        for entry in entries:
-            path = self.folder / entry.name
-            content = _read_checked(path, entry.sha256)
-            yield _decode_named(path, content, self.header, entry)
+    def load(self, entry: ChunkEntry) -> TraceChunk:
+        """One chunk of the manifest.
+
+        Raises:
+            TraceError: it is missing or damaged.
+        """
+        path = self.folder / entry.name
+        return _decode_named(path, _read_checked(path, entry.sha256), self.header, entry)
+
+    def _next_number(self) -> int:
+        """One more than the newest chunk's, whatever was dropped before it."""
+        return int(self.chunks[-1].name.split("-")[0]) + 1 if self.chunks else 0
 
     def _commit(self, manifest: StoreManifest) -> None:
         content = manifest.model_dump_json(indent=1).encode()

@@ -17,7 +17,6 @@ from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.protocol import AssessConfig
 from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import load_corpus
-from offramp.agents.recording.training_data import save_candidates
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
@@ -26,6 +25,7 @@ from offramp.deploy.cli.calibrating import NOTHING_CERTIFIED
 from offramp.deploy.cli.evaluating import save_assessment
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.replica import describe_policy
+from offramp.envs.traces.candidate_file import save_candidates
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 

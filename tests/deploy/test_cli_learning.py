@@ -14,7 +14,7 @@ import torch
 
 from offramp.agents.placing.contenders import load_contenders
 from offramp.agents.recording.corpus import SPLIT, load_corpus, write_split
-from offramp.agents.recording.training_data import load_training_data, save_candidates, save_facts
+from offramp.agents.recording.training_data import load_training_data, save_facts
 from offramp.controller.adapters.adapter_folder import keep_adapters, kept_in, read_description
 from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.costs.cost_file import save_costs
@@ -28,6 +28,7 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
 from offramp.deploy.serve.publishing import adapters_beside
+from offramp.envs.traces.candidate_file import save_candidates
 from offramp.envs.traces.store import TraceStore
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
 from offramp.worker.model.loading import load_model, model_fingerprint

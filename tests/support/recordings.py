@@ -12,10 +12,11 @@ import torch
 
 from offramp.agents.recording.corpus import load_corpus, tokenize
 from offramp.agents.recording.documents import Document
-from offramp.agents.recording.training_data import COSTS, save_candidates, save_facts
+from offramp.agents.recording.training_data import COSTS, save_facts
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceChunk, TraceHeader
+from offramp.envs.traces.candidate_file import save_candidates
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.loading import load_model, model_fingerprint
 from offramp.worker.probes.candidates.successors import successor_table

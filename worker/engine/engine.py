@@ -239,6 +239,10 @@ class AdaptiveEngine(EngineCore):
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
         return adapters
 
+    def tell_ends(self, to: Callable[[Sequence], object]) -> None:
+        """Have someone told, within the step, of each request that ends by itself; not to raise."""
+        self._roster.on_end = to
+
     def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
         """See the core; adapters that are to join wait for its end."""
         with self.adapters.turn:

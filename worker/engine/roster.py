@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.worker.decoding.request import Request
@@ -28,11 +29,15 @@ class Roster:
     Args:
         kv: The cache whose slots are given out.
         stack: The model, as a stack of layers.
+
+    Attributes:
+        on_end: Is told of each row that ended by itself, and did not fail, before its slot is free.
     """
 
     def __init__(self, kv: SlotKV, stack: LayerStack) -> None:
         self.kv = kv
         self.stack = stack
+        self.on_end: Callable[[Sequence], object] = lambda _: None
         self.waiting: deque[Request] = deque()
         self.rows: list[Sequence] = []
 
@@ -86,6 +91,8 @@ class Roster:
 
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
+        if row.is_finished and row.error is None:
+            self.on_end(row)
         row.last_group = None  # which names the row again: a cycle would await garbage collection
         last = self.rows.pop()
         self.kv.clear(row.slot)

@@ -15,10 +15,10 @@ import torch
 from offramp.agents.calibration.pick import EVALUATION, load_rows
 from offramp.agents.placing.contenders import INDEX, load_contenders
 from offramp.agents.recording.corpus import SPLIT, recorded_digests
-from offramp.agents.recording.training_data import CANDIDATES, load_candidates
 from offramp.controller.adapters.adapter_folder import DESCRIPTION
 from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.errors import FieldError
+from offramp.envs.traces.candidate_file import CANDIDATES, load_candidates
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.model.translators import ExitTranslators
 

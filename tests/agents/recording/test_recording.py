@@ -16,11 +16,12 @@ from offramp.agents.recording.own_text import OWN_TEXT, OwnText
 from offramp.agents.recording.record import RecordReport, record_traces
 from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.recording import begin, begun_store
-from offramp.agents.recording.training_data import is_whole, load_training_data, save_candidates
+from offramp.agents.recording.training_data import is_whole, load_training_data
 from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.traces import TraceHeader
+from offramp.envs.traces.candidate_file import save_candidates
 from offramp.envs.traces.store import TraceStore
 from offramp.worker.recording.recording_actor import TraceRecorderActor
 from offramp.worker.spec import WorkerSpec
