@@ -154,10 +154,36 @@ class OnPolicy(TokenLosses):
         return [np.asarray(run.emitted, np.int64) for run in runs]
 
 
-class Replayed(TokenLosses):
-    """Replays one full-depth pass over each document.
+class RecordedLosses(TokenLosses):
+    """Replays recorded tokens.
 
-    Optimistic: its cache is exact, as after no exit at all. A certificate from it says "replay".
+    Optimistic: their cache is exact, as after no exit at all. A certificate from it says "replay".
+
+    Args:
+        traces: Recorded at the exits that the family asks at.
+        counted_N: Which of their tokens losses count; None: all.
+    """
+
+    decode_mode: DecodeMode = "replay"
+
+    def __init__(self, traces: TokenTraces, counted_N: NDArray[np.bool_] | None = None) -> None:
+        self._traces = traces
+        self._counted_N = np.ones(len(traces), bool) if counted_N is None else counted_N
+        self.new_tokens = int(np.bincount(traces.document_N[self._counted_N]).max())
+
+    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
+        """Per document, which tokens [T] differ from full depth's, all after an exact cache."""
+        traces = self._traces
+        taken_N = walk(policy, traces).taken_N
+        differs_N = traces.quality("agreement")[np.arange(len(traces)), taken_N] == 0
+        return [
+            differs_N[self._counted_N & (traces.document_N == index)]
+            for index in range(len(traces.documents))
+        ]
+
+
+class Replayed(RecordedLosses):
+    """Replays one full-depth pass over each document.
 
     Args:
         engine: Idle; records the full-depth passes.
@@ -166,8 +192,6 @@ class Replayed(TokenLosses):
         exits: Layers to probe: those that the family asks at.
         candidates_VK: The candidate table of the recorded traces.
     """
-
-    decode_mode: DecodeMode = "replay"
 
     def __init__(
         self,
@@ -191,20 +215,9 @@ class Replayed(TokenLosses):
             layers=stack.layers,
             translators=translators.digest,
         )
-        self._traces = TokenTraces.from_chunks(header, chunks)
         # As on-policy: the token after the prompt comes from full depth.
-        self._counted_N = np.concatenate([np.arange(len(each)) >= prompt_tokens for each in chunks])
-        self.new_tokens = _counted(documents, prompt_tokens)
-
-    def disagreement(self, policy: Policy) -> list[NDArray[np.bool_]]:
-        """Per document, which tokens [T] differ from full depth's, all after an exact cache."""
-        traces = self._traces
-        taken_N = walk(policy, traces).taken_N
-        differs_N = traces.quality("agreement")[np.arange(len(traces)), taken_N] == 0
-        return [
-            differs_N[self._counted_N & (traces.document_N == index)]
-            for index in range(len(traces.documents))
-        ]
+        counted_N = np.concatenate([np.arange(len(each)) >= prompt_tokens for each in chunks])
+        super().__init__(TokenTraces.from_chunks(header, chunks), counted_N)
 
 
 class CompletedLines:

@@ -28,6 +28,7 @@ TOPICS = {
     "rollback": "cli.releases.control",
     "status": "cli.releases.control",
     "watch": "cli.releases.control",
+    "learn": "cli.releases.continual",
     "history": "cli.releases.past",
     "diff": "cli.releases.past",
     "keys": "cli.releases.keys",
