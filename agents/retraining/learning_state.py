@@ -58,8 +58,7 @@ class LearningState:
             return cls(base=str(base))
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            lists = {name: tuple(values.pop(name)) for name in ("tested", "learned")}
-            return cls(**values, **lists)
+            return cls(**values | {name: tuple(values[name]) for name in ("tested", "learned")})
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             problem = f"{path} is unreadable ({error})"
             raise ConfigError("learning", problem, "Remove it to begin anew") from error

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.agents.calibration import setting_families
 from offramp.agents.calibration.calibrate import Promise
 from offramp.agents.recording.training_data import COSTS, load_training_data, save_facts
 from offramp.agents.retraining.learning_state import STATE, LearningState
@@ -204,7 +205,11 @@ def test_so_many_tokens_are_reason_enough(channel: LearningChannel) -> None:
     assert "130 requests" in channel.retrainer().look()
 
 
-def test_what_cannot_be_certified_is_not_published(channel: LearningChannel) -> None:
+def test_what_cannot_be_certified_is_not_published(
+    channel: LearningChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A walk that begins where nothing leaves passes there; this one begins where much does.
+    monkeypatch.setattr(setting_families, "SAFEST", 0.6)
     channel.serve(200, ease=0.5)
     channel.retrainer(promise=Promise(delta=0.05, epsilon=0.05), requests=150, tokens=1000)
     for _ in range(3):
@@ -212,7 +217,7 @@ def test_what_cannot_be_certified_is_not_published(channel: LearningChannel) -> 
     states = channel.config.out / "round-0001" / "traces"
     held = TraceStore.open(states)
     assert {entry.split for entry in held.chunks} == {"train", "validation", "test"}
-    # A certificate needs exits that can be told right; make those of the held requests all wrong.
+    # Were the held requests sure and wrong at every exit, nothing could be promised of them.
     spoil(states)
     assert "nothing is certified" in channel.retrainer().look()
     assert channel.publisher.promoted == 0
@@ -220,13 +225,17 @@ def test_what_cannot_be_certified_is_not_published(channel: LearningChannel) -> 
 
 
 def spoil(folder: Path) -> None:
-    """Have full depth disagree with every exit on the calibration split."""
+    """Have every exit of the calibration split look sure, and full depth disagree with it."""
     store = TraceStore.open(folder)
     chunks = [(store.load(entry), entry.split) for entry in store.chunks]
     store.drop(len(chunks))
     for chunk, split in chunks:
-        wrong = np.ones_like(chunk.exit_token_TE)
-        store.append(replace(chunk, exit_token_TE=wrong) if split == "test" else chunk, split)
+        wrong = replace(
+            chunk,
+            exit_token_TE=np.ones_like(chunk.exit_token_TE),
+            features_TEF=np.where(np.arange(CANDIDATES_V1.width) == 0, 5, chunk.features_TEF),
+        )
+        store.append(wrong if split == "test" else chunk, split)
 
 
 def test_what_it_cannot_do_is_refused_by_name(channel: LearningChannel, tmp_path: Path) -> None:
