@@ -28,6 +28,7 @@ from rich.table import Table
 from offramp.agents.classifying.class_policies import (
     LOSS,
     ClassPolicy,
+    cheapest,
     learn_families,
     place_families,
     replayed,
@@ -39,9 +40,11 @@ from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
 from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled
 from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
+from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.envs.traces.tokens import TokenTraces
+from offramp.research.fitting.backward_induction import fit_stopping
 from offramp.research.fitting.budget import fit_budget
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
@@ -49,6 +52,7 @@ from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.model.loading import parse_dtype
 
 BUDGETS = np.linspace(0.2, 1.0, 33)
+TRADE_OFFS = np.geomspace(0.02, 2.0, 41)
 ROUND = 48
 """Texts that are timed under one policy before the next has its turn."""
 RESAMPLES = 2000
@@ -93,13 +97,16 @@ def read(folder: Path, name: str) -> tuple[LabelledTexts, LabelledTexts]:
     return found[0], found[1]
 
 
-def load(folder: Path, name: str, model: SequenceModel, console: Console) -> Data:
+def load(
+    folder: Path, name: str, model: SequenceModel, console: Console, states_in: Path | None
+) -> Data:
     train, test = read(folder, name)
     exits = exits_of_stack(model.stack, ())
     parts: list[Any] = []
-    for texts in (train, test):
+    for split, texts in (("train", train), ("test", test)):
         sequences = model.encode(texts.texts)
-        states = exit_states(model.stack, sequences, exits, model.stack.best_pool)
+        kept = None if states_in is None else states_in / f"{name}-{split}"
+        states = exit_states(model.stack, sequences, exits, model.stack.best_pool, kept)
         parts.append((sequences, states))
         console.print(f"{name}: {len(texts):,} texts read")
     (sequences, states_NED), (test_sequences, test_NED) = parts
@@ -138,7 +145,7 @@ def one_seed(
     fit, choose = halves(cross_fitted_traces(heads, data.states_NED, read, seed), seed)
     families = learn_families(fit, costs, seed=seed)
     placed = place_families(families, choose, costs)
-    placed += placed_budget(fit, choose, costs, placed)
+    placed += placed_fitted(fit, choose, costs, placed)
     test = sequence_traces(heads, data.test_NED, read_by(model, data.test, data.test_sequences))
     tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
@@ -148,20 +155,26 @@ def one_seed(
     return Seed([*tested, oracle(test)], better, times)
 
 
-def placed_budget(
-    fit: TokenTraces, choose: TokenTraces, costs: Any, placed: list[ClassPolicy]
+def placed_fitted(
+    fit: TokenTraces, choose: TokenTraces, costs: CostTable, placed: list[ClassPolicy]
 ) -> list[ClassPolicy]:
-    """EERO's budget at its cheapest setting within the loss, if any is."""
+    """EERO's budget and backward induction, each at its cheapest setting within the loss."""
     least = max(placed[0].accuracy, placed[1].accuracy) - LOSS
-    tried = []
-    for budget in BUDGETS.tolist():
-        try:
-            policy = fit_budget(fit, costs, budget, quality="label")
-        except ConfigError:
-            continue
-        tried.append(replayed("budget", budget, policy, choose, costs))
-    meeting = [each for each in tried if each.accuracy >= least]
-    return [min(meeting, key=lambda each: each.cost)] if meeting else []
+    found = []
+    for name, fitting, settings in (
+        ("budget", fit_budget, BUDGETS),
+        ("backward induction", fit_stopping, TRADE_OFFS),
+    ):
+        tried = []
+        for setting in settings.tolist():
+            try:
+                policy = fitting(fit, costs, setting, quality="label")
+            except ConfigError:  # less than the cheapest exit takes
+                continue
+            tried.append(replayed(name, setting, policy, choose, costs))
+        best = cheapest(tried, least)
+        found += [best] if best else []
+    return found
 
 
 def oracle(traces: TokenTraces) -> ClassPolicy:
@@ -248,6 +261,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Splits and fits.")] = 5,
     timed: Annotated[int, typer.Option(help="Test texts timed per seed.")] = 960,
     dtype: str = "float32",
+    states: Annotated[
+        Path | None, typer.Option(help="Where this model's states are kept, to be found again.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 288 texts timed.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Rows.")] = None,
 ) -> None:
@@ -260,13 +276,13 @@ def main(
     sizes = [int(each) for each in batches.split(",")]
     rows: list[ClassifyRow] = []
     for name in sets.split(","):
-        one = load(data, name, loaded, console)
+        one = load(data, name, loaded, console, states)
         found = [one_seed(one, loaded, seed, timed, sizes) for seed in range(seeds)]
         for batch in sizes:
             rows += rows_of(name, Path(model).name, found, batch)
-    show(rows, console)
-    if json_path is not None:
-        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        show(rows, console)
+        if json_path is not None:  # after each set: the next may take an hour
+            json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

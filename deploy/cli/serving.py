@@ -27,10 +27,11 @@ from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
+from offramp.deploy.serve.serve_app import ray_session, require_free, require_model, running_pool
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import parse_dtype
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import TrafficConfig, WorkerSpec
 
@@ -77,6 +78,12 @@ PrefillWay = Annotated[
 PromptKeep = Annotated[
     str, typer.Option(help="First and last tokens of a prompt that run every layer, like 4,32.")
 ]
+Classify = Annotated[
+    Path | None,
+    typer.Option(
+        help="Classify, with a folder of heads (`tune --task classify`).", show_default="decode"
+    ),
+]
 ServedName = Annotated[
     str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
 ]
@@ -105,6 +112,7 @@ LogFormat = Annotated[
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: ServedName = None,
+    classify: Classify = None,
     replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
@@ -138,12 +146,8 @@ def serve(
     log_format: LogFormat = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
+    given = locals()
     settings = Settings.from_environment()
-    plan = options.parse_schedule(hold, hold_rows, hold_patience, together=together, costs=costs)
-    engine = options.engine_config(kv_mode, max_pending, translators, weights)
-    engine = replace(engine, schedule=plan, draft_precision=Precision.of_copy(draft_weights))
-    engine = replace(engine, kv_budget_mb=kv_budget_mb, prefix_cache_mib=prefix_cache_mib)
-    engine = _with_prompts(engine, prefill_tokens, prefill, prompt_policy, prompt_keep)
     config = PoolConfig(
         worker=WorkerSpec(
             model=str(Path(model).resolve()) if Path(model).exists() else model,
@@ -151,8 +155,9 @@ def serve(
             device=device,
             threads=options.parse_threads(threads, replicas),
             slots=slots,
-            engine=engine,
+            engine=_decoding(given),
         ),
+        heads=classify and classify.resolve(),
         model_id=served_model_name or Path(model).resolve().name,
         replicas=replicas,
         host=host,
@@ -180,6 +185,32 @@ def _with_prompts(
         prompts = PromptExits.load(bundle, keep_first=kept[0], keep_last=kept[1])
     way = cast(Prefill, prefill)  # EngineConfig refuses an unknown one
     return replace(engine, prefill_tokens=tokens, prefill=way, prompts=prompts)
+
+
+def _decoding(given: dict[str, Any]) -> EngineConfig:
+    """How workers decode, from the options of the command.
+
+    Raises:
+        ConfigError: an option is unusable, or means nothing to a pool that classifies.
+    """
+    plan = options.parse_schedule(
+        given["hold"], given["hold_rows"], given["hold_patience"],
+        together=given["together"], costs=given["costs"],
+    )  # fmt: skip
+    same = ("kv_budget_mb", "prefix_cache_mib")
+    config = replace(
+        options.engine_config(
+            given["kv_mode"], given["max_pending"], given["translators"], given["weights"]
+        ),
+        schedule=plan,
+        draft_precision=Precision.of_copy(given["draft_weights"]),
+        **{name: given[name] for name in same},
+    )
+    prompts = ("prefill_tokens", "prefill", "prompt_policy", "prompt_keep")
+    config = _with_prompts(config, *(given[name] for name in prompts))
+    if given["classify"] is not None and config != EngineConfig():
+        raise ConfigError("classify", "goes with no option of decoding tokens", "Leave these out")
+    return config
 
 
 def _limits(body_bytes: int, choices: int, deadline_s: float, drain_s: float) -> HttpLimits:
@@ -241,7 +272,11 @@ def _require_servable(
     config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
 ) -> None:
     """Every check that needs no worker, before anything is written or started."""
-    options.require_loadable(config.worker, settings)
+    if config.heads is None:
+        options.require_loadable(config.worker, settings)
+    else:
+        parse_dtype(config.worker.dtype)
+        require_model(config)
     if config.access_log is not None:
         options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
     if config.otlp_endpoint is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.worker.classifying.text_service import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
@@ -23,8 +24,8 @@ class WorkerLostError(DecodeFailedError):
     """The worker of a request died, or froze."""
 
 
-class Backend(Protocol):
-    """What the routes need of what decodes.
+class Pool(Protocol):
+    """What all routes need of what answers behind them.
 
     Attributes:
         model_id: Name that clients ask for.
@@ -56,6 +57,22 @@ class Backend(Protocol):
         """Most tokens of a request, those of its prompt included."""
         ...
 
+    def trouble(self) -> str | None:
+        """Why it can make no tokens now, such as "stuck"; None if nothing is known against it."""
+        ...
+
+    def load(self) -> tuple[int, int]:
+        """Requests under way, running or waiting, and how many may be."""
+        ...
+
+    def reports(self) -> Sequence[dict[str, Any]]:
+        """What each worker said of itself last, the latest at the end."""
+        ...
+
+
+class Backend(Pool, Protocol):
+    """What the routes need that make tokens."""
+
     async def submit_all(
         self,
         prompts: Sequence[Sequence[int]],
@@ -82,16 +99,32 @@ class Backend(Protocol):
         """
         ...
 
-    def trouble(self) -> str | None:
-        """Why it can make no tokens now, such as "stuck"; None if nothing is known against it."""
-        ...
 
-    def load(self) -> tuple[int, int]:
-        """Requests under way, running or waiting, and how many may be."""
-        ...
+class ClassBackend(Pool, Protocol):
+    """What the route needs that classifies.
 
-    def reports(self) -> Sequence[dict[str, Any]]:
-        """What each worker said of itself last, the latest at the end."""
+    Attributes:
+        labels: Names of the classes.
+    """
+
+    labels: tuple[str, ...]
+
+    async def classify(
+        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+    ) -> list[ClassifiedText]:
+        """Classify texts, all of them under one policy.
+
+        Args:
+            sequences: Token ids of each.
+            quality: 1 minus the loss that the policy's certificate must bound, else full depth
+                decides; None asks for nothing.
+            request_id: Decides which policy, while a canary runs.
+
+        Raises:
+            RequestError: they cannot be classified.
+            OverloadedError: there is no room for them.
+            DecodeFailedError: nobody classifies any more.
+        """
         ...
 
 

@@ -9,12 +9,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Pool
 
 
-async def encode_conversation(
-    backend: Backend, messages: Sequence[dict[str, Any]]
-) -> tuple[int, ...]:
+async def encode_conversation(backend: Pool, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
     """Token ids of a conversation, up to where the model is to speak.
 
     Raises:

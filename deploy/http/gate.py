@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.controller.errors import OverloadedError
 from offramp.deploy.clients.quotas import QuotaError, Quotas
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Pool
 from offramp.deploy.http.error_replies import error_reply, overload_reply, quota_reply
 from offramp.deploy.http.json_size import json_values
 from offramp.deploy.http.limits import HttpLimits
@@ -21,7 +21,7 @@ from offramp.worker.engine.service import RETRY_AFTER_S
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
 
-DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions")
+DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
 """Routes that take a place in line."""
 
 
@@ -38,9 +38,7 @@ class Gate:
         quotas: Counts what clients ask.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, backend: Backend, limits: HttpLimits, quotas: Quotas
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, backend: Pool, limits: HttpLimits, quotas: Quotas) -> None:
         self._app = app
         self._backend = backend
         self._limits = limits

@@ -9,15 +9,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi.telemetry import TelemetryConfig
 
+from offramp.deploy.classifying.classification import Classification
 from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.access_log import AccessLog
-from offramp.deploy.http.backend import Backend, Embedded, EngineBackend
+from offramp.deploy.http.backend import Backend, ClassBackend, Embedded, EngineBackend, Pool
 from offramp.deploy.http.error_replies import add_error_handlers
 from offramp.deploy.http.gate import Gate
 from offramp.deploy.http.generation import Generation
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
 from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
+from offramp.deploy.http.shapes.class_shapes import ClassifyReply, ClassifyRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.deploy.http.shapes.reply_shapes import ChatReply, CompletionReply, ErrorReply
 from offramp.deploy.http.status_routes import add_status_routes, require_model
@@ -61,17 +63,8 @@ def create_app(
         spans: Makes a span of each request that makes tokens.
     """
     backend = _decoding(backend)
-    app = FastAPI(
-        title="offramp", docs_url=None, redoc_url=None, responses=ERRORS, telemetry=NO_SPANS
-    )
-    quotas = Quotas(backend.clients.allowance)
-    app.add_middleware(Gate, backend=backend, limits=limits, quotas=quotas)
-    metrics = Metrics(backend)
-    app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
-    add_error_handlers(app)
+    app, metrics, quotas = _app_around(backend, limits, access_log)
     generation = Generation(backend, limits, metrics, quotas, spans)
-    add_status_routes(app, backend, metrics)
-    add_text_routes(app, backend)
 
     @app.post("/v1/completions", response_model=CompletionReply, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -89,3 +82,38 @@ def create_app(
 def _decoding(given: Backend | Embedded) -> Backend:
     # Not by its type: that would ask a pool that is yet to start for its properties.
     return cast("Backend", given) if hasattr(given, "submit_all") else EngineBackend.of(given)
+
+
+def create_class_app(
+    backend: ClassBackend,
+    limits: HttpLimits = DEFAULT_LIMITS,
+    access_log: Path | None = None,
+    _spans: Spans | None = None,
+) -> FastAPI:
+    """Build the app over a backend that classifies; arguments are those of ``create_app``."""
+    app, metrics, quotas = _app_around(backend, limits, access_log)
+    classification = Classification(backend, limits, metrics, quotas)
+
+    @app.post("/v1/classify")
+    async def classify(body: ClassifyRequest, request: Request) -> ClassifyReply:
+        require_model(body.model, backend)
+        return await classification.answer(body, request)
+
+    return app
+
+
+def _app_around(
+    backend: Pool, limits: HttpLimits, access_log: Path | None
+) -> tuple[FastAPI, Metrics, Quotas]:
+    """The app with what every pool answers, whatever it is asked for."""
+    app = FastAPI(
+        title="offramp", docs_url=None, redoc_url=None, responses=ERRORS, telemetry=NO_SPANS
+    )
+    quotas = Quotas(backend.clients.allowance)
+    app.add_middleware(Gate, backend=backend, limits=limits, quotas=quotas)
+    metrics = Metrics(backend)
+    app.add_middleware(AccessLog, file=access_log, count=metrics.count_reply)
+    add_error_handlers(app)
+    add_status_routes(app, backend, metrics)
+    add_text_routes(app, backend)
+    return app, metrics, quotas

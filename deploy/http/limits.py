@@ -24,7 +24,7 @@ class HttpLimits:
         body_bytes: Most bytes of a request's body.
         body_values: Most JSON values of a body (numbers, strings, lists, objects); a key counts as
             four.
-        choices: Most completions of one request, over all of its prompts.
+        choices: Most completions of one request, over all of its prompts; or texts classified.
         header_s: Seconds that a client may take for a request's headers, from its first byte (or
             the connection's beginning) on.
         body_s: Seconds that it may take for the body.
@@ -52,14 +52,14 @@ class HttpLimits:
             if getattr(self, name) <= 0:
                 raise ConfigError(name, f"{getattr(self, name)} is not above 0", "Raise it")
 
-    def require_choices(self, count: int, field: str) -> None:
-        """Refuse a request for too many completions.
+    def require_choices(self, count: int, field: str, what: str = "completions") -> None:
+        """Refuse a request for too many completions, or other answers.
 
         Raises:
             RequestError: naming the field.
         """
         if count > self.choices:
-            problem = f"asks for {count} completions, more than {self.choices}"
+            problem = f"asks for {count} {what}, more than {self.choices}"
             raise RequestError(field, problem, "Send several requests")
 
 

@@ -6,7 +6,7 @@ Where vLLM counts the same thing, names after the prefix, labels and buckets are
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from offramp.controller.errors import OfframpError
-from offramp.deploy.http.backend import Backend, Tokens
+from offramp.deploy.http.backend import Pool, Tokens
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 
 PREFIX = "offramp_"
@@ -59,7 +59,7 @@ class Metrics:
         backend: What decodes; its workers' reports are looked up each time Prometheus asks.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Pool) -> None:
         self._registry = CollectorRegistry()
         self._model, self._layers = backend.model_id, backend.layers
         self._first = self._histogram("time_to_first_token_seconds", "To the first token", FIRST_S)
@@ -67,7 +67,9 @@ class Metrics:
         self._whole = self._histogram("e2e_request_latency_seconds", "To the last token", WHOLE_S)
         self._queued = self._histogram("request_queue_time_seconds", "In line", WHOLE_S)
         depths = tuple(range(1, self._layers + 1))
-        self._depth = self._histogram("exit_layer", "Layers before a token was emitted", depths)
+        self._depth = self._histogram(
+            "exit_layer", "Layers before a token was emitted, or a text classified", depths
+        )
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
         self._asked = self._counter("prefix_cache_queries", "Tokens of prompts that were looked up")
         self._known = self._counter("prefix_cache_hits", "Those of them that were known")
@@ -134,6 +136,22 @@ class Metrics:
         finally:
             self._ended.labels(self._model, reason).inc(completions)
 
+    def count_texts(self, layers: Sequence[int], tokens: int, seconds: float) -> None:
+        """Count texts that were classified.
+
+        Args:
+            layers: Layers that each ran.
+            tokens: Tokens of all of them.
+            seconds: From the request to its answer.
+        """
+        self._prompt.inc(tokens)
+        self._whole.observe(seconds)
+        self._ended.labels(self._model, "stop").inc(len(layers))
+        for each in layers:
+            self._depth.observe(each)
+        self._run.inc(sum(layers))
+        self._full.inc(self._layers * len(layers))
+
     def _count_token(
         self, event: TokenEvent, since_s: float, now_s: float, before_s: float | None
     ) -> None:
@@ -162,7 +180,7 @@ class Metrics:
 
 
 class _Reports(Collector):
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Pool) -> None:
         self._backend = backend
 
     def collect(self) -> Iterator[Metric]:

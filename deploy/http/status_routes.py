@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Pool
 from offramp.deploy.http.metrics import Metrics
 from offramp.deploy.http.shapes.reply_shapes import (
     ErrorReply,
@@ -23,7 +23,7 @@ from offramp.deploy.http.shapes.reply_shapes import (
 UNREADY: dict[int | str, dict[str, Any]] = {503: {"model": StateReply | ErrorReply}}
 
 
-def require_model(name: str, backend: Backend) -> None:
+def require_model(name: str, backend: Pool) -> None:
     """Refuse a model that is not served.
 
     Raises:
@@ -33,7 +33,7 @@ def require_model(name: str, backend: Backend) -> None:
         raise HTTPException(404, f"model: {name!r} is not served. Ask for {backend.model_id!r}.")
 
 
-def add_status_routes(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
+def add_status_routes(app: FastAPI, backend: Pool, metrics: Metrics) -> None:
     """Add them to an app."""
 
     @app.get("/v1/models")
@@ -75,7 +75,7 @@ def _state(status: str, *, is_fine: bool, **numbers: int) -> Response:
     return JSONResponse({"status": status, **numbers}, 200 if is_fine else 503)
 
 
-def _card(backend: Backend) -> ModelCard:
+def _card(backend: Pool) -> ModelCard:
     return {
         "id": backend.model_id,
         "object": "model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.http.backend import Backend
+from offramp.deploy.http.backend import Pool
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.shapes.chat_contract import Conversation
 from offramp.deploy.http.shapes.contract import Integers
@@ -32,7 +32,7 @@ class DetokenizeRequest(Nullable):
     tokens: Integers
 
 
-def add_text_routes(app: FastAPI, backend: Backend) -> None:
+def add_text_routes(app: FastAPI, backend: Pool) -> None:
     """Add them to an app."""
 
     @app.post("/tokenize")
@@ -49,7 +49,7 @@ def add_text_routes(app: FastAPI, backend: Backend) -> None:
         return {"prompt": await encoder.aside(decode, tokenizer, body.tokens)}
 
 
-async def _tokens(backend: Backend, body: TokenizeRequest) -> list[int]:
+async def _tokens(backend: Pool, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt", "and messages: one of the two is needed", "Send one")
     if body.messages is not None:

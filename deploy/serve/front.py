@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -11,7 +12,8 @@ from ray import serve
 from ray.util import get_node_ip_address
 
 from offramp.controller.errors import ConfigError
-from offramp.deploy.http.http_app import create_app
+from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
+from offramp.deploy.http.http_app import create_app, create_class_app
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
 from offramp.deploy.http.tracing import Spans
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
@@ -26,6 +28,11 @@ CUT_S = 2
 """Seconds in which streams that were told of the end may still send it."""
 
 
+def worker_class(heads: Path | None) -> type[Any]:
+    """What each replica runs: what decodes, or with heads what classifies."""
+    return ServedWorker if heads is None else ClassifyingWorker
+
+
 class Front:
     """A Ray actor that listens from its beginning on, and says "starting" until it is connected.
 
@@ -34,13 +41,14 @@ class Front:
     """
 
     def __init__(self, config: PoolConfig) -> None:
-        self._limits = config.limits
+        self._limits, self._heads = config.limits, config.heads
         self._lines = WaitingLines()
         send_lines(config.log_format, "front", self._lines.add)
         self._backend = PoolBackend(config)
         self._spans = Spans.to(config.otlp_endpoint) if config.otlp_endpoint else None
+        app = create_app if config.heads is None else create_class_app
         settings = LimitedConfig(
-            create_app(self._backend, config.limits, config.access_log, self._spans),
+            app(self._backend, config.limits, config.access_log, self._spans),
             host=config.host,
             port=config.port,
             http=PatientProtocol,
@@ -81,7 +89,9 @@ class Front:
 
     async def connect(self) -> None:
         """Begin to send requests to the workers."""
-        await self._backend.connect(serve.get_deployment_handle(ServedWorker.__name__, APP))
+        await self._backend.connect(
+            serve.get_deployment_handle(worker_class(self._heads).__name__, APP)
+        )
 
     async def hear(self, report: dict[str, Any]) -> None:
         """Take what a worker says of itself."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.prompt_places import PromptPlaces
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
+from offramp.worker.classifying.class_heads import labels_in
+from offramp.worker.classifying.text_service import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import SamplingParams
@@ -58,6 +61,7 @@ class PoolBackend:
         self.started_at = int(time.time())
         self.layers = layers_and_vocab(config.worker.model)[0]
         self.tokenizer = load_tokenizer(config.worker.model)
+        self.labels = () if config.heads is None else labels_in(config.heads)
         self.most_tokens = 0
         self.is_draining = False
         self.inbox = TokenInbox()
@@ -186,6 +190,27 @@ class PoolBackend:
             following.cancel()
             stream.cancel()
 
+    async def classify(
+        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+    ) -> list[ClassifiedText]:
+        """Classify texts on one worker, or on another if that is lost; see ``ClassBackend``."""
+        if self._outstanding + len(sequences) > self.load()[1]:
+            raise OverloadedError(RETRY_AFTER_S)
+        self._outstanding += len(sequences)
+        try:
+            try:
+                return await self._classified(sequences, quality, request_id)
+            except WorkerLostError:
+                if self.is_draining:
+                    raise
+            return await self._classified(sequences, quality, request_id)
+        finally:
+            self._outstanding -= len(sequences)
+
+    async def _classified(self, *asked: Any) -> list[ClassifiedText]:
+        with _told_as_ours():
+            return cast("list[ClassifiedText]", await self._workers.classify.remote(*asked))
+
     def abandon(self) -> None:
         """End every stream that is still open with an error."""
         for stream in list(self._streams):
@@ -228,7 +253,19 @@ async def _next(stream: Any, arriving: Arriving) -> str | None:
             silent = silent + 1 if arriving.tokens == heard else 0
             if silent == SLICES and not saying.done():
                 raise _SilentError("the request's worker no longer answers")
-        return cast("str | None", saying.result())
+        with _told_as_ours():
+            return cast("str | None", saying.result())
+    finally:
+        # Given up, it still ends some day, with an error that nobody is to be told.
+        saying.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        saying.cancel()
+
+
+@contextlib.contextmanager
+def _told_as_ours() -> Iterator[None]:
+    """Raise what Ray says of a worker as an error of ours."""
+    try:
+        yield
     except RequestCancelledError as error:
         raise DecodeFailedError("the server stops") from error
     except RayTaskError as error:
@@ -237,7 +274,3 @@ async def _next(stream: Any, arriving: Arriving) -> str | None:
         raise DecodeFailedError("the request failed in its worker") from error
     except (RayError, RayServeException) as error:
         raise WorkerLostError("the request's worker was lost") from error
-    finally:
-        # Given up, it still ends some day, with an error that nobody is to be told.
-        saying.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        saying.cancel()

@@ -22,6 +22,7 @@ class PoolConfig:
 
     Attributes:
         worker: What each replica loads.
+        heads: Folder of heads that classify: then texts are classified, and no tokens are made.
         model_id: Name that clients ask for.
         redis_url: The registry that the workers follow.
         channel: Channel whose releases the workers follow.
@@ -50,6 +51,7 @@ class PoolConfig:
     channel: str
     trusted: Path
     state_dir: Path
+    heads: Path | None = None
     replicas: int = 2
     host: str = "127.0.0.1"
     port: int = 8000

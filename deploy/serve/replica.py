@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import ray
@@ -13,12 +13,10 @@ import ray.serve._private.replica as serve_replica
 from ray import serve
 
 from offramp.controller.errors import DecodeFailedError
-from offramp.controller.keys.root import load_root
-from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
-from offramp.controller.release.trust import ReleaseVerifier
 from offramp.controller.watching.tally import Tally
 from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.token_wire import TokenWire
@@ -29,7 +27,6 @@ from offramp.worker.energy.track_meter import TrackMeter, serving_source
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
-from offramp.worker.following.refresh import PolicyRefresher
 from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.spec import freeze_heap, load_engine
 
@@ -88,7 +85,7 @@ class ServedWorker:
     """
 
     def __init__(self, config: PoolConfig, front: Any) -> None:
-        _keep_to_loopback()
+        keep_to_loopback()
         self._front = front
         # Held for as long as this process lives: no other worker writes there.
         self._claim = StateClaim(config.state_dir / config.channel)
@@ -97,29 +94,20 @@ class ServedWorker:
         self._replica = serve.get_replica_context().replica_id.unique_id
         send_lines(config.log_format, self.worker_id, front.log.remote)
         engine = load_engine(config.worker)
-        verifier = ReleaseVerifier(
-            load_root(config.trusted),
-            config.channel,
-            engine.model_fingerprint,
-            engine.tokenizer_fingerprint,
-            layers=engine.stack.layers,
-            vocab=engine.stack.vocab,
-        )
-        registry = RedisRegistry(config.redis_url, config.channel)
-        self.refresher = PolicyRefresher(
-            registry,
-            verifier,
-            self._claim.folder,
-            self.worker_id,
-            config.poll_s,
+        self.refresher = follow_channel(
+            config,
+            self._claim,
+            (engine.model_fingerprint, engine.tokenizer_fingerprint),
             engine.prepare,
-            fetcher=ReleaseFetcher(
+            lambda registry: ReleaseFetcher(
                 registry,
                 self._claim.folder,
                 engine.decoder.translators.digest,
                 engine.take_in,
                 config.max_adapter_mb,
             ),
+            layers=engine.stack.layers,
+            vocab=engine.stack.vocab,
         )
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
@@ -211,7 +199,9 @@ class ServedWorker:
         counts what was recorded of live traffic, None if nothing is to be.
         """
         engine, refresher = self.service.engine, self.refresher
-        policy = describe_policy(self.worker_id, refresher.current, refresher.report, engine)
+        policy = describe_policy(
+            self.worker_id, refresher.current, refresher.report, conditions_of(engine)
+        )
         running, waiting = engine.load
         return policy | {
             "replica": self._replica,
@@ -228,7 +218,7 @@ _TOLD_OF_TALLIES = ("audited", "disagreed", "points", "point", "moves")
 """What is told of a release's counts as it is."""
 
 
-def _keep_to_loopback() -> None:
+def keep_to_loopback() -> None:
     """Have this replica's gRPC port, which Serve opens next, listen on loopback.
 
     Nobody uses it, and it unpickles whatever it is sent, but Serve has no setting for it and opens
@@ -242,8 +232,26 @@ def _keep_to_loopback() -> None:
     serve_replica.add_port_to_grpc_server = listen_here
 
 
+Conditions = Callable[[PolicySnapshot], tuple[str, str]]
+"""Gives what a release is read through, by digest, and why its certificate does not hold here."""
+
+
+def conditions_of(engine: EngineCore) -> Conditions:
+    """How an engine decodes, as certificates ask."""
+
+    def conditions(snapshot: PolicySnapshot) -> tuple[str, str]:
+        adapters = engine.decoder.reader.under(snapshot).digest
+        if snapshot.certificate is None:
+            return adapters, ""
+        dtype = str(engine.stack.dtype).removeprefix("torch.")
+        mode = engine.config.kv_mode
+        return adapters, snapshot.certificate.gap(kv_mode=mode, dtype=dtype, translators=adapters)
+
+    return conditions
+
+
 def describe_policy(
-    worker: str, snapshot: PolicySnapshot, report: Ack, engine: EngineCore
+    worker: str, snapshot: PolicySnapshot, report: Ack, conditions: Conditions
 ) -> dict[str, Any]:
     """Describe a worker's policy, as ``/v1/policy`` answers.
 
@@ -258,26 +266,17 @@ def describe_policy(
     canary = snapshot.canary
     return {
         "worker": worker,
-        **_describe(snapshot, engine),
-        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, engine)},
+        **_describe(snapshot, conditions),
+        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, conditions)},
         "state": report.state.value,
         "reason": report.reason,
     }
 
 
-def _describe(snapshot: PolicySnapshot, engine: EngineCore) -> dict[str, Any]:
+def _describe(snapshot: PolicySnapshot, conditions: Conditions) -> dict[str, Any]:
     certificate = snapshot.certificate
     tally = snapshot.watch.tally if snapshot.watch else Tally()
-    adapters = engine.decoder.reader.under(snapshot).digest
-    gap = (
-        ""
-        if certificate is None
-        else certificate.gap(
-            kv_mode=engine.config.kv_mode,
-            dtype=str(engine.stack.dtype).removeprefix("torch."),
-            translators=adapters,
-        )
-    )
+    adapters, gap = conditions(snapshot)
     return {
         "generation": snapshot.generation,
         "digest": snapshot.digest,

@@ -19,11 +19,11 @@ from ray.serve.config import RequestRouterConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
-from offramp.deploy.serve.front import Front
+from offramp.deploy.serve.front import Front, worker_class
 from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.pool_config import APP, PoolConfig
-from offramp.deploy.serve.replica import ServedWorker
 from offramp.deploy.serve.worker_router import WorkerRouter
+from offramp.worker.classifying.sequence_model import check_classifier
 from offramp.worker.model.loading import check_model
 
 HEALTH_S = 1.0
@@ -62,7 +62,7 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         ConfigError: the port is taken.
         ModelError: the model folder cannot be served.
     """
-    check_model(config.worker.model)
+    require_model(config)
     require_free(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
@@ -74,7 +74,7 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         front = stack.enter_context(_listening(config))
         if config.log_format is not None:
             threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
-        workers = serve.deployment(ServedWorker).options(
+        workers = serve.deployment(worker_class(config.heads)).options(
             num_replicas=config.replicas,
             # The front takes no more than all workers have room for; this spreads them.
             max_ongoing_requests=config.room,
@@ -88,6 +88,19 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         _deploy(workers.bind(config, front))
         ray.get(front.connect.remote())
         yield f"http://{config.host}:{config.port}"
+
+
+def require_model(config: PoolConfig) -> None:
+    """Refuse a model that cannot be served as it is to be, without loading its weights.
+
+    Raises:
+        ModelError: the model folder cannot be served.
+        ConfigError: the folder of heads holds none.
+    """
+    if config.heads is None:
+        check_model(config.worker.model)
+    else:
+        check_classifier(config.worker.model, config.heads)
 
 
 def _deploy(workers: Any) -> None:

@@ -24,7 +24,7 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.cli.calibrating import NOTHING_CERTIFIED
 from offramp.deploy.cli.evaluating import save_assessment
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.replica import describe_policy
+from offramp.deploy.serve.replica import conditions_of, describe_policy
 from offramp.envs.traces.candidate_file import save_candidates
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
@@ -372,7 +372,7 @@ def test_a_worker_reports_what_stands_behind_its_policy_and_where_it_ends(
     report: Any = Accepted()
 
     def told(snapshot: PolicySnapshot) -> tuple[str, str | None, str]:
-        found = describe_policy("w", snapshot, report, engine)
+        found = describe_policy("w", snapshot, report, conditions_of(engine))
         return found["guarantee"], found["certificate"], found["gap"]
 
     assert told(FULL_DEPTH) == ("full depth", None, "")

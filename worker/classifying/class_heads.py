@@ -121,6 +121,18 @@ class ClassHeads:
         return cls(labels, parse_pool(str(facts.get("pool"))), by_layer, str(facts["digest"]))
 
 
+def labels_in(folder: Path) -> tuple[str, ...]:
+    """The names of the classes that a folder's heads tell apart.
+
+    Raises:
+        ConfigError: field ``heads``; the folder holds no heads.
+    """
+    facts = read_description(folder)
+    if facts.get("kind") != KIND:
+        raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
+    return tuple(map(str, facts.get("labels") or ()))
+
+
 def _checked(
     folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -12,7 +12,7 @@ from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from offramp.controller.errors import RequestError
-from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.class_heads import ClassHeads, labels_in
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.decoders import DecoderStack
 from offramp.worker.classifying.encoders import ENCODERS
@@ -20,6 +20,7 @@ from offramp.worker.classifying.sequence_stack import SequenceStack
 from offramp.worker.hf.weight_files import require_weights
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (
+    check_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -28,6 +29,23 @@ from offramp.worker.model.loading import (
     require_device,
     tokenizer_fingerprint,
 )
+
+
+def check_classifier(model: str | Path, heads: Path) -> tuple[str, ...]:
+    """Refuse a model that cannot classify, or a folder without heads, before weights are loaded.
+
+    Returns:
+        The names of the classes.
+
+    Raises:
+        ModelError: folder missing, an unsupported architecture, or damaged weights.
+        ConfigError: the folder holds no heads.
+    """
+    if load_config(model).model_type in ENCODERS:
+        require_weights(model)
+    else:
+        check_model(model)
+    return labels_in(heads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,24 +41,13 @@ def _number_or_null(**bounds: float) -> Any:
     return {"anyOf": [number, {"type": "null"}]}
 
 
-class OfframpOptions(Nullable):
-    """The opt-in namespace ``offramp`` of a request."""
+class QualityOptions(Nullable):
+    """What of the namespace ``offramp`` means something to every kind of request."""
 
     model_config = ConfigDict(extra="forbid")
 
     stats: bool = Field(default=False, description="Report exit depths, generation and cost.")
-    # Checked in ``wish_of``: the error is to name the field within the namespace.
-    kv_mode: Any = Field(
-        default=None,
-        description="What becomes of skipped layers; the engine's own mode by default.",
-        json_schema_extra={"enum": [*get_args(KVMode), None]},
-    )
-    # As kv_mode, checked in ``prefill_of``.
-    prefill: Any = Field(
-        default=None,
-        description="Whether tokens of the prompt may leave early; by default as the engine does.",
-        json_schema_extra={"enum": [*get_args(Prefill), None]},
-    )
+    # Checked where it is read: the error is to name the field within the namespace.
     quality: Any = Field(
         default=None,
         description='1 minus the loss that a certificate must bound, or "lossless".',
@@ -71,6 +60,22 @@ class OfframpOptions(Nullable):
         },
     )
 
+
+class OfframpOptions(QualityOptions):
+    """The opt-in namespace ``offramp`` of a request for tokens."""
+
+    # Checked in ``wish_of``, as quality is.
+    kv_mode: Any = Field(
+        default=None,
+        description="What becomes of skipped layers; the engine's own mode by default.",
+        json_schema_extra={"enum": [*get_args(KVMode), None]},
+    )
+    # As kv_mode, checked in ``prefill_of``.
+    prefill: Any = Field(
+        default=None,
+        description="Whether tokens of the prompt may leave early; by default as the engine does.",
+        json_schema_extra={"enum": [*get_args(Prefill), None]},
+    )
     latency_budget_ms: Any = Field(
         default=None,
         description="Most milliseconds per token that the cost table may predict.",
@@ -99,7 +104,7 @@ def wish_of(options: OfframpOptions) -> KVWish | None:
     if options.quality is not None:
         if mode is not None:
             raise RequestError("offramp.quality", "says what kv_mode says", "Send one of both")
-        return _quality(options.quality)
+        return quality_of(options.quality)
     if mode is not None and mode not in get_args(KVMode):
         known = ", ".join(get_args(KVMode))
         raise RequestError("offramp.kv_mode", f"{mode!r:.40} is unknown", f"Use one of {known}")
@@ -130,7 +135,7 @@ def _target(options: OfframpOptions) -> Target | None:
         if value is not None and not is_fine:
             problem = f"{value!r:.40} is no number from 0 to {MOST_ASKED:g}"
             raise RequestError(field, problem, "Send one, or leave it out")
-    quality = None if options.quality is None else _quality(options.quality)
+    quality = None if options.quality is None else quality_of(options.quality)
     return Target(
         latency_budget_ms=None if budget is None else float(budget),
         energy_weight=float(weight or 0),
@@ -138,8 +143,12 @@ def _target(options: OfframpOptions) -> Target | None:
     )
 
 
-def _quality(given: Any) -> KVMode | float:
-    """The mode, or the number, that a request's ``quality`` stands for."""
+def quality_of(given: Any) -> KVMode | float:
+    """The mode, or the number, that a request's ``quality`` stands for.
+
+    Raises:
+        RequestError: it is neither a share nor "lossless".
+    """
     if given == LOSSLESS:
         return "verify"
     is_number = isinstance(given, int | float) and not isinstance(given, bool)

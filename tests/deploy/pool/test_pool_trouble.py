@@ -41,14 +41,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
     pool = ServedPool(tmp_path_factory.mktemp("pool") / "home")
     try:
-        assert pool.process.stdout is not None
-        said = []
-        for line in pool.process.stdout:
-            said.append(line)
-            if "Ctrl-C" in line:
-                break
-        else:
-            pytest.fail("".join(said))
+        pool.await_start()
         yield pool
     finally:
         if pool.process.poll() is None:

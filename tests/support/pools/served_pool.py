@@ -35,18 +35,20 @@ def free_port() -> int:
 
 
 class ServedPool:
-    """``offramp serve`` as a process of its own."""
+    """``offramp serve`` as a process of its own.
 
-    def __init__(self, home: Path) -> None:
+    Args:
+        home: OFFRAMP_HOME.
+        options: Options beside the ports; by default those of a pool of two that decodes.
+    """
+
+    def __init__(self, home: Path, options: dict[str, Any] | None = None) -> None:
         self.port = free_port()
         self.redis_port = free_port()
-        options = {"--port": self.port, "--redis-port": self.redis_port}
-        options |= {
-            "--slots": SLOTS,
-            "--max-waiting": WAITING,
-            "--threads": 1,
-            "--prefix-cache-mib": 16,
-        }
+        if options is None:
+            options = {"--slots": SLOTS, "--max-waiting": WAITING, "--prefix-cache-mib": 16}
+        ports = {"--port": self.port, "--redis-port": self.redis_port, "--threads": 1}
+        options = {**ports, **options}
         words = [str(word) for option in options.items() for word in option]
         environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
         self.process = subprocess.Popen(
@@ -57,6 +59,20 @@ class ServedPool:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+
+    def await_start(self) -> None:
+        """Return once it serves.
+
+        Raises:
+            RuntimeError: it ended, with what it said.
+        """
+        assert self.process.stdout is not None
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if "Ctrl-C" in line:
+                return
+        raise RuntimeError("".join(said))
 
     @property
     def url(self) -> str:

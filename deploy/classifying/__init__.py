@@ -1,0 +1,1 @@
+"""Serves a pool that classifies: its route over HTTP, and its workers."""

@@ -1,0 +1,135 @@
+"""One worker of a pool that classifies, in a Ray Serve replica."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ray import serve
+
+from offramp.controller.errors import DecodeFailedError, PolicyRefusedError, Refusal
+from offramp.controller.policies.protocols import Policy
+from offramp.controller.release.manifest import Manifest
+from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.serve.channel_following import follow_channel
+from offramp.deploy.serve.log_lines import send_lines
+from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.replica import describe_policy, keep_to_loopback
+from offramp.worker.classifying.sequence_model import SequenceModel
+from offramp.worker.classifying.text_service import ClassifiedText, TextService
+from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.following.fetching import ReleaseFetcher
+from offramp.worker.following.worker_state import StateClaim
+from offramp.worker.model.adapter_layers import ExitAdapters
+from offramp.worker.model.loading import parse_dtype
+from offramp.worker.spec import freeze_heap
+
+_logger = logging.getLogger(__name__)
+
+
+class HeadFetcher(ReleaseFetcher):
+    """Takes releases for this worker's own heads; a policy that may exit has to name them."""
+
+    def adapters(self, manifest: Manifest) -> ExitAdapters | None:
+        """None: the heads are there already.
+
+        Raises:
+            PolicyRefusedError: it is for other heads, or for tokens.
+        """
+        if not manifest.adapters and manifest.kind != "never":
+            detail = "it names no heads: it is for tokens, and this worker classifies"
+            raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
+        return super().adapters(manifest)
+
+
+class ClassifyingWorker:
+    """One replica of a pool that classifies.
+
+    Args:
+        config: What it loads and whom it follows; with heads.
+        front: The actor that is told how it is.
+    """
+
+    def __init__(self, config: PoolConfig, front: Any) -> None:
+        keep_to_loopback()
+        assert config.heads is not None  # else the pool decodes
+        self._front = front
+        self._claim = StateClaim(config.state_dir / config.channel)
+        self.worker_id = self._claim.name
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        send_lines(config.log_format, self.worker_id, front.log.remote)
+        spec = config.worker
+        torch.set_num_threads(spec.threads)
+        model = SequenceModel.load(spec.model, parse_dtype(spec.dtype), spec.device)
+        self.classifier = model.classifier(config.heads)
+
+        def prepare(policy: Policy, _heads: ExitAdapters | None) -> None:
+            self.classifier.require_policy(policy)
+
+        self.refresher = follow_channel(
+            config,
+            self._claim,
+            (model.fingerprint, model.tokenizer_fingerprint),
+            prepare,
+            lambda registry: HeadFetcher(
+                registry, self._claim.folder, self.classifier.heads.digest
+            ),
+            layers=model.stack.layers,
+        )
+        self.service = TextService(
+            self.classifier,
+            lambda: self.refresher.current,
+            rows=spec.slots,
+            max_waiting=config.max_waiting,
+            dtype=spec.dtype,
+        )
+        freeze_heap()
+        self.refresher.start()
+        self.service.start()
+
+    async def classify(
+        self, sequences: Sequence[Sequence[int]], quality: float | None, request_id: str
+    ) -> list[ClassifiedText]:
+        """Classify texts; raises as ``TextService.classify`` does."""
+        REQUEST_NAME.set(request_id)
+        try:
+            return await self.service.classify(sequences, quality=quality, split_by=request_id)
+        except DecodeFailedError as error:
+            _logger.error("%s", error)
+            raise
+
+    async def most_tokens(self) -> tuple[int, int]:
+        """Tokens of the context, and most tokens of a text."""
+        context = self.classifier.stack.context
+        return context, context
+
+    def __del__(self) -> None:
+        """Called by Ray Serve before it ends the process in order: this is no crash."""
+        if refresher := getattr(self, "refresher", None):
+            refresher.stop()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve each second: reports; a stuck classifier gets replaced."""
+        if not self.service.is_healthy:
+            raise RuntimeError("the classifier makes no progress")
+        self._front.hear.remote(self.report())
+
+    def report(self) -> dict[str, Any]:
+        """What this worker runs, and how it is."""
+        refresher = self.refresher
+        running, waiting = self.service.load
+        return describe_policy(
+            self.worker_id, refresher.current, refresher.report, self._conditions
+        ) | {
+            "replica": self._replica,
+            "unreported": refresher.unreported,
+            "running": running,
+            "waiting": waiting,
+            "stale_s": refresher.stale_s,
+            "trips": refresher.trips,
+        }
+
+    def _conditions(self, snapshot: PolicySnapshot) -> tuple[str, str]:
+        return self.classifier.heads.digest, self.service.gap(snapshot)

@@ -1,0 +1,96 @@
+"""Requests and replies of /v1/classify, as vLLM has them, and what is refused of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired  # pydantic reads it before Python 3.12
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from offramp.controller.errors import RequestError
+from offramp.deploy.clients.allowances import LOSSLESS
+from offramp.deploy.http.shapes.offramp_options import Nullable, QualityOptions, quality_of
+
+
+class ClassifyRequest(Nullable):
+    """Body of POST /v1/classify. Unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    offramp: QualityOptions = QualityOptions()
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, one or several.
+
+        Raises:
+            RequestError: one is empty; its place is the field.
+        """
+        found = [self.input] if isinstance(self.input, str) else self.input
+        for place, text in enumerate(found):
+            if not text.strip():
+                field = "input" if isinstance(self.input, str) else f"input[{place}]"
+                raise RequestError(field, "is empty", "Leave it out, or give it words")
+        return found
+
+    @property
+    def quality(self) -> float | None:
+        """1 minus the loss that a certificate must bound; None leaves it to the served policy.
+
+        Raises:
+            RequestError: it is no share.
+        """
+        if self.offramp.quality is None:
+            return None
+        found = quality_of(self.offramp.quality)
+        return 1.0 if isinstance(found, str) else found
+
+
+class TextClass(TypedDict):
+    """What was found of one text."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+    offramp: NotRequired[dict[str, Any]]
+
+
+class ClassifyUsage(TypedDict):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: Literal[0]
+
+
+class ClassifyReply(TypedDict):
+    """Reply of /v1/classify."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[TextClass]
+    usage: ClassifyUsage
+
+
+def quality_within(least: float | str | None, asked: float | None) -> float | None:
+    """What a request asks for, or the least that its client gets if it asks for nothing.
+
+    Args:
+        least: What the client's key promises; None: nothing.
+        asked: What the request asks for.
+
+    Raises:
+        RequestError: it asks for less.
+    """
+    promised = 1.0 if least == LOSSLESS else least
+    if promised is None or asked is None:
+        return asked if promised is None else float(promised)
+    if asked < float(promised):
+        problem = f"{asked} does not promise the {least} that this key asks for"
+        raise RequestError("offramp.quality", problem, "Leave it out")
+    return asked

@@ -1,0 +1,173 @@
+"""/v1/classify over a real classifier, without Ray: shapes, limits, errors, quality and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from offramp.controller.policies.protocols import FixedExit
+from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.deploy.http.http_app import create_class_app
+from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.http.metrics import REPORTED
+from offramp.worker.classifying.classifier import Classifier
+from offramp.worker.classifying.text_service import ClassifiedText, TextService
+from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.engine.encoding import PromptEncoder
+from support.certificates import certificate
+from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, random_heads
+from support.tokenizers import word_tokenizer
+
+POLICY = PolicySnapshot(
+    7,
+    "d" * 64,
+    ByLength({1: 2, 3: 4}),
+    certificate(decode_mode="classify", translators="", delta=0.05),
+)
+
+
+class Classes:
+    """What the route needs of a worker, without Ray or Redis."""
+
+    model_id = "colours"
+    started_at = 1_800_000_000
+    labels: tuple[str, ...] = LABELS
+
+    def __init__(self, service: TextService) -> None:
+        self.service = service
+        self.clients = ClientKeys()
+        self.layers: int = service.classifier.stack.layers
+        self.most_tokens: int = service.classifier.stack.context
+        self.tokenizer = word_tokenizer(97)
+        self.encoder = PromptEncoder(self.tokenizer, self.most_tokens)
+
+    async def classify(
+        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+    ) -> list[ClassifiedText]:
+        return await self.service.classify(sequences, quality=quality, split_by=request_id)
+
+    def trouble(self) -> str | None:
+        return None if self.service.is_healthy else "stuck"
+
+    def load(self) -> tuple[int, int]:
+        return sum(self.service.load), 12
+
+    def reports(self) -> list[dict[str, Any]]:
+        said = {"worker": "w", "generation": 7, "digest": "", "guarantee": "", "state": "ACK"}
+        return [{field: 0 for field, _ in REPORTED.values()} | said]
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Classes]:
+    service = TextService(Classifier(encoder_stack(), random_heads()), lambda: POLICY)
+    service.start()
+    yield Classes(service)
+    service.stop()
+
+
+@pytest.fixture
+def app(backend: Classes) -> FastAPI:
+    return create_class_app(backend, replace(HttpLimits(), choices=4))
+
+
+def body(given: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "colours", "input": given, **fields}
+
+
+def test_one_text_or_many_are_answered_as_vllm_does(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        stats = {"stats": True}
+        texts = ["w5 w6", "w5 w6 w7 w8", "w5 w6 w7 w8 w9"]
+        many = await client.post("/v1/classify", json=body(texts, offramp=stats))
+        alone = await client.post("/v1/classify", json=body(texts[0]))
+        return many.json(), alone.json(), (await client.get("/metrics")).text
+
+    many, alone, metrics = ask(app, scenario)
+    assert many["object"] == "list"
+    assert many["model"] == "colours"
+    assert many["usage"] == {"prompt_tokens": 11, "total_tokens": 11, "completion_tokens": 0}
+    assert [each["index"] for each in many["data"]] == [0, 1, 2]
+    for each in many["data"]:
+        assert each["num_classes"] == len(each["probs"]) == 3
+        assert each["label"] == LABELS[each["probs"].index(max(each["probs"]))]
+        assert sum(each["probs"]) == pytest.approx(1)
+    assert [each["offramp"]["exit_layer"] for each in many["data"]] == [1, 3, 5]
+    assert many["data"][0]["offramp"] == {"exit_layer": 1, "layers": 5, "generation": 7}
+    assert "offramp" not in alone["data"][0]
+    assert alone["data"][0]["label"] == many["data"][0]["label"]
+    assert 'offramp_layers_executed_total{model_name="colours"} 10.0' in metrics
+    assert 'offramp_prompt_tokens_total{model_name="colours"} 13.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("quality", "layers"), [(None, 1), (0.95, 1), (0.96, 5), ("lossless", 5), (1, 5)]
+)
+def test_a_quality_that_is_not_certified_runs_every_layer(
+    app: FastAPI, ask: Any, quality: Any, layers: int
+) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        asked = {"stats": True, "quality": quality}
+        return (await client.post("/v1/classify", json=body("w5 w6", offramp=asked))).json()
+
+    assert ask(app, scenario)["data"][0]["offramp"]["exit_layer"] == layers
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "param"),
+    [
+        (body([]), 400, "input"),
+        (body("  "), 400, "input"),
+        (body(["w5", ""]), 400, "input[1]"),
+        (body(["w5", "w6 " * 65]), 400, "input[1]"),
+        (body(["w5"] * 5), 400, "input"),
+        (body([5, 6]), 400, "input"),
+        ({"model": "colours"}, 400, "input"),
+        (body("w5", offramp={"quality": 2}), 400, "offramp.quality"),
+        (body("w5", offramp={"kv_mode": "defer"}), 400, "offramp.kv_mode"),
+        (body("w5") | {"model": "other"}, 404, None),
+    ],
+)
+def test_what_cannot_be_classified_is_refused_by_name(
+    app: FastAPI, ask: Any, sent: Any, status: int, param: str | None
+) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/classify", json=sent)
+
+    reply = ask(app, scenario)
+    assert reply.status_code == status
+    assert reply.json()["error"]["param"] == param
+
+
+def test_openapi_tells_of_the_route_and_of_no_other_task(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        missing = await client.post("/v1/completions", json={"model": "colours", "prompt": "w5"})
+        return missing, (await client.get("/openapi.json")).json()["paths"]
+
+    missing, paths = ask(app, scenario)
+    assert "/v1/classify" in paths
+    assert "/v1/completions" not in paths
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_another_exit_is_served_as_soon_as_it_is_current(backend: Classes, ask: Any) -> None:
+    other = replace(POLICY, generation=8, policy=FixedExit(2))
+    service = TextService(backend.service.classifier, lambda: current[0])
+    current = [POLICY]
+    service.start()
+
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        found = []
+        for snapshot in (POLICY, other):
+            current[0] = snapshot
+            reply = await client.post("/v1/classify", json=body("w5 w6", offramp={"stats": True}))
+            found.append(reply.json()["data"][0]["offramp"]["generation"])
+        return found
+
+    assert ask(create_class_app(Classes(service)), scenario) == [7, 8]
+    service.stop()

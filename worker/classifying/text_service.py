@@ -1,0 +1,253 @@
+"""Waiting texts are classified in batches, by a thread of its own, for coroutines that wait.
+
+A batch is the text that has waited longest and those behind it under the same policy. Its rows
+leave as they are decided, and the next batch begins when the last of them has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
+from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
+
+CLASSIFY = "classify"
+"""The mode that certificates of classifications name."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifiedText:
+    """What became of a text.
+
+    Attributes:
+        label: Index of its likeliest class.
+        probs: Chances of the classes.
+        layers: Layers that it ran.
+        generation: Release that decided it; 0: full depth.
+    """
+
+    label: int
+    probs: tuple[float, ...]
+    layers: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A text in line, and who waits for it."""
+
+    tokens: Sequence[int]
+    snapshot: PolicySnapshot
+    policy: Policy
+    done: Future[ClassifiedText] = field(default_factory=Future)
+
+    @property
+    def under(self) -> tuple[int, int]:
+        """What texts of one batch have in common."""
+        return self.snapshot.generation, id(self.policy)
+
+
+class TextService:
+    """Runs a classifier in its own thread.
+
+    Args:
+        classifier: Used by this service's thread only, from ``start`` on.
+        current_policy: Gives the release that new texts are pinned to.
+        rows: Texts of a batch at most.
+        max_waiting: Texts that may wait beside them; more are refused.
+        dtype: Number format of the weights, as certificates name it.
+
+    Attributes:
+        classified: Texts classified so far.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        current_policy: Callable[[], PolicySnapshot],
+        *,
+        rows: int = 8,
+        max_waiting: int = 64,
+        dtype: str = "float32",
+    ) -> None:
+        self.classifier = classifier
+        self.classified = 0
+        self._current = current_policy
+        self._rows, self._most = rows, rows + max_waiting
+        self._dtype = dtype
+        self._line: deque[_Waiting] = deque()
+        self._running = 0
+        self._ends = False
+        self._changed = threading.Condition()
+        self._last_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="offramp-classifier", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread that classifies."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the batch under way; texts in line end with an error."""
+        with self._changed:
+            self._ends = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Texts that run, and texts that wait."""
+        return self._running, len(self._line)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the thread lives and, if it has work, makes progress."""
+        recent = time.monotonic() - self._last_s < STUCK_AFTER_S
+        return self._thread.is_alive() and (self.load == (0, 0) or recent)
+
+    def gap(self, snapshot: PolicySnapshot) -> str:
+        """Why a release's certificate says nothing of this service; "" if it does or is none."""
+        certificate = snapshot.certificate
+        if certificate is None:
+            return ""
+        heads = self.classifier.heads.digest
+        return certificate.gap(kv_mode=CLASSIFY, dtype=self._dtype, translators=heads)
+
+    def policy_for(self, snapshot: PolicySnapshot, quality: float | None) -> Policy:
+        """The release's policy where its certificate bounds the loss at 1 − quality, or none is
+        asked for; else full depth.
+
+        Raises:
+            RequestError: a quality outside [0, 1].
+        """
+        if quality is None:
+            return snapshot.policy
+        if not 0 <= quality <= 1:
+            raise RequestError("quality", f"{quality} is not in [0, 1]", "Ask for 1 for full depth")
+        certificate = snapshot.certificate
+        if certificate is None or self.gap(snapshot) or certificate.delta + quality > 1 + 1e-9:
+            return FULL_DEPTH
+        return snapshot.policy
+
+    async def classify(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        quality: float | None = None,
+        split_by: str = "",
+    ) -> list[ClassifiedText]:
+        """Classify texts, all of them under the release that is current when they come.
+
+        Cancelling it takes those out of line that no batch has begun.
+
+        Args:
+            sequences: Token ids of each, at least one and no more than the context.
+            quality: See ``policy_for``.
+            split_by: Decides between the current policy and its canary.
+
+        Raises:
+            RequestError: a text cannot be classified, or a quality that is none.
+            OverloadedError: there is no room for all of them.
+            DecodeFailedError: the service has stopped, or a batch failed.
+        """
+        self._require_sequences(sequences)
+        snapshot = self._current().track(split_by)
+        policy = self.policy_for(snapshot, quality)
+        mine = [_Waiting(tokens, snapshot, policy) for tokens in sequences]
+        with self._changed:
+            if self._ends:
+                raise DecodeFailedError(STOPPED)
+            if self._running + len(self._line) + len(mine) > self._most:
+                raise OverloadedError(RETRY_AFTER_S)
+            if self.load == (0, 0):
+                self._last_s = time.monotonic()
+            self._line.extend(mine)
+            self._changed.notify()
+        return list(await asyncio.gather(*(asyncio.wrap_future(each.done) for each in mine)))
+
+    def _require_sequences(self, sequences: Sequence[Sequence[int]]) -> None:
+        context = self.classifier.stack.context
+        if not sequences:
+            raise RequestError("input", "is empty", "Send one text or more")
+        for place, tokens in enumerate(sequences):
+            if not 1 <= len(tokens) <= context:
+                problem = f"has {len(tokens)} tokens, and the model's context is {context}"
+                raise RequestError(f"input[{place}]", problem, "Shorten it, or give it words")
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            found: list[ClassifiedText] | DecodeFailedError
+            try:
+                found = self._classify(batch)
+            except Exception as error:
+                log.exception("a batch of %s texts failed", len(batch))
+                found = DecodeFailedError(f"the texts could not be classified: {error}")
+            self._last_s = time.monotonic()
+            self._running = 0  # before anybody is told, who may ask for more at once
+            for place, each in enumerate(batch):
+                if isinstance(found, DecodeFailedError):
+                    each.done.set_exception(found)
+                else:
+                    each.done.set_result(found[place])
+        for each in self._line:
+            each.done.set_exception(DecodeFailedError(STOPPED))
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The texts that run next, once there are some; none once the service ends."""
+        with self._changed:
+            while not self._ends:
+                batch: list[_Waiting] = []
+                stay: deque[_Waiting] = deque()
+                for each in self._line:
+                    fits = len(batch) < self._rows and (not batch or each.under == batch[0].under)
+                    if not fits:
+                        stay.append(each)
+                    elif each.done.set_running_or_notify_cancel():
+                        batch.append(each)
+                self._line = stay
+                if batch:
+                    self._running = len(batch)
+                    return batch
+                self._changed.wait()
+        return []
+
+    def _classify(self, batch: Sequence[_Waiting]) -> list[ClassifiedText]:
+        first, guard = batch[0], self.classifier.guard
+        failed, begun_s = guard.failures, time.perf_counter()
+        run = self.classifier.run([each.tokens for each in batch], first.policy)
+        self.classified += len(batch)
+        is_full = isinstance(first.policy, NeverExit)
+        self._tell(first.snapshot, run, guard.failures - failed, time.perf_counter() - begun_s)
+        return [
+            ClassifiedText(
+                label=int(run.label_N[row]),
+                probs=tuple(run.probs_NC[row].tolist()),
+                layers=int(run.layers_N[row]),
+                generation=0 if is_full else first.snapshot.generation,
+            )
+            for row in range(len(batch))
+        ]
+
+    def _tell(
+        self, snapshot: PolicySnapshot, run: Classified, failures: int, seconds: float
+    ) -> None:
+        """Tell whoever watches the release what it did."""
+        watch = snapshot.watch
+        if watch is None:
+            return
+        for _ in range(failures):
+            watch.note_failure()
+        for layers in run.layers_N.tolist():
+            watch.note_token(layers, self.classifier.stack.layers)
+        watch.note_gap(seconds, tokens=len(run.layers_N), layers=run.row_layers)
