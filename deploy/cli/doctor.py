@@ -1,4 +1,4 @@
-"""Checks of a machine."""
+"""Run ``offramp doctor``: what a machine lacks for offramp."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import typer
+from rich.markup import escape
 
 from offramp.agents.drafting.likely_exits import LikelyExit, likely_exits
 from offramp.controller.errors import OfframpError
+from offramp.deploy.cli import options
+from offramp.deploy.cli.console import say
 from offramp.deploy.serve.publishing import open_registry
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.settings import Settings
@@ -106,3 +110,19 @@ def advice(exits: Sequence[LikelyExit], model: str) -> str:
         "before record and train, or draft on a copy (`offramp train --for drafting` does so, "
         "`offramp serve --draft-weights int4`)"
     )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(doctor)
+
+
+def doctor(model: options.Model = options.DEFAULT_MODEL) -> None:
+    """Check what offramp needs on this machine, and say what is missing."""
+    problems = 0
+    for check in examine(model, Settings.from_environment()):
+        mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
+        say(f"{mark} {check.name}: {escape(check.detail)}")
+        problems += not check.passed
+    if problems:
+        raise typer.Exit(1)

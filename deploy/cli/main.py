@@ -36,7 +36,7 @@ TOPICS = {
     "clients": "clients.clients_command",
     "serve": "cli.serving",
     "demo": "demo.demo_command",
-    "doctor": "cli.serving",
+    "doctor": "cli.doctor",
 }
 """Module of each command. Only the one in use is imported: ``status`` must not wait for torch."""
 

@@ -1,4 +1,4 @@
-"""Run ``offramp serve`` and ``doctor``: a pool of workers, and what a machine lacks for one."""
+"""Run ``offramp serve``: a pool of workers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 
 from offramp.controller.errors import ConfigError, FieldError, OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
-from offramp.deploy.cli.console import console, say
-from offramp.deploy.cli.doctor import examine
+from offramp.deploy.cli.console import console
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
 from offramp.deploy.http.tracing import require_exporter
@@ -39,9 +37,8 @@ _logger = logging.getLogger(__name__)
 
 
 def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
+    """Register the command."""
     app.command()(_failing_as_it_logs(serve))
-    app.command()(doctor)
 
 
 def _failing_as_it_logs(command: Callable[..., None]) -> Callable[..., None]:
@@ -288,17 +285,6 @@ def _require_servable(
         require_free("127.0.0.1", redis_port, "redis_port")
     else:
         open_registry(settings).close()
-
-
-def doctor(model: options.Model = options.DEFAULT_MODEL) -> None:
-    """Check what offramp needs on this machine, and say what is missing."""
-    problems = 0
-    for check in examine(model, Settings.from_environment()):
-        mark = "[green]ok[/]  " if check.passed else "[red]fail[/]"
-        say(f"{mark} {check.name}: {escape(check.detail)}")
-        problems += not check.passed
-    if problems:
-        raise typer.Exit(1)
 
 
 def _catch_signals() -> Callable[[], object]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -16,13 +17,19 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import (
+    FIFOMixin,
+    MultiplexMixin,
+    PendingRequest,
+    RequestRouter,
+    RunningReplica,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.serve.front import Front, worker_class
 from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.pool_config import APP, PoolConfig
-from offramp.deploy.serve.worker_router import WorkerRouter
 from offramp.worker.classifying.sequence_model import check_classifier
 from offramp.worker.model.loading import check_model
 
@@ -224,3 +231,27 @@ def require_free(host: str, port: int, field: str = "port") -> None:
             raise ConfigError(
                 field, f"{host}:{port} cannot be used ({error.strerror})", "Choose another"
             ) from error
+
+
+class WorkerRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
+    """Tries the replica that a request names first, and then all, those with the least to do first.
+
+    A request names it as its ``multiplexed_model_id``: of what a handle can be told of a request,
+    that alone is passed on to routers, and no worker serves several models. The replica that it
+    names has died if it is not among the candidates, and is frozen if it does not say in time how
+    many requests it has.
+    """
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Rank the replicas for one request; see ``RequestRouter``."""
+        # At random: of replicas that have equally much to do, Ray takes the first.
+        everyone = random.sample(candidate_replicas, len(candidate_replicas))
+        if pending_request is None:
+            return [everyone]
+        pending_request.routing_context.should_backoff = True
+        chosen = pending_request.metadata.multiplexed_model_id
+        return [[each for each in everyone if each.replica_id.unique_id == chosen], everyone]
