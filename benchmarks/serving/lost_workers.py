@@ -17,6 +17,9 @@ STREAMS = 12
 TOKENS = 400
 REPLACED_IN_S = 120.0
 
+FORGOTTEN_S = 11.0
+"""By then the front counts on no worker that has said nothing since it was lost."""
+
 SIGNALS = {
     "a worker killed": signal.SIGKILL,
     "a worker frozen": signal.SIGSTOP,
@@ -36,6 +39,7 @@ async def lost_workers(server: ServerProcess) -> list[ServeRow]:
         victim = server.workers()[0]  # of so many streams each worker has some
         victim.send_signal(number)
         rows += [*_rows(what, found, await streaming), await _replaced(server, what, victim)]
+        await asyncio.sleep(FORGOTTEN_S)
     await server.idle(workers=2)
     found, streaming = await _begun(server)
     server.process.send_signal(signal.SIGTERM)
