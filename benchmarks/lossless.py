@@ -45,6 +45,7 @@ from shared.drafting.lossless_plot import draw_lossless
 from shared.drafting.turns import Entry, compare
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
+from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
 from offramp.agents.drafting.likely_exits import best_of, likely_exits
@@ -146,6 +147,8 @@ def measure(subject: Subject, plan: Extent) -> dict[str, Any]:
         "static": clocked(engine, static_grid(validation, costs)[:3], unseen[:10], plan.new_tokens),
         "confidence": confident_grid(validation, costs)[0],
         "headless confidence": confident_grid(headless[1], costs, table_VK)[0],
+        "trust": trusted_grid(fit_chances(train), validation, costs)[0],
+        "headless trust": trusted_grid(fit_chances(headless[0]), headless[1], costs, table_VK)[0],
         "DEL": del_rule(train, validation, costs)[0],
         "Thompson": thompson_grid(validation, costs)[0],
     }

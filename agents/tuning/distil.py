@@ -1,4 +1,4 @@
-"""Self-distillation of exit translators: KL(final ‖ exit) through the model's own norm and head.
+"""Self-distillation of exits: by what full depth says, or by the state that it says it from.
 
 The backbone is frozen and runs without gradients; each exit's loss depends on its own translator
 alone, so exits are done one after the other and only one block of logits exists at a time.
@@ -7,72 +7,34 @@ Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers wit
 section 3 (affine translators per layer, the KL to the final distribution, identity at the start);
 here the matrix is I + BA of low rank.
 
-Shape suffixes: B rows, T tokens, N rows of any origin, D width, V tokens of the head, E exits,
-r rank.
+Shape suffixes: B rows, T tokens, N rows of any origin, D width, V tokens of the head, r rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from offramp.agents.tuning.exit_losses import (
+    FEATURES,
+    KL,
+    KL_BESIDE_FEATURES,
+    LossHead,
+    blocks,
+    exit_loss,
+    feature_loss,
+    typical_rows,
+)
 from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators, Translator
 
-BLOCK_VALUES = 2**23
-"""Logits held at a time (32 MiB in float32); longer batches go through the head in blocks."""
-
-LARGEST_RATIO = 8.0
-"""A state this many times the size of the median one is an attention sink's."""
-
 SMALLEST_SCALE = 1e-6
 """Least scale of a state: below this, its unit would blow rounding up."""
-
-
-class LossHead(Protocol):
-    """What turns states into the logits that the loss compares; a whole model is one."""
-
-    vocab: int
-    dtype: torch.dtype
-
-    def logits(self, x_ND: Tensor) -> Tensor:
-        """Final norm and head, [N, V]."""
-        ...
-
-
-class FrequentHead:
-    """The model's final norm and those rows of its head that are of common tokens.
-
-    On a real vocabulary the head is most of a training step, and nearly all of its rows are of
-    tokens that neither side gives a chance.
-
-    Args:
-        stack: The model.
-        tokens: Distinct token ids.
-    """
-
-    def __init__(self, stack: LayerStack, tokens: Sequence[int]) -> None:
-        self.vocab, self.dtype = len(tokens), stack.dtype
-        self._stack = stack
-        self._rows_VD = stack.head_rows(torch.tensor(tokens, device=stack.device)).detach()
-
-    def logits(self, x_ND: Tensor) -> Tensor:
-        """Logits of the common tokens, [N, V]."""
-        return linear(self._stack.norm(x_ND), self._rows_VD)
-
-
-def loss_head(stack: LayerStack, counts: Counter[int], tokens: int) -> LossHead:
-    """The head that the loss takes: of the most frequent tokens by count, or 0 for all."""
-    if not 0 < tokens < stack.vocab:
-        return stack
-    return FrequentHead(stack, [token for token, _ in counts.most_common(tokens)])
 
 
 class TrainableTranslator(nn.Module):
@@ -173,69 +135,33 @@ def states_at(
     return states, x_BTD.flatten(0, 1)
 
 
-def kl_of_logits(final_NV: Tensor, exit_NV: Tensor) -> Tensor:
-    """KL(softmax(final) ‖ softmax(exit)) of each row, [N], nats."""
-    final_NV, exit_NV = final_NV.log_softmax(-1), exit_NV.log_softmax(-1)
-    return (final_NV.exp() * (final_NV - exit_NV)).sum(-1)
-
-
-def exit_loss(head: LossHead, module: nn.Module, x_ND: Tensor, final_NV: Tensor) -> Tensor:
-    """Sum over rows of KL(final ‖ translated exit), nats; float32, or float64 for a check of it."""
-    logits_NV = head.logits(module(x_ND).to(head.dtype))
-    return kl_of_logits(final_NV, logits_NV.to(final_NV.dtype)).sum()
-
-
-def blocks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of rows whose logits are at most ``BLOCK_VALUES``.
-
-    >>> [(part.start, part.stop) for part in blocks(5, BLOCK_VALUES // 2)]
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    size = max(1, BLOCK_VALUES // vocab)
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
-
-
-def typical_rows(x_ND: Tensor) -> Tensor:
-    """Which states are of usual size, [N] bool.
-
-    A few first tokens of each text hold states a hundred times as large as all others (attention
-    sinks: Xiao et al. 2024): no exit is asked there, and every mean would be theirs.
-    """
-    size_N = x_ND.float().square().mean(-1).sqrt()
-    return size_N <= LARGEST_RATIO * size_N.median()
-
-
-def mean_loss(stack: LayerStack, module: nn.Module, x_ND: Tensor, last_ND: Tensor) -> float:
-    """Mean KL(final ‖ translated exit) over the rows of usual size, nats; no gradient."""
-    kept_N = typical_rows(x_ND)
-    x_ND, last_ND = x_ND[kept_N], last_ND[kept_N]
-    with torch.no_grad():
-        losses = [
-            exit_loss(stack, module, x_ND[part], stack.logits(last_ND[part]).float()).item()
-            for part in blocks(len(x_ND), stack.vocab)
-        ]
-    return sum(losses) / len(x_ND)
-
-
 def backward(
     stack: LayerStack,
     modules: Mapping[int, Trainable],
     tokens_BT: Tensor,
     head: LossHead | None = None,
+    by: str = KL,
 ) -> dict[int, float]:
     """Add one batch's gradients to what is trained; mean KL per exit before the step, nats.
 
     The KL is over the tokens of ``head``; None: over all that the model has.
     """
     states, last_ND = states_at(stack, tokens_BT, tuple(modules))
-    return backward_from(states, last_ND, modules, head or stack)
+    return backward_from(states, last_ND, modules, head or stack, by)
 
 
 def backward_from(
-    states: Mapping[int, Tensor], last_ND: Tensor, modules: Mapping[int, Trainable], head: LossHead
+    states: Mapping[int, Tensor],
+    last_ND: Tensor,
+    modules: Mapping[int, Trainable],
+    head: LossHead,
+    by: str = KL,
 ) -> dict[int, float]:
-    """Do what ``backward`` does, from states [N, D] after each exit and after the last layer."""
+    """Do what ``backward`` does, from states [N, D] after each exit and after the last layer.
+
+    By ``FEATURES`` gradients are those of the distance of states and a tenth of the KL; what is
+    returned is the KL all the same, so that curves compare.
+    """
     kept = {layer: typical_rows(each) for layer, each in states.items()}
     totals = dict.fromkeys(modules, 0.0)
     reads = {layer: module(states[layer]) for layer, module in modules.items()}
@@ -246,10 +172,13 @@ def backward_from(
             final_NV = head.logits(last_ND[part]).float()
         for layer, leaf_ND in leaves.items():
             kept_N = kept[layer][part]
-            loss = exit_loss(head, nn.Identity(), leaf_ND[part][kept_N], final_NV[kept_N])
-            loss = loss / kept[layer].sum()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            read_ND, count = leaf_ND[part][kept_N], kept[layer].sum()
+            loss = exit_loss(head, nn.Identity(), read_ND, final_NV[kept_N]) / count
             totals[layer] += loss.item()
+            if by == FEATURES:
+                distance = feature_loss(head, read_ND, last_ND[part][kept_N]) / count
+                loss = distance + KL_BESIDE_FEATURES * loss
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
     for layer, read_ND in reads.items():
         read_ND.backward(leaves[layer].grad)
     return totals

@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.agents.recording.corpus import load_corpus, window
 from offramp.agents.recording.documents import Document, encode
 from offramp.agents.recording.record_config import quarters
-from offramp.agents.tuning.distil import typical_rows
+from offramp.agents.tuning.exit_losses import typical_rows
 from offramp.agents.tuning.kv_moments import FillMoments
 from offramp.agents.tuning.kv_quality import FillQuality, compare_fills
 from offramp.agents.tuning.stream import data_digest

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.agents.evaluation.statistics import bootstrap_ratio
-from offramp.agents.tuning.distil import blocks, kl_of_logits, states_at
+from offramp.agents.tuning.distil import states_at
+from offramp.agents.tuning.exit_losses import blocks, kl_of_logits
 from offramp.agents.tuning.texts import HeldOutText
 from offramp.worker.model.adapter_layers import AdapterLayers
 from offramp.worker.model.stack import LayerStack

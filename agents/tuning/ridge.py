@@ -14,13 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from offramp.agents.tuning.distil import (
-    TrainableTranslator,
-    fresh_translators,
-    mean_loss,
-    states_at,
-    typical_rows,
-)
+from offramp.agents.tuning.distil import TrainableTranslator, fresh_translators, states_at
+from offramp.agents.tuning.exit_losses import mean_loss, typical_rows
 from offramp.worker.model.stack import LayerStack
 
 RIDGE = 1e-3

@@ -21,8 +21,8 @@ from offramp.agents.tuning.distil import (
     backward_from,
     freeze,
     fresh_translators,
-    loss_head,
 )
+from offramp.agents.tuning.exit_losses import loss_head
 from offramp.agents.tuning.plot import draw_tuning
 from offramp.agents.tuning.quality import TuneReport, compare, measure, summarise
 from offramp.agents.tuning.ridge import start_translators
@@ -142,6 +142,7 @@ class _Tuning:
             "batch_tokens": config.batch_tokens,
             "length": config.length,
             "lr": config.learning_rate,
+            "loss": config.loss,
             "loss_tokens": config.loss_tokens,
             "dtype": config.dtype,
             "seed": config.seed,
@@ -170,8 +171,10 @@ class _Tuning:
     def steps_within(self, minutes: float) -> int:
         """Optimizer steps that fit into the time, 1 or more; nothing of the trial is kept."""
         modules = self._fresh(resumes=True)
-        head = loss_head(self.stack, self.counts, self.config.loss_tokens)
-        return self.feed().steps_within(60 * minutes, lambda x: backward_from(*x, modules, head))
+        head, by = loss_head(self.stack, self.counts, self.config.loss_tokens), self.config.loss
+        return self.feed().steps_within(
+            60 * minutes, lambda x: backward_from(*x, modules, head, by)
+        )
 
     def take(self, steps: int) -> None:
         """Do so many steps."""
@@ -196,7 +199,7 @@ class _Tuning:
         size = config.batch_tokens
         self.on_progress("tune", done * size, config.steps * size, f"{said}; {feed.plan}")
         for step in range(done, config.steps):
-            losses = backward_from(*feed.next(step), modules, head)
+            losses = backward_from(*feed.next(step), modules, head, config.loss)
             _require_finite(losses, step)
             _step(optimizer, config.learning_rate * rate_share(step, config.steps))
             if step % max(1, config.steps // CURVE_POINTS) == 0:

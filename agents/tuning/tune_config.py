@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offramp.agents.recording.own_text import OwnText
 from offramp.agents.recording.record_config import quarters
+from offramp.agents.tuning.exit_losses import KL, LOSSES
 from offramp.controller.errors import ConfigError
 from offramp.worker.model.loading import layers_and_vocab, parse_dtype
 from offramp.worker.model.stack import LayerStack
@@ -37,6 +38,8 @@ class TuneConfig:
         batch_tokens: Tokens per step, a multiple of ``length``.
         length: Tokens per window.
         learning_rate: Peak rate of Adam.
+        loss: "kl", KL(full depth ‖ exit), or "features": smooth L1 to the last layer's state, and
+            a tenth of the KL.
         loss_tokens: Most frequent tokens of the training documents that the loss is over; 0 takes
             the whole vocabulary. Agreement is always measured over all.
         held_out: Validation documents measured, at most.
@@ -63,6 +66,7 @@ class TuneConfig:
     batch_tokens: int = 2048
     length: int = 256
     learning_rate: float = 1e-3
+    loss: str = KL
     loss_tokens: int = 4096
     held_out: int = 48
     candidates: int = 64
@@ -77,6 +81,8 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError("kind", f"{self.kind!r} is unknown", f"Use {' or '.join(KINDS)}")
+        if self.loss not in LOSSES:
+            raise ConfigError("loss", f"{self.loss!r} is unknown", f"Use {' or '.join(LOSSES)}")
         for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")

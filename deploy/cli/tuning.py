@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from offramp.agents.recording.own_text import OwnText, only_texts
+from offramp.agents.tuning.exit_losses import KL
 from offramp.agents.tuning.kv_tuning import KVTuneConfig, require_fill_exits, tune_kv
 from offramp.agents.tuning.state_feed import STATES
 from offramp.agents.tuning.tune import tune
@@ -23,6 +24,9 @@ from offramp.worker.model.loading import parse_dtype
 
 Minutes = Annotated[
     float | None, typer.Option(help="Take as many steps as fit.", show_default="--steps")
+]
+Loss = Annotated[
+    str, typer.Option(help="kl, of what is said; features: distance of states, and a tenth of it.")
 ]
 LossTokens = Annotated[
     int, typer.Option(min=0, help="Most frequent tokens that the loss is over; 0: all.")
@@ -128,6 +132,7 @@ def tune_exits(
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    loss: Loss = KL,
     loss_tokens: LossTokens = 4096,
     held_out: HeldOut = None,
     candidates: Annotated[int, typer.Option(help="Candidate tokens per token.")] = 64,

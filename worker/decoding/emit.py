@@ -103,7 +103,7 @@ class Emitter:
 
     def _draft(self, result: RowResult) -> None:
         row, sampler = result.row, result.row.sampler
-        if sampler.is_plain_greedy:
+        if sampler.is_plain_greedy or not len(result.logits_MV):  # or the probe has drawn it
             token = result.best_M[-1]
         else:
             history = [*row.emitted, *(draft.token for draft in row.drafts)]

@@ -19,6 +19,12 @@ COLDEST = 1e-37
 HOTTEST = 1e37
 """Higher ones count as this one: float32 would round them to infinity."""
 
+HOTTEST_SCORE = 1e3
+"""The same of scores, which are multiplied by it."""
+
+OUT_OF_REACH = -1e6
+"""Score of what cannot be drawn; all others are above."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -103,6 +109,20 @@ class Sampler:
         """What ``draw`` would make of these logits; it may be asked for the same place again."""
         return self._pick(self.distribution(logits_V, emitted), len(emitted))
 
+    def draw_scores(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
+        """What ``draft`` takes the largest of, [V], in units of logits; float32, on the CPU.
+
+        Greedily the processed logits, else these plus the temperature times the Gumbel noise of the
+        place (Maddison et al. 2014, "A* sampling"). What cannot be drawn is ``OUT_OF_REACH``.
+        """
+        if self.sampling.greedy:
+            scores_V = self._processed(logits_V, emitted).to("cpu", torch.float32)
+        else:
+            chances_V = self.distribution(logits_V, emitted)
+            odds_V = (chances_V / self._noise_at(len(emitted), chances_V)).log_()
+            scores_V = odds_V.mul_(min(float(self.sampling.temperature), HOTTEST_SCORE))
+        return scores_V.clamp(min=OUT_OF_REACH)
+
     def distribution(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """Probabilities [V] that ``draw`` draws from; float32, on the CPU, of sum 1.
 
@@ -132,11 +152,15 @@ class Sampler:
         """One token by the noise of a place; greedily the most likely."""
         if self._generator is None:
             return int(chances_V.argmax())
+        return int((chances_V / self._noise_at(place, chances_V)).argmax())
+
+    def _noise_at(self, place: int, like_V: Tensor) -> Tensor:
+        """Noise of a place, the same however often it is asked for, [V]."""
         if place not in self._noise:
             # torch.multinomial's own, which draws one token in just this way.
-            noise_V = torch.empty_like(chances_V).exponential_(1, generator=self._generator)
+            noise_V = torch.empty_like(like_V).exponential_(1, generator=self._generator)
             self._noise[place] = noise_V
-        return int((chances_V / self._noise[place]).argmax())
+        return self._noise[place]
 
     def _processed(self, logits_V: Tensor, emitted: Sequence[int]) -> Tensor:
         """What does not need a temperature, in vLLM's order; the logits themselves if nothing."""

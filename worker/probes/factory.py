@@ -29,7 +29,7 @@ from offramp.worker.probes.candidates.candidate_probe import CandidateProbe
 from offramp.worker.probes.candidates.device_probe import DeviceProbe
 from offramp.worker.probes.candidates.fused import FusedProbe
 from offramp.worker.probes.candidates.successors import NgramIndex, candidates_of
-from offramp.worker.probes.probe import BlankProbe, Probe, ProbeInputs
+from offramp.worker.probes.probe import BlankProbe, Probe, ProbeInputs, Scores
 from offramp.worker.probes.readout import Readout
 from offramp.worker.probes.sketch import SketchProbe
 from offramp.worker.probes.softmax import SoftmaxProbe
@@ -67,6 +67,7 @@ class ProbeFactory:
         x_ND: Tensor,
         positions_N: IntArray,
         drafted: Sequence[Sequence[int]] = (),
+        scores: Sequence[Scores | None] = (),
     ) -> Probe:
         """The probe that a policy reads, for some rows at the start of a step.
 
@@ -77,6 +78,7 @@ class ProbeFactory:
             positions_N: Their token positions.
             drafted: Each row's tokens that its index does not know, since they may be taken
                 back; () if no row has any.
+            scores: As ``ProbeInputs`` has them; read only if the schema is of whole logits.
 
         Raises:
             ConfigError: no probe computes the schema.
@@ -87,8 +89,9 @@ class ProbeFactory:
         if policy.schema.digest == CANDIDATES_V1.digest:
             candidates_NK = _candidates(ngrams, policy.candidates_VK, drafted)
         inputs = ProbeInputs(
-            self.readout, x_ND, positions_N, len(policy.exits), candidates_NK, policy.candidates_VK
-        )
+            self.readout, x_ND, positions_N, len(policy.exits), candidates_NK,
+            policy.candidates_VK, scores,
+        )  # fmt: skip
         # Kinds of policies derive from it, and decide otherwise.
         if candidates_NK is not None and not self.readout.is_host and type(policy) is MlpPolicy:
             return DeviceProbe(inputs, policy)

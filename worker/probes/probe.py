@@ -6,6 +6,7 @@ Shape suffixes: N rows, K candidates, D width, V vocabulary, F features.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -83,6 +84,10 @@ class Candidates(Probe, Protocol):
         ...
 
 
+Scores = Callable[[Tensor], Tensor]
+"""Turns a row's logits [V] into what its next token is the largest of, [V]."""
+
+
 class ProbeInputs(NamedTuple):
     """What some rows offer at the start of a step.
 
@@ -94,6 +99,8 @@ class ProbeInputs(NamedTuple):
         candidates_NK: Likely next tokens per row, distinct within a row; None if the policy
             carries no table.
         table_VK: The table they come from, or None.
+        scores: How each row's next token is drawn; None of a row whose likeliest token is taken. ()
+            if that is so of all.
     """
 
     readout: Readout
@@ -102,6 +109,7 @@ class ProbeInputs(NamedTuple):
     exits: int
     candidates_NK: IntArray | None = None
     table_VK: IntArray | None = None
+    scores: Sequence[Scores | None] = ()
 
 
 class BlankProbe:

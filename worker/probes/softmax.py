@@ -5,6 +5,7 @@ Shape suffixes: N rows, D width, V vocabulary, S = 3 softmax columns, F features
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,12 +28,15 @@ class SoftmaxMemory:
         exits: Number of exits that are asked at.
         layers: Number of layers of the model.
         position_N: Position of each row's last token, as a share of the context.
+
+    Attributes:
+        best_N: Each row's best token when it was last seen, [N]; −1 before.
     """
 
     def __init__(self, exits: int, layers: int, position_N: FloatArray) -> None:
         self._exits, self._layers = exits, layers
         self._position_N = position_N
-        self._best_N = np.full(len(position_N), -1, np.int32)
+        self.best_N = np.full(len(position_N), -1, np.int32)
         self._run_N = np.zeros(len(position_N), np.float32)
 
     def features(
@@ -41,9 +45,9 @@ class SoftmaxMemory:
         """All columns of SOFTMAX_V2, [M, F], of all rows or of some, whose logits these are."""
         alone = len(logits_MV) == 1 and logits_MV.device.type == "cpu"
         sure_MS, best_M = (one_row if alone else softmax_features)(logits_MV)
-        agrees_M = best_M == self._best_N[rows]
+        agrees_M = best_M == self.best_N[rows]
         run_M = np.where(agrees_M, self._run_N[rows] + 1, 0)
-        self._best_N[rows], self._run_N[rows] = best_M, run_M
+        self.best_N[rows], self._run_N[rows] = best_M, run_M
         out_MF = np.empty((len(best_M), SOFTMAX_V2.width), np.float32)
         out_MF[:, :3] = sure_MS
         out_MF[:, 3] = agrees_M
@@ -54,7 +58,7 @@ class SoftmaxMemory:
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left."""
-        self._best_N = self._best_N[stay_N]
+        self.best_N = self.best_N[stay_N]
         self._run_N = self._run_N[stay_N]
         self._position_N = self._position_N[stay_N]
 
@@ -62,26 +66,42 @@ class SoftmaxMemory:
 class SoftmaxProbe:
     """SOFTMAX_V2, at the price of one LM head per probe.
 
-    The head of the probe at which a row leaves is the one its token is drawn from.
+    The head of the probe at which a row leaves is the one its token is drawn from. Where that takes
+    noise, it is the scores with their noise that say how sure the draw is, and so they are what
+    the columns are of.
 
     Args:
         inputs: What the rows offer; the candidates are not read.
+
+    Attributes:
+        scores: How each row's next token is drawn, as in ``inputs``; [] if no noise is.
     """
 
     def __init__(self, inputs: ProbeInputs) -> None:
         self._stack = inputs.readout.stack
         position_N = (inputs.positions_N / self._stack.context).astype(np.float32)
         self._memory = SoftmaxMemory(inputs.exits, self._stack.layers, position_N)
+        self.scores = list(inputs.scores) if any(inputs.scores) else []
         self._logits_NV: Tensor | None = None
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of SOFTMAX_V2, [N, F]."""
-        self._logits_NV = self._stack.logits(x_ND)
-        return self._memory.features(layer, self._logits_NV)
+        self._logits_NV = seen_NV = self._stack.logits(x_ND)
+        if self.scores:
+            rows = zip(self.scores, seen_NV, strict=True)
+            seen_NV = torch.stack(
+                [each(row_V) if each else row_V.cpu().float() for each, row_V in rows]
+            )
+        return self._memory.features(layer, seen_NV)
+
+    def best_N(self) -> IntArray:
+        """Give the token of each row that the last ``features`` found best, [N]."""
+        return self._memory.best_N
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left, which a copy made before goes on to remember."""
         self._memory = part_of(self._memory, stay_N)
+        self.scores = list(itertools.compress(self.scores, stay_N))
 
     def logits(self) -> Tensor | None:
         """Give the logits of the last probe, [N, V]."""

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from offramp.agents.tuning.distil import fresh_translators, mean_loss, states_at, typical_rows
+from offramp.agents.tuning.distil import fresh_translators, states_at
+from offramp.agents.tuning.exit_losses import mean_loss, typical_rows
 from offramp.agents.tuning.ridge import Moments, start_translators
 from offramp.worker.model.families import stack_for
 from support.models import VOCAB, make_model

@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, smooth_l1_loss
 
-from offramp.agents.tuning import distil
+from offramp.agents.tuning import exit_losses
 from offramp.agents.tuning.distil import (
     TrainableTranslator,
     backward,
-    exit_loss,
     freeze,
     fresh_translators,
-    kl_of_logits,
-    loss_head,
     states_at,
 )
+from offramp.agents.tuning.exit_losses import FEATURES, exit_loss, kl_of_logits, loss_head
 from offramp.agents.tuning.quality import measure, summarise
 from offramp.agents.tuning.tune import rate_share
 from offramp.worker.model.families import HFStack, stack_for
@@ -153,7 +151,7 @@ def test_blocks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.Monke
     stack = stack_of()
     whole, parts = (fresh_translators(stack, EXITS, 4, TOKENS, seed=0) for _ in range(2))
     losses = backward(stack, whole, TOKENS)
-    monkeypatch.setattr(distil, "BLOCK_VALUES", 7 * VOCAB)
+    monkeypatch.setattr(exit_losses, "BLOCK_VALUES", 7 * VOCAB)
     assert backward(stack, parts, TOKENS) == pytest.approx(losses, rel=1e-5)
     for layer in EXITS:
         for one, other in zip(whole[layer].parameters(), parts[layer].parameters(), strict=True):
@@ -176,6 +174,24 @@ def test_a_loss_over_frequent_tokens_is_the_kl_among_them() -> None:
         final_N3, exit_N3 = (stack.logits(x)[:, frequent] for x in (last_ND, states[layer]))
         expected = kl_of_logits(final_N3, exit_N3).mean().item()
         assert losses[layer] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_by_features_is_the_distance_of_normed_states_and_a_tenth_of_the_kl() -> None:
+    stack = stack_of()
+    modules, twins = (fresh_translators(stack, EXITS, 4, TOKENS, seed=0) for _ in range(2))
+    losses = backward(stack, modules, TOKENS, by=FEATURES)
+    states, last_ND = states_at(stack, TOKENS, EXITS)
+    for layer in EXITS:
+        read_ND = twins[layer](states[layer])
+        kl = kl_of_logits(stack.logits(last_ND), stack.logits(read_ND)).mean()
+        assert losses[layer] == pytest.approx(kl.item(), rel=1e-4)
+        distance = smooth_l1_loss(stack.norm(read_ND), stack.norm(last_ND).detach())
+        (distance + 0.1 * kl).backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+        own, twin = modules[layer].b.grad, twins[layer].b.grad
+        assert own is not None
+        assert twin is not None
+        assert twin.abs().max() > 0
+        assert torch.allclose(own, twin, atol=1e-6)
 
 
 def test_measured_quality_is_what_whole_logits_say() -> None:

@@ -140,6 +140,7 @@ def test_divergence_is_named(
         ("lr", {"learning_rate": 0.0}),
         ("lr", {"learning_rate": float("nan")}),
         ("lr", {"learning_rate": 1e300}),
+        ("loss", {"loss": "mse"}),
         ("batch_tokens", {"batch_tokens": 100}),
         ("batch_tokens", {"length": 1}),
         ("length", {"length": 2048, "batch_tokens": 2048}),

@@ -286,6 +286,37 @@ def test_a_seed_decides_every_draw() -> None:
     assert draws(50, temperature=1.0) != draws(50, temperature=1.0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"temperature": 0.7},
+        {"temperature": 1e-30},
+        {"temperature": 1e30},
+        {"temperature": 1.2, "top_p": 0.6, "frequency_penalty": 0.5},
+    ],
+)
+def test_scores_are_largest_where_the_draw_is(options: dict[str, Any]) -> None:
+    for seed in range(20):
+        drawing = sampler(seed=seed, **options)
+        scores_V = drawing.draw_scores(random_logits(seed), EMITTED)
+        assert scores_V.isfinite().all()
+        assert int(scores_V.argmax()) == drawing.draft(random_logits(seed), EMITTED)
+        assert int(scores_V.argmax()) == drawing.draw(random_logits(seed), EMITTED).token
+
+
+def test_scores_are_in_units_of_logits() -> None:
+    """Their leads tell right drafts from wrong ones as those of greedy decoding do."""
+    logits_V = random_logits(3)
+    warm_V = sampler(seed=0, temperature=0.7).draw_scores(logits_V, ())
+    noise_V = torch.empty(len(logits_V)).exponential_(1, generator=torch.Generator().manual_seed(0))
+    drawn_V = logits_V - 0.7 * noise_V.log()
+    assert torch.allclose(warm_V - warm_V.max(), drawn_V - drawn_V.max(), atol=1e-4)
+    greedy_V = sampler(logit_bias={1: 3.0}).draw_scores(logits_V, ())
+    assert int((greedy_V - logits_V).argmax()) == 1
+
+
 def test_nothing_outside_the_nucleus_is_ever_drawn() -> None:
     assert set(draws(3_000, temperature=1.0, top_p=0.7, seed=3)) == {2, 4}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.features import MAX_PENDING, OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policies.drafts import TrustedDraft
+from offramp.controller.policies.protocols import IndexArray, NeverExit, Policy
 from offramp.worker import AdaptiveEngine, KVMode, SamplingParams
+from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
 from support.models import DEVICE, SHAPE, make_model
@@ -120,3 +124,43 @@ def test_the_same_seed_draws_full_depths_own_tokens(options: dict[str, Any]) -> 
         return [row.emitted for row in drain(engine, requests)]
 
     assert tokens_of(RandomExit(0.7, exits=(1, 2))) == tokens_of(NeverExit())
+    assert tokens_of(TrustedDraft(2, (0.0, 1.0), 0.5)) == tokens_of(NeverExit())
+
+
+class TwiceSeen:
+    """Drafts twice at an exit, reads whole logits there, and keeps what it saw."""
+
+    exits = (2,)
+    schema = SOFTMAX_V2
+    candidates_VK = None
+
+    def __init__(self) -> None:
+        self.top1: list[float] = []
+
+    def start(self, outlook_NC: FloatArray) -> IndexArray:
+        pending_N = outlook_NC[:, OUTLOOK_V1.index("pending")]
+        return (pending_N * MAX_PENDING > 1.5).astype(np.int64)
+
+    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+        self.top1 += features_NF[:, 0].tolist()
+        return np.full(len(features_NF), here)
+
+
+def test_drafters_see_how_sure_the_draw_is_and_draft_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise, what tells a right draft is the lead of the draw, not that of the likeliest."""
+    engine = AdaptiveEngine(make_model("llama"), slots=1)
+    scored: list[tuple[float, int]] = []
+    scores = Sampler.draw_scores
+
+    def kept(self: Sampler, logits_V: torch.Tensor, emitted: Sequence[int]) -> torch.Tensor:
+        scores_V = scores(self, logits_V, emitted)
+        scored.append((float(scores_V.softmax(-1).max()), int(scores_V.argmax())))
+        return scores_V
+
+    monkeypatch.setattr(Sampler, "draw_scores", kept)
+    monkeypatch.setattr(Sampler, "draft", None)  # what the probe has drawn is not drawn again
+    policy = TwiceSeen()
+    asked = SamplingParams(max_tokens=16, temperature=2.0, seed=3, ignore_eos=True)
+    [row] = drain(engine, [engine.submit([5, 9], asked, policy, kv_mode="verify")])
+    assert row.drafts_made > 4
+    assert policy.top1 == pytest.approx([top1 for top1, _ in scored], abs=1e-5)

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Rows
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from offramp.controller.policies.protocols import ExitPolicy, RoutingPolicy
@@ -20,6 +21,7 @@ from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.model.transfers import take
 from offramp.worker.probes import DeviceProbe, FusedProbe, Probe, ProbeFactory
 from offramp.worker.probes.candidates.successors import NgramIndex
+from offramp.worker.probes.probe import Scores
 
 
 class RowGrouper:
@@ -114,7 +116,8 @@ class RowGrouper:
         fused = self._fused(rows)
         if fused is None:
             positions_N = np.array(positions, np.int32)
-            return self._probes.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted)
+            scores = [_scores(row) for row in rows]
+            return self._probes.probe(rows[0].policy, ngrams, x_ND, positions_N, drafted, scores)
         fused.begin(cast(list[NgramIndex], ngrams), drafted, x_ND, positions)
         return fused
 
@@ -130,6 +133,23 @@ class RowGrouper:
             if isinstance(last, FusedProbe) and last.places >= len(rows):
                 return last
         return self._probes.fused_probe(rows[0].policy, len(rows))
+
+
+def _scores(row: Sequence) -> Scores | None:
+    """How a row's next draft is drawn; None where that is the likeliest token, or no draft."""
+    if row.request.kv_mode != "verify" or row.sampler.is_plain_greedy:
+        return None
+    history = [*row.emitted, *(draft.token for draft in row.drafts)]
+
+    def scores(logits_V: Tensor) -> Tensor:
+        try:
+            return row.sampler.draw_scores(logits_V, history)
+        except (
+            Exception
+        ):  # a caller's code: full depth's draw will fail, too, and for its row alone
+            return logits_V.to("cpu", torch.float32)
+
+    return scores
 
 
 def _is_underway(group: RowGroup) -> bool:

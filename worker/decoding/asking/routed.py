@@ -20,7 +20,7 @@ from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.asking.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import Leaving, Sequence
 from offramp.worker.model.transfers import take
-from offramp.worker.probes import Candidates, Probe, part_of
+from offramp.worker.probes import Candidates, Probe, SoftmaxProbe, part_of
 
 
 @dataclass(slots=True)
@@ -145,11 +145,14 @@ class RoutedGroup:
 
 
 def _drafted(left: DueRows) -> list[int | None]:
-    """Give the draft of each row that drafts without the LM head."""
-    if not any(row.headless for row in left.rows):
-        return [None] * len(left.rows)
+    """Give the draft of each row whose probe has found it: without the LM head, or by its draw."""
+    known = [row.headless for row in left.rows]
+    if isinstance(left.probe, SoftmaxProbe) and left.probe.scores:
+        known = [each is not None for each in left.probe.scores]
+    if not any(known):
+        return [None] * len(known)
     best_N = cast(Candidates, left.probe).best_N().tolist()
-    return [best if row.headless else None for row, best in zip(left.rows, best_N, strict=True)]
+    return [best if knows else None for knows, best in zip(known, best_N, strict=True)]
 
 
 def _joined(left: list[Leaving]) -> Leaving:
