@@ -39,6 +39,7 @@ from offramp.agents.evaluation.protocol import (
 from offramp.agents.evaluation.scores import Metric, Scores
 from offramp.agents.placing.contenders import load_saved
 from offramp.agents.training.families import is_seeded
+from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.energy import open_meter
@@ -163,7 +164,11 @@ class ArchivingMeasurer(Measurer):
     def times(
         self, split: str, entrants: Sequence[Entrant], scores: Sequence[Scores]
     ) -> list[Taken]:
-        """Seconds of those that may be picked, on the timed documents; no joules."""
+        """Seconds of those that may be picked, on the timed documents; no joules.
+
+        Raises:
+            ConfigError: field ``targets``; nobody is left but full depth.
+        """
         torch.set_num_threads(self._tournament.spec.threads)
         count = self.config.timed_documents
         if split == "validation":
@@ -174,6 +179,9 @@ class ArchivingMeasurer(Measurer):
             for each, mine in zip(entrants, scores, strict=True)
             if split == "test" or may_be_picked(mine, full)
         ]
+        if len(timed) == 1:
+            problem = f"none is left on {split} documents: each loses too much or saves no time"
+            raise ConfigError("targets", problem, "Their scores lie in --out; try more --targets")
         seconds_CD: list[list[tuple[float, float]]] = [[] for _ in timed[1:]]
         for index, document in enumerate(documents):
             there = self._timed(split, index, document, timed[1:])

@@ -127,6 +127,12 @@ def test_other_settings_are_refused_in_the_same_folder(policies: Path, out: Path
         run_tournament(config(test_documents=2), entrants, out)
 
 
+def test_that_nobody_is_left_beside_full_depth_is_said(policies: Path, tmp_path: Path) -> None:
+    full = gather(policies, [0])[:1]
+    with pytest.raises(ConfigError, match="targets: none is left on validation documents"):
+        run_tournament(config(), full, tmp_path / "alone")
+
+
 def test_damaged_measurements_are_named(policies: Path, out: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(out, folder)
