@@ -68,7 +68,7 @@ layers: setup
 
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
-	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs/kv-modes.md docs/using.md
+	$(BIN)/python -m pytest --doctest-glob='*.md' README.md docs/kv-modes.md docs/using.md docs/prompts.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The table of folders in docs/structures.md, from their docstrings.
