@@ -103,7 +103,7 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
     assert [each["label"] for each in second] == labels
     # Batches of other sizes sum in another order.
     chances = [[each["probs"] for each in answer] for answer in (first, second)]
-    assert np.allclose(*chances, atol=1e-5)
+    assert np.allclose(chances[0], chances[1], atol=1e-5)
     assert missing.status_code == 404
 
     generation = served.publish(2, served.heads)
