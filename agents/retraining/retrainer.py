@@ -133,13 +133,10 @@ class Retrainer:
         found = certify_round(self._config, self._folder / TRACES, self._folder / POLICIES)
         if found.bundle is None:
             self._move(stage="watching")
-            risk = found.outcome.walked[-1].risk
-            return f"nothing is certified (a loss of {risk:.3f}): what is served stays"
+            return found.story
         found.bundle.save(self._folder / CERTIFIED)
-        certificate = found.bundle.manifest.certificate
-        assert certificate is not None
         self._move(stage="certified", policy=found.bundle.manifest.digest)
-        return f"{certificate.family} is certified: {certificate.statement}"
+        return found.story
 
     def _publish(self) -> str:
         config, publisher = self._config, self._publisher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,7 @@ def test_drift_leads_to_a_certified_canary_and_waits_there(channel: LearningChan
     assert "130 requests, 3,120 tokens of live traffic, are learned from" in stories[0]
     assert "policies were trained on" in stories[1]
     assert "is certified: disagreement ≤ 0.1" in stories[2]
+    assert re.search(r"; it saves \d+\.\d% of full depth's cost \[[1-9]", stories[2])
     assert "serves 5% of the requests, as a canary" in stories[3]
     data = load_training_data(channel.config.out / "round-0001" / "traces")
     live = [each for each in data.train.documents if each.startswith("live")]
@@ -222,6 +224,20 @@ def test_what_cannot_be_certified_is_not_published(
     assert "nothing is certified" in channel.retrainer().look()
     assert channel.publisher.promoted == 0
     assert channel.state.stage == "watching"
+
+
+def test_what_is_certified_and_saves_nothing_is_not_published(channel: LearningChannel) -> None:
+    channel.serve(130, ease=-4.0)  # no exit is ever right, so the certified policy never leaves
+    stories = [channel.retrainer().look() for _ in range(4)]
+    assert re.search(
+        r"is certified: .* it saves -\d+\.\d% of full depth's cost \[-.*\], "
+        r"which is not above zero: it is not published, what is served stays",
+        stories[3],
+    )
+    assert channel.publisher.promoted == 0
+    assert (channel.state.stage, channel.state.policy) == ("watching", "")
+    # The next round waits for traffic that it has not learned from.
+    assert "waiting for 20 requests" in channel.retrainer().look()
 
 
 def spoil(folder: Path) -> None:
