@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from offramp.agents.learning.phat import PhatConfig, train_phat
+from offramp.agents.learning.halting import HaltingConfig, train_halting
+from offramp.agents.learning.phat import PhatConfig, logit, train_phat
 from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.placing.contenders import GRID
 from offramp.agents.placing.replay import mean_cost, walk
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.net import MAX_ROWS
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
 from offramp.envs.traces.tokens import TokenTraces
@@ -28,6 +30,9 @@ LOGITS = np.linspace(-3.0, 6.0, GRID)
 PREFERENCES = np.geomspace(0.02, 2.0, GRID)
 SHARES = np.linspace(0.0, 1.0, GRID)
 """Quantiles, over all exits, of the column that a rule compares: as dense where texts lie close."""
+
+FURTHEST = 16.0
+"""Logits beyond which a chance counts as this near 0 or 1."""
 
 CLASSIFIER = PhatConfig(epochs=40, batch=256)
 """How p̂ is fitted here: more passes over fewer rows."""
@@ -103,10 +108,10 @@ class ClassFamily:
 def learn_families(
     fit: TokenTraces, costs: CostTable, *, seed: int = 0, agent: PPOConfig | None = AGENT
 ) -> list[ClassFamily]:
-    """The rules, and what is learned beside them: p̂ of the label, and PPO with it as reward.
+    """The rules, and what is learned beside them: Q-exit, p̂ of the label, PPO rewarded by it.
 
     Args:
-        fit: Texts that p̂ and PPO learn from, as heads see them that were not fitted to them.
+        fit: Texts that these learn from, as heads see them that were not fitted to them.
         costs: Measured prices of layers, heads and probes.
         seed: Seeds what is learned.
         agent: How PPO is trained; None leaves it out.
@@ -130,6 +135,7 @@ def learn_families(
         ClassFamily(name="margin", build=margin, settings=margins.tolist()),
         ClassFamily(name="patience", build=patience, settings=range(1, len(exits)), symbol="t="),
     ]
+    families.append(q_exit(fit, seed))
     weights = train_phat(fit, replace(CLASSIFIER, seed=seed), quality="label")
     families.append(
         ClassFamily(
@@ -149,6 +155,23 @@ def learn_families(
             )
         )
     return families
+
+
+def q_exit(fit: TokenTraces, seed: int) -> ClassFamily:
+    """Make PALBERT's Q-exit, along q: quantiles of the learned chance of having halted by now."""
+    exits = fit.header.exits
+    weights = train_halting(fit, HaltingConfig(seed=seed))
+    net = MlpPolicy(exits, SOFTMAX_V2, weights)
+    rows_MF = fit.features_NEF.reshape(-1, SOFTMAX_V2.width)
+    parts = np.array_split(rows_MF, -(-len(rows_MF) // MAX_ROWS))
+    logits_M = np.concatenate([net.logits(part).astype(np.float64) for part in parts])
+    chances_M = 1 / (1 + np.exp(-logits_M.clip(-FURTHEST, FURTHEST)))
+    return ClassFamily(
+        name="Q-exit",
+        build=lambda s: MlpPolicy(exits, SOFTMAX_V2, weights, logit(s)),
+        settings=np.unique(np.quantile(chances_M, SHARES)).tolist(),
+        symbol="q=",
+    )
 
 
 def place_families(

@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def test_what_is_trained_is_a_bundle_that_names_the_heads(files: Files) -> None:
     heads = SequenceModel.load(files.model).classifier(files.heads).heads
     families = {each.family for each in load_contenders(files.policies)}
-    assert {"full depth", "fixed exit", "entropy", "margin", "p̂"} <= families
+    assert {"full depth", "fixed exit", "entropy", "margin", "Q-exit", "p̂"} <= families
     chosen = PolicyBundle.load(files.policies / CHOSEN).manifest
     assert chosen.adapters == heads.digest
     assert chosen.training["task"] == "classify"
