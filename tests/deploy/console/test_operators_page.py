@@ -3,106 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import socket
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-import numpy as np
 import pytest
-import redis
-import uvicorn
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
-from offramp.controller.policies.kinds import pack_policy
-from offramp.controller.policies.protocols import FixedExit
-from offramp.controller.release.publisher import Publisher
-from offramp.controller.release.redis_registry import RedisRegistry
-from offramp.controller.release.registry import Ack, AckState
-from offramp.controller.watching.tally import Tally
-from offramp.deploy.console.console_app import create_console, follow
-from offramp.deploy.serve.publishing import open_publisher
-from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.settings import Settings
+from offramp.controller.release.registry import AckState
+from offramp.deploy.console.console_app import follow
+from support.console.console_stage import BEARER, KEY, Photograph, Stage, canary, tally
 
-KEY = "the-key-of-the-console"
-BEARER = {"Authorization": f"Bearer {KEY}"}
 REASON = "generation 2: full depth disagrees with 31.0% or more of what is audited"
-
-
-class Stage:
-    """A channel with a console before it."""
-
-    def __init__(self, server: EmbeddedRedis, folder: Path) -> None:
-        self.server = server
-        self.settings = Settings(redis_url=server.url, home=folder / "home")
-        self.registry = RedisRegistry(server.url, "default", 1.0)
-        self.app = create_console(self.registry, self.settings, KEY)
-        self.client = TestClient(self.app, base_url="http://offramp")
-
-    @property
-    def publisher(self) -> Publisher:
-        return open_publisher(self.settings, self.registry)
-
-    def publish(self, layer: int, *, promote: bool = True) -> int:
-        packed = pack_policy(FixedExit(layer), np.zeros((2, 3), np.float32))
-        publisher = self.publisher
-        release = publisher.release(
-            packed, model="aa", tokenizer="bb", training={}, metrics={}, uncertified=True
-        )
-        if promote:
-            publisher.promote(release.generation)
-        return release.generation
-
-    def say(self, state: AckState, generation: int, reason: str = "", *tallies: Tally) -> None:
-        is_tripped = state is AckState.TRIPPED
-        ack = Ack(
-            worker="worker-0-ab",
-            boot="b",
-            generation=0 if is_tripped else generation,
-            digest="" if is_tripped else "c" * 64,
-            about=generation,
-            state=state,
-            reason=reason,
-            at=time.time(),
-            tallies=tallies,
-        )
-        self.registry.acknowledge(ack, 60.0)
-
-    def stop_redis(self) -> None:
-        redis.Redis.from_url(self.server.url).shutdown(nosave=True)
-
-    def page(self) -> str:
-        reply = self.client.get("/", headers=BEARER)
-        assert reply.status_code == 200, reply.text
-        return " ".join(reply.text.split())
-
-
-def tally(generation: int, disagreed: int, **changed: Any) -> Tally:
-    counts: dict[str, Any] = {
-        "tokens": 4000, "seconds": 80.0, "layers": 30_000, "requests": 100, "early": 2000,
-        "paces": 2.0, "paces_squared": 0.0404, "depths": 750.0, "depths_squared": 5700.0,
-        "audited": 400, "disagreed": disagreed, "exits": {"12": 2000, "3": 1500, "6:int4": 500},
-        "meter": "modelled: 3 W", "batches": 60, "joules": 3.0, "joules_squared": 0.16,
-        "points": 5, "point": 2, "moves": 3,
-    }  # fmt: skip
-    return Tally(generation=generation, **counts | changed)
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    with EmbeddedRedis(tmp_path / "redis") as server:
-        stage = Stage(server, tmp_path)
-        yield stage
-        stage.registry.close()
 
 
 def no_release(stage: Stage) -> None:
@@ -112,21 +22,6 @@ def no_release(stage: Stage) -> None:
 def stable_only(stage: Stage) -> None:
     stage.publish(3)
     stage.say(AckState.ACK, 1, "", tally(1, 4))
-
-
-def canary(stage: Stage, disagreed: int = 4) -> None:
-    stage.publish(3)
-    stage.publish(5, promote=False)
-    stage.publisher.roll_out(5)
-    full: dict[str, Any] = {"joules": 6.0, "exits": {"12": 4000}}
-    full |= {
-        "early": 0,
-        "audited": 0,
-        "layers": 48_000,
-        "depths": 1200.0,
-        "depths_squared": 14400.0,
-    }
-    stage.say(AckState.ACK, 3, "", tally(1, 0, **full), tally(3, disagreed))
 
 
 def failed_canary(stage: Stage) -> None:
@@ -171,7 +66,7 @@ STATES: list[tuple[Callable[[Stage], None], list[str], list[str]]] = [
     ("prepare", "said", "unsaid"), STATES, ids=lambda each: getattr(each, "__name__", "")
 )
 def test_each_state_is_shown(
-    stage: Stage, tmp_path: Path, prepare: Callable[[Stage], None], said: list[str],
+    stage: Stage, photograph: Photograph, prepare: Callable[[Stage], None], said: list[str],
     unsaid: list[str],
 ) -> None:  # fmt: skip
     prepare(stage)
@@ -179,44 +74,7 @@ def test_each_state_is_shown(
     assert [each for each in said if each not in page] == []
     assert [each for each in unsaid if each in page] == []
     assert KEY not in page
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here: the page was read, and not looked at")
-    folder = Path(os.environ.get("CONSOLE_SCREENSHOTS", tmp_path))
-    shot = folder / f"{prepare.__name__}.png"
-    with listening(stage.app) as url:
-        look(chromium, url, shot)
-    assert shot.read_bytes()[:4] == b"\x89PNG"
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """Serve the console on a port, to a browser that cannot send its key: that is added here."""
-
-    async def known(scope: Any, receive: Any, send: Any) -> None:
-        key = (b"authorization", BEARER["Authorization"].encode())
-        await app({**scope, "headers": [*scope.get("headers", []), key]}, receive, send)
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(known, log_level="warning", lifespan="off")
-        config.timeout_graceful_shutdown = 1
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(30)
-
-
-def look(chromium: str, url: str, shot: Path) -> None:
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--timeout=3000"]
-    size = "--window-size=1280,1250"
-    profile = f"--user-data-dir={shot.parent / 'profile'}"
-    subprocess.run(
-        [chromium, *options, size, profile, f"--screenshot={shot}", url],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+    photograph(prepare.__name__, "/")
 
 
 def test_nobody_without_the_key_sees_or_does_anything(stage: Stage) -> None:

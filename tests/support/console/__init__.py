@@ -1,0 +1,1 @@
+"""Helpers of the console's tests."""
