@@ -24,7 +24,8 @@ that was left again and again."""
 class SettingWalk:
     """Says at which certified setting new requests run on a worker.
 
-    It begins at the setting that was published, the fastest, and takes one step at a time. Counts
+    It begins at the setting that was published, the fastest, or where it stood before the worker
+    was started again, and takes one step at a time. Counts
     begin anew at every step, and whenever they have shown enough, so that an old past hides no
     change. A setting that is left before it has held since it was returned to has to be earned
     twice as often the next time: so traffic that suits the safer one of two neighbours, and not
@@ -33,15 +34,17 @@ class SettingWalk:
     Args:
         settings: Those that the certificate bounds, safest first.
         bound: Share of audited early tokens that full depth may disagree with.
+        begin: Setting to begin at, one of them; None: the fastest.
 
     Attributes:
         place: Index of the setting that new requests run at.
         moves: How often it changed.
     """
 
-    def __init__(self, settings: Sequence[float], bound: float) -> None:
+    def __init__(self, settings: Sequence[float], bound: float, begin: float | None = None) -> None:
         self.settings = tuple(settings)
-        self.place = len(self.settings) - 1
+        fastest = len(self.settings) - 1
+        self.place = fastest if begin is None else self.settings.index(begin)
         self.moves = 0
         self._bound = bound
         self._seen = self._disagreed = 0

@@ -18,6 +18,7 @@ import pytest
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
 from offramp.deploy.serve.redis_server import EmbeddedRedis
+from support.releases.adaptable import SETTINGS, moved_to, released
 from support.releases.channel import Bench
 
 FORK = multiprocessing.get_context("fork")
@@ -204,3 +205,24 @@ def test_a_worker_killed_at_any_write_of_a_canary_keeps_its_stable_release(
         worker.stop()
     assert bench.worker().poll_once().state is AckState.ACK
     assert bench.worker().current.canary is None
+
+
+def move(bench: Bench) -> None:
+    moved_to(bench.worker(), SETTINGS[0])
+
+
+def test_a_worker_killed_while_it_notes_its_setting_begins_at_a_certified_one(
+    bench: Bench, url: str, tmp_path: Path
+) -> None:
+    bench.publisher.promote(released(bench).generation)
+    worker = bench.worker(probation_s=0.0)
+    worker.poll_once()
+    worker.poll_once()  # passes probation
+    found = set()
+    for _ in deaths_of(move, url, tmp_path / "home"):
+        worker = bench.worker()
+        assert worker.current.generation == 1
+        found.add(worker.current.setting)
+        worker.stop()
+    assert found == {SETTINGS[-1], SETTINGS[0]}  # before it was written, and after
+    assert bench.worker().current.setting == SETTINGS[0]

@@ -76,6 +76,7 @@ class ReleaseKeeper:
         self._on_trial_until: float | None = None
         self._quarantine: Quarantine | None = state.quarantined()
         self._tripped: Quarantine | None = None  # not yet on disk
+        self._setting_kept: float | None = None  # of the running release
         self._swapping = threading.Lock()  # never held during I/O: a trip must not wait
 
     def trip(self, generation: int, reason: str) -> None:
@@ -126,7 +127,9 @@ class ReleaseKeeper:
                 Quarantine(generation=0, digest=digest, adapters=adapters, reason=reason)
             )
             return False
-        self._activate(manifest, self._checked(manifest, stored[1]))
+        self._activate(
+            manifest, self._checked(manifest, stored[1]), self._state.setting_of(manifest)
+        )
         self._raise_mark(Mark.of(manifest))
         return True
 
@@ -138,16 +141,26 @@ class ReleaseKeeper:
         manifest = self._verifier.verify_stored(stored[0], None)
         if self._quarantine is not None and self._quarantine.holds(manifest):
             return False
-        self._activate(manifest, self._checked(manifest, stored[1]))
+        self._activate(
+            manifest, self._checked(manifest, stored[1]), self._state.setting_of(manifest)
+        )
         self._on_trial_until = None
         return True
 
     def keep_state(self) -> None:
-        """Bring to disk what happened since: a trip, or a probation that was passed."""
+        """Bring to disk what happened since: a trip, a move, or a probation that was passed.
+
+        Raises:
+            OSError: the folder cannot be written; a move is tried again the next time.
+        """
         with self._swapping:
             tripped, self._tripped = self._tripped, None
         if tripped is not None:
             self._put_away(tripped)
+        now = self.current
+        if now.setting is not None and now.setting != self._setting_kept:
+            self._state.keep_setting(now.generation, now.digest, now.setting)
+            self._setting_kept = now.setting
         if self._on_trial_until is not None and time.monotonic() >= self._on_trial_until:
             self._on_trial_until = None
             self._state.settle()
@@ -200,29 +213,41 @@ class ReleaseKeeper:
             self._state.raise_mark(mark)
             self.mark = mark
 
-    def _activate(self, manifest: Manifest, checked: tuple[Policy, ExitAdapters | None]) -> None:
+    def _activate(
+        self,
+        manifest: Manifest,
+        checked: tuple[Policy, ExitAdapters | None],
+        moved_to: float | None = None,
+    ) -> None:
+        """Let new requests run under a release, at the setting that a run before had moved to."""
         policy, adapters = checked
         generation = manifest.generation
         policies, above = certified_range(policy, manifest.certificate), manifest.bounds.adapt_above
+        setting = [*policies][-1] if policies else None  # as it was published
+        walk = None
+        if policies and above is not None:
+            setting = moved_to if moved_to in policies else setting
+            walk = SettingWalk([*policies], above, setting)
         watch = PolicyWatch(
             manifest.bounds,
             partial(self.trip, generation),
             generation,
-            SettingWalk([*policies], above) if policies and above is not None else None,
+            walk,
             partial(self._move, generation, policies),
         )
         self.loaded = manifest
         self._on_trial_until = time.monotonic() + self._probation_s
+        self._setting_kept = setting  # a release that stays where it began needs no record
         with self._swapping:
             self.current = PolicySnapshot(
                 manifest.generation,
                 manifest.digest,
-                policy,
+                policy if setting is None else policies[setting],
                 manifest.certificate,
                 watch,
                 manifest.rollout,
                 adapters=adapters,
-                setting=[*policies][-1] if policies else None,
+                setting=setting,
             )
 
     def _move(self, generation: int, policies: Mapping[float, Policy], setting: float) -> None:

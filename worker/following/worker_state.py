@@ -16,6 +16,7 @@ from offramp.controller.release.trust import Mark
 from offramp.controller.strict import (
     COUNT,
     DIGEST,
+    NUMBER,
     TEXT,
     Check,
     canonical_json,
@@ -33,6 +34,7 @@ _QUARANTINE_FIELDS: dict[str, Check] = {
     "adapters": or_null((lambda value: value == "" or is_digest(value), f"{DIGEST[1]} or empty")),
     "reason": TEXT,
 }
+_SETTING_FIELDS: dict[str, Check] = {"generation": COUNT, "digest": DIGEST, "setting": NUMBER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class Quarantine:
 
 
 class WorkerState:
-    """The mark, the release that runs on probation, the last known good one, and the quarantine.
+    """The mark, the releases on probation and last known good, their setting, and the quarantine.
 
     A release that is accepted is on trial until it has run for a while; then it takes the place of
     the last known good one. A start counts as a crash until the worker says otherwise.
@@ -77,6 +79,7 @@ class WorkerState:
         self._trial = folder / "trial"
         self._starts = folder / "starts"
         self._quarantine = folder / "quarantine"
+        self._setting = folder / "setting"
 
     def mark(self) -> Mark | None:
         """The highest release accepted; None if this worker never accepted one.
@@ -183,6 +186,24 @@ class WorkerState:
         values = {name: getattr(record, name) for name in _QUARANTINE_FIELDS}
         _write_record(self._quarantine, canonical_json(values))
 
+    def setting_of(self, release: Manifest) -> float | None:
+        """The certified setting that a release was moved to; None: to none, or nobody can tell."""
+        try:
+            values = parse_strictly(_read_record(self._setting), _SETTING_FIELDS)
+        except (OSError, PolicyRefusedError, ConfigError):
+            return None
+        is_same = (values["generation"], values["digest"]) == (release.generation, release.digest)
+        return float(values["setting"]) if is_same else None
+
+    def keep_setting(self, generation: int, digest: str, setting: float) -> None:
+        """Record the certified setting that a release was moved to.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        values = {"generation": generation, "digest": digest, "setting": setting}
+        _write_record(self._setting, canonical_json(values))
+
     def end_trial(self) -> None:
         """Forget the release on trial."""
         self._trial.unlink(missing_ok=True)
@@ -192,6 +213,7 @@ class WorkerState:
         """Forget every release but the mark: this track serves nobody any more."""
         self.end_trial()
         self._good.unlink(missing_ok=True)
+        self._setting.unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> bytes:

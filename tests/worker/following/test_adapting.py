@@ -7,34 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import SOFTMAX_V2
-from offramp.controller.policies.kinds import pack_policy
-from offramp.controller.policies.protocols import ThresholdPolicy
-from offramp.controller.release.certificate import Walked
-from offramp.controller.release.registry import Ack, Head, InMemoryRegistry
+from offramp.controller.release.registry import InMemoryRegistry
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot, Request
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.following.refresh import PolicyRefresher
-from support.certificates import certificate
+from offramp.worker.following.worker_state import WorkerState
 from support.models import REFERENCE
-from support.releases.channel import MODEL, TOKENIZER, Bench
+from support.releases.adaptable import POLICY, SETTINGS, moved_to, released
+from support.releases.channel import Bench
 from support.rows import drain
 
-SETTINGS = (0.95, 0.5, 0.2)
-"""Safest first; the reference model's layer 3 and full depth seldom agree at the last if tokens
-are drawn hot."""
-
-POLICY = ThresholdPolicy((3,), SOFTMAX_V2, "margin", SETTINGS[-1])
 CODE = ("def main(", "import os\nimport", "class A:\n    def __init__(self", "for i in range(")
 CALM = SamplingParams(max_tokens=40, ignore_eos=True)
 HOT = replace(CALM, temperature=2.0)
-ABOVE = 0.15
 PATIENCE = 40
 
 
@@ -69,25 +59,6 @@ class MovingWorker:
         raise AssertionError((setting, self.worker.current.setting, self.worker.report))
 
 
-def released(bench: Bench, **changes: Any) -> Head:
-    """A release of the policy, with a certificate of all settings, and bounds."""
-    packed = pack_policy(POLICY, np.full((4, SOFTMAX_V2.width), 0.5, np.float32))
-    walked = tuple(Walked(setting=each, risk=0.01, p_value=0.001, passed=True) for each in SETTINGS)
-    proof = certificate(
-        packed.digest,
-        walked=walked,
-        setting=SETTINGS[-1],
-        risk=0.01,
-        p_value=0.001,
-        parameter="threshold of margin",
-    )
-    bounds = {"adapt_above": ABOVE, "max_disagreement": 0.9}
-    options: dict[str, Any] = {"certificate": proof, "guardrails": bounds}
-    return bench.publisher.release(
-        packed, model=MODEL, tokenizer=TOKENIZER, training={}, metrics={}, **options | changes
-    )
-
-
 @pytest.fixture
 def moving(tmp_path: Path) -> Iterator[MovingWorker]:
     bench = Bench(InMemoryRegistry(), tmp_path)
@@ -99,26 +70,23 @@ def moving(tmp_path: Path) -> Iterator[MovingWorker]:
     worker.stop()
 
 
-def told(moving: MovingWorker) -> tuple[int, int, int]:
-    """At which point the registry says that the worker stands, of how many, and its moves."""
-    moving.worker.poll_once()
-    [ack] = moving.bench.registry.acks()
-    assert isinstance(ack, Ack)
-    [tally] = ack.tallies
+def told(worker: PolicyRefresher) -> tuple[int, int, int]:
+    """At which point a worker says that it stands, of how many, and its moves."""
+    [tally] = worker.poll_once().tallies
     return tally.point, tally.points, tally.moves
 
 
 def test_traffic_that_disagrees_moves_it_to_safety_and_back(moving: MovingWorker) -> None:
-    assert told(moving) == (3, 3, 0)
+    assert told(moving.worker) == (3, 3, 0)
     pinned = moving.engine.submit(CODE[0], replace(CALM, max_tokens=200))
     moving.until(SETTINGS[1], HOT)
-    assert told(moving) == (2, 3, 1)
+    assert told(moving.worker) == (2, 3, 1)
     assert (pinned.snapshot.setting, pinned.snapshot.policy) == (SETTINGS[2], POLICY)
     moving.until(SETTINGS[2], CALM)
-    assert told(moving) == (3, 3, 2)
+    assert told(moving.worker) == (3, 3, 2)
     for seed in range(2):
         moving.round(CALM, seed)  # there is nothing faster that is certified
-    assert told(moving) == (3, 3, 2)
+    assert told(moving.worker) == (3, 3, 2)
     moving.finish(pinned)
 
     rows = [*moving.rows.values()]
@@ -131,6 +99,48 @@ def test_traffic_that_disagrees_moves_it_to_safety_and_back(moving: MovingWorker
         repeated = again.submit(request.prompt, request.sampling, alone, kv_mode=request.kv_mode)
         [replay] = drain(again, [repeated])
         assert (replay.emitted, replay.exit_layers) == (row.emitted, row.exit_layers)
+
+
+def test_a_restart_goes_on_at_the_setting_that_audits_had_moved_to(tmp_path: Path) -> None:
+    bench = Bench(InMemoryRegistry(), tmp_path)
+    head = released(bench)
+    bench.publisher.promote(head.generation)
+    first = bench.worker()
+    first.poll_once()
+    moved_to(first, SETTINGS[0])
+    alone = Bench(InMemoryRegistry(), tmp_path).worker()  # there is nobody to ask
+    assert (alone.current.generation, alone.current.setting) == (1, SETTINGS[0])
+    assert alone.current.policy == replace(POLICY, threshold=SETTINGS[0])
+    alone.stop()
+    again = bench.worker()
+    assert told(again) == (1, 3, 0)  # still there, and not a move
+    again.stop()
+    # No setting but one that this release's certificate bounds: what else is noted is passed over.
+    state = WorkerState(bench.state_dir)
+    for number, digest, setting in (
+        (1, head.digest, 0.1),
+        (1, "f" * 64, SETTINGS[0]),
+        (2, head.digest, SETTINGS[0]),
+    ):
+        state.keep_setting(number, digest, setting)
+        assert restarted(bench) == SETTINGS[-1]
+    (bench.state_dir / "setting").write_bytes(b"torn")
+    assert restarted(bench) == SETTINGS[-1]
+    # A new release begins as it was published, though it is of the same policy.
+    moved_to(bench.worker(), SETTINGS[1])
+    bench.publisher.promote(released(bench).generation)
+    for _ in range(2):
+        worker = bench.worker()
+        assert told(worker) == (3, 3, 0)
+        assert (worker.current.generation, worker.current.setting) == (2, SETTINGS[-1])
+        worker.stop()
+
+
+def restarted(bench: Bench) -> float | None:
+    """The setting that a worker begins at."""
+    worker = bench.worker()
+    worker.stop()  # in order: no start counts as a crash
+    return worker.current.setting
 
 
 def test_without_the_signed_guardrail_it_stays_where_it_was_published(tmp_path: Path) -> None:
