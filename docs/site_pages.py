@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from offramp.deploy.cli.main import build_app
-from offramp.deploy.http.metrics import REPORTED, Metrics
+from offramp.deploy.http.metrics import REPORTED, TRAFFIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -161,7 +161,8 @@ def _cell(text: str) -> str:
 
 def scrape() -> str:
     """What /metrics says once a worker has reported and a request has ended."""
-    report = dict.fromkeys([field for field, _ in REPORTED.values()], 0)
+    report: dict[str, Any] = dict.fromkeys([field for field, _ in REPORTED.values()], 0)
+    report["traffic"] = dict.fromkeys([field for field, _ in TRAFFIC.values()], 0)
     says = dict.fromkeys(("worker", "digest", "guarantee", "state"), "x")
     backend: Any = SimpleNamespace(model_id="m", layers=LAYERS, reports=lambda: [report | says])
     counted = Metrics(backend)

@@ -6,7 +6,7 @@ Where vLLM counts the same thing, names after the prefix, labels and buckets are
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -50,6 +50,19 @@ REPORTED = {
     "audit_disagreements_total": ("disagreed", "Those that full depth would not have emitted"),
 }
 """What workers report: the field of their report, and what it says."""
+
+TRAFFIC = {
+    "live_traffic_tokens_total": ("recorded_tokens", "Tokens of live traffic that were recorded"),
+    "live_traffic_passed_over_total": (
+        "passed_over",
+        "Requests that were not recorded: no time was left, or they were too long",
+    ),
+    "live_traffic_kept_total": ("kept", "Recorded requests that were written to disk"),
+    "live_traffic_dropped_total": ("dropped", "Those that gave way to newer ones"),
+    "live_traffic_lost_total": ("lost", "Recorded requests that never reached the disk"),
+}
+"""What workers that keep live traffic report of it: the field under ``traffic``, and what it says.
+"""
 
 
 class Metrics:
@@ -186,11 +199,10 @@ class _Reports(Collector):
     def collect(self) -> Iterator[Metric]:
         model, reports = self._backend.model_id, self._backend.reports()
         for name, (field, text) in REPORTED.items():
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(PREFIX + name, text, labels=("model_name", "worker"))
-            for report in reports:
-                family.add_metric((model, report["worker"]), report[field])
-            yield family
+            yield _by_worker(model, name, text, {r["worker"]: r[field] for r in reports})
+        kept = {r["worker"]: r["traffic"] for r in reports if r.get("traffic")}
+        for name, (field, text) in TRAFFIC.items():
+            yield _by_worker(model, name, text, {each: kept[each][field] for each in kept})
         says = ("worker", "digest", "guarantee", "state")
         info = GaugeMetricFamily(
             PREFIX + "policy_info",
@@ -200,3 +212,12 @@ class _Reports(Collector):
         for report in reports:
             info.add_metric((model, *(report[field] for field in says)), 1)
         yield info
+
+
+def _by_worker(model: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
+    """One sample per worker: a counter if the name says so, else a gauge."""
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    family = kind(PREFIX + name, text, labels=("model_name", "worker"))
+    for worker, value in values.items():
+        family.add_metric((model, worker), value)
+    return family

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.deploy.http.metrics import REPORTED
+from offramp.deploy.http.metrics import REPORTED, TRAFFIC
 from offramp.deploy.serve.serve_app import FEW_ARENAS
 from support.pools.served_pool import (
     CAPACITY,
@@ -76,7 +76,7 @@ def test_prometheus_sees_every_token_and_every_worker(pool: ServedPool) -> None:
     )
     made = "offramp_generation_tokens"
     assert after[made][0].value - before[made][0].value == 3 * 20
-    for name in REPORTED:
+    for name in REPORTED | TRAFFIC:
         family = after["offramp_" + name.removesuffix("_total")]
         assert len({sample.labels["worker"] for sample in family}) == 2
     assert {sample.labels["guarantee"] for sample in after["offramp_policy_info"]} == {"full depth"}

@@ -45,12 +45,13 @@ class ServedPool:
     def __init__(self, home: Path, options: dict[str, Any] | None = None) -> None:
         self.port = free_port()
         self.redis_port = free_port()
+        environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
         if options is None:
             options = {"--slots": SLOTS, "--max-waiting": WAITING, "--prefix-cache-mib": 16}
+            environment["OFFRAMP_TRAFFIC"] = str(home / "traffic")
         ports = {"--port": self.port, "--redis-port": self.redis_port, "--threads": 1}
         options = {**ports, **options}
         words = [str(word) for option in options.items() for word in option]
-        environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
         self.process = subprocess.Popen(
             [str(Path(sys.executable).parent / "offramp"), "serve", *words],
             cwd=ROOT,
