@@ -9,6 +9,9 @@ and ``[DONE]``. The bare engine decodes the same prompts in this process, in tur
     python benchmarks/serve.py --quick --only steady,overload
     python benchmarks/serve.py --soak --json soak.json
     python benchmarks/serve.py --soak --minutes 10
+    python benchmarks/serve.py --peers --quick
+    python benchmarks/serve.py --peers --model models/smollm2 --dtype bfloat16 \\
+        --draft-exit 30:int4 --drafts 7
 
 Parts: *steady* (a token, the first token, and saturation, over the bare engine), *overload* (five
 times what the pool can do; 400 requests at once), *clients* (that hang up, send too much or too
@@ -17,6 +20,9 @@ streams).
 ``--soak`` instead asks a pool of two workers for half an hour, while policies are swapped every
 20 s, one client in ten leaves, and a worker is killed: what became of each request, and whether
 memory grows.
+``--peers`` asks what people run instead, each over HTTP and in turns: ``generate`` behind FastAPI,
+``transformers serve``, llama.cpp's server (extra ``peers``), vLLM's where ``--vllm`` names an
+environment that has it, and offramp, at full depth (the baseline of the ratios) and with drafts.
 The client shares the machine with the pool; with fewer than three free cores they disturb each
 other, and milliseconds say less than ratios and counts.
 """
@@ -35,15 +41,19 @@ import typer
 from serving.bad_clients import disturbed, hang_ups
 from serving.lost_workers import STREAMS, lost_workers
 from serving.overload import crowded, overloaded
+from serving.peer_rounds import peers_side_by_side
+from serving.peer_servers import FixedDrafts, PeerModel
 from serving.serve_rows import ServeRow, keep_rows, show_rows
 from serving.served_process import free_port, served
 from serving.soak import Soak
 from serving.steady_state import settle, steady
 
+from offramp.controller.policies.exits import parse_exit
 from offramp.worker.spec import WorkerSpec, describe, freeze_heap, load_engine
 
 PARTS = ("steady", "overload", "clients", "lost")
 SLOTS, WAITING = 8, 8
+REFERENCE = Path("models/reference")
 
 
 def main(
@@ -51,6 +61,12 @@ def main(
     only: Annotated[str, typer.Option(help="Comma-separated parts.")] = ",".join(PARTS),
     soak: Annotated[bool, typer.Option(help="Half an hour of mixed load instead.")] = False,
     minutes: Annotated[float, typer.Option(help="With --soak: how long.")] = 30.0,
+    peers: Annotated[bool, typer.Option(help="Other servers instead, side by side.")] = False,
+    model: Annotated[Path, typer.Option(help="With --peers: what is served.")] = REFERENCE,
+    dtype: Annotated[str, typer.Option(help="With --peers: its type.")] = "float32",
+    draft_exit: Annotated[str, typer.Option(help="With --peers: where drafts leave.")] = "3",
+    drafts: Annotated[int, typer.Option(help="With --peers: how many; 0: none.")] = 2,
+    vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep rows here.")] = None,
 ) -> None:
     asked = only.split(",")
@@ -62,6 +78,11 @@ def main(
     if soak:
         asked = []
         rows += soaked(minutes * 60)
+    if peers:
+        asked = []
+        plan = FixedDrafts(parse_exit(draft_exit), drafts) if drafts else None
+        rounds, tokens = (2, 32) if quick else (7, 64)
+        rows += peers_side_by_side(PeerModel(model, dtype), plan, vllm, rounds, tokens)
     if "steady" in asked:
         rows += measured_steady(quick)
     if "overload" in asked or "clients" in asked:

@@ -161,7 +161,8 @@ def _cell(text: str) -> str:
 
 def scrape() -> str:
     """What /metrics says once a worker has reported and a request has ended."""
-    report: dict[str, Any] = dict.fromkeys([field for field, _ in REPORTED.values()], 0)
+    fields = ["tasks", *(field for field, _ in REPORTED.values())]
+    report: dict[str, Any] = dict.fromkeys(fields, 0)
     report["traffic"] = dict.fromkeys([field for field, _ in TRAFFIC.values()], 0)
     says = dict.fromkeys(("worker", "digest", "guarantee", "state"), "x")
     backend: Any = SimpleNamespace(model_id="m", layers=LAYERS, reports=lambda: [report | says])

@@ -17,6 +17,9 @@ BESIDE = 4
 """Streams that go on meanwhile."""
 
 SLOW = 300
+REPORTED_S = 2.5
+"""A worker says each second what it runs: after so long the metrics speak of now."""
+
 LARGEST_BODY = 8 * 2**20 - 1000
 """Just within the default bound."""
 
@@ -25,7 +28,9 @@ async def hang_ups(server: ServerProcess, count: int) -> list[ServeRow]:
     """Rows of streams whose clients leave at a random moment."""
     await server.idle()
     draw = random.Random(0)
+    await asyncio.sleep(REPORTED_S)
     before = fds(server.speakers())
+    tasks = await _sum_of(server, "asyncio_tasks")
 
     async def leave(number: int) -> None:
         reader, writer = await server.client.connect()
@@ -40,19 +45,23 @@ async def hang_ups(server: ServerProcess, count: int) -> list[ServeRow]:
     for begin in range(0, count, 10):  # as many as find room
         await asyncio.gather(*(leave(number) for number in range(begin, begin + 10)))
     idle_s = await server.idle()
-    await asyncio.sleep(2.5)  # the worker reports each second what it runs
-    metrics = await server.client.text("/metrics")
-    kept = sum(
-        float(line.split()[-1])
-        for line in metrics.splitlines()
-        if line.startswith(("offramp_num_requests_running{", "offramp_num_requests_waiting{"))
-    )
+    await asyncio.sleep(REPORTED_S)
+    kept = await _sum_of(server, "num_requests_running", "num_requests_waiting")
+    more_tasks = await _sum_of(server, "asyncio_tasks") - tasks
     return [
         row("hang-ups: nothing under way after", count, idle_s, "s"),
         row("hang-ups: rows that the worker kept", count, kept, "requests"),
         row("hang-ups: file descriptors more than before", count, fds(server.speakers()) - before,
             "descriptors"),
+        row("hang-ups: tasks of event loops more than before", count, more_tasks, "tasks"),
     ]  # fmt: skip
+
+
+async def _sum_of(server: ServerProcess, *names: str) -> float:
+    """What some metrics say, all processes together."""
+    begins = tuple(f"offramp_{name}{{" for name in names)
+    lines = (await server.client.text("/metrics")).splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(begins))
 
 
 async def disturbed(server: ServerProcess, seconds: float) -> list[ServeRow]:

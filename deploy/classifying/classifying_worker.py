@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,7 @@ class ClassifyingWorker:
         keep_to_loopback()
         assert config.heads is not None  # else the pool decodes
         self._front = front
+        self._loop = asyncio.get_running_loop()
         self._claim = StateClaim(config.state_dir / config.channel)
         self.worker_id = self._claim.name
         self._replica = serve.get_replica_context().replica_id.unique_id
@@ -129,6 +131,7 @@ class ClassifyingWorker:
             "waiting": waiting,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
+            "tasks": len(asyncio.all_tasks(self._loop)),
         }
 
     def _conditions(self, snapshot: PolicySnapshot) -> tuple[str, str]:

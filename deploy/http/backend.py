@@ -228,7 +228,9 @@ class EngineBackend:
                 "state": "ACK",
                 "audited": tally.audited if tally else 0,
                 "disagreed": tally.disagreed if tally else 0,
-                **dict.fromkeys(("stale_s", "trips", "kept", "moved", "point", "moves"), 0),
+                **dict.fromkeys(
+                    ("stale_s", "trips", "kept", "moved", "point", "moves", "tasks"), 0
+                ),
             }
         ]
 

@@ -5,6 +5,7 @@ Where vLLM counts the same thing, names after the prefix, labels and buckets are
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -212,6 +213,15 @@ class _Reports(Collector):
         for report in reports:
             info.add_metric((model, *(report[field] for field in says)), 1)
         yield info
+        tasks = GaugeMetricFamily(
+            PREFIX + "asyncio_tasks",
+            "Tasks of a process's event loop: as many as there are requests, and a few",
+            labels=("model_name", "process"),
+        )
+        tasks.add_metric((model, "front"), _tasks_here())
+        for report in reports:
+            tasks.add_metric((model, report["worker"]), report["tasks"])
+        yield tasks
 
 
 def _by_worker(model: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
@@ -221,3 +231,10 @@ def _by_worker(model: str, name: str, text: str, values: Mapping[str, float]) ->
     for worker, value in values.items():
         family.add_metric((model, worker), value)
     return family
+
+
+def _tasks_here() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # asked from outside of a loop
+        return 0

@@ -87,6 +87,7 @@ class ServedWorker:
     def __init__(self, config: PoolConfig, front: Any) -> None:
         keep_to_loopback()
         self._front = front
+        self._loop = asyncio.get_running_loop()
         # Held for as long as this process lives: no other worker writes there.
         self._claim = StateClaim(config.state_dir / config.channel)
         self.worker_id = self._claim.name
@@ -210,6 +211,7 @@ class ServedWorker:
             "waiting": waiting,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
+            "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }
 

@@ -75,6 +75,20 @@ def test_what_workers_report_is_told_by_worker(app: FastAPI, ask: Any) -> None:
     assert value(samples, "policy_info", **says) == 1
 
 
+def test_tasks_of_the_event_loop_are_told_and_do_not_pile_up(app: FastAPI, ask: Any) -> None:
+    async def call(client: httpx.AsyncClient) -> list[float]:
+        found = []
+        for _ in range(2):
+            told = parse((await client.get("/metrics")).text)
+            found.append(value(told, "asyncio_tasks", process="front"))
+            asked = {"model": "reference", "prompt": [11, 12], "max_tokens": 3, "stream": True}
+            await client.post("/v1/completions", json=asked)
+        return found
+
+    before, after_one = ask(app, call)
+    assert 0 < after_one <= before
+
+
 def test_every_reply_is_counted_refusals_included(app: FastAPI, ask: Any) -> None:
     async def call(client: httpx.AsyncClient) -> str:
         await client.get("/v1/nothing")

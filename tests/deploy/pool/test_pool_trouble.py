@@ -174,13 +174,25 @@ def test_four_hundred_at_once_are_served_or_told_to_come_back(pool: ServedPool) 
     assert all(each.is_whole and each.tokens == 20 for each in served)
 
 
+async def loop_tasks(client: httpx.AsyncClient) -> float:
+    """Tasks of the event loops of front and workers."""
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    samples = {each.name: each.samples for each in families}["offramp_asyncio_tasks"]
+    assert len(samples) == 3
+    return sum(each.value for each in samples)
+
+
 def test_a_client_that_hangs_up_frees_its_place(pool: ServedPool) -> None:
     async def scenario(client: httpx.AsyncClient) -> None:
+        await ready(client)
+        before = await loop_tasks(client)
         _, tasks = await streams(client, 1000)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await ready(client)
+        while await loop_tasks(client) > before:  # workers report each second
+            await asyncio.sleep(0.1)
 
     run(pool, scenario)
 
