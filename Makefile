@@ -1,5 +1,5 @@
 # Two commands: `make demo` sets everything up and runs the closed loop; `make test` sets up and
-# passes the tests. `make check` and `make fuzz` are what CI runs.
+# passes the tests. `make check`, `make chaos` and `make fuzz` are what CI runs.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH))
 # Two processes; a file's tests share its fixtures, so a file stays with one of them.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo demo-smollm2 test fuzz check setup format format-check lint types layers docs rooms clean
+.PHONY: demo demo-smollm2 test fuzz chaos check setup format format-check lint types layers docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
@@ -37,6 +37,10 @@ test: setup
 # Two minutes of requests that schemathesis makes up from /openapi.json.
 fuzz: setup
 	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py
+
+# A worker that is killed two hundred times; `make test` kills it forty times.
+chaos: setup
+	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
 
 check: format-check lint types layers docs test
 

@@ -84,8 +84,11 @@ def test_the_model_is_no_degenerate_one(family: str) -> None:
     assert len({token for row in rows for token in row}) > 12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layer", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (4, torch.float32), (2, torch.bfloat16)],
+    ids=str,
+)
 def test_a_static_exit_equals_the_truncated_model(
     family: str, layer: int, dtype: torch.dtype
 ) -> None:
@@ -94,12 +97,14 @@ def test_a_static_exit_equals_the_truncated_model(
     engine = AdaptiveEngine.from_pretrained(model)
     # The first token comes from the prompt's full-depth pass; after it, every token comes from
     # the first layers, whose cached entries the truncated model shares.
-    for prompt in PROMPTS:
-        first = engine.generate(prompt, SamplingParams(max_tokens=1))[0].token_ids
-        expected = hf_greedy(short, [prompt + first], GREEDY.max_tokens - 1)
-        emitted = engine.generate(prompt, GREEDY, FixedExit(layer))[0]
-        assert_same(short, [prompt + first], [emitted.token_ids[1:]], expected)
-        assert emitted.exit_layers[1:] == [layer] * (len(emitted.token_ids) - 1)
+    done = [engine.generate(prompt, GREEDY, FixedExit(layer))[0] for prompt in PROMPTS]
+    begun = [prompt + each.token_ids[:1] for prompt, each in zip(PROMPTS, done, strict=True)]
+    # In bfloat16 a batch's padding can break a tie the other way: there each row is asked alone.
+    batches = [begun] if dtype is torch.float32 else [[each] for each in begun]
+    expected = [row for each in batches for row in hf_greedy(short, each, GREEDY.max_tokens - 1)]
+    assert_same(short, begun, [each.token_ids[1:] for each in done], expected)
+    for each in done:
+        assert each.exit_layers[1:] == [layer] * (len(each.token_ids) - 1)
 
 
 def test_static_exits_in_a_ragged_batch_equal_the_rows_alone(family: str) -> None:

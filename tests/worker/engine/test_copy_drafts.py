@@ -39,7 +39,7 @@ from offramp.worker.model.families import stack_for
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.prepared import prepare
 from support.cost_tables import measured
-from support.models import LAYERS, make_model
+from support.models import FAMILIES, LAYERS, make_model
 from support.rows import (
     CLOSE,
     RAGGED,
@@ -156,15 +156,20 @@ def submitted(
     )
 
 
+SETTINGS = [
+    (policies, HOLDS, 3),
+    (mixed_policies, TOGETHER, 4),
+    (policies, LOCKSTEP, 8),
+    (policies, LOCKSTEP, 1),
+    (mixed_policies, LOCKSTEP, 8),
+]
+
+
 @pytest.mark.parametrize(
-    ("tried", "schedule", "pending"),
-    [
-        (policies, LOCKSTEP, 8),
-        (policies, LOCKSTEP, 1),
-        (policies, HOLDS, 3),
-        (mixed_policies, LOCKSTEP, 8),
-        (mixed_policies, TOGETHER, 4),
-    ],
+    ("family", "tried", "schedule", "pending"),
+    # The plain schedule is one family's alone: what it does, the others do, too.
+    [("llama", *each) for each in SETTINGS]
+    + [(family, *each) for family in FAMILIES if family != "llama" for each in SETTINGS[:2]],
 )
 def test_tokens_are_full_depths(
     family: str, tried: Callable[[], list[Policy]], schedule: Schedule, pending: int
@@ -257,7 +262,11 @@ def test_verified_entries_are_written_anew() -> None:
         torch.testing.assert_close(mine, layer.keys[0, :, :whole], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    # gpt2 keeps its matrices the other way round.
+    [(family, "int4") for family in FAMILIES] + [("llama", "int8"), ("gpt2", "int8")],
+)
 def test_drafts_of_quantised_layers_leave_full_depths_tokens(family: str, weights: Any) -> None:
     model = make_model(family, torch.bfloat16, **WIDE)
     config = EngineConfig(kv_mode="verify", draft_precision=Precision(weights=weights))

@@ -23,7 +23,7 @@ from offramp.worker.model.gpu import device_products
 from offramp.worker.model.gpu.device_products import KERNEL_ROWS, Int4Kernel, int4_product
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.quantised import Int4Weight
-from support.models import DEVICE, make_model
+from support.models import DEVICE, FAMILIES, make_model
 from support.pretended import Crossings, pretend
 from support.rows import RAGGED, decode
 
@@ -136,13 +136,19 @@ def test_a_kernel_that_errs_is_not_used_and_that_is_said_once(
     assert said in record.getMessage()
 
 
+QUANTISED = EngineConfig(precision=INT4)
+DRAFTING = EngineConfig(draft_precision=INT4)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU need not pretend")
 @pytest.mark.parametrize(
-    ("config", "kv_mode"),
-    [
-        (EngineConfig(precision=INT8), "project"),
-        (EngineConfig(precision=INT4), "project"),
-        (EngineConfig(draft_precision=INT4), "verify"),
+    ("family", "config", "kv_mode"),
+    # gpt2 keeps its matrices the other way round.
+    [(family, QUANTISED, "project") for family in FAMILIES]
+    + [
+        (family, *each)
+        for family in ("llama", "gpt2")
+        for each in ((EngineConfig(precision=INT8), "project"), (DRAFTING, "verify"))
     ],
 )
 def test_quantised_models_decode_on_a_device_as_on_the_host(

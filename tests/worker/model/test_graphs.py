@@ -26,7 +26,7 @@ from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import prepare
 from offramp.worker.model.stack import Rotary
 from offramp.worker.model.transfers import upload
-from support.models import DEVICE, LAYERS, make_model
+from support.models import DEVICE, FAMILIES, LAYERS, make_model
 from support.pretended import Crossings, pretend
 from support.replayed import DriverStandIn, numbers
 
@@ -123,7 +123,12 @@ def decoded(
         return outs, numbers(kv.keys_LSGCH)[:, :SLOTS].clone()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in FAMILIES]
+    + [("llama", torch.bfloat16), ("gpt2", torch.bfloat16)],
+    ids=str,
+)
 def test_replayed_layers_have_the_bits_of_launched_ones(family: str, dtype: torch.dtype) -> None:
     outs, cache = decoded(family, dtype, recorder)
     expected, expected_cache = decoded(family, dtype, lambda: launched)

@@ -23,7 +23,7 @@ from offramp.worker.model.kernels.rounding import rounded_rows
 from offramp.worker.model.precision import Precision
 from offramp.worker.model.products import SIZES
 from offramp.worker.model.quantised import Int4Weight, Int8Weight, QuantisedLinear
-from support.models import make_model, truncated
+from support.models import FAMILIES, make_model, truncated
 
 PROMPTS = [[5, 17, 33, 2, 41], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [60, 3, 60]]
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -165,14 +165,19 @@ def test_tokens_are_those_of_the_restored_model(family: str, precision: Precisio
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("precision", [INT8, INT4, ROUNDED])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    # ROUNDED's weights, and so what is filled in, are INT4's.
+    [(family, precision) for family in FAMILIES for precision in (INT8, ROUNDED)]
+    + [("llama", INT4), ("gpt2", INT4)],
+)
 def test_exits_and_their_filled_entries_are_those_of_the_restored_model(
     family: str, precision: Precision
 ) -> None:
     model = make_model(family, dtype_for(precision), **WIDE)
     engine, truth = engine_of(model, precision), restored(model, precision)
     for layer in (2, 4):
-        done = [engine.generate(prompt, GREEDY, FixedExit(layer))[0] for prompt in PROMPTS]
+        done = engine.generate(PROMPTS, GREEDY, FixedExit(layer))
         assert all(set(each.exit_layers[1:]) == {layer} for each in done)
         # The first token comes from the prompt's pass at full depth.
         continued = [
