@@ -29,7 +29,7 @@ from offramp.agents.tuning.exit_losses import (
     feature_loss,
     typical_rows,
 )
-from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer
+from offramp.worker.model.adapter_layers import AdapterLayers, fresh_layer, twin_of
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import ExitTranslators, Translator
 
@@ -87,11 +87,21 @@ class TrainableLayer(nn.Module):
         stack: The model; not prepared.
         layer: The exit that it follows.
         length: Tokens T of a window; rows come window by window.
+        inner: Inner width of its MLP; None: the model's.
+        shared: The layer of another exit whose weights this one trains along; None: it has its own.
     """
 
-    def __init__(self, stack: LayerStack, layer: int, length: int) -> None:
+    def __init__(
+        self,
+        stack: LayerStack,
+        layer: int,
+        length: int,
+        inner: int | None = None,
+        shared: TrainableLayer | None = None,
+    ) -> None:
         super().__init__()
-        self.block = fresh_layer(stack).requires_grad_(True)
+        begun = fresh_layer(stack, inner) if shared is None else twin_of(shared.block)
+        self.block: nn.Module = begun.requires_grad_(True)
         self.adapters = AdapterLayers(stack, {layer: self.block})
         self._layer, self._length = layer, length
         self._products, self._mixes = stack.dtype, stack.dtype is torch.bfloat16
@@ -101,6 +111,18 @@ class TrainableLayer(nn.Module):
         windows = torch.split(x_ND.float(), self._length)
         with torch.autocast(x_ND.device.type, self._products, enabled=self._mixes):
             return torch.cat([self.adapters.apply(self._layer, x_TD) for x_TD in windows]).float()
+
+
+def fresh_layers(
+    stack: LayerStack, exits: Sequence[int], length: int, inner: int | None, shared: bool
+) -> dict[int, Trainable]:
+    """Adapter layers where they begin, one for each exit, or one for all."""
+    first = TrainableLayer(stack, exits[0], length, inner)
+    rest = {
+        layer: TrainableLayer(stack, layer, length, inner, first if shared else None)
+        for layer in exits[1:]
+    }
+    return {exits[0]: first, **rest}
 
 
 Trainable = TrainableTranslator | TrainableLayer

@@ -17,9 +17,9 @@ import torch
 from offramp.agents.recording.own_text import only_texts
 from offramp.agents.tuning.distil import (
     Trainable,
-    TrainableLayer,
     backward_from,
     freeze,
+    fresh_layers,
     fresh_translators,
 )
 from offramp.agents.tuning.exit_losses import loss_head
@@ -137,6 +137,8 @@ class _Tuning:
             "data": data_digest(*documents),
             "exits": list(exits),
             "kind": config.kind,
+            "inner": config.inner,
+            "shared": config.shared,
             "rank": config.rank,
             "steps": config.steps,
             "batch_tokens": config.batch_tokens,
@@ -187,7 +189,8 @@ class _Tuning:
         config, feed = self.config, self.feed()
         modules = self._start(checkpoint)
         head = loss_head(self.stack, self.counts, config.loss_tokens)
-        groups = [{"params": list(each.parameters())} for each in modules.values()]
+        own = list(modules.values())[: 1 if config.shared else None]
+        groups = [{"params": list(each.parameters())} for each in own]
         optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
         curve: list[list[float]] = []
         done, looks = 0, max(1, config.steps // LOOKS)
@@ -228,7 +231,7 @@ class _Tuning:
     def _fresh(self, resumes: bool) -> dict[int, Trainable]:
         stack, exits, config = self.stack, self.exits, self.config
         if config.kind == "layer":
-            return {layer: TrainableLayer(stack, layer, config.length) for layer in exits}
+            return fresh_layers(stack, exits, config.length, config.inner, config.shared)
         stream = self.stream()  # of its own: training reads the very same batches
         batches = (stream.next().to(stack.device) for _ in range(START_BATCHES))
         if resumes:

@@ -32,6 +32,8 @@ class TuneConfig:
         documents: Documents to take from the corpus, over all splits; None takes all.
         exits: Layers to fit; () places three at the quarters of the depth.
         rank: r of each translator; a layer has none.
+        inner: Inner width of an adapter layer's MLP; None: the model's; 0: it has no MLP.
+        shared: Whether all exits have one adapter layer, trained on what each of them shows it.
         steps: Steps of the optimizer.
         minutes: How long they may take: as many are done as fit, by the time of one on the first
             batch. None: ``steps`` are done.
@@ -61,6 +63,8 @@ class TuneConfig:
     documents: int | None = 320
     exits: tuple[int, ...] = ()
     rank: int = 32
+    inner: int | None = None
+    shared: bool = False
     steps: int = 300
     minutes: float | None = None
     batch_tokens: int = 2048
@@ -83,6 +87,9 @@ class TuneConfig:
             raise ConfigError("kind", f"{self.kind!r} is unknown", f"Use {' or '.join(KINDS)}")
         if self.loss not in LOSSES:
             raise ConfigError("loss", f"{self.loss!r} is unknown", f"Use {' or '.join(LOSSES)}")
+        if self.kind != "layer" and (self.inner is not None or self.shared):
+            name = "shared" if self.shared else "inner"
+            raise ConfigError(name, "is for adapter layers", "Add --kind layer, or leave it out")
         for name in ("rank", "steps", "held_out", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")

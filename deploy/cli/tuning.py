@@ -50,6 +50,15 @@ Kind = Annotated[str, typer.Option(help="translator, or layer: a decoder layer a
 Rank = Annotated[
     int | None, typer.Option(help="Rank of each translator or map.", show_default="32; --kv: 256")
 ]
+Inner = Annotated[
+    int | None,
+    typer.Option(
+        help="With --kind layer: inner width of its MLP; 0: none.", show_default="the model's"
+    ),
+]
+Shared = Annotated[
+    bool, typer.Option("--shared", help="With --kind layer: one layer for all exits.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
 CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 
@@ -127,6 +136,8 @@ def tune_exits(
     kv: KV = False,
     translators: Beside = None,
     rank: Rank = None,
+    inner: Inner = None,
+    shared: Shared = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     minutes: Minutes = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,

@@ -35,6 +35,13 @@ from offramp.worker.model.translators import (
 KIND = "layer"
 """What the description of a folder says that holds them."""
 
+SHARED = "shared"
+"""Begins the names of tensors that belong to the layers of all exits."""
+
+NARROWEST = 32
+"""Inner units of a layer without an MLP: their weights are 0, and compiled code runs them all the
+same."""
+
 
 class AdapterLayers:
     """Adapter layers of a stack that belong together, by the layer they follow.
@@ -110,18 +117,70 @@ class AdapterLayers:
         return AdapterLayers(stack, moved, kv_map=self.kv_map)
 
     def save(self, folder: Path, description: Mapping[str, Any]) -> None:
-        """Write them as float32; see ``ExitTranslators.save``."""
+        """Write them as float32; see ``ExitTranslators.save``.
+
+        With ``shared`` in the description they are one layer behind several exits, kept once.
+        """
+        blocks = {str(layer): block for layer, block in self._by_layer.items()}
+        if description.get(SHARED):
+            blocks = {SHARED: next(iter(blocks.values()))}
         tensors = {
             f"{layer}.{name}": tensor
-            for layer, block in self._by_layer.items()
+            for layer, block in blocks.items()
             for name, tensor in block.state_dict().items()
         }
         save_exits(folder, tensors, {"kind": KIND, **description, "exits": list(self.exits)})
 
 
-def fresh_layer(stack: LayerStack) -> nn.Module:
-    """A copy of the model's last layer, in float32: where an adapter begins."""
-    return copy.deepcopy(stack.last_layer).float()
+def fresh_layer(stack: LayerStack, inner: int | None = None) -> nn.Module:
+    """A copy of the model's last layer, in float32: where an adapter begins.
+
+    Args:
+        stack: The model.
+        inner: Inner width of its MLP, of which the units that speak loudest stay; None: the
+            model's; 0: there is none, as in Kangaroo's adapter (Liu et al. 2024, section 3.2).
+
+    Raises:
+        ConfigError: the inner width is beyond the model's, or its MLP is of another form.
+    """
+    layer = copy.deepcopy(stack.last_layer).float()
+    if inner is not None:
+        _narrow(layer, inner)
+    return layer
+
+
+@torch.no_grad()
+def _narrow(layer: Any, inner: int) -> None:
+    mlp: Any = getattr(layer, "mlp", None)
+    parts: list[Any] = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Linear) for part in parts):
+        problem = "is for layers whose MLP has gate_proj, up_proj and down_proj"
+        raise ConfigError("inner", problem, "Leave it out")
+    gate, up, down = parts
+    if not 0 <= inner <= down.in_features or inner % NARROWEST:
+        raise ConfigError(
+            "inner",
+            f"{inner} is no multiple of {NARROWEST} from 0 to {down.in_features}",
+            f"Try {down.in_features // 4 // NARROWEST * NARROWEST}, or 0 for no MLP",
+        )
+    kept = down.weight.norm(dim=0).topk(max(inner, NARROWEST)).indices.sort().values
+    gate.weight = nn.Parameter(gate.weight[kept].contiguous())
+    up.weight = nn.Parameter(up.weight[kept].contiguous())
+    down.weight = nn.Parameter(down.weight[:, kept].contiguous())
+    for part in (gate, up):
+        part.out_features = len(kept)
+        if part.bias is not None:
+            part.bias = nn.Parameter(part.bias[kept].contiguous())
+    down.in_features = len(kept)
+    if inner == 0:
+        for part in parts:  # at 0 there is no gradient either: they stay
+            for values in part.parameters():
+                values.zero_()
+
+
+def twin_of(layer: nn.Module) -> nn.Module:
+    """Another layer with the same weights, not copies of them: it has a cache of its own."""
+    return copy.deepcopy(layer, {id(each): each for each in layer.parameters()})
 
 
 ExitAdapters = ExitTranslators | AdapterLayers
@@ -173,10 +232,11 @@ def read_layers(
     exits = exits_of(folder, facts, fingerprint, stack.layers)
     tensors = read_weights(folder, facts)
     kv_map = take_kv_map(folder, tensors, exits, stack.layers, stack.width)
-    blocks = {layer: fresh_layer(stack) for layer in exits}
+    names: tuple[int | str, ...] = (SHARED,) if facts.get(SHARED) else exits
+    found = {name: fresh_layer(stack, facts.get("inner")) for name in names}
     expected = {
         f"{layer}.{name}": tensor
-        for layer, block in blocks.items()
+        for layer, block in found.items()
         for name, tensor in block.state_dict().items()
     }
     if odd := sorted(expected.keys() ^ tensors.keys()):
@@ -184,9 +244,11 @@ def read_layers(
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or not tensor.isfinite().all():
             raise ConfigError("translators", f"{name} is misshapen or not finite", AGAIN)
-    for layer, block in blocks.items():
+    for layer, block in found.items():
         prefix = f"{layer}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         block.load_state_dict(own)
         block.to(stack.device, stack.dtype).requires_grad_(False)
-    return blocks, kv_map
+    if SHARED in found:
+        return {layer: twin_of(found[SHARED]) for layer in exits}, kv_map
+    return {layer: found[layer] for layer in exits}, kv_map

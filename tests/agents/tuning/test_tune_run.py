@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from offramp.agents.recording.documents import Document
 from offramp.agents.training.resuming import CHECKPOINT
@@ -23,9 +25,11 @@ from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.errors import ConfigError, FieldError, TraceError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
+from offramp.worker.model.adapter_layers import fresh_layer
+from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import load_model, model_fingerprint
 from offramp.worker.model.translators import ExitTranslators
-from support.models import REFERENCE
+from support.models import REFERENCE, make_model
 from support.recordings import make_corpus
 
 CONFIG = TuneConfig(
@@ -252,3 +256,42 @@ def test_layers_are_trained_resumed_and_served(config: TuneConfig, tmp_path: Pat
     [drafted] = engine.generate([PROMPT], SAMPLING, FixedExit(3), kv_mode="verify")
     assert drafted.token_ids == full.token_ids
     assert drafted.stats.drafts > 0
+
+
+@pytest.mark.parametrize(("inner", "shared"), [(0, True), (64, False)])
+def test_layers_may_be_narrow_and_one_may_serve_all_exits(
+    config: TuneConfig, tmp_path: Path, inner: int, shared: bool
+) -> None:
+    layers = replace(
+        config, corpus=make_corpus(tmp_path / "few", documents=8), kind="layer", exits=(3, 6),
+        steps=6, batch_tokens=512, length=128, inner=inner, shared=shared,
+    )  # fmt: skip
+    report = tune(layers, tmp_path / "out")
+    assert report.curve[-1][1] < report.curve[0][1]
+    kept = load_file(tmp_path / "out" / WEIGHTS)
+    assert {name.split(".")[0] for name in kept} == ({"shared"} if shared else {"3", "6"})
+    downs = [tensor for name, tensor in kept.items() if name.endswith("down_proj.weight")]
+    assert {tensor.shape[1] for tensor in downs} == {max(inner, 32)}
+    assert all(bool(tensor.any()) is (inner > 0) for tensor in downs)
+    engine = AdaptiveEngine.from_pretrained(
+        REFERENCE, slots=1, config=EngineConfig(translators=tmp_path / "out")
+    )
+    [full] = engine.generate([PROMPT], SAMPLING)
+    for exit_layer in (3, 6):
+        [drafted] = engine.generate([PROMPT], SAMPLING, FixedExit(exit_layer), kv_mode="verify")
+        assert drafted.token_ids == full.token_ids
+        assert drafted.stats.drafts > 0
+
+
+def test_narrow_and_shared_are_refused_where_they_mean_nothing(config: TuneConfig) -> None:
+    bad: dict[str, Any]
+    for bad in ({"inner": 64}, {"shared": True}):
+        with pytest.raises(ConfigError, match="--kind layer"):
+            replace(config, **bad)
+    stack = stack_for(load_model(str(REFERENCE), torch.float32, "cpu"))
+    for inner in (-32, 33, 1 << 20):
+        with pytest.raises(ConfigError, match=r"^inner: .* Try "):
+            fresh_layer(stack, inner)
+    other = stack_for(make_model("gpt2"))
+    with pytest.raises(ConfigError, match="gate_proj"):
+        fresh_layer(other, 32)
