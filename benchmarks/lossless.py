@@ -45,7 +45,7 @@ from shared.drafting.lossless_plot import draw_lossless
 from shared.drafting.turns import Entry, compare
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
-from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
+from offramp.agents.drafting.draft_chances import FittedChances, fit_chances, trusted_grid
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
 from offramp.agents.drafting.draft_replay import Chosen, confident_grid
 from offramp.agents.drafting.likely_exits import best_of, likely_exits
@@ -143,18 +143,19 @@ def measure(subject: Subject, plan: Extent) -> dict[str, Any]:
     costs = profile(engine, plan)
     SAY.print(parts_of(costs))
     unseen = [prompt for _, prompt in split["validation"]]
+    fitted = [fit_chances(each) for each in (train, headless[0])]
     best = {
         "static": clocked(engine, static_grid(validation, costs)[:3], unseen[:10], plan.new_tokens),
         "confidence": confident_grid(validation, costs)[0],
         "headless confidence": confident_grid(headless[1], costs, table_VK)[0],
-        "trust": trusted_grid(fit_chances(train), validation, costs)[0],
-        "headless trust": trusted_grid(fit_chances(headless[0]), headless[1], costs, table_VK)[0],
+        "trust": trusted_grid(fitted[0].chances, validation, costs)[0],
+        "headless trust": trusted_grid(fitted[1].chances, headless[1], costs, table_VK)[0],
         "DEL": del_rule(train, validation, costs)[0],
         "Thompson": thompson_grid(validation, costs)[0],
     }
     learned = [
-        *learn((train, validation), costs, plan),
-        *learn((headless[0], headless[1]), costs, plan, table_VK),
+        *learn((train, validation), fitted[0], costs, plan),
+        *learn((headless[0], headless[1]), fitted[1], costs, plan, table_VK),
     ]
     theirs = peers(engine, unseen[:3], plan)
     contenders = [
@@ -249,6 +250,7 @@ def profile(engine: AdaptiveEngine, plan: Extent) -> CostTable:
 
 def learn(
     split: tuple[TokenTraces, TokenTraces],
+    fitted: FittedChances,
     costs: CostTable,
     plan: Extent,
     table_VK: IntArray | None = None,
@@ -256,8 +258,8 @@ def learn(
     """PPO on the exits that validation prefers, every seed."""
 
     def train(exits: tuple[int, ...], seed: int) -> Chosen:
-        return one_drafter(*split, costs, DraftPPOConfig(steps=plan.steps, seed=seed), exits,
-                           table_VK)  # fmt: skip
+        config = DraftPPOConfig(steps=plan.steps, seed=seed)
+        return one_drafter(*split, costs, fitted, config, exits, table_VK)
 
     ranked = list(dict.fromkeys(c.policy.exits[0] for c in static_grid(split[1], costs, table_VK)))
     tried = {tuple(e for e in plan.exits if e in ranked[:count]) for count in plan.learned}

@@ -277,15 +277,16 @@ def drafters_of(
 def of_lesson(lesson: Lesson, plan: Sizes) -> list[Chosen]:
     train, validation, costs = lesson.train, lesson.validation, lesson.costs
     table_VK, most = lesson.table_VK, plan.max_drafts
+    fitted = fit_chances(train)
     rules = [
         *static_grid(validation, costs, table_VK, most)[:3],
         confident_grid(validation, costs, table_VK, most)[0],
-        trusted_grid(fit_chances(train), validation, costs, table_VK, most)[0],
+        trusted_grid(fitted.chances, validation, costs, table_VK, most)[0],
     ]
     if table_VK is None:
         rules += head_rules(lesson, most)
     learned = [
-        one_drafter(train, validation, costs,
+        one_drafter(train, validation, costs, fitted,
                     DraftPPOConfig(steps=plan.steps, seed=seed, max_pending=most),
                     train.header.exits, table_VK)
         for seed in range(plan.seeds)

@@ -38,11 +38,13 @@ class Continuations:
         prompt_tokens: Tokens of each document that are read first; None: the whole document is a
             prompt.
         new_tokens: Tokens that the model goes on for.
+        states: Whether hidden states are kept too, as float16 (2·D bytes per exit and token).
     """
 
     exits: tuple[int, ...]
     prompt_tokens: int | None = 64
     new_tokens: int = 192
+    states: bool = False
 
 
 def record_continuations(
@@ -82,7 +84,7 @@ def record_continuations(
     chunks = []
     for (document, _), prompt, new in zip(documents, prompts, said, strict=True):
         text = (prompt, list(new))
-        chunks.append(_record(engine, document, text, config.exits, candidates_VK, copy))
+        chunks.append(_record(engine, document, text, config, candidates_VK, copy))
         on_document(len(chunks), len(prompts))
     header = TraceHeader(
         model=engine.model_fingerprint,
@@ -93,6 +95,7 @@ def record_continuations(
         adapters=tuple(
             layer for layer in config.exits if layer in engine.decoder.translators.layers
         ),
+        width=engine.stack.width if config.states else 0,
     )
     kind = TokenTraces if candidates_VK is None else CandidateDrafts
     return kind.from_chunks(header, chunks)
@@ -117,7 +120,7 @@ def _record(
     engine: AdaptiveEngine,
     document: Document,
     text: tuple[list[int], list[int]],
-    exits: tuple[int, ...],
+    config: Continuations,
     candidates_VK: IntArray | None,
     copy: CopyPass | None,
 ) -> TraceChunk:
@@ -134,10 +137,11 @@ def _record(
         engine.stack,
         document.digest,
         [*prompt, *new],
-        exits,
+        config.exits,
         table_VK,
         schema,
         engine.decoder.translators,
+        states=config.states,
         headless=headless,
         copy=copy,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offramp.agents.learning.export import linear_weights
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray, IntArray
 from offramp.controller.policies.drafts.draft_router import DraftRouter
+from offramp.controller.policies.drafts.draft_trust import DraftChances
 from offramp.controller.policies.router import targets
 
 UNSEEN = frozenset({"position", "step", "left", "active", "waiting"})
@@ -28,8 +29,8 @@ NEVER = -1e9
 class DraftNets(nn.Module):
     """Logits of all actions, and the critic's hidden layer.
 
-    ``starter`` reads outlook and trust, ``router`` the features as well; which of them speaks is
-    the observation's last column. So each is exported as it is.
+    ``starter`` reads outlook, odds (0 there) and trust, ``router`` the features as well; which of
+    them speaks is the observation's last column. So each is exported as it is.
 
     Args:
         columns: D; the last is the place.
@@ -51,7 +52,9 @@ class DraftNets(nn.Module):
             nn.Linear(columns, 64), nn.Tanh(), nn.Linear(64, self.latent_dim_vf), nn.Tanh()
         )
         shown = [name not in UNSEEN for name in (*SOFTMAX_V2.columns, *OUTLOOK_V1.columns)]
-        self.register_buffer("uses_D", torch.tensor([*shown, True, True], dtype=torch.float32))
+        self.register_buffer(
+            "uses_D", torch.tensor([*shown, True, True, True], dtype=torch.float32)
+        )
         # From each exit, then one row for the start, where every action is valid.
         valid = torch.from_numpy(targets(exits, exits - 1, ends=True) >= 0)
         valid = torch.cat([torch.ones(1, exits + 1, dtype=torch.bool), valid])
@@ -108,12 +111,17 @@ def tanh_net(inputs: int, widths: Sequence[int]) -> nn.Sequential:
 
 
 def router_of(
-    model: Any, exits: tuple[int, ...], max_pending: int, candidates_VK: IntArray | None = None
+    model: Any,
+    chances: DraftChances,
+    exits: tuple[int, ...],
+    max_pending: int,
+    candidates_VK: IntArray | None = None,
 ) -> DraftRouter:
     """The actor's two nets as a policy; what they were not shown in training has weight 0.
 
     Args:
         model: A ``PPO`` that ``train_drafter`` built.
+        chances: What its odds and trust were of.
         exits: Exits of the traces that it was trained on.
         max_pending: Most drafts that were open in its training.
         candidates_VK: The table of its traces if it was trained on ``CandidateDrafts``. The other
@@ -126,14 +134,13 @@ def router_of(
     if candidates_VK is not None:
         weight, bias = router[0]
         router[0] = (_spread(weight), bias)
-    chances = model.get_env().core.chances
     return DraftRouter(
         exits,
         starter,
         router,
         max_pending=max_pending,
         candidates_VK=candidates_VK,
-        chances=None if chances is None else chances.line_E2,
+        chances=chances,
     )
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offramp.agents.drafting.continuations import Continuations, record_continuations
+from offramp.agents.drafting.draft_chances import FittedChances, fit_chances
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
+from offramp.agents.drafting.insight_fit import token_kinds
 from offramp.agents.drafting.likely_exits import best_of, likely_exits
 from offramp.agents.placing.contenders import Contender
 from offramp.agents.recording.corpus import load_corpus
@@ -62,6 +64,8 @@ class DraftingConfig:
         temperature: At which it does; 0 is greedy.
         candidates: Candidate tokens per token, the best of which is drafted without the LM head; 0
             drafts what the head says.
+        insight: Whether drafters also read the state, and what kind of token was read last, where
+            they judge whether a draft is right. In training that takes 2·D bytes a token and exit.
         profile_s: Seconds of measuring what a token's parts cost here.
         threads: Torch threads, in training and while costs are measured.
         seed: Seed of everything random; it replaces the one of ``ppo``.
@@ -78,6 +82,7 @@ class DraftingConfig:
     new_tokens: int = 192
     temperature: float = 0.0
     candidates: int = 64
+    insight: bool = False
     profile_s: float = 60.0
     threads: int = 1
     seed: int = 0
@@ -103,6 +108,7 @@ class DraftParts:
         config: Settings, the seed of ``ppo`` in place.
         train: The model's continuations of training documents.
         validation: Those of validation documents, which choose.
+        fitted: How likely the training documents' drafts are right.
         costs: What a token's parts cost here.
         candidates_VK: What the model itself says after each token, most frequent first; None where
             drafts come from the head.
@@ -113,6 +119,7 @@ class DraftParts:
     config: DraftingConfig
     train: TokenTraces
     validation: TokenTraces
+    fitted: FittedChances
     costs: CostTable
     candidates_VK: IntArray | None
     on_progress: Progress
@@ -137,7 +144,9 @@ def record_parts(
         [each.tokens[:-1] for each in train], engine.stack.vocab, config.candidates or PROFILED
     )
     drafted_VK = table_VK if config.candidates else None
-    wanted = Continuations(exits=exits, prompt_tokens=None, new_tokens=config.new_tokens)
+    wanted = Continuations(
+        exits=exits, prompt_tokens=None, new_tokens=config.new_tokens, states=config.insight
+    )
 
     def record(stage: str, spoken: Sequence[Spoken]) -> TokenTraces:
         return record_continuations(
@@ -150,6 +159,7 @@ def record_parts(
         )
 
     recorded, held_out = record("record", train), record("record validation", validation)
+    kinds = token_kinds(engine.tokenizer, engine.stack.vocab) if config.insight else None
     alone = AdaptiveEngine(engine.model, engine.tokenizer, slots=1, config=own)
     profile = ProfileConfig(
         rows=(1,), tokens=spans_of(config.ppo.max_pending), limit_s=config.profile_s
@@ -158,6 +168,7 @@ def record_parts(
         config=config,
         train=recorded,
         validation=held_out,
+        fitted=fit_chances(recorded, kinds),
         costs=measure_costs(
             alone, table_VK, profile, lambda *s: on_progress("costs", *map(round, s))
         ).costs,

@@ -13,7 +13,7 @@ import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
+from offramp.agents.drafting.draft_chances import FittedChances, trusted_grid
 from offramp.agents.drafting.draft_net import DraftPolicy
 from offramp.agents.drafting.draft_replay import decider
 from offramp.agents.drafting.draft_start import imitate
@@ -94,6 +94,7 @@ class _Rate(BaseCallback):  # type: ignore[misc]  # mypy skips stable_baselines3
 def train_drafter(
     traces: TokenTraces,
     costs: CostTable,
+    fitted: FittedChances,
     config: DraftPPOConfig,
     on_rate: Callable[[int, float], None] = lambda *_: None,
     candidates_VK: IntArray | None = None,
@@ -105,14 +106,17 @@ def train_drafter(
     Args:
         traces: Continuations that episodes replay.
         costs: What a token's parts cost, as measured.
+        fitted: How likely these tokens are right.
         config: Hyper-parameters of the run.
         on_rate: Told (decisions so far, ρ) after each rollout.
         candidates_VK: The table of ``CandidateDrafts``.
     """
-    exits, chances = traces.header.exits, fit_chances(traces)
-    rule = trusted_grid(chances, traces, costs, candidates_VK, config.max_pending)[0]
+    exits, odds_NE = traces.header.exits, fitted.odds_NE
+    rule = trusted_grid(fitted.chances, traces, costs, candidates_VK, config.max_pending, odds_NE)[
+        0
+    ]
     core = DraftExitCore(
-        traces, costs, num_envs=config.envs, max_pending=config.max_pending, chances=chances
+        traces, costs, num_envs=config.envs, max_pending=config.max_pending, odds=odds_NE
     )
     model = PPO(
         DraftPolicy,

@@ -16,7 +16,7 @@ from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SOFTMAX_V2, FloatArray, IntArray
 from offramp.controller.policies.drafts import ConfidentDraft
-from offramp.controller.policies.drafts.draft_trust import DraftChances, TrustingPolicy
+from offramp.controller.policies.drafts.draft_trust import ODDS_SCALE, TrustingPolicy
 from offramp.controller.policies.drafts.thompson import leading
 from offramp.controller.policies.protocols import (
     IndexArray,
@@ -49,8 +49,13 @@ class DraftReplay:
     seconds: float
 
 
-def at_exits(traces: TokenTraces, exits: tuple[int, ...]) -> TokenTraces:
+def at_exits(traces: TokenTraces, exits: tuple[int, ...], *, states: bool = False) -> TokenTraces:
     """Show the tokens as if only these exits had been recorded.
+
+    Args:
+        traces: Recorded tokens.
+        exits: The exits to show.
+        states: Whether their states are shown, too, which takes memory.
 
     Raises:
         ConfigError: one was not.
@@ -62,17 +67,31 @@ def at_exits(traces: TokenTraces, exits: tuple[int, ...]) -> TokenTraces:
     kept = [recorded.index(layer) for layer in exits]
     names = ("features_NEF", "softmax_NES", "exit_token_NE", "agree_NE", "gap_NE", "right_NE")
     arrays: dict[str, Any] = {name: getattr(traces, name)[:, kept] for name in names}
+    if states and traces.state_NED is not None:
+        arrays["state_NED"] = traces.state_NED[:, kept]
     header = replace(traces.header, exits=exits)
-    return replace(traces, header=header, state_NED=None, **arrays)
+    return replace(traces, header=header, **{"state_NED": None} | arrays)
 
 
 def replay_drafts(
-    policy: RoutingPolicy, traces: TokenTraces, costs: CostTable, max_pending: int = MAX_PENDING
+    policy: RoutingPolicy,
+    traces: TokenTraces,
+    costs: CostTable,
+    max_pending: int = MAX_PENDING,
+    odds_NE: FloatArray | None = None,
 ) -> DraftReplay:
     """Decode all documents from their first token under a policy.
 
     A policy that learns is copied, decodes one document after the other, and is told its verdicts
     after each deep pass; any other decodes them side by side.
+
+    Args:
+        policy: The policy.
+        traces: Recorded tokens.
+        costs: What a token's parts cost, as measured.
+        max_pending: Drafts that may be open.
+        odds_NE: Log-odds that the recorded exits' tokens are right, as the policy holds them; None:
+            as their top-1 probabilities say. Only policies of trust read them.
 
     Raises:
         ConfigError: it asks at an exit that was not recorded, or one of both is headless.
@@ -91,8 +110,9 @@ def replay_drafts(
         cores = [_core(shown, costs, prices, firsts[at : at + 1]) for at in range(len(firsts))]
         infos = [_decode_learning(core, learner, decide) for core in cores]
         return _sum(infos, prices)
-    chances = policy.chances if isinstance(policy, TrustingPolicy) else None
-    return _side_by_side(decider(policy), _core(shown, costs, prices, firsts, chances))
+    if odds_NE is not None:
+        odds_NE = odds_NE[:, [traces.header.exits.index(layer) for layer in policy.exits]]
+    return _side_by_side(decider(policy), _core(shown, costs, prices, firsts, odds_NE))
 
 
 def replay_decisions(
@@ -100,13 +120,13 @@ def replay_decisions(
     traces: TokenTraces,
     costs: CostTable,
     max_pending: int = MAX_PENDING,
-    chances: DraftChances | None = None,
+    odds_NE: FloatArray | None = None,
 ) -> DraftReplay:
     """Decode all documents side by side from their first token, as ``decide`` says."""
     headless = isinstance(traces, CandidateDrafts)
     exits = traces.header.exits
     prices = DraftPrices.of(costs, max_pending, exits, headless=headless)
-    return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces), chances))
+    return _side_by_side(decide, _core(traces, costs, prices, _firsts(traces), odds_NE))
 
 
 def decider(policy: RoutingPolicy, recorded: tuple[int, ...] = ()) -> Decide:
@@ -125,7 +145,7 @@ def decider(policy: RoutingPolicy, recorded: tuple[int, ...] = ()) -> Decide:
 
     def decide(obs_ND: FloatArray) -> IndexArray:
         here_N = np.rint(obs_ND[:, -1] * exits).astype(np.int64) - 1
-        outlook_NC = np.ascontiguousarray(obs_ND[:, FEATURES:-2])
+        outlook_NC = np.ascontiguousarray(obs_ND[:, FEATURES:-3])
         actions_N = np.zeros(len(obs_ND), np.int64)
         for here in np.unique(here_N).tolist():
             rows = here_N == here
@@ -134,7 +154,9 @@ def decider(policy: RoutingPolicy, recorded: tuple[int, ...] = ()) -> Decide:
                 actions_N[rows] = place_E1[policy.start(outlook_NC[rows], *trust)]
                 continue
             features_NF = as_read(policy, obs_ND[rows, :FEATURES])
-            target_N = place_E1[policy.route(own[here], features_NF, outlook_NC[rows], *trust)]
+            odds = (obs_ND[rows, -3] * ODDS_SCALE,) if trusts else ()
+            seen = (features_NF, outlook_NC[rows], *trust, *odds)
+            target_N = place_E1[policy.route(own[here], *seen)]
             actions_N[rows] = np.where(target_N == exits, exits, target_N - here)
         return actions_N
 
@@ -185,7 +207,7 @@ def _core(
     costs: CostTable,
     prices: DraftPrices,
     first_B: IndexArray,
-    chances: DraftChances | None = None,
+    odds_NE: FloatArray | None = None,
 ) -> DraftExitCore:
     core = DraftExitCore(
         traces,
@@ -193,7 +215,7 @@ def _core(
         num_envs=len(first_B),
         max_pending=len(prices.layer_W) - 1,
         autoreset=False,
-        chances=chances,
+        odds=odds_NE,
     )
     core.prices = prices
     core.reset(tokens=first_B)
@@ -266,10 +288,11 @@ def ranked(
     validation: TokenTraces,
     costs: CostTable,
     max_pending: int = MAX_PENDING,
+    odds_NE: FloatArray | None = None,
 ) -> list[Chosen]:
     """The policies tried, the fastest on validation documents first."""
     found = [
-        Chosen(name, policy, replay_drafts(policy, validation, costs, max_pending))
+        Chosen(name, policy, replay_drafts(policy, validation, costs, max_pending, odds_NE))
         for name, policy in tried
     ]
     return sorted(found, key=lambda each: -each.offline.rate)

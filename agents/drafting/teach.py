@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.agents.drafting.draft_chances import fit_chances, trusted_grid
+from offramp.agents.drafting.draft_chances import odds_of, trusted_grid
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_parts import DraftingConfig, DraftParts, Progress, record_parts
 from offramp.agents.drafting.draft_ppo import train_drafter
@@ -56,9 +56,12 @@ def _confident(parts: DraftParts) -> list[Contender]:
 @register(TRUSTED, goal="drafting")
 def _trusted(parts: DraftParts) -> list[Contender]:
     """Place the stop by trust at the exit and threshold that are fastest on validation."""
-    chances = fit_chances(parts.train)
     found = trusted_grid(
-        chances, parts.validation, parts.costs, parts.candidates_VK, parts.config.ppo.max_pending
+        parts.fitted.chances,
+        parts.validation,
+        parts.costs,
+        parts.candidates_VK,
+        parts.config.ppo.max_pending,
     )
     policy = found[0].policy
     assert isinstance(policy, TrustedDraft)
@@ -111,13 +114,16 @@ def _drafter(parts: DraftParts) -> list[Contender]:
     model = train_drafter(
         parts.train,
         parts.costs,
+        parts.fitted,
         ppo,
         lambda done, _: parts.on_progress("PPO", min(done, ppo.steps), ppo.steps),
         parts.candidates_VK,
     )
     exits = parts.train.header.exits
-    router = router_of(model, exits, ppo.max_pending, parts.candidates_VK)
-    rate = replay_drafts(router, parts.validation, parts.costs, ppo.max_pending).rate
+    chances = parts.fitted.chances
+    router = router_of(model, chances, exits, ppo.max_pending, parts.candidates_VK)
+    odds_NE = odds_of(chances, parts.validation)
+    rate = replay_drafts(router, parts.validation, parts.costs, ppo.max_pending, odds_NE).rate
     return [
         Contender(
             family=DRAFTER,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.net_kernel import best_of, best_of_rows
+from offramp.controller.policies.net_kernel import best_of, best_of_rows, outputs_of_rows
 
 MAX_ROWS = 1024
 """Rows of one product of matrices at most."""
@@ -68,6 +68,7 @@ class TanhNet:
         mask_A = np.zeros(outputs, np.float32)
         best_of(self._input[:-1], self.flat, self.sizes, mask_A)
         best_of_rows(self._input[None, :-1], self.flat, self.sizes, mask_A)
+        outputs_of_rows(self._input[None, :-1], self.flat, self.sizes)
 
     def rows(self, *parts_N: FloatArray) -> FloatArray:
         """Outputs [N, A] for up to MAX_ROWS rows; a view that the next call reuses."""
@@ -87,6 +88,14 @@ class TanhNet:
         # The buffers are views of each other, which a plain copy would cut apart.
         inputs = self._input.size - 1
         return partial(TanhNet, inputs=inputs, outputs=self.outputs), (self.weights,)
+
+    def values(self, x_NI: FloatArray) -> FloatArray:
+        """Outputs [N, A], each row's as if it were alone; compiled.
+
+        Raises:
+            PolicyFaultError: an output is not finite.
+        """
+        return finite(outputs_of_rows(x_NI, self.flat, self.sizes))
 
     def row(self, *parts: FloatArray) -> FloatArray:
         """Outputs [A] for one row; a view that the next call reuses.

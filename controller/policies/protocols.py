@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,18 @@ class HeadlessPolicy(Protocol):
     def headless(self) -> bool: ...  # noqa: D102
 
 
+class Seen(NamedTuple):
+    """What rows are known by at an exit, beside what its probe computed.
+
+    Attributes:
+        read_N: Token that each row read last, the one whose state it is; −1 if unknown.
+        state_ND: What norm and head read, float32.
+    """
+
+    read_N: IntArray
+    state_ND: FloatArray
+
+
 Policy = ExitPolicy | RoutingPolicy
 """What a request can be pinned to."""
 
@@ -94,6 +106,15 @@ Policy = ExitPolicy | RoutingPolicy
 def is_headless(policy: object) -> bool:
     """Whether a policy drafts the best candidate."""
     return isinstance(policy, HeadlessPolicy) and policy.headless
+
+
+def reads_state(policy: object) -> bool:
+    """Whether a routing policy reads states, too: its ``reads_state``, if it has one.
+
+    ``route`` of such a policy also takes ``seen``. It is asked for every token, and to look whether
+    an object has a protocol's methods takes longer than a decision.
+    """
+    return bool(getattr(policy, "reads_state", False))
 
 
 @dataclass(frozen=True, slots=True)

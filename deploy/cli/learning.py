@@ -41,6 +41,12 @@ DraftDtype = Annotated[
 DraftTemperature = Annotated[
     float, typer.Option(help="With --for drafting: of the model's own text, which is recorded.")
 ]
+Insight = Annotated[
+    bool,
+    typer.Option(
+        "--insight", help="With --for drafting: drafters also read states, and the token before."
+    ),
+]
 Targets = Annotated[
     str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
 ]
@@ -147,6 +153,7 @@ def train_policies(
     dtype: DraftDtype = "",
     exits: options.DraftExits = "",
     temperature: DraftTemperature = 0.0,
+    insight: Insight = False,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
     targets: Targets = ".92,.95,.97,.985",
     costs: options.Costs = None,
@@ -174,6 +181,7 @@ def train_policies(
         raise ConfigError("for", f"{goal!r} is unknown", f"Use exits, drafting or {CLASSIFY}")
     require_unused({"heads": heads, "data": data}, f"means nothing without --for {CLASSIFY}")
     require_unused(given | {"temperature": temperature}, "is that of the recording")
+    require_unused({"insight": insight}, "means nothing without --for drafting")
     if config is not None:
         require_unused({"translators": translators}, "is a setting of the file")
         train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
@@ -193,7 +201,7 @@ def _lesson(asked: Mapping[str, Any]) -> DraftingConfig:
         {name: asked[name] for name in ("traces", "costs", "seeds", "resume", "heads", "data")},
         "does not go with --for drafting, which records and measures for itself",
     )
-    same = {name: asked[name] for name in ("model", "threads", "seed", "temperature")}
+    same = {name: asked[name] for name in ("model", "threads", "seed", "temperature", "insight")}
     return DraftingConfig(
         **same,
         corpus=str(asked["corpus"] or ""),

@@ -31,13 +31,14 @@ class DraftExitEnv(CoreEnv):
 
     ## Observation
 
-    ``Box(float32)`` of 17 columns, bounds ±100 for all; where it is not asked at an exit the
+    ``Box(float32)`` of 18 columns, bounds ±100 for all; where it is not asked at an exit the
     features are 0.
 
     | columns | meaning | range |
     |---|---|---|
     | 7 features | SOFTMAX_V2's at this exit; position is left at 0 | 0 … 1 |
     | 8 outlook | OUTLOOK_V1's, of one row alone: active 1, waiting 0 | 0 … 100 |
+    | odds | log-odds that this exit's token is right, by ``odds``, / 4 | -2 … 2 |
     | trust | product of the open drafts' chances of being right; 1 without any | 0 … 1 |
     | place | 0 before the first layer, (i + 1) / E at exit i | 0 … 1 |
 
@@ -101,7 +102,8 @@ class DraftExitEnv(CoreEnv):
     - ``max_pending``: drafts that may be open.
     - ``cycles``: cycles in an episode at most; None: to the document's end.
     - ``rate``: ρ at first.
-    - ``chances``: ``DraftChances``, how likely a draft is right; None takes its top1.
+    - ``odds``: log-odds at which each exit's token is held to be right, [N, E], as
+      ``DraftChances.odds_of`` gives them; None takes those of its top1.
 
     Raises ``ConfigError`` for an unusable argument, option or action, ``TraceError`` for unusable
     traces, and ``gymnasium.error.ResetNeeded`` for a step outside an episode.
@@ -127,7 +129,7 @@ class DraftExitEnv(CoreEnv):
     >>> env = gym.make("offramp/DraftExit-v0", traces=traces, costs=costs, rate=1.0)
     >>> obs, info = env.reset(seed=0, options={"token": 0})
     >>> obs.shape, int(env.action_space.n)
-    ((17,), 2)
+    ((18,), 2)
     >>> obs, reward, *_ = env.step(0)  # ask at the only exit: two layers and a probe of 10 s
     >>> round(reward, 2), round(float(obs[0]), 2)
     (-0.4, 0.5)

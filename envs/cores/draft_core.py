@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import MAX_PENDING, BoolArray, FloatArray
-from offramp.controller.policies.drafts.draft_trust import DraftChances
+from offramp.controller.policies.drafts.draft_trust import chances_of
 from offramp.envs.cores.batch import Finals, IndexArray, StepBatch
 from offramp.envs.cores.draft_tables import (
     CandidateDrafts,
@@ -54,11 +54,12 @@ class DraftExitCore:
         cycles: Cycles in an episode at most; None: to the end of the document.
         rate: ρ, tokens per full-depth token's time that a second must earn.
         autoreset: Start the next episode in the step that ends one.
-        chances: What trust is a product of; None: of top-1 probabilities.
+        odds: Log-odds at which each exit's token is held to be right, [N, E]; None: those of its
+            top-1 probability. Trust is a product of their chances.
 
     Raises:
         ConfigError: an argument is out of range, or the costs are of another model.
-        TraceError: no document has two tokens.
+        TraceError: no document has two tokens, or the odds are of other traces.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class DraftExitCore:
         cycles: int | None = None,
         rate: float = 1.0,
         autoreset: bool = True,
-        chances: DraftChances | None = None,
+        odds: FloatArray | None = None,
     ) -> None:
         require_arguments(num_envs, max_pending, cycles)
         require_same_model(traces, costs)
@@ -83,8 +84,7 @@ class DraftExitCore:
         self.layers = traces.header.layers
         self.max_pending = max_pending
         self.actions: Actions = DraftActions(self.exits)
-        self.chances = chances
-        self.tables = DraftTables.of(traces, chances)
+        self.tables = DraftTables.of(traces, odds)
         self.prices = DraftPrices.of(
             costs, max_pending, traces.header.exits, headless=isinstance(traces, CandidateDrafts)
         )
@@ -250,7 +250,7 @@ class DraftExitCore:
         self._spent_B[place_K] += self.prices.step_s + self.prices.fill_s * filled_K
         self._counts["drafts"][place_K] += 1
         self._here_B[place_K] = -1
-        self.view.drafted(place_K, depth_K, self.tables.chance_NE[token_K, here_K])
+        self.view.drafted(place_K, depth_K, chances_of(self.tables.odds_NE[token_K, here_K]))
 
     def _verify(self, place_K: IndexArray) -> None:
         """Run to the end, with all open drafts; what full depth says of them is certain."""

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray, IntArray
-from offramp.controller.policies.drafts.draft_trust import DraftChances
+from offramp.controller.policies.drafts.draft_trust import odds_of_top1
 from offramp.controller.policies.exits import copy_weights, is_on_copy
 from offramp.envs.cores.batch import IndexArray
 from offramp.envs.cores.walk import Actions
@@ -116,7 +116,7 @@ class DraftTables:
 
     Attributes:
         sure_NES: Top1, margin and entropy, of the full vocabulary or of the candidates.
-        chance_NE: How likely the exit's token is held to be right.
+        odds_NE: Log-odds at which the exit's token is held to be right.
         token_NE: The exit's token.
         right_NE: Whether it is full depth's.
         first_N, end_N: First token of each token's document, and the one after its last.
@@ -128,7 +128,7 @@ class DraftTables:
     """
 
     sure_NES: FloatArray
-    chance_NE: FloatArray
+    odds_NE: FloatArray
     token_NE: IntArray
     right_NE: BoolArray
     first_N: IndexArray
@@ -155,15 +155,15 @@ class DraftTables:
         return values
 
     @classmethod
-    def of(cls, traces: TokenTraces, chances: DraftChances | None = None) -> DraftTables:
+    def of(cls, traces: TokenTraces, odds_NE: FloatArray | None = None) -> DraftTables:
         """Lay out traces whose documents' tokens are contiguous and in order.
 
         Args:
             traces: The recorded tokens.
-            chances: Says how likely a token is right; None takes its top-1 probability.
+            odds_NE: Log-odds that each exit's token is right; None takes its top-1 probability's.
 
         Raises:
-            TraceError: no document has two tokens.
+            TraceError: no document has two tokens, or the odds are of other traces.
         """
         exits = traces.header.exits
         calls_L = np.ones(traces.header.layers, np.int64)
@@ -176,7 +176,7 @@ class DraftTables:
             raise TraceError("traces", "hold no document of two tokens", "Record longer ones")
         return cls(
             sure_NES=traces.softmax_NES,
-            chance_NE=_chances_of(traces, chances),
+            odds_NE=_odds_of(traces, odds_NE),
             token_NE=traces.exit_token_NE,
             right_NE=traces.agree_NE > 0,
             first_N=np.repeat(starts, lengths),
@@ -188,12 +188,13 @@ class DraftTables:
         )
 
 
-def _chances_of(traces: TokenTraces, chances: DraftChances | None) -> FloatArray:
-    top1_NE, margin_NE = traces.softmax_NES[:, :, 0], traces.softmax_NES[:, :, 1]
-    if chances is None:
-        return top1_NE
-    exits = range(len(traces.header.exits))
-    return np.stack([chances.of(e, top1_NE[:, e], margin_NE[:, e]) for e in exits], axis=1)
+def _odds_of(traces: TokenTraces, odds_NE: FloatArray | None) -> FloatArray:
+    if odds_NE is None:
+        return odds_of_top1(traces.softmax_NES[:, :, 0])
+    if odds_NE.shape != traces.agree_NE.shape or not np.isfinite(odds_NE).all():
+        problem = f"have shape {odds_NE.shape}, not {traces.agree_NE.shape}, or are not finite"
+        raise TraceError("odds", problem, "Compute them from these traces")
+    return odds_NE
 
 
 def require_same_model(traces: TokenTraces, costs: CostTable) -> None:

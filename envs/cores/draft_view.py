@@ -8,12 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.controller.features import KEEP, OUTLOOK_V1, SOFTMAX_V2, FloatArray
+from offramp.controller.policies.drafts.draft_trust import ODDS_SCALE
 from offramp.envs.cores.batch import IndexArray
 from offramp.envs.cores.draft_tables import DraftTables
 
 FEATURES = SOFTMAX_V2.width
-COLUMNS = FEATURES + OUTLOOK_V1.width + 2
-"""Features, outlook, trust, place."""
+COLUMNS = FEATURES + OUTLOOK_V1.width + 3
+"""Features, outlook, odds, trust, place."""
 
 AGREES, RUN_LENGTH, DEPTH = (SOFTMAX_V2.index(name) for name in ("agrees", "run_length", "depth"))
 
@@ -100,7 +101,8 @@ class DraftView:
         obs_KD[asked_K, AGREES] = run_K > 0
         obs_KD[asked_K, RUN_LENGTH] = run_K / self._exits
         obs_KD[asked_K, DEPTH] = tables.depth_D[here + 1] / tables.depth_D[-1]
-        outlook_KC = obs_KD[:, FEATURES:-2]
+        outlook_KC = obs_KD[:, FEATURES:-3]
+        obs_KD[asked_K, -3] = tables.odds_NE[token_K[asked_K], here] / ODDS_SCALE
         outlook_KC[:, STEP] = (token_K - tables.first_N[token_K] + 1) / STEP_SCALE
         outlook_KC[:, LEFT] = (tables.end_N[token_K] - token_K) / STEP_SCALE
         outlook_KC[:, PENDING] = pending_K / self._max_pending

@@ -38,6 +38,7 @@ class TokenTraces:
         document_N: Index into ``documents`` of each token's document, int32.
         documents: SHA-256 of each document's text.
         state_NED: What norm and head read at each exit, float16; None if not recorded.
+        read_N: Token that was read at each place, int32; −1 of a chunk's first; None if unknown.
 
     Raises:
         TraceError: there is no token, or an array's shape is not the header's.
@@ -55,6 +56,7 @@ class TokenTraces:
     document_N: IntArray
     documents: tuple[str, ...]
     state_NED: HalfArray | None = None
+    read_N: IntArray | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.document_N), len(self.header.exits))
@@ -111,6 +113,7 @@ class TokenTraces:
             ),
             documents=tuple(index),
             state_NED=_states(parts),
+            read_N=np.concatenate([_read(part) for part in parts]),
         )
 
     def select(self, documents: Collection[str]) -> TokenTraces:
@@ -146,6 +149,10 @@ class TokenTraces:
             TraceError: a registered one gave unusable values.
         """
         return score(kind, self)
+
+
+def _read(part: TraceChunk) -> IntArray:
+    return np.concatenate([np.full(1, -1, np.int32), part.next_token_T[:-1]])
 
 
 def _states(parts: list[TraceChunk]) -> HalfArray | None:

@@ -23,7 +23,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.exits import Exit, copy_weights, exit_to_json
 from offramp.controller.policies.kinds import pack_policy
-from offramp.controller.policies.protocols import NeverExit
+from offramp.controller.policies.protocols import NeverExit, reads_state
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.traces import TraceChunk, TraceHeader
 from offramp.deploy.cli.evaluating import require_recorded
@@ -323,19 +323,25 @@ max_pending = 9
 
 
 @pytest.mark.parametrize(
-    ("exits", "candidates", "rules"),
+    ("exits", "candidates", "insight", "rules"),
     [
-        ((3, 6), 8, ["headless confidence stop", "headless trust stop"]),
+        ((3, 6), 8, True, ["headless confidence stop", "headless trust stop"]),
         (
             (Exit(6, "int4"), Exit(12, "int4"), 3),
             8,
+            False,
             ["headless confidence stop", "headless trust stop"],
         ),
-        ((Exit(12, "int4"),), 0, ["confidence stop", "trust stop", "Thompson sampling"]),
+        ((Exit(12, "int4"),), 0, True, ["confidence stop", "trust stop", "Thompson sampling"]),
     ],
 )
 def test_drafters_are_taught_chosen_and_lossless(
-    cli: Any, tmp_path: Path, exits: tuple[int, ...], candidates: int, rules: list[str]
+    cli: Any,
+    tmp_path: Path,
+    exits: tuple[int, ...],
+    candidates: int,
+    insight: bool,
+    rules: list[str],
 ) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     tuned = None
@@ -344,7 +350,8 @@ def test_drafters_are_taught_chosen_and_lossless(
         tuned = save_translators(tmp_path / "tuned", fingerprint)
     (tmp_path / "drafting.toml").write_text(
         f'model = "{REFERENCE}"\ncorpus = "{corpus}"\ntranslators = "{tuned or ""}"\n'
-        f"exits = {list(map(exit_to_json, exits))}\ncandidates = {candidates}\n{DRAFTING}"
+        f"exits = {list(map(exit_to_json, exits))}\ncandidates = {candidates}\n"
+        f"insight = {str(insight).lower()}\n{DRAFTING}"
     )
     arguments = ("train", "--for", "drafting", "--config", tmp_path / "drafting.toml")
     status, said = cli(*arguments, "--out", tmp_path / "out")
@@ -353,6 +360,8 @@ def test_drafters_are_taught_chosen_and_lossless(
     families = [each.family for each in contenders]
     assert families == ["full depth", *rules, "PPO drafting"]
     assert contenders[-1].policy.exits == exits
+    # Kangaroo's rule and Thompson sampling have no chances to add insight to.
+    assert sum(reads_state(each.policy) for each in contenders) == 2 * insight
     assert "every token full depth's" in said
     named = PolicyBundle.load(tmp_path / "out" / "chosen").manifest.adapters
     kept = kept_in(tmp_path / "out")

@@ -15,6 +15,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2
+from offramp.controller.policies.drafts.draft_trust import ODDS_SCALE, chances_of
 from offramp.controller.policies.exits import Exit
 from offramp.envs import DRAFT_ENV_ID, DraftExitCore, TokenTraces
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
@@ -80,8 +81,11 @@ def test_observations_are_what_the_probe_would_see(traces: TokenTraces) -> None:
     agrees = traces.exit_token_NE[5, 2] == traces.exit_token_NE[5, 0]
     np.testing.assert_allclose(at_last[3:6], [agrees, agrees / 3, 7 / 12], rtol=1e-6)
     left = core.step(np.array([0])).obs_BD[0]
-    assert left[-2] == traces.softmax_NES[5, 2, 0]
-    outlook = dict(zip(OUTLOOK_V1.columns, left[FEATURES:-2].tolist(), strict=True))
+    assert left[-2] == pytest.approx(traces.softmax_NES[5, 2, 0], rel=1e-6)
+    # Odds are shown at an exit, and were those of its top-1 probability.
+    assert chances_of(at_last[-3:-2] * ODDS_SCALE) == pytest.approx(left[-2], rel=1e-6)
+    assert left[-3] == 0
+    outlook = dict(zip(OUTLOOK_V1.columns, left[FEATURES:-3].tolist(), strict=True))
     assert outlook["pending"] == 1 / 8
     assert outlook["last_depth"] == pytest.approx(7 / 12)
     assert (outlook["step"], outlook["left"]) == (7 / 256, 6 / 256)
@@ -181,8 +185,8 @@ def test_sb3_vectors_say_what_an_ended_episode_was(traces: TokenTraces) -> None:
     assert done_B.all()
     assert reward_B.dtype == np.float32
     assert [info["tokens"] for info in infos] == [1, 1]
-    assert obs_BD.shape == (2, 17)
-    assert infos[0]["terminal_observation"].shape == (17,)
+    assert obs_BD.shape == (2, 18)
+    assert infos[0]["terminal_observation"].shape == (18,)
 
 
 def test_bad_arguments_are_refused(traces: TokenTraces) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from offramp.agents.drafting.draft_chances import FittedChances, odds_of
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
 from offramp.agents.drafting.draft_replay import Chosen, at_exits, replay_drafts
@@ -150,15 +151,19 @@ def one_drafter(
     train: TokenTraces,
     validation: TokenTraces,
     costs: CostTable,
+    fitted: FittedChances,
     config: DraftPPOConfig,
     exits: tuple[int, ...],
     table_VK: IntArray | None,
 ) -> Chosen:
     """PPO trained on recorded tokens and replayed on validation ones; headless with a table."""
     start = time.perf_counter()
-    model = train_drafter(at_exits(train, exits), costs, config, candidates_VK=table_VK)
-    router = router_of(model, exits, config.max_pending, table_VK)
-    offline = replay_drafts(router, validation, costs, config.max_pending)
+    fitted = fitted.part(exits)
+    model = train_drafter(at_exits(train, exits), costs, fitted, config, candidates_VK=table_VK)
+    router = router_of(model, fitted.chances, exits, config.max_pending, table_VK)
+    shown = at_exits(validation, exits, states=True)
+    odds_NE = odds_of(fitted.chances, shown)
+    offline = replay_drafts(router, shown, costs, config.max_pending, odds_NE)
     spent = time.perf_counter() - start
     kind = "PPO" if table_VK is None else "headless PPO"
     name = f"{kind}, exits {', '.join(map(str, exits))}, seed {config.seed}"

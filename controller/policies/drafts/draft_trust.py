@@ -7,68 +7,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from offramp.controller.errors import RequestError
-from offramp.controller.features import SOFTMAX_V2, FloatArray
+from offramp.controller.features import FloatArray
+from offramp.controller.policies.drafts.draft_insight import DraftInsight
 from offramp.controller.policies.drafts.drafter import ACCEPTANCE, PENDING, TOP1, open_drafts
+from offramp.controller.policies.drafts.leads import (
+    LEAST,
+    MARGIN,
+    MOST_ODDS,
+    leads_of,
+    odds_by_lead,
+)
+from offramp.controller.policies.protocols import Seen
+from offramp.controller.traces import SOFTMAX_COLUMNS
 
-MARGIN = SOFTMAX_V2.index("margin")
-"""Column of best minus second best probability, in CANDIDATES_V1 as well."""
-
-MOST_LEAD = 8.0
-"""A longer lead counts as this: no draft with half of it is ever wrong."""
-
-LEAST = 1e-9
-"""A smaller probability counts as this."""
+ODDS_SCALE = 4.0
+"""Divides log-odds where nets read them."""
 
 
-def leads_of(top1_N: ArrayLike, margin_N: ArrayLike) -> FloatArray:
-    """By how much the best logit leads the second best: ln(p₁ / p₂), at most ``MOST_LEAD``.
+def odds_of_top1(top1_N: ArrayLike) -> FloatArray:
+    """Log-odds of top-1 probabilities, within ±``MOST_ODDS``."""
+    top1_N = np.clip(np.asarray(top1_N, np.float64), LEAST, 1 - LEAST)
+    return clipped(np.log(top1_N / (1 - top1_N)))
 
-    Full depth disagrees with a copy in fewer bytes where rounding turned two logits that were
-    close, and with an earlier layer where two tokens were open: of all columns this one says it
-    best (docs/lossless.md).
 
-    >>> leads_of([0.6, 0.5, 1.0], [0.3, 0.0, 1.0]).round(2).tolist()
-    [0.6899999976158142, 0.0, 8.0]
-    """
-    top1_N = np.maximum(np.asarray(top1_N, np.float64), LEAST)
-    second_N = np.clip(top1_N - margin_N, top1_N * math.exp(-MOST_LEAD), top1_N)
-    return np.log(top1_N / second_N).astype(np.float32)
+def chances_of(odds_N: FloatArray) -> FloatArray:
+    """Chances in (0, 1) of log-odds."""
+    return np.asarray(1 / (1 + np.exp(-odds_N)), np.float32)
 
 
 class DraftChances:
-    """How likely a draft is right: at each exit a logistic function of its lead.
+    """How likely a draft is right: at each exit a logistic function of its lead, and of insight.
 
     Args:
         lines: For each exit the intercept and the slope of the log-odds, [E, 2].
+        exits: Layers of the exits.
+        insight: Adds to the log-odds what the state and the text tell; None: the lead is all.
 
     Raises:
-        RequestError: not two finite numbers for each of the exits.
+        RequestError: not two finite numbers for each of the exits, or an insight of other exits.
     """
 
-    def __init__(self, lines: ArrayLike, exits: Sequence[int]) -> None:
+    def __init__(
+        self, lines: ArrayLike, exits: Sequence[int], insight: DraftInsight | None = None
+    ) -> None:
         self.line_E2 = np.ascontiguousarray(lines, np.float32)
         if self.line_E2.shape != (len(exits), 2) or not np.isfinite(self.line_E2).all():
             raise RequestError("lines", f"{lines!r} are no two numbers for each of {exits}")
-        self._lines = self.line_E2.tolist()
+        if insight is not None and insight.exits != len(exits):
+            raise RequestError("insight", f"is of {insight.exits} exits, not of {len(exits)}")
+        self.exits, self.insight = tuple(exits), insight
+        self.lines: list[tuple[float, float]] = [(a, b) for a, b in self.line_E2.tolist()]
+        odds_by_lead(0.5, 0.0, self.lines[0])  # compiled when a policy arrives
 
-    def of(self, here: int, top1_N: ArrayLike, margin_N: ArrayLike) -> FloatArray:
-        """Chances of drafts of an exit, [N]."""
-        intercept, slope = self._lines[here]
-        odds_N = intercept + slope * leads_of(top1_N, margin_N)
-        return np.asarray(1 / (1 + np.exp(-odds_N)), np.float32)
+    def part(self, exits: Sequence[int]) -> DraftChances:
+        """Chances of some of the exits, which are named by their layers."""
+        places = [self.exits.index(layer) for layer in exits]
+        insight = None if self.insight is None else self.insight.part(places)
+        return DraftChances(self.line_E2[places], exits, insight)
 
-    def of_one(self, here: int, top1: float, margin: float) -> float:
-        """The same of one draft, in scalars: a call of numpy costs more than the arithmetic."""
-        top1 = max(top1, LEAST)
-        second = min(max(top1 - margin, top1 * math.exp(-MOST_LEAD)), top1)
-        intercept, slope = self._lines[here]
-        odds = intercept + slope * math.log(top1 / second)
-        return 1 / (1 + math.exp(-min(max(odds, -80.0), 80.0)))
+    def odds(self, here: int, sure_NS: FloatArray, seen: Seen | None = None) -> FloatArray:
+        """Log-odds of drafts of an exit, within ±``MOST_ODDS``, [N].
+
+        Args:
+            here: Index of the exit.
+            sure_NS: SOFTMAX_COLUMNS; further columns are not read.
+            seen: What insight reads; None goes by the lead alone.
+        """
+        intercept, slope = self.lines[here]
+        odds_N = intercept + slope * leads_of(sure_NS[:, 0], sure_NS[:, MARGIN])
+        if self.insight is not None and seen is not None:
+            odds_N = odds_N + self.insight.more(here, sure_NS[:, : len(SOFTMAX_COLUMNS)], seen)
+        return clipped(odds_N)
+
+    def odds_of_one(self, here: int, top1: float, margin: float) -> float:
+        """The same of one draft by its lead: numpy's calls cost more than the arithmetic."""
+        odds: float = odds_by_lead(top1, margin, self.lines[here])
+        return odds
+
+
+def clipped(odds_N: NDArray[Any]) -> FloatArray:
+    """Log-odds within ±``MOST_ODDS``."""
+    return np.asarray(np.clip(odds_N, -MOST_ODDS, MOST_ODDS), np.float32)
 
 
 class DraftTrust:
@@ -81,11 +106,9 @@ class DraftTrust:
 
     Args:
         max_pending: The engine's.
-        chances: Says how likely a draft is right; None takes its top-1 probability.
     """
 
-    def __init__(self, max_pending: int, chances: DraftChances | None) -> None:
-        self.chances = chances
+    def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
         self._trust_1 = np.ones(1, np.float32)
         self._drafts = 0
@@ -102,30 +125,42 @@ class DraftTrust:
         estimate_N: FloatArray = outlook_NC[:, ACCEPTANCE] ** drafts_N.astype(np.float32)
         return estimate_N
 
-    def add(self, here: int, features_F: FloatArray) -> None:
-        """The row that is asked alone leaves this exit with a draft."""
-        top1 = float(features_F[TOP1])
-        if self.chances is not None:
-            top1 = self.chances.of_one(here, top1, float(features_F[MARGIN]))
-        self._trust_1[0] *= top1
+    def add(self, odds: float) -> None:
+        """The row that is asked alone leaves with a draft of such log-odds."""
+        self._trust_1[0] *= 1 / (1 + math.exp(-odds))
         self._drafts += 1
 
 
 class TrustingPolicy:
     """A drafter that reads trust.
 
-    ``start`` and ``route`` take it as a last argument where the caller follows it, as a replay of
-    many rows does.
+    ``start`` and ``route`` take it, and ``route`` the odds of the drafts at hand, where the caller
+    follows them, as a replay of many rows does. Else these are computed here; with insight,
+    ``route`` is given what that reads.
+
+    Args:
+        max_pending: The engine's.
+        chances: How likely a draft is right; None: as its top-1 probability says.
     """
 
     def __init__(self, max_pending: int, chances: DraftChances | None) -> None:
         self.max_pending = max_pending
-        self.trust = DraftTrust(max_pending, chances)
+        self.chances = chances
+        self.trust = DraftTrust(max_pending)
 
     @property
-    def chances(self) -> DraftChances | None:
-        """What trust is a product of; None: of top-1 probabilities."""
-        return self.trust.chances
+    def reads_state(self) -> bool:
+        """Whether ``route`` is to be given the states and the tokens that were read."""
+        return self.chances is not None and self.chances.insight is not None
+
+    def odds(self, here: int, features_NF: FloatArray, seen: Seen | None = None) -> FloatArray:
+        """Log-odds that drafts of an exit are right, [N]."""
+        if self.chances is None:
+            return odds_of_top1(features_NF[:, TOP1])
+        if len(features_NF) == 1 and (seen is None or self.chances.insight is None):
+            top1, margin = float(features_NF[0, TOP1]), float(features_NF[0, MARGIN])
+            return np.array([self.chances.odds_of_one(here, top1, margin)], np.float32)
+        return self.chances.odds(here, features_NF, seen)
 
     def _trust_of(self, outlook_NC: FloatArray, trust_N: FloatArray | None) -> FloatArray:
         return self.trust.of(outlook_NC) if trust_N is None else trust_N

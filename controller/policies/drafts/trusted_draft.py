@@ -19,6 +19,11 @@ from offramp.controller.features import (
     IntArray,
 )
 from offramp.controller.policies.codec import CLOSE_LOGIT, Kind, Params, PolicyParts, Tensors
+from offramp.controller.policies.drafts.draft_insight import (
+    DraftInsight,
+    pack_insight,
+    unpack_insight,
+)
 from offramp.controller.policies.drafts.draft_trust import DraftChances, TrustingPolicy
 from offramp.controller.policies.drafts.drafter import (
     open_drafts,
@@ -26,7 +31,7 @@ from offramp.controller.policies.drafts.drafter import (
     require_length,
     require_share,
 )
-from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.policies.protocols import IndexArray, Seen
 from offramp.controller.strict import COUNT, NUMBER
 
 
@@ -45,6 +50,7 @@ class TrustedDraft(TrustingPolicy):
         layer: Layers executed for a draft.
         line: Intercept and slope of the log-odds that a draft is right, by its lead
             (``DraftChances``).
+        insight: What it reads beside the lead, of this one exit; None: nothing.
         threshold: Trust at which drafting ends, in [0, 1].
         length: Drafts per cycle at most.
         max_pending: The engine's.
@@ -64,12 +70,14 @@ class TrustedDraft(TrustingPolicy):
         length: int = MAX_PENDING,
         max_pending: int = MAX_PENDING,
         candidates_VK: IntArray | None = None,
+        insight: DraftInsight | None = None,
     ) -> None:
         self.exits = (layer,)
         require_exits(self.exits)
         require_length(length, max_pending)
         require_share("threshold", threshold)
-        super().__init__(max_pending, DraftChances(np.reshape(line, (1, -1)), self.exits))
+        chances = DraftChances(np.reshape(line, (1, -1)), self.exits, insight)
+        super().__init__(max_pending, chances)
         self.threshold, self.length = threshold, length
         self.candidates_VK = candidates_VK
         self.headless = candidates_VK is not None
@@ -87,10 +95,12 @@ class TrustedDraft(TrustingPolicy):
         features_NF: FloatArray,
         outlook_NC: FloatArray,
         trust_N: FloatArray | None = None,
+        odds_N: FloatArray | None = None,
+        seen: Seen | None = None,
     ) -> IndexArray:
         """Everybody leaves."""
         if len(features_NF) == 1 and trust_N is None:
-            self.trust.add(here, features_NF[0])
+            self.trust.add(float(self.odds(here, features_NF, seen)[0]))
         return np.full(len(features_NF), here, np.int64)
 
 
@@ -98,12 +108,18 @@ def _describe(policy: TrustedDraft) -> tuple[Params, Tensors]:
     names = ("threshold", "length", "max_pending")
     assert policy.chances is not None
     params = {name: getattr(policy, name) for name in names}
-    return params, {"line": policy.chances.line_E2[0]}
+    return params, {"line": policy.chances.line_E2[0], **pack_insight(policy.chances.insight)}
 
 
 def _build(parts: PolicyParts) -> TrustedDraft:
     line = parts.tensors["line"]
-    return TrustedDraft(parts.only_exit, line, candidates_VK=parts.candidates_VK, **parts.params)
+    return TrustedDraft(
+        parts.only_exit,
+        line,
+        candidates_VK=parts.candidates_VK,
+        insight=unpack_insight(parts.tensors, 1),
+        **parts.params,
+    )
 
 
 def _clear(policy: TrustedDraft, _: FloatArray, outlook_NC: FloatArray) -> BoolArray:

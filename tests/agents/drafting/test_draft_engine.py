@@ -23,7 +23,7 @@ from offramp.controller.features import (
     IntArray,
 )
 from offramp.controller.policies.exits import Exit
-from offramp.controller.policies.protocols import IndexArray, NeverExit, is_headless
+from offramp.controller.policies.protocols import IndexArray, NeverExit, Seen, is_headless
 from offramp.envs import TokenTraces
 from offramp.worker import AdaptiveEngine, EngineConfig, Precision, SamplingParams
 from offramp.worker.probes.candidates.successors import successor_table
@@ -44,6 +44,8 @@ class ScriptedDrafts:
     candidates_VK: IntArray | None = None
     outlooks: list[list[float]] = field(default_factory=list)
     fresh: list[list[float]] = field(default_factory=list)
+    seen: list[tuple[int, int, int, FloatArray]] = field(default_factory=list)
+    reads_state: bool = True
 
     @property
     def headless(self) -> bool:
@@ -57,8 +59,18 @@ class ScriptedDrafts:
         self.outlooks += outlook_NC.tolist()
         return np.array([self._draw(row_C, 0, len(self.exits)) for row_C in outlook_NC])
 
-    def route(self, here: int, features_NF: FloatArray, outlook_NC: FloatArray) -> IndexArray:
+    def route(
+        self,
+        here: int,
+        features_NF: FloatArray,
+        outlook_NC: FloatArray,
+        *,
+        seen: Seen | None = None,
+    ) -> IndexArray:
         self.outlooks += outlook_NC.tolist()
+        if seen is not None and outlook_NC[0, 2] == 0:
+            place = round(float(outlook_NC[0, 0]) * 256) - 1
+            self.seen.append((here, place, int(seen.read_N[0]), seen.state_ND[0].copy()))
         if outlook_NC[0, 2] == 0:  # no open draft: surely along the recorded text
             names = SOFTMAX_V2.columns[:-1]  # all but the position
             self.fresh += features_NF[:, [self.schema.index(name) for name in names]].tolist()
@@ -121,7 +133,7 @@ def traces(
     table_VK: IntArray | None,
     exits: tuple[int, ...],
 ) -> TokenTraces:
-    config = Continuations(exits=exits, prompt_tokens=PROMPT, new_tokens=NEW)
+    config = Continuations(exits=exits, prompt_tokens=PROMPT, new_tokens=NEW, states=True)
     return record_continuations(engine, documents, config, candidates_VK=table_VK)
 
 
@@ -153,8 +165,16 @@ def test_engine_and_environment_do_the_same(
         # The copy's tokens were recorded side by side, which rounds otherwise.
         near = 1e-6 if exits == OWN else 1e-4
         np.testing.assert_allclose(live.fresh, offline.fresh, rtol=1e-4, atol=near)
+        assert mine.state_NED is not None
+        assert mine.read_N is not None
+        for here, place, read, state_D in live.seen:
+            assert mine.read_N[place] in (read, -1)
+            np.testing.assert_allclose(
+                state_D, mine.state_NED[place, here], rtol=5e-3, atol=5e-3 if exits == OWN else 0.02
+            )
         accepted, drafts = accepted + done.stats.drafts_accepted, drafts + done.stats.drafts
     assert 0 < accepted < drafts  # else nothing is compared
+    assert live.seen
 
 
 def test_what_is_drafted_without_the_head_is_lossless_and_takes_none(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from offramp.agents.drafting.draft_chances import fit_chances
 from offramp.agents.drafting.draft_net import router_of
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig, train_drafter
 from offramp.agents.drafting.draft_replay import as_read, at_exits, replay_decisions, replay_drafts
@@ -45,9 +46,10 @@ def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: 
     if headless:
         traces = CandidateDrafts(**{name: getattr(traces, name) for name in traces.__slots__})
     config = DraftPPOConfig(steps=2_000, envs=16, rollout=32, batch=256, hidden=(16,), imitated=512)
-    model = train_drafter(traces, measured(), config, candidates_VK=table_VK)
-    router = router_of(model, traces.header.exits, 8, table_VK)
-    core = DraftExitCore(traces, measured(), num_envs=32)
+    fitted = fit_chances(traces)
+    model = train_drafter(traces, measured(), fitted, config, candidates_VK=table_VK)
+    router = router_of(model, fitted.chances, traces.header.exits, 8, table_VK)
+    core = DraftExitCore(traces, measured(), num_envs=32, odds=fitted.odds_NE)
     obs_BD, rng = core.reset(0), np.random.default_rng(0)
     for _ in range(40):
         best_B = model.predict(obs_BD, deterministic=True)[0]
@@ -65,7 +67,9 @@ def test_the_exported_router_decides_as_sb3_does(traces: TokenTraces, headless: 
 def test_training_begins_where_drafting_pays_and_stays_there(traces: TokenTraces) -> None:
     rates: list[float] = []
     config = DraftPPOConfig(steps=8_000, envs=64, rollout=16, batch=512, imitated=512)
-    train_drafter(all_right(traces), measured(), config, lambda _, rate: rates.append(rate))
+    shown = all_right(traces)
+    fitted = fit_chances(shown)
+    train_drafter(shown, measured(), fitted, config, lambda _, rate: rates.append(rate))
     # Every draft is right, so that drafting wins by far; never to draft would earn 1.
     assert min(rates) > 1.3
 
@@ -80,8 +84,10 @@ def test_dels_loads_are_those_of_the_cost_table(traces: TokenTraces) -> None:
 
 def test_the_same_seed_trains_the_same_net(traces: TokenTraces) -> None:
     config = DraftPPOConfig(steps=1_000, envs=16, rollout=16, batch=64, imitated=256)
+    fitted = fit_chances(traces)
     first, second = (
-        router_of(train_drafter(traces, measured(), config), (2, 4, 7), 8) for _ in range(2)
+        router_of(train_drafter(traces, measured(), fitted, config), fitted.chances, (2, 4, 7), 8)
+        for _ in range(2)
     )
     for mine, other in zip(first.router.weights, second.router.weights, strict=True):
         np.testing.assert_array_equal(mine[0], other[0])

@@ -12,7 +12,8 @@ import pytest
 
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, FloatArray
 from offramp.controller.policies.drafts import TrustedDraft
-from offramp.controller.policies.drafts.draft_trust import DraftChances, leads_of
+from offramp.controller.policies.drafts.draft_trust import DraftChances, chances_of
+from offramp.controller.policies.drafts.leads import leads_of
 
 LINE = (0.5, 8.0)
 
@@ -41,11 +42,12 @@ def test_a_lead_is_the_distance_of_the_two_best_logits() -> None:
 def test_chances_are_logistic_and_alike_for_one_and_many() -> None:
     chances = DraftChances((LINE, (0.0, 0.0)), (3, 6))
     features_NF = np.concatenate([seen((lead, 0.0, -1.0)) for lead in (0.0, 0.1, 0.5, 3.0, 20.0)])
-    many_N = chances.of(0, features_NF[:, 0], features_NF[:, 1])
-    each = [chances.of_one(0, *map(float, features_F[:2])) for features_F in features_NF]
+    many_N = chances_of(chances.odds(0, features_NF))
+    odds = [chances.odds_of_one(0, *map(float, features_F[:2])) for features_F in features_NF]
+    each = chances_of(np.array(odds))
     np.testing.assert_allclose(many_N, each, atol=1e-6)
     assert many_N[1] == pytest.approx(1 / (1 + math.exp(-0.5 - 0.8)), abs=1e-5)
-    assert chances.of(1, 0.9, 0.8) == 0.5
+    assert chances.odds(1, np.array([[0.9, 0.8, 0.5]], np.float32)) == 0.0
 
 
 def test_drafting_ends_once_some_open_draft_is_likely_wrong() -> None:

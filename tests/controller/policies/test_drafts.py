@@ -23,6 +23,13 @@ from offramp.controller.policies.drafts import (
     TrustedDraft,
 )
 from offramp.controller.policies.drafts.del_rule import tokens_per_layer
+from offramp.controller.policies.drafts.draft_insight import (
+    KIND_COLUMNS,
+    SURE_COLUMNS,
+    DraftInsight,
+    kind_byte,
+)
+from offramp.controller.policies.drafts.draft_trust import DraftChances
 from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.kinds import KINDS, kind_of, pack_policy
 from offramp.controller.policies.protocols import (
@@ -34,7 +41,7 @@ from offramp.controller.policies.protocols import (
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
 
-SEEN = OUTLOOK_V1.width + 1
+SEEN = OUTLOOK_V1.width + 2
 
 
 def outlook(drafts: int, acceptance: float = 1.0) -> FloatArray:
@@ -68,6 +75,17 @@ TABLE_VK = np.arange(40, dtype=np.int32).reshape(10, 4) % 10
 LAST = Exit(12, "int4")
 
 
+def insight(exits: int) -> DraftInsight:
+    rng = np.random.default_rng(2)
+    inputs = SURE_COLUMNS + KIND_COLUMNS + 4
+    projections = rng.standard_normal((exits, 6, 4)).astype(np.float32)
+    kinds = np.array([kind_byte(text) for text in ("def", " a", "\n", "   ")], np.uint8)
+    return DraftInsight(projections, [net(inputs, 1, here) for here in range(exits)], kinds)
+
+
+CHANCES = DraftChances(((0.5, 8.0), (0.0, 1.0)), (LAST, 3), insight(2))
+
+
 def drafter(
     candidates_VK: IntArray | None = None, exits: tuple[int, ...] = (3, 6), **options: Any
 ) -> DraftRouter:
@@ -88,9 +106,10 @@ EVERY: tuple[Any, ...] = (
     ConfidentDraft(layer=LAST, threshold=0.4, candidates_VK=TABLE_VK),
     ThompsonDraft(LAST, length=5),
     DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5), (4.8, 3)),
-    drafter(TABLE_VK, (LAST, 3), chances=((0.5, 8.0), (0.0, 1.0))),
+    drafter(TABLE_VK, (LAST, 3), chances=CHANCES),
     TrustedDraft(LAST, (0.5, 8.0), 0.8, length=6),
     TrustedDraft(3, (0.5, 8.0), 0.8, candidates_VK=TABLE_VK),
+    TrustedDraft(3, (0.5, 8.0), 0.8, insight=insight(1)),
 )
 
 
@@ -227,7 +246,7 @@ def test_bad_arguments_are_refused() -> None:
         lambda: DelDraft((3, LAST), 12, (0.5, 0.5), (0.5, 0.5)),
         lambda: TrustedDraft(3, (0.5, 8.0), 1.5),
         lambda: TrustedDraft(3, (0.5, np.nan), 0.5),
-        lambda: drafter(chances=((0.5, 8.0),)),
+        lambda: drafter(chances=DraftChances(((0.5, 8.0),), (3,))),
         lambda: DraftRouter((3,), net(SEEN, 3, 0), net(SOFTMAX_V2.width + SEEN, 2, 0)),
     ):
         with pytest.raises(RequestError):

@@ -20,6 +20,7 @@ from offramp.controller.policies.protocols import (
     LearningPolicy,
     Policy,
     RoutingPolicy,
+    Seen,
     Verdict,
 )
 
@@ -80,17 +81,35 @@ class PolicyGuard:
         return self._each(policy, rows, ask)
 
     def route(
-        self, policy: RoutingPolicy, here: int, features_NF: FloatArray, outlook_NC: FloatArray
+        self,
+        policy: RoutingPolicy,
+        here: int,
+        features_NF: FloatArray,
+        outlook_NC: FloatArray,
+        seen: Seen | None = None,
     ) -> list[int | None]:
-        """Where each row goes from an exit; None where the policy cannot say, as ``start``."""
+        """Where each row goes from an exit; None where the policy cannot say, as ``start``.
+
+        Args:
+            policy: Policy that is asked.
+            here: Index of the exit.
+            features_NF: What its probe computed.
+            outlook_NC: What the engine knows of the rows.
+            seen: Given to a policy that reads states.
+        """
 
         def ask(part: slice) -> list[int]:
             asked_NF = features_NF[part]
             require_finite(asked_NF)
-            found_N = policy.route(here, asked_NF, outlook_NC[part])
+            more = {} if seen is None else {"seen": Seen(seen.read_N[part], seen.state_ND[part])}
+            found_N = policy.route(here, asked_NF, outlook_NC[part], **more)
             return _targets(found_N, len(asked_NF), here, len(policy.exits))
 
         return self._each(policy, len(features_NF), ask)
+
+    def ask_one(self, policy: RoutingPolicy, ask: Callable[[], int]) -> int | None:
+        """Where a row goes that is probed and routed at once; None where that fails."""
+        return self._survive(policy, ask)
 
     def _each(
         self, policy: RoutingPolicy, rows: int, ask: Callable[[slice], list[int]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.protocols import RoutingPolicy
+from offramp.controller.policies.protocols import RoutingPolicy, Seen, reads_state
 from offramp.worker.decoding.asking.groups import NOBODY
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.asking.outlook import Load, outlook_of
 from offramp.worker.decoding.sequence import Leaving, Sequence
 from offramp.worker.model.transfers import take
-from offramp.worker.probes import Candidates, Probe, SoftmaxProbe, part_of
+from offramp.worker.probes import Candidates, FusedProbe, Probe, SoftmaxProbe, part_of
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class RoutedGroup:
     ) -> None:
         self.probe = probe
         self._policy = policy
+        self._reads_state = reads_state(policy)
         self._load = load
         self._limits = limits
         together = DueRows(begun, probe, 0)
@@ -102,18 +104,22 @@ class RoutedGroup:
 
     def ask(self, guard: PolicyGuard, executed: int, x_N1D: Tensor) -> Leaving:
         """Probe the rows; their policy lets each leave here, or sends it to a deeper exit."""
+        if len(self._due) == 1 and len(self._due[0].rows) == 1:
+            return self._ask_one(guard, self._due[0], int(executed), x_N1D[:, 0])
         exits = self._policy.exits
         asked = [due for due in self._due if exits[due.target] == executed]
         self._due = [due for due in self._due if due not in asked]
         features: list[FloatArray] = []
         rows: list[Sequence] = []
+        states_ND = x_N1D[:, 0]
         for due in asked:
-            states_ND = x_N1D[len(rows) : len(rows) + len(due.rows), 0]
-            features.append(due.probe.features(int(executed), states_ND))
+            due_ND = states_ND[len(rows) : len(rows) + len(due.rows)]
+            features.append(due.probe.features(int(executed), due_ND))
             rows += due.rows
         features_NF = features[0] if len(asked) == 1 else np.concatenate(features)
         here, outlook_NC = asked[0].target, outlook_of(rows, self._load, *self._limits)
-        targets = guard.route(self._policy, here, features_NF, outlook_NC)
+        seen = _seen(rows, states_ND) if self._reads_state else None
+        targets = guard.route(self._policy, here, features_NF, outlook_NC, seen)
         for row, target, features_F in zip(rows, targets, features_NF, strict=True):
             if target is None:
                 row.fail_policy()
@@ -122,6 +128,28 @@ class RoutedGroup:
         of_each = iter(targets)
         left = [self._send_on(due, [next(of_each) for _ in due.rows]) for due in asked]
         return left[0] if len(left) == 1 else _joined(left)
+
+    def _ask_one(self, guard: PolicyGuard, due: DueRows, executed: int, x_1D: Tensor) -> Leaving:
+        """Ask about a row alone, where none has to be sorted; in one call if that can be."""
+        [row], here, probe = due.rows, due.target, due.probe
+        outlook_1C = outlook_of(due.rows, self._load, *self._limits)
+        if isinstance(probe, FusedProbe) and probe.router is not None and not row.learns:
+            ask = partial(probe.route, executed, x_1D, here, outlook_1C)
+            target = guard.ask_one(self._policy, ask)
+        else:
+            features_1F = probe.features(executed, x_1D)
+            seen = _seen(due.rows, x_1D) if self._reads_state else None
+            [target] = guard.route(self._policy, here, features_1F, outlook_1C, seen)
+            if target == here and row.learns:
+                row.open[-1].left_at = (here, features_1F[0].copy())
+        self._due = []
+        if target is None:
+            row.fail_policy()
+        elif target == here:
+            return Leaving(due.rows, probe.logits(), _drafted(due))
+        elif target < len(self._policy.exits):
+            self._due = [DueRows(due.rows, probe, target)]
+        return NOBODY
 
     def forget_all_but(self, rows: Rows[Sequence]) -> None:
         """Forget rows that were cancelled while they waited at a hold."""
@@ -142,6 +170,12 @@ class RoutedGroup:
         if logits_NV is not None and len(left.rows) < len(targets):
             logits_NV = take(logits_NV, [n for n, t in enumerate(targets) if t == here])
         return Leaving(left.rows, logits_NV, _drafted(left))
+
+
+def _seen(rows: list[Sequence], states_ND: Tensor) -> Seen:
+    """What rows are known by; a probe has read their states and leaves them as they are."""
+    read_N = np.array([row.next_input for row in rows], np.int32)
+    return Seen(read_N, states_ND.float().cpu().numpy())
 
 
 def _drafted(left: DueRows) -> list[int | None]:

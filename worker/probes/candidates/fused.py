@@ -13,10 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.features import BoolArray, FloatArray, IntArray
+from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray, IntArray
+from offramp.controller.policies.drafts.draft_router import DraftRouter
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import Policy
-from offramp.worker.probes.candidates.fused_kernel import begin_rows, fused_decision, fused_features
+from offramp.worker.probes.candidates.fused_kernel import (
+    begin_rows,
+    fused_decision,
+    fused_features,
+    fused_route,
+)
 from offramp.worker.probes.candidates.kernel import BEST, MEMORY
 from offramp.worker.probes.candidates.successors import FOLLOWERS, NgramIndex
 from offramp.worker.probes.readout import Readout
@@ -42,6 +48,9 @@ class FusedProbe:
         self.places = rows
         self.policy: MlpPolicy | None = policy if type(policy) is MlpPolicy else None
         """Which decides in the same call; None if the policy is of another kind."""
+        router = policy if type(policy) is DraftRouter else None
+        self.router = router if router is not None and router.is_compiled else None
+        """Which routes a lone row in the same call; None if the policy cannot."""
         self._stack, self._table_VK = stack, table_VK
         self._rows = 0
         self._item = 2 if stack.dtype is torch.bfloat16 else 4
@@ -86,6 +95,9 @@ class FusedProbe:
         self.features(1, x_1D)
         if self.policy is not None:
             self.leaving(1, x_1D[:, None])
+        if self.router is not None:
+            nothing = np.zeros((1, OUTLOOK_V1.width), np.float32)
+            fused_route(*self._arguments(1, x_1D), *self.router.compiled_parts(0, nothing))
 
     def features(self, layer: int, x_ND: Tensor) -> FloatArray:
         """All columns of CANDIDATES_V1, [N, F]."""
@@ -110,9 +122,28 @@ class FusedProbe:
             return places, []
         return [n for n in places if n >= 0], [-1 - n for n in places if n < 0]
 
+    def route(self, layer: int, x_1D: Tensor, here: int, outlook_1C: FloatArray) -> int:
+        """Index of the exit that the one row is sent to, or stays at.
+
+        Args:
+            layer: Layers executed so far.
+            x_1D: Hidden state of the row.
+            here: Index of the exit.
+            outlook_1C: What the engine knows of it.
+
+        Raises:
+            PolicyFaultError: a feature or a logit is not finite.
+        """
+        assert self.router is not None
+        parts = self.router.compiled_parts(here, outlook_1C)
+        return self.router.settle(here, *fused_route(*self._arguments(layer, x_1D), *parts))
+
     def best_N(self) -> IntArray:
         """The best candidates, [N]."""
         at_S, candidates_SK, _, memory_SM = self._kept
+        if self._rows == 1:  # in scalars: indexing by arrays takes as long as the probe
+            at = at_S[0]
+            return candidates_SK[at, int(memory_SM[at, BEST]), None]
         at_N = at_S[: self._rows]
         best_N: IntArray = candidates_SK[at_N, memory_SM[at_N, BEST].astype(np.int64)]
         return best_N

@@ -13,7 +13,8 @@ from numba import carray
 
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.candidate_table import merge_row
-from offramp.controller.policies.net_kernel import compiled, outputs_of
+from offramp.controller.policies.drafts.leads import odds_by_lead
+from offramp.controller.policies.net_kernel import best_of, compiled, outputs_of
 from offramp.worker.model.kernels.floats import pointer
 from offramp.worker.probes.candidates.kernel import COLUMNS, begin, row_columns, widen
 
@@ -145,3 +146,49 @@ def fused_decision(
         else:
             at_S[n - gone] = at_S[n]
     return gone
+
+
+@compiled
+def fused_route(
+    head_VD: Any,
+    norm: tuple[Any, float, bool],
+    are_bits: tuple[bool, bool],
+    exits: int,
+    at_S: Any,
+    candidates_SK: Any,
+    last_SD: Any,
+    memory_SM: Any,
+    states: tuple[int, int],
+    rows: int,
+    depth: float,
+    known_C: Any,
+    line: tuple[float, float],
+    scale: float,
+    flat: Any,
+    sizes: Any,
+    mask_A: Any,
+) -> tuple[int, float]:
+    """Where a ``DraftRouter`` sends the one row that is asked.
+
+    Args:
+        known_C: Outlook of the row, and trust behind it.
+        line: Intercept and slope of the log-odds that its draft is right, by its lead.
+        scale: Divides log-odds where the net reads them.
+        flat, sizes, mask_A: The net's weights in one array, its widths, and which actions lead on.
+        head_VD, norm, are_bits, exits, at_S, candidates_SK, last_SD, memory_SM, states, rows,
+            depth: As ``fused_features`` takes them.
+
+    Returns:
+        The best action, −1 if a logit is not finite, and the log-odds.
+    """
+    features_NF = fused_features(
+        head_VD, norm, are_bits, exits, at_S, candidates_SK, last_SD, memory_SM, states, rows, depth
+    )
+    odds = odds_by_lead(features_NF[0, 0], features_NF[0, 1], line)
+    outlook = known_C.size - 1
+    x_I = np.empty(COLUMNS + outlook + 2, np.float32)
+    x_I[:COLUMNS] = features_NF[0]
+    x_I[COLUMNS : COLUMNS + outlook] = known_C[:outlook]
+    x_I[COLUMNS + outlook] = odds / scale
+    x_I[COLUMNS + outlook + 1] = known_C[outlook]
+    return best_of(x_I, flat, sizes, mask_A), odds
