@@ -35,6 +35,9 @@ _logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[Tokens]
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+"""``json.dumps`` with such options makes an encoder each time."""
+
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
 
@@ -246,4 +249,4 @@ class _Reply:
 
 
 def _line(body: Any) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {_encode(body)}\n\n"

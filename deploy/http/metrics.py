@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from offramp.controller.errors import OfframpError
 from offramp.deploy.http.backend import Pool, Tokens
@@ -106,10 +114,10 @@ class Metrics:
         )
         self._registry.register(_Reports(backend))
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        labels = ("model_name",)
-        family = Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self._registry)
-        return family.labels(self._model)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
+        histogram = _Histogram(PREFIX + name, text, self._model, buckets)
+        self._registry.register(histogram)
+        return histogram
 
     def _counter(self, name: str, text: str) -> Counter:
         family = Counter(PREFIX + name, text, ("model_name",), registry=self._registry)
@@ -191,6 +199,31 @@ class Metrics:
         self._run.inc(stats.layer_calls)
         self._drafts.inc(stats.drafts)
         self._accepted.inc(stats.drafts_accepted)
+
+
+class _Histogram(Collector):
+    """Counts values by bucket, for one thread: without the locks that prometheus_client's has.
+
+    Two are told of every token; theirs took a fifth of what the front spends on one.
+    """
+
+    def __init__(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._model = name, text, model
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value; a bucket holds what is at most its bound."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        family.add_metric((self._model,), buckets, self._sum)
+        yield family
 
 
 class _Reports(Collector):
