@@ -82,7 +82,9 @@ def oracle(traces: TokenTraces, costs: CostTable, trade_off: float = 0.0) -> Tak
             largest agreement − λ · cost.
     """
     if trade_off > 0:
-        cost_E1 = TokenCosts.under(None, costs, traces.header.exits).leave_E1
+        cost_E1 = TokenCosts.under(
+            None, costs, traces.header.exits, traces.header.adapters
+        ).leave_E1
         taken_N = np.argmax(traces.quality("agreement") - trade_off * cost_E1, axis=1)
     else:
         taken_N = first_agreeing(traces)

@@ -183,7 +183,9 @@ def _budget(parts: TrainedParts) -> list[Contender]:
         return fit_budget(data.train, data.costs, share)
 
     cheapest = float(
-        TokenCosts.under(SOFTMAX_V2, data.costs, parts.exits).asked_everywhere_E1.min()
+        TokenCosts.under(
+            SOFTMAX_V2, data.costs, parts.exits, data.train.header.adapters
+        ).asked_everywhere_E1.min()
     )
     budgets = np.linspace(cheapest * 1.001, max(1.0, cheapest * 1.1), GRID)
     return _place("EERO budget", build, budgets, parts, "B=")

@@ -48,6 +48,7 @@ class JumpAgent:
         model: The PPO of Stable-Baselines3 that holds the actor.
         normaliser: Normalises the observation.
         exits: Layers it may ask after.
+        adapters: Those among them with an adapter layer.
         layers: Number of layers of the model.
         schema: The features it reads.
         lambda_range: Preferences it was trained for.
@@ -56,6 +57,7 @@ class JumpAgent:
     model: PPO
     normaliser: Normaliser
     exits: tuple[int, ...]
+    adapters: tuple[int, ...]
     layers: int
     schema: FeatureSchema
     lambda_range: tuple[float, float]
@@ -74,7 +76,8 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
     """
     exits, layers = traces.header.exits, traces.header.layers
     jumps = len(exits) + 1 if config.jumps is None else config.jumps
-    problem = StoppingProblem(TokenCosts.of(costs, exits), jumps)
+    token_costs = TokenCosts.of(costs, exits, adapters=traces.header.adapters)
+    problem = StoppingProblem(token_costs, jumps)
     ppo = config.ppo
     core = TokenExitCore(
         traces,
@@ -92,7 +95,8 @@ def new_agent(traces: TokenTraces, costs: CostTable, config: JumpConfig) -> Jump
         normaliser, schema.index("depth"), exits, layers, invalid_actions(len(exits), jumps)
     )
     model = PPO(JumpActor, CoreVecEnv(core), policy_kwargs=options, **ppo_arguments(ppo))
-    return JumpAgent(model, normaliser, exits, layers, schema, ppo.lambda_range)
+    adapters = traces.header.adapters
+    return JumpAgent(model, normaliser, exits, adapters, layers, schema, ppo.lambda_range)
 
 
 def warm_start(
@@ -108,7 +112,8 @@ def warm_start(
 def problem_of(agent: JumpAgent, costs: CostTable, config: JumpConfig) -> StoppingProblem:
     """The problem that an agent plays."""
     jumps = len(agent.exits) + 1 if config.jumps is None else config.jumps
-    return StoppingProblem(TokenCosts.of(costs, agent.exits), jumps)
+    token_costs = TokenCosts.of(costs, agent.exits, adapters=agent.adapters)
+    return StoppingProblem(token_costs, jumps)
 
 
 def invalid_actions(exits: int, jumps: int) -> np.ndarray:

@@ -90,7 +90,8 @@ def replay(policy: Policy, traces: TokenTraces, costs: CostTable) -> Replay:
 
 def mean_cost(policy: Policy, walked: TakenExits, traces: TokenTraces, costs: CostTable) -> float:
     """Average the cost of all tokens, in units of a full-depth token's time."""
-    under = TokenCosts.under(policy.schema, costs, traces.header.exits)
+    adapters = [layer for layer in traces.header.adapters if layer in policy.exits]
+    under = TokenCosts.under(policy.schema, costs, traces.header.exits, adapters)
     return float(walked.cost_N(under).mean())
 
 

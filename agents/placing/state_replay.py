@@ -46,7 +46,8 @@ class StateTable:
     def __init__(self, traces: TokenTraces, costs: CostTable) -> None:
         exits = traces.header.exits
         self.traces = traces
-        self.problem = StoppingProblem(TokenCosts.of(costs, exits), len(exits) + 1)
+        token_costs = TokenCosts.of(costs, exits, adapters=traces.header.adapters)
+        self.problem = StoppingProblem(token_costs, len(exits) + 1)
         self.states = self.problem.states
         self._observations = StateObservations(traces, self.states)
         self.schema = self._observations.schema

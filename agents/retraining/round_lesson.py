@@ -129,7 +129,8 @@ def certify_round(config: RetrainConfig, traces: Path, policies: Path) -> RoundL
 
 def _saved(policy: Policy, traces: TokenTraces, costs: CostTable) -> Estimate:
     """Share of full depth's cost that a policy saves, probes and decisions included."""
-    under = TokenCosts.under(policy.schema, costs, traces.header.exits)
+    adapters = [layer for layer in traces.header.adapters if layer in policy.exits]
+    under = TokenCosts.under(policy.schema, costs, traces.header.exits, adapters)
     cost_N = walk(policy, traces).cost_N(under)
     # Costs are in units of a full-depth token's, so full depth's is the number of tokens.
     cost_D = np.bincount(traces.document_N, weights=cost_N).astype(np.float64)

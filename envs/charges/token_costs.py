@@ -8,6 +8,7 @@ full depth, P = E + 2 places on the way: before the first layer, E exits, full d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,7 +33,8 @@ class TokenCosts:
 
     Attributes:
         leave_OP: Cost of coming to each place and leaving there, never asked:
-            step + e·layer + (L − e)·fill + head; 0 before the first layer.
+            step + (e + a)·layer + (L − e)·fill + head, with a adapter layers on the way; 0 before
+            the first layer.
         probe_O: Cost of one probe.
         policy_O: Cost of one decision.
         build_O: Cost of preparing a token's probes, paid with the first.
@@ -45,7 +47,13 @@ class TokenCosts:
 
     @classmethod
     def of(
-        cls, costs: CostTable, exits: tuple[int, ...], rows: float = 1, *, fills: bool = True
+        cls,
+        costs: CostTable,
+        exits: tuple[int, ...],
+        rows: float = 1,
+        *,
+        fills: bool = True,
+        adapters: Sequence[int] = (),
     ) -> TokenCosts:
         """Share the cost of a launch among its rows.
 
@@ -54,6 +62,8 @@ class TokenCosts:
             exits: Layers that were recorded.
             rows: Rows in the launch.
             fills: Whether the keys and values of skipped layers are projected, and paid for.
+            adapters: Exits with an adapter layer, which every token that comes there runs at the
+                price of a layer.
 
         Raises:
             ConfigError: that many rows were not measured.
@@ -65,7 +75,8 @@ class TokenCosts:
             part: share_O * [getattr(prices, f"{part}_{unit}") for unit in units] for part in PARTS
         }
         layers_E1 = np.array([*exits, costs.layers], np.float64)
-        leave_OE1 = np.outer(parts["layer"], layers_E1)
+        adapted_E1 = (np.asarray(adapters)[:, None] <= layers_E1).sum(0) if adapters else 0
+        leave_OE1 = np.outer(parts["layer"], layers_E1 + adapted_E1)
         if fills:
             leave_OE1 += np.outer(parts["fill"], costs.layers - layers_E1)
         leave_OE1 += (parts["step"] + parts["head"])[:, None]
@@ -78,7 +89,11 @@ class TokenCosts:
 
     @classmethod
     def under(
-        cls, schema: FeatureSchema | None, costs: CostTable, exits: tuple[int, ...]
+        cls,
+        schema: FeatureSchema | None,
+        costs: CostTable,
+        exits: tuple[int, ...],
+        adapters: Sequence[int] = (),
     ) -> TokenCosts:
         """Charge the probe of the schema that a policy reads; None reads none.
 
@@ -87,7 +102,7 @@ class TokenCosts:
         pays no head of its own: its token comes from the one that the probe computed.
         """
         probed = _probed_by(schema, costs)
-        found = cls.of(probed, exits)
+        found = cls.of(probed, exits, adapters=adapters)
         if schema != SOFTMAX_V2:
             return found
         leave_OP = found.leave_OP.copy()

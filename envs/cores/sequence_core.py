@@ -94,7 +94,10 @@ class SequenceExitCore(TokenExitCore):
         header = traces.header
         is_deferred = kv_mode == "defer"
         token_costs = [
-            TokenCosts.of(costs, header.exits, each, fills=not is_deferred) for each in rows
+            TokenCosts.of(
+                costs, header.exits, each, fills=not is_deferred, adapters=header.adapters
+            )
+            for each in rows
         ]
         self._set_up(
             traces,

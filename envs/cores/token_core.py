@@ -75,7 +75,7 @@ class TokenExitCore:
         exits = traces.header.exits
         self._set_up(
             traces,
-            [TokenCosts.of(costs, exits)],
+            [TokenCosts.of(costs, exits, adapters=traces.header.adapters)],
             Actions(actions, len(exits), jumps, asks_first, ends),
             num_envs,
             (lambda_range, energy_range),

@@ -68,7 +68,9 @@ def returns(
 ) -> NDArray[np.float64]:
     """Quality − λ · cost of leaving at each exit, and of full depth, [N, E + 1]."""
     schema = SCHEMAS[traces.header.schema]
-    cost_E1 = TokenCosts.under(schema, costs, traces.header.exits).asked_everywhere_E1
+    cost_E1 = TokenCosts.under(
+        schema, costs, traces.header.exits, traces.header.adapters
+    ).asked_everywhere_E1
     return traces.quality(quality).astype(np.float64) - trade_off * cost_E1
 
 

@@ -48,7 +48,9 @@ def fit_budget(
         ConfigError: leaving at the cheapest exit already costs more than the budget.
     """
     risk_E1 = 1.0 - traces.quality(quality).mean(axis=0, dtype=np.float64)
-    cost_E1 = TokenCosts.under(SOFTMAX_V2, costs, traces.header.exits).asked_everywhere_E1
+    cost_E1 = TokenCosts.under(
+        SOFTMAX_V2, costs, traces.header.exits, traces.header.adapters
+    ).asked_everywhere_E1
     share_E1 = gibbs_shares(risk_E1, cost_E1, budget)
     score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]
     return StageThresholds(

@@ -69,7 +69,11 @@ def fit_bandit(
         column=column,
         thresholds=tuple(float(each) for each in thresholds),
         trade_off=trade_off,
-        costs=tuple(TokenCosts.under(SOFTMAX_V2, costs, exits).asked_everywhere_E1.tolist()),
+        costs=tuple(
+            TokenCosts.under(
+                SOFTMAX_V2, costs, exits, traces.header.adapters
+            ).asked_everywhere_E1.tolist()
+        ),
         counts_A=counts_A,
         sums_A=counts_A * np.asarray(means),
     )

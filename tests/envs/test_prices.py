@@ -131,3 +131,16 @@ def test_traces_of_another_schema_are_refused(traces: TokenTraces, costs: CostTa
     narrow = dataclasses.replace(traces, features_NEF=traces.features_NEF[:, :, :5])
     with pytest.raises(TraceError, match="features_NEF: have 5 columns, 'candidates' has 11"):
         TokenExitCore(narrow, table, num_envs=1)
+
+
+def test_a_token_pays_the_adapter_layers_it_comes_by() -> None:
+    table = measured()
+    plain = TokenCosts.of(table, EXITS)
+    adapted = TokenCosts.of(table, EXITS, adapters=EXITS[1:2])
+    layer = table.at(1).layer_s / table.at(1).full_s
+    more = (adapted.leave_OP - plain.leave_OP)[0]
+    np.testing.assert_allclose(more, [0, 0, *[layer] * len(EXITS)], atol=1e-12)
+    under = TokenCosts.under(SOFTMAX_V2, table, EXITS, EXITS[1:2])
+    np.testing.assert_allclose(
+        under.leave_E1 - TokenCosts.under(SOFTMAX_V2, table, EXITS).leave_E1, more[1:], atol=1e-12
+    )
