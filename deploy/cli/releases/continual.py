@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from offramp.agents.calibration.calibrate import Promise
+from offramp.agents.calibration.calibrate import parse_promise
 from offramp.agents.retraining.retrain_config import RetrainConfig
 from offramp.agents.retraining.retrainer import Retrainer
 from offramp.controller.errors import ConfigError, PromoteConflictError, RegistryUnavailableError
@@ -28,6 +28,9 @@ def add_to(app: typer.Typer) -> None:
 Traces = Annotated[Path, typer.Option(help="Traces that the served policy was trained on.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, and look again and again.")]
 FalseAlarms = Annotated[float, typer.Option(help="Chance of a false alarm at each test of drift.")]
+TestMethod = Annotated[
+    str, typer.Option(help="hoeffding-bentkus|betting; betting certifies more on few requests.")
+]
 AutoPromote = Annotated[
     bool, typer.Option("--auto-promote", help="Move the canary on, too, by --canary-steps.")
 ]
@@ -49,6 +52,7 @@ def learn(
     requests: Annotated[int, typer.Option(help="Requests to learn from, at least.")] = 200,
     delta: Annotated[float, typer.Option(help="Bound on the share of disagreement.")] = 0.05,
     epsilon: Annotated[float, typer.Option(help="Probability that it may not hold.")] = 0.05,
+    method: TestMethod = "hoeffding-bentkus",
     percent: Annotated[float, typer.Option(min=0, max=100, help="Of the canary's first step.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 300_000,
     threads: options.Threads = 1,
@@ -75,7 +79,7 @@ def learn(
         window=window,
         tokens=tokens,
         requests=requests,
-        promise=Promise(delta=delta, epsilon=epsilon),
+        promise=parse_promise(delta, epsilon, method, "document"),
         percent=percent,
         steps=steps,
         threads=threads,

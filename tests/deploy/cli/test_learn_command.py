@@ -20,6 +20,7 @@ def test_it_needs_traffic_a_key_a_registry_and_traces(
     assert cli.refused(*asked, "--canary-steps", tmp_path / "s.yaml").startswith("canary_steps: ")
     assert cli.refused(*asked).startswith("OFFRAMP_TRAFFIC: is not set")
     monkeypatch.setenv("OFFRAMP_TRAFFIC", str(tmp_path / "traffic"))
+    assert cli.refused(*asked, "--method", "luck").startswith("method: 'luck' is unknown")
     assert "and a canary has to be signed" in cli.refused(*asked)
     assert not (home / KEY).exists()  # a new one would be trusted by nobody
     load_or_create_key(home / KEY)
