@@ -11,7 +11,6 @@ nothing was fitted to; the test file is classified once. Texts are timed in turn
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from offramp.agents.classifying.class_policies import (
     place_families,
     replayed,
 )
+from offramp.agents.classifying.class_timing import timed_in_turn
 from offramp.agents.classifying.class_training import halves
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
 from offramp.agents.classifying.classify_tuning import fit_heads
@@ -53,8 +53,6 @@ from offramp.worker.model.loading import parse_dtype
 
 BUDGETS = np.linspace(0.2, 1.0, 33)
 TRADE_OFFS = np.geomspace(0.02, 2.0, 41)
-ROUND = 48
-"""Texts that are timed under one policy before the next has its turn."""
 RESAMPLES = 2000
 
 
@@ -151,7 +149,8 @@ def one_seed(
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
     better = max(tested[0].accuracy, *(each.accuracy for each in fixed))
     sequences = [data.test_sequences[place] for place in picked]
-    times = {batch: timed_in_turn(classifier, tested, sequences, batch) for batch in batches}
+    policies = [each.policy for each in tested]
+    times = {batch: timed_in_turn(classifier, policies, sequences, batch) for batch in batches}
     return Seed([*tested, oracle(test)], better, times)
 
 
@@ -189,25 +188,6 @@ def oracle(traces: TokenTraces) -> ClassPolicy:
         mean_layers=float(depth_E[right_NE.argmax(-1)].mean()),
         cost=0.0,
     )
-
-
-def timed_in_turn(
-    classifier: Classifier, policies: list[ClassPolicy], sequences: list[list[int]], batch: int
-) -> NDArray[np.float64]:
-    """Seconds of each round of texts under each policy, the order turning with the rounds."""
-    starts = range(0, len(sequences) - ROUND + 1, ROUND)
-    out = np.zeros((len(starts), len(policies)))
-    for each in policies:
-        classifier.run(sequences[:batch], each.policy)
-    for number, start in enumerate(starts):
-        texts = sequences[start : start + ROUND]
-        for turn in range(len(policies)):
-            place = (turn + number) % len(policies)
-            begun = time.perf_counter()
-            for first in range(0, ROUND, batch):
-                classifier.run(texts[first : first + batch], policies[place].policy)
-            out[number, place] = time.perf_counter() - begun
-    return out
 
 
 def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[ClassifyRow]:

@@ -23,6 +23,7 @@ from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.evaluating import SLOTS
 from offramp.deploy.clients.client_keys import ClientKeys
+from offramp.deploy.demo.classify_act import classify_act
 from offramp.deploy.demo.demo_config import DemoConfig, free_port, prepare_folder
 from offramp.deploy.demo.learn import (
     SHOWN,
@@ -41,7 +42,7 @@ from offramp.deploy.serve.publishing import open_publisher, open_registry, publi
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.worker.model.loading import check_model, parse_dtype
+from offramp.worker.model.loading import check_model, load_config, parse_dtype
 from offramp.worker.profiling.profile import describe_machine
 from offramp.worker.spec import ModelFacts, WorkerSpec
 
@@ -51,7 +52,7 @@ VERSIONED = (
 
 
 def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
-    """Learn to draft, publish, hot-swap, query, roll back; then learn to exit with some loss.
+    """Learn to draft, publish, hot-swap, query, roll back; then exit with some loss, and classify.
 
     Returns and writes the report.
 
@@ -70,6 +71,8 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
         drafted = learn_to_draft(config, spec)
         served = _serve(config, settings, spec, drafted)
         lossy = {} if config.is_lossless else _with_loss(config, spec)
+    if not config.is_lossless:
+        lossy["classification"] = classify_act(config, "7  ")
     report = {
         "machine": _machine(config),
         "model": _model(config, drafted.facts),
@@ -78,10 +81,32 @@ def run_demo(config: DemoConfig, settings: Settings) -> dict[str, Any]:
         **served,
         "seconds": time.monotonic() - started,
     }
+    _end(config, report, ", frontier.png, exit_depths.png" if lossy else "")
+    return report
+
+
+def run_classification(config: DemoConfig) -> dict[str, Any]:
+    """Run the last act alone: no pool, no Redis.
+
+    Returns and writes the report.
+
+    Raises:
+        OfframpError: the model cannot be used.
+    """
+    load_config(config.model)  # refused before a folder is emptied
+    prepare_folder(config.out)
+    found = classify_act(config)
+    report = {
+        "machine": _machine(config), "classification": found, "seconds": found["seconds"]
+    }  # fmt: skip
+    _end(config, report)
+    return report
+
+
+def _end(config: DemoConfig, report: dict[str, Any], pictures: str = "") -> None:
     write_durably(config.out / "report.json", json.dumps(report, indent=1).encode())
     console.rule(f"[bold]Done[/] in {report['seconds']:.0f} s", align="left")
-    console.print(f"  {config.out}/report.json{', frontier.png, exit_depths.png' if lossy else ''}")
-    return report
+    console.print(f"  {config.out}/report.json{pictures}")
 
 
 def _with_loss(config: DemoConfig, spec: WorkerSpec) -> dict[str, Any]:

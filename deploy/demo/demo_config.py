@@ -46,6 +46,7 @@ class DemoConfig:
         in_flight: Streaming requests under way while the policy is swapped.
         prompts: Requests that are timed one after the other, under each policy.
         new_tokens: Tokens of each.
+        intents: Classes that texts are told apart by in the last act.
     """
 
     model: str = "models/reference"
@@ -71,6 +72,7 @@ class DemoConfig:
     in_flight: int = 6
     prompts: int = 6
     new_tokens: int = 64
+    intents: int = 8
 
     @property
     def engine(self) -> EngineConfig:
@@ -105,6 +107,7 @@ class DemoConfig:
             in_flight=4,
             prompts=2,
             new_tokens=32,
+            intents=2,
         )
 
 

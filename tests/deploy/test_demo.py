@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from offramp.controller.policies.exits import Exit
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.worker import Precision
+from support.classifying.labelled_files import encoder_folder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -66,7 +68,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_the_report_has_every_part(demo: tuple[Path, dict[str, Any], str]) -> None:
     out, report, _ = demo
     parts = ("machine", "model", "drafting", "traces", "policies", "swap", "requests", "rollback")
-    for key in parts:
+    for key in (*parts, "classification"):
         assert report[key], key
     rates = report["drafting"]["times_full_depth_by_replay"]
     assert report["drafting"]["chosen"] == max(rates, key=rates.__getitem__)
@@ -107,6 +109,30 @@ def test_the_policy_took_effect_and_the_rollback_undid_it(
     assert report["requests"]["text_as_before"]
     assert report["rollback"]["generation"] == 3
     assert report["rollback"]["text_as_before"]
+
+
+def test_texts_leave_early_at_full_depths_accuracy(demo: tuple[Path, dict[str, Any], str]) -> None:
+    found = demo[1]["classification"]
+    assert (found["labels"], found["layers"]) == (2, 12)
+    assert found["accuracy"] >= found["accuracy_full_depth"] - 0.05 > 0.8
+    assert found["mean_layers"] < 6
+    assert found["wall_ratios"].keys() == {"1", "16"}
+
+
+def test_the_last_act_alone_serves_nothing(cli: Any, tmp_path: Path) -> None:
+    model, out = encoder_folder(tmp_path / "model"), tmp_path / "run"
+    status, said = cli("demo", "--task", "classify", "--quick", "--model", model, "--out", out)
+    assert status == 0, said
+    report = json.loads((out / "report.json").read_text())
+    assert report.keys() == {"machine", "classification", "seconds"}
+    assert (report["classification"]["labels"], report["classification"]["layers"]) == (2, 5)
+    assert PolicyBundle.load(out / "class_policies" / "chosen").manifest.adapters
+    assert not (out / "workers").exists()
+
+
+def test_an_act_that_is_none_is_named(cli: Any, tmp_path: Path) -> None:
+    message = cli.refused("demo", "--task", "translate", "--out", tmp_path)
+    assert message.startswith("task: 'translate' is unknown")
 
 
 def test_a_copy_that_drafts_does_so_after_all_its_layers_with_its_head() -> None:

@@ -1,0 +1,47 @@
+"""Times classifications under several policies in turn, so that all meet the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.controller.policies.protocols import Policy
+from offramp.worker.classifying.classifier import Classifier
+
+ROUND = 48
+"""Texts that are timed under one policy before the next has its turn."""
+
+
+def timed_in_turn(
+    classifier: Classifier,
+    policies: Sequence[Policy],
+    sequences: Sequence[Sequence[int]],
+    batch: int,
+) -> NDArray[np.float64]:
+    """Time rounds of texts under each policy, the order turning with the rounds.
+
+    Args:
+        classifier: Runs the texts.
+        policies: P policies; each runs a batch untimed first.
+        sequences: Token ids of texts; what is left of the last whole round is not timed.
+        batch: Texts that run together.
+
+    Returns:
+        Seconds of each round of ROUND texts under each policy, [rounds, P].
+    """
+    starts = range(0, len(sequences) - ROUND + 1, ROUND)
+    out = np.zeros((len(starts), len(policies)))
+    for policy in policies:
+        classifier.run(sequences[:batch], policy)
+    for number, start in enumerate(starts):
+        texts = sequences[start : start + ROUND]
+        for turn in range(len(policies)):
+            place = (turn + number) % len(policies)
+            begun = time.perf_counter()
+            for first in range(0, ROUND, batch):
+                classifier.run(texts[first : first + batch], policies[place])
+            out[number, place] = time.perf_counter() - begun
+    return out
