@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
@@ -25,10 +26,14 @@ from offramp.agents.classifying.labelled_texts import (
 from offramp.controller.errors import TraceError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.protocols import IndexArray
+from offramp.worker.classifying.best_of import bounds_of, log_odds
 from offramp.worker.classifying.class_heads import ClassHead, ClassHeads
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.sequence_stack import Pool, parse_pool
 from offramp.worker.model.loading import parse_dtype
+
+BOUNDED = 0.95
+"""Share of the texts whose score at full depth an exit's upper bound is to hold of."""
 
 OnStage = Callable[[str, int, int], None]
 """Told (stage, done so far, in all)."""
@@ -133,10 +138,23 @@ def fit_heads(
         by_layer[layer], temperature = temper(plain, *parts[1])
         rows.append(measure_head(layer, plain, by_layer[layer], temperature, *parts[2]))
         on_heads(place + 1, len(exits))
+    _bound(by_layer, torch.from_numpy(states_NED[measured]))
     report = ClassifyReport(
         rows=tuple(rows), classes=len(classes), learned=len(learned), measured=len(measured)
     )
     return ClassHeads(classes, pool, by_layer), report
+
+
+def _bound(by_layer: dict[int, ClassHead], states_NED: torch.Tensor) -> None:
+    """Have each exit bound the last one's scores, as texts show it that nothing was fitted to."""
+    heads = list(by_layer.items())
+    scores = [
+        log_odds(head(states_NED[:, place]).softmax(-1).numpy())
+        for place, (_, head) in enumerate(heads)
+    ]
+    bounds = bounds_of(np.stack(scores, axis=1), BOUNDED)
+    for (layer, head), bound_C2 in zip(heads, bounds, strict=False):  # full depth needs none
+        by_layer[layer] = replace(head, bound_C2=bound_C2)
 
 
 def three_ways(

@@ -1,4 +1,4 @@
-"""POST /v1/classify: texts are encoded beside the event loop, classified, and answered together."""
+"""/v1/classify, /v1/score: texts are encoded beside the event loop, and answered together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import Request
 
@@ -21,11 +22,18 @@ from offramp.deploy.http.shapes.class_shapes import (
     TextClass,
     quality_within,
 )
+from offramp.deploy.http.shapes.score_shapes import (
+    ScoreOptions,
+    ScoreReply,
+    ScoreRequest,
+    TextScore,
+    scored_label,
+)
 from offramp.worker.classifying.text_service import ClassifiedText
 
 
 class Classification:
-    """Answers the route that classifies.
+    """Answers the routes of a pool that classifies.
 
     Args:
         backend: What classifies.
@@ -47,46 +55,99 @@ class Classification:
             RequestError, OverloadedError, QuotaError, DecodeFailedError: it is refused, or failed.
             DeadlineError: it took too long.
         """
+        pairs = [("", text) for text in body.texts]
+        quality = quality_within(self._least(request), body.offramp)
+        found, tokens = await self._classified(pairs, "input", request, quality=quality)
+        return {
+            "id": f"classify-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self._backend.model_id,
+            "data": [self._said(place, each, body) for place, each in enumerate(found)],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        }
+
+    async def score(self, body: ScoreRequest, request: Request) -> ScoreReply:
+        """Answer POST /v1/score; raises as ``answer`` does."""
+        options = body.offramp
+        label = scored_label(options.label, self._backend.labels)
+        quality = quality_within(self._least(request), options)
+        if options.best and quality is not None:
+            problem = "promises no quality: the bounds that it rests on are not certified"
+            raise RequestError("offramp.best", problem, "Leave it, or the quality, out")
+        found, tokens = await self._classified(
+            body.pairs, "text_2", request, quality=quality, best=label if options.best else None
+        )
+        return {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self._backend.model_id,
+            "data": [self._scored(n, each, label, options) for n, each in enumerate(found)],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        }
+
+    def _least(self, request: Request) -> float | str | None:
+        """The quality that the client's key promises."""
+        return self._quotas.of(request.scope["state"].get("client")).quality
+
+    async def _classified(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        field: str,
+        request: Request,
+        *,
+        quality: float | None,
+        best: int | None = None,
+    ) -> tuple[list[ClassifiedText], int]:
+        """What was found of pairs of texts, and how many tokens they are."""
         began_s = time.perf_counter()
-        backend, texts = self._backend, body.texts
-        client = request.scope["state"].get("client")
-        quality = quality_within(self._quotas.of(client).quality, body.quality)
-        self._limits.require_choices(len(texts), "input", "answers")
+        self._limits.require_choices(len(pairs), field, "answers")
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                sequences = await backend.encoder.aside(self._encode, texts)
+                sequences = await self._backend.encoder.aside(self._encode, pairs, field)
                 tokens = sum(map(len, sequences))
-                self._quotas.take(client, "tokens", tokens)
-                found = await backend.classify(
-                    sequences, quality=quality, request_id=request.headers[REQUEST_ID]
+                self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
+                found = await self._backend.classify(
+                    sequences, quality=quality, request_id=request.headers[REQUEST_ID], best=best
                 )
         except TimeoutError as error:
             raise DeadlineError("the request's deadline has passed") from error
         seconds = time.perf_counter() - began_s
         self._metrics.count_texts([each.layers for each in found], tokens, seconds)
-        return {
-            "id": f"classify-{uuid.uuid4().hex}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": backend.model_id,
-            "data": [self._said(place, each, body) for place, each in enumerate(found)],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
-        }
+        return found, tokens
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, pairs: Sequence[tuple[str, str]], field: str) -> list[list[int]]:
         encoder, most = self._backend.encoder, self._backend.most_tokens
         sequences = []
-        for place, text in enumerate(texts):
-            field = f"input[{place}]"
+        for place, (first, second) in enumerate(pairs):
+            name = f"{field}[{place}]"
             try:
-                tokens = encoder.tokens_of(text)
+                tokens = encoder.pair_of(first, second)
             except RequestError as error:
-                raise RequestError(field, error.problem, error.remedy) from error
+                raise RequestError(name, error.problem, error.remedy) from error
             if not 1 <= len(tokens) <= most:
                 problem = f"has {len(tokens)} tokens, and the model's context is {most}"
-                raise RequestError(field, problem, "Shorten it, or give it words")
+                raise RequestError(name, problem, "Shorten it, or give it words")
             sequences.append(tokens)
         return sequences
+
+    def _scored(
+        self, place: int, found: ClassifiedText, label: int, options: ScoreOptions
+    ) -> TextScore:
+        said: TextScore = {"index": place, "object": "score", "score": found.probs[label]}
+        if options.stats:
+            said["offramp"] = self._stats(found)
+        if options.best:
+            said["offramp"] = said.get("offramp", {}) | {"best": found.is_best}
+        return said
+
+    def _stats(self, found: ClassifiedText) -> dict[str, Any]:
+        return {
+            "exit_layer": found.layers,
+            "layers": self._backend.layers,
+            "generation": found.generation,
+        }
 
     def _said(self, place: int, found: ClassifiedText, body: ClassifyRequest) -> TextClass:
         labels = self._backend.labels
@@ -97,9 +158,5 @@ class Classification:
             "num_classes": len(labels),
         }
         if body.offramp.stats:
-            said["offramp"] = {
-                "exit_layer": found.layers,
-                "layers": self._backend.layers,
-                "generation": found.generation,
-            }
+            said["offramp"] = self._stats(found)
         return said

@@ -92,12 +92,18 @@ class ClassifyingWorker:
         self.service.start()
 
     async def classify(
-        self, sequences: Sequence[Sequence[int]], quality: float | None, request_id: str
+        self,
+        sequences: Sequence[Sequence[int]],
+        quality: float | None,
+        request_id: str,
+        best: int | None,
     ) -> list[ClassifiedText]:
         """Classify texts; raises as ``TextService.classify`` does."""
         REQUEST_NAME.set(request_id)
         try:
-            return await self.service.classify(sequences, quality=quality, split_by=request_id)
+            return await self.service.classify(
+                sequences, quality=quality, split_by=request_id, best=best
+            )
         except DecodeFailedError as error:
             _logger.error("%s", error)
             raise

@@ -98,17 +98,29 @@ def classify_act(config: DemoConfig, number: str = "") -> dict[str, Any]:
 def _learn(config: DemoConfig, model: SequenceModel, data: Path) -> Classifier:
     """Fit heads to the data and learn policies of them; both are saved, and shown."""
     heads, policies = config.out / "heads", config.out / "class_policies"
-    how = {"model": config.model, "dtype": config.dtype, "threads": config.threads}
-    exits = _exits(model.stack)
+    how = ClassifyTuneConfig(
+        model=config.model,
+        data=data,
+        exits=_exits(model.stack),
+        dtype=config.dtype,
+        threads=config.threads,
+        seed=config.seed,
+    )
     with progress("states", "texts", heads="heads") as advance:
         report = tune_classes(
-            ClassifyTuneConfig(**how, data=data, exits=exits, seed=config.seed),
-            heads,
-            on_progress=lambda stage, done, total: advance(done, total, stage),
+            how, heads, on_progress=lambda stage, done, total: advance(done, total, stage)
         )
     console.print(heads_table(report))
     # PPO would take as long as all else together, and ties with p̂ where labels are learned from.
-    lesson = ClassTrainConfig(**how, heads=heads, data=data, steps=0, seed=config.seed)
+    lesson = ClassTrainConfig(
+        model=config.model,
+        heads=heads,
+        data=data,
+        steps=0,
+        dtype=config.dtype,
+        threads=config.threads,
+        seed=config.seed,
+    )
     with progress("states", "texts", heads="heads") as advance:
         found = train_classes(
             lesson, policies, lambda stage, done, total: advance(done, total, stage)

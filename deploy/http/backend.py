@@ -110,15 +110,21 @@ class ClassBackend(Pool, Protocol):
     labels: tuple[str, ...]
 
     async def classify(
-        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        quality: float | None,
+        request_id: str,
+        best: int | None = None,
     ) -> list[ClassifiedText]:
-        """Classify texts, all of them under one policy.
+        """Classify texts, all of them under one policy, or find the best of them.
 
         Args:
             sequences: Token ids of each.
             quality: 1 minus the loss that the policy's certificate must bound, else full depth
                 decides; None asks for nothing.
             request_id: Decides which policy, while a canary runs.
+            best: Class of which the likeliest text is sought, without a policy; None: no one's.
 
         Raises:
             RequestError: they cannot be classified.

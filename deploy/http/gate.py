@@ -21,7 +21,7 @@ from offramp.worker.engine.service import RETRY_AFTER_S
 OPEN_ROUTES = ("/health", "/ready")
 """Routes that ask for no key."""
 
-DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
+DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/score")
 """Routes that take a place in line."""
 
 

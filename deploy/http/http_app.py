@@ -22,6 +22,7 @@ from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.class_shapes import ClassifyReply, ClassifyRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.deploy.http.shapes.reply_shapes import ChatReply, CompletionReply, ErrorReply
+from offramp.deploy.http.shapes.score_shapes import ScoreReply, ScoreRequest
 from offramp.deploy.http.status_routes import add_status_routes, require_model
 from offramp.deploy.http.text_routes import add_text_routes
 from offramp.deploy.http.tracing import Spans
@@ -98,6 +99,11 @@ def create_class_app(
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyReply:
         require_model(body.model, backend)
         return await classification.answer(body, request)
+
+    @app.post("/v1/score")
+    async def score(body: ScoreRequest, request: Request) -> ScoreReply:
+        require_model(body.model, backend)
+        return await classification.score(body, request)
 
     return app
 

@@ -191,7 +191,12 @@ class PoolBackend:
             stream.cancel()
 
     async def classify(
-        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        quality: float | None,
+        request_id: str,
+        best: int | None = None,
     ) -> list[ClassifiedText]:
         """Classify texts on one worker, or on another if that is lost; see ``ClassBackend``."""
         if self._outstanding + len(sequences) > self.load()[1]:
@@ -199,11 +204,11 @@ class PoolBackend:
         self._outstanding += len(sequences)
         try:
             try:
-                return await self._classified(sequences, quality, request_id)
+                return await self._classified(sequences, quality, request_id, best)
             except WorkerLostError:
                 if self.is_draining:
                     raise
-            return await self._classified(sequences, quality, request_id)
+            return await self._classified(sequences, quality, request_id, best)
         finally:
             self._outstanding -= len(sequences)
 

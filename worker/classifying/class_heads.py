@@ -26,6 +26,10 @@ KIND = "classify"
 AGAIN = "Run `offramp tune --task classify` for this model again"
 
 
+PARTS = ("weight", "bias", "bound")
+"""Names of a head's tensors, behind its layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassHead:
     """One exit's head.
@@ -33,10 +37,13 @@ class ClassHead:
     Attributes:
         weight_CD: Weights of the classes.
         bias_C: Biases of the classes.
+        bound_C2: Slope and offset of the line over each class's log-odds here, below which full
+            depth's lie for most texts; None at full depth, and of heads fitted without.
     """
 
     weight_CD: Tensor
     bias_C: Tensor
+    bound_C2: Tensor | None = None
 
     def __call__(self, pooled_ND: Tensor) -> Tensor:
         """Logits of the classes, [N, C]."""
@@ -69,6 +76,15 @@ class ClassHeads:
         self.exits = tuple(sorted(by_layer))
         self._by_layer = dict(by_layer)
 
+    @property
+    def has_bounds(self) -> bool:
+        """Whether every exit bounds full depth's scores."""
+        return all(self._by_layer[layer].bound_C2 is not None for layer in self.exits[:-1])
+
+    def head(self, layer: int) -> ClassHead:
+        """The head after so many layers."""
+        return self._by_layer[layer]
+
     def logits(self, layer: int, pooled_ND: Tensor) -> Tensor:
         """Logits of the classes after so many layers, [N, C]."""
         return self._by_layer[layer](pooled_ND)
@@ -86,7 +102,10 @@ class ClassHeads:
         tensors = {
             f"{layer}.{part}": tensor
             for layer, head in self._by_layer.items()
-            for part, tensor in (("weight", head.weight_CD), ("bias", head.bias_C))
+            for part, tensor in zip(
+                PARTS, (head.weight_CD, head.bias_C, head.bound_C2), strict=True
+            )
+            if tensor is not None
         }
         facts = {"kind": KIND, "labels": list(self.labels), "pool": self.pool}
         save_exits(folder, tensors, {**description, **facts, "exits": list(self.exits)})
@@ -110,14 +129,18 @@ class ClassHeads:
         tensors = read_weights(folder, facts)
         by_layer = {}
         for layer in exits:
-            parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "bias")]
-            shapes = [None if part is None else tuple(part.shape) for part in parts]
-            if shapes != [(len(labels), width), (len(labels),)]:
+            found = [tensors.get(f"{layer}.{part}") for part in PARTS]
+            shapes = [None if part is None else tuple(part.shape) for part in found]
+            classes = len(labels)
+            if shapes[:2] != [(classes, width), (classes,)] or shapes[2] not in (
+                None,
+                (classes, 2),
+            ):
                 raise ConfigError("heads", f"exit {layer} has shapes {shapes}", AGAIN)
-            weight_CD, bias_C = (part for part in parts if part is not None)
-            if not (weight_CD.isfinite().all() and bias_C.isfinite().all()):
+            parts = [part for part in found if part is not None]
+            if not all(part.isfinite().all() for part in parts):
                 raise ConfigError("heads", f"exit {layer} holds NaN or infinite values", AGAIN)
-            by_layer[layer] = ClassHead(weight_CD, bias_C)
+            by_layer[layer] = ClassHead(*parts)
         return cls(labels, parse_pool(str(facts.get("pool"))), by_layer, str(facts["digest"]))
 
 

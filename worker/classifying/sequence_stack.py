@@ -5,6 +5,7 @@ Sequences are padded on the right. Shape suffixes: B sequences, T tokens of the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, get_args
@@ -133,6 +134,13 @@ class SequenceBatch:
         lengths_B1 = torch.tensor(lengths, device=x_BTD.device)[:, None]
         is_token_BT = torch.arange(read_BTD.shape[1], device=x_BTD.device) < lengths_B1
         return (read_BTD * is_token_BT[:, :, None]).sum(1) / lengths_B1
+
+    def alone(self, place: int) -> SequenceBatch:
+        """One of the rows that are left, as a batch of its own whose layers are counted anew."""
+        found = copy.copy(self)
+        found.launches = found.row_layers = 0
+        found.keep(np.arange(len(self.rows)) == place)
+        return found
 
     def keep(self, stay_N: BoolArray) -> None:
         """Forget the rows that left, and the padding that only they needed."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
@@ -35,13 +36,15 @@ class ClassifiedText:
         label: Index of its likeliest class.
         probs: Chances of the classes.
         layers: Layers that it ran.
-        generation: Release that decided it; 0: full depth.
+        generation: Release that decided it; 0: full depth, or no release.
+        is_best: Whether it is the best of those that it was compared with.
     """
 
     label: int
     probs: tuple[float, ...]
     layers: int
     generation: int
+    is_best: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +54,13 @@ class _Waiting:
     tokens: Sequence[int]
     snapshot: PolicySnapshot
     policy: Policy
+    race: BestOf | None = None
     done: Future[ClassifiedText] = field(default_factory=Future)
 
     @property
     def under(self) -> tuple[int, int]:
         """What texts of one batch have in common."""
-        return self.snapshot.generation, id(self.policy)
+        return self.snapshot.generation, id(self.race or self.policy)
 
 
 class TextService:
@@ -146,8 +150,11 @@ class TextService:
         *,
         quality: float | None = None,
         split_by: str = "",
+        best: int | None = None,
     ) -> list[ClassifiedText]:
         """Classify texts, all of them under the release that is current when they come.
+
+        Or find the best of them: they run together, whatever their number, and under no policy.
 
         Cancelling it takes those out of line that no batch has begun.
 
@@ -155,16 +162,19 @@ class TextService:
             sequences: Token ids of each, at least one and no more than the context.
             quality: See ``policy_for``.
             split_by: Decides between the current policy and its canary.
+            best: Class of which the likeliest text is sought; None classifies all of them.
 
         Raises:
-            RequestError: a text cannot be classified, or a quality that is none.
+            RequestError: a text cannot be classified, a quality that is none, or heads that
+                bound no score where the best is sought.
             OverloadedError: there is no room for all of them.
             DecodeFailedError: the service has stopped, or a batch failed.
         """
         self._require_sequences(sequences)
         snapshot = self._current().track(split_by)
         policy = self.policy_for(snapshot, quality)
-        mine = [_Waiting(tokens, snapshot, policy) for tokens in sequences]
+        race = None if best is None else BestOf(self.classifier, best)
+        mine = [_Waiting(tokens, snapshot, policy, race) for tokens in sequences]
         with self._changed:
             if self._ends:
                 raise DecodeFailedError(STOPPED)
@@ -210,7 +220,8 @@ class TextService:
                 batch: list[_Waiting] = []
                 stay: deque[_Waiting] = deque()
                 for each in self._line:
-                    fits = len(batch) < self._rows and (not batch or each.under == batch[0].under)
+                    has_room = len(batch) < self._rows or each.race is not None
+                    fits = has_room and (not batch or each.under == batch[0].under)
                     if not fits:
                         stay.append(each)
                     elif each.done.set_running_or_notify_cancel():
@@ -224,20 +235,18 @@ class TextService:
 
     def _classify(self, batch: Sequence[_Waiting]) -> list[ClassifiedText]:
         first, guard = batch[0], self.classifier.guard
+        sequences = [each.tokens for each in batch]
+        if first.race is not None:
+            best, run = first.race.run(sequences)
+            self.classified += len(batch)
+            return [_text(run, row, is_best=row == best) for row in range(len(batch))]
         failed, begun_s = guard.failures, time.perf_counter()
-        run = self.classifier.run([each.tokens for each in batch], first.policy)
+        run = self.classifier.run(sequences, first.policy)
         self.classified += len(batch)
         is_full = isinstance(first.policy, NeverExit)
         self._tell(first.snapshot, run, guard.failures - failed, time.perf_counter() - begun_s)
-        return [
-            ClassifiedText(
-                label=int(run.label_N[row]),
-                probs=tuple(run.probs_NC[row].tolist()),
-                layers=int(run.layers_N[row]),
-                generation=0 if is_full else first.snapshot.generation,
-            )
-            for row in range(len(batch))
-        ]
+        generation = 0 if is_full else first.snapshot.generation
+        return [_text(run, row, generation) for row in range(len(batch))]
 
     def _tell(
         self, snapshot: PolicySnapshot, run: Classified, failures: int, seconds: float
@@ -251,3 +260,15 @@ class TextService:
         for layers in run.layers_N.tolist():
             watch.note_token(layers, self.classifier.stack.layers)
         watch.note_gap(seconds, tokens=len(run.layers_N), layers=run.row_layers)
+
+
+def _text(
+    run: Classified, row: int, generation: int = 0, *, is_best: bool = False
+) -> ClassifiedText:
+    return ClassifiedText(
+        label=int(run.label_N[row]),
+        probs=tuple(run.probs_NC[row].tolist()),
+        layers=int(run.layers_N[row]),
+        generation=generation,
+        is_best=is_best,
+    )

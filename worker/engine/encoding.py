@@ -71,6 +71,20 @@ class PromptEncoder:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         return list(self._tokenizer.encode(text))
 
+    def pair_of(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts as one sequence, with the tokenizer's marks between them.
+
+        An empty first text leaves the second alone.
+
+        Raises:
+            RequestError: as ``tokens_of``.
+        """
+        if not first:
+            return self.tokens_of(second)
+        self._require_text(first)
+        self._require_text(second)
+        return list(self._tokenizer.encode(first, second))
+
     @cached_property
     def most_bytes(self) -> int:
         """Bytes of UTF-8 that a string may have at most.

@@ -35,18 +35,6 @@ class ClassifyRequest(Nullable):
                 raise RequestError(field, "is empty", "Leave it out, or give it words")
         return found
 
-    @property
-    def quality(self) -> float | None:
-        """1 minus the loss that a certificate must bound; None leaves it to the served policy.
-
-        Raises:
-            RequestError: it is no share.
-        """
-        if self.offramp.quality is None:
-            return None
-        found = quality_of(self.offramp.quality)
-        return 1.0 if isinstance(found, str) else found
-
 
 class TextClass(TypedDict):
     """What was found of one text."""
@@ -77,16 +65,20 @@ class ClassifyReply(TypedDict):
     usage: ClassifyUsage
 
 
-def quality_within(least: float | str | None, asked: float | None) -> float | None:
-    """What a request asks for, or the least that its client gets if it asks for nothing.
+def quality_within(least: float | str | None, options: QualityOptions) -> float | None:
+    """1 minus the loss that a certificate must bound; None leaves it to the served policy.
 
     Args:
-        least: What the client's key promises; None: nothing.
-        asked: What the request asks for.
+        least: What the client's key promises, also to who asks for nothing; None: nothing.
+        options: What the request asks for.
 
     Raises:
-        RequestError: it asks for less.
+        RequestError: it asks for less, or for no share.
     """
+    asked: float | None = None
+    if options.quality is not None:
+        found = quality_of(options.quality)
+        asked = 1.0 if isinstance(found, str) else found
     promised = 1.0 if least == LOSSLESS else least
     if promised is None or asked is None:
         return asked if promised is None else float(promised)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 
 from offramp.controller.policies.protocols import FixedExit
@@ -15,12 +16,13 @@ from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.http_app import create_class_app
 from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.http.metrics import REPORTED
+from offramp.deploy.http.shapes.score_shapes import scored_label
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.encoding import PromptEncoder
 from support.certificates import certificate
-from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, random_heads
+from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, like_heads
 from support.tokenizers import word_tokenizer
 
 POLICY = PolicySnapshot(
@@ -47,9 +49,16 @@ class Classes:
         self.encoder = PromptEncoder(self.tokenizer, self.most_tokens)
 
     async def classify(
-        self, sequences: Sequence[Sequence[int]], *, quality: float | None, request_id: str
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        quality: float | None,
+        request_id: str,
+        best: int | None = None,
     ) -> list[ClassifiedText]:
-        return await self.service.classify(sequences, quality=quality, split_by=request_id)
+        return await self.service.classify(
+            sequences, quality=quality, split_by=request_id, best=best
+        )
 
     def trouble(self) -> str | None:
         return None if self.service.is_healthy else "stuck"
@@ -64,7 +73,8 @@ class Classes:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Classes]:
-    service = TextService(Classifier(encoder_stack(), random_heads()), lambda: POLICY)
+    bounds = [torch.tensor([[1.0, 1.5]] * 3)] * 4
+    service = TextService(Classifier(encoder_stack(), like_heads(bounds)), lambda: POLICY, rows=2)
     service.start()
     yield Classes(service)
     service.stop()
@@ -171,3 +181,82 @@ def test_another_exit_is_served_as_soon_as_it_is_current(backend: Classes, ask: 
 
     assert ask(create_class_app(Classes(service)), scenario) == [7, 8]
     service.stop()
+
+
+def pairs(first: Any, second: Any, **options: Any) -> dict[str, Any]:
+    return {"model": "colours", "text_1": first, "text_2": second, "offramp": options}
+
+
+ANSWERS = ["w9 w30 w31", "w40 w41 w8", "w50 w51 w52 w53"]
+
+
+def test_pairs_are_scored_as_vllm_does(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        async def post(path: str, sent: Any) -> Any:
+            reply = await client.post(path, json=sent)
+            assert reply.status_code == 200, reply.text
+            return reply.json()
+
+        wish = {"label": "green", "quality": "lossless"}
+        one_to_many = await post("/v1/score", pairs("w5", ANSWERS, **wish))
+        each = await post("/v1/score", pairs(["w5"] * 3, ANSWERS, stats=True, **wish))
+        alone = await post("/v1/score", pairs("", "w5 w6", label="green"))
+        return one_to_many, each, alone, await post("/v1/classify", body("w5 w6"))
+
+    one_to_many, each, alone, classified = ask(app, scenario)
+    assert one_to_many["object"] == "list"
+    assert one_to_many["id"].startswith("score-")
+    assert one_to_many["usage"] == {"prompt_tokens": 13, "total_tokens": 13, "completion_tokens": 0}
+    assert [set(said) for said in one_to_many["data"]] == [{"index", "object", "score"}] * 3
+    scores = [said["score"] for said in one_to_many["data"]]
+    assert [said["score"] for said in each["data"]] == pytest.approx(scores, abs=1e-5)
+    assert each["data"][0]["offramp"] == {"exit_layer": 5, "layers": 5, "generation": 0}
+    # Without a first text the second is read as /v1/classify reads it.
+    assert alone["data"][0]["score"] == classified["data"][0]["probs"][LABELS.index("green")]
+
+
+def test_the_best_is_found_without_running_all_to_the_end(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        asked = {"label": "red", "stats": True}
+        exact = await client.post("/v1/score", json=pairs("w5", ANSWERS, quality=1, **asked))
+        raced = await client.post("/v1/score", json=pairs("w5", ANSWERS, best=True, **asked))
+        return exact.json()["data"], raced.json()["data"]
+
+    exact, raced = ask(app, scenario)
+    best = max(range(3), key=lambda place: exact[place]["score"])
+    # Three run together, though a batch has two rows.
+    assert [said["offramp"]["best"] for said in raced] == [place == best for place in range(3)]
+    assert raced[best]["score"] == pytest.approx(exact[best]["score"], abs=1e-5)
+    assert raced[best]["offramp"]["exit_layer"] == 5
+    assert min(said["offramp"]["exit_layer"] for said in raced) < 5
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        (pairs("w5", ANSWERS), "offramp.label"),
+        (pairs("w5", ANSWERS, label="mauve"), "offramp.label"),
+        (pairs(["w5", "w6"], ANSWERS, label="red"), "text_2"),
+        (pairs("w5", ["w6", " "], label="red"), "text_2[1]"),
+        (pairs("w5", ["w6 " * 65], label="red"), "text_2[0]"),
+        (pairs("w5", ["w6"] * 5, label="red"), "text_2"),
+        (pairs("w5", [], label="red"), "text_2"),
+        (pairs("w5", ANSWERS, label="red", best=True, quality=0.9), "offramp.best"),
+        ({"model": "colours", "text_2": "w5"}, "text_1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_by_name(
+    app: FastAPI, ask: Any, sent: Any, param: str
+) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/score", json=sent)
+
+    reply = ask(app, scenario)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("asked", [None, "b"])
+def test_of_two_classes_the_second_is_scored_unless_another_is_named(asked: str | None) -> None:
+    assert scored_label(asked, ("a", "b")) == 1
+    assert scored_label("a", ("a", "b")) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,15 @@ def random_heads(layers: int = 5, width: int = 48) -> ClassHeads:
         "mean",
         {e: ClassHead(torch.randn(3, width), torch.randn(3)) for e in range(1, layers + 1)},
     )
+
+
+def like_heads(bounds: Sequence[torch.Tensor] = ()) -> ClassHeads:
+    """The same head after each layer, so that an exit tells of full depth, which some bound."""
+    head = random_heads().head(5)
+    by_layer = dict.fromkeys(range(1, 6), head)
+    for layer, bound_C2 in enumerate(bounds, start=1):
+        by_layer[layer] = replace(head, bound_C2=bound_C2)
+    return ClassHeads(LABELS, "mean", by_layer)
 
 
 class ByLength:
