@@ -67,7 +67,9 @@ class Classes:
         return sum(self.service.load), 12
 
     def reports(self) -> list[dict[str, Any]]:
-        said = {"worker": "w", "generation": 7, "digest": "", "guarantee": "", "state": "ACK"}
+        said = {"worker": "w", "generation": 7, "digest": "", "guarantee": "", "state": "ACK"} | {
+            "tasks": 0
+        }
         return [{field: 0 for field, _ in REPORTED.values()} | said]
 
 
