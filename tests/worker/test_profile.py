@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from offramp.worker.profiling.samples import Key, Samples, median_interval, rand
 from offramp.worker.recording.recording_actor import TraceRecorder
 from offramp.worker.spec import WorkerSpec
 from support.cost_tables import leaving
-from support.models import LAYERS, REFERENCE, VOCAB, make_model
+from support.models import LAYERS, REFERENCE, VOCAB, make_model, save_adapters
 
 EXITS = (1, 3)
 QUICK = ProfileConfig(rows=(1, 3), tokens=(1, 4), context=24, exits=EXITS, limit_s=0.0)
@@ -173,6 +174,17 @@ def test_a_recorder_measures_what_its_slots_and_exits_allow() -> None:
     assert [batch.size for batch in costs.batches] == [1, 2]
     costs.require_model(recorder.describe().model)
     assert leaving(costs, (6,))[0] < leaving(costs, (6,))[1]
+
+
+def test_exits_with_adapter_layers_one_after_the_other_are_measured(
+    table_VK: IntArray, tmp_path: Path
+) -> None:
+    config = EngineConfig(translators=save_adapters("llama", tmp_path / "adapters", EXITS))
+    engine = AdaptiveEngine(make_model("llama"), slots=3, config=config)
+    costs = measure_costs(engine, table_VK, QUICK).costs
+    assert costs.layers == LAYERS
+    assert costs.at(1).layer_s > 0
+    assert engine.decoder.translators.exits == EXITS
 
 
 def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:

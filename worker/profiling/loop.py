@@ -197,8 +197,9 @@ def decode_steps(
         acts: What the policy does in each step.
     """
     sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
-    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
+    # Without exits, for project goes with no adapter layer that has an exit before it.
     script.begin(SILENT)
+    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
     while engine.is_prefilling:
         engine.step()
     steps = []
