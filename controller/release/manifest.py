@@ -59,6 +59,11 @@ class Rollout:
         """Whether it leaves requests to another release."""
         return self.percent < 100
 
+    @property
+    def is_shadow(self) -> bool:
+        """Whether it serves nobody: what runs under it repeats requests of others, unseen."""
+        return self.percent == 0
+
     def picks(self, request_id: str) -> bool:
         """Whether it may serve a request. What it picks at some percent it picks at more, too."""
         hashed = hashlib.sha256(f"{self.salt}\0{request_id}".encode()).digest()

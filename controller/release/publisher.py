@@ -164,8 +164,8 @@ class Publisher:
         release of its own, and what holds for releases holds for it.
 
         Args:
-            percent: Share of the requests, in [0, 100]. At 0 workers load and test the policy, and
-                serve nobody with it; at 100 it is the release for everybody.
+            percent: Share of the requests, in [0, 100]. At 0 workers repeat some under the
+                policy, in shadow, and serve nobody with it; at 100 it is for everybody.
             generation: A release of that policy; None: the canary, or else the newest recorded.
 
         Raises:

@@ -7,10 +7,11 @@ holds while the figure does and the interval does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from offramp.controller.policies.exits import parse_exit
 from offramp.controller.watching.intervals import interval, mean_interval, ratio_of
 from offramp.controller.watching.quantiles import quantile_interval, quantile_s
 from offramp.controller.watching.steps import Steps
@@ -67,6 +68,30 @@ class CostRatio:
         )
 
 
+def judge_shadow(steps: Steps, canary: Tally) -> Finding:
+    """Say whether a canary that serves nobody yet may take its next step.
+
+    It is judged by what full depth says of the requests that were repeated under it. Nobody waited
+    for them, and all were audited, so their times say nothing of requests that it serves.
+    """
+    if harm := _harm(steps, canary):
+        return Finding(StepOutcome.FAIL, harm)
+    if few := _too_few(steps, {"canary": canary}):
+        return Finding(StepOutcome.HOLD, few)
+    found, is_equal = _equality(steps, canary)
+    if is_equal:
+        left = f"{canary.early / canary.tokens:.0%} of the tokens left early or were drafted"
+        return Finding(StepOutcome.PASS, f"{found}, {left}, after {mean_exit(canary)}")
+    return _undecided(steps, canary, found)
+
+
+def mean_exit(tally: Tally) -> str:
+    """How many layers ran before tokens came out or were drafted, in words."""
+    told = sum(tally.exits.values())
+    total = sum(int(parse_exit(name)) * count for name, count in tally.exits.items())
+    return f"{total / told:.1f} layers on average" if told else "a number of layers not told"
+
+
 def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     """Say whether a canary may take its next step.
 
@@ -76,7 +101,7 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     """
     if harm := _harm(steps, canary):
         return Finding(StepOutcome.FAIL, harm)
-    if few := _too_few(steps, canary, stable):
+    if few := _too_few(steps, {"canary": canary, "stable release": stable}):
         return Finding(StepOutcome.HOLD, few)
     compared = list(comparisons(steps, canary, stable))
     for each in compared:
@@ -89,7 +114,11 @@ def judge(steps: Steps, canary: Tally, stable: Tally) -> Finding:
     found, is_equal = _equality(steps, canary)
     if is_equal and not unsure:
         return Finding(StepOutcome.PASS, f"{found}, {speed}")
-    reason = unsure or found
+    return _undecided(steps, canary, unsure or found)
+
+
+def _undecided(steps: Steps, canary: Tally, reason: str) -> Finding:
+    """Hold for now, and fail once the canary made the tokens that should have told."""
     if canary.tokens < steps.max_tokens:
         return Finding(StepOutcome.HOLD, reason)
     told = f"{canary.tokens} tokens should have told (max_tokens)"
@@ -109,9 +138,9 @@ def _harm(steps: Steps, canary: Tally) -> str:
     return ""
 
 
-def _too_few(steps: Steps, canary: Tally, stable: Tally) -> str:
+def _too_few(steps: Steps, tracks: Mapping[str, Tally]) -> str:
     """What there is too little of; "" if there is enough."""
-    for name, tally in (("canary", canary), ("stable release", stable)):
+    for name, tally in tracks.items():
         for what, seen, least in (
             ("tokens", tally.tokens, steps.min_tokens),
             ("requests that ended", tally.requests, steps.min_requests),

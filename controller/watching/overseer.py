@@ -8,7 +8,7 @@ from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Ack, AckState, Head, PolicyRegistry
-from offramp.controller.watching.analysis import StepOutcome, judge
+from offramp.controller.watching.analysis import StepOutcome, judge, judge_shadow
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import add_up
 
@@ -86,8 +86,12 @@ class Overseer:
         rollout = self._publisher.rollout
         tallies = [each for ack in living for each in ack.tallies]
         canary, stable = (add_up(each, tallies) for each in (served, rollout.stable_generation))
-        found = judge(self._steps, canary, stable)
-        story = f"canary {served} at {rollout.percent:g}% {found.outcome.value}: {found.reason}"
+        if rollout.is_shadow:
+            found = judge_shadow(self._steps, canary)
+        else:
+            found = judge(self._steps, canary, stable)
+        at = "in shadow" if rollout.is_shadow else f"at {rollout.percent:g}%"
+        story = f"canary {served} {at} {found.outcome.value}: {found.reason}"
         following = self._steps.after(rollout.percent)
         if found.outcome is StepOutcome.FAIL:
             return self._roll_back(story, served)

@@ -19,11 +19,11 @@ _RATIO: Check = (lambda value: is_number(value) and value > 0, "a number above 0
 def _are_percents(value: Any) -> bool:
     if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
         return False
-    return value[0] > 0 and value[-1] <= 100 and all(a < b for a, b in pairwise(value))
+    return value[0] >= 0 and value[-1] <= 100 and all(a < b for a, b in pairwise(value))
 
 
 STEPS: dict[str, Check] = {
-    "percents": (_are_percents, "a list of numbers in (0, 100], ascending"),
+    "percents": (_are_percents, "a list of numbers in [0, 100], ascending"),
     "min_tokens": COUNT,
     "min_requests": COUNT,
     "min_audited": COUNT,
@@ -45,7 +45,8 @@ class Steps:
     """Steps of a canary, and what must hold before the next one is taken.
 
     Attributes:
-        percents: Shares of the requests, ascending. The first is taken by hand.
+        percents: Shares of the requests, ascending. The first is taken by hand; at 0, in shadow,
+            requests are repeated under the canary, and nobody is served by it.
         min_tokens: Tokens of both tracks in a step before it is judged.
         min_requests: Requests of both tracks that ended in a step before it is judged.
         min_audited: Audited early tokens of the canary in a step before it is judged.

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from offramp.controller.errors import ConfigError, OfframpError, RegistryUnavailableError
 from offramp.controller.release.manifest import Rollout
 from offramp.controller.release.registry import Ack, AckState, Event, PolicyRegistry
-from offramp.controller.watching.analysis import CostRatio, comparisons, energy_gap, judge
+from offramp.controller.watching.analysis import (
+    CostRatio,
+    comparisons,
+    energy_gap,
+    judge,
+    judge_shadow,
+)
 from offramp.controller.watching.intervals import interval
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import Tally, add_up
@@ -163,8 +169,9 @@ def _state(trouble: str, workers: list[Ack], served: PastRelease | None, head: s
 def _canary(generation: int, rollout: Rollout, tallies: Sequence[Tally]) -> CanaryView:
     steps = Steps()
     canary, stable = (add_up(each, tallies) for each in (generation, rollout.stable_generation))
-    found = judge(steps, canary, stable)
-    is_comparable = canary.requests > 0 and stable.requests > 0
+    is_shadow = rollout.is_shadow
+    found = judge_shadow(steps, canary) if is_shadow else judge(steps, canary, stable)
+    is_comparable = canary.requests > 0 and stable.requests > 0 and not is_shadow
     compared = comparisons(steps, canary, stable) if is_comparable else ()
     least, most = interval(canary.disagreed, canary.audited, steps.confidence)
     return CanaryView(

@@ -27,6 +27,7 @@ from offramp.worker.energy.track_meter import TrackMeter, serving_source
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
+from offramp.worker.following.shadows import ShadowRunner
 from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.spec import freeze_heap, load_engine
 
@@ -112,6 +113,7 @@ class ServedWorker:
         )
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
+        self._shadows = ShadowRunner(engine)
         self._traffic: Any = None
         if config.traffic is not None:
             # Others need nothing of what records and stores: it is not even loaded.
@@ -172,6 +174,7 @@ class ServedWorker:
 
     def _after_step(self) -> None:
         self._wire.flush()  # first: whoever waits for a token does not wait for what comes next
+        self._shadows.work()
         if self._traffic is not None:
             self._traffic.work()
 

@@ -139,6 +139,11 @@ class Request:
     prompts: PromptExits | None = None
     arrived_s: float = field(default_factory=time.perf_counter, compare=False)
 
+    @property
+    def is_shadow(self) -> bool:
+        """Whether it repeats another request under a release that serves nobody."""
+        return self.snapshot.rollout.is_shadow
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionStats:

@@ -92,6 +92,8 @@ class AuditPicker:
         """Whether a new request is audited: one under a watched policy whose exits count."""
         if snapshot.watch is None or kv_mode == "verify" or forced:
             return False
+        if snapshot.rollout.is_shadow:
+            return True  # which is all that it is run for
         if self._share > 0 and snapshot.watch.is_first():
             return True
         self._owed += self._share

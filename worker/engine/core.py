@@ -149,8 +149,7 @@ class EngineCore:
         sampling = sampling_of(sampling, forced)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
-        track = partial(self._track, split_by or request_id)
-        snapshot = pinned(policy, track, self.stack)
+        snapshot = pinned(policy, partial(self._track, split_by or request_id), self.stack)
         adapters = self.decoder.reader.under(snapshot)
         is_bound = isinstance(kv_mode, float | Target)
         if isinstance(kv_mode, Target):
@@ -231,8 +230,17 @@ class EngineCore:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Rows running, requests waiting."""
-        return len(self._roster.rows), len(self._roster.waiting)
+        """Rows running, requests waiting; shadows, for which nobody waits, are not counted."""
+        return self._roster.served
+
+    def is_under_way(self, request_id: str) -> bool:
+        """Whether a request runs or waits."""
+        return self._roster.holds(request_id)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not (self._roster.rows or self._roster.waiting)
 
     @property
     def is_prefilling(self) -> bool:

@@ -241,7 +241,7 @@ class AdaptiveEngine(EngineCore):
 
     def tell_ends(self, to: Callable[[Sequence], object]) -> None:
         """Have someone told, within the step, of each request that ends by itself; not to raise."""
-        self._roster.on_end = to
+        self._roster.on_end.append(to)
 
     def step(self, finished: dict[str, Sequence] | None = None) -> list[TokenEvent]:
         """See the core; adapters that are to join wait for its end."""

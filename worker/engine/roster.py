@@ -31,13 +31,14 @@ class Roster:
         stack: The model, as a stack of layers.
 
     Attributes:
-        on_end: Is told of each row that ended by itself, and did not fail, before its slot is free.
+        on_end: Are told of each row that ended by itself, and did not fail, before its slot is
+            free.
     """
 
     def __init__(self, kv: SlotKV, stack: LayerStack) -> None:
         self.kv = kv
         self.stack = stack
-        self.on_end: Callable[[Sequence], object] = lambda _: None
+        self.on_end: list[Callable[[Sequence], object]] = []
         self.waiting: deque[Request] = deque()
         self.rows: list[Sequence] = []
 
@@ -62,6 +63,17 @@ class Roster:
             request.sampling, request.prompt, stack.eos_tokens, stack.vocab
         )
         return Sequence(request, len(self.rows), sampler)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether a request runs or waits."""
+        everybody = (*self.waiting, *(row.request for row in self.rows))
+        return any(request.id == request_id for request in everybody)
+
+    @property
+    def served(self) -> tuple[int, int]:
+        """Rows running, requests waiting, but for shadows, for which nobody waits."""
+        running = sum(not row.request.is_shadow for row in self.rows)
+        return running, sum(not request.is_shadow for request in self.waiting)
 
     def standing(self) -> dict[int, list[Sequence]]:
         """Rows that can go on, by the depth at which they stand."""
@@ -92,7 +104,8 @@ class Roster:
     def vacate(self, row: Sequence) -> None:
         """Free a row's slot; the last row moves into the hole."""
         if row.is_finished and row.error is None:
-            self.on_end(row)
+            for tell in self.on_end:
+                tell(row)
         row.last_group = None  # which names the row again: a cycle would await garbage collection
         last = self.rows.pop()
         self.kv.clear(row.slot)

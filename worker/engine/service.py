@@ -76,7 +76,7 @@ class EngineService:
     @property
     def is_healthy(self) -> bool:
         """Whether the thread lives and, if it has work, makes progress."""
-        idle = self.engine.load == (0, 0)
+        idle = self.engine.is_idle
         recent = time.monotonic() - self._last_step_s < STUCK_AFTER_S
         return self._thread.is_alive() and (idle or recent)
 
@@ -186,7 +186,7 @@ class EngineService:
 
     def _run(self) -> None:
         while True:
-            idle = self.engine.load == (0, 0)
+            idle = self.engine.is_idle
             if not self._obey(block=idle):
                 self._fail(dict.fromkeys(self._listeners, DecodeFailedError(STOPPED)))
                 self._has_ended = True

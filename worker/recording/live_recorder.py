@@ -94,7 +94,7 @@ class TrafficRecorder:
         self._next_s = start + took_s / self._config.time_share
 
     def _note(self, row: Sequence) -> None:
-        lens = self._lens_of(row)
+        lens = None if row.request.is_shadow else self._lens_of(row)
         if lens is None:
             return
         prompt = row.request.prompt

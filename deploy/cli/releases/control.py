@@ -217,7 +217,10 @@ def head_line(registry: PolicyRegistry, settings: Settings) -> str:
             line += f", through adapters {manifest.adapters[:12]}"
         if rollout.is_canary:
             line += (
-                f"; a canary: it serves {rollout.percent:g}% of the requests, "
+                f"; a canary in shadow: it serves no request, some are repeated under it unseen, "
+                f"and generation {rollout.stable_generation} serves all"
+                if rollout.is_shadow
+                else f"; a canary: it serves {rollout.percent:g}% of the requests, "
                 f"generation {rollout.stable_generation} the others"
             )
         return line

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offramp.controller.errors import ConfigError
-from offramp.controller.watching.analysis import StepOutcome, judge
+from offramp.controller.watching.analysis import StepOutcome, judge, judge_shadow
 from offramp.controller.watching.quantiles import BUCKETS, bucket_of
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import (
@@ -226,9 +226,31 @@ def test_steps_are_read_from_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("canary", "outcome", "reason"),
+    [
+        (tally(pace_s=9.0), StepOutcome.PASS, "80% of the tokens left early or were drafted, "),
+        (tally(), StepOutcome.PASS, "after 7.2 layers on average"),
+        (tally(exits={"6:int4": 5}), StepOutcome.PASS, "after 6.0 layers on average"),
+        (tally(tokens=7), StepOutcome.HOLD, "7 tokens of the canary, 2000 are asked for"),
+        (tally(audited=199), StepOutcome.HOLD, "199 audited tokens, 200 are asked for"),
+        (tally(tokens=200_000, audited=199), StepOutcome.FAIL, "200000 tokens should have told"),
+        (tally(disagreed=300), StepOutcome.FAIL, "full depth disagrees with "),
+        (tally(failures=400), StepOutcome.FAIL, "the policy fails on "),
+        (tally(audited=0, disagreed=0, verified=9), StepOutcome.PASS, "lossless, "),
+    ],
+)
+def test_a_canary_in_shadow_is_judged_by_audits_alone(
+    canary: Tally, outcome: StepOutcome, reason: str
+) -> None:
+    found = judge_shadow(BOUNDS, canary)
+    assert found.outcome is outcome
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("percents: [5, 5]", "percents: [5, 5] is not a list of numbers in (0, 100], ascending"),
+        ("percents: [5, 5]", "percents: [5, 5] is not a list of numbers in [0, 100], ascending"),
         ("percents: [50, 101]", "percents: "),
         ("percents: []", "percents: "),
         ("percents: 5", "percents: 5 is not a list"),
