@@ -98,6 +98,7 @@ class ModelFacts:
         context: Most tokens of a sequence.
         width: Columns D of its hidden state.
         translators: Digest of the translators its exits are read through; "" for none.
+        adapters: Exits with an adapter layer.
     """
 
     model: str
@@ -107,6 +108,7 @@ class ModelFacts:
     context: int
     width: int
     translators: str = ""
+    adapters: tuple[int, ...] = ()
 
 
 def describe(engine: AdaptiveEngine) -> ModelFacts:
@@ -119,4 +121,5 @@ def describe(engine: AdaptiveEngine) -> ModelFacts:
         context=engine.stack.context,
         width=engine.stack.width,
         translators=engine.decoder.translators.digest,
+        adapters=tuple(engine.decoder.translators.layers),
     )

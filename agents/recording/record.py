@@ -217,6 +217,7 @@ def _store(
         exits=exits,
         layers=facts.layers,
         translators=facts.translators,
+        adapters=tuple(layer for layer in exits if layer in facts.adapters),
         width=facts.width if config.states else 0,
         text=config.own_text.name if config.own_text else "",
     )

@@ -36,7 +36,7 @@ from offramp.worker.profiling.profile import measure_costs
 from offramp.worker.profiling.rounds import ProfileConfig, Rounds
 from offramp.worker.profiling.samples import Key, Samples, median_interval, random_policy
 from offramp.worker.recording.recording_actor import TraceRecorder
-from offramp.worker.spec import WorkerSpec
+from offramp.worker.spec import WorkerSpec, describe
 from support.cost_tables import leaving
 from support.models import LAYERS, REFERENCE, VOCAB, make_model, save_adapters
 
@@ -184,7 +184,7 @@ def test_exits_with_adapter_layers_one_after_the_other_are_measured(
     costs = measure_costs(engine, table_VK, QUICK).costs
     assert costs.layers == LAYERS
     assert costs.at(1).layer_s > 0
-    assert engine.decoder.translators.exits == EXITS
+    assert describe(engine).adapters == EXITS
 
 
 def test_it_ends_when_all_is_tight(engine: AdaptiveEngine, table_VK: IntArray) -> None:

@@ -145,6 +145,7 @@ class TrafficRecorder:
             exits=lens.exits,
             layers=stack.layers,
             translators=lens.adapters.digest,
+            adapters=tuple(layer for layer in lens.exits if layer in lens.adapters.layers),
             text=LIVE,
         )
         self._keep(header, lens.candidates_VK, chunk)
