@@ -9,7 +9,7 @@ Shape suffixes: N rows, F features.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,16 @@ from offramp.controller.errors import PolicyFaultError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.drafts import ConfidentDraft, ThompsonDraft, TrustedDraft
 from offramp.controller.policies.exits import exit_to_json
-from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
+
+TIMED = 10
+"""Validation documents that drafters are timed on."""
+
+TIMED_TOKENS = 64
+"""Tokens decoded of each."""
 
 PLACES = ("model", "corpus", "translators")
 """Settings that say where things lie on one machine."""
@@ -141,14 +147,19 @@ class Taught:
     """What came of teaching.
 
     Attributes:
-        contenders: Full depth, then the best drafter of each family, as they were saved.
-        chosen: Place among them of the one that is fastest by replay on validation documents.
-        prompts: Beginnings of validation documents, to time drafters on.
+        contenders: Full depth, then the best drafter of each family by replay, as they were saved.
+        speeds: How many times as fast as full depth each decoded validation documents; 1 for it.
+        timed: Documents that they were timed on.
     """
 
     contenders: list[Contender]
-    chosen: int
-    prompts: list[list[int]]
+    speeds: list[float]
+    timed: int
+
+    @property
+    def chosen(self) -> int:
+        """Place of the fastest drafter by the clock."""
+        return max(range(1, len(self.speeds)), key=self.speeds.__getitem__)
 
 
 def teach_drafters(
@@ -159,9 +170,12 @@ def teach_drafters(
 ) -> Taught:
     """Record the model's own continuations, measure costs, train, choose on validation, save.
 
+    Replay chooses each family's setting, the clock among the families: replay knows no more of a
+    step than was profiled, and what it promises is kept by some more than by others.
+
     Args:
         config: Settings of the lesson.
-        engine: The model, idle.
+        engine: The model, idle; greedy, one row at a time.
         out: Folder of the drafters' bundles and their index; the chosen one is also in ``chosen``,
             and adapters that exits are read through in ``translators``.
         on_progress: Told (stage, done so far, in all).
@@ -170,6 +184,7 @@ def teach_drafters(
         ConfigError: exits that are no layers of the model, continuations beyond its context, or
             adapters that cannot be copied.
         TraceError: the corpus cannot be read, or has too few documents longer than a prompt.
+        PolicyFaultError: some output was not full depth's, token for token.
     """
     torch.set_num_threads(config.threads)
     config = replace(config, ppo=replace(config.ppo, seed=config.seed))
@@ -186,9 +201,13 @@ def teach_drafters(
     )
     if engine.config.translators is not None:
         keep_adapters(engine.config.translators, out)
-    chosen = min(range(1, len(contenders)), key=lambda n: contenders[n].offline_cost or 1.0)
-    PolicyBundle.load(out / f"{chosen:02d}").save(out / CHOSEN)
-    return Taught(contenders=contenders, chosen=chosen, prompts=prompts)
+    policies = [each.policy for each in contenders]
+    speeds = time_drafting(
+        engine, policies, prompts[:TIMED], lambda *count: on_progress("clock", *count)
+    )
+    taught = Taught(contenders=contenders, speeds=speeds, timed=len(prompts[:TIMED]))
+    PolicyBundle.load(out / f"{taught.chosen:02d}").save(out / CHOSEN)
+    return taught
 
 
 def _settings(config: DraftingConfig) -> dict[str, Any]:
@@ -197,31 +216,35 @@ def _settings(config: DraftingConfig) -> dict[str, Any]:
 
 
 def time_drafting(
-    engine: AdaptiveEngine, policy: Policy, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> float:
-    """Decode every prompt under a drafter and at full depth, in turn: how many times as fast.
+    engine: AdaptiveEngine,
+    policies: Sequence[Policy],
+    prompts: Sequence[Sequence[int]],
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[float]:
+    """Decode every prompt at full depth and under drafters, in turn; times full depth's speed.
 
     Args:
         engine: The model, idle; greedy, one row at a time.
-        policy: The drafter to time.
+        policies: Full depth first.
         prompts: Token ids of each.
-        new_tokens: Tokens decoded of each.
+        on_progress: Told (prompts done, in all).
 
     Raises:
         PolicyFaultError: some output was not full depth's, token for token.
     """
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    seconds = {"full": 0.0, "drafted": 0.0}
-    for prompt in prompts:
+    sampling = SamplingParams(max_tokens=TIMED_TOKENS, ignore_eos=True)
+    seconds = [0.0] * len(policies)
+    for done, prompt in enumerate(prompts, 1):
         texts = []
-        for name, each in (("full", NeverExit()), ("drafted", policy)):
+        for place, policy in enumerate(policies):
             start = time.perf_counter()
-            [done] = engine.generate([list(prompt)], sampling, each, kv_mode="verify")
-            seconds[name] += time.perf_counter() - start
-            texts.append(list(done.token_ids))
-        if texts[0] != texts[1]:
+            [decoded] = engine.generate([list(prompt)], sampling, policy, kv_mode="verify")
+            seconds[place] += time.perf_counter() - start
+            texts.append(list(decoded.token_ids))
+        if any(text != texts[0] for text in texts):
             raise PolicyFaultError("its output in verify is not full depth's")
-    return seconds["full"] / seconds["drafted"]
+        on_progress(done, len(prompts))
+    return [seconds[0] / each for each in seconds]
 
 
 def _canned(policy: Policy, rows_NF: FloatArray) -> FloatArray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.drafting.likely_exits import best_of, likely_exits
-from offramp.agents.drafting.teach import Taught, teach_drafters, time_drafting
+from offramp.agents.drafting.teach import Taught, teach_drafters
 from offramp.agents.placing.contenders import CHOSEN
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.own_text import OWN_TEXT, only_texts
@@ -19,12 +19,6 @@ from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec, load_engine
-
-TIMED = 10
-"""Validation documents that the chosen drafter is timed on."""
-
-TIMED_TOKENS = 64
-"""Tokens decoded of each."""
 
 
 def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> None:
@@ -59,29 +53,24 @@ def teach(path: Path | None, config: DraftingConfig, steps: int, out: Path) -> N
     )
     if not config.exits:
         config, engine = with_exits(config, engine)
-    taught, ratio = teach_and_time(config, engine, out)
+    taught = teach_and_tell(config, engine, out)
     console.print(
-        f"decoded: {ratio:.2f} × full depth at batch 1 on {len(taught.prompts[:TIMED])} validation "
-        f"documents, every token full depth's → {out / CHOSEN}"
+        f"decoded: {taught.speeds[taught.chosen]:.2f} × full depth at batch 1 on the "
+        f"{taught.timed} validation documents that chose it, every token full depth's → "
+        f"{out / CHOSEN}"
     )
 
 
-def teach_and_time(
-    config: DraftingConfig, engine: AdaptiveEngine, out: Path
-) -> tuple[Taught, float]:
-    """Teach drafters, print what replay says of each, and decode with the chosen one.
+def teach_and_tell(config: DraftingConfig, engine: AdaptiveEngine, out: Path) -> Taught:
+    """Teach drafters, and print how fast each is, by replay and by the clock.
 
     Args:
         config: Settings of the lesson.
         engine: The model, idle; greedy, one row at a time.
         out: New folder for the drafters.
 
-    Returns:
-        The drafters, and how many times as fast as full depth the chosen one decoded.
-
     Raises:
-        ConfigError, TraceError: as ``teach_drafters``.
-        PolicyFaultError: some output was not full depth's, token for token.
+        ConfigError, TraceError, PolicyFaultError: as ``teach_drafters``.
     """
     with keeping(out / OWN_TEXT), progress("record", "") as advance:
         taught = teach_drafters(
@@ -90,9 +79,9 @@ def teach_and_time(
     for number, each in enumerate(taught.contenders[1:], 1):
         mark = "← chosen" if number == taught.chosen else ""
         rate = 1 / (each.offline_cost or 1.0)
-        console.print(f"  {each.name}: {rate:.3f} × full depth by replay {mark}")
-    chosen = taught.contenders[taught.chosen].policy
-    return taught, time_drafting(engine, chosen, taught.prompts[:TIMED], TIMED_TOKENS)
+        clocked = f"{taught.speeds[number]:.2f} by the clock"
+        console.print(f"  {each.name}: {rate:.3f} × full depth by replay, {clocked} {mark}")
+    return taught
 
 
 def with_exits(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from offramp.agents.drafting.draft_parts import DraftingConfig
 from offramp.agents.drafting.draft_ppo import DraftPPOConfig
-from offramp.agents.drafting.teach import DRAFTER, Taught
+from offramp.agents.drafting.teach import DRAFTER, TIMED_TOKENS, Taught
 from offramp.agents.evaluation.assess import Assessment, assess
 from offramp.agents.evaluation.measure import Protocol
 from offramp.agents.evaluation.protocol import AssessConfig
@@ -19,7 +19,7 @@ from offramp.agents.recording.training_data import TrainingData, load_training_d
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.deploy.cli.console import console, progress, say
-from offramp.deploy.cli.drafting import TIMED, TIMED_TOKENS, teach_and_time
+from offramp.deploy.cli.drafting import teach_and_tell
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
 from offramp.deploy.cli.tables import evaluation_table
 from offramp.deploy.demo.demo_config import DemoConfig
@@ -34,12 +34,10 @@ class Drafted:
     Attributes:
         taught: The drafters, and which was chosen on validation documents.
         facts: The model that they are for.
-        ratio: Times full depth that the chosen one decoded, all tokens full depth's.
     """
 
     taught: Taught
     facts: ModelFacts
-    ratio: float
 
     @property
     def chosen(self) -> Contender:
@@ -48,14 +46,20 @@ class Drafted:
 
     def report(self) -> dict[str, object]:
         """What the report says of drafting."""
-        rates = {c.name: 1 / (c.offline_cost or 1.0) for c in self.taught.contenders[1:]}
-        return {"times_full_depth_by_replay": rates, "chosen": self.chosen.name,
-                "times_full_depth": self.ratio, "timed_documents": len(self.taught.prompts[:TIMED]),
-                "timed_tokens": TIMED_TOKENS}  # fmt: skip
+        drafters = self.taught.contenders[1:]
+        names = [each.name for each in drafters]
+        rates = {each.name: 1 / (each.offline_cost or 1.0) for each in drafters}
+        return {
+            "times_full_depth_by_replay": rates,
+            "times_full_depth": dict(zip(names, self.taught.speeds[1:], strict=True)),
+            "chosen": self.chosen.name,
+            "timed_documents": self.taught.timed,
+            "timed_tokens": TIMED_TOKENS,
+        }
 
 
 def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
-    """Record what the model says, measure costs, teach drafters, choose, time the chosen one."""
+    """Record what the model says, measure costs, teach drafters, time them, choose."""
     console.rule(
         "[bold]1  Learn to draft[/]: exits propose, full depth confirms, nothing is lost",
         align="left",
@@ -73,14 +77,15 @@ def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
         ppo=DraftPPOConfig(steps=config.draft_steps),
     )
     engine = load_engine(replace(spec, slots=1, engine=config.engine))
-    taught, ratio = teach_and_time(lesson, engine, config.out / "drafters")
-    drafted = Drafted(taught, describe(engine), ratio)
+    taught = teach_and_tell(lesson, engine, config.out / "drafters")
+    drafted = Drafted(taught, describe(engine))
     won = (
         "PPO won" if drafted.chosen.family == DRAFTER else "PPO did not win; what did is published"
     )
     console.print(
-        f"  {won}: {drafted.chosen.name} decoded {ratio:.2f} × as fast as full depth at batch 1, "
-        f"on {len(taught.prompts[:TIMED])} validation documents, and every token was full depth's",
+        f"  {won}: {drafted.chosen.name} decoded {taught.speeds[taught.chosen]:.2f} × as fast as "
+        f"full depth at batch 1, on the {taught.timed} validation documents that chose it, and "
+        "every token was full depth's",
         style="bold",
     )
     return drafted
