@@ -6,7 +6,7 @@ Shape suffixes: V vocabulary, K candidates.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from offramp.controller.costs.cost_file import load_costs
@@ -93,7 +93,8 @@ def save_facts(folder: Path, facts: ModelFacts) -> None:
 
 def _load_facts(path: Path) -> ModelFacts:
     try:
-        return ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
+        facts = ModelFacts(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(facts, adapters=tuple(facts.adapters))  # JSON has lists
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TraceError(
             str(path), f"is unreadable ({error})", "Record the traces again"
