@@ -121,6 +121,7 @@ def trusted_grid(
         odds_NE: Log-odds of the tokens; None: as the chances give them.
     """
     name = "trust stop" if candidates_VK is None else "headless trust stop"
+    insights = [chances.part((layer,)).insight for layer in chances.exits]
     tried = [
         (
             f"{name}, exit {layer}, θ {threshold:g}",
@@ -131,7 +132,7 @@ def trusted_grid(
                 length=max_pending,
                 max_pending=max_pending,
                 candidates_VK=candidates_VK,
-                insight=chances.part((layer,)).insight,
+                insight=insights[index],
             ),
         )
         for index, layer in enumerate(validation.header.exits)

@@ -23,6 +23,7 @@ from offramp.controller.policies.drafts.draft_insight import (
     inputs_of,
     kind_byte,
     kind_columns,
+    kinds_of,
     scaled,
 )
 from offramp.controller.policies.net import Weights
@@ -108,7 +109,7 @@ def more_of(
     assert traces.state_NED is not None
     assert traces.read_N is not None
     rows_N = np.arange(len(traces)) if rows_N is None else rows_N
-    kind_NK = insight.kind_of(traces.read_N[rows_N])
+    kind_NK = kinds_of(insight.kind_VK, traces.read_N[rows_N])
     columns = []
     for here in range(insight.exits):
         projected_NR = np.concatenate(
@@ -162,8 +163,7 @@ class _Learner:
         self.width = traces.state_NED.shape[2]
         self.right_NE = torch.from_numpy(traces.agree_NE)
         self.base_NE = torch.from_numpy(base_NE)
-        known_N1 = (traces.read_N >= 0)[:, None]
-        kind_NK = np.where(known_N1, kind_columns(kinds)[np.maximum(traces.read_N, 0)], 0.0)
+        kind_NK = kinds_of(kind_columns(kinds), traces.read_N)
         nothing_N0 = np.empty((len(traces), 0), np.float32)
         exits = range(len(traces.header.exits))
         seen = [inputs_of(traces.softmax_NES[:, e], kind_NK, nothing_N0) for e in exits]

@@ -63,7 +63,7 @@ class DraftInsight:
             for here, net in enumerate(nets)
         ]
         self.kinds_V = kinds
-        self._kind_VK = kind_columns(kinds)
+        self.kind_VK = kind_columns(kinds)
 
     @property
     def exits(self) -> int:
@@ -81,13 +81,9 @@ class DraftInsight:
         Raises:
             PolicyFaultError: it is not finite, so the state or a feature was not.
         """
-        x_NI = inputs_of(sure_NS, self.kind_of(seen.read_N), self.projected(here, seen.state_ND))
+        kind_NK = kinds_of(self.kind_VK, seen.read_N)
+        x_NI = inputs_of(sure_NS, kind_NK, self.projected(here, seen.state_ND))
         return self.nets[here].values(x_NI)[:, 0]
-
-    def kind_of(self, read_N: IntArray) -> FloatArray:
-        """Columns of the kind of each token, [N, K]; zeros of one that is unknown."""
-        known_N1 = ((read_N >= 0) & (read_N < len(self._kind_VK)))[:, None]
-        return np.where(known_N1, self._kind_VK[np.where(known_N1[:, 0], read_N, 0)], 0.0)
 
     def projected(self, here: int, state_ND: FloatArray) -> FloatArray:
         """The numbers that states at an exit are projected to, [N, R]."""
@@ -106,6 +102,12 @@ def inputs_of(sure_NS: FloatArray, kind_NK: FloatArray, projected_NR: FloatArray
     lead_N1 = leads_of(sure_NS[:, 0], sure_NS[:, MARGIN])[:, None]
     parts = (lead_N1, sure_NS, kind_NK, projected_NR)
     return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def kinds_of(kind_VK: FloatArray, read_N: IntArray) -> FloatArray:
+    """Columns of the kind of each token, [N, K]; zeros of one that is unknown."""
+    known_N1 = ((read_N >= 0) & (read_N < len(kind_VK)))[:, None]
+    return np.where(known_N1, kind_VK[np.where(known_N1[:, 0], read_N, 0)], 0.0)
 
 
 def kind_byte(text: str) -> int:
