@@ -27,8 +27,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from swapping.streamed import StreamedRequest
 from swapping.swap_site import SwapSite
-from swapping.swap_worker import StreamedRequest, WorkerNews
+from swapping.swap_worker import WorkerNews
 
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.policies.mlp import MlpPolicy

@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from offramp.controller.keys.key_files import load_or_create_key, save_public_keys
 from offramp.controller.policies.kinds import pack_policy
@@ -24,18 +23,10 @@ from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
 from offramp.controller.watching.overseer import Overseer
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.worker.decoding.request import PolicySnapshot
-from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.engine import AdaptiveEngine
+from offramp.worker.decoding.request import FULL_DEPTH, KVMode
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
-from swapping.swap_worker import (
-    CHANNEL,
-    TOKENS,
-    StreamedRequest,
-    WorkerNews,
-    WorkerSetup,
-    serve_worker,
-)
+from swapping.streamed import StreamedRequest, replay
+from swapping.swap_worker import CHANNEL, SAMPLING, WorkerNews, WorkerSetup, serve_worker
 
 PROMPTS = 8
 PROMPT_TOKENS = 24
@@ -162,37 +153,21 @@ class SwapSite:
 
     def torn(self, requests: list[StreamedRequest]) -> list[StreamedRequest]:
         """Those that more than one release decided, or whose tokens a replay does not give."""
-        replays: dict[tuple[int, int, bool], list[int]] = {}
+        replays: dict[tuple[tuple[int, ...], int, KVMode], list[int]] = {}
         found = []
         for each in requests:
             if each.error:
                 continue
             # The first token comes from the prompt; it says the generation that it is pinned to.
-            policy = self.served.get(each.generation)
-            depth = policy.exits[0] if policy is not None and policy.exits else 0
-            key = (each.prompt, depth, each.audited)
+            policy = self.served.get(each.generation, FULL_DEPTH.policy)
+            key = (each.prompt, policy.exits[0] if policy.exits else 0, each.kv_mode)
             if key not in replays:
-                replays[key] = _replay(self.engine, self._prompts[each.prompt], policy, key[2])
+                again = replay(self.engine, each.prompt, policy, each.kv_mode, SAMPLING)
+                replays[key] = again.emitted
             is_other = each.tokens != replays[key] and each.generation not in self.tripped
             if is_other or each.generations != {each.generation}:
                 found.append(each)
         return found
-
-
-def _replay(
-    engine: AdaptiveEngine, prompt: tuple[int, ...], policy: ExitPolicy | None, audited: bool
-) -> list[int]:
-    """What a request gives alone, offline; an audited one decodes in ``defer``."""
-    sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-    snapshot = engine.current_policy() if policy is None else PolicySnapshot(0, "", policy)
-    with torch.inference_mode():
-        request = engine.submit(
-            list(prompt), sampling, snapshot, kv_mode="defer" if audited else "project"
-        )
-        finished: dict[str, object] = {}
-        while engine.load != (0, 0):
-            engine.step(finished)  # type: ignore[arg-type]  # rows, of which only tokens are read
-    return list(finished[request.id].emitted)  # type: ignore[attr-defined]
 
 
 def _free_port() -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from offramp.controller.errors import OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack
@@ -20,9 +19,9 @@ from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.refresh import PolicyRefresher
 from offramp.worker.spec import WorkerSpec, freeze_heap, load_engine
+from swapping.streamed import StreamedRequest, stream
 
-TOKENS = 32
-"""New tokens of a request."""
+SAMPLING = SamplingParams(max_tokens=32, ignore_eos=True)
 
 CHANNEL = "swaps"
 
@@ -50,29 +49,6 @@ class WorkerSetup:
     prompts: tuple[tuple[int, ...], ...]
 
 
-@dataclass(slots=True, kw_only=True)
-class StreamedRequest:
-    """What one request got.
-
-    Attributes:
-        prompt: Number of its prompt.
-        generation: The release that it was pinned to.
-        audited: Whether full depth was asked about its early tokens.
-        tokens: What it emitted.
-        generations: Releases that its tokens say decided them.
-        stamps: When each token came, seconds of the monotonic clock.
-        error: Why it failed; "" if it did not.
-    """
-
-    prompt: int
-    generation: int = -1
-    audited: bool = False
-    tokens: list[int] = field(default_factory=list)
-    generations: set[int] = field(default_factory=set)
-    stamps: list[float] = field(default_factory=list)
-    error: str = ""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerNews:
     """What happened in a worker since it was asked last.
@@ -80,7 +56,7 @@ class WorkerNews:
     Attributes:
         requests: Those that ended.
         swaps: Start and end of each poll that changed the running release.
-        audited: Audited tokens by generation, of every release that requests ran under.
+        audited: Audited tokens by generation, of every release that it ran.
         memory_mb: Resident memory of the process.
     """
 
@@ -91,14 +67,26 @@ class WorkerNews:
 
 
 class SwapRecorder(PolicyRefresher):
-    """Notes when it swapped; ``swaps`` are start and end of these polls."""
+    """Notes when it swapped, and to what.
+
+    Attributes:
+        swaps: Start and end of these polls.
+        followed: The watches of the releases, by generation.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.swaps: list[tuple[float, float]] = []
+        self.followed: dict[int, PolicyWatch] = {}
+        super().__init__(*arguments, **options)
 
     def poll_once(self) -> Ack:
         """Poll, and note the time if another release runs from now on."""
         before, start = self.current.generation, time.monotonic()
         ack = super().poll_once()
         if self.current.generation != before:
-            self.__dict__.setdefault("swaps", []).append((start, time.monotonic()))
+            self.swaps.append((start, time.monotonic()))
+            if self.current.watch is not None:
+                self.followed[self.current.generation] = self.current.watch
         return ack
 
 
@@ -125,7 +113,6 @@ class BusyWorker:
         )
         engine.current_policy = lambda: self._refresher.current
         self._service = EngineService(engine)
-        self._watches: dict[int, PolicyWatch] = {}
         self._ended: list[StreamedRequest] = []
         self._stopping = False
 
@@ -152,29 +139,14 @@ class BusyWorker:
     async def _client(self, number: int) -> None:
         while not self._stopping:
             number = (number + 1) % len(self._setup.prompts)
-            record = StreamedRequest(prompt=number)
-            try:
-                await self._stream(record)
-            except OfframpError as error:
-                record.error = repr(error)
-            self._ended.append(record)
-
-    async def _stream(self, record: StreamedRequest) -> None:
-        sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-        request, events = await self._service.submit(self._setup.prompts[record.prompt], sampling)
-        snapshot = request.snapshot
-        record.generation, record.audited = snapshot.generation, request.audited
-        if snapshot.watch is not None:
-            self._watches[snapshot.generation] = snapshot.watch
-        async for event in events:
-            record.stamps.append(time.monotonic())
-            record.tokens.append(event.token)
-            record.generations.add(event.generation)
+            prompt = self._setup.prompts[number]
+            self._ended.append(await stream(self._service, prompt, SAMPLING))
 
     def _news(self) -> WorkerNews:
         ended, self._ended = self._ended, []
-        swaps: list[tuple[float, float]] = self._refresher.__dict__.pop("swaps", [])
-        audited = {each: watch.tally.audited for each, watch in self._watches.items()}
+        swaps, self._refresher.swaps = self._refresher.swaps, []
+        watches = list(self._refresher.followed.items())  # which the refresher's thread adds to
+        audited = {generation: watch.tally.audited for generation, watch in watches}
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         memory_mb = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
         return WorkerNews(requests=ended, swaps=swaps, audited=audited, memory_mb=memory_mb)

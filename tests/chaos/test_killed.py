@@ -18,8 +18,10 @@ import pytest
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
 from offramp.deploy.serve.redis_server import EmbeddedRedis
+from support.models import LAYERS
 from support.releases.adaptable import SETTINGS, moved_to, released
 from support.releases.channel import Bench
+from support.releases.clients import LoneClient, torn
 
 FORK = multiprocessing.get_context("fork")
 CHANGES = ("replace", "link", "unlink", "fsync")
@@ -165,21 +167,25 @@ def test_a_worker_killed_at_any_write_never_goes_back(
     """Also more than DEATHS times: each round serves another release."""
     deaths = rounds = 0
     reached = 0
+    client = LoneClient()
     while deaths < DEATHS:
         rounds += 1
-        bench.serve(rounds % 7 + 1)
+        bench.serve(rounds % LAYERS + 1)
         for _ in deaths_of(follow, url, tmp_path / "home"):
             deaths += 1
             worker = bench.worker()
             assert worker.current.generation in (0, rounds - 1, rounds)
             assert worker.current.generation >= reached or worker.report.generation == 0
             reached = max(reached, worker.current.generation)
+            client.ask(worker)
             worker.stop()  # this start ended in order, the next one is killed again
         ack = bench.worker().poll_once()
         # A policy whose every start crashed is in quarantine, and any other is served.
         assert ack.state in (AckState.ACK, AckState.TRIPPED), ack
         assert ack.about == rounds
     assert rounds >= DEATHS // 40
+    assert len(client.requests) == deaths
+    assert torn(client.requests, bench.policy_of) == []
 
 
 def test_a_worker_killed_at_any_write_of_a_canary_keeps_its_stable_release(

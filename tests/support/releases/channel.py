@@ -11,7 +11,8 @@ from offramp.controller.keys.envelopes import SigningKey
 from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
-from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
+from offramp.controller.policies.weights import unpack_policy
 from offramp.controller.release.ledger import Ledger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Head, PolicyRegistry
@@ -29,9 +30,8 @@ class Bench:
         self.now = 1_800_000_000.0
         self.state_dir = folder / "state"
         self.key: SigningKey = load_or_create_key(folder / "key.pem")
-        self.publisher = Publisher(
-            registry, Ledger(folder / "ledger"), self.key, "demo", lambda: self.now
-        )
+        self.ledger = Ledger(folder / "ledger")
+        self.publisher = Publisher(registry, self.ledger, self.key, "demo", lambda: self.now)
 
     def serve(self, layer: int, **options: Any) -> Head:
         release = self.release(layer, **options)
@@ -48,6 +48,13 @@ class Bench:
             metrics={},
             **{"uncertified": True} | options,
         )
+
+    def policy_of(self, generation: int) -> Policy:
+        """What the ledger has of a release; 0 is full depth."""
+        if generation == 0:
+            return NeverExit()
+        manifest = self.verifier().read(self.ledger.get(generation))
+        return unpack_policy(manifest, self.ledger.blob(manifest.digest))
 
     def verifier(self) -> ReleaseVerifier:
         trusted = trusted_keys(self.key.public_bytes)

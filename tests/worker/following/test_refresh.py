@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from offramp.worker.decoding.request import FULL_DEPTH as FULL_DEPTH_OF_THE_ENGI
 from offramp.worker.following import telling
 from offramp.worker.following.refresh import FULL_DEPTH, PolicyRefresher
 from support.releases.channel import Bench
+from support.releases.waiting import eventually, free_port
 
 
 @pytest.fixture
@@ -33,15 +32,6 @@ def memory() -> InMemoryRegistry:
 @pytest.fixture
 def bench(memory: InMemoryRegistry, tmp_path: Path) -> Bench:
     return Bench(memory, tmp_path)
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    deadline, pause = monotonic() + timeout_s, threading.Event()
-    while not holds():
-        if monotonic() > deadline:
-            return False
-        pause.wait(0.005)
-    return True
 
 
 def test_a_first_start_is_full_depth(bench: Bench) -> None:
@@ -374,13 +364,6 @@ def test_stop_ends_the_thread_and_keeps_the_policy(bench: Bench) -> None:
     worker.stop()
     assert not [each for each in threading.enumerate() if each.name == "policy-refresh"]
     assert worker.current.generation == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_redis_may_be_killed_and_come_back(tmp_path: Path) -> None:
