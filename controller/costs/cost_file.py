@@ -13,8 +13,9 @@ from offramp.controller.costs.table import CostTable, view_of_one
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 
-COSTS_VERSION = 3
-"""Version of the file's form: the first held seconds at batch 1, the second no ``passes``."""
+COSTS_VERSION = 4
+"""Version of the file's form: the first held seconds at batch 1, the second no ``passes``, the
+third no ``step`` of launches that verify."""
 
 PLAIN: dict[str, type] = {
     **dict.fromkeys(("machine", "schema", "model", "dtype", "device", "clock"), str),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 
-from offramp.controller.costs.prices import Prices, read_prices
+from offramp.controller.costs.prices import SPAN_PARTS, Prices, read_prices
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.exits import is_on_copy, weights_of
@@ -39,7 +39,7 @@ def knee_of(costs: CostTable) -> int:
 
 
 def verifying_prices(costs: CostTable, rows: float, tokens: float) -> Prices:
-    """Prices of a launch of several tokens of each of some rows; layer and head are of all.
+    """Prices of a launch of several tokens of each of some rows; layer, head, step are of all.
 
     Between measured numbers of rows and of tokens they are interpolated linearly.
 
@@ -60,8 +60,10 @@ def verifying_prices(costs: CostTable, rows: float, tokens: float) -> Prices:
         )
     low, high = (read_prices("tokens", measured[size], tokens) for size in ends)
     share = (rows - ends[0]) / (ends[1] - ends[0]) if ends[0] < ends[1] else 0.0
-    layer_s, head_s = (low[n] + share * (high[n] - low[n]) for n in ("layer_s", "head_s"))
-    return replace(prices, tokens=tokens, layer_s=layer_s, head_s=head_s)
+    layer_s, head_s, step_s = (
+        low[f"{part}_s"] + share * (high[f"{part}_s"] - low[f"{part}_s"]) for part in SPAN_PARTS
+    )
+    return replace(prices, tokens=tokens, layer_s=layer_s, head_s=head_s, step_s=step_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ class Pacer:
         prices = verifying_prices(self.costs, rows, drafts + 1)
         depth = 0 if is_on_copy(depth) else depth
         deep = (one.layers - depth) * prices.layer_s
-        return one.step_s + depth * one.layer_s + deep + prices.head_s
+        return prices.step_s + depth * one.layer_s + deep + prices.head_s
 
     def best(
         self,

@@ -18,15 +18,20 @@ from offramp.controller.errors import ConfigError
 PARTS = ("layer", "head", "probe", "policy", "fill", "step", "build")
 """What is timed at every number of rows."""
 
-SPAN_PARTS = ("layer", "head")
-"""What is timed over several tokens of one row, as a verifying pass takes them."""
+COPY_PARTS = ("layer", "head")
+"""What is timed on a copy of the layers in fewer bytes."""
 
+SPAN_PARTS = (*COPY_PARTS, "step")
+"""What is timed over several tokens of a row, in the launch that verifies its drafts."""
 
 LEAST_REPEATS = 6
 """Fewer cannot give a 95 % interval of a median: the range of five holds it 94 % of the time."""
 
 PROBE_PARTS = ("probe", "policy", "build")
 """What is timed of every feature schema."""
+
+ROUTED = "routed"
+"""Names, among the probes, that of candidates under a drafter that routes, in its own launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +116,7 @@ class Prices:
         probe_s: One probe at an exit; where probe and decision are one compiled call, that call.
         policy_s: The rest of one question to the policy, for all rows: with ``probe_s``, all of it.
         fill_s: Filling the KV of one skipped layer.
-        step_s: What a launch pays besides (embedding, rotary, bookkeeping).
+        step_s: What a launch pays besides (embedding, rotary, bookkeeping, what it emits).
         build_s: Preparing the probe: paid once per token if its policy reads a probe at all.
         layer_j, head_j, probe_j, policy_j, fill_j, step_j, build_j: Joules; None where unknown.
         energy_method: Says how the joules were obtained.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.controller.costs.prices import (
+    COPY_PARTS,
     PARTS,
     PROBE_PARTS,
     SPAN_PARTS,
@@ -32,9 +33,11 @@ class CostTable:
         layers: Number of layers L of the model measured.
         machine: What it was measured on: processor, system.
         batches: Every part, by rows, ascending from 1 (``view_of_one`` gives the view).
-        spans: Layer and head over several tokens of one row, by tokens, ascending from 1.
+        spans: Layer, head and step of a launch that verifies: over several tokens of one row, by
+            tokens, ascending from 1.
         passes: The same over several tokens of each of some rows, by the number of rows (above 1).
-        probes: PolicyParts that depend on the feature schema, by its name, by rows.
+        probes: Parts that depend on the feature schema, by its name, by rows; ``ROUTED`` are those
+            of candidates under a drafter that routes.
         copies: Layer and head of a copy of the layers in fewer bytes, by its weights, by rows.
         schema: Name of the schema that ``batches`` hold the probe of.
         model: Fingerprint of the model's weights; "" only in tables of constants.
@@ -84,7 +87,7 @@ class CostTable:
         for rows, spans in self.passes.items():
             require_batches(f"passes of {rows} rows", spans, SPAN_PARTS)
         for weights, batches in self.copies.items():
-            require_batches(f"copies in {weights}", batches, SPAN_PARTS)
+            require_batches(f"copies in {weights}", batches, COPY_PARTS)
         for name, batches in self.probes.items():
             require_batches(f"probes of {name}", batches, PROBE_PARTS)
             if [each.size for each in batches] != [each.size for each in self.batches]:
@@ -135,8 +138,8 @@ class CostTable:
     def launch(self, tokens: float) -> Prices:
         """Prices of a launch of that many tokens of one row, as a verifying pass takes them.
 
-        ``full_s`` is the whole pass; layer and head are those of all its tokens, the other parts
-        those of one row. Raises as ``at`` does.
+        ``full_s`` is the whole pass; layer, head and step are those of all its tokens, the other
+        parts those of one row. Raises as ``at`` does.
         """
         one = read_prices("rows", self.batches, 1)
         return self._prices(1, tokens, one | read_prices("tokens", self.spans, tokens))

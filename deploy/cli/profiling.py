@@ -12,7 +12,7 @@ from offramp.controller.costs.cost_file import save_costs
 from offramp.controller.costs.pace import FREE_GROWTH, knee_of
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import IntArray
+from offramp.controller.features import MAX_PENDING, IntArray
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.tables import costs_table, spans_table
@@ -83,6 +83,7 @@ def profile(
         slots=config.rows[-1],
         engine=EngineConfig(
             translators=translators,
+            max_pending=max(MAX_PENDING, config.tokens[-1] - 1),
             precision=Precision.parse(weights),
             draft_precision=Precision.of_copy(draft_weights),
         ),
@@ -91,9 +92,8 @@ def profile(
     options.require_loadable(spec, Settings.from_environment())
     table_VK = _candidates(model, traces, candidates)
     with progress("profile", "s") as advance:
-        found = measure_costs(
-            load_engine(spec), table_VK, config, lambda *seconds: advance(*map(round, seconds))
-        )
+        engine, tell = load_engine(spec), lambda *seconds: advance(*map(round, seconds))
+        found = measure_costs(engine, table_VK, config, tell)
     _save(found, half_width, out)
 
 

@@ -10,7 +10,14 @@ from rich.table import Table
 from offramp.agents.evaluation.evaluation_rows import EvaluationRow
 from offramp.agents.tuning.kv_quality import LEAVING, FillQuality
 from offramp.agents.tuning.quality import Comparison, TuneReport
-from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
+from offramp.controller.costs.prices import (
+    COPY_PARTS,
+    LEAST_REPEATS,
+    PARTS,
+    PROBE_PARTS,
+    SPAN_PARTS,
+    Batch,
+)
 from offramp.controller.costs.table import CostTable
 
 
@@ -112,7 +119,7 @@ def costs_table(costs: CostTable) -> Table:
         for part in PROBE_PARTS:
             table.add_row(f"{part}, {name}", *_timings(costs.probes[name], part))
     for weights, batches in costs.copies.items():
-        for part in SPAN_PARTS:
+        for part in COPY_PARTS:
             table.add_row(f"{part}, copy in {weights}", *_timings(batches, part))
     return table
 

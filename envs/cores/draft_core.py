@@ -247,7 +247,7 @@ class DraftExitCore:
         self._pending_B[place_K] += 1
         depth_K = self.tables.depth_D[here_K + 1]
         filled_K = self._open.left(place_K, depth_K, self.tables.own_D[here_K + 1])
-        self._spent_B[place_K] += self.prices.step_s + self.prices.fill_s * filled_K
+        self._spent_B[place_K] += self.prices.step_W[0] + self.prices.fill_s * filled_K
         self._counts["drafts"][place_K] += 1
         self._here_B[place_K] = -1
         self.view.drafted(place_K, depth_K, chances_of(self.tables.odds_NE[token_K, here_K]))
@@ -256,7 +256,7 @@ class DraftExitCore:
         """Run to the end, with all open drafts; what full depth says of them is certain."""
         pending_K = self._pending_B[place_K]
         self._run(place_K, self.layers)
-        self._spent_B[place_K] += self.prices.head_W[pending_K] + self.prices.step_s
+        self._spent_B[place_K] += self.prices.head_W[pending_K] + self.prices.step_W[pending_K]
         right_K = self._right_B[place_K]
         self._counts["tokens"][place_K] += right_K + 1
         self._counts["cycles"][place_K] += 1

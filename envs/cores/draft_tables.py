@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from offramp.controller.costs.prices import ROUTED
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray, IntArray
@@ -38,7 +39,8 @@ class DraftPrices:
     """Seconds of what a cycle is made of, for one row.
 
     Attributes:
-        layer_W, head_W: One layer, and the head, over 1, 2, … tokens.
+        layer_W, head_W, step_W: One layer, the head, and what a launch pays besides, over 1, 2, …
+            tokens.
         ask_s: One probe and one decision. Leaving costs nothing more: the whole-softmax probe
             computes the head, and the best candidate takes none.
         copy_layer_s, copy_ask_s: One layer over one token, and asking, on the copy that exits
@@ -46,19 +48,18 @@ class DraftPrices:
         fill_s: The entries of one token at one layer that a later draft on the copy reads.
         build_s: Preparing a row to be asked, and its probe, once per token that is asked at all.
         start_s: The decision before the first layer.
-        step_s: What every token pays besides.
         full_s: One token at full depth, undrafted: the unit of time.
     """
 
     layer_W: SecondsArray
     head_W: SecondsArray
+    step_W: SecondsArray
     ask_s: float
     copy_layer_s: float
     copy_ask_s: float
     fill_s: float
     build_s: float
     start_s: float
-    step_s: float
     full_s: float
 
     @classmethod
@@ -82,6 +83,8 @@ class DraftPrices:
                 of each draft.
             headless: Whether candidates are probed and drafted.
 
+        Decisions and books are those of drafters that route, where these were measured.
+
         Raises:
             ConfigError: that probe, that copy, or launches of ``max_pending`` + 1 tokens, were not
                 measured.
@@ -90,22 +93,24 @@ class DraftPrices:
         other_probe = costs.batches and costs.schema != schema.name
         measured = costs.with_probe(schema.name) if other_probe else costs
         one = measured.at(1)
+        routed = measured.with_probe(ROUTED).at(1) if ROUTED in costs.probes else one
         weights = copy_weights(exits)
         copy = one if weights is None else measured.on_copy(weights)
-        asked_s = one.probe_s if probes else one.head_s
+        probe_s = routed.probe_s if headless else one.probe_s
+        asked_s = probe_s if probes else one.head_s
         # A probe of candidates reads the model's own head; any other draft takes the copy's.
         on_copy_s = asked_s if headless else asked_s + copy.head_s - one.head_s
         spans = [measured.launch(tokens) for tokens in range(1, max_pending + 2)]
         return cls(
             layer_W=np.array([each.layer_s for each in spans]),
             head_W=np.array([each.head_s for each in spans]),
-            ask_s=one.policy_s + asked_s,
+            step_W=np.array([each.step_s for each in spans]),
+            ask_s=routed.policy_s + asked_s,
             copy_layer_s=copy.layer_s,
-            copy_ask_s=one.policy_s + on_copy_s,
+            copy_ask_s=routed.policy_s + on_copy_s,
             fill_s=one.fill_s,
-            build_s=one.build_s,  # mostly the books of rows that are asked at all, probed or not
-            start_s=one.policy_s,
-            step_s=one.step_s,
+            build_s=routed.build_s,  # mostly the books of rows that are asked, probed or not
+            start_s=routed.policy_s,
             full_s=one.full_s,
         )
 

@@ -84,5 +84,5 @@ def test_a_table_is_strict_json(cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     cli("profile", "--out", out, *SMALL)
     record = json.loads(out.read_text())
-    assert record["version"] == 3
+    assert record["version"] == 4
     assert [batch["size"] for batch in record["spans"]] == [1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from offramp.controller.costs.prices import PARTS, SPAN_PARTS, Batch, Timing
+from offramp.controller.costs.prices import COPY_PARTS, PARTS, SPAN_PARTS, Batch, Timing
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.costs.table import CostTable, view_of_one
 
@@ -35,7 +35,7 @@ def measured(model: str = "ab" * 32) -> CostTable:
     softmax = tuple(
         Batch(size=each.size, parts={"probe": each.parts["head"], **beside}) for each in batches
     )
-    spans = tuple(batch(size, 0.05, SPAN_PARTS) for size in (1, 4, 8))
+    copy = tuple(batch(size, 0.05, COPY_PARTS) for size in (1, 4, 8))
     return CostTable(
         **view_of_one(batches),
         layers=12,
@@ -47,7 +47,7 @@ def measured(model: str = "ab" * 32) -> CostTable:
             for rows in (4, 8)
         },
         probes={"softmax": softmax},
-        copies={"int4": tuple(each.scaled("layer", 0.4).scaled("head", 0.7) for each in spans)},
+        copies={"int4": tuple(each.scaled("layer", 0.4).scaled("head", 0.7) for each in copy)},
         schema="candidates",
         model=model,
         dtype="float32",

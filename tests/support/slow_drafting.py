@@ -138,6 +138,7 @@ class SlowEpisode:
         self.here = target
 
     def leave(self) -> None:
+        self.seconds += self.probe.step_s
         self.right.append(bool(self.traces.agree_NE[self.token, self.here]))
         on_copy = is_on_copy(self.traces.header.exits[self.here])
         executed = self.copy_depth if on_copy else self.depth
@@ -148,7 +149,8 @@ class SlowEpisode:
 
     def verify(self) -> None:
         self.run(self.traces.header.layers)
-        self.seconds += self.costs.launch(1 + len(self.open)).head_s
+        passed = self.costs.launch(1 + len(self.open))
+        self.seconds += passed.head_s + passed.step_s
         accepted = 0
         while accepted < len(self.right) and self.right[accepted]:
             accepted += 1
@@ -159,7 +161,6 @@ class SlowEpisode:
         self.begin(self.base)
 
     def begin(self, token: int) -> None:
-        self.seconds += self.probe.step_s
         self.token, self.here, self.depth, self.copy_depth = token, -1, 0, 0
 
     def forced(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.controller.costs.prices import LEAST_REPEATS, Timing
+from offramp.controller.costs.prices import LEAST_REPEATS, ROUTED, Timing
 from offramp.controller.costs.readings import EnergyMethod
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
@@ -29,12 +29,18 @@ from offramp.worker.profiling.loop import (
     ScriptedPolicy,
     Step,
     clocked,
+    copy_pass,
     decode_steps,
-    span_pass,
 )
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig, Rounds
-from offramp.worker.profiling.samples import Key, Samples, median_interval, random_policy
+from offramp.worker.profiling.rounds import ProfileConfig, Rounds, cycle_script
+from offramp.worker.profiling.samples import (
+    Key,
+    Samples,
+    eager_drafter,
+    median_interval,
+    random_policy,
+)
 from offramp.worker.recording.recording_actor import TraceRecorder
 from offramp.worker.spec import WorkerSpec, describe
 from support.cost_tables import leaving
@@ -110,19 +116,39 @@ def test_cohorts_are_refused(table_VK: IntArray) -> None:
         measure_costs(engine, table_VK, QUICK)
 
 
-def test_a_span_runs_every_layer_over_all_its_tokens(engine: AdaptiveEngine) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_cycle_drafts_at_the_first_exit_and_verifies_all(
+    engine: AdaptiveEngine, table_VK: IntArray, rows: int
+) -> None:
+    drafter = ScriptedPolicy(eager_drafter(EXITS, table_VK, engine.config.max_pending))
     shapes: list[tuple[int, ...]] = []
-    hooks = [
-        block.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
-        for block in engine.stack.blocks
-    ]
+    hook = engine.stack.blocks[-1].register_forward_hook(
+        lambda _, __, out: shapes.append(tuple(out.shape))
+    )
+    prompts = [[5, 6, 7, 8 + row] for row in range(rows)]
     with clocked(engine) as clock:
-        seconds = span_pass(engine, clock, 24, 4)
-    for hook in hooks:
-        hook.remove()
-    assert shapes == [(1, 4, engine.stack.width)] * LAYERS
+        steps = decode_steps(engine, clock, drafter, prompts, cycle_script(4, 2), "verify")
+    hook.remove()
+    draft = {"layer": EXITS[0], "build": 1, "ask": 1, "probe": 1}
+    deep = {"layer": EXITS[0], "span": LAYERS - EXITS[0], "head": 1}
+    unasked = [{part: n for part, n in step.calls.items() if part != "build"} for step in steps]
+    assert [step.calls for step in steps[:3]] == [draft] * 3
+    assert unasked[3::4] == [deep] * 2
+    assert shapes[-2:] == [(rows, 4, engine.stack.width)] * 2
+
+
+def test_a_copy_is_run_over_one_token_of_each_row(engine: AdaptiveEngine) -> None:
+    with clocked(engine) as clock:
+        seconds = copy_pass(engine, clock, engine.stack, 24, 3)
     assert clock.calls == {"layer": LAYERS, "head": 1}
     assert all(value > 0 for value in seconds.values())
+
+
+def test_more_tokens_than_may_be_open_are_refused(
+    engine: AdaptiveEngine, table_VK: IntArray
+) -> None:
+    with pytest.raises(ConfigError, match="tokens: 17 are more than the 8 drafts"):
+        measure_costs(engine, table_VK, replace(QUICK, tokens=(1, 17)))
 
 
 def test_one_thread_is_charged_its_own_time_and_several_the_wall() -> None:
@@ -142,7 +168,9 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert found.enough_s > found.seconds > 0
     assert [batch.size for batch in costs.batches] == [1, 3]
     assert [span.size for span in costs.spans] == [1, 4]
-    assert set(costs.probes) == {schema.name for schema in SCHEMAS.values()}
+    assert set(costs.probes) == {schema.name for schema in SCHEMAS.values()} | {ROUTED}
+    assert costs.launch(4).step_s > 0
+    assert costs.launch(4).step_s != costs.at(1).step_s
     assert costs.probes["candidates"][1].parts["probe"] == costs.batches[1].parts["probe"]
     assert costs.model == engine.model_fingerprint
     assert (costs.layers, costs.dtype, costs.threads) == (LAYERS, "float32", 1)
@@ -158,7 +186,7 @@ def test_a_table_of_everything(engine: AdaptiveEngine, table_VK: IntArray) -> No
     assert set(costs.passes) == {3}
     assert [span.size for span in costs.passes[3]] == [1, 4]
     # One value gives no interval: parts by rows, spans, passes of three rows, probes.
-    assert len(found.loose) == 2 * 7 + 2 * 2 + 2 * 2 + len(SCHEMAS) * 2 * 3
+    assert len(found.loose) == 2 * 7 + 2 * 3 + 2 * 3 + len(costs.probes) * 2 * 3
     grown = replace(QUICK, context=150)  # beyond the cache's first block
     measure_costs(engine, table_VK, grown)
     assert len(engine.generate([[3, 4]], SamplingParams(max_tokens=3))[0].token_ids) == 3

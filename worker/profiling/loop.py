@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from offramp.controller.policies.drafts import DraftRouter
 from offramp.controller.policies.mlp import MlpPolicy
+from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.model.attention import decode_window, ragged_window
+from offramp.worker.model.attention import decode_window
 from offramp.worker.model.stack import LayerStack
 
 PROCESSOR, WALL = "processor time of one thread", "wall time"
@@ -31,7 +34,7 @@ what a busy machine lends to others meanwhile is no cost of the model, and on an
 are the same. Several threads, or a GPU, are charged wall time."""
 
 
-PROBING = ("features", "leaving")
+PROBING = ("features", "leaving", "route")
 """Methods of a probe that read a state."""
 
 
@@ -84,7 +87,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
 
     ``build`` is what makes rows ready to be asked, at the start of a token; ``ask`` one question,
     in which ``probe`` is contained: reading the features, or, where probe and policy are one
-    compiled call, that call.
+    compiled call, that call. ``span`` is a layer over several tokens of a row.
     """
     clock, decoder = PartClock(engine.stack.device), engine.decoder
     projector: Any = decoder.projector
@@ -95,7 +98,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
     bench, group_rows = decoder.probes, clock.timed("build", decoder.grouper.group_rows)
     probe, fused = bench.probe, bench.fused_probe
     calls = {
-        **{(s, "run_layers"): clock.timed("layer", s.run_layers, _layers_run) for s in stacks},
+        **{(s, "run_layers"): _by_width(clock, s.run_layers) for s in stacks},
         **{(s, "logits"): clock.timed("head", s.logits) for s in stacks},
         (projector, "project"): clock.timed("fill", projector.project),
         (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
@@ -110,6 +113,16 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
             setattr(owner, name, call)
             restored.callback(delattr, owner, name)
         yield clock
+
+
+def _by_width(clock: PartClock, run_layers: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    one, several = (clock.timed(part, run_layers, _layers_run) for part in ("layer", "span"))
+
+    def run(first: int, last: int, x_NTD: Tensor, *rest: Any) -> Tensor:
+        timed: Callable[..., Tensor] = one if x_NTD.shape[1] == 1 else several
+        return timed(first, last, x_NTD, *rest)
+
+    return run
 
 
 def _layers_run(first: int, last: int, *_: Any) -> int:
@@ -132,19 +145,21 @@ class ScriptedPolicy:
     """Makes a policy of the published kind do as it is told, at the price of its own decisions.
 
     Args:
-        policy: Its exits and threshold are changed from step to step.
+        policy: Its exits, and its threshold if it is a gate, are changed from step to step.
 
     Attributes:
         exits: At which it is asked.
     """
 
-    def __init__(self, policy: MlpPolicy) -> None:
+    def __init__(self, policy: MlpPolicy | DraftRouter) -> None:
         self.policy = policy
         self.exits = policy.exits
 
     def begin(self, act: int) -> None:
         """Say what it does in the next step: ``SILENT``, ``STAY``, or leave at exit ``act``."""
         self.policy.exits = () if act == SILENT else self.exits
+        if isinstance(self.policy, DraftRouter):
+            return  # where it is asked, its nets decide
         self.policy.threshold = math.inf
         if act >= 0:
             self.policy.exits = self.exits[act : act + 1]
@@ -157,8 +172,8 @@ class Step:
 
     Attributes:
         whole_s: All of it.
-        parts_s: By part: layer, head, fill, build, ask (with the probe) and probe, each summed
-            over its calls.
+        parts_s: By part: layer, span, head, fill, build, ask (with the probe) and probe, each
+            summed over its calls.
         calls: Calls of each.
     """
 
@@ -183,6 +198,7 @@ def decode_steps(
     script: ScriptedPolicy,
     prompts: list[list[int]],
     acts: Sequence[int],
+    kv_mode: KVMode = "project",
 ) -> list[Step]:
     """Read prompts, then decode some steps of all of them together, each timed.
 
@@ -195,11 +211,13 @@ def decode_steps(
         script: Policy of all rows, told what to do.
         prompts: One per row, all within the engine's slots.
         acts: What the policy does in each step.
+        kv_mode: In ``verify``, a token that leaves is a draft, and the next one that goes to the
+            end verifies all drafts.
     """
     sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
     # Without exits, for project goes with no adapter layer that has an exit before it.
     script.begin(SILENT)
-    requests = [engine.submit(p, sampling, script.policy, kv_mode="project") for p in prompts]
+    requests = [engine.submit(p, sampling, script.policy, kv_mode=kv_mode) for p in prompts]
     while engine.is_prefilling:
         engine.step()
     steps = []
@@ -220,44 +238,32 @@ def most_tokens(rows: int, steps: int) -> int:
     return rows + steps + 1
 
 
-def span_pass(
-    engine: AdaptiveEngine,
-    clock: PartClock,
-    context: int,
-    tokens: int,
-    rows: int = 1,
-    copy: LayerStack | None = None,
+def copy_pass(
+    engine: AdaptiveEngine, clock: PartClock, copy: LayerStack, context: int, rows: int
 ) -> dict[str, float]:
-    """Seconds of a layer and of the head over several tokens of some rows, all layers in turn.
+    """Seconds of a layer and of the head of a copy, over one token of some rows, all in turn.
 
     Args:
         engine: Keeps the cache; no request may run.
         clock: Around the engine's parts.
+        copy: The layers to run in place of the model's own.
         context: Tokens before those in the cache.
-        tokens: Tokens of each row.
         rows: Rows in the launch.
-        copy: Layers to run in place of the model's own.
     """
-    engine.kv.reserve(context + tokens)  # outside inference mode, whose tensors stay in it
-    return _span_pass(engine, clock, copy or engine.stack, (context, tokens, rows))
+    engine.kv.reserve(context + 1)  # outside inference mode, whose tensors stay in it
+    return _copy_pass(engine, clock, copy, context, rows)
 
 
 @torch.inference_mode()
-def _span_pass(
-    engine: AdaptiveEngine, clock: PartClock, stack: LayerStack, size: tuple[int, int, int]
+def _copy_pass(
+    engine: AdaptiveEngine, clock: PartClock, copy: LayerStack, context: int, rows: int
 ) -> dict[str, float]:
-    context, tokens, rows = size
-    positions_NT = torch.arange(context, context + tokens, device=stack.device).repeat(rows, 1)
-    x_NTD = stack.embed(positions_NT % stack.vocab, positions_NT)
-    rotary = stack.rotary(x_NTD, positions_NT)
-    slots, lasts = range(rows), [context + tokens - 1] * rows
-    window = (
-        decode_window(slots, lasts, stack.heads_per_key, x_NTD)
-        if tokens == 1
-        else ragged_window(slots, lasts, [tokens] * rows, stack.heads_per_key, x_NTD)
-    )
+    positions_N1 = torch.full((rows, 1), context, device=copy.device)
+    x_N1D = copy.embed(positions_N1 % copy.vocab, positions_N1)
+    rotary = copy.rotary(x_N1D, positions_N1)
+    window = decode_window(range(rows), [context] * rows, copy.heads_per_key, x_N1D)
     engine.kv.open(window)
     clock.wipe()
-    x_NTD = stack.run_layers(0, stack.layers, x_NTD, rotary, window, engine.kv)
-    stack.logits(x_NTD.flatten(0, 1))
-    return {"layer": clock.seconds["layer"] / stack.layers, "head": clock.seconds["head"]}
+    x_N1D = copy.run_layers(0, copy.layers, x_N1D, rotary, window, engine.kv)
+    copy.logits(x_N1D.flatten(0, 1))
+    return {"layer": clock.seconds["layer"] / copy.layers, "head": clock.seconds["head"]}

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.controller.costs.prices import LEAST_REPEATS, PARTS, PROBE_PARTS, SPAN_PARTS, Batch
+from offramp.controller.costs.prices import (
+    COPY_PARTS,
+    LEAST_REPEATS,
+    PARTS,
+    PROBE_PARTS,
+    ROUTED,
+    SPAN_PARTS,
+    Batch,
+)
 from offramp.controller.costs.table import CostTable, view_of_one
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, SCHEMAS, IntArray
@@ -25,6 +33,7 @@ from offramp.worker.profiling.rounds import (
     REPEATS,
     ProfileConfig,
     Rounds,
+    cycle_script,
     pass_table,
     whole_script,
 )
@@ -142,10 +151,7 @@ def _table(
             rows: batches(pass_table(rows), config.pass_tokens, SPAN_PARTS)
             for rows in config.rows[1:]
         },
-        probes={
-            schema.name: batches(schema.name, config.rows, PROBE_PARTS)
-            for schema in SCHEMAS.values()
-        },
+        probes={name: batches(name, config.rows, PROBE_PARTS) for name in _probes(config)},
         copies=_copies(engine, config, samples),
         schema=CANDIDATES_V1.name,
         model=engine.model_fingerprint,
@@ -160,6 +166,11 @@ def _table(
     )
 
 
+def _probes(config: ProfileConfig) -> list[str]:
+    """Name what is probed: a drafter drafts only where a row may have several tokens."""
+    return [*(schema.name for schema in SCHEMAS.values()), *([ROUTED] if config.tokens[1:] else [])]
+
+
 def _copies(
     engine: AdaptiveEngine, config: ProfileConfig, samples: Samples
 ) -> dict[str, tuple[Batch, ...]]:
@@ -168,7 +179,7 @@ def _copies(
     if precision is None:
         return {}
     batches = (
-        Batch(size=n, parts={part: samples.timing(Key(COPY, n, part)) for part in SPAN_PARTS})
+        Batch(size=n, parts={part: samples.timing(Key(COPY, n, part)) for part in COPY_PARTS})
         for n in config.rows
     )
     return {precision.weights: tuple(batches)}
@@ -187,8 +198,15 @@ def _fitted(config: ProfileConfig, engine: AdaptiveEngine) -> ProfileConfig:
         )
     if engine.config.schedule.holds:
         raise ConfigError("holds", "make cohorts; parts are timed in lock-step", "Use none")
-    steps = most_tokens(config.rows[-1], len(whole_script(len(exits))))
-    longest = config.context + max(config.tokens[-1], steps)
+    if config.tokens[-1] > engine.config.max_pending + 1:
+        raise ConfigError(
+            "tokens",
+            f"{config.tokens[-1]} are more than the {engine.config.max_pending} drafts that may be "
+            "open, and one",
+            "Use fewer, or an engine with a larger max_pending",
+        )
+    scripts = (whole_script(len(exits)), *map(cycle_script, config.tokens))
+    longest = config.context + most_tokens(config.rows[-1], max(map(len, scripts)))
     if longest > stack.context:
         raise ConfigError(
             "context",

@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from offramp.controller.costs.prices import LEAST_REPEATS, SPAN_PARTS
+from offramp.controller.costs.prices import COPY_PARTS, LEAST_REPEATS, ROUTED
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SCHEMAS, IntArray
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -21,16 +21,20 @@ from offramp.worker.profiling.loop import (
     PartClock,
     ScriptedPolicy,
     Step,
+    copy_pass,
     decode_steps,
-    span_pass,
 )
-from offramp.worker.profiling.samples import Samples, random_policy
+from offramp.worker.profiling.samples import Samples, eager_drafter, random_policy
 
 REPEATS = 6
 """Steps of a kind in a round at most; fewer where six rounds of so many would not fit."""
 
 PASSES = 3
-"""Verifying passes of several rows in a round: there are many sizes, and large ones take long."""
+"""Cycles of several rows in a round: there are many sizes, and large ones take long."""
+
+CYCLE_TOKENS = 64
+"""Tokens that the cycles of a round draft or verify, if one cycle has not more: a longer text would
+be another context."""
 
 PROBE_CONTEXT = 16
 """Tokens in the cache where only asking is timed, which reads none of them."""
@@ -105,11 +109,15 @@ class Rounds:
         self.engine, self.clock = engine, clock
         self.config, self.samples = config, samples
         self.repeats = 1
-        self._books_s: dict[int, float] = {}  # by rows: what steps take longer whose rows are asked
+        self._silent_s: dict[int, float] = {}  # by rows: the rest of a step that asks nobody
+        self._books_s: dict[int, float] = {}  # and what it takes longer where rows are asked
         self.scripts = {
             schema.name: ScriptedPolicy(random_policy(schema, config.exits, candidates_VK))
             for schema in SCHEMAS.values()
         }
+        self.drafter = ScriptedPolicy(
+            eager_drafter(config.exits, candidates_VK, engine.config.max_pending)
+        )
         rng = np.random.default_rng(0)
         alphabet = min(PROMPT_TOKENS, engine.stack.vocab)
         self.prompts = [
@@ -170,9 +178,9 @@ class Rounds:
             else:
                 yield partial(self._probe, rows, name), rows
         for tokens in self.config.tokens:
-            yield partial(self._span, tokens), 1
+            yield partial(self._cycles, 1, tokens), 1
         for rows, tokens in itertools.product(self.config.rows[1:], self.config.pass_tokens):
-            yield partial(self._pass, rows, tokens), rows
+            yield partial(self._cycles, rows, tokens), rows
         for rows in () if self.engine.decoder.context.copy is None else self.config.rows:
             yield partial(self._copy, rows), rows
 
@@ -186,7 +194,7 @@ class Rounds:
         full = silent + stays
         rests_s = [median(step.rest_s for step in some) for some in (silent, stays)]
         # Rows that nobody asks need no books: what these cost is paid by who asks.
-        self._books_s[rows] = max(0.0, rests_s[1] - rests_s[0])
+        self._silent_s[rows], self._books_s[rows] = rests_s[0], max(0.0, rests_s[1] - rests_s[0])
         skipped = sum(self.engine.stack.layers - layer for layer in exits)
         self.samples.add(
             "rows",
@@ -210,31 +218,43 @@ class Rounds:
         self.samples.add(name, rows, parts)
         return parts
 
-    def _span(self, tokens: int) -> None:
-        context = self.config.context
-        passes = [span_pass(self.engine, self.clock, context, tokens) for _ in range(self.repeats)]
-        parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
-        self.samples.add("tokens", tokens, parts)
+    def _cycles(self, rows: int, tokens: int) -> None:
+        """Launches that draft, each row's tokens but one, and then one that verifies them all."""
+        most = self.repeats if rows == 1 else min(self.repeats, PASSES)
+        script = cycle_script(tokens, most)
+        prompts = [each[: self.config.context] for each in self.prompts[:rows]]
+        steps = decode_steps(self.engine, self.clock, self.drafter, prompts, script, "verify")
+        drafts, deep = ([step for step, act in zip(steps, script, strict=True) if act == kind]
+                        for kind in (DRAFT, SILENT))  # fmt: skip
+        part = "layer" if tokens == 1 else "span"
+        parts = {
+            "layer": median(step.each(part) for step in deep),
+            "head": median(step.each("head") for step in deep),
+            "step": median(step.rest_s for step in deep),
+        }
+        self.samples.add("tokens" if rows == 1 else pass_table(rows), tokens, parts)
+        if drafts:
+            self.samples.add(ROUTED, rows, self._routed(rows, drafts))
 
-    def _pass(self, rows: int, tokens: int) -> None:
-        """A launch that verifies: several tokens of each row."""
-        context = self.config.context
-        passes = [
-            span_pass(self.engine, self.clock, context, tokens, rows)
-            for _ in range(min(self.repeats, PASSES))
-        ]
-        parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
-        self.samples.add(pass_table(rows), tokens, parts)
+    def _routed(self, rows: int, drafts: Sequence[Step]) -> dict[str, float]:
+        probe_s, build_s = (
+            median(step.each(part) for step in drafts) for part in ("probe", "build")
+        )
+        policy_s = median(step.each("ask") - step.each("probe") for step in drafts)
+        books_s = median(step.rest_s for step in drafts) - self._silent_s.get(rows, 0.0)
+        # Where to ask first is decided while rows are made ready, and is charged as a decision.
+        build_s = max(0.0, build_s + books_s - policy_s)
+        return {"probe": probe_s, "policy": policy_s, "build": build_s}
 
     def _copy(self, rows: int) -> None:
         """A token of each row on the copy."""
         copy = self.engine.decoder.context.copy
         assert copy is not None
-        size = (self.config.context, 1, rows)
         passes = [
-            span_pass(self.engine, self.clock, *size, copy.stack) for _ in range(self.repeats)
+            copy_pass(self.engine, self.clock, copy.stack, self.config.context, rows)
+            for _ in range(self.repeats)
         ]
-        parts = {part: median(each[part] for each in passes) for part in SPAN_PARTS}
+        parts = {part: median(each[part] for each in passes) for part in COPY_PARTS}
         self.samples.add(COPY, rows, parts)
 
     def _decode(self, rows: int, name: str, acts: Sequence[int], context: int) -> list[Step]:
@@ -249,6 +269,20 @@ COPY = "copy"
 def pass_table(rows: int) -> str:
     """Name of the samples over several tokens of each of so many rows."""
     return f"tokens of {rows} rows"
+
+
+DRAFT = 0
+"""What the drafter does in a step that drafts: each row leaves at the first exit."""
+
+
+def cycle_script(tokens: int, repeats: int = REPEATS) -> list[int]:
+    """Some cycles: steps that draft all tokens of a row but one, and one that verifies.
+
+    >>> cycle_script(3, 2)
+    [0, 0, -2, 0, 0, -2]
+    """
+    cycles = max(1, min(repeats, CYCLE_TOKENS // tokens))
+    return ([DRAFT] * (tokens - 1) + [SILENT]) * cycles
 
 
 def whole_script(exits: int, repeats: int = REPEATS) -> list[int]:

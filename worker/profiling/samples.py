@@ -14,13 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from offramp.controller.costs.prices import LEAST_REPEATS, Timing
-from offramp.controller.features import FeatureSchema, IntArray
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FeatureSchema, IntArray
+from offramp.controller.policies.drafts import DraftRouter
+from offramp.controller.policies.drafts.draft_trust import DraftChances
 from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.net import Weights
 
 CONFIDENCE = 0.95
 
 HIDDEN = (32, 32)
 """Hidden units of the policy that is timed: those the agents train."""
+
+EAGER = 1e6
+"""Logit by which one action outweighs whatever random weights say of the others."""
 
 
 class Key(NamedTuple):
@@ -98,9 +104,29 @@ def random_policy(
     schema: FeatureSchema, exits: tuple[int, ...], candidates_VK: IntArray
 ) -> MlpPolicy:
     """An untrained policy of the shape that the agents train: it costs what they cost."""
+    return MlpPolicy(exits, schema, _random_net(schema.width, 1), candidates_VK=candidates_VK)
+
+
+def eager_drafter(exits: tuple[int, ...], candidates_VK: IntArray, max_pending: int) -> DraftRouter:
+    """A drafter of the shape that the agents train, whose drafts all leave at the first exit."""
+    seen, actions = OUTLOOK_V1.width + len(("odds", "trust")), len(exits) + 1
+    starter, router = (_random_net(width, actions) for width in (seen, CANDIDATES_V1.width + seen))
+    for net in (starter, router):
+        net[-1][1][0] = EAGER
+    chances = DraftChances([(0.0, 1.0)] * len(exits), exits)
+    return DraftRouter(
+        exits,
+        starter,
+        router,
+        max_pending=max_pending,
+        candidates_VK=candidates_VK,
+        chances=chances,
+    )
+
+
+def _random_net(inputs: int, outputs: int) -> Weights:
     rng = np.random.default_rng(0)
-    weights = [
+    return [
         (rng.standard_normal((a, b)).astype(np.float32), np.zeros(b, np.float32))
-        for a, b in itertools.pairwise((schema.width, *HIDDEN, 1))
+        for a, b in itertools.pairwise((inputs, *HIDDEN, outputs))
     ]
-    return MlpPolicy(exits, schema, weights, candidates_VK=candidates_VK)

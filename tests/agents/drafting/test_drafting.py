@@ -100,7 +100,8 @@ def test_right_drafts_pay_as_by_hand(traces: TokenTraces) -> None:
     one = costs.at(1)
     # A cycle: five starts, four drafts, and layers 2 to 11 over all five tokens.
     draft_s = 2 * one.layer_s + one.head_s + one.policy_s + one.build_s + one.step_s
-    deep_s = 2 * one.layer_s + 10 * costs.launch(5).layer_s + costs.launch(5).head_s + one.step_s
+    passed = costs.launch(5)
+    deep_s = 2 * one.layer_s + 10 * passed.layer_s + passed.head_s + passed.step_s
     cycle_s = drafts * draft_s + deep_s + (drafts + 1) * one.policy_s
     forced_s = one.policy_s  # the document's last token is not asked where it may draft
     assert found.counts["cycles"] == 10

@@ -47,8 +47,8 @@ def first_timing(record: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version 1": (lambda r: r.pop("version"), "version: is 1, not 3"),
-    "version 4": (lambda r: r.update(version=4), "version: is 4, not 3"),
+    "version 1": (lambda r: r.pop("version"), "version: is 1, not 4"),
+    "version 5": (lambda r: r.update(version=5), "version: is 5, not 4"),
     "passes of another kind": (lambda r: r.update(passes=[]), "passes: are no object"),
     "passes of one row": (lambda r: r.update(passes={"1": []}), "passes: are of"),
     "field gone": (lambda r: r.pop("threads"), r"lacks \['threads'\]"),

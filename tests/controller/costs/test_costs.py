@@ -39,7 +39,7 @@ def test_outside_of_the_profile_nothing_is_guessed(rows: float) -> None:
 def test_a_launch_of_several_tokens() -> None:
     prices = measured().launch(5)
     assert prices.layer_s == pytest.approx(10 * 1.8)
-    assert prices.full_s == pytest.approx(2 + 12 * 18 + 36)
+    assert prices.full_s == pytest.approx(3.6 + 12 * 18 + 36)
     assert (prices.rows, prices.tokens, prices.probe_s) == (1, 5, 3)
     with pytest.raises(ConfigError, match="tokens"):
         measured().launch(10)

@@ -24,7 +24,7 @@ def test_drafts_on_a_copy_cost_its_layers_and_are_verified_from_the_first_on() -
     assert pacer.draft_s(4, last) == own.step_s + 12 * copy.layer_s + copy.head_s
     assert pacer.draft_s(4, 12) == own.full_s > pacer.draft_s(4, last)
     passed = verifying_prices(costs, 4, 4)
-    assert pacer.verify_s(4, last, 3) == own.step_s + 12 * passed.layer_s + passed.head_s
+    assert pacer.verify_s(4, last, 3) == passed.full_s
     assert pacer.best(1, last, 0.95).length > 0 == pacer.best(1, 12, 0.95).length
 
 
