@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH))
 # Two processes; a file's tests share its fixtures, so a file stays with one of them.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo demo-smollm2 test fuzz chaos check setup format format-check lint types layers docs rooms clean
+.PHONY: demo demo-smollm2 test fuzz chaos check setup format format-check lint types layers audit docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
@@ -42,7 +42,7 @@ fuzz: setup
 chaos: setup
 	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
 
-check: format-check lint types layers docs test
+check: format-check lint types layers audit docs test
 
 setup: $(VENV)/.packages
 
@@ -69,6 +69,10 @@ types: setup
 
 layers: setup
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of what constraints.txt pins, where a source of them can be reached.
+audit: setup
+	$(BIN)/python .ci/audit.py constraints.txt
 
 docs: setup
 	$(BIN)/python -m pytest --doctest-modules --pyargs $(PACKAGES)
