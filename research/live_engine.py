@@ -67,6 +67,8 @@ class EngineSession:
         self.layers = engine.stack.layers
         self.model = engine.model_fingerprint
         self.max_pending = engine.config.max_pending
+        layers = engine.decoder.translators.layers
+        self.adapters = tuple(layer for layer in exits if layer in layers)
         self._engine = engine
         self._documents = [list(document) for document in documents]
         self._prompt_tokens = prompt_tokens

@@ -133,6 +133,9 @@ def _record(config: RecordConfig, out: Path) -> None:
         progress("record", "tokens", own_text="texts", costs="") as advance,
     ):
         report = record_traces(config, out, lambda stage, done, total: advance(done, total, stage))
+    if not report.tokens:
+        say(f"All tokens had been recorded; what they cost was measured → {out}")
+        return
     console.print(
         f"{report.tokens:,} tokens of {sum(report.documents.values())} documents in "
         f"{report.seconds:.1f} s ({report.tokens_per_s:,.0f} tokens/s) → {out}"

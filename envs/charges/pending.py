@@ -118,6 +118,7 @@ class TokenMeter:
         layers: Its number of layers.
         pending_share: What a pending token adds to a layer; None reads the table's spans.
         max_pending: Tokens that may be pending; None where skipped layers are projected.
+        adapters: Exits with an adapter layer.
 
     Attributes:
         objectives: Entries of a reward vector.
@@ -135,8 +136,10 @@ class TokenMeter:
         *,
         pending_share: float | None,
         max_pending: int | None,
+        adapters: tuple[int, ...] = (),
     ) -> None:
-        self._token_costs = TokenCosts.of(costs, exits, fills=max_pending is None)
+        fills = max_pending is None
+        self._token_costs = TokenCosts.of(costs, exits, fills=fills, adapters=adapters)
         self.objectives = self._token_costs.objectives
         self._layers = (*exits, layers)
         self._pending: PendingTokens | None = None

@@ -90,7 +90,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
     >>> from offramp.envs.live.session import LiveToken, Moment, Question
     >>> class Two:
     ...     model, exits, layers, schema = "m", (2, 4), 8, CANDIDATES_V1
-    ...     kv_mode, max_pending, asks_first = "project", 8, False
+    ...     kv_mode, max_pending, asks_first, adapters = "project", 8, False, ()
     ...     def begin(self, rng):
     ...         self.left, self.here = 2, 0
     ...         return Moment((), self.ask())
@@ -148,6 +148,7 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
             session.layers,
             pending_share=pending_share,
             max_pending=session.max_pending if session.kv_mode == "defer" else None,
+            adapters=session.adapters,
         )
         self._actions = Actions(actions, len(session.exits), jumps, session.asks_first, ends)
         self.objectives = self._meter.objectives

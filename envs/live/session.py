@@ -75,6 +75,7 @@ class LiveSession(Protocol):
         kv_mode: What becomes of skipped layers.
         max_pending: Tokens that may be pending in ``defer``.
         asks_first: Whether it also asks before the first layer.
+        adapters: Exits behind which an adapter layer runs, at the price of a layer.
     """
 
     @property
@@ -97,6 +98,9 @@ class LiveSession(Protocol):
 
     @property
     def asks_first(self) -> bool: ...  # noqa: D102
+
+    @property
+    def adapters(self) -> tuple[int, ...]: ...  # noqa: D102
 
     def begin(self, rng: np.random.Generator) -> Moment:
         """Give up what is running, and start a sequence drawn by ``rng``.

@@ -26,9 +26,10 @@ from offramp.envs import LIVE_ENV_ID, LiveExitEnv
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.research.live_engine import EngineSession
 from offramp.worker import AdaptiveEngine
+from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.follow import follow
 from offramp.worker.probes.candidates.successors import successor_table
-from support.models import REFERENCE
+from support.models import REFERENCE, make_model, save_adapters
 
 EXITS = (3, 6, 9)
 PROMPT = 16
@@ -211,6 +212,23 @@ def test_put_off_tokens_force_a_deep_one_and_are_billed(open_session: Open) -> N
     assert spent[0] == pytest.approx(one)
     deep = 1 + 8 * 9 * 0.5 * COSTS.layer_s / COSTS.full_s  # eight tokens, nine layers each
     assert spent[7] == pytest.approx(one + deep)
+    env.close()
+
+
+def test_an_adapter_layer_is_billed_as_a_layer(tmp_path: Path) -> None:
+    config = EngineConfig(translators=save_adapters("llama", tmp_path / "adapters", (1,)))
+    small = AdaptiveEngine(make_model("llama"), slots=1, config=config)
+    table_VK = np.tile(np.arange(8, dtype=np.int32), (small.stack.vocab, 1))
+    session = EngineSession(
+        small, [[*range(2, 12)]], prompt_tokens=4, exits=(1, 3), schema=CANDIDATES_V1,
+        candidates_VK=table_VK, kv_mode="defer",
+    )  # fmt: skip
+    costs = dataclasses.replace(COSTS, layers=small.stack.layers)
+    env = LiveExitEnv(open_session=lambda: session, costs=costs, pending_share=0.0)
+    env.reset(seed=0)
+    paid = -env.step(0)[4]["reward_vector"][1]
+    parts = costs.step_s + costs.head_s + costs.build_s + costs.probe_s + costs.policy_s
+    assert paid == pytest.approx((parts + 2 * costs.layer_s) / costs.full_s)
     env.close()
 
 
