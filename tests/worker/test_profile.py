@@ -29,7 +29,6 @@ from offramp.worker.profiling.loop import (
     ScriptedPolicy,
     Step,
     clocked,
-    copy_pass,
     decode_steps,
 )
 from offramp.worker.profiling.profile import measure_costs
@@ -135,13 +134,6 @@ def test_a_cycle_drafts_at_the_first_exit_and_verifies_all(
     assert [step.calls for step in steps[:3]] == [draft] * 3
     assert unasked[3::4] == [deep] * 2
     assert shapes[-2:] == [(rows, 4, engine.stack.width)] * 2
-
-
-def test_a_copy_is_run_over_one_token_of_each_row(engine: AdaptiveEngine) -> None:
-    with clocked(engine) as clock:
-        seconds = copy_pass(engine, clock, engine.stack, 24, 3)
-    assert clock.calls == {"layer": LAYERS, "head": 1}
-    assert all(value > 0 for value in seconds.values())
 
 
 def test_more_tokens_than_may_be_open_are_refused(

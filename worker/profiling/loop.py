@@ -25,8 +25,6 @@ from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.decoding.request import KVMode
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
-from offramp.worker.model.attention import decode_window
-from offramp.worker.model.stack import LayerStack
 
 PROCESSOR, WALL = "processor time of one thread", "wall time"
 """What the seconds are. One thread on a CPU that does all the work is charged its processor time:
@@ -236,34 +234,3 @@ def decode_steps(
 def most_tokens(rows: int, steps: int) -> int:
     """Tokens that a row of ``decode_steps`` may decode."""
     return rows + steps + 1
-
-
-def copy_pass(
-    engine: AdaptiveEngine, clock: PartClock, copy: LayerStack, context: int, rows: int
-) -> dict[str, float]:
-    """Seconds of a layer and of the head of a copy, over one token of some rows, all in turn.
-
-    Args:
-        engine: Keeps the cache; no request may run.
-        clock: Around the engine's parts.
-        copy: The layers to run in place of the model's own.
-        context: Tokens before those in the cache.
-        rows: Rows in the launch.
-    """
-    engine.kv.reserve(context + 1)  # outside inference mode, whose tensors stay in it
-    return _copy_pass(engine, clock, copy, context, rows)
-
-
-@torch.inference_mode()
-def _copy_pass(
-    engine: AdaptiveEngine, clock: PartClock, copy: LayerStack, context: int, rows: int
-) -> dict[str, float]:
-    positions_N1 = torch.full((rows, 1), context, device=copy.device)
-    x_N1D = copy.embed(positions_N1 % copy.vocab, positions_N1)
-    rotary = copy.rotary(x_N1D, positions_N1)
-    window = decode_window(range(rows), [context] * rows, copy.heads_per_key, x_N1D)
-    engine.kv.open(window)
-    clock.wipe()
-    x_N1D = copy.run_layers(0, copy.layers, x_N1D, rotary, window, engine.kv)
-    copy.logits(x_N1D.flatten(0, 1))
-    return {"layer": clock.seconds["layer"] / copy.layers, "head": clock.seconds["head"]}

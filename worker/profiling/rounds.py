@@ -14,6 +14,7 @@ import numpy as np
 from offramp.controller.costs.prices import COPY_PARTS, LEAST_REPEATS, ROUTED
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import CANDIDATES_V1, MAX_PENDING, SCHEMAS, IntArray
+from offramp.controller.policies.exits import Exit
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.profiling.loop import (
     SILENT,
@@ -21,7 +22,6 @@ from offramp.worker.profiling.loop import (
     PartClock,
     ScriptedPolicy,
     Step,
-    copy_pass,
     decode_steps,
 )
 from offramp.worker.profiling.samples import Samples, eager_drafter, random_policy
@@ -31,6 +31,9 @@ REPEATS = 6
 
 PASSES = 3
 """Cycles of several rows in a round: there are many sizes, and large ones take long."""
+
+COPY_CYCLE = 2
+"""Tokens of a cycle that drafts on the copy: any engine lets one be open."""
 
 CYCLE_TOKENS = 64
 """Tokens that the cycles of a round draft or verify, if one cycle has not more: a longer text would
@@ -181,8 +184,12 @@ class Rounds:
             yield partial(self._cycles, 1, tokens), 1
         for rows, tokens in itertools.product(self.config.rows[1:], self.config.pass_tokens):
             yield partial(self._cycles, rows, tokens), rows
-        for rows in () if self.engine.decoder.context.copy is None else self.config.rows:
-            yield partial(self._copy, rows), rows
+        precision = self.engine.config.draft_precision
+        if precision is not None:
+            last = (Exit(self.engine.stack.layers, precision.weights),)
+            drafter = ScriptedPolicy(eager_drafter(last, None, self.engine.config.max_pending))
+            for rows in self.config.rows:
+                yield partial(self._copy, rows, drafter), rows
 
     def _whole(self, rows: int) -> None:
         """Every part: steps that nobody is asked in, steps that stay, and pairs that leave."""
@@ -246,15 +253,13 @@ class Rounds:
         build_s = max(0.0, build_s + books_s - policy_s)
         return {"probe": probe_s, "policy": policy_s, "build": build_s}
 
-    def _copy(self, rows: int) -> None:
-        """A token of each row on the copy."""
-        copy = self.engine.decoder.context.copy
-        assert copy is not None
-        passes = [
-            copy_pass(self.engine, self.clock, copy.stack, self.config.context, rows)
-            for _ in range(self.repeats)
-        ]
-        parts = {part: median(each[part] for each in passes) for part in COPY_PARTS}
+    def _copy(self, rows: int, drafter: ScriptedPolicy) -> None:
+        """Tokens of each row that are drafted on the copy, in cycles."""
+        script = cycle_script(COPY_CYCLE, min(self.repeats, PASSES))
+        prompts = [each[: self.config.context] for each in self.prompts[:rows]]
+        steps = decode_steps(self.engine, self.clock, drafter, prompts, script, "verify")
+        drafts = [step for step, act in zip(steps, script, strict=True) if act == DRAFT]
+        parts = {part: median(step.each(part) for step in drafts) for part in COPY_PARTS}
         self.samples.add(COPY, rows, parts)
 
     def _decode(self, rows: int, name: str, acts: Sequence[int], context: int) -> list[Step]:

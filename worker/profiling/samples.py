@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from offramp.controller.costs.prices import LEAST_REPEATS, Timing
-from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, FeatureSchema, IntArray
+from offramp.controller.features import (
+    CANDIDATES_V1,
+    OUTLOOK_V1,
+    SOFTMAX_V2,
+    FeatureSchema,
+    IntArray,
+)
 from offramp.controller.policies.drafts import DraftRouter
 from offramp.controller.policies.drafts.draft_trust import DraftChances
 from offramp.controller.policies.mlp import MlpPolicy
@@ -107,10 +113,16 @@ def random_policy(
     return MlpPolicy(exits, schema, _random_net(schema.width, 1), candidates_VK=candidates_VK)
 
 
-def eager_drafter(exits: tuple[int, ...], candidates_VK: IntArray, max_pending: int) -> DraftRouter:
-    """A drafter of the shape that the agents train, whose drafts all leave at the first exit."""
+def eager_drafter(
+    exits: tuple[int, ...], candidates_VK: IntArray | None, max_pending: int
+) -> DraftRouter:
+    """A drafter of the shape that the agents train, whose drafts all leave at the first exit.
+
+    Without a table it reads the head, as drafters on a copy do.
+    """
+    schema = SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1
     seen, actions = OUTLOOK_V1.width + len(("odds", "trust")), len(exits) + 1
-    starter, router = (_random_net(width, actions) for width in (seen, CANDIDATES_V1.width + seen))
+    starter, router = (_random_net(width, actions) for width in (seen, schema.width + seen))
     for net in (starter, router):
         net[-1][1][0] = EAGER
     chances = DraftChances([(0.0, 1.0)] * len(exits), exits)
