@@ -35,9 +35,10 @@ $(SMOLLM2)/config.json: | setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-# Two minutes of requests that schemathesis makes up from /openapi.json.
+# Two minutes of requests that schemathesis makes up from /openapi.json, and one of bytes that
+# atheris makes up for all that reads envelopes, manifests, weights and acknowledgements.
 fuzz: setup
-	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py
+	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py tests/chaos/fuzz_readers.py
 
 # A worker that is killed two hundred times; `make test` kills it forty times.
 chaos: setup

@@ -188,7 +188,7 @@ class RedisRegistry:
         pattern = self._key("ack:*")
         keys = sorted(self._read(lambda: list(self._client.scan_iter(pattern, count=500))))
         records = [self._read(lambda key=key: self._client.hgetall(key)) for key in keys]  # type: ignore[misc]
-        return [ack for ack in map(_ack, records) if ack is not None]
+        return [ack for ack in map(ack_of, records) if ack is not None]
 
     def stamp(self, envelope: bytes, ttl_s: float) -> None:
         """See PolicyRegistry."""
@@ -285,7 +285,8 @@ def _head(values: list[bytes | None]) -> Head:
         raise PolicyRefusedError(Refusal.BAD_FORMAT, f"the head is unreadable: {error}") from error
 
 
-def _ack(record: dict[bytes, bytes]) -> Ack | None:
+def ack_of(record: dict[bytes, bytes]) -> Ack | None:
+    """Read an acknowledgement as Redis has it; None if it is none."""
     try:
         text: dict[str, Any] = {name.decode(): value.decode() for name, value in record.items()}
         counts = {name: int(text[name]) for name in ("generation", "about")}

@@ -131,8 +131,7 @@ def _harm(steps: Steps, canary: Tally) -> str:
     if least > steps.max_disagreement:
         audits = f"{least:.1%} or more of what is audited ({canary.audited} tokens)"
         return f"full depth disagrees with {audits}, {steps.max_disagreement:.1%} are allowed"
-    fails = min(canary.failures, canary.tokens)
-    least, _ = interval(fails, canary.tokens, steps.confidence)
+    least, _ = interval(canary.failures, canary.tokens, steps.confidence)
     if least > steps.max_failures:
         return f"the policy fails on {least:.1%} or more, {steps.max_failures:.1%} are allowed"
     return ""

@@ -27,10 +27,12 @@ def interval(hits: int, seen: int, confidence: float) -> tuple[float, float]:
     """Bounds of a probability, which hold for all numbers of observations at once.
 
     Args:
-        hits: Observations that were so.
+        hits: Observations that were so. More than all of them count as all: a worker's counters
+            are copied one by one while it goes on counting.
         seen: All observations.
         confidence: Probability that the bounds hold at every look.
     """
+    hits = min(hits, seen)
 
     def is_refuted(rate: float) -> bool:
         return refutes(hits, seen, rate, confidence)

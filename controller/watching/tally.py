@@ -19,7 +19,7 @@ MOST_DEPTHS = 512
 SEVERAL = "several meters"
 """Stands for the meter of tallies that were read by different ones, which are never added up."""
 
-_SUM: Check = (lambda value: is_number(value) and value >= 0, "a number from 0 on")
+_SUM: Check = (lambda value: is_number(value) and 0 <= value < 2**53, "a number in [0, 2⁵³)")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,7 +196,10 @@ def tallies_from_json(text: str) -> tuple[Tally, ...]:
     Raises:
         ValueError: it is something else.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"lists within lists: {text[:80]}") from error
     if not isinstance(values, list) or not all(isinstance(each, dict) for each in values):
         raise ValueError(f"no list of tallies: {text[:80]}")
     try:

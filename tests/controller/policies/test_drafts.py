@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from offramp.controller.errors import PolicyFaultError, PolicyRefusedError, RequestError
-from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray, IntArray
+from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, FloatArray
 from offramp.controller.policies import weights
 from offramp.controller.policies.drafts import (
     ConfidentDraft,
@@ -23,14 +23,7 @@ from offramp.controller.policies.drafts import (
     TrustedDraft,
 )
 from offramp.controller.policies.drafts.del_rule import tokens_per_layer
-from offramp.controller.policies.drafts.draft_insight import (
-    KIND_COLUMNS,
-    SURE_COLUMNS,
-    DraftInsight,
-    kind_byte,
-)
 from offramp.controller.policies.drafts.draft_trust import DraftChances
-from offramp.controller.policies.exits import Exit
 from offramp.controller.policies.kinds import KINDS, kind_of, pack_policy
 from offramp.controller.policies.protocols import (
     LearningPolicy,
@@ -40,8 +33,7 @@ from offramp.controller.policies.protocols import (
 )
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
-
-SEEN = OUTLOOK_V1.width + 2
+from support.releases.packable import DRAFTS, LAST, SEEN, TABLE_VK, drafter, net
 
 
 def outlook(drafts: int, acceptance: float = 1.0) -> FloatArray:
@@ -61,65 +53,13 @@ def judged(*agreed: bool, exit_index: int = 0) -> list[Verdict]:
     return [Verdict(exit_index, features(0.5)[0], each) for each in agreed]
 
 
-def net(inputs: int, outputs: int, seed: int) -> list[tuple[FloatArray, FloatArray]]:
-    rng = np.random.default_rng(seed)
-    return [
-        (rng.standard_normal((a, b)).astype(np.float32), rng.standard_normal(b).astype(np.float32))
-        for a, b in ((inputs, 8), (8, outputs))
-    ]
-
-
-TABLE_VK = np.arange(40, dtype=np.int32).reshape(10, 4) % 10
-
-
-LAST = Exit(12, "int4")
-
-
-def insight(exits: int) -> DraftInsight:
-    rng = np.random.default_rng(2)
-    inputs = SURE_COLUMNS + KIND_COLUMNS + 4
-    projections = rng.standard_normal((exits, 6, 4)).astype(np.float32)
-    kinds = np.array([kind_byte(text) for text in ("def", " a", "\n", "   ")], np.uint8)
-    return DraftInsight(projections, [net(inputs, 1, here) for here in range(exits)], kinds)
-
-
-CHANCES = DraftChances(((0.5, 8.0), (0.0, 1.0)), (LAST, 3), insight(2))
-
-
-def drafter(
-    candidates_VK: IntArray | None = None, exits: tuple[int, ...] = (3, 6), **options: Any
-) -> DraftRouter:
-    width = (SOFTMAX_V2 if candidates_VK is None else CANDIDATES_V1).width
-    nets = net(SEEN, 3, 0), net(width + SEEN, 3, 1)
-    return DraftRouter(exits, *nets, candidates_VK=candidates_VK, **options)
-
-
-EVERY: tuple[Any, ...] = (
-    StaticDraft(layer=6, length=3),
-    ConfidentDraft(layer=3, threshold=0.4, length=6),
-    ThompsonDraft(6, alpha=3.0, length=5),
-    DelDraft((3, 6), 12, (0.7, 0.9), (0.4, 0.5)),
-    drafter(),
-    ConfidentDraft(layer=3, threshold=0.4, candidates_VK=TABLE_VK),
-    drafter(TABLE_VK),
-    StaticDraft(layer=LAST, length=3),
-    ConfidentDraft(layer=LAST, threshold=0.4, candidates_VK=TABLE_VK),
-    ThompsonDraft(LAST, length=5),
-    DelDraft((LAST, 3), 12, (0.7, 0.9), (0.4, 0.5), (4.8, 3)),
-    drafter(TABLE_VK, (LAST, 3), chances=CHANCES),
-    TrustedDraft(LAST, (0.5, 8.0), 0.8, length=6),
-    TrustedDraft(3, (0.5, 8.0), 0.8, candidates_VK=TABLE_VK),
-    TrustedDraft(3, (0.5, 8.0), 0.8, insight=insight(1)),
-)
-
-
-@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("policy", DRAFTS, ids=lambda policy: type(policy).__name__)
 def test_all_route_and_only_the_adaptive_learn(policy: Any) -> None:
     assert isinstance(policy, RoutingPolicy)
     assert isinstance(policy, LearningPolicy) == isinstance(policy, ThompsonDraft | DelDraft)
 
 
-@pytest.mark.parametrize("policy", EVERY, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("policy", DRAFTS, ids=lambda policy: type(policy).__name__)
 def test_all_are_packed_and_built_again(policy: Any) -> None:
     kind = kind_of(policy)
     assert kind is KINDS[kind.name]

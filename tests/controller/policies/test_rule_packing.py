@@ -9,62 +9,14 @@ import pytest
 from safetensors.numpy import load, save
 
 from offramp.controller.errors import PolicyRefusedError, Refusal
-from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, STATE_V1
+from offramp.controller.features import OUTLOOK_V1
 from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.protocols import ExitPolicy, LearningPolicy, Policy, RoutingPolicy
-from offramp.controller.policies.rules.bandit import ThresholdBandit
-from offramp.controller.policies.rules.beta import BetaThreshold
-from offramp.controller.policies.rules.decay import DecayingThreshold
-from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
-from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy
-from offramp.controller.policies.rules.position import PositionSchedule
-from offramp.controller.policies.rules.prompt_rules import RandomShare, WindowedExit
-from offramp.controller.policies.rules.stages import StageThresholds
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.manifest import Manifest
+from support.releases.packable import RULES, make_stopping
 
-EXITS = (3, 6, 9)
 ROWS = 40
-
-
-def make_stopping(rng: np.random.Generator) -> StoppingPolicy:
-    width = STATE_V1.width
-    return StoppingPolicy(
-        exits=EXITS,
-        schema=STATE_V1,
-        mean_F=rng.normal(size=width).astype(np.float32),
-        std_F=1 + rng.random(width, dtype=np.float32),
-        weights_EP=rng.normal(size=(3, 55)).astype(np.float32),
-    )
-
-
-RULES: list[Policy] = [
-    DecayingThreshold(exits=EXITS, schema=SOFTMAX_V2, column="margin", threshold=0.4),
-    EntropyExit(exits=EXITS, threshold=0.5),
-    PatienceExit(exits=EXITS, patience=2),
-    PositionSchedule(exits=EXITS, deepest=12, shallowest=4.5),
-    StageThresholds(exits=EXITS, schema=SOFTMAX_V2, column="top1", thresholds=(2.0, 0.5, 0.2)),
-    BetaThreshold(
-        exits=(6,),
-        schema=SOFTMAX_V2,
-        column="top1",
-        zeta=0.4,
-        moments_23=np.array([[40, 16.0, 8.0], [60, 45.0, 36.0]]),
-    ),
-    ThresholdBandit(
-        exits=EXITS,
-        schema=SOFTMAX_V2,
-        column="top1",
-        thresholds=(0.2, 0.5, 0.9),
-        trade_off=0.5,
-        costs=(0.3, 0.6, 0.8, 1.1),
-        counts_A=np.array([3, 4, 5]),
-        sums_A=np.array([1.0, 2.0, 2.5]),
-    ),
-    make_stopping(np.random.default_rng(8)),
-    WindowedExit(exits=(6,), window=16),
-    RandomShare(exits=EXITS, share=0.4, seed=3),
-]
 
 
 def bundled(policy: Policy) -> PolicyBundle:
