@@ -30,6 +30,7 @@ WAITS = (
 
 INDEXES = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 COPIES = ("to", "_to_copy", "copy_", "copy")
+NESTS = (tuple, list, dict)
 
 
 class CrossingError(AssertionError):
@@ -70,6 +71,11 @@ class Crossings(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.strict = False
         self._frames: dict[Callable[..., Any], list[FrameType]] = {upload: [], fetch: []}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that nothing is compiled here: keeping dynamo away would cost more than a product."""
+        return False
 
     @property
     def fetches(self) -> int:
@@ -151,39 +157,56 @@ def frame_of(function: Callable[..., Any]) -> FrameType | None:
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the numbers; its result lies where the device would have it."""
-    given = leaves((args, kwargs))
-    named = [each for each in given if isinstance(each, torch.device)]
-    ours = any(isinstance(each, PretendedTensor) for each in given)
-    found = func(*mapped(bare, args), **mapped(bare, kwargs))
-    return mapped(clothed, found) if (named[0] == DEVICE if named else ours) else found
+    met: list[Any] = []
+    found = func(*bare(args, met), **bare(kwargs, met))
+    named = next((each for each in met if isinstance(each, torch.device)), None)
+    if named != DEVICE if named is not None else not met:
+        return found
+    return PretendedTensor(found) if type(found) is Tensor else clothed(found)
 
 
-def bare(value: Any) -> Any:
-    """The numbers of a tensor, the host in place of the device, all else as it is."""
-    if isinstance(value, PretendedTensor):
+def bare(value: Any, met: list[Any] | None = None) -> Any:
+    """The numbers of a tensor, the host in place of the device, all else as it is.
+
+    Args:
+        value: What is given to an operation, in tuples, lists and dictionaries.
+        met: Takes the pretended tensors and the devices that were there, in their order.
+    """
+    met = [] if met is None else met
+    kind = type(value)
+    if kind is PretendedTensor:
+        met.append(value)
         return value.numbers
-    return torch.device("cpu") if isinstance(value, torch.device) and value == DEVICE else value
+    if kind is tuple or kind is list:
+        return kind([bare(each, met) for each in value])
+    if kind is dict:
+        return {key: bare(each, met) for key, each in value.items()}
+    if kind is torch.device:
+        met.append(value)
+        return torch.device("cpu") if value == DEVICE else value
+    return value
 
 
 def clothed(value: Any) -> Any:
-    return PretendedTensor(value) if isinstance(value, Tensor) else value
+    """What an operation found, its tensors on the device."""
+    if isinstance(value, Tensor):
+        return PretendedTensor(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map(clothed, value))
+    return value
 
 
 def leaves(value: Any) -> list[Any]:
     """What lies in nested tuples, lists and dictionaries; torch's own walk takes longer."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        return [leaf for each in value for leaf in leaves(each)]
-    return [value]
-
-
-def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: mapped(function, each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(function, each) for each in value)
-    return function(value)
+    if not isinstance(value, NESTS):
+        return [value]
+    found = []
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, NESTS):
+            found += leaves(each)
+        else:
+            found.append(each)
+    return found
 
 
 def pretend(model: nn.Module) -> Any:

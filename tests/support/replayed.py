@@ -11,20 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from support.pretended import PretendedTensor, leaves
+from support.pretended import bare, leaves
 
 FAR_AWAY = 2**40
 """An index that is none."""
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation on tensors, and which of them were made by it."""
+    """Notes every operation on tensors, and which of them were made by it.
+
+    Attributes:
+        calls: Each with its arguments as the host sees them, and the tensors that it made, by their
+            places in what it returned.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[int, Tensor]]] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as ``Crossings`` says
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -32,18 +41,20 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
         given = {memory(each) for each in leaves((args, kwargs)) if isinstance(each, Tensor)}
-        made = [each for each in leaves(found) if memory(each) not in given]
+        made = {
+            place: bare(each)
+            for place, each in enumerate(leaves(found))
+            if memory(each) not in given
+        }
         if made or func._schema.is_mutable:  # what only looks at given memory does nothing to it
-            self.calls.append((func, args, kwargs, made))
+            self.calls.append((func, bare(args), bare(kwargs), made))
         return found
 
     def play(self) -> None:
         for func, args, kwargs, made in self.calls:
-            found = func(*args, **kwargs)
-            given = {memory(each) for each in leaves((args, kwargs)) if isinstance(each, Tensor)}
-            again = [each for each in leaves(found) if memory(each) not in given]
-            for old, new in zip(made, again, strict=True):
-                numbers(old).copy_(numbers(new))
+            found = leaves(func(*args, **kwargs))
+            for place, tensor in made.items():
+                tensor.copy_(found[place])
 
 
 class DriverStandIn:
@@ -65,22 +76,21 @@ class DriverStandIn:
         self._spoil(tape)
 
         def replay() -> None:
-            self._spoil(self._dirty)
-            tape.play()
+            # A graph's calls were watched when they were captured, and go by no Python since.
+            with _disable_current_modes():
+                self._spoil(self._dirty)
+                tape.play()
             self._dirty = tape
             self.replays += 1
 
         return replay
 
     def _spoil(self, tape: Tape | None) -> None:
-        made = () if tape is None else (each for *_, made in tape.calls for each in made)
-        for tensor in map(numbers, made):
+        made = () if tape is None else (each for *_, made in tape.calls for each in made.values())
+        for tensor in made:
             tensor.fill_(float("nan") if tensor.is_floating_point() else FAR_AWAY)
 
 
-def numbers(tensor: Tensor) -> Tensor:
-    return tensor.numbers if isinstance(tensor, PretendedTensor) else tensor
-
-
 def memory(tensor: Tensor) -> int:
-    return numbers(tensor).untyped_storage().data_ptr()
+    numbers: Tensor = bare(tensor)
+    return numbers.untyped_storage().data_ptr()

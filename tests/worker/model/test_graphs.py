@@ -27,8 +27,8 @@ from offramp.worker.model.prepared import prepare
 from offramp.worker.model.stack import Rotary
 from offramp.worker.model.transfers import upload
 from support.models import DEVICE, FAMILIES, LAYERS, make_model
-from support.pretended import Crossings, pretend
-from support.replayed import DriverStandIn, numbers
+from support.pretended import Crossings, bare, pretend
+from support.replayed import DriverStandIn
 
 SLOTS = 6
 SEGMENTS = ((0, 2), (2, 3), (3, LAYERS))
@@ -83,7 +83,7 @@ def ready_layers(
         kv.reserve(256)
         torch.manual_seed(0)
         for part in (kv.keys_LSGCH, kv.values_LSGCH):
-            numbers(part).normal_()
+            bare(part).normal_()
         with nullcontext() if crossings is None else crossings.watched():
             yield stack, kv, found
 
@@ -109,9 +109,10 @@ def run(stack: Any, kv: SlotKV, step: SlotStep, seed: int) -> Tensor:
     for first, last in SEGMENTS:
         x_NTD = stack.run_layers(first, last, x_NTD, rotary, window, kv)
     for each in (given, *rotary):  # nobody may read them later
-        numbers(each).fill_(float("nan"))
+        bare(each).fill_(float("nan"))
     is_token_NT = torch.from_numpy(window.cells_M3[:, 2] == 1).view(len(step.rows), columns)
-    return numbers(x_NTD)[is_token_NT].clone()
+    rows_ND: Tensor = bare(x_NTD)[is_token_NT].clone()
+    return rows_ND
 
 
 def decoded(
@@ -120,7 +121,7 @@ def decoded(
     """What the steps give, and the cache after them."""
     with ready_layers(family, dtype, make_recorder) as (stack, kv, _):
         outs = [run(stack, kv, step, seed) for seed, step in enumerate(STEPS)]
-        return outs, numbers(kv.keys_LSGCH)[:, :SLOTS].clone()
+        return outs, bare(kv.keys_LSGCH)[:, :SLOTS].clone()
 
 
 @pytest.mark.parametrize(
