@@ -125,7 +125,7 @@ def _require_served(file: Path) -> None:
     except OSError as error:
         raise ModelError("gguf", f"{file} cannot be read", "Check the path") from error
     if start != MAGIC:
-        raise ModelError("gguf", f"{file} is no GGUF file", "Name a file that ends in .gguf")
+        raise ModelError("gguf", f"{file} is no GGUF file", "Name one, or download it again")
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # whatever the file's contents lead the readers to
