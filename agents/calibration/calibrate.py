@@ -25,6 +25,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate, Method, Unit
+from offramp.controller.release.manifest import MODEL_LAYERS
 from offramp.worker.engine.engine import AdaptiveEngine
 
 EPSILON = 0.05
@@ -108,7 +109,7 @@ class MeasuredWith:
     Attributes:
         model, tokenizer: Fingerprints, hex.
         adapters: Digest of what its exits are read through: adapters, or heads that classify.
-        dtype: Number format of the weights, such as "float32".
+        dtype, layers: Number format of the weights, such as "float32", and layers of the model.
         max_pending: Pending tokens at most, in mode ``defer``; else None.
         option: The option that names the folder of ``adapters``.
     """
@@ -117,6 +118,7 @@ class MeasuredWith:
     tokenizer: str
     adapters: str
     dtype: str
+    layers: int
     max_pending: int | None = None
     option: str = "translators"
 
@@ -129,6 +131,7 @@ class MeasuredWith:
             tokenizer=engine.tokenizer_fingerprint,
             adapters=engine.decoder.translators.digest,
             dtype=str(engine.stack.dtype).removeprefix("torch."),
+            layers=engine.stack.layers,
             max_pending=config.max_pending if config.kv_mode == "defer" else None,
         )
 
@@ -158,12 +161,11 @@ def calibrate(
         TraceError: there is no document.
     """
     require_fingerprints(family.bundle, measured)
-
     outcome = _walk(promise, family, losses, on_step)
     passed, mode = outcome.certified, losses.decode_mode
     if passed is None:
         return Calibration(loss=losses.loss, outcome=outcome, bundle=None)
-    bundle = _bundle(family, passed.setting)
+    bundle = _bundle(family, passed.setting, {MODEL_LAYERS: measured.layers})
     manifest = bundle.manifest
     certificate = Certificate(
         **asdict(promise),
@@ -283,7 +285,7 @@ def _walk(
     return replace(found, walked=walked)
 
 
-def _bundle(family: SettingFamily, setting: float) -> PolicyBundle:
+def _bundle(family: SettingFamily, setting: float, metrics: dict[str, int]) -> PolicyBundle:
     """The family's policy at a setting, on the canned inputs of the bundle it comes from."""
     source = family.bundle
     canned_NF: np.ndarray = load(source.blob)["canned.features"]
@@ -292,7 +294,7 @@ def _bundle(family: SettingFamily, setting: float) -> PolicyBundle:
         model=source.manifest.model,
         tokenizer=source.manifest.tokenizer,
         training={**source.manifest.training, "setting": setting, "parameter": family.parameter},
-        metrics={},
+        metrics=metrics,
         adapters=source.manifest.adapters,
         created_at=time.time(),
     )

@@ -113,6 +113,7 @@ def certify_round(config: RetrainConfig, traces: Path, policies: Path) -> RoundL
         tokenizer=data.facts.tokenizer,
         adapters=data.facts.translators,
         dtype=config.dtype,
+        layers=data.facts.layers,
     )
     family = family_of(load_points(policies), name, WALKED)
     # No text is kept: the certificate names its data by the requests' random names.

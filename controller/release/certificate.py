@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -59,6 +59,18 @@ class Walked:
     p_value: float | None
     passed: bool
     leaves: tuple[float, ...] = ()
+
+    def depth(self, exits: Sequence[int], layers: int) -> float | None:
+        """Layers executed per token; None if it was not recorded where tokens left.
+
+        Args:
+            exits: The policy's exits, in layers.
+            layers: Layers of the model, which tokens run that leave at none of them.
+        """
+        if len(self.leaves) != len(exits):
+            return None
+        early = sum(share * layer for share, layer in zip(self.leaves, exits, strict=True))
+        return early + (1 - sum(self.leaves)) * layers
 
     def to_values(self) -> dict[str, Any]:
         """Plain values, as JSON says them."""

@@ -34,6 +34,9 @@ from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
 FORMAT_VERSION = 2
 """Raised whenever a field is added, removed or changes its meaning."""
 
+MODEL_LAYERS = "model_layers"
+"""Among the metrics: layers of the model, by which costs are told where the model is not."""
+
 Guarantee = Literal["full depth", "certified", "uncertified"]
 """Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
 
@@ -98,7 +101,7 @@ class Manifest:
         size: Length of the blob, bytes.
         shapes: Dtype and shape of each tensor in the blob.
         training: Where the policy comes from.
-        metrics: What was measured on held-out data.
+        metrics: What was measured on held-out data, and ``MODEL_LAYERS``.
         adapters: SHA-256 of the adapters that its exits are read through, hex; "" if it names none.
         adapter_index: SHA-256 of the index that lists their parts, hex; "" in a draft.
         certificate: The calibration's guarantee, of this very blob; None if there is none.

@@ -207,6 +207,7 @@ class LabelSource:
             tokenizer=model.tokenizer_fingerprint,
             adapters=classifier.heads.digest,
             dtype=self.dtype,
+            layers=classifier.stack.layers,
             option="heads",
         )
         return measured, windows, labels

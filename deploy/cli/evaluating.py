@@ -37,6 +37,7 @@ from offramp.controller.adapters.adapter_folder import kept_in
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import MODEL_LAYERS
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import evaluation_table
@@ -250,6 +251,7 @@ def save_assessment(
     bundle = PolicyBundle.load(policies / f"{found.chosen:02d}")
     row = found.test[found.chosen]
     metrics = {name: getattr(row, name) for name in TOLD} | {"reason": found.reason}
+    metrics[MODEL_LAYERS] = engine.stack.layers
     manifest = replace(bundle.manifest, metrics={**bundle.manifest.metrics, **metrics})
     PolicyBundle(manifest, bundle.blob).save(policies / CHOSEN)
 

@@ -23,6 +23,7 @@ from offramp.controller.watching.tally import Tally, add_up
 from offramp.deploy.cli.releases.control import head_line
 from offramp.deploy.cli.releases.past import PastRelease, past_releases
 from offramp.deploy.cli.releases.tracks import track_rows
+from offramp.deploy.console.candidates import Frontier, frontier_of
 from offramp.deploy.serve.publishing import KEY
 from offramp.deploy.serve.settings import Settings
 
@@ -78,7 +79,8 @@ class ChannelView:
 
     Attributes:
         channel: Name of the channel.
-        state: One or two words: no release, serving, canary, rolled back, tripped, unreachable.
+        state: A word or two: no release, serving, canary, in shadow, rolled back, tripped,
+            registry unreachable.
         head: The head in a sentence, as ``offramp status`` says it.
         trouble: Why the registry's part is missing; "" if it is there.
         may_sign: Whether the signing key lies on this machine.
@@ -88,6 +90,7 @@ class ChannelView:
         canary: How far a canary is; None if none runs.
         saved: Each kind of saving against full depth, and the figure or why there is none.
         left: Where the tokens of each running release left.
+        frontier: What the released policies lose and cost.
         releases: The ledger, newest first.
         events: Latest promotions by the registry, newest first.
         now: Unix seconds of the look.
@@ -104,6 +107,7 @@ class ChannelView:
     canary: CanaryView | None
     saved: list[tuple[str, str]]
     left: list[ExitShares]
+    frontier: Frontier
     releases: list[PastRelease]
     events: list[Event]
     now: float
@@ -139,8 +143,9 @@ def view_channel(registry: PolicyRegistry, settings: Settings) -> ChannelView:
         workers=sorted(workers, key=lambda ack: ack.worker),
         tracks=track_rows(workers),
         canary=_canary(promoted, rollout, tallies) if rollout.is_canary else None,
-        saved=_saved(promoted, rollout.stable_generation, tallies),
+        saved=_saved(promoted, rollout, tallies),
         left=_left(tallies),
+        frontier=frontier_of(releases),
         releases=releases,
         events=events,
         now=time.time(),
@@ -162,7 +167,7 @@ def _state(trouble: str, workers: list[Ack], served: PastRelease | None, head: s
     if served is None or served.manifest is None:
         return "no release" if head in ("", "head: none") else "serving"
     if served.manifest.rollout.is_canary:
-        return "canary"
+        return "in shadow" if served.manifest.rollout.is_shadow else "canary"
     return "rolled back" if served.manifest.rollback_of else "serving"
 
 
@@ -186,8 +191,12 @@ def _canary(generation: int, rollout: Rollout, tallies: Sequence[Tally]) -> Cana
     )
 
 
-def _saved(promoted: int, stable: int, tallies: Sequence[Tally]) -> list[tuple[str, str]]:
+def _saved(promoted: int, rollout: Rollout, tallies: Sequence[Tally]) -> list[tuple[str, str]]:
     """Savings of the served release against one that ran at full depth beside it."""
+    if rollout.is_shadow:
+        why = f"{NOT_REPORTED}: a canary in shadow serves no request"
+        return [(name, why) for name in ("Layers", "Latency", "Energy")]
+    stable = rollout.stable_generation
     ours, beside = add_up(promoted, tallies), add_up(stable, tallies)
     layers = latency = f"{NOT_REPORTED}: no release ran at full depth beside it"
     if beside.is_full_depth and ours.tokens and beside.speed and ours.speed:

@@ -25,6 +25,7 @@ from offramp.controller.errors import (
 from offramp.controller.release.registry import PolicyRegistry
 from offramp.deploy.cli.releases.past import COLUMNS, differences, past_releases
 from offramp.deploy.cli.releases.tracks import COLUMNS_OF_TRACKS, points_of
+from offramp.deploy.console.candidates import PICTURE
 from offramp.deploy.console.channel_view import EVENTS, NOT_REPORTED, view_channel
 from offramp.deploy.console.console_doors import COOKIE, SESSION_S, Doors, is_own_page
 from offramp.deploy.serve.publishing import KEY, open_ledger, open_publisher
@@ -193,7 +194,7 @@ def _add_sessions(app: FastAPI, doors: Doors) -> None:
 def _add_pages(app: FastAPI, doors: Doors, registry: PolicyRegistry, settings: Settings) -> None:
     pages = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
     pages.globals.update(columns=COLUMNS, columns_of_tracks=COLUMNS_OF_TRACKS, missing=NOT_REPORTED)
-    pages.globals.update(points_of=points_of)
+    pages.globals.update(points_of=points_of, **PICTURE)
 
     def page(name: str, **values: Any) -> HTMLResponse:
         return HTMLResponse(pages.get_template(name).render(channel=settings.channel, **values))

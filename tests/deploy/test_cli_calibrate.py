@@ -153,6 +153,7 @@ def test_a_certified_bundle_is_written_published_and_shown(
     assert (certificate.prompt_tokens, certificate.new_tokens) == (8, 8)
     assert certificate.setting == pytest.approx(0.5)  # the most eager point: the walk's end
     assert bundle.policy() == ThresholdPolicy(EXITS, SOFTMAX_V2, "margin", certificate.setting)
+    assert bundle.manifest.metrics == {"model_layers": 12}
     assert certificate.statement in output
     report = json.loads((policies / "certified" / "calibration.json").read_text())
     assert [step["setting"] for step in report["walked"]] == [w.setting for w in certificate.walked]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from support.console.console_stage import BEARER, Photograph, Stage, canary
+from support.console.console_stage import BEARER, Photograph, Stage, canary, candidates, in_shadow
 
 
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
@@ -27,6 +29,11 @@ def test_the_page_that_asks_whether_one_is_sure(
     photograph("confirm_dark" if is_dark else "confirm", path, is_dark=is_dark)
 
 
-def test_a_channel_in_dark_colours(stage: Stage, photograph: Photograph) -> None:
-    canary(stage)
-    photograph("canary_dark", "/", is_dark=True)
+@pytest.mark.parametrize(
+    "prepare", [canary, in_shadow, candidates], ids=lambda each: str(each.__name__)
+)
+def test_a_channel_in_dark_colours(
+    stage: Stage, photograph: Photograph, prepare: Callable[[Stage], None]
+) -> None:
+    prepare(stage)
+    photograph(f"{prepare.__name__}_dark", "/", is_dark=True)

@@ -10,7 +10,16 @@ import pytest
 
 from offramp.controller.release.registry import AckState
 from offramp.deploy.console.console_app import follow
-from support.console.console_stage import BEARER, KEY, Photograph, Stage, canary, tally
+from support.console.console_stage import (
+    BEARER,
+    KEY,
+    Photograph,
+    Stage,
+    canary,
+    candidates,
+    in_shadow,
+    tally,
+)
 
 REASON = "generation 2: full depth disagrees with 31.0% or more of what is audited"
 
@@ -54,6 +63,14 @@ STATES: list[tuple[Callable[[Stage], None], list[str], list[str]]] = [
     (canary, ["canary", "serves 5% of the requests", "0.1% to 4.2%", "Take it to 25%",
               "seconds per token", "38% against generation 1",
               "50% per token against generation 1 (modelled: 3 W)"], ["Trips", "99% of first"]),
+    (in_shadow, ["in shadow", "is in shadow: it serves no request", "0.1% to 4.2%",
+                 "By the default bounds it <strong class=\"badge passes\">passes</strong>",
+                 "Take it to 5%", "a canary in shadow serves no request", "Costs are compared"],
+     ["Trips", "Costs: too few", "seconds per token"]),
+    (candidates, ["<td>p̂ at 0.4</td><td>disagreement ≤ 5.0%</td><td>1.90%</td>",
+                  "6.75 of 12</td><td>on it", "3 (serves)</th>", "p̂ at 0.2", "6.00 of 12",
+                  "10.50 of 12</td><td>another is better", "generation 2."],
+     ["None was released", "nan"]),
     (failed_canary, ["fails</strong>: full depth disagrees with 4"], ["passes"]),
     (tripped, ["tripped", f"took generation 2 out of service: {REASON}"], ["Canary</h2>"]),
     (rolled_back, ["rolled back", "in place of 2", "generation 3"], ["Trips"]),
@@ -119,6 +136,9 @@ def test_the_api_does_what_the_commands_do(stage: Stage) -> None:
     client.headers.update(BEARER)
     shown = client.get("/confirm/promote", params={"generation": 2, "percent": 5}).text
     assert "How generation 2 differs from 1" in shown
+    shown = client.get("/confirm/promote", params={"generation": 2, "percent": 0}).text
+    assert "serve no request, as some are repeated under it unseen" in shown
+    assert "Begin a canary in shadow with generation 2" in stage.page()
     wish = {"generation": 2, "percent": 5, "expected": 1}
     assert client.post("/api/promote", json=wish).json() == {"promoted": 3}
     late = client.post("/api/promote", json=wish)

@@ -17,8 +17,11 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.kinds import pack_policy
-from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.policies.protocols import FixedExit, ThresholdPolicy
+from offramp.controller.release.certificate import Walked
+from offramp.controller.release.manifest import MODEL_LAYERS
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState
@@ -27,6 +30,7 @@ from offramp.deploy.console.console_app import create_console
 from offramp.deploy.serve.publishing import open_publisher
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.settings import Settings
+from support.certificates import certificate
 
 KEY = "the-key-of-the-console"
 BEARER = {"Authorization": f"Bearer {KEY}"}
@@ -64,6 +68,36 @@ class Stage:
             publisher.promote(release.generation)
         return release.generation
 
+    def publish_certified(self, risks: dict[float, float], early: float) -> int:
+        """A threshold policy that was calibrated: loss found by setting, safest first.
+
+        Args:
+            risks: All within the promise.
+            early: Share of the tokens that leave at the first setting; each next one doubles it.
+        """
+        setting = [*risks][-1]
+        policy = ThresholdPolicy((3, 6), SOFTMAX_V2, "margin", setting)
+        packed = pack_policy(policy, np.full((4, SOFTMAX_V2.width), 0.5, np.float32))
+        walked = tuple(
+            Walked(
+                setting=each,
+                risk=risk,
+                p_value=0.001,
+                passed=True,
+                leaves=(early * 2**place / 2, early * 2**place / 2),
+            )
+            for place, (each, risk) in enumerate(risks.items())
+        )
+        proof = certificate(
+            packed.digest, walked=walked, setting=setting, risk=risks[setting], p_value=0.001
+        )
+        publisher, measured = self.publisher, {MODEL_LAYERS: 12}
+        release = publisher.release(
+            packed, model="aa", tokenizer="bb", training={}, metrics=measured, certificate=proof
+        )
+        publisher.promote(release.generation)
+        return release.generation
+
     def say(self, state: AckState, generation: int, reason: str = "", *tallies: Tally) -> None:
         is_tripped = state is AckState.TRIPPED
         ack = Ack(
@@ -99,10 +133,21 @@ def tally(generation: int, disagreed: int, **changed: Any) -> Tally:
     return Tally(generation=generation, **counts | changed)
 
 
-def canary(stage: Stage, disagreed: int = 4) -> None:
+def in_shadow(stage: Stage) -> None:
+    canary(stage, percent=0)
+
+
+def candidates(stage: Stage) -> None:
+    """Two calibrated policies, one of which is better at each of its settings, and one unknown."""
+    stage.publish_certified({0.9: 0.011, 0.5: 0.022, 0.2: 0.041}, early=0.2)
+    stage.publish(3)
+    stage.publish_certified({0.8: 0.008, 0.4: 0.019}, early=0.35)
+
+
+def canary(stage: Stage, disagreed: int = 4, percent: float = 5) -> None:
     stage.publish(3)
     stage.publish(5, promote=False)
-    stage.publisher.roll_out(5)
+    stage.publisher.roll_out(percent)
     full: dict[str, Any] = {"joules": 6.0, "exits": {"12": 4000}}
     full |= {
         "early": 0,
@@ -142,10 +187,10 @@ def look(chromium: str, url: str, shot: Path, *, is_dark: bool = False) -> None:
         "--disable-gpu",
         "--disable-dev-shm-usage",
         "--hide-scrollbars",
-        "--timeout=3000",
+        "--timeout=20000",
     ]
     colours = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
-    size = "--window-size=1280,1250"
+    size = "--window-size=1280,2000"
     profile = f"--user-data-dir={shot.parent / 'profile'}"
     subprocess.run(
         [chromium, *options, colours, size, profile, f"--screenshot={shot}", url],
