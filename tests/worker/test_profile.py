@@ -19,6 +19,7 @@ from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.schedule import Schedule
 from offramp.worker.energy import COEFFICIENTS
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.precision import Precision
 from offramp.worker.profiling.joules import PartEnergy
 from offramp.worker.profiling.loop import (
     PROCESSOR,
@@ -32,7 +33,7 @@ from offramp.worker.profiling.loop import (
     decode_steps,
 )
 from offramp.worker.profiling.profile import measure_costs
-from offramp.worker.profiling.rounds import ProfileConfig, Rounds, cycle_script
+from offramp.worker.profiling.rounds import COPY, DRAFT, ProfileConfig, Rounds, cycle_script
 from offramp.worker.profiling.samples import (
     Key,
     Samples,
@@ -134,6 +135,26 @@ def test_a_cycle_drafts_at_the_first_exit_and_verifies_all(
     assert [step.calls for step in steps[:3]] == [draft] * 3
     assert unasked[3::4] == [deep] * 2
     assert shapes[-2:] == [(rows, 4, engine.stack.width)] * 2
+
+
+def test_drafts_on_a_copy_run_the_copys_layers(table_VK: IntArray) -> None:
+    copied = AdaptiveEngine(
+        make_model("llama"), slots=3, config=EngineConfig(draft_precision=Precision.of_copy("int8"))
+    )
+    copy = copied.decoder.context.copy
+    assert copy is not None
+    ran: list[tuple[int, int, int]] = []
+    run_layers = copy.stack.run_layers
+    copy.stack.run_layers = lambda *a: ran.append((*a[:2], len(a[2]))) or run_layers(*a)  # type: ignore[method-assign,func-returns-value]
+    samples = Samples()
+    with clocked(copied) as clock:
+        rounds = Rounds(copied, clock, table_VK, QUICK, samples)
+        for cell in rounds.cells[-len(QUICK.rows) :]:
+            ran.clear()
+            cell()
+    drafts = cycle_script(9, 1).count(DRAFT)
+    assert ran[-drafts:] == [(0, LAYERS, QUICK.rows[-1])] * drafts
+    assert {key.size for key in samples.bare() if key.table == COPY} == set(QUICK.rows)
 
 
 def test_more_tokens_than_may_be_open_are_refused(

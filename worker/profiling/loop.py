@@ -213,11 +213,14 @@ def decode_steps(
             end verifies all drafts.
     """
     sampling = SamplingParams(max_tokens=most_tokens(len(prompts), len(acts)), ignore_eos=True)
-    # Without exits, for project goes with no adapter layer that has an exit before it.
-    script.begin(SILENT)
+    # Without exits, for project goes with no adapter layer that has an exit before it; in verify
+    # with them, for a row that is seated without any on the copy never drafts there.
+    script.begin(STAY if kv_mode == "verify" else SILENT)
     requests = [engine.submit(p, sampling, script.policy, kv_mode=kv_mode) for p in prompts]
     while engine.is_prefilling:
         engine.step()
+    script.begin(SILENT)
+    engine.step()  # which verifies what rows have drafted that were seated first
     steps = []
     for act in acts:
         script.begin(act)
@@ -233,4 +236,4 @@ def decode_steps(
 
 def most_tokens(rows: int, steps: int) -> int:
     """Tokens that a row of ``decode_steps`` may decode."""
-    return rows + steps + 1
+    return rows + steps + 2

@@ -32,8 +32,9 @@ REPEATS = 6
 PASSES = 3
 """Cycles of several rows in a round: there are many sizes, and large ones take long."""
 
-COPY_CYCLE = 2
-"""Tokens of a cycle that drafts on the copy: any engine lets one be open."""
+COPY_CYCLE = 9
+"""Tokens at most of a cycle that drafts on the copy: one that is used again and again stays in the
+caches, so that a first draft is dearer than those behind it."""
 
 CYCLE_TOKENS = 64
 """Tokens that the cycles of a round draft or verify, if one cycle has not more: a longer text would
@@ -255,7 +256,8 @@ class Rounds:
 
     def _copy(self, rows: int, drafter: ScriptedPolicy) -> None:
         """Tokens of each row that are drafted on the copy, in cycles."""
-        script = cycle_script(COPY_CYCLE, min(self.repeats, PASSES))
+        longest = min(COPY_CYCLE, self.engine.config.max_pending + 1)
+        script = cycle_script(longest, min(self.repeats, PASSES))
         prompts = [each[: self.config.context] for each in self.prompts[:rows]]
         steps = decode_steps(self.engine, self.clock, drafter, prompts, script, "verify")
         drafts = [step for step, act in zip(steps, script, strict=True) if act == DRAFT]
