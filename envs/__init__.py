@@ -1,9 +1,9 @@
 """Replays recorded tokens as environments to learn in.
 
 Importing this package registers ``offramp/TokenExit-v0``, ``offramp/SequenceExit-v0``,
-``offramp/LiveExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium. The adapter of
-Stable-Baselines3 is in ``offramp.envs.adapters.sb3_vec_env``: apart, so that this import stays
-light.
+``offramp/LiveExit-v0``, ``offramp/PrefillExit-v0`` and ``offramp/DraftExit-v0`` with Gymnasium.
+The adapter of Stable-Baselines3 is in ``offramp.envs.adapters.sb3_vec_env``: apart, so that this
+import stays light.
 """
 
 import gymnasium as gym
@@ -18,7 +18,8 @@ from offramp.envs.cores.draft_tables import CandidateDrafts
 from offramp.envs.cores.sequence_core import SequenceExitCore
 from offramp.envs.cores.token_core import TokenExitCore
 from offramp.envs.live.live_env import LiveExitEnv
-from offramp.envs.live.session import LiveSession
+from offramp.envs.live.prefill_env import PrefillExitEnv
+from offramp.envs.live.session import LiveSession, PromptSession
 from offramp.envs.traces.store import TraceStore
 from offramp.envs.traces.tokens import Quality, TokenTraces, quality_names, register_quality
 
@@ -26,6 +27,7 @@ __all__ = [
     "DRAFT_ENV_ID",
     "ENV_ID",
     "LIVE_ENV_ID",
+    "PREFILL_ENV_ID",
     "SEQUENCE_ENV_ID",
     "CandidateDrafts",
     "DraftExitCore",
@@ -34,6 +36,8 @@ __all__ = [
     "Finals",
     "LiveExitEnv",
     "LiveSession",
+    "PrefillExitEnv",
+    "PromptSession",
     "Quality",
     "SequenceExitCore",
     "SequenceExitEnv",
@@ -57,6 +61,9 @@ SEQUENCE_ENV_ID = "offramp/SequenceExit-v0"
 LIVE_ENV_ID = "offramp/LiveExit-v0"
 """The same of sequences that an engine decodes."""
 
+PREFILL_ENV_ID = "offramp/PrefillExit-v0"
+"""The same of prompts that an engine reads."""
+
 gym.register(
     id=ENV_ID,
     entry_point="offramp.envs.adapters.token_env:TokenExitEnv",
@@ -77,3 +84,4 @@ gym.register(
     vector_entry_point="offramp.envs.adapters.vector_env:SequenceExitVectorEnv",
 )
 gym.register(id=LIVE_ENV_ID, entry_point="offramp.envs.live.live_env:LiveExitEnv")
+gym.register(id=PREFILL_ENV_ID, entry_point="offramp.envs.live.prefill_env:PrefillExitEnv")

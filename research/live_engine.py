@@ -1,15 +1,13 @@
 """A real engine as the session of ``offramp/LiveExit-v0``.
 
-The engine calls its policy, an environment is called by its agent: one of the two has to wait. Here
-the engine waits. It decodes a sequence in a thread of its own, under a policy that puts each
-question into one queue and takes the answer from another.
+It decodes a sequence in a thread of its own (``engine_run``), under a policy that hands each
+question over and waits.
 
 Shape suffixes: N = 1 row, F feature columns, C columns of outlook, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
@@ -19,12 +17,10 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit
 from offramp.envs.live.session import KVMode, LiveToken, Moment, Question
+from offramp.research.engine_run import EngineRun, HandOver, draw_document, require_documents
 from offramp.worker.decoding.request import Request
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.follow import follow
-
-CLOSE_S = 60.0
-"""Seconds that a thread may take to finish the token it is at."""
 
 
 class EngineSession:
@@ -59,7 +55,7 @@ class EngineSession:
         kv_mode: KVMode = "project",
         asks_first: bool = False,
     ) -> None:
-        _check_documents(documents, prompt_tokens)
+        require_documents(documents, prompt_tokens, least=1, behind=2)
         self.exits = exits
         self.schema = schema
         self.kv_mode: KVMode = kv_mode
@@ -84,14 +80,12 @@ class EngineSession:
             RequestError: the engine refuses the exits, the schema or the table.
         """
         self.close()
-        if self._engine.load != (0, 0):
-            raise ConfigError("engine", "is busy", "Wait until its requests have ended")
-        index = int(rng.integers(len(self._documents)))
+        index = draw_document(self._engine, len(self._documents), rng)
         tokens, prompt = self._documents[index], self._prompt_tokens
         if index not in self._full:
             [followed], _ = follow(self._engine, [tokens], prompt, NeverExit())
             self._full[index] = followed.emitted
-        policy = HandOver(self.exits, self.schema, self._candidates_VK, self.asks_first)
+        policy = AskedRouter(self.exits, self.schema, self._candidates_VK, self.asks_first)
         request = self._engine.submit(
             tokens[:prompt], policy=policy, kv_mode=self.kv_mode, forced=tokens[prompt:]
         )
@@ -108,7 +102,7 @@ class EngineSession:
         """
         if self._run is None:
             raise ConfigError("session", "waits for no answer", "Begin a sequence first")
-        self._run.policy.answers.put(target)
+        self._run.answer(target)
         return self._run.next()
 
     def close(self) -> None:
@@ -118,13 +112,12 @@ class EngineSession:
             run.abandon()
 
 
-class HandOver:
+class AskedRouter:
     """A policy that asks somebody else, and waits.
 
     Attributes:
         exits, schema, candidates_VK: What a ``RoutingPolicy`` declares under these names.
-        asked: Questions, as the engine meets them.
-        answers: Targets; None gives the sequence up.
+        hand_over: Who is asked.
     """
 
     def __init__(
@@ -137,9 +130,7 @@ class HandOver:
         self.exits = exits
         self.schema = schema
         self.candidates_VK = candidates_VK
-        self.asked: SimpleQueue[Question | BaseException | None] = SimpleQueue()
-        self.answers: SimpleQueue[int | None] = SimpleQueue()
-        self.is_abandoned = False
+        self.hand_over = HandOver()
         self._asks_first = asks_first
 
     def start(self, outlook_NC: FloatArray) -> IndexArray:
@@ -153,67 +144,48 @@ class HandOver:
         return self._ask(here, features_NF[0], outlook_NC[0])
 
     def _ask(self, here: int, features_F: FloatArray, outlook_C: FloatArray) -> IndexArray:
-        if not self.is_abandoned:
-            self.asked.put(Question(here, features_F.copy(), outlook_C.copy()))
-            target = self.answers.get()
-            if target is not None:
-                return np.array([target])
-            self.is_abandoned = True
-        return np.array([len(self.exits)])
+        targets = self.hand_over.ask([Question(here, features_F.copy(), outlook_C.copy())])
+        return np.array([len(self.exits)] if targets is None else targets)
 
 
 class _Run:
-    """One sequence on its way, in a thread."""
+    """One sequence on its way."""
 
     def __init__(
         self,
         engine: AdaptiveEngine,
-        policy: HandOver,
+        policy: AskedRouter,
         request: Request,
         full: list[int],
         columns: dict[int, int],
     ) -> None:
-        self.policy = policy
         self._engine = engine
+        self._hand_over = policy.hand_over
         self._request = request
         self._full = full
         self._columns = columns
         self._came_out: SimpleQueue[LiveToken] = SimpleQueue()
-        self._thread = threading.Thread(target=self._decode, name="offramp-live", daemon=True)
-        self._thread.start()
+        self._run = EngineRun(engine, policy.hand_over, request, self._decode)
+
+    def answer(self, target: int) -> None:
+        """Answer the present question."""
+        self._run.answer([target])
 
     def next(self) -> Moment:
         """Wait for a question or the end; what stopped the engine is raised here."""
-        asked = self.policy.asked.get()
-        if isinstance(asked, BaseException):
-            self._thread.join()
-            self._engine.cancel(self._request.id)
-            raise asked
+        asked = self._run.next()
         tokens = []
         while not self._came_out.empty():
             tokens.append(self._came_out.get())
-        if asked is None:
-            self._thread.join()
-        return Moment(tuple(tokens), asked)
+        return Moment(tuple(tokens), None if asked is None else asked[0])
 
     def abandon(self) -> None:
         """End the thread, and the request if it is not over."""
-        self.policy.answers.put(None)
-        self._thread.join(CLOSE_S)
-        assert not self._thread.is_alive()  # a token takes milliseconds
-        self._engine.cancel(self._request.id)
+        self._run.abandon()
 
     def _decode(self) -> None:
-        try:
-            self._decode_all()
-        except BaseException as error:  # raised again on the other side
-            self.policy.asked.put(error)
-        else:
-            self.policy.asked.put(None)
-
-    def _decode_all(self) -> None:
         done = -1  # the prompt's own token comes first, and was nobody's decision
-        while not self.policy.is_abandoned and done < len(self._full):
+        while not self._hand_over.is_abandoned and done < len(self._full):
             for event in self._engine.step():
                 if done >= 0:
                     following = self._request.forced[done + 1]
@@ -221,15 +193,3 @@ class _Run:
                     token = LiveToken(column, event.token, self._full[done], following)
                     self._came_out.put(token)
                 done += 1
-
-
-def _check_documents(documents: Sequence[Sequence[int]], prompt_tokens: int) -> None:
-    if prompt_tokens < 1:
-        raise ConfigError("prompt_tokens", f"{prompt_tokens} is below 1")
-    shortest = min((len(document) for document in documents), default=0)
-    if shortest < prompt_tokens + 2:
-        raise ConfigError(
-            "documents",
-            f"have {shortest} tokens at the shortest, the prompt {prompt_tokens}",
-            "Give documents of two tokens more than the prompt",
-        )

@@ -163,6 +163,18 @@ def costs_for(costs: CostTable, model: str, layers: int, schema: str) -> CostTab
         ConfigError: they are of another model, or hold no such probe. A table of constants fits
             any schema, and any model of as many layers.
     """
+    require_costs_of(costs, model, layers)
+    if costs.schema in ("", schema):
+        return costs
+    return costs.with_probe(schema)
+
+
+def require_costs_of(costs: CostTable, model: str, layers: int) -> None:
+    """Refuse the costs of another model.
+
+    Raises:
+        ConfigError: they are of another, or of one with another number of layers.
+    """
     if costs.layers != layers:
         raise ConfigError(
             "costs",
@@ -170,9 +182,6 @@ def costs_for(costs: CostTable, model: str, layers: int, schema: str) -> CostTab
             "Measure the model that was recorded",
         )
     costs.require_model(model)
-    if costs.schema in ("", schema):
-        return costs
-    return costs.with_probe(schema)
 
 
 def _probed_by(schema: FeatureSchema | None, costs: CostTable) -> CostTable:

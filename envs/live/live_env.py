@@ -6,29 +6,27 @@ Shape suffixes: D observation columns, O objectives that cost, V objectives of a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, SupportsInt
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
-from gymnasium.error import ResetNeeded
 
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.features import OUTLOOK_V1, BoolArray, FloatArray
-from offramp.envs.adapters.spaces import box_of, checked_options, reward_box
+from offramp.controller.features import OUTLOOK_V1
+from offramp.envs.adapters.spaces import reward_box
 from offramp.envs.charges.pending import TokenMeter
 from offramp.envs.charges.token_costs import costs_for
 from offramp.envs.charges.tradeoffs import DEFAULT_LAMBDA_RANGE, Range, Weights
 from offramp.envs.cores.batch import RewardArray
 from offramp.envs.cores.walk import ActionKind, Actions
-from offramp.envs.live.session import LiveSession, LiveToken, Moment, Question
+from offramp.envs.live.session import LiveSession, LiveToken, Moment
+from offramp.envs.live.session_env import SessionEnv
 
 LIVE_QUALITIES = ("agreement", "label")
 """What a live token is scored by: is it full depth's, or the document's own."""
 
 
-class LiveExitEnv(gym.Env[FloatArray, np.int64]):
+class LiveExitEnv(SessionEnv):
     """Decode a document with a real engine: the exits taken change the cache it goes on with.
 
     The counterpart of ``SequenceExitEnv`` without its model of debt: same observation, actions and
@@ -122,8 +120,6 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
     - v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]  # gymnasium's is no ClassVar
-
     def __init__(
         self,
         *,
@@ -141,7 +137,6 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
             known = " or ".join(LIVE_QUALITIES)
             raise ConfigError("quality", f"{quality!r} is unknown here", f"Use {known}")
         session = open_session()
-        self._session = session
         self._meter = TokenMeter(
             costs_for(costs, session.model, session.layers, session.schema.name),
             session.exits,
@@ -150,84 +145,33 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
             max_pending=session.max_pending if session.kv_mode == "defer" else None,
             adapters=session.adapters,
         )
-        self._actions = Actions(actions, len(session.exits), jumps, session.asks_first, ends)
-        self.objectives = self._meter.objectives
-        self._weights = Weights(1, lambda_range, energy_range, "energy" in self.objectives)
+        objectives = self._meter.objectives
+        super().__init__(
+            session,
+            Actions(actions, len(session.exits), jumps, session.asks_first, ends),
+            Weights(1, lambda_range, energy_range, "energy" in objectives),
+            reward_box(objectives),
+            objectives,
+            outlook=OUTLOOK_V1.width,
+        )
         self._quality = quality
-        self._question: Question | None = None
-        columns = session.schema.width + OUTLOOK_V1.width
-        self.observation_space = box_of(columns, self._weights)
-        self.action_space = spaces.Discrete(self._actions.count)
-        self.reward_space = reward_box(self.objectives)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[FloatArray, dict[str, Any]]:
-        """Start an episode: observation [D]; of jumps, ``action_mask`` in the info.
-
-        Raises:
-            ConfigError: an option is unknown or out of range.
-        """
-        super().reset(seed=seed)
-        given = checked_options(options, self._weights.names)
-        self._weights.draw(self.np_random, np.zeros(1, np.int64))
-        for name, value in given.items():
-            self._weights.assign(name, value)
+    def _begin(self, moment: Moment) -> None:
         self._sums = _Sums(len(self.objectives))
-        moment = self._session.begin(self.np_random)
         self._meter.begin()
         self._come_out(moment.tokens, np.zeros(len(self.objectives)))
-        self._question = moment.question
-        assert self._question is not None  # a session starts with a question
-        self._obs_D = self._observe(self._question)
-        return self._obs_D.copy(), self._mask_info()
 
-    def step(self, action: SupportsInt) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
-        """Act, and let the engine run until it asks again.
-
-        Raises:
-            ConfigError: the action is none.
-            ResetNeeded: no episode is running.
-        """
-        if self._question is None:
-            raise ResetNeeded("no episode is running: call reset() before step()")
-        if not self.action_space.contains(action):
-            raise ConfigError("action", f"is {action!r}", self._actions.meaning)
-        here = np.array([self._question.here])
-        target = int(self._actions.targets(here, np.array([int(action)]))[0])
+    def _decide(self, here: int, target: int) -> RewardArray:
         vector_V = np.zeros(len(self.objectives), np.float64)
-        vector_V[1:] = -self._meter.decide(self._question.here, target)
-        self._question = None  # whatever the session raises, the episode is over
-        moment = self._session.answer(target)
+        vector_V[1:] = -self._meter.decide(here, target)
+        return vector_V
+
+    def _settle(self, moment: Moment, vector_V: RewardArray) -> None:
         self._come_out(moment.tokens, vector_V, is_asked=True)
         self._sums.vector_V += vector_V
-        self._question = moment.question
-        return self._reply(moment, vector_V)
 
-    def action_masks(self) -> BoolArray:
-        """Which actions lead somewhere that no lower action does, [A] (sb3-contrib's name)."""
-        if self._question is None:
-            raise ResetNeeded("no episode is running: call reset() first")
-        masks_A: BoolArray = self._actions.masks(np.array([self._question.here]))[0]
-        return masks_A
-
-    def close(self) -> None:
-        """Close the session that decodes."""
-        self._question = None
-        self._session.close()
-
-    def _reply(
-        self, moment: Moment, vector_V: RewardArray
-    ) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
-        reward = float(self._weights.reward(vector_V[None])[0])
-        if moment.question is not None:
-            self._obs_D = self._observe(moment.question)
-            info = self._mask_info()
-        else:
-            info = self._sums.info(self.objectives)
-            info |= dict(zip(self._weights.names, self._weights.value_BW[0].tolist(), strict=True))
-        info["reward_vector"] = vector_V
-        return self._obs_D.copy(), reward, moment.question is None, False, info
+    def _totals(self) -> dict[str, Any]:
+        return self._sums.info(self.objectives)
 
     def _come_out(
         self, tokens: tuple[LiveToken, ...], vector_V: RewardArray, is_asked: bool = False
@@ -244,13 +188,6 @@ class LiveExitEnv(gym.Env[FloatArray, np.int64]):
     def _worth(self, token: LiveToken) -> bool:
         goal = token.full if self._quality == "agreement" else token.following
         return token.emitted == goal
-
-    def _observe(self, question: Question) -> FloatArray:
-        parts = (question.features_F, question.outlook_C, self._weights.log_BW[0])
-        return np.concatenate(parts, dtype=np.float32)
-
-    def _mask_info(self) -> dict[str, Any]:
-        return {"action_mask": self.action_masks().astype(np.int8)} if self._actions.is_jump else {}
 
 
 class _Sums:

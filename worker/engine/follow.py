@@ -9,9 +9,12 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
-from offramp.controller.policies.protocols import Policy
+from offramp.controller.policies.protocols import NeverExit, Policy
+from offramp.worker.decoding.prompting.prompt_exits import Prefill
+from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.sequence import Sequence
@@ -97,6 +100,34 @@ def follow(
         if not admits:
             seconds += time.perf_counter() - start
     return [_followed(finished[request.id]) for request in requests], seconds
+
+
+def submit_scored(
+    engine: AdaptiveEngine,
+    prompt: Items[int],
+    following: Items[int],
+    prefill: Prefill | None = None,
+) -> Request:
+    """Queue a prompt whose own next tokens are fed at full depth, each with its log-probability.
+
+    Args:
+        engine: Reads the prompt.
+        prompt: Token ids.
+        following: Tokens that really follow, at least one.
+        prefill: How the prompt is read; the engine's own way by default.
+
+    Raises:
+        RequestError: as ``submit`` does.
+    """
+    witness = Witness(following, engine.stack.vocab)
+    return engine.submit(
+        prompt, policy=NeverExit(), prefill=prefill, forced=following, sampler=witness
+    )
+
+
+def nats_per_token(row: Sequence) -> float:
+    """Mean loss of what followed a prompt of ``submit_scored``, once the row is finished."""
+    return -float(np.mean([logprob for logprob in row.logprobs if logprob is not None]))
 
 
 def _followed(row: Sequence) -> Followed:

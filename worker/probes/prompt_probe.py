@@ -47,7 +47,8 @@ class PromptProbe:
         last_T = (last_TD * last_TD).sum(-1) + TINY
         rms_T = (square_T / state_TD.shape[-1]).sqrt()
         columns = (
-            (state_TD * last_TD).sum(-1) / (square_T * last_T).sqrt(),
+            # The product of two zero states' squares would be 0 in float32, that of roots is not.
+            (state_TD * last_TD).sum(-1) / (square_T.sqrt() * last_T.sqrt()),
             0.5 * (square_T / last_T).log(),
             ((state_TD - last_TD).square().sum(-1) / square_T).sqrt(),
             rms_T.log(),

@@ -60,6 +60,15 @@ def test_each_column_is_what_a_loop_over_the_tokens_says(dtype: torch.dtype) -> 
     assert column(found_NF, "pair_seen").tolist() == [0, 0, 0, 1, 0]
 
 
+def test_a_token_whose_state_is_zero_has_features_too() -> None:
+    """As a padding token at a prompt's beginning, whose embedding is 0."""
+    third_TD = states(1)
+    third_TD[0] = 0
+    found_NF = PromptProbe(third_TD.clone(), PROMPT, FIRST, LAYERS).features(3, third_TD)
+    assert np.isfinite(found_NF).all()
+    assert column(found_NF, "cosine").tolist() == pytest.approx([0, *[1] * 6])
+
+
 def prompt_of(tokens: int, depth: float = 0.5) -> FloatArray:
     features_NF = np.zeros((tokens, PROMPT_V1.width), np.float32)
     column(features_NF, "place")[:] = np.arange(tokens) / 256
