@@ -42,6 +42,9 @@ EXITS = (9, 10, 11)
 
 SWAP_EVERY_S = 0.1
 GARBAGE_LAYER = 1
+FEWEST = 8
+"""Requests that a part must have seen before anything is said of it."""
+
 BEFORE_S = 0.5
 """How long before a swap its control lies."""
 
@@ -159,26 +162,40 @@ def longest(pairs: list[tuple[float, float]], start: float, end: float) -> float
 
 
 def outages(site: SwapSite, lengths: Lengths, requests: list[StreamedRequest]) -> list[Row]:
-    """Kill Redis and start it again, in turns; compare the gaps between tokens."""
-    found: dict[bool, list[float]] = {True: [], False: []}
+    """Kill Redis and start it again, in turns; compare how long tokens take."""
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for _ in range(lengths.outages):
         for is_up in (True, False):
             if not is_up:
                 site.kill_redis()
-            gather(site, requests)
-            time.sleep(lengths.outage_s)
-            found[is_up].append(
-                p99([gap for news in gather(site, requests) for gap in gaps_of(news)])
-            )
+            asked = asked_within(site, lengths.outage_s, requests)
+            found[is_up].append((late_gap(asked), late_first(asked)))
         site.restart_redis()
         time.sleep(1.0)
-    up, gone = (1e3 * median(found[each]) for each in (True, False))
-    ratio = median(b / a for a, b in zip(found[True], found[False], strict=True))
-    return [
-        Row("gap between tokens, p99, Redis there", up, "ms", ""),
-        Row("gap between tokens, p99, Redis gone", gone, "ms", ""),
-        Row("Redis gone against there, p99, median of pairs", ratio, "×", "≤ 1.05"),
-    ]
+    pairs = list(zip(found[True], found[False], strict=True))
+    rows = []
+    for place, what in enumerate(("gap between tokens", "time to first token")):
+        up, gone = (1e3 * median(each[place] for each in found[key]) for key in (True, False))
+        ratio = median(after[place] / before[place] for before, after in pairs)
+        rows += [
+            Row(f"{what}, p99, Redis there", up, "ms", ""),
+            Row(f"{what}, p99, Redis gone", gone, "ms", ""),
+            Row(f"{what}, p99, Redis gone against there, median of pairs", ratio, "×", "≤ 1.05"),
+        ]
+    return rows
+
+
+def asked_within(
+    site: SwapSite, seconds: float, requests: list[StreamedRequest]
+) -> list[StreamedRequest]:
+    """Requests that began from now on and ended within so long, or until there are some."""
+    start, found = time.monotonic(), list[StreamedRequest]()
+    gather(site, requests)
+    while len(found) < FEWEST:
+        time.sleep(seconds)
+        told = gather(site, requests)
+        found += [each for news in told for each in news.requests if each.asked > start]
+    return found
 
 
 def storm(site: SwapSite, lengths: Lengths, requests: list[StreamedRequest]) -> list[Row]:
@@ -195,6 +212,7 @@ def storm(site: SwapSite, lengths: Lengths, requests: list[StreamedRequest]) -> 
     taken = time.monotonic() - start
     site.await_all(site.publish(FixedExit(EXITS[0])), time.time())
     memory_mb.append([news.memory_mb for news in gather(site, requests)])
+    stormed = [each for each in requests if start < each.asked < start + taken]
     settled = len(memory_mb) // 4
     growth = max(
         last / early for early, last in zip(memory_mb[settled], memory_mb[-1], strict=True)
@@ -202,6 +220,7 @@ def storm(site: SwapSite, lengths: Lengths, requests: list[StreamedRequest]) -> 
     return [
         Row("swaps in a storm", swaps, "", ""),
         Row("one swap every", 1e3 * taken / swaps, "ms", f"{1e3 * SWAP_EVERY_S:.0f}"),
+        Row("time to first token, p99, in the storm", 1e3 * late_first(stormed), "ms", ""),
         Row("memory of the worker that grew most, end to first quarter", growth, "×", "≤ 1.02"),
     ]
 
@@ -248,9 +267,14 @@ def gather(site: SwapSite, requests: list[StreamedRequest]) -> list[WorkerNews]:
     return told
 
 
-def gaps_of(news: WorkerNews) -> list[float]:
-    """Seconds between the tokens of each stream."""
-    return [b - a for each in news.requests for a, b in pairwise(each.stamps)]
+def late_gap(requests: list[StreamedRequest]) -> float:
+    """The 99th percentile of the seconds between two tokens of a stream."""
+    return p99([b - a for each in requests for a, b in pairwise(each.stamps)])
+
+
+def late_first(requests: list[StreamedRequest]) -> float:
+    """The 99th percentile of the seconds from asking to the first token."""
+    return p99([each.stamps[0] - each.asked for each in requests if each.stamps])
 
 
 def p99(values: list[float]) -> float:

@@ -27,7 +27,8 @@ class StreamedRequest:
         kv_mode: What became of layers that it skipped; ``defer`` if it was audited.
         tokens: What it emitted.
         generations: Releases that its tokens say decided them.
-        stamps: When each token came, seconds of the monotonic clock.
+        asked: When it was asked, seconds of the monotonic clock.
+        stamps: When each token came, by the same clock.
         error: Why it failed; "" if it did not.
     """
 
@@ -37,6 +38,7 @@ class StreamedRequest:
     kv_mode: KVMode = "project"
     tokens: list[int] = field(default_factory=list)
     generations: set[int] = field(default_factory=set)
+    asked: float = 0.0
     stamps: list[float] = field(default_factory=list)
     error: str = ""
 
@@ -45,7 +47,7 @@ async def stream(
     service: EngineService, prompt: tuple[int, ...], sampling: SamplingParams
 ) -> StreamedRequest:
     """Ask, and read the answer to its end or to its error."""
-    record = StreamedRequest(prompt=prompt)
+    record = StreamedRequest(prompt=prompt, asked=time.monotonic())
     try:
         request, events = await service.submit(prompt, sampling)
         snapshot, record.kv_mode = request.snapshot, request.kv_mode

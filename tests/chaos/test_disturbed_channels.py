@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -44,34 +47,46 @@ def a_number_is_forged(scene: Scene) -> None:
 
 
 def a_stranger_signs(scene: Scene) -> None:
-    offer(scene, load_or_create_key(scene.data / "stranger.pem").sign)
-
-
-def weights_are_not_finite(scene: Scene) -> None:
-    offer(scene, scene.bench.key.sign, lambda x: np.full_like(x, np.nan))
-
-
-def weights_are_of_another_type(scene: Scene) -> None:
-    offer(scene, scene.bench.key.sign, lambda x: x.astype(np.float64))
+    offer(scene, sign=load_or_create_key(scene.data / "stranger.pem").sign)
 
 
 def offer(
     scene: Scene,
-    sign: Callable[[bytes], bytes],
-    spoil: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+    spoil: Callable[[bytes], bytes] = lambda blob: blob,
+    *,
+    sign: Callable[[bytes], bytes] | None = None,
+    ahead: int = 1,
+    respell: Callable[[bytes], bytes] = lambda raw: raw,
+    **changes: Any,
 ) -> None:
-    """Put a release at the head behind the publisher's back."""
+    """Put a release at the head behind the publisher's back, signed by its key if by no other's."""
     found = scene.registry.head()
     assert found is not None
-    manifest = scene.bench.verifier().read(found.envelope)
-    tensors = load(scene.bench.ledger.blob(manifest.digest))
-    blob = save(tensors | {"canned.features": spoil(tensors["canned.features"])})
-    manifest = replace(
-        manifest, generation=found.generation + 1, digest=digest_of(blob), size=len(blob)
-    )
+    honest = scene.bench.verifier().read(found.envelope)
+    blob = spoil(scene.bench.ledger.blob(honest.digest))
+    told = {"generation": found.generation + ahead, "digest": digest_of(blob), "size": len(blob)}
+    manifest = replace(honest, **told | changes)
+    envelope = (sign or scene.bench.key.sign)(respell(manifest.to_bytes()))
+    scene.registry.discard_head()
     scene.registry.put_blob(blob)
-    head = Head(manifest.generation, 1, sign(manifest.to_bytes()), manifest.digest)
-    scene.registry.promote(head, found.generation)
+    scene.registry.promote(Head(manifest.generation, 1, envelope, manifest.digest), 0)
+
+
+def with_inputs(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[bytes], bytes]:
+    """Changes the recorded inputs that a policy must decide as it did."""
+
+    def spoil(blob: bytes) -> bytes:
+        tensors = load(blob)
+        return bytes(save(tensors | {"canned.features": change(tensors["canned.features"])}))
+
+    return spoil
+
+
+def poison(
+    said: str, spoil: Callable[[bytes], bytes] = lambda blob: blob, **changes: Any
+) -> tuple[Act, AckState, str, Act]:
+    """A release that the publisher's key signed, and that must be refused so."""
+    return partial(offer, spoil=spoil, **changes), AckState.NACK, said, put_the_head_back
 
 
 def weights_are_damaged(scene: Scene) -> None:
@@ -102,24 +117,35 @@ DISTURBANCES: list[tuple[Act, AckState, str, Act]] = [
     (writing_is_forbidden, AckState.ACK, "does not allow it", writing_is_allowed),
     (a_number_is_forged, AckState.NACK, "bad_format: ", promote_again),
     (a_stranger_signs, AckState.NACK, "foreign_key: ", promote_again),
-    (weights_are_not_finite, AckState.NACK, "not_finite: ", put_the_head_back),
-    (weights_are_of_another_type, AckState.NACK, "bad_shape: ", put_the_head_back),
     (weights_are_damaged, AckState.NACK, "digest_mismatch: ", promote_again),
     (the_clock_is_fast, AckState.STALE, "expired", the_clock_is_slow),
     (the_clock_is_slow, AckState.ACK, "", the_clock_is_fast),
+    poison("not_finite: ", with_inputs(lambda x: np.full_like(x, np.nan))),
+    poison("bad_shape: ", with_inputs(lambda x: x.astype(np.float64))),
+    poison("bad_shape: ", with_inputs(lambda x: x[:, :2])),
+    poison("not_safetensors: ", lambda blob: blob[:-9]),
+    poison("not_safetensors: ", lambda blob: (2**30).to_bytes(8, "little") + blob[8:]),
+    poison("not_safetensors: ", pickle.dumps),
+    poison("wrong_model: ", model="ff"),
+    poison("wrong_tokenizer: ", tokenizer="ff"),
+    poison("wrong_channel: ", channel="other"),
+    poison("expired: ", expires_at=1.0),
+    poison("bad_format: ", respell=lambda raw: raw[:-1] + b',"kind":"fixed"}'),
+    poison("rollback: ", ahead=-1),
+    poison("equivocation: ", with_inputs(lambda x: x + 1), ahead=0),
 ]
 """What is done, what the worker then says and why, or why it cannot say so, and what heals it."""
 
 
 def test_one_disturbance_after_the_other(scene: Scene) -> None:
-    for act, state, said, heal in DISTURBANCES:
+    for number, (act, state, said, heal) in enumerate(DISTURBANCES):
         running = scene.worker.current.generation
         act(scene)
-        assert scene.says() == (state, running), act
-        assert said in scene.worker.report.reason + scene.worker.unreported, act
+        assert scene.says() == (state, running), (number, scene.worker.report)
+        assert said in scene.worker.report.reason + scene.worker.unreported, number
         heal(scene)
-        assert scene.says() == (AckState.ACK, scene.bench.publisher.promoted), act
-        assert scene.worker.report.reason == scene.worker.unreported == "", act
+        assert scene.says() == (AckState.ACK, scene.bench.publisher.promoted), number
+        assert scene.worker.report.reason == scene.worker.unreported == "", number
     assert scene.worker.current.generation == 2  # the damaged one, once it was whole
     # The control: under another policy a replay gives other tokens.
     assert torn(scene.clients.requests[-3:], lambda _: FixedExit(1))

@@ -3,6 +3,7 @@ policy does not move. Checked through a refresher on both registries."""
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 
 from offramp.controller.errors import Refusal
 from offramp.controller.keys.key_files import load_or_create_key
@@ -130,6 +132,40 @@ def test_anything_but_safetensors(
     manifest, _ = site.draft(make_mlp(2))
     site.offer(fit(manifest, blob), blob)
     check_refused(site, running, Refusal.NOT_SAFETENSORS)
+
+
+class Hostile:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def saved_agent(hostile: Hostile, folder: Path) -> bytes:
+    """What Stable-Baselines3 saves; it pickles what JSON cannot say."""
+    save_to_zip_file(folder / "agent.zip", data={"policy_class": hostile})
+    return (folder / "agent.zip").read_bytes()
+
+
+@pytest.mark.parametrize("is_zip", [False, True], ids=["pickle", "SB3 zip"])
+def test_nothing_that_executes_code_is_ever_loaded(
+    site: Site, running: Any, make_mlp: Any, fit: Any, tmp_path: Path, is_zip: bool
+) -> None:
+    hostile = Hostile(tmp_path / "mark")
+    blob = saved_agent(hostile, tmp_path) if is_zip else pickle.dumps(hostile)
+    manifest, _ = site.draft(make_mlp(2))
+    site.offer(fit(manifest, blob), blob)
+    check_refused(site, running, Refusal.NOT_SAFETENSORS)
+    assert not hostile.mark.exists()
+    # The control: whoever does load it runs its code.
+    if is_zip:
+        load_from_zip_file(tmp_path / "agent.zip")
+    else:
+        pickle.loads(blob)
+    assert hostile.mark.exists()
 
 
 def test_a_blob_over_the_limit(site: Site, running: Any, make_mlp: Any, fit: Any) -> None:

@@ -129,23 +129,26 @@ def test_the_first_promotion_expects_no_head(registry: PolicyRegistry) -> None:
     assert registry.head() is None
 
 
-def test_of_concurrent_promotions_exactly_one_wins(registry: PolicyRegistry) -> None:
+def test_of_fifty_promotions_at_once_one_wins_and_the_others_are_told_which(
+    registry: PolicyRegistry,
+) -> None:
     registry.put_blob(BLOB)
     registry.promote(head(1), 0)
-    start = threading.Barrier(8)
+    generations = range(2, 52)
+    start = threading.Barrier(len(generations))
 
-    def race(generation: int) -> bool:
+    def race(generation: int) -> int:
         start.wait()
         try:
             registry.promote(head(generation), 1)
-        except PromoteConflictError:
-            return False
-        return True
+        except PromoteConflictError as error:
+            return error.found
+        return generation
 
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(race, range(2, 10)))
-    assert won.count(True) == 1
-    assert registry.head() == head(2 + won.index(True))
+    with ThreadPoolExecutor(len(generations)) as pool:
+        told = list(pool.map(race, generations))
+    assert len(set(told)) == 1
+    assert registry.head() == head(told[0])
 
 
 def test_without_an_expected_head_the_last_of_many_would_win(registry: PolicyRegistry) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,3 +131,19 @@ def test_all_who_make_the_first_key_at_once_get_the_same(tmp_path: Path) -> None
 
     with ThreadPoolExecutor(16) as pool:
         assert len(set(pool.map(make, range(16)))) == 1
+
+
+def test_a_private_key_shows_itself_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    path = tmp_path / "key.pem"
+    key = load_or_create_key(path)
+    secret = key._private.private_bytes_raw()
+    path.chmod(0o666)
+    with pytest.raises(ConfigError) as refused:
+        load_or_create_key(path)
+    said = f"{key!r} {key} {refused.value!r} {refused.value} {caplog.text}"
+    for form in (secret.hex(), str(secret), base64.b64encode(secret).decode()):
+        assert form not in said
+    assert path.read_text().split("\n")[1] not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import httpx
@@ -91,6 +92,9 @@ def test_each_state_is_shown(
     assert [each for each in said if each not in page] == []
     assert [each for each in unsaid if each in page] == []
     assert KEY not in page
+    # Links, buttons and fields alone act, in the order in which they stand: a keyboard does.
+    assert not re.search("tabindex|onclick|<(a|button|form)[^>]* style=", page)
+    assert page.count("<a ") == page.count(' href="/confirm/')
     photograph(prepare.__name__, "/")
 
 
