@@ -164,6 +164,7 @@ def scrape() -> str:
     fields = ["tasks", *(field for field, _ in REPORTED.values())]
     report: dict[str, Any] = dict.fromkeys(fields, 0)
     report["traffic"] = dict.fromkeys([field for field, _ in TRAFFIC.values()], 0)
+    report["energy"] = [("modelled", "x", 1.0, 1)]
     says = dict.fromkeys(("worker", "digest", "guarantee", "state"), "x")
     backend: Any = SimpleNamespace(model_id="m", layers=LAYERS, reports=lambda: [report | says])
     counted = Metrics(backend)

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import (
@@ -237,6 +238,7 @@ class _Reports(Collector):
         kept = {r["worker"]: r["traffic"] for r in reports if r.get("traffic")}
         for name, (field, text) in TRAFFIC.items():
             yield _by_worker(model, name, text, {each: kept[each][field] for each in kept})
+        yield from _energy(model, reports)
         says = ("worker", "digest", "guarantee", "state")
         info = GaugeMetricFamily(
             PREFIX + "policy_info",
@@ -255,6 +257,24 @@ class _Reports(Collector):
         for report in reports:
             tasks.add_metric((model, report["worker"]), report["tasks"])
         yield tasks
+
+
+def _energy(model: str, reports: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    """Joules and tokens of the steps that were read: no sample where the energy is unknown."""
+    labels = ("model_name", "worker", "method", "source")
+    joules = CounterMetricFamily(
+        PREFIX + "energy_joules", "Energy of the decoding steps at which it was read", labels=labels
+    )
+    tokens = CounterMetricFamily(
+        PREFIX + "energy_tokens", "Tokens that these steps emitted", labels=labels
+    )
+    for report in reports:
+        for method, source, taken, emitted in report.get("energy", ()):
+            named = (model, report["worker"], method, source)
+            joules.add_metric(named, taken)
+            tokens.add_metric(named, emitted)
+    yield joules
+    yield tokens
 
 
 def _by_worker(model: str, name: str, text: str, values: Mapping[str, float]) -> Metric:

@@ -120,11 +120,9 @@ class ServedWorker:
             from offramp.deploy.serve.traffic_keeping import KeptTraffic
 
             self._traffic = KeptTraffic(engine, config.traffic, self.worker_id)
+        self._meter = TrackMeter(engine, serving_source(engine), self.refresher.watches)
         self.service = EngineService(
-            engine,
-            max_waiting=config.max_waiting,
-            after_step=self._after_step,
-            around=TrackMeter(engine, serving_source(engine), self.refresher.watches),
+            engine, max_waiting=config.max_waiting, after_step=self._after_step, around=self._meter
         )
         freeze_heap()
         self.refresher.start()
@@ -200,7 +198,8 @@ class ServedWorker:
         """What this worker runs, and how it is.
 
         ``unreported`` says why the registry could not be told of it; "" if it was. ``traffic``
-        counts what was recorded of live traffic, None if nothing is to be.
+        counts what was recorded of live traffic, None if nothing is to be. ``energy`` lists
+        method, source, joules and tokens of the steps whose energy was read.
         """
         engine, refresher = self.service.engine, self.refresher
         policy = describe_policy(
@@ -214,6 +213,7 @@ class ServedWorker:
             "waiting": waiting,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
+            "energy": [(*read, *taken) for read, taken in tuple(self._meter.totals.items())],
             "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }

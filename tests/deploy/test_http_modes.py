@@ -13,6 +13,7 @@ import torch
 
 from offramp.controller import FixedExit
 from offramp.controller.errors import RequestError
+from offramp.controller.policies.drafts import StaticDraft
 from offramp.controller.release.certified_points import Target
 from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
@@ -204,6 +205,25 @@ def test_the_served_policy_decides_for_whom_its_certificate_says_enough() -> Non
     assert served.mode(None, "defer", torch.float32, "") == "defer"
     with pytest.raises(RequestError, match="quality"):
         mode(1.5)
+
+
+def test_a_released_drafter_loses_nothing_unless_it_is_asked_to(
+    engine: AdaptiveEngine, complete: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.config.kv_mode == "project"
+    drafter = PolicySnapshot(8, "e" * 64, StaticDraft(layer=6, length=2))
+    monkeypatch.setattr(engine, "current_policy", lambda: drafter)
+    drafted = complete({"stats": True}).json()
+    stats = drafted["offramp"]
+    assert stats["generation"] == 8
+    assert stats["drafts"] > 0
+    assert stats["exact_share"] == 1
+    monkeypatch.setattr(engine, "current_policy", lambda: FULL_DEPTH)
+    full = complete({}).json()
+    assert drafted["choices"][0]["text"] == full["choices"][0]["text"]
+    # Who names a mode gets it, and a policy of the caller's own is in the engine's.
+    assert drafter.mode("project", "project", torch.float32, "") == "project"
+    assert replace(drafter, digest="").mode(None, "project", torch.float32, "") == "project"
 
 
 def test_a_request_says_how_its_prompt_is_read(engine: Any, complete: Ask) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 
@@ -60,10 +61,15 @@ def engine() -> AdaptiveEngine:
     return AdaptiveEngine.from_pretrained(make_model("llama"), slots=2, config=config)
 
 
+class Decoded(NamedTuple):
+    steps: int
+    totals: dict[tuple[str, str], tuple[float, int]]
+
+
 def decode(
     meter_source: object, tracks: tuple[PolicySnapshot, ...], also: tuple[PolicySnapshot, ...] = ()
-) -> int:
-    """Decode one request under each snapshot, in the same steps; returns how many those were."""
+) -> Decoded:
+    """Decode one request under each snapshot, in the same steps."""
     made = engine()
 
     def watches() -> Iterator[PolicyWatch]:
@@ -76,7 +82,7 @@ def decode(
     while made.load != (0, 0):
         meter(made.step)
         steps += 1
-    return steps
+    return Decoded(steps, meter.totals)
 
 
 def test_a_step_is_shared_by_the_layers_that_each_track_ran() -> None:
@@ -99,6 +105,16 @@ def test_alone_a_track_is_charged_all_of_it_but_the_prompt() -> None:
     assert canary.watch.tally.token_j == 1.0
 
 
+def test_a_worker_without_releases_is_charged_by_method_and_source() -> None:
+    alone = replace(snapshots()[0], watch=None)
+    steps, totals = decode(OneJoule(), (), also=(alone, alone))
+    (joules, tokens) = totals.pop(("measured_shared", "a counter"))
+    assert totals == {}
+    # A joule and two tokens per step, but for those of the steps that read the prompts.
+    assert joules == tokens / 2 == pytest.approx(TOKENS - 1, abs=1)
+    assert joules <= steps
+
+
 def test_requests_of_no_track_bear_their_share() -> None:
     stable, canary = snapshots()
     decode(OneJoule(), (canary,), also=(replace(stable, watch=None),))
@@ -108,13 +124,13 @@ def test_requests_of_no_track_bear_their_share() -> None:
 
 def test_where_nothing_can_be_read_nothing_is_said() -> None:
     tracks = snapshots()
-    decode(OneJoule(known=False), tracks)
+    assert decode(OneJoule(known=False), tracks).totals == {}
     assert [each.watch.tally.token_j for each in tracks if each.watch] == [None, None]
 
 
 def test_a_slow_counter_is_read_seldom() -> None:
     source = OneJoule(slow_s=0.05)
-    steps = decode(source, snapshots())
+    steps = decode(source, snapshots()).steps
     assert 1 <= source.looks < steps / 4
 
 

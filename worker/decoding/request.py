@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from offramp.controller.errors import RequestError
+from offramp.controller.policies.drafts import is_drafter
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.controller.release.certificate import Certificate
 from offramp.controller.release.certified_points import Target
@@ -64,6 +65,9 @@ class PolicySnapshot:
     ) -> KVMode:
         """What becomes of the layers that a request under it skips.
 
+        A drafter that was released verifies unless the request says otherwise: what is served
+        loses nothing where a channel has one.
+
         Args:
             wish: The request's mode, or the quality it wants guaranteed; None leaves it to ``own``.
             own: The engine's mode.
@@ -73,6 +77,8 @@ class PolicySnapshot:
         Raises:
             RequestError: a quality outside [0, 1].
         """
+        if wish is None and self.digest and is_drafter(self.policy):
+            return "verify"
         if wish is None or isinstance(wish, str):
             return wish or own
         if not 0 <= wish <= 1:

@@ -81,6 +81,10 @@ class TrackMeter:
         engine: Its steps are charged.
         source: Is read before and after each.
         watches: The watches of the releases that run now.
+
+    Attributes:
+        totals: Joules of all steps that were read, and the tokens they emitted, by the method and
+            the source of the reading; figures of different methods are never added up.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class TrackMeter:
         self._engine = engine
         self._source = source
         self._watches = watches
+        self.totals: dict[tuple[str, str], tuple[float, int]] = {}
         self._batches: dict[int, tuple[Tally, _TokenBatch]] = {}  # by generation
         self._stepping_s = self._reading_s = 0.0
         # The least, since a reading that the scheduler interrupts says nothing of the source.
@@ -115,6 +120,9 @@ class TrackMeter:
         reading = self._source.stop(begun, time.perf_counter() - start_s)
         self._reading_s += self._cost_s
         if reading.joules is not None:
+            read = reading.method.value, reading.source
+            joules, tokens = self.totals.get(read, (0.0, 0))
+            self.totals[read] = joules + reading.joules, tokens + len(events)
             ran = [
                 (tally, tally.layers - layers, tally.tokens - tokens)
                 for tally, (layers, tokens) in zip(tallies, before, strict=True)

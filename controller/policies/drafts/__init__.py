@@ -19,4 +19,12 @@ __all__ = [
     "StaticDraft",
     "ThompsonDraft",
     "TrustedDraft",
+    "is_drafter",
 ]
+
+
+def is_drafter(policy: object) -> bool:
+    """Whether a policy is made for ``verify`` alone: elsewhere its drafts would be emitted."""
+    return isinstance(
+        policy, ConfidentDraft | DelDraft | DraftRouter | StaticDraft | ThompsonDraft | TrustedDraft
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
+
+from offramp.deploy.http.metrics import REPORTED, Metrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -73,6 +76,19 @@ def test_what_workers_report_is_told_by_worker(app: FastAPI, ask: Any) -> None:
     assert value(samples, "guardrail_trips_total", worker="worker-0") == 0
     says = {"worker": "worker-0", "digest": "d" * 64, "guarantee": "uncertified", "state": "ACK"}
     assert value(samples, "policy_info", **says) == 1
+
+
+def test_energy_is_told_by_method_and_is_absent_where_it_is_unknown(app: FastAPI, ask: Any) -> None:
+    assert not [name for name, _ in after(app, ask) if name.startswith("offramp_energy")]
+    read = [("modelled", "3 W per busy core", 2.5, 10), ("measured_device", "NVML", 30.0, 40)]
+    report = {"worker": "w", **dict.fromkeys([*(field for field, _ in REPORTED.values())], 0)}
+    says = {"tasks": 0, "digest": "", "guarantee": "", "state": "", "energy": read}
+    pool: Any = SimpleNamespace(model_id="reference", layers=12, reports=lambda: [report | says])
+    samples = parse(Metrics(pool).text().decode())
+    for method, source, joules, tokens in read:
+        labels = {"worker": "w", "method": method, "source": source}
+        assert value(samples, "energy_joules_total", **labels) == joules
+        assert value(samples, "energy_tokens_total", **labels) == tokens
 
 
 def test_tasks_of_the_event_loop_are_told_and_do_not_pile_up(app: FastAPI, ask: Any) -> None:
