@@ -45,7 +45,7 @@ class InsightConfig:
     Attributes:
         steps: Gradient steps.
         judged_every: Steps between looks at held-out documents; of each exit the best look counts.
-        batch: Tokens per gradient step.
+        batch: Tokens per gradient step; as many as there are to learn from, if those are fewer.
         learning_rate: Rate of AdamW, the same in all steps.
         decay: Weight decay of AdamW.
         dropout: Share of a state's columns that a step does not see.
@@ -184,10 +184,11 @@ class _Learner:
         judged = torch.from_numpy(np.flatnonzero(judges_N))
         best = copy.deepcopy(nets.state_dict())
         best_E = self._loss(nets, judged).mean(0)
+        batch = min(self.config.batch, len(learned))
         for _ in range(self.config.steps // self.config.judged_every):
             nets.train()
             for _ in range(self.config.judged_every):
-                part = learned[torch.randint(len(learned), (self.config.batch,))]
+                part = learned[torch.randint(len(learned), (batch,))]
                 optimiser.zero_grad()
                 self._loss(nets, part).sum(1).mean().backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
