@@ -59,7 +59,7 @@ class DemoConfig:
     documents: int = 240
     drafted_tokens: int = 128
     draft_steps: int = 800_000
-    profile_s: float = 20.0
+    profile_s: float = 10.0
     tokens_per_document: int = 192
     ppo_steps: int = 500_000
     validation_documents: int = 6

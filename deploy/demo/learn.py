@@ -152,6 +152,10 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     return learned
 
 
+FOLLOWED = 64
+"""Tokens of a held-out document that gates decode after its prompt."""
+
+
 def assess_config(config: DemoConfig, model: str) -> AssessConfig:
     """How the demo evaluates."""
     return AssessConfig(
@@ -160,7 +164,7 @@ def assess_config(config: DemoConfig, model: str) -> AssessConfig:
         validation_documents=config.validation_documents,
         test_documents=config.test_documents,
         timed_documents=config.timed_documents,
-        protocol=Protocol(lines=config.lines),
+        protocol=Protocol(new_tokens=FOLLOWED, lines=config.lines),
         target_agreement=config.target_agreement,
         threads=config.threads,
         seed=config.seed,
