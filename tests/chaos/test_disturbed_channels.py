@@ -64,7 +64,11 @@ def offer(
     assert found is not None
     honest = scene.bench.verifier().read(found.envelope)
     blob = spoil(scene.bench.ledger.blob(honest.digest))
-    told = {"generation": found.generation + ahead, "digest": digest_of(blob), "size": len(blob)}
+    told: dict[str, Any] = {
+        "generation": found.generation + ahead,
+        "digest": digest_of(blob),
+        "size": len(blob),
+    }
     manifest = replace(honest, **told | changes)
     envelope = (sign or scene.bench.key.sign)(respell(manifest.to_bytes()))
     scene.registry.discard_head()

@@ -3,7 +3,6 @@ policy does not move. Checked through a refresher on both registries."""
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from offramp.controller.errors import Refusal
 from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.kinds import MAX_BLOB_BYTES
 from offramp.controller.release.registry import AckState
+from support.releases.hostile import Hostile
 
 Site = Any
 Attack = Callable[[Site, Any, bytes], Any]
@@ -132,16 +132,6 @@ def test_anything_but_safetensors(
     manifest, _ = site.draft(make_mlp(2))
     site.offer(fit(manifest, blob), blob)
     check_refused(site, running, Refusal.NOT_SAFETENSORS)
-
-
-class Hostile:
-    """Unpickled without care, it makes a folder."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def saved_agent(hostile: Hostile, folder: Path) -> bytes:

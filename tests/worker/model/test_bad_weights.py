@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from offramp.controller.errors import ModelError
 from offramp.worker.model.loading import check_model, load_model, load_tokenizer
+from support.releases.hostile import Hostile
 
 REFERENCE = Path(__file__).parents[3] / "models" / "reference"
-
-
-class Hostile:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture
