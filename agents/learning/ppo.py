@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from offramp.agents.learning.actor import PI, VF, Normalised
 from offramp.agents.learning.export import Normaliser, Weights, ppo_weights
 from offramp.controller.costs.table import CostTable
+from offramp.controller.features import FloatArray
 from offramp.envs.adapters.sb3_vec_env import CoreVecEnv
 from offramp.envs.cores.token_core import TokenExitCore
 from offramp.envs.traces.tokens import Quality, TokenTraces
@@ -103,9 +105,22 @@ def train_ppo(
         quality=config.quality,
     )
     normaliser = observation_normaliser(traces, config.lambda_range)
-    model = PPO(
+    model = new_ppo(CoreVecEnv(core), normaliser, config)
+    model.learn(config.steps, callback=StepReport(on_steps, config.steps))
+    return TrainedAgent(model, normaliser)
+
+
+def new_ppo(env: VecEnv, normaliser: Normaliser, config: PPOConfig) -> Any:
+    """An untrained ``PPO`` whose actor ``TrainedAgent`` exports.
+
+    Args:
+        env: Episodes with two actions: go on, leave.
+        normaliser: Normalises their observations, the last column being log λ.
+        config: Hyper-parameters of the run.
+    """
+    return PPO(
         "MlpPolicy",
-        CoreVecEnv(core),
+        env,
         policy_kwargs={
             "net_arch": {"pi": PI, "vf": VF},
             "activation_fn": nn.Tanh,
@@ -114,8 +129,6 @@ def train_ppo(
         },
         **ppo_arguments(config),
     )
-    model.learn(config.steps, callback=StepReport(on_steps, config.steps))
-    return TrainedAgent(model, normaliser)
 
 
 def learning_rate(config: PPOConfig, done: float) -> float:
@@ -140,8 +153,15 @@ def ppo_arguments(config: PPOConfig) -> dict[str, Any]:
 
 
 def observation_normaliser(traces: TokenTraces, lambda_range: tuple[float, float]) -> Normaliser:
+    """Means and deviations of the observation of recorded tokens; see ``feature_normaliser``."""
+    return feature_normaliser(
+        traces.features_NEF.reshape(-1, traces.features_NEF.shape[2]), lambda_range
+    )
+
+
+def feature_normaliser(features_NF: FloatArray, lambda_range: tuple[float, float]) -> Normaliser:
     """Means and deviations of the observation: fitted features, and log λ in closed form."""
-    features = Normaliser.fit(traces.features_NEF.reshape(-1, traces.features_NEF.shape[2]))
+    features = Normaliser.fit(features_NF)
     low, high = (math.log(value) for value in lambda_range)
     # Mean and deviation of a uniform distribution.
     mean, std = (low + high) / 2, max((high - low) / math.sqrt(12), 1.0)

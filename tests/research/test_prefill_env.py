@@ -78,7 +78,7 @@ def read_by_hand(model: Any, document: Sequence[int], policy: ExitPolicy, way: P
     prompt, rest = document[:PROMPT], document[PROMPT:]
     request = engine.submit(prompt, forced=rest, sampler=Witness(rest, VOCAB))
     [row] = drain(engine, [request])
-    return row, -np.mean(row.logprobs)
+    return row, -sum(each for each in row.logprobs if each is not None) / FOLLOWING
 
 
 def test_the_checker_finds_nothing_not_even_a_warning(open_session: Open) -> None:
@@ -160,7 +160,8 @@ def test_calls_are_those_that_a_served_request_is_told_of(model: Any, open_sessi
 def test_time_is_credited_when_a_token_leaves_and_quality_at_the_end(open_session: Open) -> None:
     env = PrefillExitEnv(open_session=open_session, costs=COSTS)
     env.reset(seed=2)
-    vectors, ended = [], False
+    vectors: list[Any] = []
+    ended = False
     while not ended:
         *_, ended, _, info = env.step(len(vectors) % 2)
         vectors.append(info["reward_vector"])
