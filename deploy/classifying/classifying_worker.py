@@ -16,8 +16,10 @@ from offramp.controller.release.manifest import Manifest
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
+from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig
-from offramp.deploy.serve.replica import describe_policy, keep_to_loopback
+from offramp.deploy.serve.replica import keep_to_loopback
+from offramp.deploy.serve.worker_report import describe_policy
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
 from offramp.worker.decoding.request import PolicySnapshot
@@ -87,6 +89,7 @@ class ClassifyingWorker:
             max_waiting=config.max_waiting,
             dtype=spec.dtype,
         )
+        self._tokens = 0  # of texts under way
         freeze_heap()
         self.refresher.start()
         self.service.start()
@@ -100,6 +103,8 @@ class ClassifyingWorker:
     ) -> list[ClassifiedText]:
         """Classify texts; raises as ``TextService.classify`` does."""
         REQUEST_NAME.set(request_id)
+        tokens = sum(map(len, sequences))
+        self._tokens += tokens
         try:
             return await self.service.classify(
                 sequences, quality=quality, split_by=request_id, best=best
@@ -107,6 +112,8 @@ class ClassifyingWorker:
         except DecodeFailedError as error:
             _logger.error("%s", error)
             raise
+        finally:
+            self._tokens -= tokens
 
     async def most_tokens(self) -> tuple[int, int]:
         """Tokens of the context, and most tokens of a text."""
@@ -124,6 +131,10 @@ class ClassifyingWorker:
             raise RuntimeError("the classifier makes no progress")
         self._front.hear.remote(self.report())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve where a pool may grow: what this worker has to do."""
+        return load_of(*self.service.load, self._tokens)
+
     def report(self) -> dict[str, Any]:
         """What this worker runs, and how it is."""
         refresher = self.refresher
@@ -135,6 +146,7 @@ class ClassifyingWorker:
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,
+            "tokens": self._tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
             "tasks": len(asyncio.all_tasks(self._loop)),

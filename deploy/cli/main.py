@@ -34,7 +34,7 @@ TOPICS = {
     "keys": "cli.releases.keys",
     "console": "console.console_command",
     "clients": "clients.clients_command",
-    "serve": "cli.serving",
+    "serve": "cli.pool.serving",
     "demo": "demo.demo_command",
     "doctor": "cli.doctor",
 }

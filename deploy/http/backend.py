@@ -235,7 +235,7 @@ class EngineBackend:
                 "audited": tally.audited if tally else 0,
                 "disagreed": tally.disagreed if tally else 0,
                 **dict.fromkeys(
-                    ("stale_s", "trips", "kept", "moved", "point", "moves", "tasks"), 0
+                    ("stale_s", "trips", "kept", "moved", "point", "moves", "tasks", "tokens"), 0
                 ),
             }
         ]

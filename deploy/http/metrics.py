@@ -46,6 +46,7 @@ WHOLE_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
 REPORTED = {
     "num_requests_running": ("running", "Completions that a worker decodes"),
     "num_requests_waiting": ("waiting", "Completions that wait for a slot of a worker"),
+    "tokens_under_way": ("tokens", "Tokens of its requests: prompts, and all that they may make"),
     "kept_prompts_total": ("kept", "Prompts sent to a worker since it had read their beginning"),
     "moved_prompts_total": ("moved", "Those sent to it since all who had were too busy"),
     "policy_generation": ("generation", "Release that a worker runs; 0: full depth"),

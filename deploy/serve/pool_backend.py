@@ -14,8 +14,8 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
 from offramp.deploy.http.backend import Tokens, WorkerLostError
+from offramp.deploy.serve.placing.prompt_places import PromptPlaces
 from offramp.deploy.serve.pool_config import PoolConfig
-from offramp.deploy.serve.prompt_places import PromptPlaces
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.classifying.text_service import ClassifiedText

@@ -10,6 +10,7 @@ from offramp.controller.errors import ConfigError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.serve.log_lines import FORMATS
+from offramp.deploy.serve.placing.pool_growth import PoolGrowth
 from offramp.worker.spec import TrafficConfig, WorkerSpec
 
 APP = "offramp"
@@ -28,7 +29,8 @@ class PoolConfig:
         channel: Channel whose releases the workers follow.
         trusted: File with the publisher's public key.
         state_dir: Folder of the workers' own state (marks, last-known-good releases).
-        replicas: Number of workers.
+        replicas: Number of workers; of a pool that grows, the fewest.
+        growth: How far it grows and shrinks with its load; None: it does not.
         host, port: Where HTTP listens.
         clients: Tells clients by their keys; without any, only loopback is listened on.
         max_waiting: Requests that may wait per worker before new ones get 429.
@@ -53,6 +55,7 @@ class PoolConfig:
     state_dir: Path
     heads: Path | None = None
     replicas: int = 2
+    growth: PoolGrowth | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     clients: ClientKeys = field(default_factory=ClientKeys)
@@ -67,6 +70,11 @@ class PoolConfig:
     log_format: str | None = None
 
     @property
+    def most_replicas(self) -> int:
+        """Workers at most."""
+        return self.replicas if self.growth is None else self.growth.most
+
+    @property
     def room(self) -> int:
         """Requests that one worker decodes or lets wait."""
         return self.worker.slots + self.max_waiting
@@ -74,6 +82,12 @@ class PoolConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError("replicas", f"{self.replicas} is below 1")
+        if self.growth is not None and self.growth.most < self.replicas:
+            raise ConfigError(
+                "max_replicas",
+                f"{self.growth.most} is below the {self.replicas} workers that there are anyway",
+                "Lower --replicas, or leave it out",
+            )
         if self.log_format not in (None, *FORMATS):
             known = " or ".join(FORMATS)
             raise ConfigError("log_format", f"{self.log_format!r} is unknown", f"Use {known}")

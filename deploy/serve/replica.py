@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import ray
@@ -13,18 +13,17 @@ import ray.serve._private.replica as serve_replica
 from ray import serve
 
 from offramp.controller.errors import DecodeFailedError
-from offramp.controller.release.registry import Ack
-from offramp.controller.watching.tally import Tally
 from offramp.deploy.http.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
+from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.token_wire import TokenWire
+from offramp.deploy.serve.worker_report import conditions_of, describe_policy
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
-from offramp.worker.decoding.request import KVWish, PolicySnapshot, Request, TokenEvent
+from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.energy.track_meter import TrackMeter, serving_source
-from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.shadows import ShadowRunner
@@ -114,6 +113,7 @@ class ServedWorker:
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
         self._shadows = ShadowRunner(engine)
+        self._tokens = 0  # of requests under way: of their prompts, and what they may make
         self._traffic: Any = None
         if config.traffic is not None:
             # Others need nothing of what records and stores: it is not even loaded.
@@ -158,6 +158,8 @@ class ServedWorker:
             split_by=request_id,
             cache_salt=cache_salt,
         )
+        tokens = sampling.n * sum(len(each) + sampling.max_tokens for each in prompts)
+        self._tokens += tokens
         try:
             yield self._replica
             while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
@@ -168,6 +170,7 @@ class ServedWorker:
             _logger.error("%s: %r", error, error.__cause__)
             raise
         finally:
+            self._tokens -= tokens
             self.service.give_up(requests)
 
     def _after_step(self) -> None:
@@ -194,6 +197,10 @@ class ServedWorker:
             raise RuntimeError("the front takes no tokens")
         self._front.hear.remote(self.report())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve where a pool may grow: what this worker has to do."""
+        return load_of(*self.service.engine.load, self._tokens)
+
     def report(self) -> dict[str, Any]:
         """What this worker runs, and how it is.
 
@@ -211,16 +218,13 @@ class ServedWorker:
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,
+            "tokens": self._tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
             "energy": [(*read, *taken) for read, taken in tuple(self._meter.totals.items())],
             "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }
-
-
-_TOLD_OF_TALLIES = ("audited", "disagreed", "points", "point", "moves")
-"""What is told of a release's counts as it is."""
 
 
 def keep_to_loopback() -> None:
@@ -235,61 +239,3 @@ def keep_to_loopback() -> None:
         return listen(server, address.replace("[::]", "127.0.0.1"))
 
     serve_replica.add_port_to_grpc_server = listen_here
-
-
-Conditions = Callable[[PolicySnapshot], tuple[str, str]]
-"""Gives what a release is read through, by digest, and why its certificate does not hold here."""
-
-
-def conditions_of(engine: EngineCore) -> Conditions:
-    """How an engine decodes, as certificates ask."""
-
-    def conditions(snapshot: PolicySnapshot) -> tuple[str, str]:
-        adapters = engine.decoder.reader.under(snapshot).digest
-        if snapshot.certificate is None:
-            return adapters, ""
-        dtype = str(engine.stack.dtype).removeprefix("torch.")
-        mode = engine.config.kv_mode
-        return adapters, snapshot.certificate.gap(kv_mode=mode, dtype=dtype, translators=adapters)
-
-    return conditions
-
-
-def describe_policy(
-    worker: str, snapshot: PolicySnapshot, report: Ack, conditions: Conditions
-) -> dict[str, Any]:
-    """Describe a worker's policy, as ``/v1/policy`` answers.
-
-    ``guarantee`` is "certified", "uncertified" or "full depth"; ``certificate`` the sentence it
-    states; ``gap`` why that sentence does not hold for how this worker decodes, "" if it does;
-    ``audited`` counts early tokens that full depth was asked about, ``disagreed`` those it
-    would not have emitted; ``setting`` is the certified setting that new requests run at, the
-    ``point``-th of ``points`` that the worker moves among, 1 being the safest, and ``moves`` says
-    how often it changed (0 of 0: it does not move); ``canary`` describes the release that serves a
-    share of the requests (``percent``) in its place, None if there is none.
-    """
-    canary = snapshot.canary
-    return {
-        "worker": worker,
-        **_describe(snapshot, conditions),
-        "canary": canary and {"percent": canary.rollout.percent, **_describe(canary, conditions)},
-        "state": report.state.value,
-        "reason": report.reason,
-    }
-
-
-def _describe(snapshot: PolicySnapshot, conditions: Conditions) -> dict[str, Any]:
-    certificate = snapshot.certificate
-    tally = snapshot.watch.tally if snapshot.watch else Tally()
-    adapters, gap = conditions(snapshot)
-    return {
-        "generation": snapshot.generation,
-        "digest": snapshot.digest,
-        "exits": list(snapshot.policy.exits),
-        "adapters": adapters,
-        "guarantee": snapshot.guarantee,
-        "certificate": None if certificate is None else certificate.statement,
-        "gap": gap,
-        "setting": snapshot.setting,
-        **{name: getattr(tally, name) for name in _TOLD_OF_TALLIES},
-    }

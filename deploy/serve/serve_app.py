@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import random
 import re
 import signal
 import socket
@@ -17,18 +16,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import (
-    FIFOMixin,
-    MultiplexMixin,
-    PendingRequest,
-    RequestRouter,
-    RunningReplica,
-)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.serve.front import Front, worker_class
 from offramp.deploy.serve.log_lines import show_line
+from offramp.deploy.serve.placing.worker_router import WorkerRouter
 from offramp.deploy.serve.pool_config import APP, PoolConfig
 from offramp.worker.classifying.sequence_model import check_classifier
 from offramp.worker.model.loading import check_model
@@ -43,9 +36,14 @@ ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
 """Requests of one burst are spread by what was sent; after it workers are asked for their load
 again: one that froze does not answer."""
 
-AT_ONCE = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
-"""Ray Serve would ask a worker that answers nothing to end, and wait as long as draining may take
-before the next one gets its place. Of a cluster that is joined, whoever starts Ray sets it."""
+OF_SERVE = {
+    # Else Ray Serve asks a worker that answers nothing to end, and waits as long as draining may
+    # take before the next one gets its place.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # Seconds: else a pool that grows hears of its workers' load every ten.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+"""Settings of Ray Serve's processes. Of a cluster that is joined, whoever starts Ray sets them."""
 
 FEW_ARENAS = ("MALLOC_ARENA_MAX", "2")
 """Ray gives each process some forty threads, and glibc each of them a heap of its own, up to eight
@@ -82,7 +80,7 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         if config.log_format is not None:
             threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
         workers = serve.deployment(worker_class(config.heads)).options(
-            num_replicas=config.replicas,
+            **_size(config),
             # The front takes no more than all workers have room for; this spreads them.
             max_ongoing_requests=config.room,
             request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
@@ -95,6 +93,13 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         _deploy(workers.bind(config, front))
         ray.get(front.connect.remote())
         yield f"http://{config.host}:{config.port}"
+
+
+def _size(config: PoolConfig) -> dict[str, Any]:
+    """How many workers Ray Serve is to run."""
+    if config.growth is None:
+        return {"num_replicas": config.replicas}
+    return {"autoscaling_config": config.growth.serve_config(config.replicas)}
 
 
 def require_model(config: PoolConfig) -> None:
@@ -174,8 +179,8 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
     """
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        os.environ.setdefault(AT_ONCE, "1")  # Ray's processes take it over
-        os.environ.setdefault(*FEW_ARENAS)
+        for setting in (*OF_SERVE.items(), FEW_ARENAS):
+            os.environ.setdefault(*setting)  # Ray's processes take it over
         options |= {
             "num_cpus": cpus,
             "include_dashboard": False,
@@ -231,27 +236,3 @@ def require_free(host: str, port: int, field: str = "port") -> None:
             raise ConfigError(
                 field, f"{host}:{port} cannot be used ({error.strerror})", "Choose another"
             ) from error
-
-
-class WorkerRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
-    """Tries the replica that a request names first, and then all, those with the least to do first.
-
-    A request names it as its ``multiplexed_model_id``: of what a handle can be told of a request,
-    that alone is passed on to routers, and no worker serves several models. The replica that it
-    names has died if it is not among the candidates, and is frozen if it does not say in time how
-    many requests it has.
-    """
-
-    async def choose_replicas(
-        self,
-        candidate_replicas: list[RunningReplica],
-        pending_request: PendingRequest | None = None,
-    ) -> list[list[RunningReplica]]:
-        """Rank the replicas for one request; see ``RequestRouter``."""
-        # At random: of replicas that have equally much to do, Ray takes the first.
-        everyone = random.sample(candidate_replicas, len(candidate_replicas))
-        if pending_request is None:
-            return [everyone]
-        pending_request.routing_context.should_backoff = True
-        chosen = pending_request.metadata.multiplexed_model_id
-        return [[each for each in everyone if each.replica_id.unique_id == chosen], everyone]

@@ -24,7 +24,7 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.cli.calibrating import NOTHING_CERTIFIED
 from offramp.deploy.cli.evaluating import save_assessment
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.replica import conditions_of, describe_policy
+from offramp.deploy.serve.worker_report import conditions_of, describe_policy
 from offramp.envs.traces.candidate_file import save_candidates
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot

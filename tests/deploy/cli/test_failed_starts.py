@@ -17,7 +17,7 @@ def test_the_reason_is_json_where_lines_are(
     cli: Any, monkeypatch: pytest.MonkeyPatch, taken_port: int
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("offramp.deploy.cli.serving.show_line", lines.append)
+    monkeypatch.setattr("offramp.deploy.cli.pool.serving.show_line", lines.append)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     for option, value in (("model", "no_such"), ("port", taken_port), ("dtype", "int8")):
         status, said = cli("serve", "--log-format", "json", f"--{option}", value)

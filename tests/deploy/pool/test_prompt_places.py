@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from offramp.deploy.serve import prompt_places
-from offramp.deploy.serve.prompt_places import PromptPlaces
+from offramp.deploy.serve.placing import prompt_places
+from offramp.deploy.serve.placing.prompt_places import PromptPlaces
 
 WORKERS = ("a", "b", "c")
 PROMPT = list(range(300))

@@ -98,13 +98,17 @@ class ServedPool:
         return [each for each, words in named if "ServeReplica:offramp" in words]
 
 
-def run(pool: ServedPool, scenario: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+def run(
+    pool: ServedPool,
+    scenario: Callable[[httpx.AsyncClient], Awaitable[Any]],
+    within_s: float = 2 * PATIENCE_S,
+) -> Any:
     async def within() -> Any:
         limits = httpx.Limits(max_connections=1000)
         async with httpx.AsyncClient(
             base_url=pool.url, timeout=PATIENCE_S, limits=limits
         ) as client:
-            return await asyncio.wait_for(scenario(client), 2 * PATIENCE_S)
+            return await asyncio.wait_for(scenario(client), within_s)
 
     return asyncio.run(within())
 

@@ -18,6 +18,7 @@ from offramp.controller.errors import ConfigError, FieldError, OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
+from offramp.deploy.cli.pool import pool_options
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
 from offramp.deploy.http.tracing import require_exporter
@@ -59,68 +60,26 @@ def _failing_as_it_logs(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-Trust = Annotated[
-    Path | None,
-    typer.Option(help="Publisher's public key.", show_default="the one in OFFRAMP_HOME"),
-]
-PromptPolicy = Annotated[
-    Path | None,
-    typer.Option(
-        help="Bundle of a policy for prompts, which requests may ask for.", show_default="none"
-    ),
-]
-PrefillWay = Annotated[
-    str, typer.Option(help="How prompts are read unless a request says: full|exits.")
-]
-PromptKeep = Annotated[
-    str, typer.Option(help="First and last tokens of a prompt that run every layer, like 4,32.")
-]
-Classify = Annotated[
-    Path | None,
-    typer.Option(
-        help="Classify, with a folder of heads (`tune --task classify`).", show_default="decode"
-    ),
-]
-ServedName = Annotated[
-    str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
-]
-RedisPort = Annotated[
-    int, typer.Option(min=1, max=65535, help="Port of the embedded Redis (no REDIS_URL).")
-]
-MaxBodyBytes = Annotated[int, typer.Option(min=1, help="Bytes of a body; more get 413.")]
-MaxChoices = Annotated[
-    int, typer.Option(min=1, help="Completions of one request, all its prompts together.")
-]
-Deadline = Annotated[
-    float, typer.Option(help="Seconds from a request's beginning to its last token; then 504.")
-]
-Drain = Annotated[
-    float, typer.Option(help="Seconds that requests have for their end when the pool is stopped.")
-]
-LogFormat = Annotated[
-    str | None,
-    typer.Option(
-        help="Write each request and each warning of the pool to standard error: text|json.",
-        show_default="none is written",
-    ),
-]
-
-
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
-    served_model_name: ServedName = None,
-    classify: Classify = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Workers in the pool.")] = 2,
+    served_model_name: pool_options.ServedName = None,
+    classify: pool_options.Classify = None,
+    replicas: pool_options.Replicas = 2,
+    max_replicas: pool_options.MaxReplicas = None,
+    target_requests: pool_options.TargetRequests = None,
+    target_tokens: pool_options.TargetTokens = None,
+    grow_after: pool_options.GrowAfter = 10.0,
+    shrink_after: pool_options.ShrinkAfter = 600.0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    redis_port: RedisPort = 6390,
+    redis_port: pool_options.RedisPort = 6390,
     slots: Annotated[int, typer.Option(min=1, help="Rows decoded together per worker.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=1, help="Waiting requests per worker.")] = 64,
-    max_body_bytes: MaxBodyBytes = DEFAULT_LIMITS.body_bytes,
-    max_choices: MaxChoices = DEFAULT_LIMITS.choices,
-    deadline: Deadline = DEFAULT_LIMITS.deadline_s,
-    drain: Drain = DEFAULT_LIMITS.drain_s,
-    trust: Trust = None,
+    max_body_bytes: pool_options.MaxBodyBytes = DEFAULT_LIMITS.body_bytes,
+    max_choices: pool_options.MaxChoices = DEFAULT_LIMITS.choices,
+    deadline: pool_options.Deadline = DEFAULT_LIMITS.deadline_s,
+    drain: pool_options.Drain = DEFAULT_LIMITS.drain_s,
+    trust: pool_options.Trust = None,
     dtype: options.Dtype = "float32",
     weights: options.Weights = "native",
     draft_weights: options.DraftWeights = "",
@@ -133,30 +92,24 @@ def serve(
     together: options.Together = False,
     costs: options.ScheduleCosts = None,
     prefill_tokens: options.PrefillTokens = 256,
-    prefill: PrefillWay = "full",
-    prompt_policy: PromptPolicy = None,
-    prompt_keep: PromptKeep = "4,32",
+    prefill: pool_options.PrefillWay = "full",
+    prompt_policy: pool_options.PromptPolicy = None,
+    prompt_keep: pool_options.PromptKeep = "4,32",
     max_pending: options.MaxPending = 8,
     kv_budget_mb: options.CacheBudget = None,
     prefix_cache_mib: options.PrefixCache = 0.0,
     translators: options.Translators = None,
-    log_format: LogFormat = None,
+    log_format: pool_options.LogFormat = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     given = locals()
     settings = Settings.from_environment()
     config = PoolConfig(
-        worker=WorkerSpec(
-            model=str(Path(model).resolve()) if Path(model).exists() else model,
-            dtype=dtype,
-            device=device,
-            threads=options.parse_threads(threads, replicas),
-            slots=slots,
-            engine=_decoding(given),
-        ),
+        worker=_worker(given),
         heads=classify and classify.resolve(),
         model_id=served_model_name or Path(model).resolve().name,
         replicas=replicas,
+        growth=pool_options.growth_of(given),
         host=host,
         port=port,
         max_waiting=max_waiting,
@@ -164,6 +117,17 @@ def serve(
         **_followed(settings, trust) | {"log_format": log_format},
     )
     _serve(config, settings, trust, redis_port)
+
+
+def _worker(given: dict[str, Any]) -> WorkerSpec:
+    """What each worker loads, from the options of the command."""
+    model = given["model"]
+    return WorkerSpec(
+        model=str(Path(model).resolve()) if Path(model).exists() else model,
+        threads=options.parse_threads(given["threads"], given["max_replicas"] or given["replicas"]),
+        engine=_decoding(given),
+        **{name: given[name] for name in ("dtype", "device", "slots")},
+    )
 
 
 def _with_prompts(
@@ -256,10 +220,11 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
             tell(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:
             public_key_path(settings)
-        cpus = max(config.replicas, os.cpu_count() or 1)
+        cpus = max(config.most_replicas, os.cpu_count() or 1)
         stack.enter_context(ray_session(settings.ray_address, cpus))
         url = stack.enter_context(running_pool(config))
-        workers = f"{config.replicas} workers, threads: {config.worker.threads} each"
+        grown = "" if config.growth is None else f" to {config.most_replicas}"
+        workers = f"{config.replicas}{grown} workers, threads: {config.worker.threads} each"
         wait = _catch_signals()
         tell(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
         wait()

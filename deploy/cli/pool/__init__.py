@@ -1,0 +1,1 @@
+"""Runs `offramp serve`, and reads its options."""
