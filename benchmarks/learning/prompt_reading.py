@@ -8,7 +8,7 @@ depth, and by the edit similarity of the completed line. A needle, a constant th
 and is asked for behind other code, tells whether what stands further back is still found: by the
 loss of its value's tokens, since a small model seldom finds it at any depth.
 
-    python benchmarks/learning/prompt_reading.py --json prompts.json      # --quick: a sixth
+    PYTHONPATH=benchmarks python benchmarks/learning/prompt_reading.py   # --quick: a sixth
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,24 +27,18 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from shared.prompt_tasks import ReadOutcome, ReadTask, needles_of, outcome_of, tasks_of
 
-from offramp.agents.evaluation.lines import Line, cut_lines, edit_similarity
-from offramp.agents.recording.corpus import load_corpus, long_documents
 from offramp.controller.features import PROMPT_V1, BoolArray, FloatArray
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.controller.policies.rules.prompt_rules import RandomShare, WindowedExit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
-from offramp.worker.engine.follow import Witness
 from offramp.worker.model.loading import load_model, load_tokenizer
 from offramp.worker.profiling.profile import describe_machine
 
-PROMPT, LONGEST, FOLLOWING = 512, 48, 24
-"""Tokens of a prompt, of a completed line at most, and of the text behind it that is scored."""
-
 FIRST_TOKEN = SamplingParams(max_tokens=1)
-ONE_LINE = SamplingParams(max_tokens=LONGEST, stop=("\n",))
 SCORES = ("losses", "similarities", "needles")
 RESAMPLES = 2000
 ASKED = 12
@@ -52,21 +46,6 @@ ASKED = 12
 
 DISTANCE = 100
 """Tokens between a needle and its question: the reference model was trained on 256."""
-
-WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "flint",
-    "grove",
-    "hazel",
-    "inlet",
-    "jasper",
-    "kelp",
-    "larch",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,33 +66,6 @@ class Reading:
         return AdaptiveEngine(model, tokenizer, slots=4, config=config)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadTask:
-    """A prompt from a document, the rest of its line, and the document's own next tokens."""
-
-    document: int
-    line: Line
-    following: tuple[int, ...]
-
-
-class Needle(NamedTuple):
-    """A prompt, and the tokens that are scored behind it."""
-
-    prompt: tuple[int, ...]
-    following: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOutcome:
-    """What came of the tasks read one way; each array has an entry per task."""
-
-    losses_N: NDArray[np.float64]
-    similarities_N: NDArray[np.float64]
-    needles_N: NDArray[np.float64]
-    texts: list[str]
-    layer_tokens: float
-
-
 class StateWatcher:
     """Leaves nowhere; keeps what it is shown."""
 
@@ -127,86 +79,6 @@ class StateWatcher:
     def leave(self, features_NF: FloatArray) -> BoolArray:
         self.seen.append(features_NF.copy())
         return np.zeros(len(features_NF), np.bool_)
-
-
-def tasks_of(model: str, documents: int, lines: int) -> list[ReadTask]:
-    """Cut prompts of exactly PROMPT tokens from test documents, with a line to complete."""
-    texts = [each for each in load_corpus(None) if each.split == "test"]
-    tokenizer = load_tokenizer(model)
-    found: list[ReadTask] = []
-    for number, (document, tokens) in enumerate(
-        long_documents(model, texts, 2 * PROMPT, documents)
-    ):
-        cut = cut_lines(
-            tokens,
-            tokenizer,
-            count=4 * lines,
-            context=PROMPT,
-            longest=LONGEST,
-            digest=document.digest,
-        )
-        whole = [each for each in cut if len(each.prompt) == PROMPT][:lines]
-        for line in whole:
-            end = _end_of(tokens, line.prompt)
-            following = tuple(tokens[end : end + FOLLOWING])
-            if len(following) == FOLLOWING:
-                found.append(ReadTask(number, line, following))
-    return found
-
-
-def _end_of(tokens: Sequence[int], part: tuple[int, ...]) -> int:
-    places = (n for n in range(len(tokens)) if tuple(tokens[n : n + len(part)]) == part)
-    return next(places) + len(part)
-
-
-def needles_of(tokenizer: Any, tasks: Sequence[ReadTask], distance: int) -> list[Needle]:
-    """Prompts of PROMPT tokens that ask for a value given ``distance`` tokens before."""
-    found = []
-    for number, task in enumerate(tasks):
-        one, two, three = (WORDS[(number * step + step) % len(WORDS)] for step in (1, 5, 7))
-        name, value = f"{one.upper()}_{number}", f"{two}_{three}"
-        fact = tokenizer.encode(f'\n\n{name} = "{value}"\n\n')
-        question = tokenizer.encode(f'\n\nassert {name} == "')
-        room = PROMPT - len(fact) - len(question)
-        filler = list(task.line.prompt[:room])
-        early, late = filler[:-distance], filler[-distance:]
-        value_tokens = tuple(tokenizer.encode(f'{value}"'))
-        found.append(Needle((*early, *fact, *late, *question), value_tokens))
-    return found
-
-
-def losses_of(engine: AdaptiveEngine, parts: Sequence[Needle]) -> NDArray[np.float64]:
-    """Nats per token of what follows each prompt, fed at full depth, [N]."""
-    requests = [
-        engine.submit(
-            part.prompt,
-            policy=NeverExit(),
-            forced=part.following,
-            sampler=Witness(part.following, engine.stack.vocab),
-        )
-        for part in parts
-    ]
-    finished: dict[str, Any] = {}
-    while len(finished) < len(requests):
-        engine.step(finished)
-    return np.array([-np.mean(finished[request.id].logprobs) for request in requests])
-
-
-def outcome_of(
-    engine: AdaptiveEngine, tasks: Sequence[ReadTask], needles: Sequence[Needle]
-) -> ReadOutcome:
-    """Read every prompt in fours, and score what follows at full depth."""
-    done = engine.generate([list(task.line.prompt) for task in tasks], ONE_LINE, NeverExit())
-    texts = [each.text.strip() for each in done]
-    scored = zip(texts, tasks, strict=True)
-    calls = sum(each.stats.prompt_calls for each in done)
-    return ReadOutcome(
-        losses_N=losses_of(engine, [Needle(t.line.prompt, t.following) for t in tasks]),
-        similarities_N=np.array([edit_similarity(t, task.line.target) / 100 for t, task in scored]),
-        needles_N=losses_of(engine, needles),
-        texts=texts,
-        layer_tokens=calls / (PROMPT * len(tasks) * engine.stack.layers),
-    )
 
 
 def times_of(
@@ -247,7 +119,7 @@ def readings_of(
     """The ways that are compared, after full depth."""
     made = [
         Reading(f"fixed exit {layer}", FixedExit(layer), last)
-        for layer, last in itertools.product((3, 6, 9), (8, 32, 128))
+        for layer, last in itertools.product((3, 4, 6, 9), (8, 32, 128))
     ]
     for layer in (3, 6):
         windows = WindowedExit(exits=(layer,), window=32)

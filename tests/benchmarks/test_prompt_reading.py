@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from shared.prompt_tasks import PROMPT
 
+from offramp.agents.evaluation.lines import Line
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
 
@@ -23,9 +25,9 @@ def bench() -> SimpleNamespace:
 
 def test_needles_stand_as_far_from_their_question_as_is_said(bench: SimpleNamespace) -> None:
     tokenizer = load_tokenizer(ROOT / "models" / "reference")
-    line = bench.Line(prompt=(300,) * bench.PROMPT, target="")
+    line = Line(prompt=(300,) * PROMPT, target="")
     [first, second] = bench.needles_of(tokenizer, [bench.ReadTask(0, line, ())] * 2, 100)
-    assert len(first.prompt) == len(second.prompt) == bench.PROMPT
+    assert len(first.prompt) == len(second.prompt) == PROMPT
     text = tokenizer.decode(list(first.prompt))
     value = tokenizer.decode(list(first.following))
     assert text.endswith('assert BIRCH_0 == "')
@@ -50,14 +52,14 @@ def test_a_reading_with_exits_is_measured_against_full_depth(bench: SimpleNamesp
     folder = ROOT / "models" / "reference"
     model, tokenizer = load_model(folder, parse_dtype("float32"), "cpu"), load_tokenizer(folder)
     tokens = tokenizer.encode("def f(x):\n    return x\n\n" * 100)
-    prompt = tuple(tokens[: bench.PROMPT])
-    task = bench.ReadTask(0, bench.Line(prompt=prompt, target="def f(x):"), tuple(tokens[:8]))
+    prompt = tuple(tokens[:PROMPT])
+    task = bench.ReadTask(0, Line(prompt=prompt, target="def f(x):"), tuple(tokens[:8]))
     ways = (bench.Reading("full", None), bench.Reading("fixed", FixedExit(6)))
     needles = bench.needles_of(tokenizer, [task], 100)
     found = [bench.outcome_of(way.engine(model, tokenizer, None), [task], needles) for way in ways]
     kept = 4 + 32
     assert found[0].layer_tokens == 1
-    assert found[1].layer_tokens == pytest.approx(0.5 + 0.5 * kept / bench.PROMPT)
+    assert found[1].layer_tokens == pytest.approx(0.5 + 0.5 * kept / PROMPT)
     row = bench.row_of(ways[1], [task], found[1], found[0])
     assert row["loss_more"][0] == pytest.approx(found[1].losses_N[0] - found[0].losses_N[0])
     ratios = bench.times_of(ways[1].engine(model, tokenizer, None), [task], 2, 1)
