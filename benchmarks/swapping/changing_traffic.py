@@ -34,7 +34,7 @@ from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.trust import ReleaseVerifier
@@ -125,7 +125,7 @@ class TrafficSite:
         """Serve code, then prose, until a retrained policy serves everybody or time is up."""
         key = load_or_create_key(self._folder / "key.pem")
         registry = RedisRegistry(self._url, CHANNEL, 5.0)
-        publisher = Publisher(registry, Ledger(self._folder / "ledger"), key, CHANNEL)
+        publisher = Publisher(registry, FolderLedger(self._folder / "ledger"), key, CHANNEL)
         publisher.promote(self._release(publisher, None))
         first = self._release(publisher, self._first)
         self._refresher = refresher = self._follower(trusted_keys(key.public_bytes))

@@ -22,7 +22,7 @@ from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release import redis_registry
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.trust import ReleaseVerifier
@@ -105,7 +105,7 @@ class Fleet:
         self._trusted = trusted_keys(key.public_bytes)
         self._publisher = Publisher(
             RedisRegistry(url, CHANNEL, 30.0),
-            Ledger(folder / "ledger"),
+            FolderLedger(folder / "ledger"),
             key,
             CHANNEL,
             self.clock.time.time,

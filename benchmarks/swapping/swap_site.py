@@ -17,7 +17,7 @@ import numpy as np
 from offramp.controller.keys.key_files import load_or_create_key, save_public_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import ExitPolicy
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import AckState
@@ -71,7 +71,7 @@ class SwapSite:
         save_public_keys(self._folder / "key.pub", key.public_bytes)
         self._redis.__enter__()
         self.registry = RedisRegistry(self._redis.url, CHANNEL, 5.0)
-        ledger = Ledger(self._folder / "ledger")
+        ledger = FolderLedger(self._folder / "ledger")
         self.publisher = Publisher(self.registry, ledger, key, CHANNEL)
         processes = []
         try:

@@ -1,7 +1,8 @@
 """The publisher's truth: every release ever signed, in order, never rewritten.
 
-Layout: ``00000001.release`` (the signed envelope), ``blobs/<sha256>``, ``promoted`` (the
-generations served, in order, one a line) and ``lock``.
+``Ledger`` is what a publisher asks of a store; ``FolderLedger`` keeps one in files:
+``00000001.release`` (the signed envelope), ``blobs/<sha256>``, ``promoted`` (the generations
+served, in order, one a line) and ``lock``.
 """
 
 from __future__ import annotations
@@ -9,17 +10,77 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from offramp.controller.durable import lock_file, write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.kinds import digest_of
 
 
-class Ledger:
-    """An append-only folder of releases; one publisher at a time writes to it.
+class Ledger(Protocol):
+    """An append-only store of releases; one publisher at a time writes to it.
+
+    Every method that reads may raise ConfigError: what it asks for is missing or damaged.
+    """
+
+    def append(
+        self, generation: int, envelope: bytes, blob: bytes, others: Iterable[bytes] = ()
+    ) -> None:
+        """Record a release for good, its blobs first. An empty ledger may begin at any generation.
+
+        Args:
+            generation: Number of the release.
+            envelope: Its signed manifest.
+            blob: Weights of its policy.
+            others: What it needs beside them, taken one at a time.
+
+        Raises:
+            ConfigError: the generation is there already, or would leave a gap.
+        """
+        ...
+
+    def generations(self) -> list[int]:
+        """Every generation recorded, ascending, without a gap."""
+        ...
+
+    def last(self) -> int:
+        """The newest generation recorded; 0 if there is none."""
+        ...
+
+    def get(self, generation: int) -> bytes:
+        """The signed envelope of a generation."""
+        ...
+
+    def blob(self, digest: str) -> bytes:
+        """The blob of a digest, checked."""
+        ...
+
+    def promotions(self) -> list[int]:
+        """Every generation promoted, in order."""
+        ...
+
+    def promoted(self) -> int:
+        """The generation promoted last; 0 if there is none."""
+        ...
+
+    def record_promotion(self, generation: int) -> None:
+        """Remember that a generation is served, so that an older head can be told apart."""
+        ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Keep every other writer out while a block runs; it may be entered again within itself."""
+        ...
+
+    def release_path(self, generation: int) -> Path:
+        """Where whoever adds a signature finds the envelope of a generation."""
+        ...
+
+
+class FolderLedger:
+    """A ledger of files that appear whole, in a folder that several processes may use.
 
     Args:
         folder: Made if missing.

@@ -13,7 +13,7 @@ from offramp.controller.keys.key_files import load_or_create_key, load_public_ke
 from offramp.controller.keys.root import load_root
 from offramp.controller.keys.root_chain import RootChain
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger, Ledger
 from offramp.controller.release.publisher import STAMP_TTL_S, Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import PolicyRegistry
@@ -68,7 +68,7 @@ def open_publisher(
     roots = open_roots(settings)
     return Publisher(
         registry,
-        Ledger(settings.home / "ledger" / settings.channel),
+        FolderLedger(settings.home / "ledger" / settings.channel),
         key,
         settings.channel,
         epoch=settings.epoch,
@@ -89,7 +89,7 @@ def open_ledger(settings: Settings) -> Ledger:
         raise ConfigError(
             "ledger", f"{folder} is not there", "Set OFFRAMP_HOME and OFFRAMP_CHANNEL"
         )
-    return Ledger(folder)
+    return FolderLedger(folder)
 
 
 def adapters_beside(

@@ -71,13 +71,21 @@ class Settings(BaseModel):
         return url
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, channel: str | None = None
+    ) -> Settings:
         """Read and check every variable.
+
+        Args:
+            environment: The variables; None: the process's own.
+            channel: In place of OFFRAMP_CHANNEL; None: that.
 
         Raises:
             ConfigError: a variable is unknown or has an unusable value, naming it.
         """
         environment = os.environ if environment is None else environment
+        if channel is not None:
+            environment = {**environment, _variable("channel"): channel}
         fields = {_variable(field): field for field in cls.model_fields}
         for name, value in environment.items():
             if name.startswith(PREFIX) and name not in fields:

@@ -22,7 +22,7 @@ from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import ExitPolicy, NeverExit
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
@@ -95,7 +95,7 @@ class Site:
 
     @property
     def publisher(self) -> Publisher:
-        ledger = Ledger(self.folder / "ledger")
+        ledger = FolderLedger(self.folder / "ledger")
         return Publisher(self.registry, ledger, self.key, self.channel, self.clock)
 
     def release(self, policy: ExitPolicy, **options: Any) -> Head:

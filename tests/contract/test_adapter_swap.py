@@ -14,7 +14,7 @@ from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import Ack, AckState
@@ -42,7 +42,7 @@ class Channel:
     def __init__(self, registry: RedisRegistry, folder: Path) -> None:
         key = load_or_create_key(folder / "key.pem")
         self.engine = engine_of()
-        self.publisher = Publisher(registry, Ledger(folder / "ledger"), key, "c")
+        self.publisher = Publisher(registry, FolderLedger(folder / "ledger"), key, "c")
         verifier = ReleaseVerifier(
             trusted_keys(key.public_bytes), "c", self.engine.model_fingerprint, TOKENIZER
         )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -12,10 +16,10 @@ import pytest
 from offramp.controller.errors import ConfigError, PolicyRefusedError, PromoteConflictError, Refusal
 from offramp.controller.keys.envelopes import STAMP_MAGIC
 from offramp.controller.keys.root import open_envelope, trusted_keys
-from offramp.controller.policies.kinds import pack_policy
+from offramp.controller.policies.kinds import digest_of, pack_policy
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.release.certificate import Certificate
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger, Ledger
 from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, Head
@@ -26,7 +30,7 @@ Site = Any
 
 
 def manifest_of(site: Site, generation: int) -> Manifest:
-    raw = Ledger(site.folder / "ledger").get(generation)
+    raw = FolderLedger(site.folder / "ledger").get(generation)
     return Manifest.from_bytes(open_envelope(raw, trusted_keys(site.key.public_bytes)))
 
 
@@ -61,6 +65,67 @@ def test_a_promotion_serves_it_with_a_timestamp(site: Site, make_mlp: Any) -> No
     assert head.envelope == release.envelope
     stamp = stamp_of(site)
     assert (stamp.channel, stamp.generation, stamp.issued_at) == ("demo", 1, site.clock())
+
+
+class ListLedger:
+    """A ledger in memory, of nothing that ``FolderLedger`` has."""
+
+    def __init__(self) -> None:
+        self.releases: list[bytes] = []
+        self.blobs: dict[str, bytes] = {}
+        self.served: list[int] = []
+        self.turn = RLock()
+
+    def append(
+        self, generation: int, envelope: bytes, blob: bytes, others: Iterable[bytes] = ()
+    ) -> None:
+        if generation != len(self.releases) + 1:
+            raise ConfigError("ledger", f"generation {generation} is not next")
+        self.blobs |= {digest_of(each): each for each in (blob, *others)}
+        self.releases.append(envelope)
+
+    def generations(self) -> list[int]:
+        return [*range(1, len(self.releases) + 1)]
+
+    def last(self) -> int:
+        return len(self.releases)
+
+    def get(self, generation: int) -> bytes:
+        return self.releases[generation - 1]
+
+    def blob(self, digest: str) -> bytes:
+        return self.blobs[digest]
+
+    def promotions(self) -> list[int]:
+        return self.served
+
+    def promoted(self) -> int:
+        return (self.served or [0])[-1]
+
+    def record_promotion(self, generation: int) -> None:
+        self.served.append(generation)
+
+    def writing(self) -> AbstractContextManager[Any]:
+        return self.turn
+
+    def release_path(self, generation: int) -> Path:
+        return Path(f"{generation}.release")
+
+
+def test_a_publisher_takes_any_ledger(site: Site, make_mlp: Any) -> None:
+    ledger: Ledger = ListLedger()
+    publisher = Publisher(site.registry, ledger, site.key, site.channel, site.clock)
+    for seed in (1, 2):
+        policy = make_mlp(seed)
+        packed = pack_policy(policy, np.zeros((2, policy.schema.width), np.float32))
+        about: dict[str, Any] = {"model": "aa11", "tokenizer": "bb22", "uncertified": True}
+        release = publisher.release(packed, training={}, metrics={}, **about)
+        publisher.promote(release.generation)
+    back = publisher.rollback(1)
+    assert site.registry.head() == back
+    assert ledger.promotions() == [1, 2, 3]
+    assert ledger.get(3) == back.envelope
+    assert site.registry.get_blob(back.digest, 10**6) == ledger.blob(back.digest)
 
 
 def test_generations_count_on_past_releases_never_served(site: Site, make_mlp: Any) -> None:
@@ -140,7 +205,7 @@ def test_a_promotion_whose_answer_was_lost_can_be_repeated_and_rolled_back(
     for attempt in ("promote", "rollback"):
         with monkeypatch.context() as patch:
             # The process ends between the registry's change and the ledger's record of it.
-            patch.setattr(Ledger, "record_promotion", _lose)
+            patch.setattr(FolderLedger, "record_promotion", _lose)
             with pytest.raises(OSError, match="lost"):
                 site.publisher.promote(second.generation)
         assert site.registry.head().generation == second.generation
@@ -203,7 +268,7 @@ def test_concurrent_publishers_move_the_head_once_each(site: Site, make_mlp: Any
 
 def test_a_publisher_of_another_epoch_is_fenced_off(site: Site, make_mlp: Any) -> None:
     site.serve(make_mlp(1))
-    ledger = Ledger(site.folder / "ledger")
+    ledger = FolderLedger(site.folder / "ledger")
     late = Publisher(site.registry, ledger, site.key, "demo", site.clock, epoch=2)
     release = late.release(
         pack_policy(make_mlp(2), _canned()),
@@ -225,7 +290,7 @@ def test_what_no_worker_would_take_is_not_signed(site: Site, make_mlp: Any) -> N
         site.release(make_mlp(1), metrics={"speedup": float("nan")})
     with pytest.raises(ConfigError, match="envelope"):
         site.release(make_mlp(1), training={"log": "x" * 300_000})
-    assert Ledger(site.folder / "ledger").last() == 0
+    assert FolderLedger(site.folder / "ledger").last() == 0
 
 
 def test_a_ledger_behind_the_registry_is_refused(site: Site, make_mlp: Any) -> None:
@@ -243,7 +308,7 @@ def test_a_lost_ledger_goes_on_above_the_head(site: Site, make_mlp: Any) -> None
 def test_an_uncertified_policy_is_released_only_by_saying_so(site: Site, make_mlp: Any) -> None:
     with pytest.raises(ConfigError, match=r"certificate: the policy has none.*--uncertified"):
         site.release(make_mlp(1), uncertified=False)
-    assert Ledger(site.folder / "ledger").last() == 0
+    assert FolderLedger(site.folder / "ledger").last() == 0
     site.serve(make_mlp(1), uncertified=True)
     assert manifest_of(site, 1).metrics == {"speedup": 1.5, "uncertified": True}
     assert manifest_of(site, 1).guarantee == "uncertified"
@@ -267,7 +332,7 @@ def test_what_needs_no_saying_so_is_not_called_uncertified(site: Site, make_mlp:
 def test_a_certificate_of_another_policy_is_not_signed(site: Site, make_mlp: Any) -> None:
     with pytest.raises(PolicyRefusedError, match="the certificate is of policy"):
         site.release(make_mlp(2), certificate=_certificate(make_mlp(1)))
-    assert Ledger(site.folder / "ledger").last() == 0
+    assert FolderLedger(site.folder / "ledger").last() == 0
 
 
 def _certificate(policy: Any) -> Certificate:
@@ -334,7 +399,7 @@ def test_what_workers_refuse_is_not_signed(site: Site, make_mlp: Any, asked: str
     with pytest.raises(PolicyRefusedError) as told:
         site.release(make_mlp(1), **options)
     assert told.value.reason is refused
-    assert Ledger(site.folder / "ledger").last() == 0
+    assert FolderLedger(site.folder / "ledger").last() == 0
     assert site.registry.get_blob(by_hand.digest, 10**6) is None
 
 

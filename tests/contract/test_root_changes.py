@@ -15,7 +15,7 @@ from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.keys.root import Role, Root, trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, Head
 from offramp.controller.watching.overseer import Overseer
@@ -46,7 +46,7 @@ class Ceremony:
 
     def publisher(self, key: SigningKey | None = None) -> Publisher:
         site = self.site
-        ledger = Ledger(site.folder / "ledger")
+        ledger = FolderLedger(site.folder / "ledger")
         return Publisher(
             site.registry, ledger, key or site.key, site.channel, site.clock,
             trusted=self.root, roots=self.roots,
@@ -59,7 +59,7 @@ class Ceremony:
         )
 
     def cosign(self, head: Head, key: SigningKey) -> None:
-        path = Ledger(self.site.folder / "ledger").release_path(head.generation)
+        path = FolderLedger(self.site.folder / "ledger").release_path(head.generation)
         path.write_bytes(key.cosign(SignedEnvelope.from_bytes(path.read_bytes())).to_bytes())
 
 

@@ -16,6 +16,7 @@ from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import say
+from offramp.deploy.cli.releases.channel import Channel
 from offramp.deploy.serve.publishing import KEY, open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 
@@ -62,6 +63,7 @@ def learn(
     out: Annotated[
         Path | None, typer.Option(help="Folder of rounds.", show_default="in OFFRAMP_HOME")
     ] = None,
+    channel: Channel = None,
 ) -> None:
     """Train on live traffic once it has drifted, certify, and begin a canary.
 
@@ -70,7 +72,7 @@ def learn(
     """
     if canary_steps is not None and not auto_promote:
         raise ConfigError("canary_steps", "goes with --auto-promote alone", "Leave it out")
-    settings = Settings.from_environment()
+    settings = Settings.from_environment(channel=channel)
     config = RetrainConfig(
         traces=traces,
         traffic=_traffic_folder(settings),

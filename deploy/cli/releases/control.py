@@ -28,6 +28,7 @@ from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli.console import console, say
+from offramp.deploy.cli.releases.channel import Channel
 from offramp.deploy.cli.releases.tracks import UNKNOWN, points_of, tracks_table
 from offramp.deploy.serve.publishing import (
     KEY,
@@ -72,6 +73,7 @@ def publish(
             show_default="what lies in the bundle's folder",
         ),
     ] = None,
+    channel: Channel = None,
 ) -> None:
     """Sign a policy as the next generation and upload it, with the adapters that it names.
 
@@ -80,9 +82,9 @@ def publish(
     bundle = PolicyBundle.load(policy)
     require_said(bundle.manifest, uncertified)
     guardrails = parse_guardrails(guardrail or [])
-    limit_mb = Settings.from_environment().max_adapter_mb
+    limit_mb = Settings.from_environment(channel=channel).max_adapter_mb
     adapters = adapters_beside(bundle, policy, translators, limit_mb)
-    with _publisher() as (publisher, _):
+    with _publisher(channel) as (publisher, _):
         release = release_bundle(
             publisher, bundle, uncertified=uncertified, guardrails=guardrails, adapters=adapters
         )
@@ -106,6 +108,7 @@ def promote(
         float | None,
         typer.Option(min=0, max=100, help="Share of the requests: a canary, or its next step."),
     ] = None,
+    channel: Channel = None,
 ) -> None:
     """Make a published generation the one that workers run.
 
@@ -114,13 +117,13 @@ def promote(
     """
     if generation is None and percent is None:
         raise typer.BadParameter("Name one, or give --percent", param_hint="generation")
-    with _publisher() as (publisher, registry):
+    with _publisher(channel) as (publisher, registry):
         if percent is not None:
             publisher.roll_out(percent, generation)
         elif generation is not None:
             publisher.promote(generation)
             console.print(f"generation {generation} promoted")
-        say(head_line(registry, Settings.from_environment()))
+        say(head_line(registry, Settings.from_environment(channel=channel)))
 
 
 def rollback(
@@ -132,9 +135,10 @@ def rollback(
         bool,
         typer.Option("--ready", help="Sign it only, for `watch` to serve should workers trip."),
     ] = False,
+    channel: Channel = None,
 ) -> None:
     """Serve an older policy again, as a new generation."""
-    with _publisher() as (publisher, _):
+    with _publisher(channel) as (publisher, _):
         release = publisher.rollback(to, serve=not ready)
         generation, policy = release.generation, release.digest[:12]
         if not ready:
@@ -142,13 +146,13 @@ def rollback(
             return
         say(f"generation {generation} stands ready to serve policy {policy} again")
         if not publisher.signer.suffices:
-            path = open_ledger(Settings.from_environment()).release_path(generation)
+            path = open_ledger(Settings.from_environment(channel=channel)).release_path(generation)
             say(f"it takes more signatures: offramp keys sign {path} --key KEY")
 
 
-def status() -> None:
+def status(channel: Channel = None) -> None:
     """Show the head and what each worker says it runs."""
-    settings = Settings.from_environment()
+    settings = Settings.from_environment(channel=channel)
     registry = open_registry(settings)
     try:
         say(head_line(registry, settings))
@@ -174,11 +178,13 @@ def watch(
         typer.Option(help="YAML file of steps and bounds by which a canary goes on by itself."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    channel: Channel = None,
 ) -> None:
     """Stay and watch: renew the timestamp, roll back what workers trip on, move canaries on."""
     plan = None if steps is None else Steps.load(steps)
     # Three looks may fail before workers take the silence for a freeze.
-    with _publisher(STAMP_TTL_S if once else max(60.0, 4 * every)) as (publisher, registry):
+    ttl_s = STAMP_TTL_S if once else max(60.0, 4 * every)
+    with _publisher(channel, ttl_s) as (publisher, registry):
         overseer = Overseer(publisher, registry, trips, plan)
         while True:
             try:
@@ -279,8 +285,10 @@ def release_bundle(
 
 
 @contextmanager
-def _publisher(stamp_ttl_s: float = STAMP_TTL_S) -> Iterator[tuple[Publisher, RedisRegistry]]:
-    settings = Settings.from_environment()
+def _publisher(
+    channel: str | None, stamp_ttl_s: float = STAMP_TTL_S
+) -> Iterator[tuple[Publisher, RedisRegistry]]:
+    settings = Settings.from_environment(channel=channel)
     registry = open_registry(settings)
     if not (settings.home / KEY).exists():
         console.print(f"new signing key in {settings.home}; workers must trust it (serve --trust)")

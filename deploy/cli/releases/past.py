@@ -14,6 +14,7 @@ from offramp.controller.errors import PolicyRefusedError
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.records import SignedRecords
 from offramp.deploy.cli.console import console, say
+from offramp.deploy.cli.releases.channel import Channel
 from offramp.deploy.serve.publishing import open_ledger, open_roots
 from offramp.deploy.serve.settings import Settings
 
@@ -57,10 +58,10 @@ class PastRelease:
         return (str(self.generation), signed_at, *about, self.served, self.note)
 
 
-def history() -> None:
+def history(channel: Channel = None) -> None:
     """List every release of the channel, newest first, as the ledger has them."""
     table = Table(*COLUMNS)
-    for release in past_releases(Settings.from_environment()):
+    for release in past_releases(Settings.from_environment(channel=channel)):
         table.add_row(*release.cells)
     console.print(table)
 
@@ -102,9 +103,10 @@ def _note(manifest: Manifest) -> str:
 def diff(
     old: Annotated[int, typer.Argument(min=1, help="A released generation.")],
     new: Annotated[int, typer.Argument(min=1, help="Another one.")],
+    channel: Channel = None,
 ) -> None:
     """Show how two releases differ, field by field."""
-    rows = differences(Settings.from_environment(), old, new)
+    rows = differences(Settings.from_environment(channel=channel), old, new)
     if not rows:
         say(f"generations {old} and {new} differ in nothing but number and date")
         return

@@ -22,7 +22,7 @@ from offramp.controller.errors import ConfigError, TraceError
 from offramp.controller.features import CANDIDATES_V1
 from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.keys.root import Role, Root
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import InMemoryRegistry
 from offramp.controller.traces import TraceChunk, TraceHeader
@@ -80,7 +80,7 @@ class LearningChannel:
     def __init__(self, folder: Path) -> None:
         self.registry = InMemoryRegistry()
         key = load_or_create_key(folder / "key.pem")
-        self.publisher = Publisher(self.registry, Ledger(folder / "ledger"), key, "demo")
+        self.publisher = Publisher(self.registry, FolderLedger(folder / "ledger"), key, "demo")
         self.config = RetrainConfig(
             traces=write_traces_of(folder / "traces", 40),
             traffic=folder / "traffic",
@@ -273,7 +273,7 @@ def test_a_key_that_does_not_suffice_is_refused(channel: LearningChannel, tmp_pa
     both = Role.of([key.public_bytes for key in keys], threshold=2)
     root = Root(root=both, release=both, timestamp=both)
     channel.publisher = Publisher(
-        channel.registry, Ledger(tmp_path / "ledger"), keys[0], "demo", trusted=root
+        channel.registry, FolderLedger(tmp_path / "ledger"), keys[0], "demo", trusted=root
     )
     with pytest.raises(ConfigError, match="signatures: a release of this channel takes more"):
         channel.retrainer()

@@ -7,15 +7,15 @@ import pytest
 
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.kinds import digest_of
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 
 
 def test_releases_are_kept_in_order(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     assert ledger.last() == 0
     ledger.append(1, b"one", b"blob")
     ledger.append(2, b"two", b"blob")
-    again = Ledger(tmp_path)
+    again = FolderLedger(tmp_path)
     assert again.last() == 2
     assert again.generations() == [1, 2]
     assert (again.get(1), again.get(2)) == (b"one", b"two")
@@ -25,7 +25,7 @@ def test_releases_are_kept_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("generation", [0, 1, 2, 4])
 def test_rewrites_and_gaps_are_refused(tmp_path: Path, generation: int) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     ledger.append(1, b"one", b"a")
     ledger.append(2, b"two", b"b")
     with pytest.raises(ConfigError, match="ledger"):
@@ -36,24 +36,24 @@ def test_rewrites_and_gaps_are_refused(tmp_path: Path, generation: int) -> None:
 
 
 def test_an_empty_ledger_may_begin_later(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     ledger.append(8, b"eight", b"a")
     assert ledger.generations() == [8]
 
 
 def test_a_missing_release_is_noticed(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     for generation in (1, 2, 3):
         ledger.append(generation, b"x", b"a")
     (tmp_path / "00000002.release").unlink()
     with pytest.raises(ConfigError, match="generation 2 is missing"):
-        Ledger(tmp_path)
+        FolderLedger(tmp_path)
 
 
 def test_of_concurrent_appends_exactly_one_is_kept(tmp_path: Path) -> None:
     def append(name: int) -> bool:
         try:
-            Ledger(tmp_path).append(1, b"%d" % name, b"blob")
+            FolderLedger(tmp_path).append(1, b"%d" % name, b"blob")
         except ConfigError:
             return False
         return True
@@ -61,11 +61,11 @@ def test_of_concurrent_appends_exactly_one_is_kept(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         kept = list(pool.map(append, range(8)))
     assert kept.count(True) == 1
-    assert Ledger(tmp_path).get(1) == b"%d" % kept.index(True)
+    assert FolderLedger(tmp_path).get(1) == b"%d" % kept.index(True)
 
 
 def test_a_damaged_blob_is_noticed(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     ledger.append(1, b"one", b"blob")
     (tmp_path / "blobs" / digest_of(b"blob")).write_bytes(b"bleb")
     with pytest.raises(ConfigError, match="damaged"):
@@ -77,11 +77,11 @@ def test_a_damaged_blob_is_noticed(tmp_path: Path) -> None:
 
 
 def test_promotions_are_remembered(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = FolderLedger(tmp_path)
     assert (ledger.promoted(), ledger.promotions()) == (0, [])
     ledger.record_promotion(1)
     ledger.record_promotion(3)
-    assert Ledger(tmp_path).promotions() == [1, 3]
+    assert FolderLedger(tmp_path).promotions() == [1, 3]
     assert ledger.promoted() == 3
     (tmp_path / "promoted").write_text("three\n")
     with pytest.raises(ConfigError, match="promoted"):

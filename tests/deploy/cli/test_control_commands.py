@@ -43,6 +43,25 @@ def publish(cli: Any, folder: Path, layer: int, *options: str) -> None:
     assert status == 0, output
 
 
+def test_a_channel_that_is_named_is_the_one_that_is_written_and_read(
+    cli: Any, url: str, tmp_path: Path, home: Path
+) -> None:
+    publish(cli, tmp_path, 3)
+    for layer in (1, 2):
+        publish(cli, tmp_path, layer, "--channel", "other")
+    assert "generation 1" in cli("status")[1]
+    assert "generation 2" in cli("status", "--channel", "other")[1]
+    assert cli("rollback", "--to", 1, "--channel", "other")[0] == 0
+    assert "generation 3" in cli("status", "--channel", "other")[1]
+    assert cli("promote", 2, "--channel", "other")[0] == 1  # the one that serves is newer
+    assert len(cli("history", "--channel", "other")[1].splitlines()) > len(
+        cli("history")[1].splitlines()
+    )
+    assert "exits" in cli("diff", 1, 2, "--channel", "other")[1]
+    assert cli.refused("status", "--channel", "no/such").startswith("OFFRAMP_CHANNEL: ")
+    assert {each.name for each in (home / "ledger").iterdir()} == {"default", "other"}
+
+
 def tripped(url: str, generation: int) -> Ack:
     registry = RedisRegistry(url, "default")
     ack = Ack(

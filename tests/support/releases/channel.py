@@ -13,7 +13,7 @@ from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy
 from offramp.controller.policies.weights import unpack_policy
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import Head, PolicyRegistry
 from offramp.controller.release.trust import ReleaseVerifier
@@ -30,7 +30,7 @@ class Bench:
         self.now = 1_800_000_000.0
         self.state_dir = folder / "state"
         self.key: SigningKey = load_or_create_key(folder / "key.pem")
-        self.ledger = Ledger(folder / "ledger")
+        self.ledger = FolderLedger(folder / "ledger")
         self.publisher = Publisher(registry, self.ledger, self.key, "demo", lambda: self.now)
 
     def serve(self, layer: int, **options: Any) -> Head:

@@ -17,7 +17,7 @@ from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.keys.root import trusted_keys
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit, Policy, ThresholdPolicy
-from offramp.controller.release.ledger import Ledger
+from offramp.controller.release.ledger import FolderLedger
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, InMemoryRegistry
 from offramp.controller.release.trust import ReleaseVerifier
@@ -42,7 +42,7 @@ class PlainLayer:
 
     def __init__(self, folder: Path) -> None:
         registry, key = InMemoryRegistry(), load_or_create_key(folder / "key.pem")
-        self.publisher = Publisher(registry, Ledger(folder / "ledger"), key, "c")
+        self.publisher = Publisher(registry, FolderLedger(folder / "ledger"), key, "c")
         verifier = ReleaseVerifier(trusted_keys(key.public_bytes), "c", "aa", "bb")
         self.parts = (registry, verifier, folder / "state", "w0", 5.0)
 
