@@ -9,6 +9,7 @@ import typer
 import uvicorn
 
 from offramp.deploy.cli.console import say
+from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.console.console_app import create_console
 from offramp.deploy.serve.publishing import open_registry
 from offramp.deploy.serve.settings import Settings
@@ -25,9 +26,10 @@ def add_to(app: typer.Typer) -> None:
 def console(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8010,
+    channel: Channel = None,
 ) -> None:
     """Show the channel on a web page, to promote and roll back where the signing key lies."""
-    settings = Settings.from_environment()
+    settings = Settings.from_environment(channel=channel)
     registry = open_registry(settings)
     key = settings.console_key or secrets.token_urlsafe(24)
     say(f"console of channel {settings.channel}: http://{host}:{port}/")

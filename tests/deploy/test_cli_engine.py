@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from offramp.controller.costs.cost_file import load_costs, save_costs
-from offramp.deploy.cli import learning, options, serving
+from offramp.deploy.cli import learning, options
+from offramp.deploy.cli.pool import serving
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.http.limits import HttpLimits

@@ -19,6 +19,7 @@ from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.pool import pool_options
+from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
 from offramp.deploy.http.tracing import require_exporter
@@ -100,10 +101,11 @@ def serve(
     prefix_cache_mib: options.PrefixCache = 0.0,
     translators: options.Translators = None,
     log_format: pool_options.LogFormat = None,
+    channel: Channel = None,
 ) -> None:
     """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     given = locals()
-    settings = Settings.from_environment()
+    settings = Settings.from_environment(channel=channel)
     config = PoolConfig(
         worker=_worker(given),
         heads=classify and classify.resolve(),

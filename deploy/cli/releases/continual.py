@@ -16,7 +16,7 @@ from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import say
-from offramp.deploy.cli.releases.channel import Channel
+from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.serve.publishing import KEY, open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 

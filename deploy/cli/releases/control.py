@@ -28,7 +28,7 @@ from offramp.controller.watching.guardrails import GUARDRAILS, Guardrails
 from offramp.controller.watching.overseer import Overseer
 from offramp.controller.watching.steps import Steps
 from offramp.deploy.cli.console import console, say
-from offramp.deploy.cli.releases.channel import Channel
+from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.cli.releases.tracks import UNKNOWN, points_of, tracks_table
 from offramp.deploy.serve.publishing import (
     KEY,

@@ -14,7 +14,7 @@ from offramp.controller.errors import PolicyRefusedError
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.records import SignedRecords
 from offramp.deploy.cli.console import console, say
-from offramp.deploy.cli.releases.channel import Channel
+from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.serve.publishing import open_ledger, open_roots
 from offramp.deploy.serve.settings import Settings
 
