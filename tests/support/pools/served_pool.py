@@ -40,12 +40,17 @@ class ServedPool:
     Args:
         home: OFFRAMP_HOME.
         options: Options beside the ports; by default those of a pool of two that decodes.
+        ray_address: The cluster to join; None starts one.
     """
 
-    def __init__(self, home: Path, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, home: Path, options: dict[str, Any] | None = None, ray_address: str | None = None
+    ) -> None:
         self.port = free_port()
         self.redis_port = free_port()
         environment = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "RAY_ADDRESS")}
+        if ray_address is not None:
+            environment["RAY_ADDRESS"] = ray_address
         if options is None:
             options = {"--slots": SLOTS, "--max-waiting": WAITING, "--prefix-cache-mib": 16}
             environment["OFFRAMP_TRAFFIC"] = str(home / "traffic")
