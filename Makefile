@@ -40,9 +40,11 @@ test: setup
 fuzz: setup
 	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py tests/chaos/fuzz_readers.py
 
-# A worker that is killed two hundred times; `make test` kills it forty times.
+# A worker that is killed two hundred times (`make test` kills it forty times), and a pool over two
+# Ray nodes of which one is killed.
 chaos: setup
 	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
+	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py
 
 check: format-check lint types layers audit docs test
 
