@@ -9,11 +9,11 @@ import pytest
 TESTS = Path(__file__).parent
 
 LONGEST = (
-    "deploy/test_demo.py",
     "worker/engine/test_copy_drafts.py",
     "worker/decoding/test_kv_modes.py",
     "agents/training/test_resuming.py",
     "deploy/pool/test_pool_trouble.py",
+    "deploy/test_demo.py",  # whose half a dozen processes would all compile what is compiled by now
     "worker/decoding/test_exactness.py",
     "agents/onpolicy/test_pool.py",
     "deploy/test_cli_learning.py",
