@@ -30,6 +30,7 @@ from offramp.envs import (
     DRAFT_ENV_ID,
     ENV_ID,
     LIVE_ENV_ID,
+    PREFILL_ENV_ID,
     SEQUENCE_ENV_ID,
     SequenceExitEnv,
     TokenExitEnv,
@@ -83,8 +84,8 @@ def test_the_checkers_can_fail(
 
 def test_every_registered_id_of_ours_is_checked_here() -> None:
     ours = {name for name in gym.registry if name.startswith("offramp/")}
-    # The live one needs an engine: test_live.py checks it; test_draft.py checks its own.
-    assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID, DRAFT_ENV_ID}
+    # Two need an engine: test_live.py and test_prefill_env.py check them; test_draft.py its own.
+    assert ours == {name for name, _ in VARIANTS} | {LIVE_ENV_ID, PREFILL_ENV_ID, DRAFT_ENV_ID}
 
 
 def test_the_docstring_example_runs() -> None:
