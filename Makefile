@@ -15,7 +15,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH))
 # them. Files begin in the order of tests/conftest.py, where xdist's own goes by numbers of cases.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-smollm2 test fuzz chaos check setup format format-check lint types layers audit docs rooms clean
+.PHONY: demo demo-smollm2 test fuzz chaos nodes check setup format format-check lint types layers audit docs rooms clean
 
 demo: setup
 	$(BIN)/offramp demo
@@ -40,10 +40,13 @@ test: setup
 fuzz: setup
 	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py tests/chaos/fuzz_readers.py
 
-# A worker that is killed two hundred times (`make test` kills it forty times), and a pool over two
-# Ray nodes of which one is killed.
+# A worker that is killed two hundred times; `make test` kills it forty times.
 chaos: setup
 	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
+
+# A pool over two Ray nodes of which one is killed, in two minutes. CI does not call it yet: it has
+# passed too seldom to be believed when it fails.
+nodes: setup
 	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py
 
 check: format-check lint types layers audit docs test

@@ -140,7 +140,9 @@ def test_a_lost_node_takes_its_own_streams_and_another_takes_its_place(
     assert all(each.is_whole or each.is_told for each in outcomes), outcomes
     assert {each.is_whole for each in outcomes} == {True, False}
 
+    await_nodes(len(nodes))  # until Ray knows, the collector that is left does all the work
     nodes.append(RayNode(3, CPUS, nodes[0].address))
+    await_nodes(len(nodes))
     collected += collectors.collect(tasks, 4)
     assert collectors.counts.respawned == 1
     assert len({(each.task, each.document) for each in collected}) == len(collected) >= 8
