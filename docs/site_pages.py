@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from offramp.deploy.cli.main import build_app
-from offramp.deploy.http.metrics import REPORTED, TRAFFIC, Metrics
+from offramp.deploy.http.observability.metrics import REPORTED, TRAFFIC, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

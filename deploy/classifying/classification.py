@@ -12,10 +12,10 @@ from fastapi import Request
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.clients.quotas import Quotas
-from offramp.deploy.http.access_log import REQUEST_ID
 from offramp.deploy.http.backend import ClassBackend
 from offramp.deploy.http.limits import DeadlineError, HttpLimits
-from offramp.deploy.http.metrics import Metrics
+from offramp.deploy.http.observability.access_log import REQUEST_ID
+from offramp.deploy.http.observability.metrics import Metrics
 from offramp.deploy.http.shapes.class_shapes import (
     ClassifyReply,
     ClassifyRequest,

@@ -13,7 +13,7 @@ from ray import serve
 from offramp.controller.errors import DecodeFailedError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
-from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of

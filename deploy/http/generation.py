@@ -17,17 +17,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from offramp.controller.errors import OfframpError
 from offramp.deploy.clients.quotas import Quotas
-from offramp.deploy.http.access_log import REQUEST_ID
 from offramp.deploy.http.backend import Backend, Tokens
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
 from offramp.deploy.http.limits import HttpLimits, until, wish_within
-from offramp.deploy.http.metrics import Metrics
+from offramp.deploy.http.observability.access_log import REQUEST_ID
+from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
 from offramp.deploy.http.shapes.replies import ChatStyle, Choice, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
-from offramp.deploy.http.tracing import Spans
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import Prompt, prompt_text
 

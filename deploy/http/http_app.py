@@ -11,13 +11,14 @@ from fastapi.telemetry import TelemetryConfig
 
 from offramp.deploy.classifying.classification import Classification
 from offramp.deploy.clients.quotas import Quotas
-from offramp.deploy.http.access_log import AccessLog
 from offramp.deploy.http.backend import Backend, ClassBackend, Embedded, EngineBackend, Pool
 from offramp.deploy.http.error_replies import add_error_handlers
 from offramp.deploy.http.gate import Gate
 from offramp.deploy.http.generation import Generation
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
-from offramp.deploy.http.metrics import Metrics
+from offramp.deploy.http.observability.access_log import AccessLog
+from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.class_shapes import ClassifyReply, ClassifyRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest
@@ -25,7 +26,6 @@ from offramp.deploy.http.shapes.reply_shapes import ChatReply, CompletionReply, 
 from offramp.deploy.http.shapes.score_shapes import ScoreReply, ScoreRequest
 from offramp.deploy.http.status_routes import add_status_routes, require_model
 from offramp.deploy.http.text_routes import add_text_routes
-from offramp.deploy.http.tracing import Spans
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorReply, "description": "The request is refused"},

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from offramp.deploy.http.backend import Pool
-from offramp.deploy.http.metrics import Metrics
+from offramp.deploy.http.observability.metrics import Metrics
 from offramp.deploy.http.shapes.reply_shapes import (
     ErrorReply,
     ModelCard,

@@ -14,8 +14,8 @@ from ray.util import get_node_ip_address
 from offramp.controller.errors import ConfigError
 from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
 from offramp.deploy.http.http_app import create_app, create_class_app
+from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
-from offramp.deploy.http.tracing import Spans
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_backend import PoolBackend
 from offramp.deploy.serve.pool_config import APP, PoolConfig

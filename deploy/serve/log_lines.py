@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.http.observability.access_log import REQUEST_NAME
 
 FORMATS = ("text", "json")
 

@@ -13,7 +13,7 @@ import ray.serve._private.replica as serve_replica
 from ray import serve
 
 from offramp.controller.errors import DecodeFailedError
-from offramp.deploy.http.access_log import REQUEST_NAME
+from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of

@@ -22,7 +22,7 @@ from offramp.deploy.cli.pool import pool_options
 from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
-from offramp.deploy.http.tracing import require_exporter
+from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path

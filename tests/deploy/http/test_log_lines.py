@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from offramp.deploy.http.access_log import AccessLog
+from offramp.deploy.http.observability.access_log import AccessLog
 from offramp.deploy.serve.log_lines import LineFormatter, WaitingLines, send_lines, show_line
 
 

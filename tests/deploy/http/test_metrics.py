@@ -9,7 +9,7 @@ import httpx
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.deploy.http.metrics import REPORTED, Metrics
+from offramp.deploy.http.observability.metrics import REPORTED, Metrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

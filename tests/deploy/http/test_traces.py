@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from offramp.controller.errors import ConfigError
 from offramp.deploy.http import tracing
 from offramp.deploy.http.http_app import create_app
-from offramp.deploy.http.tracing import SPAN, Spans
+from offramp.deploy.http.observability.tracing import SPAN, Spans
 from offramp.worker.engine.service import EngineService
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -15,7 +15,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.http_app import create_class_app
 from offramp.deploy.http.limits import HttpLimits
-from offramp.deploy.http.metrics import REPORTED
+from offramp.deploy.http.observability.metrics import REPORTED
 from offramp.deploy.http.shapes.score_shapes import scored_label
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
