@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from offramp.controller.errors import ConfigError
 
@@ -59,6 +60,23 @@ class EnergyReading:
         if self.joules is None or self.window_s <= 0:
             return None
         return self.joules / self.window_s
+
+
+class EnergyShare(NamedTuple):
+    """What one request took of work that it shared with others: worked out by a rule.
+
+    Attributes:
+        joules: Energy that it took.
+        method: How it was obtained: ``attributed`` or ``modelled``.
+        source: The counter or the model, by name.
+        read_share: Share of the request's layers that ran while energy was read, in (0, 1]; the
+            others are taken to need as much per layer.
+    """
+
+    joules: float
+    method: EnergyMethod
+    source: str
+    read_share: float
 
 
 def unavailable(window_s: float, why: str) -> EnergyReading:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 from offramp.worker.decoding.sampler import Draw
 
@@ -135,4 +136,8 @@ _STATS = tuple(CompletionStats.__dataclass_fields__)
 
 
 def _stats(values: Sequence[Any]) -> CompletionStats:
-    return CompletionStats(**dict(zip(_STATS, values, strict=True)))
+    fields = dict(zip(_STATS, values, strict=True))
+    if (energy := fields["energy"]) is not None:
+        joules, method, *rest = energy
+        fields["energy"] = EnergyShare(joules, EnergyMethod(method), *rest)
+    return CompletionStats(**fields)

@@ -22,7 +22,10 @@ from support.certificates import certificate
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-COST = ("layer_calls", "copy_calls", "prompt_calls", "exact_share", "drafts", "drafts_accepted")
+COST = (
+    "layer_calls", "copy_calls", "prompt_calls", "exact_share",
+    "drafts", "drafts_accepted", "energy",
+)  # fmt: skip
 MODES: tuple[KVMode, ...] = ("project", "defer", "verify")
 
 Ask = Callable[..., httpx.Response]

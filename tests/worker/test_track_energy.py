@@ -1,4 +1,4 @@
-"""Energy by track: steps are charged to those that ran in them, and prompts to nobody."""
+"""Energy by track and request: steps are charged to those that ran in them, prompts to nobody."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
-from offramp.controller.costs.readings import EnergyMethod, EnergyReading, unavailable
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading, EnergyShare, unavailable
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.decoding.request import CompletionStats, KVMode, PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
 from offramp.worker.energy.track_meter import BATCH_TOKENS, BusyCores, TrackMeter, serving_source
 from offramp.worker.engine.engine_config import EngineConfig
@@ -28,6 +28,7 @@ class OneJoule:
     """A counter that moves by a joule between any two looks."""
 
     known: bool = True
+    joules: float = 1.0
     slow_s: float = 0.0
     looks: int = 0
 
@@ -40,7 +41,7 @@ class OneJoule:
         if not self.known:
             return unavailable(window_s, "nothing here")
         return EnergyReading(
-            joules=1.0,
+            joules=self.joules,
             method=EnergyMethod.MEASURED_SHARED,
             source="a counter",
             scope="this test",
@@ -64,10 +65,15 @@ def engine() -> AdaptiveEngine:
 class Decoded(NamedTuple):
     steps: int
     totals: dict[tuple[str, str], tuple[float, int]]
+    ends: list[CompletionStats]
 
 
 def decode(
-    meter_source: object, tracks: tuple[PolicySnapshot, ...], also: tuple[PolicySnapshot, ...] = ()
+    meter_source: object,
+    tracks: tuple[PolicySnapshot, ...],
+    also: tuple[PolicySnapshot, ...] = (),
+    kv_mode: KVMode = "project",
+    sampling: SamplingParams = LONG,
 ) -> Decoded:
     """Decode one request under each snapshot, in the same steps."""
     made = engine()
@@ -77,12 +83,12 @@ def decode(
 
     meter = TrackMeter(made, meter_source, watches)  # type: ignore[arg-type]
     for each in (*tracks, *also):
-        made.submit([5, 6], LONG, each)
-    steps = 0
+        made.submit([5, 6], sampling, each, kv_mode=kv_mode)
+    steps, ends = 0, []
     while made.load != (0, 0):
-        meter(made.step)
+        ends += [event.stats for event in meter(made.step) if event.stats is not None]
         steps += 1
-    return Decoded(steps, meter.totals)
+    return Decoded(steps, meter.totals, ends)
 
 
 def test_a_step_is_shared_by_the_layers_that_each_track_ran() -> None:
@@ -107,7 +113,7 @@ def test_alone_a_track_is_charged_all_of_it_but_the_prompt() -> None:
 
 def test_a_worker_without_releases_is_charged_by_method_and_source() -> None:
     alone = replace(snapshots()[0], watch=None)
-    steps, totals = decode(OneJoule(), (), also=(alone, alone))
+    steps, totals, _ = decode(OneJoule(), (), also=(alone, alone))
     (joules, tokens) = totals.pop(("measured_shared", "a counter"))
     assert totals == {}
     # A joule and two tokens per step, but for those of the steps that read the prompts.
@@ -132,6 +138,45 @@ def test_a_slow_counter_is_read_seldom() -> None:
     source = OneJoule(slow_s=0.05)
     steps = decode(source, snapshots()).steps
     assert 1 <= source.looks < steps / 4
+
+
+@pytest.mark.parametrize("kv_mode", ["project", "verify"])
+def test_what_requests_took_adds_up_to_what_was_read(kv_mode: KVMode) -> None:
+    full, early = (replace(each, watch=None) for each in snapshots())
+    found = decode(OneJoule(), (), also=(full, early), kv_mode=kv_mode)
+    [(joules, _)] = found.totals.values()
+    shares = {each.generation: shared(each) for each in found.ends}
+    assert sum(each.joules * each.read_share for each in shares.values()) == pytest.approx(joules)
+    assert {(each.method, each.source) for each in shares.values()} == {
+        (EnergyMethod.ATTRIBUTED, "a counter")
+    }
+    if kv_mode == "project":  # all of whose steps had a layer of one and all layers of the other
+        assert shares[1].joules / shares[2].joules == pytest.approx(LAYERS)
+
+
+def test_steps_that_were_not_read_are_taken_to_need_as_much_per_layer() -> None:
+    found = decode(OneJoule(slow_s=0.05), (), also=(replace(snapshots()[0], watch=None),))
+    [(joules, tokens)], [stats] = found.totals.values(), found.ends
+    share = shared(stats)
+    assert share.read_share == tokens * LAYERS / stats.layer_calls < 0.25
+    assert share.joules == pytest.approx(joules / tokens * (TOKENS - 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens"), [(OneJoule(), 1), (OneJoule(known=False), 4), (OneJoule(joules=0), 4)]
+)
+def test_of_requests_without_a_reading_nothing_is_said(source: OneJoule, tokens: int) -> None:
+    # The first token comes from the prompt; and a counter that has not moved knows of nothing.
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    [stats] = decode(
+        source, (), also=(replace(snapshots()[0], watch=None),), sampling=sampling
+    ).ends
+    assert stats.energy is None
+
+
+def shared(stats: CompletionStats) -> EnergyShare:
+    assert stats.energy is not None
+    return stats.energy
 
 
 def test_without_counters_busy_cores_are_charged_and_nothing_is_hooked() -> None:

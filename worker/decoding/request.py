@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from offramp.controller.costs.readings import EnergyShare
 from offramp.controller.errors import RequestError
 from offramp.controller.policies.drafts import is_drafter
 from offramp.controller.policies.protocols import NeverExit, Policy
@@ -167,6 +168,7 @@ class CompletionStats:
         cached_tokens: Tokens of the prompt that the prefix cache knew; None: it was not asked.
         prompt_calls: Layers executed for the prompt's other tokens.
         setting: The certified setting that it ran at; None if its release has none.
+        energy: What its tokens after the first took; None: nobody read any energy meanwhile.
     """
 
     prompt_tokens: int
@@ -181,6 +183,7 @@ class CompletionStats:
     cached_tokens: int | None = field(default=None, compare=False)
     prompt_calls: int = field(default=0, compare=False)
     setting: float | None = None
+    energy: EnergyShare | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,11 @@ class Sequence:
         return self.open[-1].depth if self.undecided else 0
 
     @property
+    def calls(self) -> int:
+        """Layers executed for its tokens, those of the quantised copy included."""
+        return self.layer_calls + self.copy_calls
+
+    @property
     def is_finished(self) -> bool:
         """Whether the last token was emitted, or none will be."""
         return self.finish_reason is not None or self.error is not None

@@ -1,8 +1,8 @@
-"""Energy of the tracks of a channel: what each engine step took, shared among those that ran in it.
+"""Energy of requests and of a channel's tracks: what each engine step took, shared among its rows.
 
-A step that serves one track alone is that track's; one that serves several is shared by the layers
-that each executed. So the less the tracks meet in a step, the less of a figure is a rule and the
-more of it a measurement. Steps that read prompts are left out: their energy is no token's.
+A step that serves one row, or one track, alone is that one's; one that serves several is shared by
+the layers that each executed. So the less they meet in a step, the less of a figure is a rule and
+the more of it a measurement. Steps that read prompts are left out: their energy is no token's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from offramp.controller.watching.tally import Tally
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.energy.meter import EnergySource, open_meter
 from offramp.worker.energy.modelled import EnergyModel, ModelledSource
+from offramp.worker.energy.request_meter import Charge, RequestMeter, attributed, charges
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import Step
 
@@ -94,6 +95,7 @@ class TrackMeter:
         self._source = source
         self._watches = watches
         self.totals: dict[tuple[str, str], tuple[float, int]] = {}
+        self._requests = RequestMeter()
         self._batches: dict[int, tuple[Tally, _TokenBatch]] = {}  # by generation
         self._stepping_s = self._reading_s = 0.0
         # The least, since a reading that the scheduler interrupts says nothing of the source.
@@ -105,7 +107,7 @@ class TrackMeter:
         is_due = self._reading_s <= MOST_READING * self._stepping_s
         events = step() if self._engine.is_prefilling or not is_due else self._metered(step)
         self._stepping_s += time.perf_counter() - start_s
-        return events
+        return self._requests.told(events)
 
     def _time_reading(self) -> float:
         start_s = time.perf_counter()
@@ -113,35 +115,39 @@ class TrackMeter:
         return time.perf_counter() - start_s
 
     def _metered(self, step: Step) -> list[TokenEvent]:
-        tallies = [watch.tally for watch in self._watches()]
-        before = [(tally.layers, tally.tokens) for tally in tallies]
+        tallies = [(watch.tally, watch.tally.tokens) for watch in self._watches()]
+        rows = [(row, row.calls) for row in self._engine.running]
         begun, start_s = self._source.start(), time.perf_counter()
         events = step()
         reading = self._source.stop(begun, time.perf_counter() - start_s)
         self._reading_s += self._cost_s
         if reading.joules is not None:
-            read = reading.method.value, reading.source
-            joules, tokens = self.totals.get(read, (0.0, 0))
-            self.totals[read] = joules + reading.joules, tokens + len(events)
-            ran = [
-                (tally, tally.layers - layers, tally.tokens - tokens)
-                for tally, (layers, tokens) in zip(tallies, before, strict=True)
-            ]
-            self._charge(reading.joules, _name(reading), ran, events)
+            self._count(reading.joules, reading, len(events))
+            charged = charges(reading.joules, [(row, row.calls - had) for row, had in rows])
+            self._requests.charge(reading, charged)
+            self._charge_tracks(": ".join(attributed(reading)), charged, tallies)
         return events
 
-    def _charge(
-        self, joules: float, meter: str, ran: list[tuple[Tally, int, int]], events: list[TokenEvent]
+    def _count(self, joules: float, reading: EnergyReading, tokens: int) -> None:
+        read = reading.method.value, reading.source
+        before = self.totals.get(read, (0.0, 0))
+        self.totals[read] = before[0] + joules, before[1] + tokens
+
+    def _charge_tracks(
+        self, meter: str, charged: list[Charge], tallies: list[tuple[Tally, int]]
     ) -> None:
-        mine = {tally.generation for tally, _, _ in ran}
+        mine = {tally.generation for tally, _ in tallies}
         # Requests of older releases and of none are no track's, and have their share all the same.
-        others = sum(event.exit_layer for event in events if event.generation not in mine)
-        layers = others + sum(each for _, each, _ in ran)
-        for tally, executed, tokens in ran:
-            if executed:
+        for tally, before in tallies:
+            joules = sum(
+                each.joules
+                for each in charged
+                if each.row.watch is not None and each.row.watch.tally is tally
+            )
+            if joules:
                 batch = self._batch(tally, mine)
-                batch.joules += joules * executed / layers
-                batch.tokens += tokens
+                batch.joules += joules
+                batch.tokens += tally.tokens - before
                 if batch.tokens >= BATCH_TOKENS:
                     tally.note_energy(meter, batch.joules, batch.tokens)
                     del self._batches[tally.generation]
@@ -153,10 +159,3 @@ class TrackMeter:
             kept = {key: each for key, each in self._batches.items() if key in running}
             self._batches = kept | {tally.generation: known}
         return known[1]
-
-
-def _name(reading: EnergyReading) -> str:
-    """Method and source; what was measured of all tracks at once is attributed to each."""
-    is_measured = reading.method in (EnergyMethod.MEASURED_DEVICE, EnergyMethod.MEASURED_SHARED)
-    method = EnergyMethod.ATTRIBUTED if is_measured else reading.method
-    return f"{method.value}: {reading.source}"

@@ -194,7 +194,7 @@ class EngineCore:
         emitted = {row: len(row.emitted) for row in self._roster.rows}
         self._prompts.read(self._roster.rows)
         self._run(launches)
-        events = [event for row, before in emitted.items() for event in self._events(row, before)]
+        events = self._outbox.collect(emitted)
         self._release({} if finished is None else finished)
         if finished is not None and self.failed:
             raise self.failed.popitem()[1]
@@ -229,6 +229,11 @@ class EngineCore:
         return Scheduler(schedule, self.stack.layers, price)
 
     @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The rows in slots."""
+        return tuple(self._roster.rows)
+
+    @property
     def load(self) -> tuple[int, int]:
         """Rows running, requests waiting; shadows, for which nobody waits, are not counted."""
         return self._roster.served
@@ -246,13 +251,6 @@ class EngineCore:
     def is_prefilling(self) -> bool:
         """Whether some prompt is still to be read."""
         return bool(self._roster.waiting) or any(not r.is_prefilled for r in self._roster.rows)
-
-    def _events(self, row: Sequence, before: int) -> list[TokenEvent]:
-        try:
-            return self._outbox.events(row, before)
-        except Exception as error:  # tokenizers are a caller's code, too
-            row.error = error
-            return []
 
     def _launches(self) -> list[Launch[Sequence]]:
         """What runs now: the stages that are due, and then the next tokens of all other rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,19 @@ class Outbox:
         self._kv = kv
         self._texts: dict[str, _Text] = {}
         self._told: dict[str, _Told] = {}  # by request under a watch
+
+    def collect(self, told: Mapping[Sequence, int]) -> list[TokenEvent]:
+        """The events of what rows have emitted since so many tokens; a row may fail alone.
+
+        Then it has an ``error`` and no events.
+        """
+        events = []
+        for row, before in told.items():
+            try:
+                events += self.events(row, before)
+            except Exception as error:  # tokenizers are a caller's code, too
+                row.error = error
+        return events
 
     def events(self, row: Sequence, before: int) -> list[TokenEvent]:
         """The events of a row's tokens from index ``before`` on; to be asked once per token.

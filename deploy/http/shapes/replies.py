@@ -248,4 +248,5 @@ def _cost(stats: CompletionStats | None) -> dict[str, Any]:
         "exact_share": stats.exact_share,
         "drafts": stats.drafts,
         "drafts_accepted": stats.drafts_accepted,
+        "energy": stats.energy and stats.energy._asdict(),
     }

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine, SamplingParams
+from offramp.worker.energy.track_meter import BusyCores, TrackMeter
 from offramp.worker.engine.service import EngineService
 from support.models import make_model
 from support.tokenizers import byte_level_tokenizer
@@ -41,7 +42,7 @@ def chatty() -> AdaptiveEngine:
 
 @pytest.fixture(scope="module")
 def chat_app(chatty: AdaptiveEngine, stand_in: Any) -> Iterator[FastAPI]:
-    service = EngineService(chatty)
+    service = EngineService(chatty, around=TrackMeter(chatty, BusyCores(), lambda: iter(())))
     service.start()
     worker = stand_in(service)
     worker.model_id = "chatty"
@@ -88,6 +89,25 @@ def test_a_reply_has_openais_shape(send: Send, expected: Any) -> None:
             "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions"], ids=["chat", "completions"]
+)
+def test_each_choice_is_told_its_energy_with_its_method_at_its_end(send: Send, path: str) -> None:
+    length = {"max_tokens": 5, "max_completion_tokens": None}
+    asked = {**length, "prompt": RENDERED, "n": 2, "offramp": {"stats": True}}
+    whole = [each["offramp"] for each in send(path, **asked).json()["choices"]]
+    lines = send(path, stream=True, **asked).text.split("\n\n")[:-2]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    told = [each["offramp"] for each in chunks if "energy" in each["offramp"]]
+    assert [bool(each["choices"][0]["finish_reason"]) for each in chunks].count(True) == len(told)
+    for each in (*whole, *told):
+        energy = each["energy"]
+        assert (energy["method"], energy["source"]) == ("modelled", "3 W per busy core")
+        assert energy["joules"] > 0
+        assert 0 < energy["read_share"] <= 1
+    assert len(whole) == len(told) == 2
 
 
 def test_the_older_name_and_parts_of_text_are_taken(send: Send, expected: Any) -> None:

@@ -67,7 +67,11 @@ def test_prometheus_sees_every_token_and_every_worker(pool: ServedPool) -> None:
         await ready(client)
         texts = [(await client.get("/metrics")).text]
         # Not ``streams``: one so short may end before another has begun.
-        await asyncio.gather(*(follow(client, Outcome(), body(20)) for _ in range(3)))
+        await asyncio.gather(*(follow(client, Outcome(), body(20)) for _ in range(2)))
+        asked = body(20, stream=False, offramp={"stats": True})
+        energy = (await client.post("/v1/completions", json=asked)).json()["offramp"]["energy"]
+        assert energy["joules"] > 0
+        assert energy["method"] in ("modelled", "attributed")  # by what the machine has
         return [*texts, (await client.get("/metrics")).text]
 
     before, after = (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.deploy.http.backend import WorkerLostError
 from offramp.deploy.serve.token_inbox import TokenInbox
 from offramp.deploy.serve.token_wire import TokenWire, WireAddress
@@ -20,6 +21,7 @@ from offramp.worker.decoding.sampler import Draw
 
 PATIENCE_S = 20.0
 
+ENERGY = EnergyShare(0.25, EnergyMethod.MODELLED, "3 W per busy core", 0.5)
 PLAIN = TokenEvent("mine", 5, "five\ud83d", 3, 7, None, text_offset=11)
 FULL = TokenEvent(
     "mine",
@@ -30,7 +32,9 @@ FULL = TokenEvent(
     "length",
     logprob=-0.1234567890123,
     top_logprobs=((6, -0.1234567890123), (2, float("-inf"))),
-    stats=CompletionStats(prompt_tokens=3, generation=7, mean_exit_layer=3.5, cached_tokens=0),
+    stats=CompletionStats(
+        prompt_tokens=3, generation=7, mean_exit_layer=3.5, cached_tokens=0, energy=ENERGY
+    ),
     prompt_draws=(Draw(1, -2.0, ((1, -2.0),)), Draw(2)),
 )
 
@@ -59,7 +63,11 @@ def test_tokens_come_as_they_were_sent_and_those_of_one_step_together() -> None:
             wire.add(number, 0, PLAIN)
             wire.add(number, 2, FULL)
         wire.flush()
-        assert await mine.take() == [(0, PLAIN), (2, FULL)]
+        came = await mine.take()
+        assert came == [(0, PLAIN), (2, FULL)]
+        stats = came[1][1].stats
+        assert stats is not None
+        assert stats.energy == ENERGY  # which is not compared with the other fields
         mine.accept("worker-0")
         assert await mine.take() == []
 
