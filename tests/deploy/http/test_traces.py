@@ -12,8 +12,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from offramp.controller.errors import ConfigError
-from offramp.deploy.http import tracing
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.observability import tracing
 from offramp.deploy.http.observability.tracing import SPAN, Spans
 from offramp.worker.engine.service import EngineService
 
