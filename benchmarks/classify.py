@@ -45,7 +45,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.fitting.backward_induction import fit_stopping
-from offramp.research.fitting.budget import fit_budget
+from offramp.research.fitting.budget import fit_kept_budget
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -69,6 +69,8 @@ class ClassifyRow:
     wall_ratio_low: float | None
     wall_ratio_high: float | None
     seeds: int
+    budget_error: float | None
+    """Of a budget: mean cost of the test texts over it, less 1, of the seed that keeps it least."""
 
 
 @dataclass
@@ -161,7 +163,7 @@ def placed_fitted(
     least = max(placed[0].accuracy, placed[1].accuracy) - LOSS
     found = []
     for name, fitting, settings in (
-        ("budget", fit_budget, BUDGETS),
+        ("budget", fit_kept_budget, BUDGETS),
         ("backward induction", fit_stopping, TRADE_OFFS),
     ):
         tried = []
@@ -210,8 +212,10 @@ def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[Classi
         accuracy = float(np.mean([each.accuracy for each in at]))
         loss = float(np.mean([seed.better - seed.tested[place].accuracy for seed, place in found]))
         layers = float(np.mean([each.mean_layers for each in at]))
+        errors = [each.cost / each.setting - 1 for each in at if name == "budget" and each.setting]
+        error = max(errors, key=abs, default=None)
         rows.append(
-            ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, len(found))
+            ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, len(found), error)
         )
     return rows
 

@@ -18,7 +18,12 @@ from offramp.agents.placing.contenders import load_saved
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.net import Weights
-from offramp.controller.policies.protocols import LearningPolicy, Policy, ThresholdPolicy
+from offramp.controller.policies.protocols import (
+    LearningPolicy,
+    Policy,
+    StatefulPolicy,
+    ThresholdPolicy,
+)
 from offramp.controller.policies.router import MlpRouter
 from offramp.controller.release.bundle import PolicyBundle
 
@@ -131,7 +136,7 @@ def _by_safety(points: Sequence[SavedPoint], name: str) -> list[SavedPoint]:
     if not mine:
         known = ", ".join(dict.fromkeys(point.family for point in points)) or "none"
         raise ConfigError("family", f"{name!r} was not trained", f"Trained: {known}")
-    if any(isinstance(point.policy, LearningPolicy) for point in mine):
+    if any(isinstance(point.policy, LearningPolicy | StatefulPolicy) for point in mine):
         raise ConfigError(
             "family",
             f"{name!r} goes on learning while it serves: its loss is no fixed number",

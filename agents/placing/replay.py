@@ -21,6 +21,7 @@ from offramp.controller.policies.protocols import (
     LearningPolicy,
     Policy,
     RoutingPolicy,
+    StatefulPolicy,
     Verdict,
 )
 from offramp.envs.charges.token_costs import TokenCosts
@@ -98,8 +99,9 @@ def mean_cost(policy: Policy, walked: TakenExits, traces: TokenTraces, costs: Co
 def walk(policy: Policy, traces: TokenTraces) -> TakenExits:
     """Where each token leaves, and how often it is asked.
 
-    A learning policy is copied first, decides the tokens in order, and is told how they compare
-    to full depth every VERDICT_TOKENS tokens of a document.
+    A policy that learns, or whose decisions change the next ones, is copied first and decides the
+    tokens in order. One that learns is told how they compare to full depth every VERDICT_TOKENS
+    tokens of a document.
 
     Raises:
         ConfigError, PolicyFaultError: as ``replay``.
@@ -110,15 +112,16 @@ def walk(policy: Policy, traces: TokenTraces) -> TakenExits:
         probes_N=np.zeros(len(traces), np.int64),
     )
     outlook_NC = outlook(traces)
-    if not isinstance(policy, LearningPolicy):
+    if not isinstance(policy, LearningPolicy | StatefulPolicy):
         _walk(_decider(policy), view, outlook_NC, np.arange(len(traces)), walked)
         return walked
-    learner = copy.deepcopy(policy)
-    decide = _decider(learner)
+    copied = copy.deepcopy(policy)
+    decide = _decider(copied)
     for rows_M in _blocks(traces):
         seen: dict[int, FloatArray] = {}
         _walk(decide, view, outlook_NC, rows_M, walked, seen)
-        learner.learn([_verdict(traces, view, row, walked, seen[row]) for row in sorted(seen)])
+        if isinstance(copied, LearningPolicy):
+            copied.learn([_verdict(traces, view, row, walked, seen[row]) for row in sorted(seen)])
     return walked
 
 

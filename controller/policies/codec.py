@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from offramp.controller.errors import PolicyFaultError, PolicyRefusedError, Refusal, RequestError
 from offramp.controller.features import OUTLOOK_V1, BoolArray, FeatureSchema, FloatArray, IntArray
-from offramp.controller.policies.protocols import DrawingPolicy, Policy, RoutingPolicy
+from offramp.controller.policies.protocols import Policy, RoutingPolicy, StatefulPolicy
 from offramp.controller.strict import COUNT, TEXT, Check
 
 Params = dict[str, Any]
@@ -241,9 +241,11 @@ def _differences(policy: Policy, tensors: Tensors) -> np.ndarray:
 
 
 def _routes(policy: RoutingPolicy, features_NF: FloatArray, outlook_NC: FloatArray) -> IntArray:
-    if isinstance(policy, DrawingPolicy):
+    if isinstance(policy, StatefulPolicy):
         policy.rewind()  # so that the same inputs are decided alike, however often
     start_N = policy.start(outlook_NC).copy()
     exits = range(len(policy.exits))
     routes = [policy.route(here, features_NF, outlook_NC).copy() for here in exits]
+    if isinstance(policy, StatefulPolicy):
+        policy.rewind()  # canned inputs are no traffic
     return np.stack([start_N, *routes]).astype(np.int32)

@@ -39,6 +39,7 @@ from offramp.controller.policies.rules.bandit import THRESHOLD_BANDIT
 from offramp.controller.policies.rules.beta import BETA_THRESHOLD
 from offramp.controller.policies.rules.decay import DECAYING_THRESHOLD
 from offramp.controller.policies.rules.entropy_patience import ENTROPY, PATIENCE
+from offramp.controller.policies.rules.kept_stages import KEPT_STAGES
 from offramp.controller.policies.rules.optimal_stopping import STOPPING
 from offramp.controller.policies.rules.position import POSITION_SCHEDULE
 from offramp.controller.policies.rules.prompt_rules import RANDOM_SHARE, WINDOWED
@@ -69,6 +70,7 @@ _SHIPPED = (
     PATIENCE,
     POSITION_SCHEDULE,
     STAGE_THRESHOLDS,
+    KEPT_STAGES,
     WINDOWED,
     RANDOM_SHARE,
     BETA_THRESHOLD,

@@ -146,11 +146,11 @@ class LearningPolicy(Protocol):
 
 
 @runtime_checkable
-class DrawingPolicy(Protocol):
-    """A policy that draws random numbers, from a seed of its own."""
+class StatefulPolicy(Protocol):
+    """A policy whose own decisions change the next ones: it draws random numbers, or counts."""
 
     def rewind(self) -> None:
-        """Begin the draws anew, from the seed."""
+        """Forget them: decide as when it was made."""
         ...
 
 

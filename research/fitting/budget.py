@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import SOFTMAX_V2, FloatArray
+from offramp.controller.policies.rules.kept_stages import KeptStages
 from offramp.controller.policies.rules.stages import NEVER, StageThresholds
 from offramp.controller.traces import SOFTMAX_COLUMNS
 from offramp.envs.charges.token_costs import TokenCosts
@@ -21,6 +22,12 @@ SHARPNESS = 50.0
 
 LARGEST_PRICE = 1e6
 """Beyond this price of cost the cheapest exit takes everything."""
+
+LEVELS = 129
+"""Quantiles of the score that a kept budget's thresholds move along."""
+
+NONE_Q = np.zeros(LEVELS)
+"""Those of an exit that no token reached."""
 
 
 def fit_budget(
@@ -47,11 +54,7 @@ def fit_budget(
     Raises:
         ConfigError: leaving at the cheapest exit already costs more than the budget.
     """
-    risk_E1 = 1.0 - traces.quality(quality).mean(axis=0, dtype=np.float64)
-    cost_E1 = TokenCosts.under(
-        SOFTMAX_V2, costs, traces.header.exits, traces.header.adapters
-    ).asked_everywhere_E1
-    share_E1 = gibbs_shares(risk_E1, cost_E1, budget)
+    share_E1 = budget_shares(traces, costs, budget, quality)
     score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]
     return StageThresholds(
         exits=traces.header.exits,
@@ -59,6 +62,52 @@ def fit_budget(
         column=column,
         thresholds=stage_thresholds(score_NE, share_E1),
     )
+
+
+def fit_kept_budget(
+    traces: TokenTraces,
+    costs: CostTable,
+    budget: float,
+    column: str = "top1",
+    quality: Quality = "agreement",
+) -> KeptStages:
+    """The shares of ``fit_budget``, kept by thresholds that move while texts come.
+
+    Thresholds that were fitted once let other shares leave on other texts; arguments and errors
+    are those of ``fit_budget``.
+    """
+    share_E1 = budget_shares(traces, costs, budget, quality)
+    score_NE = traces.softmax_NES[:, :, SOFTMAX_COLUMNS.index(column)]
+    thresholds = stage_thresholds(score_NE, share_E1)
+    here_N = np.ones(len(score_NE), np.bool_)
+    shares, scores = [], []
+    for exit_index, threshold in enumerate(thresholds):
+        score_M = score_NE[here_N, exit_index]
+        scores.append(np.quantile(score_M, np.linspace(0, 1, LEVELS)) if len(score_M) else NONE_Q)
+        shares.append(float((score_M >= np.float32(threshold)).mean()) if len(score_M) else 0.0)
+        here_N &= score_NE[:, exit_index] < np.float32(threshold)
+    return KeptStages(
+        exits=traces.header.exits,
+        schema=SOFTMAX_V2,
+        column=column,
+        shares=tuple(shares),
+        scores_EQ=np.stack(scores),
+    )
+
+
+def budget_shares(
+    traces: TokenTraces, costs: CostTable, budget: float, quality: Quality
+) -> NDArray[np.float64]:
+    """Shares of the tokens that leave at each exit, and at full depth, under a budget, [E + 1].
+
+    Raises:
+        ConfigError: leaving at the cheapest exit already costs more than the budget.
+    """
+    risk_E1 = 1.0 - traces.quality(quality).mean(axis=0, dtype=np.float64)
+    cost_E1 = TokenCosts.under(
+        SOFTMAX_V2, costs, traces.header.exits, traces.header.adapters
+    ).asked_everywhere_E1
+    return gibbs_shares(risk_E1, cost_E1, budget)
 
 
 def gibbs_shares(

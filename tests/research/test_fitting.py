@@ -20,7 +20,12 @@ from offramp.controller.traces import TraceHeader
 from offramp.envs import TokenTraces
 from offramp.envs.charges.token_costs import TokenCosts
 from offramp.research.fitting.backward_induction import fit_stopping, returns
-from offramp.research.fitting.budget import fit_budget, gibbs_shares, stage_thresholds
+from offramp.research.fitting.budget import (
+    fit_budget,
+    fit_kept_budget,
+    gibbs_shares,
+    stage_thresholds,
+)
 from offramp.research.fitting.greencode import (
     GreenCodeConfig,
     HiddenStateVecEnv,
@@ -83,6 +88,18 @@ def test_stage_thresholds_let_the_shares_leave() -> None:
 def test_a_fitted_budget_is_kept_on_its_own_tokens(data: TrainingData) -> None:
     policy = fit_budget(data.train, data.costs, 0.75)
     assert replay(policy, data.train, data.costs).cost == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.8, 0.9])
+def test_a_kept_budget_is_kept_on_other_tokens_and_one_that_was_only_fitted_is_not(
+    data: TrainingData, budget: float
+) -> None:
+    # Heads are surer, or less sure, of texts that they were not fitted to.
+    surer = replace(data.validation, softmax_NES=data.validation.softmax_NES + np.float32(0.3))
+    fitted = replay(fit_budget(data.train, data.costs, budget), surer, data.costs)
+    kept = replay(fit_kept_budget(data.train, data.costs, budget), surer, data.costs)
+    assert abs(fitted.cost / budget - 1) > 0.03
+    assert abs(kept.cost / budget - 1) < 0.02
 
 
 def test_backward_induction_beats_any_threshold_it_contains(data: TrainingData) -> None:

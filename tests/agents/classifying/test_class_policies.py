@@ -23,8 +23,10 @@ from offramp.agents.classifying.exit_states import exit_states
 from offramp.agents.classifying.labelled_texts import LabelledTexts
 from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
 from offramp.agents.placing.replay import walk
+from offramp.controller.features import SOFTMAX_V2
 from offramp.controller.policies.protocols import NeverExit
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
+from offramp.controller.policies.rules.kept_stages import KeptStages
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
@@ -67,6 +69,18 @@ def test_replay_takes_the_exits_that_the_classifier_takes(recorded: Any, policy:
     depth_E1 = np.array([1, 2, 3, 4, 5])
     assert depth_E1[walked.taken_N].tolist() == live.layers_N.tolist()
     assert len(set(live.layers_N.tolist())) > 1
+
+
+def test_shares_are_kept_in_replay_as_the_classifier_keeps_them(recorded: Any) -> None:
+    classifier, sequences, traces = recorded
+    scores_EQ = np.tile(np.linspace(0.3, 1, 9), (4, 1))
+    policy = KeptStages(
+        exits=(1, 2, 3, 4), schema=SOFTMAX_V2, column="top1", shares=(0.3,) * 4, scores_EQ=scores_EQ
+    )
+    taken_N = walk(policy, traces).taken_N
+    live = [int(classifier.run([each], policy).layers_N[0]) for each in sequences]
+    assert (1 + taken_N).tolist() == live
+    assert abs(live.count(1) - 0.3 * TEXTS) <= 1 / policy.gain + 1
 
 
 def test_families_keep_accuracy_by_label_and_not_by_agreement(recorded: Any) -> None:

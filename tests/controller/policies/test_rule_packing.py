@@ -54,7 +54,9 @@ def test_a_rule_comes_back_and_decides_the_same(policy: Policy) -> None:
 def test_which_rules_route_and_which_learn() -> None:
     routing = {type(each).__name__ for each in RULES if isinstance(each, RoutingPolicy)}
     learning = {type(each).__name__ for each in RULES if isinstance(each, LearningPolicy)}
-    assert routing == {"DecayingThreshold", "PositionSchedule", "StageThresholds", "StoppingPolicy"}
+    assert routing == {
+        "DecayingThreshold", "KeptStages", "PositionSchedule", "StageThresholds", "StoppingPolicy",
+    }  # fmt: skip
     assert learning == {"BetaThreshold", "ThresholdBandit"}
 
 

@@ -37,6 +37,7 @@ from offramp.controller.policies.rules.bandit import ThresholdBandit
 from offramp.controller.policies.rules.beta import BetaThreshold
 from offramp.controller.policies.rules.decay import DecayingThreshold
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
+from offramp.controller.policies.rules.kept_stages import KeptStages
 from offramp.controller.policies.rules.optimal_stopping import StoppingPolicy
 from offramp.controller.policies.rules.position import PositionSchedule
 from offramp.controller.policies.rules.prompt_rules import RandomShare, WindowedExit
@@ -63,6 +64,13 @@ RULES: list[Policy] = [
     PatienceExit(exits=EXITS, patience=2),
     PositionSchedule(exits=EXITS, deepest=12, shallowest=4.5),
     StageThresholds(exits=EXITS, schema=SOFTMAX_V2, column="top1", thresholds=(2.0, 0.5, 0.2)),
+    KeptStages(
+        exits=EXITS,
+        schema=SOFTMAX_V2,
+        column="top1",
+        shares=(0.0, 0.3, 0.5),
+        scores_EQ=np.linspace((0, 0.1, 0.2), 1, 9).T,
+    ),
     BetaThreshold(
         exits=(6,),
         schema=SOFTMAX_V2,
