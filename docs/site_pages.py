@@ -19,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from offramp.deploy.cli.main import build_app
-from offramp.deploy.http.observability.metrics import REPORTED, TRAFFIC, Metrics
+from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.worker_metrics import REPORTED, TRAFFIC
+from offramp.deploy.http.served_models import ServedModels
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -166,19 +168,21 @@ def scrape() -> str:
     report["traffic"] = dict.fromkeys([field for field, _ in TRAFFIC.values()], 0)
     report["energy"] = [("modelled", "x", 1.0, 1)]
     says = dict.fromkeys(("worker", "digest", "guarantee", "state"), "x")
-    backend: Any = SimpleNamespace(model_id="m", layers=LAYERS, reports=lambda: [report | says])
-    counted = Metrics(backend)
+    pool: Any = SimpleNamespace(
+        model_id="m", layers=LAYERS, clients=None, reports=lambda: [report | says]
+    )
+    counted = Metrics(ServedModels([pool]))
 
     async def none() -> AsyncIterator[Any]:
         return
         yield
 
     async def hang_up() -> None:
-        async for _ in counted.follow(none(), 1, 0.0):
+        async for _ in counted.by_model["m"].follow(none(), 1, 0.0):
             pass
 
     asyncio.run(hang_up())
-    counted.count_reply(200)
+    counted.count_reply(200, "m")
     return counted.text().decode()
 
 

@@ -127,10 +127,13 @@ class SkippingModel(torch.nn.Module):
             states.append(x_BTD)
         return states
 
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] through the shared norm and head."""
+        return self.model.lm_head(self.model.model.norm(x_BTD)).float()  # type: ignore[no-any-return]
+
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Next-token loss through the shared norm and head, nats per token."""
-        logits = self.model.lm_head(self.model.model.norm(x_BTD)).float()
-        return cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+        """Next-token loss, nats per token."""
+        return cross_entropy(self.logits(x_BTD).flatten(0, 1), targets_BT.flatten())
 
 
 def training_loss(
@@ -148,16 +151,26 @@ def training_loss(
 
 
 @torch.no_grad()
-def evaluate(skipping: SkippingModel, windows: Tensor) -> list[tuple[float, float]]:
-    """Held-out loss, and agreement with full depth, after every layer."""
-    rows = []
-    states = skipping.states(windows[:, :-1], None)
-    head, norm = skipping.model.lm_head, skipping.model.model.norm
-    full_BT = head(norm(states[-1])).argmax(-1)
-    for x_BTD in states:
-        agreement = (head(norm(x_BTD)).argmax(-1) == full_BT).float().mean()
-        rows.append((skipping.loss(x_BTD, windows[:, 1:]).item(), agreement.item()))
-    return rows
+def evaluate(
+    skipping: SkippingModel, windows: Tensor, dtype: str = "float32"
+) -> list[tuple[float, float]]:
+    """Held-out loss, and agreement with full depth, after every layer; products as in training."""
+    found = []
+    with products(dtype):
+        for window in torch.split(windows, 1):
+            states = skipping.states(window[:, :-1], None)
+            full_T = skipping.logits(states[-1])[0].argmax(-1)
+            for x_BTD in states:
+                logits_TV = skipping.logits(x_BTD)[0]
+                loss = cross_entropy(logits_TV, window[0, 1:])
+                found.append((loss, (logits_TV.argmax(-1) == full_T).float().mean()))
+    means = torch.tensor(found).view(len(windows), -1, 2).mean(0)
+    return [(loss, agreement) for loss, agreement in means.tolist()]
+
+
+def products(dtype: str) -> torch.autocast:
+    """Run products in bfloat16, if they are to be; weights stay as they are."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def train(
@@ -181,7 +194,7 @@ def train(
         task = bar.add_task("training", total=1.0)
         while spent < 1.0:
             batch = draw(stream_T, recipe.batch, recipe.length)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            with products(recipe.dtype):
                 loss = training_loss(skipping, batch, recipe, steps, spent)
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             torch.nn.utils.clip_grad_norm_(skipping.parameters(), 1.0, error_if_nonfinite=True)
@@ -262,10 +275,11 @@ def main(
     train_T = encode(tokenizer, [each for each in found if each.split == "train"])
     held_out = encode(tokenizer, [each for each in found if each.split == "validation"])
     windows = spread(held_out, length)
-    before = evaluate(skipping, windows)
+    before = evaluate(skipping, windows, dtype)
     steps = train(skipping, train_T, recipe, out, begun)
+    after = evaluate(skipping, windows, dtype)
     print("layer  held-out loss (nats)  agreement with full depth")
-    for layer, (old, new) in enumerate(zip(before, evaluate(skipping, windows), strict=True), 1):
+    for layer, (old, new) in enumerate(zip(before, after, strict=True), 1):
         print(f"{layer:5}  {old[0]:6.3f} → {new[0]:6.3f}       {old[1]:.3f} → {new[1]:.3f}")
     loaded.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -15,7 +15,7 @@ from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.backend import ClassBackend
 from offramp.deploy.http.limits import DeadlineError, HttpLimits
 from offramp.deploy.http.observability.access_log import REQUEST_ID
-from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.metrics import ModelMetrics
 from offramp.deploy.http.shapes.class_shapes import (
     ClassifyReply,
     ClassifyRequest,
@@ -43,7 +43,7 @@ class Classification:
     """
 
     def __init__(
-        self, backend: ClassBackend, limits: HttpLimits, metrics: Metrics, quotas: Quotas
+        self, backend: ClassBackend, limits: HttpLimits, metrics: ModelMetrics, quotas: Quotas
     ) -> None:
         self._backend, self._limits = backend, limits
         self._metrics, self._quotas = metrics, quotas

@@ -17,7 +17,7 @@ from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import keep_to_loopback
 from offramp.deploy.serve.worker_report import describe_policy
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -51,29 +51,31 @@ class ClassifyingWorker:
     """One replica of a pool that classifies.
 
     Args:
-        config: What it loads and whom it follows; with heads.
+        config: Whom it follows.
+        served: What it loads; with heads.
         front: The actor that is told how it is.
     """
 
-    def __init__(self, config: PoolConfig, front: Any) -> None:
+    def __init__(self, config: PoolConfig, served: PoolModel, front: Any) -> None:
         keep_to_loopback()
-        assert config.heads is not None  # else the pool decodes
-        self._front = front
+        assert served.heads is not None  # else its workers decode
+        self._front, self._model = front, served.name
         self._loop = asyncio.get_running_loop()
-        self._claim = StateClaim(config.state_dir / config.channel)
+        self._claim = StateClaim(config.state_dir / served.channel)
         self.worker_id = self._claim.name
         self._replica = serve.get_replica_context().replica_id.unique_id
-        send_lines(config.log_format, self.worker_id, front.log.remote)
-        spec = config.worker
+        send_lines(config.log_format, config.process_of(served, self.worker_id), front.log.remote)
+        spec = served.worker
         torch.set_num_threads(spec.threads)
         model = SequenceModel.load(spec.model, parse_dtype(spec.dtype), spec.device)
-        self.classifier = model.classifier(config.heads)
+        self.classifier = model.classifier(served.heads)
 
         def prepare(policy: Policy, _heads: ExitAdapters | None) -> None:
             self.classifier.require_policy(policy)
 
         self.refresher = follow_channel(
             config,
+            served,
             self._claim,
             (model.fingerprint, model.tokenizer_fingerprint),
             prepare,
@@ -86,7 +88,7 @@ class ClassifyingWorker:
             self.classifier,
             lambda: self.refresher.current,
             rows=spec.slots,
-            max_waiting=config.max_waiting,
+            max_waiting=served.max_waiting,
             dtype=spec.dtype,
         )
         self._tokens = 0  # of texts under way
@@ -129,7 +131,7 @@ class ClassifyingWorker:
         """Called by Ray Serve each second: reports; a stuck classifier gets replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the classifier makes no progress")
-        self._front.hear.remote(self.report())
+        self._front.hear.remote(self._model, self.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""

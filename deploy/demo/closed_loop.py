@@ -37,7 +37,7 @@ from offramp.deploy.demo.learn import (
 from offramp.deploy.demo.show import show_completion, show_speed, show_swap
 from offramp.deploy.demo.swap import ControlPanel, request_report, swap_under_load
 from offramp.deploy.demo.traffic import StreamRecord, Traffic, tokens_per_s
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.publishing import open_publisher, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, running_pool
@@ -198,14 +198,14 @@ def _forget(registry: RedisRegistry) -> None:
 
 
 def _pool(config: DemoConfig, settings: Settings, spec: WorkerSpec) -> PoolConfig:
+    model = PoolModel(
+        worker=spec, name=_model_id(config), channel=settings.channel, replicas=config.replicas
+    )
     return PoolConfig(
-        worker=spec,
-        model_id=_model_id(config),
+        models=(model,),
         redis_url=settings.redis_url or "",
-        channel=settings.channel,
         trusted=public_key_path(settings).resolve(),
         state_dir=(config.out / "workers").resolve(),
-        replicas=config.replicas,
         port=config.port or free_port(),
         clients=ClientKeys(shared=settings.api_key),
     )

@@ -15,7 +15,16 @@ from offramp.controller.errors import OfframpError, OverloadedError, RequestErro
 from offramp.deploy.clients.quotas import QuotaError
 from offramp.deploy.http.backend import WorkerLostError
 from offramp.deploy.http.limits import DeadlineError
+from offramp.deploy.http.served_models import UnavailableError
 from offramp.deploy.http.shapes.reply_shapes import ErrorFields, ErrorReply
+from offramp.worker.engine.service import RETRY_AFTER_S
+
+FAILURES = {
+    DeadlineError: (504, "deadline"),
+    WorkerLostError: (503, "worker_lost"),
+    OfframpError: (500, "decode_failed"),
+}
+"""What went wrong here, not in the request: the status and code of the first that fits."""
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> ErrorReply:
@@ -42,6 +51,13 @@ def overload_reply(error: OverloadedError) -> Response:
     headers = {"Retry-After": str(error.retry_after_s)}
     kind = code = "overloaded"
     return error_reply(429, str(error), kind=f"{kind}_error", code=code, headers=headers)
+
+
+def unavailable_reply(error: UnavailableError) -> Response:
+    """Tell a client that nobody answers for now."""
+    code = error.trouble.replace(" ", "_")
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return error_reply(503, str(error), kind="server_error", code=code, headers=headers)
 
 
 def quota_reply(error: QuotaError) -> Response:
@@ -80,21 +96,18 @@ def add_error_handlers(app: FastAPI) -> None:
     async def overloaded(_: Request, error: OverloadedError) -> Response:
         return overload_reply(error)
 
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> Response:
+        return unavailable_reply(error)
+
     @app.exception_handler(QuotaError)
     async def spent(_: Request, error: QuotaError) -> Response:
         return quota_reply(error)
 
-    @app.exception_handler(DeadlineError)
-    async def late(_: Request, error: DeadlineError) -> Response:
-        return error_reply(504, str(error), kind="server_error", code="deadline")
-
-    @app.exception_handler(WorkerLostError)
-    async def lost(_: Request, error: WorkerLostError) -> Response:
-        return error_reply(503, str(error), kind="server_error", code="worker_lost")
-
     @app.exception_handler(OfframpError)
     async def failed(_: Request, error: OfframpError) -> Response:
-        return error_reply(500, str(error), kind="server_error", code="decode_failed")
+        status, code = next(said for kind, said in FAILURES.items() if isinstance(error, kind))
+        return error_reply(status, str(error), kind="server_error", code=code)
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:

@@ -12,10 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.controller.errors import OverloadedError
 from offramp.deploy.clients.quotas import QuotaError, Quotas
-from offramp.deploy.http.backend import Pool
-from offramp.deploy.http.error_replies import error_reply, overload_reply, quota_reply
+from offramp.deploy.http.error_replies import (
+    error_reply,
+    overload_reply,
+    quota_reply,
+    unavailable_reply,
+)
 from offramp.deploy.http.json_size import json_values
 from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.http.served_models import ServedModels, UnavailableError
 from offramp.worker.engine.service import RETRY_AFTER_S
 
 OPEN_ROUTES = ("/health", "/ready")
@@ -33,14 +38,16 @@ class Gate:
 
     Args:
         app: What comes behind it.
-        backend: Says whether requests can be taken, and tells clients by their keys.
+        models: Say whether requests can be taken, and tell clients by their keys.
         limits: Bounds bodies.
         quotas: Counts what clients ask.
     """
 
-    def __init__(self, app: ASGIApp, *, backend: Pool, limits: HttpLimits, quotas: Quotas) -> None:
+    def __init__(
+        self, app: ASGIApp, *, models: ServedModels, limits: HttpLimits, quotas: Quotas
+    ) -> None:
         self._app = app
-        self._backend = backend
+        self._models = models
         self._limits = limits
         self._quotas = quotas
         self._inside = 0
@@ -89,7 +96,7 @@ class Gate:
     async def _let_decode(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give a request whose body is there a place, or refuse it.
 
-        Of many that come at once the backend counts none before the first is parsed, encoded and
+        Of many that come at once a model's pool counts none before the first is parsed, encoded and
         queued; and one whose body comes slowly holds no place. Those that get one enter one by one,
         a turn of the event loop each: to parse and submit takes ten times as long as to refuse, and
         a crowd that is refused would wait for all who are not.
@@ -114,7 +121,7 @@ class Gate:
 
     @property
     def _is_full(self) -> bool:
-        outstanding, capacity = self._backend.load()
+        outstanding, capacity = self._models.load()
         # A request inside is outstanding from some moment on, with one completion or several.
         return max(outstanding, self._inside) >= capacity
 
@@ -158,18 +165,15 @@ class Gate:
         return send_told
 
     def _unavailable(self, scope: Scope) -> Response | None:
-        trouble = self._backend.trouble()
+        trouble = self._models.trouble()
         if trouble is not None:
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
-            message = f"the server takes no requests now: it is {trouble}"
-            code = trouble.replace(" ", "_")
-            return error_reply(503, message, kind="server_error", code=code, headers=headers)
+            return unavailable_reply(UnavailableError(trouble))
         if _makes_tokens(scope) and self._is_full:
             return self._full
         return None
 
     def _lets_in(self, scope: Scope, headers: Headers) -> bool:
-        clients = self._backend.clients
+        clients = self._models.clients
         if not clients.are_asked_for or scope["path"] in OPEN_ROUTES:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -22,7 +22,7 @@ from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
 from offramp.deploy.http.limits import HttpLimits, until, wish_within
 from offramp.deploy.http.observability.access_log import REQUEST_ID
-from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.metrics import ModelMetrics
 from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
@@ -60,7 +60,7 @@ class Generation:
         self,
         backend: Backend,
         limits: HttpLimits,
-        metrics: Metrics,
+        metrics: ModelMetrics,
         quotas: Quotas,
         spans: Spans | None = None,
     ) -> None:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from offramp.deploy.http.backend import Pool
 from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.served_models import ServedModels
 from offramp.deploy.http.shapes.reply_shapes import (
     ErrorReply,
     ModelCard,
@@ -23,31 +24,20 @@ from offramp.deploy.http.shapes.reply_shapes import (
 UNREADY: dict[int | str, dict[str, Any]] = {503: {"model": StateReply | ErrorReply}}
 
 
-def require_model(name: str, backend: Pool) -> None:
-    """Refuse a model that is not served.
-
-    Raises:
-        HTTPException: 404.
-    """
-    if name != backend.model_id:
-        raise HTTPException(404, f"model: {name!r} is not served. Ask for {backend.model_id!r}.")
-
-
-def add_status_routes(app: FastAPI, backend: Pool, metrics: Metrics) -> None:
+def add_status_routes(app: FastAPI, served: ServedModels, metrics: Metrics) -> None:
     """Add them to an app."""
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return {"object": "list", "data": [_card(backend)]}
+        return {"object": "list", "data": [_card(pool) for pool in served.by_name.values()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
-        require_model(name, backend)
-        return _card(backend)
+        return _card(served.named(name))
 
     @app.get("/v1/policy")
-    async def policy() -> dict[str, Any]:
-        reports = backend.reports()
+    async def policy(model: str | None = None) -> dict[str, Any]:
+        reports = served.named(model).reports()
         if not reports:
             raise HTTPException(503, "no worker has reported yet")
         return reports[-1]
@@ -62,23 +52,27 @@ def add_status_routes(app: FastAPI, backend: Pool, metrics: Metrics) -> None:
 
     @app.get("/health", response_model=StateReply, responses=UNREADY)
     async def health() -> Response:
-        return _state(backend.trouble() or "ok", is_fine=backend.trouble() is None)
+        return _state(served, served.trouble(), "ok")
 
     @app.get("/ready", response_model=StateReply, responses=UNREADY)
     async def ready() -> Response:
-        outstanding, capacity = backend.load()
-        trouble = backend.trouble() or ("busy" if outstanding >= capacity else None)
-        return _state(trouble or "ready", is_fine=trouble is None, outstanding=outstanding)
+        outstanding, capacity = served.load()
+        trouble = served.trouble() or ("busy" if outstanding >= capacity else None)
+        return _state(served, trouble, "ready", outstanding=outstanding)
 
 
-def _state(status: str, *, is_fine: bool, **numbers: int) -> Response:
-    return JSONResponse({"status": status, **numbers}, 200 if is_fine else 503)
+def _state(served: ServedModels, trouble: str | None, fine: str, **numbers: int) -> Response:
+    """What an orchestrator asks for; of several models, how each is, too."""
+    state: StateReply = {"status": trouble or fine, **numbers}  # type: ignore[typeddict-item]
+    if served.only is None:
+        state["models"] = {name: pool.trouble() or fine for name, pool in served.by_name.items()}
+    return JSONResponse(state, 200 if trouble is None else 503)
 
 
-def _card(backend: Pool) -> ModelCard:
+def _card(pool: Pool) -> ModelCard:
     return {
-        "id": backend.model_id,
+        "id": pool.model_id,
         "object": "model",
-        "created": backend.started_at,
+        "created": pool.started_at,
         "owned_by": "offramp",
     }

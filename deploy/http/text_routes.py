@@ -7,11 +7,11 @@ from fastapi import FastAPI
 from offramp.controller.errors import RequestError
 from offramp.deploy.http.backend import Pool
 from offramp.deploy.http.chat_prompts import encode_conversation
+from offramp.deploy.http.served_models import ServedModels
 from offramp.deploy.http.shapes.chat_contract import Conversation
 from offramp.deploy.http.shapes.contract import Integers
 from offramp.deploy.http.shapes.offramp_options import Nullable
 from offramp.deploy.http.shapes.reply_shapes import DetokenizeReply, TokenizeReply
-from offramp.deploy.http.status_routes import require_model
 from offramp.worker.engine.admission import require_tokens
 from offramp.worker.engine.detokenize import decode
 
@@ -32,18 +32,18 @@ class DetokenizeRequest(Nullable):
     tokens: Integers
 
 
-def add_text_routes(app: FastAPI, backend: Pool) -> None:
+def add_text_routes(app: FastAPI, models: ServedModels) -> None:
     """Add them to an app."""
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeReply:
-        require_model(body.model or backend.model_id, backend)
+        backend = models.named(body.model)
         tokens = await _tokens(backend, body)
         return {"count": len(tokens), "max_model_len": backend.most_tokens, "tokens": tokens}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
-        require_model(body.model or backend.model_id, backend)
+        backend = models.named(body.model)
         encoder, tokenizer = backend.encoder, backend.tokenizer
         require_tokens("tokens", body.tokens, len(tokenizer))
         return {"prompt": await encoder.aside(decode, tokenizer, body.tokens)}

@@ -8,7 +8,7 @@ from offramp.controller.keys.root import load_root
 from offramp.controller.release.redis_registry import RedisRegistry
 from offramp.controller.release.registry import PolicyRegistry
 from offramp.controller.release.trust import ReleaseVerifier
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.keeper import Prepare
 from offramp.worker.following.refresh import PolicyRefresher
@@ -17,6 +17,7 @@ from offramp.worker.following.worker_state import StateClaim
 
 def follow_channel(
     config: PoolConfig,
+    model: PoolModel,
     claim: StateClaim,
     fingerprints: tuple[str, str],
     prepare: Prepare,
@@ -28,7 +29,8 @@ def follow_channel(
     """What follows a pool's channel for one worker; it is not started.
 
     Args:
-        config: Names the registry, the channel and who signs for it.
+        config: Names the registry, and who signs for its channels.
+        model: Names the channel.
         claim: The worker's name and folder.
         fingerprints: The model's and the tokenizer's.
         prepare: Told each policy before requests are pinned to it.
@@ -37,8 +39,8 @@ def follow_channel(
         vocab: Number of its tokens; None where policies read none.
     """
     trusted = load_root(config.trusted)
-    verifier = ReleaseVerifier(trusted, config.channel, *fingerprints, layers=layers, vocab=vocab)
-    registry = RedisRegistry(config.redis_url, config.channel)
+    verifier = ReleaseVerifier(trusted, model.channel, *fingerprints, layers=layers, vocab=vocab)
+    registry = RedisRegistry(config.redis_url, model.channel)
     return PolicyRefresher(
         registry,
         verifier,

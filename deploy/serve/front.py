@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from ray import serve
@@ -13,13 +13,14 @@ from ray.util import get_node_ip_address
 
 from offramp.controller.errors import ConfigError
 from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
-from offramp.deploy.http.http_app import create_app, create_class_app
+from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_backend import PoolBackend
-from offramp.deploy.serve.pool_config import APP, PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import ServedWorker
+from offramp.deploy.serve.token_inbox import TokenInbox
 from offramp.deploy.serve.token_wire import WireAddress
 
 _PAUSE_S = 0.02
@@ -28,9 +29,14 @@ CUT_S = 2
 """Seconds in which streams that were told of the end may still send it."""
 
 
-def worker_class(heads: Path | None) -> type[Any]:
-    """What each replica runs: what decodes, or with heads what classifies."""
-    return ServedWorker if heads is None else ClassifyingWorker
+def worker_class(model: PoolModel) -> type[Any]:
+    """What each replica of a model runs: what decodes, or with heads what classifies."""
+    return ServedWorker if model.heads is None else ClassifyingWorker
+
+
+def app_of(model: PoolModel) -> str:
+    """Name a model's application in Ray Serve."""
+    return f"offramp-{quote(model.name, safe='')}"
 
 
 class Front:
@@ -41,14 +47,19 @@ class Front:
     """
 
     def __init__(self, config: PoolConfig) -> None:
-        self._limits, self._heads = config.limits, config.heads
+        self._limits = config.limits
         self._lines = WaitingLines()
         send_lines(config.log_format, "front", self._lines.add)
-        self._backend = PoolBackend(config)
+        self._inbox = TokenInbox()
+        self._models = config.models
+        self._backends = {
+            model.name: PoolBackend(model, config.clients, self._inbox) for model in config.models
+        }
         self._spans = Spans.to(config.otlp_endpoint) if config.otlp_endpoint else None
-        app = create_app if config.heads is None else create_class_app
         settings = LimitedConfig(
-            app(self._backend, config.limits, config.access_log, self._spans),
+            create_app(
+                list(self._backends.values()), config.limits, config.access_log, self._spans
+            ),
             host=config.host,
             port=config.port,
             http=PatientProtocol,
@@ -71,7 +82,7 @@ class Front:
         Raises:
             ConfigError: somebody else took the port meanwhile.
         """
-        self._wire = await self._backend.inbox.listen(get_node_ip_address())
+        self._wire = await self._inbox.listen(get_node_ip_address())
         self._serving = asyncio.create_task(self._serve())
         while not self._server.started:
             if self._serving.done():
@@ -89,13 +100,13 @@ class Front:
 
     async def connect(self) -> None:
         """Begin to send requests to the workers."""
-        await self._backend.connect(
-            serve.get_deployment_handle(worker_class(self._heads).__name__, APP)
-        )
+        for model in self._models:
+            workers = serve.get_deployment_handle(worker_class(model).__name__, app_of(model))
+            await self._backends[model.name].connect(workers)
 
-    async def hear(self, report: dict[str, Any]) -> None:
-        """Take what a worker says of itself."""
-        self._backend.hear(report)
+    async def hear(self, model: str, report: dict[str, Any]) -> None:
+        """Take what a worker of a model says of itself."""
+        self._backends[model].hear(report)
 
     async def log(self, line: str) -> None:
         """Take a line that a worker logged."""
@@ -107,12 +118,15 @@ class Front:
 
     async def drain(self) -> None:
         """Refuse what comes from now on, let what is under way end, and stop listening."""
-        self._backend.is_draining = True
+        backends = self._backends.values()
+        for backend in backends:
+            backend.is_draining = True
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._limits.drain_s
-        while self._backend.load()[0] and loop.time() < end_s:
+        while any(each.load()[0] for each in backends) and loop.time() < end_s:
             await asyncio.sleep(_PAUSE_S)
-        self._backend.abandon()
+        for backend in backends:
+            backend.abandon()
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving

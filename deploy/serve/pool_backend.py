@@ -1,4 +1,4 @@
-"""The pool's workers as what decodes behind the routes."""
+"""The workers of one model as what decodes behind the routes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
+from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.placing.prompt_places import PromptPlaces
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolModel
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.classifying.text_service import ClassifiedText
@@ -52,26 +53,27 @@ class PoolBackend:
     Once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
 
     Args:
-        config: What the pool is made of.
+        model: What its workers serve.
+        clients: Tells clients by their keys.
+        inbox: Takes what workers send.
     """
 
-    def __init__(self, config: PoolConfig) -> None:
-        self.model_id = config.model_id
-        self.clients = config.clients
+    def __init__(self, model: PoolModel, clients: ClientKeys, inbox: TokenInbox) -> None:
+        self.model_id = model.name
+        self.clients = clients
         self.started_at = int(time.time())
-        self.layers = layers_and_vocab(config.worker.model)[0]
-        self.tokenizer = load_tokenizer(config.worker.model)
-        self.labels = () if config.heads is None else labels_in(config.heads)
+        self.layers = layers_and_vocab(model.worker.model)[0]
+        self.tokenizer = load_tokenizer(model.worker.model)
+        self.labels = () if model.heads is None else labels_in(model.heads)
         self.most_tokens = 0
         self.is_draining = False
-        self.inbox = TokenInbox()
+        self._inbox = inbox
         self._encoder: PromptEncoder | None = None
         self._workers: Any = None
-        self._room = config.room
-        engine = config.worker.engine
+        self._room = model.room
+        engine = model.worker.engine
         self._places = PromptPlaces(
-            engine.prefill_tokens if engine.prefix_cache_mib else 0,
-            max(1, config.worker.slots // 4),
+            engine.prefill_tokens if engine.prefix_cache_mib else 0, max(1, model.worker.slots // 4)
         )
         self._outstanding = 0
         self._streams: set[Any] = set()
@@ -167,7 +169,7 @@ class PoolBackend:
         Raises:
             WorkerLostError: it died, or says nothing any more.
         """
-        arriving = self.inbox.expect(name)
+        arriving = self._inbox.expect(name)
         replicas = {report["replica"] for report in self.reports()}
         chosen, requests = self._places.choose(beginnings, replicas, count), count
         # See ``WorkerRouter`` for why the worker is named so.
@@ -185,7 +187,7 @@ class PoolBackend:
                 self._places.ended(chosen, requests)
             if arriving.worker is not None:  # another, if the chosen one could not take it
                 self._places.note(beginnings, arriving.worker)
-            self.inbox.forget(arriving)
+            self._inbox.forget(arriving)
             self._streams.discard(stream)
             following.cancel()
             stream.cancel()

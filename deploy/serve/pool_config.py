@@ -13,61 +13,37 @@ from offramp.deploy.serve.log_lines import FORMATS
 from offramp.deploy.serve.placing.pool_growth import PoolGrowth
 from offramp.worker.spec import TrafficConfig, WorkerSpec
 
-APP = "offramp"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PoolConfig:
-    """A pool of workers behind one HTTP address.
+class PoolModel:
+    """One model of a pool, and the workers that serve it.
 
     Attributes:
         worker: What each replica loads.
         heads: Folder of heads that classify: then texts are classified, and no tokens are made.
-        model_id: Name that clients ask for.
-        redis_url: The registry that the workers follow.
+        name: What clients ask for.
         channel: Channel whose releases the workers follow.
-        trusted: File with the publisher's public key.
-        state_dir: Folder of the workers' own state (marks, last-known-good releases).
         replicas: Number of workers; of a pool that grows, the fewest.
         growth: How far it grows and shrinks with its load; None: it does not.
-        host, port: Where HTTP listens.
-        clients: Tells clients by their keys; without any, only loopback is listened on.
         max_waiting: Requests that may wait per worker before new ones get 429.
-        max_adapter_mb: Most MiB of adapters that a release may bring.
-        poll_s: Seconds between polls of the registry when no event wakes a worker.
         cpus: Cores that Ray sets aside per replica.
         traffic: What workers keep of live traffic; None: nothing.
-        limits: Bounds on clients and their requests.
-        access_log: File that gets a line of JSON per request; None: nowhere.
-        otlp_endpoint: Where spans of requests are sent, as OTLP over HTTP; None: nowhere.
-        log_format: How the command shows what all processes log, "text" or "json"; None: not.
 
     Raises:
-        ConfigError: a number out of range, or an open address without a key.
+        ConfigError: a number out of range.
     """
 
     worker: WorkerSpec
-    model_id: str
-    redis_url: str
+    name: str
     channel: str
-    trusted: Path
-    state_dir: Path
     heads: Path | None = None
     replicas: int = 2
     growth: PoolGrowth | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    clients: ClientKeys = field(default_factory=ClientKeys)
     max_waiting: int = 64
-    max_adapter_mb: float = MAX_ADAPTER_MB
-    poll_s: float = 5.0
     cpus: float = 1.0
     traffic: TrafficConfig | None = None
-    limits: HttpLimits = field(default_factory=HttpLimits)
-    access_log: Path | None = None
-    otlp_endpoint: str | None = None
-    log_format: str | None = None
 
     @property
     def most_replicas(self) -> int:
@@ -88,6 +64,56 @@ class PoolConfig:
                 f"{self.growth.most} is below the {self.replicas} workers that there are anyway",
                 "Lower --replicas, or leave it out",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """Workers of one model or of several behind one HTTP address.
+
+    Attributes:
+        models: What is served.
+        redis_url: The registry that the workers follow.
+        trusted: File with the publisher's public key.
+        state_dir: Folder of the workers' own state (marks, last-known-good releases).
+        host, port: Where HTTP listens.
+        clients: Tells clients by their keys; without any, only loopback is listened on.
+        max_adapter_mb: Most MiB of adapters that a release may bring.
+        poll_s: Seconds between polls of the registry when no event wakes a worker.
+        limits: Bounds on clients and their requests.
+        access_log: File that gets a line of JSON per request; None: nowhere.
+        otlp_endpoint: Where spans of requests are sent, as OTLP over HTTP; None: nowhere.
+        log_format: How the command shows what all processes log, "text" or "json"; None: not.
+
+    Raises:
+        ConfigError: a number out of range, an open address without a key, models that have a name
+            in common, or different ones on one channel.
+    """
+
+    models: tuple[PoolModel, ...]
+    redis_url: str
+    trusted: Path
+    state_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    clients: ClientKeys = field(default_factory=ClientKeys)
+    max_adapter_mb: float = MAX_ADAPTER_MB
+    poll_s: float = 5.0
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    access_log: Path | None = None
+    otlp_endpoint: str | None = None
+    log_format: str | None = None
+
+    @property
+    def most_replicas(self) -> int:
+        """Workers of all models, at most."""
+        return sum(model.most_replicas for model in self.models)
+
+    def process_of(self, model: PoolModel, worker: str) -> str:
+        """Name a worker in the pool's log."""
+        return worker if len(self.models) == 1 else f"{model.name}/{worker}"
+
+    def __post_init__(self) -> None:
+        _require_apart(self.models)
         if self.log_format not in (None, *FORMATS):
             known = " or ".join(FORMATS)
             raise ConfigError("log_format", f"{self.log_format!r} is unknown", f"Use {known}")
@@ -98,4 +124,23 @@ class PoolConfig:
                 "host",
                 f"{self.host} is reachable from outside, but no key is set",
                 "Run offramp clients add, set OFFRAMP_API_KEY, or listen on 127.0.0.1",
+            )
+
+
+def _require_apart(models: tuple[PoolModel, ...]) -> None:
+    """Refuse names that say nothing, and channels whose releases would fit one model at most."""
+    if not models:
+        raise ConfigError("models", "holds none", "Name at least one")
+    names: set[str] = set()
+    served: dict[str, tuple[str, Path | None]] = {}
+    for model in models:
+        if model.name in names:
+            raise ConfigError("models", f"two are named {model.name!r}", "Rename one")
+        names.add(model.name)
+        loaded = model.worker.model, model.heads
+        if served.setdefault(model.channel, loaded) != loaded:
+            raise ConfigError(
+                "channel",
+                f"{model.channel!r} is followed by different models, and a release is for one",
+                "Give each a channel of its own",
             )

@@ -17,7 +17,7 @@ from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.token_wire import TokenWire
 from offramp.deploy.serve.worker_report import conditions_of, describe_policy
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
@@ -80,23 +80,25 @@ class ServedWorker:
     """One replica.
 
     Args:
-        config: What it loads and whom it follows.
+        config: Whom it follows.
+        model: What it loads.
         front: The actor that is told how it is.
     """
 
-    def __init__(self, config: PoolConfig, front: Any) -> None:
+    def __init__(self, config: PoolConfig, model: PoolModel, front: Any) -> None:
         keep_to_loopback()
-        self._front = front
+        self._front, self._model = front, model.name
         self._loop = asyncio.get_running_loop()
         # Held for as long as this process lives: no other worker writes there.
-        self._claim = StateClaim(config.state_dir / config.channel)
+        self._claim = StateClaim(config.state_dir / model.channel)
         self.worker_id = self._claim.name
         # Unlike that name, another worker never has it again.
         self._replica = serve.get_replica_context().replica_id.unique_id
-        send_lines(config.log_format, self.worker_id, front.log.remote)
-        engine = load_engine(config.worker)
+        send_lines(config.log_format, config.process_of(model, self.worker_id), front.log.remote)
+        engine = load_engine(model.worker)
         self.refresher = follow_channel(
             config,
+            model,
             self._claim,
             (engine.model_fingerprint, engine.tokenizer_fingerprint),
             engine.prepare,
@@ -115,14 +117,14 @@ class ServedWorker:
         self._shadows = ShadowRunner(engine)
         self._tokens = 0  # of requests under way: of their prompts, and what they may make
         self._traffic: Any = None
-        if config.traffic is not None:
+        if model.traffic is not None:
             # Others need nothing of what records and stores: it is not even loaded.
             from offramp.deploy.serve.traffic_keeping import KeptTraffic
 
-            self._traffic = KeptTraffic(engine, config.traffic, self.worker_id)
+            self._traffic = KeptTraffic(engine, model.traffic, self.worker_id)
         self._meter = TrackMeter(engine, serving_source(engine), self.refresher.watches)
         self.service = EngineService(
-            engine, max_waiting=config.max_waiting, after_step=self._after_step, around=self._meter
+            engine, max_waiting=model.max_waiting, after_step=self._after_step, around=self._meter
         )
         freeze_heap()
         self.refresher.start()
@@ -195,7 +197,7 @@ class ServedWorker:
             raise RuntimeError("the engine makes no progress")
         if self._wire.is_broken:
             raise RuntimeError("the front takes no tokens")
-        self._front.hear.remote(self.report())
+        self._front.hear.remote(self._model, self.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""

@@ -19,10 +19,10 @@ from ray.serve.config import RequestRouterConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
-from offramp.deploy.serve.front import Front, worker_class
+from offramp.deploy.serve.front import Front, app_of, worker_class
 from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.placing.worker_router import WorkerRouter
-from offramp.deploy.serve.pool_config import APP, PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.worker.classifying.sequence_model import check_classifier
 from offramp.worker.model.loading import check_model
 
@@ -67,7 +67,8 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         ConfigError: the port is taken.
         ModelError: the model folder cannot be served.
     """
-    require_model(config)
+    for model in config.models:
+        require_model(model)
     require_free(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
@@ -79,50 +80,56 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         front = stack.enter_context(_listening(config))
         if config.log_format is not None:
             threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
-        workers = serve.deployment(worker_class(config.heads)).options(
-            **_size(config),
-            # The front takes no more than all workers have room for; this spreads them.
-            max_ongoing_requests=config.room,
-            request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
-            health_check_period_s=HEALTH_S,
-            health_check_timeout_s=FROZEN_S,
-            graceful_shutdown_timeout_s=config.limits.drain_s,
-            ray_actor_options={"num_cpus": config.cpus},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        _deploy(workers.bind(config, front))
+        _deploy([_target(config, model, front) for model in config.models])
         ray.get(front.connect.remote())
         yield f"http://{config.host}:{config.port}"
 
 
-def _size(config: PoolConfig) -> dict[str, Any]:
+def _target(config: PoolConfig, model: PoolModel, front: Any) -> serve.RunTarget:
+    """The workers of one model, as Ray Serve is to run them."""
+    workers = serve.deployment(worker_class(model)).options(
+        **_size(model),
+        # The front takes no more than all workers have room for; this spreads them.
+        max_ongoing_requests=model.room,
+        request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
+        health_check_period_s=HEALTH_S,
+        health_check_timeout_s=FROZEN_S,
+        graceful_shutdown_timeout_s=config.limits.drain_s,
+        ray_actor_options={"num_cpus": model.cpus},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    bound = workers.bind(config, model, front)
+    return serve.RunTarget(bound, name=app_of(model), route_prefix=None)
+
+
+def _size(model: PoolModel) -> dict[str, Any]:
     """How many workers Ray Serve is to run."""
-    if config.growth is None:
-        return {"num_replicas": config.replicas}
-    return {"autoscaling_config": config.growth.serve_config(config.replicas)}
+    if model.growth is None:
+        return {"num_replicas": model.replicas}
+    return {"autoscaling_config": model.growth.serve_config(model.replicas)}
 
 
-def require_model(config: PoolConfig) -> None:
+def require_model(model: PoolModel) -> None:
     """Refuse a model that cannot be served as it is to be, without loading its weights.
 
     Raises:
         ModelError: the model folder cannot be served.
         ConfigError: the folder of heads holds none.
     """
-    if config.heads is None:
-        check_model(config.worker.model)
+    if model.heads is None:
+        check_model(model.worker.model)
     else:
-        check_classifier(config.worker.model, config.heads)
+        check_classifier(model.worker.model, model.heads)
 
 
-def _deploy(workers: Any) -> None:
-    """Start the workers; returns once all are up.
+def _deploy(targets: list[serve.RunTarget]) -> None:
+    """Start all workers; returns once they are up.
 
     Raises:
         ConfigError: a worker cannot start, with what it said last.
     """
     try:
-        serve.run(workers, name=APP, route_prefix=None)
+        serve.run_many(targets)
     except RuntimeError as error:
         raise ConfigError("workers", f"none could start: {_last_words(error)}") from error
 

@@ -16,9 +16,11 @@ from fastapi import FastAPI
 
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.cli.main import main
+from offramp.deploy.cli.pool import serving
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import EngineBackend
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.service import EngineService
@@ -175,3 +177,18 @@ def untouched(tmp_path: Path) -> Iterator[Callable[[], None]]:
     yield lambda: before.append(snapshot_of(tmp_path))
     assert before, "the test never said what must stay"
     assert snapshot_of(tmp_path) == before[-1]
+
+
+@pytest.fixture
+def served(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolConfig]:
+    """What ``offramp serve`` would start."""
+    found: list[PoolConfig] = []
+    monkeypatch.setattr(serving, "_serve", lambda config, *_: found.append(config))
+    monkeypatch.setattr(serving, "require_free", lambda *_: None)
+
+    def served(*arguments: object) -> PoolConfig:
+        status, output = cli("serve", *arguments)
+        assert status == 0, output
+        return found.pop()
+
+    return served

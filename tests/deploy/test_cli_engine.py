@@ -12,7 +12,6 @@ import torch
 
 from offramp.controller.costs.cost_file import load_costs, save_costs
 from offramp.deploy.cli import learning, options
-from offramp.deploy.cli.pool import serving
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.http.limits import HttpLimits
@@ -24,21 +23,6 @@ from offramp.worker.spec import WorkerSpec, load_engine
 from support.cost_tables import measured
 
 Untouched = Callable[[], None]
-
-
-@pytest.fixture
-def served(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolConfig]:
-    """What ``offramp serve`` would start."""
-    found: list[PoolConfig] = []
-    monkeypatch.setattr(serving, "_serve", lambda config, *_: found.append(config))
-    monkeypatch.setattr(serving, "require_free", lambda *_: None)
-
-    def served(*arguments: object) -> PoolConfig:
-        status, output = cli("serve", *arguments)
-        assert status == 0, output
-        return found.pop()
-
-    return served
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_settings_left_out_are_the_engines_own(served: Callable[..., PoolConfig]) -> None:
-    assert served().worker.engine == EngineConfig()
+    assert served().models[0].worker.engine == EngineConfig()
     assert served().limits == HttpLimits()
 
 
@@ -66,7 +50,7 @@ def test_every_limit_reaches_the_pool(served: Callable[..., PoolConfig]) -> None
         *("--slots", 5, "--max-waiting", 6),
     )
     assert pool.limits == HttpLimits(body_bytes=1000, choices=3, deadline_s=2.5, drain_s=7.0)
-    assert pool.room == 5 + 6
+    assert pool.models[0].room == 5 + 6
 
 
 def test_a_limit_that_nothing_is_within_is_named(cli: Any) -> None:
@@ -78,7 +62,7 @@ def test_a_limit_that_nothing_is_within_is_named(cli: Any) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_reach_the_workers(served: Callable[..., PoolConfig], dtype: str) -> None:
     asked = ("--dtype", dtype, "--weights", "int8", "--draft-weights", "int4:64,native")
-    engine = served(*asked).worker.engine
+    engine = served(*asked).models[0].worker.engine
     assert engine.precision == Precision(weights="int8")
     assert engine.draft_precision == Precision(weights="int4", group_size=64, head="native")
 
@@ -103,12 +87,16 @@ def test_weights_that_cannot_be_had_are_refused_before_anything_starts(
 def test_every_setting_reaches_the_workers(
     served: Callable[..., PoolConfig], tuned: Path, hold: list[str]
 ) -> None:
-    engine = served(
-        *("--kv-mode", "verify", *hold, "--hold-rows", 2, "--hold-patience", 0),
-        *("--prefill-tokens", 32, "--max-pending", 3, "--kv-budget-mb", 64.5),
-        *("--prefix-cache-mib", 32),
-        *("--translators", tuned / "right"),
-    ).worker.engine
+    engine = (
+        served(
+            *("--kv-mode", "verify", *hold, "--hold-rows", 2, "--hold-patience", 0),
+            *("--prefill-tokens", 32, "--max-pending", 3, "--kv-budget-mb", 64.5),
+            *("--prefix-cache-mib", 32),
+            *("--translators", tuned / "right"),
+        )
+        .models[0]
+        .worker.engine
+    )
     assert engine == EngineConfig(
         kv_mode="verify",
         schedule=Schedule(holds=(3, 6), rows=2, patience=0),
@@ -123,10 +111,10 @@ def test_every_setting_reaches_the_workers(
 def test_a_pool_can_verify_together_or_be_paced_by_costs(
     served: Callable[..., PoolConfig], tmp_path: Path
 ) -> None:
-    together = served("--kv-mode", "verify", "--together", "--hold-rows", 2).worker.engine
+    together = served("--kv-mode", "verify", "--together", "--hold-rows", 2).models[0].worker.engine
     assert together.schedule == Schedule(together=True, rows=2)
     save_costs(tmp_path / "own", measured())
-    paced = served("--kv-mode", "verify", "--costs", tmp_path / "own").worker.engine
+    paced = served("--kv-mode", "verify", "--costs", tmp_path / "own").models[0].worker.engine
     assert paced.schedule == Schedule(costs=load_costs(tmp_path / "own"))
 
 
@@ -220,9 +208,9 @@ def test_automatic_threads_share_the_cores(
     served: Callable[..., PoolConfig], monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     monkeypatch.setattr(options, "usable_cores", lambda: cores)
-    assert served().worker.threads == max(1, cores // 2)
-    assert served("--replicas", 3).worker.threads == max(1, cores // 3)
-    assert served("--replicas", 3, "--threads", 5).worker.threads == 5
+    assert served().models[0].worker.threads == max(1, cores // 2)
+    assert served("--replicas", 3).models[0].worker.threads == max(1, cores // 3)
+    assert served("--replicas", 3, "--threads", 5).models[0].worker.threads == 5
 
 
 def test_usable_cores_are_those_the_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:

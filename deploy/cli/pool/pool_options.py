@@ -32,6 +32,13 @@ Classify = Annotated[
         help="Classify, with a folder of heads (`tune --task classify`).", show_default="decode"
     ),
 ]
+Models = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file: a table per model, named as clients ask for it, of options like these.",
+        show_default="one model",
+    ),
+]
 ServedName = Annotated[
     str | None, typer.Option(help="Name clients ask for.", show_default="the folder's name")
 ]

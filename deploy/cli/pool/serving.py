@@ -19,12 +19,13 @@ from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.pool import pool_options
+from offramp.deploy.cli.pool.model_tables import models_of
 from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
 from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.log_lines import send_lines, show_line
-from offramp.deploy.serve.pool_config import PoolConfig
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, require_model, running_pool
@@ -62,6 +63,8 @@ def _failing_as_it_logs(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def serve(
+    context: typer.Context,
+    models: pool_options.Models = None,
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: pool_options.ServedName = None,
     classify: pool_options.Classify = None,
@@ -103,30 +106,41 @@ def serve(
     log_format: pool_options.LogFormat = None,
     channel: Channel = None,
 ) -> None:
-    """Serve a model on Ray Serve with OpenAI's completion routes; workers follow the registry."""
+    """Serve models on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     given = locals()
+    named = models_of(context, given)
+    workers = sum(each["max_replicas"] or each["replicas"] for each in named.values())
     settings = Settings.from_environment(channel=channel)
     config = PoolConfig(
-        worker=_worker(given),
-        heads=classify and classify.resolve(),
-        model_id=served_model_name or Path(model).resolve().name,
-        replicas=replicas,
-        growth=pool_options.growth_of(given),
+        models=tuple(_model(name, each, workers) for name, each in named.items()),
         host=host,
         port=port,
-        max_waiting=max_waiting,
         limits=_limits(max_body_bytes, max_choices, deadline, drain),
         **_followed(settings, trust) | {"log_format": log_format},
     )
     _serve(config, settings, trust, redis_port)
 
 
-def _worker(given: dict[str, Any]) -> WorkerSpec:
+def _model(name: str, given: dict[str, Any], workers: int) -> PoolModel:
+    """One model, from the options of the command; cores are for so many workers."""
+    settings = Settings.from_environment(channel=given["channel"])
+    return PoolModel(
+        name=name,
+        worker=_worker(given, workers),
+        heads=given["classify"] and given["classify"].resolve(),
+        channel=settings.channel,
+        growth=pool_options.growth_of(given),
+        traffic=_kept_traffic(settings),
+        **{each: given[each] for each in ("replicas", "max_waiting")},
+    )
+
+
+def _worker(given: dict[str, Any], workers: int) -> WorkerSpec:
     """What each worker loads, from the options of the command."""
     model = given["model"]
     return WorkerSpec(
         model=str(Path(model).resolve()) if Path(model).exists() else model,
-        threads=options.parse_threads(given["threads"], given["max_replicas"] or given["replicas"]),
+        threads=options.parse_threads(given["threads"], workers),
         engine=_decoding(given),
         **{name: given[name] for name in ("dtype", "device", "slots")},
     )
@@ -187,11 +201,9 @@ def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
     """What of a pool's configuration the environment says."""
     return {
         "redis_url": settings.redis_url or "",
-        "channel": settings.channel,
         "max_adapter_mb": settings.max_adapter_mb,
         "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
         "state_dir": (settings.home / "workers").resolve(),
-        "traffic": _kept_traffic(settings),
         "access_log": settings.access_log and settings.access_log.resolve(),
         "otlp_endpoint": settings.otlp_endpoint,
         "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
@@ -225,22 +237,28 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
         cpus = max(config.most_replicas, os.cpu_count() or 1)
         stack.enter_context(ray_session(settings.ray_address, cpus))
         url = stack.enter_context(running_pool(config))
-        grown = "" if config.growth is None else f" to {config.most_replicas}"
-        workers = f"{config.replicas}{grown} workers, threads: {config.worker.threads} each"
         wait = _catch_signals()
-        tell(f"{config.model_id} on {url}/v1 with {workers}; Ctrl-C stops it")
+        said = ", ".join(map(_described, config.models))
+        tell(f"{said} on {url}/v1; Ctrl-C stops it")
         wait()
+
+
+def _described(model: PoolModel) -> str:
+    grown = "" if model.growth is None else f" to {model.most_replicas}"
+    workers = f"{model.replicas}{grown} workers, threads: {model.worker.threads} each"
+    return f"{model.name} with {workers}"
 
 
 def _require_servable(
     config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
 ) -> None:
     """Every check that needs no worker, before anything is written or started."""
-    if config.heads is None:
-        options.require_loadable(config.worker, settings)
-    else:
-        parse_dtype(config.worker.dtype)
-        require_model(config)
+    for model in config.models:
+        if model.heads is None:
+            options.require_loadable(model.worker, settings)
+        else:
+            parse_dtype(model.worker.dtype)
+            require_model(model)
     if config.access_log is not None:
         options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
     if config.otlp_endpoint is not None:

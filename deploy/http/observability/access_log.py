@@ -31,16 +31,21 @@ class AccessLog:
     """Middleware around all others.
 
     Every request behind it has a name in ``X-Request-Id``, its client's or a new one, and every
-    reply has it, too. ``scope["state"]["client"]`` is for whoever tells the client by its key.
+    reply has it, too. ``scope["state"]`` has ``client`` for whoever tells the client by its key,
+    and ``model`` for whoever finds out which one is asked.
 
     Args:
         app: What comes behind it.
         file: Where lines are appended; opened anew when it was moved away. None: nowhere.
-        count: Told each reply's status at its end.
+        count: Told each reply's status at its end, and which model was asked, "" if none was.
     """
 
     def __init__(
-        self, app: ASGIApp, *, file: Path | None, count: Callable[[int], object] = lambda _: None
+        self,
+        app: ASGIApp,
+        *,
+        file: Path | None,
+        count: Callable[[int, str], object] = lambda _, __: None,
     ) -> None:
         self._app = app
         self._count = count
@@ -66,7 +71,11 @@ class AccessLog:
             name = uuid.uuid4().hex
         # Never reset: a server answers each request in a context of its own, and logs in it later.
         REQUEST_NAME.set(name)
-        scope = {**scope, "headers": _renamed(headers, name), "state": {"client": None}}
+        scope = {
+            **scope,
+            "headers": _renamed(headers, name),
+            "state": {"client": None, "model": ""},
+        }
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -78,7 +87,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_named)
         finally:
-            self._count(status)
+            self._count(status, scope["state"]["model"])
             if self._log.hasHandlers():
                 self._write(scope, name, status, time.perf_counter() - began_s)
 
@@ -87,6 +96,7 @@ class AccessLog:
             "at": time.time(),
             "request_id": name,
             "client": scope["state"]["client"],
+            "model": scope["state"]["model"],
             "method": scope["method"],
             "path": scope["path"],
             "status": status,

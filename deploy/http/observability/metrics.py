@@ -1,33 +1,27 @@
-"""What Prometheus is told: requests as their clients see them, and workers as they report.
+"""What Prometheus is told of requests, as their clients see them.
 
 Where vLLM counts the same thing, names after the prefix, labels and buckets are vLLM's.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from offramp.controller.errors import OfframpError
-from offramp.deploy.http.backend import Pool, Tokens
+from offramp.deploy.http.backend import Tokens
+from offramp.deploy.http.observability.worker_metrics import PREFIX, WorkerMetrics
+from offramp.deploy.http.served_models import ServedModels
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
-
-PREFIX = "offramp_"
 
 # fmt: off
 FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
@@ -43,95 +37,105 @@ WHOLE_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
 """Buckets of what a completion takes, or waits, in all."""
 # fmt: on
 
-REPORTED = {
-    "num_requests_running": ("running", "Completions that a worker decodes"),
-    "num_requests_waiting": ("waiting", "Completions that wait for a slot of a worker"),
-    "tokens_under_way": ("tokens", "Tokens of its requests: prompts, and all that they may make"),
-    "kept_prompts_total": ("kept", "Prompts sent to a worker since it had read their beginning"),
-    "moved_prompts_total": ("moved", "Those sent to it since all who had were too busy"),
-    "policy_generation": ("generation", "Release that a worker runs; 0: full depth"),
-    "policy_stale_seconds": ("stale_s", "Since when a worker cannot tell which release is newest"),
-    "guardrail_trips_total": ("trips", "Releases that a worker took out of service"),
-    "policy_point": (
-        "point",
-        "Certified setting that it runs at, from 1, the safest, on; 0: fixed",
-    ),
-    "policy_moves_total": ("moves", "How often that setting changed"),
-    "audited_tokens_total": ("audited", "Early tokens that full depth was asked about"),
-    "audit_disagreements_total": ("disagreed", "Those that full depth would not have emitted"),
-}
-"""What workers report: the field of their report, and what it says."""
-
-TRAFFIC = {
-    "live_traffic_tokens_total": ("recorded_tokens", "Tokens of live traffic that were recorded"),
-    "live_traffic_passed_over_total": (
-        "passed_over",
-        "Requests that were not recorded: no time was left, or they were too long",
-    ),
-    "live_traffic_kept_total": ("kept", "Recorded requests that were written to disk"),
-    "live_traffic_dropped_total": ("dropped", "Those that gave way to newer ones"),
-    "live_traffic_lost_total": ("lost", "Recorded requests that never reached the disk"),
-}
-"""What workers that keep live traffic report of it: the field under ``traffic``, and what it says.
-"""
-
 
 class Metrics:
     """Counts what one server does.
 
     Args:
-        backend: What decodes; its workers' reports are looked up each time Prometheus asks.
+        models: What answers for each model.
+
+    Attributes:
+        by_model: Counts the requests of one model, by its name.
     """
 
-    def __init__(self, backend: Pool) -> None:
+    def __init__(self, models: ServedModels) -> None:
         self._registry = CollectorRegistry()
-        self._model, self._layers = backend.model_id, backend.layers
-        self._first = self._histogram("time_to_first_token_seconds", "To the first token", FIRST_S)
-        self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens", GAP_S)
-        self._whole = self._histogram("e2e_request_latency_seconds", "To the last token", WHOLE_S)
-        self._queued = self._histogram("request_queue_time_seconds", "In line", WHOLE_S)
-        depths = tuple(range(1, self._layers + 1))
-        self._depth = self._histogram(
-            "exit_layer", "Layers before a token was emitted, or a text classified", depths
-        )
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
-        self._asked = self._counter("prefix_cache_queries", "Tokens of prompts that were looked up")
-        self._known = self._counter("prefix_cache_hits", "Those of them that were known")
-        self._made = self._counter("generation_tokens", "Tokens emitted")
-        self._run = self._counter("layers_executed", "Layers executed after prompts")
-        self._full = self._counter("layers_full_depth", "Layers of the same tokens at full depth")
-        self._drafts = self._counter("spec_decode_num_draft_tokens", "Tokens drafted")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts confirmed")
+        self._only = models.only or ""
         self._replies = Counter(
             PREFIX + "http_requests",
             "Replies by their status; 0: the client left before there was one",
             ("model_name", "status"),
             registry=self._registry,
         )
-        self._ended = Counter(
-            PREFIX + "request_success",
-            "Completions by their end; abort, error: not a success",
-            ("model_name", "finished_reason"),
-            registry=self._registry,
-        )
-        self._registry.register(_Reports(backend))
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
-        histogram = _Histogram(PREFIX + name, text, self._model, buckets)
-        self._registry.register(histogram)
-        return histogram
-
-    def _counter(self, name: str, text: str) -> Counter:
-        family = Counter(PREFIX + name, text, ("model_name",), registry=self._registry)
-        return family.labels(self._model)
+        families = _Families(self._registry)
+        self.by_model = {
+            name: ModelMetrics(families, name, pool.layers) for name, pool in models.by_name.items()
+        }
+        self._registry.register(WorkerMetrics(models))
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def count_reply(self, status: int) -> None:
-        """Count a reply, of whatever route, once it has ended."""
-        self._replies.labels(self._model, str(status)).inc()
+    def count_reply(self, status: int, model: str) -> None:
+        """Count a reply, of whatever route, once it has ended; "": it asked for no model."""
+        self._replies.labels(model or self._only, str(status)).inc()
+
+
+class _Families:
+    """Makes the metrics that each model has."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, _Histograms] = {}
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        """Make a counter, or find it, with these labels beside the model's name."""
+        if name not in self._counters:
+            names = ("model_name", *labels)
+            self._counters[name] = Counter(PREFIX + name, text, names, registry=self._registry)
+        return self._counters[name]
+
+    def histogram(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> _Histogram:
+        """Make one model's histogram."""
+        if name not in self._histograms:
+            self._histograms[name] = family = _Histograms(PREFIX + name, text)
+            self._registry.register(family)
+        return self._histograms[name].of(model, bounds)
+
+
+class ModelMetrics:
+    """Counts the requests of one model.
+
+    Args:
+        families: Makes metrics, or finds them.
+        model: Name of the model.
+        layers: Number of its layers.
+    """
+
+    def __init__(self, families: _Families, model: str, layers: int) -> None:
+        self._layers = layers
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
+            return families.histogram(name, text, model, buckets)
+
+        def counter(name: str, text: str) -> Counter:
+            return families.counter(name, text).labels(model)
+
+        self._first = histogram("time_to_first_token_seconds", "To the first token", FIRST_S)
+        self._gap = histogram("inter_token_latency_seconds", "Between two tokens", GAP_S)
+        self._whole = histogram("e2e_request_latency_seconds", "To the last token", WHOLE_S)
+        self._queued = histogram("request_queue_time_seconds", "In line", WHOLE_S)
+        self._depth = histogram(
+            "exit_layer",
+            "Layers before a token was emitted, or a text classified",
+            tuple(range(1, layers + 1)),
+        )
+        self._prompt = counter("prompt_tokens", "Tokens of prompts")
+        self._asked = counter("prefix_cache_queries", "Tokens of prompts that were looked up")
+        self._known = counter("prefix_cache_hits", "Those of them that were known")
+        self._made = counter("generation_tokens", "Tokens emitted")
+        self._run = counter("layers_executed", "Layers executed after prompts")
+        self._full = counter("layers_full_depth", "Layers of the same tokens at full depth")
+        self._drafts = counter("spec_decode_num_draft_tokens", "Tokens drafted")
+        self._accepted = counter("spec_decode_num_accepted_tokens", "Drafts confirmed")
+        ended = families.counter(
+            "request_success",
+            "Completions by their end; abort, error: not a success",
+            "finished_reason",
+        )
+        self._ended = partial(ended.labels, model)
 
     async def follow(
         self, events: AsyncIterator[Tokens], completions: int, began_s: float
@@ -158,7 +162,7 @@ class Metrics:
             reason = "error"
             raise
         finally:
-            self._ended.labels(self._model, reason).inc(completions)
+            self._ended(reason).inc(completions)
 
     def count_texts(self, layers: Sequence[int], tokens: int, seconds: float) -> None:
         """Count texts that were classified.
@@ -170,7 +174,7 @@ class Metrics:
         """
         self._prompt.inc(tokens)
         self._whole.observe(seconds)
-        self._ended.labels(self._model, "stop").inc(len(layers))
+        self._ended("stop").inc(len(layers))
         for each in layers:
             self._depth.observe(each)
         self._run.inc(sum(layers))
@@ -188,7 +192,7 @@ class Metrics:
         self._depth.observe(event.exit_layer)
         if event.finish_reason is not None:
             self._whole.observe(since_s)
-            self._ended.labels(self._model, event.finish_reason).inc()
+            self._ended(event.finish_reason).inc()
         if event.stats is not None:
             self._count_completion(event.stats)
 
@@ -203,14 +207,13 @@ class Metrics:
         self._accepted.inc(stats.drafts_accepted)
 
 
-class _Histogram(Collector):
+class _Histogram:
     """Counts values by bucket, for one thread: without the locks that prometheus_client's has.
 
     Two are told of every token; theirs took a fifth of what the front spends on one.
     """
 
-    def __init__(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> None:
-        self._name, self._text, self._model = name, text, model
+    def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
@@ -220,75 +223,27 @@ class _Histogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
+    def add_to(self, family: HistogramMetricFamily, model: str) -> None:
+        """Tell what was counted."""
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = list(zip(names, accumulate(self._counts), strict=True))
-        family.add_metric((self._model,), buckets, self._sum)
-        yield family
+        family.add_metric((model,), buckets, self._sum)
 
 
-class _Reports(Collector):
-    def __init__(self, backend: Pool) -> None:
-        self._backend = backend
+class _Histograms(Collector):
+    """Tells the histograms of one name, a model each."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._by_model: dict[str, _Histogram] = {}
+
+    def of(self, model: str, bounds: tuple[float, ...]) -> _Histogram:
+        """Make the histogram of one model."""
+        self._by_model[model] = histogram = _Histogram(bounds)
+        return histogram
 
     def collect(self) -> Iterator[Metric]:
-        model, reports = self._backend.model_id, self._backend.reports()
-        for name, (field, text) in REPORTED.items():
-            yield _by_worker(model, name, text, {r["worker"]: r[field] for r in reports})
-        kept = {r["worker"]: r["traffic"] for r in reports if r.get("traffic")}
-        for name, (field, text) in TRAFFIC.items():
-            yield _by_worker(model, name, text, {each: kept[each][field] for each in kept})
-        yield from _energy(model, reports)
-        says = ("worker", "digest", "guarantee", "state")
-        info = GaugeMetricFamily(
-            PREFIX + "policy_info",
-            "1, and which policy a worker runs",
-            labels=("model_name", *says),
-        )
-        for report in reports:
-            info.add_metric((model, *(report[field] for field in says)), 1)
-        yield info
-        tasks = GaugeMetricFamily(
-            PREFIX + "asyncio_tasks",
-            "Tasks of a process's event loop: as many as there are requests, and a few",
-            labels=("model_name", "process"),
-        )
-        tasks.add_metric((model, "front"), _tasks_here())
-        for report in reports:
-            tasks.add_metric((model, report["worker"]), report["tasks"])
-        yield tasks
-
-
-def _energy(model: str, reports: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
-    """Joules and tokens of the steps that were read: no sample where the energy is unknown."""
-    labels = ("model_name", "worker", "method", "source")
-    joules = CounterMetricFamily(
-        PREFIX + "energy_joules", "Energy of the decoding steps at which it was read", labels=labels
-    )
-    tokens = CounterMetricFamily(
-        PREFIX + "energy_tokens", "Tokens that these steps emitted", labels=labels
-    )
-    for report in reports:
-        for method, source, taken, emitted in report.get("energy", ()):
-            named = (model, report["worker"], method, source)
-            joules.add_metric(named, taken)
-            tokens.add_metric(named, emitted)
-    yield joules
-    yield tokens
-
-
-def _by_worker(model: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
-    """One sample per worker: a counter if the name says so, else a gauge."""
-    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    family = kind(PREFIX + name, text, labels=("model_name", "worker"))
-    for worker, value in values.items():
-        family.add_metric((model, worker), value)
-    return family
-
-
-def _tasks_here() -> int:
-    try:
-        return len(asyncio.all_tasks())
-    except RuntimeError:  # asked from outside of a loop
-        return 0
+        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
+        for model, histogram in self._by_model.items():
+            histogram.add_to(family, model)
+        yield family

@@ -118,10 +118,11 @@ class VersionReply(TypedDict):
 
 
 class StateReply(TypedDict):
-    """How a server is."""
+    """How a server is; of several models, how each is."""
 
     status: str
     outstanding: NotRequired[int]
+    models: NotRequired[dict[str, str]]
 
 
 class ErrorFields(TypedDict):

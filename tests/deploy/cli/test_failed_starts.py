@@ -74,8 +74,8 @@ def test_of_a_workers_traceback_its_last_words_are_kept(monkeypatch: pytest.Monk
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(told)
 
-    monkeypatch.setattr("ray.serve.run", fail)
+    monkeypatch.setattr("ray.serve.run_many", fail)
     with pytest.raises(ConfigError) as failed:
-        serve_app._deploy(None)
+        serve_app._deploy([])
     why = "none could start: costs: were measured on another model."
     assert str(failed.value) == f"workers: {why}"

@@ -9,7 +9,9 @@ import httpx
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.deploy.http.observability.metrics import REPORTED, Metrics
+from offramp.deploy.http.observability.metrics import Metrics
+from offramp.deploy.http.observability.worker_metrics import REPORTED
+from offramp.deploy.http.served_models import ServedModels
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -83,8 +85,10 @@ def test_energy_is_told_by_method_and_is_absent_where_it_is_unknown(app: FastAPI
     read = [("modelled", "3 W per busy core", 2.5, 10), ("measured_device", "NVML", 30.0, 40)]
     report = {"worker": "w", **dict.fromkeys([*(field for field, _ in REPORTED.values())], 0)}
     says = {"tasks": 0, "digest": "", "guarantee": "", "state": "", "energy": read}
-    pool: Any = SimpleNamespace(model_id="reference", layers=12, reports=lambda: [report | says])
-    samples = parse(Metrics(pool).text().decode())
+    pool: Any = SimpleNamespace(
+        model_id="reference", layers=12, clients=None, reports=lambda: [report | says]
+    )
+    samples = parse(Metrics(ServedModels([pool])).text().decode())
     for method, source, joules, tokens in read:
         labels = {"worker": "w", "method": method, "source": source}
         assert value(samples, "energy_joules_total", **labels) == joules

@@ -1,8 +1,9 @@
-"""A real pool that classifies: policies reach it through Redis as those for tokens do."""
+"""A real pool of two models, of which one classifies: policies reach each by its own channel."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.serve.publishing import open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.classifying.sequence_model import SequenceModel
+from offramp.worker.spec import WorkerSpec, load_engine
 from support.classifying.labelled_files import encoder_folder, labelled_file
 from support.pools.served_pool import PATIENCE_S, ServedPool, run
 
@@ -39,18 +41,28 @@ class Classifying:
         self.heads = heads
         self.classifier = self.model.classifier(heads)
         self.home = folder / "home"
-        options = {"--model": model, "--classify": heads, "--replicas": 1}
-        self.pool = ServedPool(self.home, options)
+        file = folder / "models.toml"
+        file.write_text(
+            f"[classes]\nmodel = '{model}'\nclassify = '{heads}'\n"
+            "[reference]\nchannel = 'tokens'\nslots = 12\n"
+        )
+        self.pool = ServedPool(self.home, {"--models": file, "--replicas": 1})
 
-    def publish(self, layer: int, heads: Path | None) -> int:
+    def publish(self, layer: int, heads: Path | None, channel: str = "default") -> int:
         """Have texts leave after a layer, for these heads or, without, for tokens."""
-        settings = Settings(home=self.home, redis_url=f"redis://127.0.0.1:{self.pool.redis_port}")
+        model: Any = self.model
+        fingerprint = self.model.fingerprint
+        if channel == "tokens":
+            model = load_engine(WorkerSpec(model="models/reference"))
+            fingerprint = model.model_fingerprint
+        redis = f"redis://127.0.0.1:{self.pool.redis_port}"
+        settings = Settings(home=self.home, redis_url=redis, channel=channel)
         registry = open_registry(settings)
         publisher = open_publisher(settings, registry)
         head = publisher.release(
             pack_policy(FixedExit(layer), np.empty((2, 0), np.float32)),
-            model=self.model.fingerprint,
-            tokenizer=self.model.tokenizer_fingerprint,
+            model=fingerprint,
+            tokenizer=model.tokenizer_fingerprint,
             training={},
             metrics={},
             uncertified=True,
@@ -74,16 +86,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Classifying]:
 
 
 async def classified(client: httpx.AsyncClient) -> Any:
-    asked = {"model": "model", "input": TEXTS, "offramp": {"stats": True}}
+    asked = {"model": "classes", "input": TEXTS, "offramp": {"stats": True}}
     reply = await client.post("/v1/classify", json=asked)
     assert reply.status_code == 200, reply.text
     return reply.json()["data"]
 
 
-async def told(client: httpx.AsyncClient, **said: Any) -> Any:
+async def told(client: httpx.AsyncClient, model: str = "classes", **said: Any) -> Any:
     """What the worker says of its policy, once it says that."""
     while True:
-        policy = (await client.get("/v1/policy")).json()
+        policy = (await client.get("/v1/policy", params={"model": model})).json()
         if all(policy.get(name) == value for name, value in said.items()):
             return policy
         await asyncio.sleep(0.05)
@@ -95,7 +107,11 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
 
     async def full(client: httpx.AsyncClient) -> Any:
         both = await asyncio.gather(classified(client), classified(client))
-        return both[0], both[1], await client.post("/v1/completions", json={"prompt": "w3"})
+        return (
+            both[0],
+            both[1],
+            await client.post("/v1/completions", json={"model": "classes", "prompt": "w3"}),
+        )
 
     first, second, missing = run(served.pool, full)
     assert [each["label"] for each in first] == labels
@@ -104,7 +120,8 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
     # Batches of other sizes sum in another order.
     chances = [[each["probs"] for each in answer] for answer in (first, second)]
     assert np.allclose(chances[0], chances[1], atol=1e-5)
-    assert missing.status_code == 404
+    assert missing.status_code == 400
+    assert "classifies texts" in missing.json()["error"]["message"]
 
     generation = served.publish(2, served.heads)
     run(served.pool, lambda client: told(client, generation=generation, state="ACK"))
@@ -121,3 +138,60 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
     policy = run(served.pool, lambda client: told(client, state="NACK"))
     assert policy["generation"] == generation
     assert "it names no heads: it is for tokens" in policy["reason"]
+
+
+async def asked_of(client: httpx.AsyncClient, model: str) -> Any:
+    asked = {"model": model, "prompt": [11, 12], "max_tokens": 4, "offramp": {"stats": True}}
+    reply = await client.post("/v1/completions", json=asked)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["offramp"]
+
+
+def test_another_model_of_the_pool_follows_a_channel_of_its_own(served: Classifying) -> None:
+    classes = run(served.pool, lambda client: told(client))["generation"]
+    assert run(served.pool, lambda client: asked_of(client, "reference"))["generation"] == 0
+    generation = served.publish(6, None, "tokens")
+
+    async def afterwards(client: httpx.AsyncClient) -> Any:
+        await told(client, "reference", generation=generation, state="ACK")
+        unnamed = await client.get("/v1/policy")
+        names = [each["id"] for each in (await client.get("/v1/models")).json()["data"]]
+        health = (await client.get("/health")).json()
+        metrics = (await client.get("/metrics")).text
+        return await asked_of(client, "reference"), unnamed, names, health, metrics
+
+    stats, unnamed, names, health, metrics = run(served.pool, afterwards)
+    assert stats["generation"] == generation
+    assert set(stats["exit_layers"][1:]) == {6}
+    assert run(served.pool, lambda client: told(client))["generation"] == classes
+    assert names == ["classes", "reference"]
+    assert unnamed.status_code == 400
+    assert unnamed.json()["error"]["param"] == "model"
+    assert health == {"status": "ok", "models": {"classes": "ok", "reference": "ok"}}
+    for model, runs in (("classes", classes), ("reference", generation)):
+        labels = f'model_name="{model}",worker="worker-0-[0-9a-f]+"'
+        assert re.search(f"offramp_policy_generation{{{labels}}} {float(runs)}", metrics)
+
+
+def test_one_model_without_workers_leaves_the_others_alone(served: Classifying) -> None:
+    (lost,) = [each for each in served.pool.workers() if "ServedWorker" in each.cmdline()[0]]
+    lost.kill()
+
+    async def meanwhile(client: httpx.AsyncClient) -> Any:
+        while (await client.get("/health")).json()["models"]["reference"] == "ok":
+            assert await classified(client)
+            await asyncio.sleep(0.05)
+        asked = {"model": "reference", "prompt": [11, 12], "max_tokens": 2}
+        refused = await client.post("/v1/completions", json=asked)
+        health = await client.get("/health")
+        while (await client.get("/health")).json()["models"]["reference"] != "ok":
+            assert await classified(client)
+            await asyncio.sleep(0.2)
+        return refused, health, await asked_of(client, "reference")
+
+    refused, health, again = run(served.pool, meanwhile)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "without_workers"
+    assert health.status_code == 200
+    assert health.json()["models"] == {"classes": "ok", "reference": "without workers"}
+    assert len(again["exit_layers"]) == 4

@@ -13,9 +13,9 @@ from fastapi import FastAPI
 
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.deploy.http.http_app import create_class_app
+from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.limits import HttpLimits
-from offramp.deploy.http.observability.metrics import REPORTED
+from offramp.deploy.http.observability.worker_metrics import REPORTED
 from offramp.deploy.http.shapes.score_shapes import scored_label
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
@@ -84,7 +84,7 @@ def backend() -> Iterator[Classes]:
 
 @pytest.fixture
 def app(backend: Classes) -> FastAPI:
-    return create_class_app(backend, replace(HttpLimits(), choices=4))
+    return create_app(backend, replace(HttpLimits(), choices=4))
 
 
 def body(given: Any, **fields: Any) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_another_exit_is_served_as_soon_as_it_is_current(backend: Classes, ask: 
             found.append(reply.json()["data"][0]["offramp"]["generation"])
         return found
 
-    assert ask(create_class_app(Classes(service)), scenario) == [7, 8]
+    assert ask(create_app(Classes(service)), scenario) == [7, 8]
     service.stop()
 
 

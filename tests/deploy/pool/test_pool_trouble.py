@@ -18,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from offramp.deploy.http.observability.metrics import REPORTED, TRAFFIC
+from offramp.deploy.http.observability.worker_metrics import REPORTED, TRAFFIC
 from offramp.deploy.serve.serve_app import FEW_ARENAS
 from support.pools.served_pool import (
     CAPACITY,
