@@ -13,11 +13,11 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from offramp.agents.onpolicy.engine_run import EngineRun, HandOver, draw_document, require_documents
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit
 from offramp.envs.live.session import KVMode, LiveToken, Moment, Question
-from offramp.research.engine_run import EngineRun, HandOver, draw_document, require_documents
 from offramp.worker.decoding.request import Request
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.follow import follow

@@ -27,18 +27,19 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from shared.prompt_tasks import ReadOutcome, ReadTask, needles_of, outcome_of, tasks_of
+from shared.prompt_tasks import ReadOutcome, needles_of, outcome_of, tasks_of
 
-from offramp.controller.features import PROMPT_V1, BoolArray, FloatArray
+from offramp.agents.prompting.prompt_meter import FIRST_TOKEN, StateWatcher
+from offramp.agents.prompting.read_tasks import ReadTask
+from offramp.controller.features import PROMPT_V1
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, NeverExit, ThresholdPolicy
 from offramp.controller.policies.rules.prompt_rules import RandomShare, WindowedExit
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
+from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.model.loading import load_model, load_tokenizer
 from offramp.worker.profiling.profile import describe_machine
 
-FIRST_TOKEN = SamplingParams(max_tokens=1)
 SCORES = ("losses", "similarities", "needles")
 RESAMPLES = 2000
 ASKED = 12
@@ -64,21 +65,6 @@ class Reading:
             prompts = PromptExits(policy=self.policy, keep_last=self.keep_last)
             config = EngineConfig(prefill="exits", prompts=prompts, translators=translators)
         return AdaptiveEngine(model, tokenizer, slots=4, config=config)
-
-
-class StateWatcher:
-    """Leaves nowhere; keeps what it is shown."""
-
-    schema = PROMPT_V1
-    candidates_VK = None
-
-    def __init__(self, exits: tuple[int, ...]) -> None:
-        self.exits = exits
-        self.seen: list[FloatArray] = []
-
-    def leave(self, features_NF: FloatArray) -> BoolArray:
-        self.seen.append(features_NF.copy())
-        return np.zeros(len(features_NF), np.bool_)
 
 
 def times_of(
@@ -109,7 +95,7 @@ def quantiles(
     recorder = StateWatcher((layer,))
     engine = engine_of(Reading("", recorder))
     engine.generate([list(task.line.prompt) for task in tasks], FIRST_TOKEN, NeverExit())
-    cosines_N = np.concatenate(recorder.seen)[:, PROMPT_V1.index("cosine")]
+    cosines_N = np.concatenate(recorder.rows)[:, PROMPT_V1.index("cosine")]
     return [float(np.quantile(cosines_N, 1 - share)) for share in shares]
 
 

@@ -23,6 +23,7 @@ from offramp.deploy.cli import options
 from offramp.deploy.cli.classifying import CLASSIFY, Data, Heads, require_unused, teach_classes
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.drafting import teach
+from offramp.deploy.cli.prompting import PROMPTS, WEIGHT, Steps, Weight, teach_prompts_here
 from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
@@ -32,11 +33,16 @@ from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
+Goal = Annotated[
+    str,
+    typer.Option("--for", help="What is taught: exits, drafting (lossless), prompts or classify."),
+]
 DraftModel = Annotated[
-    str, typer.Option(help="With --for drafting: folder of the model that drafts for itself.")
+    str, typer.Option(help="With --for drafting or prompts: folder of the model.")
 ]
 DraftDtype = Annotated[
-    str, typer.Option(help="With --for drafting: weights' dtype.", show_default="float32")
+    str,
+    typer.Option(help="With --for drafting or prompts: weights' dtype.", show_default="float32"),
 ]
 DraftTemperature = Annotated[
     float, typer.Option(help="With --for drafting: of the model's own text, which is recorded.")
@@ -50,12 +56,23 @@ Insight = Annotated[
 Targets = Annotated[
     str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="With --config, or for prompts: go on from --out's checkpoint."),
+]
 Seeds = Annotated[
-    str, typer.Option(help="With --config: one run per seed, like 0,1,2, as Ray tasks.")
+    str,
+    typer.Option(
+        help="With --config: one run per seed, like 0,1,2, as Ray tasks. For prompts: one policy "
+        "per seed."
+    ),
 ]
 Cluster = Annotated[
     str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
 ]
+
+STEPS = 1_500_000
+"""PPO's steps where nobody says; a lesson on prompts has a default of its own."""
 
 DRIFTED = 3
 """Exit status of ``drift`` for a difference that is no chance; errors have 1 and 2."""
@@ -144,9 +161,7 @@ def _record(config: RecordConfig, out: Path) -> None:
 
 def train_policies(
     out: Annotated[Path, typer.Option(help="New folder for the trained policies.")],
-    goal: Annotated[
-        str, typer.Option("--for", help="What is taught: exits, drafting (lossless), or classify.")
-    ] = "exits",
+    goal: Goal = "exits",
     heads: Heads = None,
     data: Data = None,
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
@@ -157,7 +172,8 @@ def train_policies(
     exits: options.DraftExits = "",
     temperature: DraftTemperature = 0.0,
     insight: Insight = False,
-    steps: Annotated[int, typer.Option(min=1, help="PPO environment steps.")] = 1_500_000,
+    weight: Weight = WEIGHT,
+    steps: Steps = None,
     targets: Targets = ".92,.95,.97,.985",
     costs: options.Costs = None,
     threads: options.Threads = 1,
@@ -165,14 +181,17 @@ def train_policies(
     config: Annotated[
         Path | None, typer.Option(help="TOML file with more settings; see docs/training.md.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="With --config: go on from the checkpoint in --out.")
-    ] = False,
+    resume: Resume = False,
     seeds: Seeds = "",
     ray_address: Cluster = None,
 ) -> None:
     """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
     asked = locals()
+    if goal == PROMPTS:
+        teach_prompts_here(asked, out)
+        return
+    require_unused({"weight": weight != WEIGHT}, f"means nothing without --for {PROMPTS}")
+    steps = asked["steps"] = steps or STEPS
     given = {"exits": exits, "corpus": corpus, "dtype": dtype}
     if goal == "drafting":
         teach(config, _lesson(asked), steps, out)
@@ -181,7 +200,9 @@ def train_policies(
         teach_classes(asked, out)
         return
     if goal != "exits":
-        raise ConfigError("for", f"{goal!r} is unknown", f"Use exits, drafting or {CLASSIFY}")
+        raise ConfigError(
+            "for", f"{goal!r} is unknown", f"Use exits, drafting, {PROMPTS} or {CLASSIFY}"
+        )
     require_unused({"heads": heads, "data": data}, f"means nothing without --for {CLASSIFY}")
     require_unused(given | {"temperature": temperature}, "is that of the recording")
     require_unused({"insight": insight}, "means nothing without --for drafting")

@@ -49,8 +49,8 @@ DraftExits = Annotated[
     str,
     typer.Option(
         help="With --for drafting: layers to draft after, those on a copy in fewer bytes first, "
-        "like 12:int4,3,6.",
-        show_default="those likeliest to pay, or an int4 copy",
+        "like 12:int4,3,6. For prompts: layers after which tokens may leave, like 3,4.",
+        show_default="those likeliest to pay",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

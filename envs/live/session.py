@@ -1,8 +1,8 @@
 """What a live environment needs of whoever decodes: a session, asked step by step.
 
 The envs know no engine. ``offramp.research.live_engine`` has the session that drives one through
-new tokens, ``offramp.research.prompt_session`` the one that drives it through prompts; anything
-else that decodes under exits can be one, too.
+new tokens, ``offramp.agents.prompting.prompt_session`` the one that drives it through prompts;
+anything else that decodes under exits can be one, too.
 
 Shape suffixes: F feature columns, C columns of outlook.
 """

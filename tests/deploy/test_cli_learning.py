@@ -383,7 +383,7 @@ def test_drafters_are_taught_chosen_and_lossless(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--for", "drafts"), "for: 'drafts' is unknown. Use exits, drafting or classify"),
+        (("--for", "drafts"), "for: 'drafts' is unknown. Use exits, drafting, prompts or classify"),
         (("--for", "drafting", "--traces", "x"), "traces: does not go with --for drafting"),
         (("--for", "drafting", "--model", "no/such"), "model: "),
         (("--for", "drafting", "--exits", "3,6:int4"), "exits: '3,6:int4' does not ascend"),

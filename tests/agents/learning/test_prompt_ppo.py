@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.prompt_ppo import PairedReturns, PromptPPOConfig, train_prompt_policy
+from offramp.agents.prompting.prompt_session import PromptReadingSession
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import PROMPT_V1
 from offramp.controller.policies.kinds import pack_policy
@@ -19,7 +20,6 @@ from offramp.controller.policies.protocols import ExitPolicy, ThresholdPolicy
 from offramp.controller.policies.rules.prompt_rules import RandomShare
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.envs import PrefillExitEnv
-from offramp.research.prompt_session import PromptReadingSession
 from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from support.models import LAYERS, VOCAB, make_model
 

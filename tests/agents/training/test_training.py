@@ -18,6 +18,7 @@ from offramp.agents.learning.jump_ppo import JumpConfig
 from offramp.agents.learning.phat import PhatConfig
 from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.learning.warm import WarmConfig
+from offramp.agents.prompting.prompt_config import PromptLessonConfig
 from offramp.agents.recording.training_data import TrainingData
 from offramp.agents.training.resuming import CHECKPOINT
 from offramp.agents.training.staged import Checkpoint, StagedRun
@@ -207,7 +208,7 @@ def test_files_with_errors_are_refused(tmp_path: Path, text: str, complaint: str
     assert complaint in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, DraftingConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, DraftingConfig, PromptLessonConfig])
 def test_every_option_is_documented(kind: type) -> None:
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
     missing = [name for name in options_of(kind) if f"`{name}`" not in page]

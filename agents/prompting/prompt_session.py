@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from offramp.agents.onpolicy.engine_run import EngineRun, HandOver, draw_document, require_documents
 from offramp.controller.errors import ConfigError, PolicyFaultError
 from offramp.controller.features import PROMPT_V1, BoolArray, FloatArray
 from offramp.envs.live.session import Moment, Question, ReadPrompt
-from offramp.research.engine_run import EngineRun, HandOver, draw_document, require_documents
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.decoding.request import Request
 from offramp.worker.decoding.sequence import Sequence as Row

@@ -15,12 +15,12 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 
+from offramp.agents.prompting.prompt_session import PromptReadingSession
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import PROMPT_V1
 from offramp.controller.policies.protocols import ExitPolicy, FixedExit, ThresholdPolicy
 from offramp.envs import PREFILL_ENV_ID, PrefillExitEnv
-from offramp.research.prompt_session import PromptReadingSession
 from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.engine.follow import Witness
