@@ -27,7 +27,7 @@ from offramp.worker.engine.engine import AdaptiveEngine
 FIXED, FAR, LEARNED = "fixed exit", "far ahead first", "PPO for prompts"
 """Families of policies, as tables and manifests name them."""
 
-LOOKED = 12
+LOOKED = 32
 """Training prompts on which exits and the first rule are chosen."""
 
 MOST_FIXED = 12
@@ -35,6 +35,9 @@ MOST_FIXED = 12
 
 FAR_PARTS = (0.25, 0.5, 0.75)
 """Shares of a prompt that may have to follow a token for it to leave at the first exit."""
+
+PAIR = 2
+"""Neighbouring exits that the first rule chooses between."""
 
 LEAST_LAYERS = 2
 """Layers below which there is no exit before the last."""
@@ -127,21 +130,34 @@ class PromptLesson:
         """How readings of the same prompts as ``full`` are judged."""
         return Worth(full, self.config.weight, self.costs.fill_s / self.costs.layer_s)
 
-    def first_rule(self, exits: Sequence[int]) -> Contender:
-        """The rule by distance that is worth most on some training prompts."""
+    def first_rule(self, fixed: Sequence[Contender]) -> Contender:
+        """The rule by distance that is worth most on some training prompts.
+
+        Tokens leave at the exits that were asked for; else at the best fixed exit and the one
+        before it, or the one behind it.
+        """
         tried = [
-            _contender(FAR, far, far_rule(exits, self.layers, far), "beyond ")
+            Contender(
+                family=FAR,
+                setting=far,
+                offline_agreement=None,
+                policy=far_rule(exits, self.layers, far),
+                symbol="beyond ",
+                note=f" at {', '.join(map(str, exits))}",
+            )
+            for exits in self._exits(fixed)
             for far in (part * self.config.prompt_tokens for part in FAR_PARTS)
         ]
         return tried[self._best("looked", tried, "first rule")]
 
-    def exits(self, fixed: Sequence[Contender]) -> tuple[int, ...]:
-        """The layers that were asked for; else the best fixed exit and the one before."""
+    def _exits(self, fixed: Sequence[Contender]) -> list[tuple[int, ...]]:
+        """The layers that were asked for, or pairs with the best fixed exit in them."""
         if self.config.exits:
-            return self.config.exits
-        best = max(1, self._best("looked", fixed, "fixed exits"))
-        pair = fixed[best - 1 : best + 1] if len(fixed) > 1 else fixed
-        return tuple(int(each.setting or 0) for each in pair)
+            return [self.config.exits]
+        best = self._best("looked", fixed, "fixed exits")
+        layers = [int(each.setting or 0) for each in fixed]
+        pairs = [tuple(layers[max(0, first) : first + PAIR]) for first in (best - 1, best)]
+        return [pair for pair in pairs if len(pair) == PAIR] or [(layers[best],)]
 
     def learned(self, start: Contender) -> list[Contender]:
         """A policy by PPO for each seed, from the first rule."""

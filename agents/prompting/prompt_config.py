@@ -28,7 +28,7 @@ class PromptLessonConfig:
         train_documents: Training documents at most, a prompt of each.
         validation_documents: Validation documents at most, which choose.
         test_documents: Test documents at most, which the result is reported on.
-        exits: Layers after which tokens may leave; () takes the best fixed exit and the one before.
+        exits: Layers after which tokens may leave; () takes the best fixed exit and a neighbour.
         dtype: Weights' dtype, "float32" or "bfloat16".
         translators: Folder that ``offramp tune`` wrote for the model, with a map for the fill; ""
             projects exits' states as they are.
@@ -49,7 +49,7 @@ class PromptLessonConfig:
 
     model: str
     corpus: str = ""
-    train_documents: int = 24
+    train_documents: int = 32
     validation_documents: int = 24
     test_documents: int = 40
     exits: tuple[int, ...] = ()

@@ -108,7 +108,7 @@ def teach_prompts(
     prompts = lesson_prompts(config, engine.tokenizer)
     lesson = PromptLesson(config, engine, prompts, done, out, on_progress)
     fixed = lesson.fixed()
-    start = lesson.first_rule(lesson.exits(fixed))
+    start = lesson.first_rule(fixed)
     contenders = [full_depth(), *fixed, start, *lesson.learned(start)]
     rewards = _rewards(lesson, contenders)
     taught = _measured(lesson, contenders, rewards)
