@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.agents.classifying.class_policies import (
+    AGENT,
     LOSS,
     ClassPolicy,
     cheapest,
@@ -132,7 +133,7 @@ class Seed:
 
 
 def one_seed(
-    data: Data, model: SequenceModel, seed: int, timed: int, batches: Sequence[int]
+    data: Data, model: SequenceModel, seed: int, timed: int, batches: Sequence[int], steps: int
 ) -> Seed:
     exits = exits_of_stack(model.stack, ())
     config = ClassifyTuneConfig(model="", data=Path(), seed=seed)
@@ -143,7 +144,8 @@ def one_seed(
     costs = measure_costs(classifier, [data.test_sequences[place] for place in picked[:64]])
     read = read_by(model, data.train, data.sequences)
     fit, choose = halves(cross_fitted_traces(heads, data.states_NED, read, seed), seed)
-    families = learn_families(fit, costs, seed=seed)
+    agent = replace(AGENT, steps=steps) if steps else None
+    families = learn_families(fit, costs, seed=seed, agent=agent)
     placed = place_families(families, choose, costs)
     placed += placed_fitted(fit, choose, costs, placed)
     test = sequence_traces(heads, data.test_NED, read_by(model, data.test, data.test_sequences))
@@ -244,6 +246,7 @@ def main(
     batches: Annotated[str, typer.Option(help="Texts per batch, with commas.")] = "1,16",
     seeds: Annotated[int, typer.Option(help="Splits and fits.")] = 5,
     timed: Annotated[int, typer.Option(help="Test texts timed per seed.")] = 960,
+    steps: Annotated[int, typer.Option(help="PPO's; 0 leaves it out.")] = AGENT.steps,
     dtype: str = "float32",
     states: Annotated[
         Path | None, typer.Option(help="Where this model's states are kept, to be found again.")
@@ -261,7 +264,7 @@ def main(
     rows: list[ClassifyRow] = []
     for name in sets.split(","):
         one = load(data, name, loaded, console, states)
-        found = [one_seed(one, loaded, seed, timed, sizes) for seed in range(seeds)]
+        found = [one_seed(one, loaded, seed, timed, sizes, steps) for seed in range(seeds)]
         for batch in sizes:
             rows += rows_of(name, Path(model).name, found, batch)
         show(rows, console)

@@ -6,9 +6,11 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fastapi import Request
+from opentelemetry.trace import Span
 
 from offramp.controller.errors import RequestError
 from offramp.deploy.clients.quotas import Quotas
@@ -16,6 +18,7 @@ from offramp.deploy.http.backend import ClassBackend
 from offramp.deploy.http.limits import DeadlineError, HttpLimits
 from offramp.deploy.http.observability.access_log import REQUEST_ID
 from offramp.deploy.http.observability.metrics import ModelMetrics
+from offramp.deploy.http.observability.tracing import Spans, of_texts
 from offramp.deploy.http.shapes.class_shapes import (
     ClassifyReply,
     ClassifyRequest,
@@ -40,13 +43,19 @@ class Classification:
         limits: How much and how long a client may ask.
         metrics: Told of every text.
         quotas: Says what each client may ask, and counts it.
+        spans: Makes a span of each request; None: there are no traces.
     """
 
     def __init__(
-        self, backend: ClassBackend, limits: HttpLimits, metrics: ModelMetrics, quotas: Quotas
+        self,
+        backend: ClassBackend,
+        limits: HttpLimits,
+        metrics: ModelMetrics,
+        quotas: Quotas,
+        spans: Spans | None = None,
     ) -> None:
         self._backend, self._limits = backend, limits
-        self._metrics, self._quotas = metrics, quotas
+        self._metrics, self._quotas, self._spans = metrics, quotas, spans
 
     async def answer(self, body: ClassifyRequest, request: Request) -> ClassifyReply:
         """Answer POST /v1/classify.
@@ -103,19 +112,33 @@ class Classification:
         """What was found of pairs of texts, and how many tokens they are."""
         began_s = time.perf_counter()
         self._limits.require_choices(len(pairs), field, "answers")
-        try:
-            async with asyncio.timeout(self._limits.deadline_s):
-                sequences = await self._backend.encoder.aside(self._encode, pairs, field)
-                tokens = sum(map(len, sequences))
-                self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
-                found = await self._backend.classify(
-                    sequences, quality=quality, request_id=request.headers[REQUEST_ID], best=best
-                )
-        except TimeoutError as error:
-            raise DeadlineError("the request's deadline has passed") from error
-        seconds = time.perf_counter() - began_s
-        self._metrics.count_texts([each.layers for each in found], tokens, seconds)
+        with self._span(request, began_s) as span:
+            try:
+                async with asyncio.timeout(self._limits.deadline_s):
+                    sequences = await self._backend.encoder.aside(self._encode, pairs, field)
+                    tokens = sum(map(len, sequences))
+                    self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
+                    name = request.headers[REQUEST_ID]
+                    found = await self._backend.classify(
+                        sequences, quality=quality, request_id=name, best=best
+                    )
+            except TimeoutError as error:
+                raise DeadlineError("the request's deadline has passed") from error
+            layers = [each.layers for each in found]
+            if span is not None:
+                span.set_attributes(of_texts(layers, [each.generation for each in found], tokens))
+        self._metrics.count_texts(layers, tokens, time.perf_counter() - began_s)
         return found, tokens
+
+    def _span(self, request: Request, began_s: float) -> AbstractContextManager[Span | None]:
+        if self._spans is None:
+            return nullcontext()
+        about = {
+            "gen_ai.request.model": self._backend.model_id,
+            "gen_ai.request.id": request.headers[REQUEST_ID],
+            "http.route": request.url.path,
+        }
+        return self._spans.around(request.headers, about, began_s)
 
     def _encode(self, pairs: Sequence[tuple[str, str]], field: str) -> list[list[int]]:
         encoder, most = self._backend.encoder, self._backend.most_tokens

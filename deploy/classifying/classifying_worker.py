@@ -90,6 +90,7 @@ class ClassifyingWorker:
             rows=spec.slots,
             max_waiting=served.max_waiting,
             dtype=spec.dtype,
+            audit_share=spec.engine.audit_share,
         )
         self._tokens = 0  # of texts under way
         freeze_heap()

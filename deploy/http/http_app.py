@@ -67,7 +67,7 @@ def create_app(
         pools: What answers for the model, or for each of several.
         limits: How much and how long a client may ask.
         access_log: File that gets a line of JSON per request.
-        spans: Makes a span of each request that makes tokens.
+        spans: Makes a span of each request that makes tokens, or classifies.
 
     Raises:
         ConfigError: two models have the same name.
@@ -89,7 +89,7 @@ def create_app(
         counted = metrics.by_model[name]
         if classifies(pool):
             classifications[name] = Classification(
-                cast("ClassBackend", pool), limits, counted, quotas
+                cast("ClassBackend", pool), limits, counted, quotas, spans
             )
         else:
             generations[name] = Generation(cast("Backend", pool), limits, counted, quotas, spans)

@@ -19,6 +19,7 @@ from offramp.controller.errors import DecodeFailedError, OverloadedError, Reques
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
+from offramp.worker.classifying.text_audits import TextAudits
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
 
@@ -72,6 +73,8 @@ class TextService:
         rows: Texts of a batch at most.
         max_waiting: Texts that may wait beside them; more are refused.
         dtype: Number format of the weights, as certificates name it.
+        audit_share: Share of the texts under a watched release that full depth is asked about, too,
+            if they left early, once they are answered.
 
     Attributes:
         classified: Texts classified so far.
@@ -85,12 +88,14 @@ class TextService:
         rows: int = 8,
         max_waiting: int = 64,
         dtype: str = "float32",
+        audit_share: float = 0.0,
     ) -> None:
         self.classifier = classifier
         self.classified = 0
         self._current = current_policy
         self._rows, self._most = rows, rows + max_waiting
         self._dtype = dtype
+        self._audits = TextAudits(classifier, audit_share)
         self._line: deque[_Waiting] = deque()
         self._running = 0
         self._ends = False
@@ -210,6 +215,12 @@ class TextService:
                     each.done.set_exception(found)
                 else:
                     each.done.set_result(found[place])
+            if not isinstance(found, DecodeFailedError) and batch[0].race is None:
+                answered = [
+                    (each.tokens, said.label, said.layers)
+                    for each, said in zip(batch, found, strict=True)
+                ]
+                self._audits.judge(batch[0].snapshot, answered)
         for each in self._line:
             each.done.set_exception(DecodeFailedError(STOPPED))
 
@@ -241,9 +252,11 @@ class TextService:
             self.classified += len(batch)
             return [_text(run, row, is_best=row == best) for row in range(len(batch))]
         failed, begun_s = guard.failures, time.perf_counter()
-        run = self.classifier.run(sequences, first.policy)
+        watch = first.snapshot.watch
+        policy = FULL_DEPTH if watch is not None and watch.tripped else first.policy
+        run = self.classifier.run(sequences, policy)
         self.classified += len(batch)
-        is_full = isinstance(first.policy, NeverExit)
+        is_full = isinstance(policy, NeverExit)
         self._tell(first.snapshot, run, guard.failures - failed, time.perf_counter() - begun_s)
         generation = 0 if is_full else first.snapshot.generation
         return [_text(run, row, generation) for row in range(len(batch))]

@@ -88,7 +88,9 @@ class AuditPicker:
         self._share = share
         self._owed = 1.0 - share
 
-    def picks(self, snapshot: PolicySnapshot, kv_mode: KVMode, forced: Sequence[int]) -> bool:
+    def picks(
+        self, snapshot: PolicySnapshot, kv_mode: KVMode = "project", forced: Sequence[int] = ()
+    ) -> bool:
         """Whether a new request is audited: one under a watched policy whose exits count."""
         if snapshot.watch is None or kv_mode == "verify" or forced:
             return False

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from opentelemetry.propagate import extract
-from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.http.backend import Tokens
@@ -53,6 +53,29 @@ class Spans:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
         return cls(provider.get_tracer("offramp"), provider.shutdown)
 
+    @contextmanager
+    def around(
+        self, headers: Mapping[str, str], about: Mapping[str, Any], began_s: float
+    ) -> Iterator[Span]:
+        """Make a span of what is done meanwhile; an error of ours marks it.
+
+        Args:
+            headers: The request's.
+            about: Attributes that are known beforehand.
+            began_s: When the request came, by ``time.perf_counter``.
+        """
+        start_ns = time.time_ns() - round((time.perf_counter() - began_s) * 1e9)
+        span = self._tracer.start_span(
+            SPAN, extract(headers), SpanKind.SERVER, dict(about), start_time=start_ns
+        )
+        try:
+            yield span
+        except OfframpError as error:
+            span.set_status(Status(StatusCode.ERROR, str(error)))
+            raise
+        finally:
+            span.end()
+
     async def follow(
         self,
         events: AsyncIterator[Tokens],
@@ -64,31 +87,22 @@ class Spans:
 
         Args:
             events: An async generator; closed in any case.
-            headers: The request's.
-            about: Attributes that are known beforehand.
-            began_s: When the request came, by ``time.perf_counter``.
+            headers, about, began_s: What ``around`` takes.
         """
-        start_ns = time.time_ns() - round((time.perf_counter() - began_s) * 1e9)
-        span = self._tracer.start_span(
-            SPAN, extract(headers), SpanKind.SERVER, dict(about), start_time=start_ns
-        )
         ends: list[TokenEvent] = []
         tokens, first_s = 0, 0.0
-        try:
-            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-                async for came in events:
-                    first_s = first_s or time.perf_counter() - began_s
-                    tokens += len(came)
-                    ends += [event for _, event in came if event.finish_reason is not None]
-                    yield came
-        except OfframpError as error:
-            span.set_status(Status(StatusCode.ERROR, str(error)))
-            raise
-        finally:
-            span.set_attribute("gen_ai.usage.output_tokens", tokens)
-            span.set_attribute("gen_ai.latency.time_to_first_token", first_s)
-            span.set_attributes(_of_ends(ends))
-            span.end()
+        with self.around(headers, about, began_s) as span:
+            try:
+                async with aclosing(events):  # type: ignore[type-var]  # generators have aclose
+                    async for came in events:
+                        first_s = first_s or time.perf_counter() - began_s
+                        tokens += len(came)
+                        ends += [event for _, event in came if event.finish_reason is not None]
+                        yield came
+            finally:
+                span.set_attribute("gen_ai.usage.output_tokens", tokens)
+                span.set_attribute("gen_ai.latency.time_to_first_token", first_s)
+                span.set_attributes(_of_ends(ends))
 
 
 def require_exporter() -> None:
@@ -104,6 +118,23 @@ def require_exporter() -> None:
     if found is None:
         problem = "needs OpenTelemetry's exporter, which is not installed"
         raise ConfigError("OFFRAMP_OTLP_ENDPOINT", problem, 'Run pip install "offramp[otel]"')
+
+
+def of_texts(layers: Sequence[int], generations: Sequence[int], tokens: int) -> dict[str, Any]:
+    """What is said of texts that were classified: how deep each went, under which releases.
+
+    Args:
+        layers: Layers that each text ran, at least one text.
+        generations: Release that decided each; 0: none.
+        tokens: Tokens of all of them.
+    """
+    return {
+        "gen_ai.usage.input_tokens": tokens,
+        "offramp.texts": len(layers),
+        "offramp.generation": max(generations),
+        "offramp.mean_exit_layer": sum(layers) / len(layers),
+        "offramp.layer_calls": sum(layers),
+    }
 
 
 def _of_ends(ends: list[TokenEvent]) -> dict[str, Any]:

@@ -10,11 +10,15 @@ import httpx
 import pytest
 import torch
 from fastapi import FastAPI
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from offramp.controller.policies.protocols import FixedExit
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.http.observability.tracing import SPAN, Spans
 from offramp.deploy.http.observability.worker_metrics import REPORTED
 from offramp.deploy.http.shapes.score_shapes import scored_label
 from offramp.worker.classifying.classifier import Classifier
@@ -153,6 +157,34 @@ def test_what_cannot_be_classified_is_refused_by_name(
     reply = ask(app, scenario)
     assert reply.status_code == status
     assert reply.json()["error"]["param"] == param
+
+
+def test_a_request_is_a_span_that_tells_how_deep_its_texts_went(backend: Classes, ask: Any) -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    app = create_app(backend, spans=Spans(provider.get_tracer("offramp")))
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        texts = ["w5 w6", "w5 w6 w7 w8", "w5 w6 w7 w8 w9"]
+        await client.post("/v1/classify", json=body(texts), headers={"x-request-id": "mine"})
+        await client.post("/v1/score", json=pairs("w5", ["w6", "w6 " * 65], label="red"))
+
+    ask(app, scenario)
+    good, bad = kept.get_finished_spans()
+    assert dict(good.attributes or {}) == {
+        "gen_ai.request.model": "colours",
+        "gen_ai.request.id": "mine",
+        "http.route": "/v1/classify",
+        "gen_ai.usage.input_tokens": 11,
+        "offramp.texts": 3,
+        "offramp.generation": 7,
+        "offramp.mean_exit_layer": 3.0,
+        "offramp.layer_calls": 9,
+    }
+    assert (good.name, good.status.is_ok) == (SPAN, True)
+    assert not bad.status.is_ok
+    assert "text_2[1]" in (bad.status.description or "")
 
 
 def test_openapi_tells_of_the_route_and_of_no_other_task(app: FastAPI, ask: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.manifest import Rollout
+from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
@@ -20,6 +21,7 @@ from support.certificates import certificate
 from support.classifying.sequence_models import ByLength, encoder_stack, random_heads
 
 ROWS, WAITING = 4, 8
+AUDITED = 60
 SHORT = PolicySnapshot(7, "d" * 64, ByLength({1: 2, 3: 4}))
 
 
@@ -103,6 +105,48 @@ def test_a_canary_serves_its_share_of_the_requests(served: Served) -> None:
     found = [each.generation for (each,) in served.run(ask)]
     assert found == [8 if canary.rollout.picks(name) else 7 for name in names]
     assert set(found) == {7, 8}
+
+
+def watched(
+    share: float, bound: float = 0.25
+) -> tuple[Served, list[ClassifiedText], PolicyWatch, list[str]]:
+    """Texts classified one by one under a release that is watched, with audits of a share."""
+    found = Served()
+    trips: list[str] = []
+    watch = PolicyWatch(Guardrails(max_disagreement=bound), trips.append)
+    service = TextService(
+        found.classifier, lambda: replace(SHORT, watch=watch), rows=ROWS, audit_share=share
+    )
+    service.start()
+
+    async def ask() -> list[ClassifiedText]:
+        return [(await service.classify([each]))[0] for each in sequences(AUDITED)]
+
+    said = asyncio.run(ask())
+    service.stop()
+    return found, said, watch, trips
+
+
+def test_full_depth_is_asked_about_texts_that_left_early() -> None:
+    found, said, watch, _ = watched(1.0)
+    early = [place for place, each in enumerate(said) if each.layers < 5]
+    texts = [sequences(AUDITED)[place] for place in early]
+    full = found.classifier.run(texts).label_N.tolist()
+    differ = [said[place].label != best for place, best in zip(early, full, strict=True)]
+    assert 0 < len(early) < AUDITED
+    assert (watch.tally.audited, watch.tally.disagreed) == (len(early), sum(differ))
+    assert sum(differ) > 0
+    assert watched(0.0)[2].tally.audited == 0
+
+
+def test_a_release_that_full_depth_disagrees_with_goes_to_full_depth_at_once() -> None:
+    _, said, watch, trips = watched(1.0, bound=0.01)
+    assert len(trips) == 1
+    assert "full depth disagrees with" in watch.tripped
+    after = [each.layers for each in said[-10:]]
+    assert after == [5] * 10
+    assert {each.generation for each in said[-10:]} == {0}
+    assert min(each.layers for each in said) == 1
 
 
 def test_too_many_and_unusable_texts_are_refused(served: Served) -> None:
