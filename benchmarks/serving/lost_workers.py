@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections import Counter
 from contextlib import suppress
 
 import psutil
 from serving.serve_rows import ServeRow, row
-from serving.served_process import STOPPED_IN_S, ServerProcess
+from serving.served_process import STOPPED_IN_S, ServerProcess, await_line
 from serving.steady_state import prompts
 from serving.stream_client import Streamed, asked
 
@@ -20,6 +21,9 @@ REPLACED_IN_S = 120.0
 FORGOTTEN_S = 11.0
 """By then the front counts on no worker that has said nothing since it was lost."""
 
+KINDS = ("whole", "told of a failure", "not accounted for")
+"""What may become of a stream."""
+
 SIGNALS = {
     "a worker killed": signal.SIGKILL,
     "a worker frozen": signal.SIGSTOP,
@@ -28,10 +32,7 @@ SIGNALS = {
 
 
 async def lost_workers(server: ServerProcess) -> list[ServeRow]:
-    """Rows of a pool of two that loses one worker after the other, and is then stopped itself.
-
-    To roll out anew is the last of these: another pool takes new requests, and the old one drains.
-    """
+    """Rows of a pool of two that loses one worker after the other, is redeployed, and stopped."""
     rows = []
     for what, number in SIGNALS.items():
         await server.idle(workers=2)
@@ -40,12 +41,43 @@ async def lost_workers(server: ServerProcess) -> list[ServeRow]:
         victim.send_signal(number)
         rows += [*_rows(what, found, await streaming), await _replaced(server, what, victim)]
         await asyncio.sleep(FORGOTTEN_S)
+    rows += await _redeployed(server)
     await server.idle(workers=2)
     found, streaming = await _begun(server)
     server.process.send_signal(signal.SIGTERM)
     rows += _rows("the pool told to stop", found, await streaming)
     status = await asyncio.to_thread(server.process.wait, STOPPED_IN_S)
     return [*rows, row("the pool told to stop: exit status", STREAMS, status, "status")]
+
+
+async def _redeployed(server: ServerProcess) -> list[ServeRow]:
+    """Rows of twelve clients that go on asking until all workers were replaced, and then once."""
+    await server.idle(workers=2)
+    found: list[Streamed] = []
+    before = {each.pid for each in server.workers()}
+
+    async def ask_on(number: int) -> None:
+        body, is_over = asked(prompts(1, seed=number)[0], TOKENS), False
+        while not is_over:
+            is_over = replacing.done() and not before & {each.pid for each in server.workers()}
+            found.append(Streamed(TOKENS))
+            await server.client.follow(found[-1], body, *await server.client.connect())
+
+    began_s = time.monotonic()
+    server.process.send_signal(signal.SIGUSR1)
+    replacing = asyncio.ensure_future(asyncio.to_thread(await_line, server.process, "redeployed: "))
+    await asyncio.gather(*(ask_on(number) for number in range(STREAMS)))
+    said = replacing.result()
+    if said.startswith("not"):
+        raise RuntimeError(said)
+    ends = Counter(each.end for each in found)
+    return [
+        *(
+            row(f"a redeploy: streams {kind}", STREAMS, ends[kind], "streams", len(found))
+            for kind in KINDS
+        ),
+        row("a redeploy: seconds", STREAMS, time.monotonic() - began_s, "s"),
+    ]
 
 
 async def _begun(server: ServerProcess) -> tuple[list[Streamed], asyncio.Future[float]]:
@@ -69,12 +101,11 @@ async def _begun(server: ServerProcess) -> tuple[list[Streamed], asyncio.Future[
 
 
 def _rows(what: str, found: list[Streamed], took_s: float) -> list[ServeRow]:
-    kinds = ("whole", "told of a failure", "not accounted for")
     ends = Counter(each.end for each in found)
     return [
         *(
             row(f"{what}: streams {kind}", STREAMS, ends[kind], "streams", STREAMS)
-            for kind in kinds
+            for kind in KINDS
         ),
         row(f"{what}: the last stream has ended after", STREAMS, took_s, "s"),
     ]

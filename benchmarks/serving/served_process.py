@@ -124,14 +124,14 @@ def served(home: Path | None = None, **options: Any) -> Iterator[ServerProcess]:
             stderr=subprocess.STDOUT,
         )
         try:
-            _await_line(process, "Ctrl-C")
+            await_line(process, "Ctrl-C")
             yield ServerProcess(process, StrictClient(port))
         finally:
             stop(process)
 
 
-def _await_line(process: subprocess.Popen[str], part: str) -> None:
-    """Read what a process says up to some words.
+def await_line(process: subprocess.Popen[str], part: str) -> str:
+    """Read what a process says up to some words; the line with them.
 
     Raises:
         RuntimeError: it ended without them.
@@ -141,7 +141,7 @@ def _await_line(process: subprocess.Popen[str], part: str) -> None:
     for line in process.stdout:
         said.append(line)
         if part in line:
-            return
+            return line
     raise RuntimeError(f"the server did not start: {''.join(said)}")
 
 

@@ -63,7 +63,8 @@ class ClassifyingWorker:
         self._loop = asyncio.get_running_loop()
         self._claim = StateClaim(config.state_dir / served.channel)
         self.worker_id = self._claim.name
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica, self._app = context.replica_id.unique_id, context.app_name
         send_lines(config.log_format, config.process_of(served, self.worker_id), front.log.remote)
         spec = served.worker
         torch.set_num_threads(spec.threads)
@@ -146,6 +147,7 @@ class ClassifyingWorker:
             self.worker_id, refresher.current, refresher.report, self._conditions
         ) | {
             "replica": self._replica,
+            "app": self._app,
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,

@@ -131,10 +131,10 @@ def _serve(
     publisher = open_publisher(settings, registry)
     panel = ControlPanel(publisher, registry, config.replicas, drafted.facts)
     first = panel.publish_full_depth()
-    with contextlib.closing(registry), running_pool(_pool(config, settings, spec)) as url:
+    with contextlib.closing(registry), running_pool(_pool(config, settings, spec)) as pool:
         panel.await_workers(first)
-        console.print(f"  {config.replicas} workers answer on {url}/v1, generation {first}")
-        traffic = Traffic(url, _model_id(config), config.new_tokens, settings.api_key)
+        console.print(f"  {config.replicas} workers answer on {pool.url}/v1, generation {first}")
+        traffic = Traffic(pool.url, _model_id(config), config.new_tokens, settings.api_key)
         return _exercise(config, panel, traffic)
 
 

@@ -34,9 +34,9 @@ def worker_class(model: PoolModel) -> type[Any]:
     return ServedWorker if model.heads is None else ClassifyingWorker
 
 
-def app_of(model: PoolModel) -> str:
-    """Name a model's application in Ray Serve."""
-    return f"offramp-{quote(model.name, safe='')}"
+def app_of(model: PoolModel, turn: int) -> str:
+    """Name a model's application in Ray Serve; each redeploy has its turn."""
+    return f"offramp-{quote(model.name, safe='')}-{turn}"
 
 
 class Front:
@@ -51,7 +51,6 @@ class Front:
         self._lines = WaitingLines()
         send_lines(config.log_format, "front", self._lines.add)
         self._inbox = TokenInbox()
-        self._models = config.models
         self._backends = {
             model.name: PoolBackend(model, config.clients, self._inbox) for model in config.models
         }
@@ -98,11 +97,10 @@ class Front:
         assert self._wire is not None  # workers are started after ``listen`` has returned
         return self._wire
 
-    async def connect(self) -> None:
-        """Begin to send requests to the workers."""
-        for model in self._models:
-            workers = serve.get_deployment_handle(worker_class(model).__name__, app_of(model))
-            await self._backends[model.name].connect(workers)
+    async def connect(self, model: PoolModel, app: str) -> None:
+        """Send a model's requests from now on to the workers of an application."""
+        workers = serve.get_deployment_handle(worker_class(model).__name__, app)
+        await self._backends[model.name].connect(workers, app, model.room)
 
     async def hear(self, model: str, report: dict[str, Any]) -> None:
         """Take what a worker of a model says of itself."""

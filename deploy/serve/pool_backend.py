@@ -70,7 +70,8 @@ class PoolBackend:
         self._inbox = inbox
         self._encoder: PromptEncoder | None = None
         self._workers: Any = None
-        self._room = model.room
+        self._app = ""
+        self._room = 0
         engine = model.worker.engine
         self._places = PromptPlaces(
             engine.prefill_tokens if engine.prefix_cache_mib else 0, max(1, model.worker.slots // 4)
@@ -79,13 +80,21 @@ class PoolBackend:
         self._streams: set[Any] = set()
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    async def connect(self, workers: Any) -> None:
-        """Begin to send requests to a deployment's workers; returns once one has reported."""
-        context, self.most_tokens = await workers.most_tokens.remote()
-        self._encoder = PromptEncoder(self.tokenizer, context)
-        while not self.reports():
+    async def connect(self, workers: Any, app: str, room: int) -> None:
+        """Send requests from now on to a deployment's workers; returns once one has reported.
+
+        Args:
+            workers: Handle of the deployment.
+            app: Its application's name.
+            room: Requests that one of its workers decodes or lets wait.
+        """
+        context, most_tokens = await workers.most_tokens.remote()
+        while not self._serving(app):
             await asyncio.sleep(_PAUSE_S)
-        self._workers = workers
+        if self._encoder is None:
+            self._encoder = PromptEncoder(self.tokenizer, context)
+        self.most_tokens, self._room = most_tokens, room
+        self._workers, self._app = workers, app
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -99,11 +108,15 @@ class PoolBackend:
             return "draining"
         if self._workers is None:
             return "starting"
-        return None if self.reports() else "without workers"
+        return None if self._serving(self._app) else "without workers"
 
     def load(self) -> tuple[int, int]:
         """Requests under way, and how many may be."""
-        return self._outstanding, self._room * len(self.reports())
+        return self._outstanding, self._room * len(self._serving(self._app))
+
+    def _serving(self, app: str) -> set[str]:
+        """Replicas of an application that have reported; those of another end what they have."""
+        return {report["replica"] for report in self.reports() if report["app"] == app}
 
     async def submit_all(
         self,
@@ -170,8 +183,8 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         arriving = self._inbox.expect(name)
-        replicas = {report["replica"] for report in self.reports()}
-        chosen, requests = self._places.choose(beginnings, replicas, count), count
+        replicas, requests = self._serving(self._app), count
+        chosen = self._places.choose(beginnings, replicas, count)
         # See ``WorkerRouter`` for why the worker is named so.
         workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
         stream = workers.generate.remote(arriving.number, *request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import ConfigError
@@ -49,6 +50,13 @@ class PoolModel:
     def most_replicas(self) -> int:
         """Workers at most."""
         return self.replicas if self.growth is None else self.growth.most
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """How many workers Ray Serve is to run, in its words."""
+        if self.growth is None:
+            return {"num_replicas": self.replicas}
+        return {"autoscaling_config": self.growth.serve_config(self.replicas)}
 
     @property
     def room(self) -> int:

@@ -93,7 +93,8 @@ class ServedWorker:
         self._claim = StateClaim(config.state_dir / model.channel)
         self.worker_id = self._claim.name
         # Unlike that name, another worker never has it again.
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica, self._app = context.replica_id.unique_id, context.app_name
         send_lines(config.log_format, config.process_of(model, self.worker_id), front.log.remote)
         engine = load_engine(model.worker)
         self.refresher = follow_channel(
@@ -217,6 +218,7 @@ class ServedWorker:
         running, waiting = engine.load
         return policy | {
             "replica": self._replica,
+            "app": self._app,
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,

@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -60,8 +60,8 @@ STOP_S = 15.0
 
 
 @contextlib.contextmanager
-def running_pool(config: PoolConfig) -> Iterator[str]:
-    """Deploy a pool on the current Ray cluster; yields its base URL and shuts it down after.
+def running_pool(config: PoolConfig) -> Iterator[RunningPool]:
+    """Deploy a pool on the current Ray cluster, and shut it down after.
 
     Raises:
         ConfigError: the port is taken.
@@ -80,15 +80,75 @@ def running_pool(config: PoolConfig) -> Iterator[str]:
         front = stack.enter_context(_listening(config))
         if config.log_format is not None:
             threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
-        _deploy([_target(config, model, front) for model in config.models])
-        ray.get(front.connect.remote())
-        yield f"http://{config.host}:{config.port}"
+        pool = RunningPool(config, front)
+        pool.start(config, config.models)
+        yield pool
 
 
-def _target(config: PoolConfig, model: PoolModel, front: Any) -> serve.RunTarget:
+class RunningPool:
+    """A pool that serves, and whose workers can be replaced meanwhile.
+
+    Args:
+        config: What it is made of.
+        front: The actor that clients talk to.
+
+    Attributes:
+        url: Base of its routes.
+    """
+
+    def __init__(self, config: PoolConfig, front: Any) -> None:
+        self.url = f"http://{config.host}:{config.port}"
+        self._front = front
+        self._turn = 0
+        self._apps: dict[str, str] = {}
+
+    def start(self, config: PoolConfig, models: Sequence[PoolModel]) -> None:
+        """Start workers of models, and send requests to them once all are up.
+
+        Raises:
+            ConfigError: a worker cannot start.
+        """
+        apps = {model.name: app_of(model, self._turn) for model in models}
+        try:
+            _deploy([_target(config, model, self._front, apps[model.name]) for model in models])
+        except BaseException:
+            for app in apps.values():
+                serve.delete(app)
+            raise
+        for model in models:
+            ray.get(self._front.connect.remote(model, apps[model.name]))
+        self._apps |= apps
+
+    def redeploy(self, config: PoolConfig) -> None:
+        """Replace the workers of one model after the other, without a request that is lost.
+
+        New ones start beside the old ones, which end what they have once requests go to the new.
+
+        Args:
+            config: The same models, otherwise served; what is not of a model stays as it was.
+
+        Raises:
+            ConfigError: it is not of the same models, or a worker cannot start; then the old ones
+                of this model and of those behind it stay.
+            ModelError: a model folder cannot be served; then all stay.
+        """
+        if [model.name for model in config.models] != list(self._apps):
+            known = ", ".join(self._apps)
+            raise ConfigError("models", f"are not {known} any more", "Start another pool for that")
+        for model in config.models:
+            require_model(model)
+        self._turn += 1
+        for model in config.models:
+            before = self._apps[model.name]
+            self.start(config, [model])
+            with contextlib.suppress(TimeoutError):  # it goes on ending what it has
+                serve.delete(before)
+
+
+def _target(config: PoolConfig, model: PoolModel, front: Any, app: str) -> serve.RunTarget:
     """The workers of one model, as Ray Serve is to run them."""
     workers = serve.deployment(worker_class(model)).options(
-        **_size(model),
+        **model.size,
         # The front takes no more than all workers have room for; this spreads them.
         max_ongoing_requests=model.room,
         request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
@@ -99,14 +159,7 @@ def _target(config: PoolConfig, model: PoolModel, front: Any) -> serve.RunTarget
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     bound = workers.bind(config, model, front)
-    return serve.RunTarget(bound, name=app_of(model), route_prefix=None)
-
-
-def _size(model: PoolModel) -> dict[str, Any]:
-    """How many workers Ray Serve is to run."""
-    if model.growth is None:
-        return {"num_replicas": model.replicas}
-    return {"autoscaling_config": model.growth.serve_config(model.replicas)}
+    return serve.RunTarget(bound, name=app, route_prefix=None)
 
 
 def require_model(model: PoolModel) -> None:

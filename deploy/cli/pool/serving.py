@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.pool import pool_options
 from offramp.deploy.cli.pool.model_tables import models_of
+from offramp.deploy.cli.pool.pool_signals import REDEPLOY, catch_signals
 from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
@@ -108,17 +108,22 @@ def serve(
 ) -> None:
     """Serve models on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     given = locals()
-    named = models_of(context, given)
-    workers = sum(each["max_replicas"] or each["replicas"] for each in named.values())
     settings = Settings.from_environment(channel=channel)
     config = PoolConfig(
-        models=tuple(_model(name, each, workers) for name, each in named.items()),
+        models=_models(context, given),
         host=host,
         port=port,
         limits=_limits(max_body_bytes, max_choices, deadline, drain),
         **_followed(settings, trust) | {"log_format": log_format},
     )
-    _serve(config, settings, trust, redis_port)
+    _serve(config, settings, trust, redis_port, lambda: _models(context, given))
+
+
+def _models(context: typer.Context, given: dict[str, Any]) -> tuple[PoolModel, ...]:
+    """What is to be served; of a file, what it says now."""
+    named = models_of(context, given)
+    workers = sum(each["max_replicas"] or each["replicas"] for each in named.values())
+    return tuple(_model(name, each, workers) for name, each in named.items())
 
 
 def _model(name: str, given: dict[str, Any], workers: int) -> PoolModel:
@@ -222,8 +227,14 @@ def _kept_traffic(settings: Settings) -> TrafficConfig | None:
     )
 
 
-def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int) -> None:
-    """Serve until told to stop."""
+def _serve(
+    config: PoolConfig,
+    settings: Settings,
+    trust: Path | None,
+    redis_port: int,
+    models: Callable[[], tuple[PoolModel, ...]],
+) -> None:
+    """Serve until told to stop, and anew, with what ``models`` then says, when told so."""
     _require_servable(config, settings, trust, redis_port)
     tell = _logger.info if config.log_format == "json" else console.print
     with contextlib.ExitStack() as stack:
@@ -234,19 +245,29 @@ def _serve(config: PoolConfig, settings: Settings, trust: Path | None, redis_por
             tell(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:
             public_key_path(settings)
-        cpus = max(config.most_replicas, os.cpu_count() or 1)
+        # While a model is redeployed, it has its workers twice.
+        twice = max(model.most_replicas for model in config.models)
+        cpus = max(config.most_replicas + twice, os.cpu_count() or 1)
         stack.enter_context(ray_session(settings.ray_address, cpus))
-        url = stack.enter_context(running_pool(config))
-        wait = _catch_signals()
-        said = ", ".join(map(_described, config.models))
-        tell(f"{said} on {url}/v1; Ctrl-C stops it")
-        wait()
+        pool = stack.enter_context(running_pool(config))
+        wait = catch_signals()
+        tell(f"{_described(config)} on {pool.url}/v1; Ctrl-C stops it")
+        while wait() == REDEPLOY:
+            try:
+                config = replace(config, models=models())
+                pool.redeploy(config)
+                tell(f"redeployed: {_described(config)}")
+            except (OfframpError, OSError) as error:
+                tell(f"not redeployed: {error}")
 
 
-def _described(model: PoolModel) -> str:
-    grown = "" if model.growth is None else f" to {model.most_replicas}"
-    workers = f"{model.replicas}{grown} workers, threads: {model.worker.threads} each"
-    return f"{model.name} with {workers}"
+def _described(config: PoolConfig) -> str:
+    said = []
+    for model in config.models:
+        grown = "" if model.growth is None else f" to {model.most_replicas}"
+        workers = f"{model.replicas}{grown} workers, threads: {model.worker.threads} each"
+        said.append(f"{model.name} with {workers}")
+    return ", ".join(said)
 
 
 def _require_servable(
@@ -270,15 +291,3 @@ def _require_servable(
         require_free("127.0.0.1", redis_port, "redis_port")
     else:
         open_registry(settings).close()
-
-
-def _catch_signals() -> Callable[[], object]:
-    """Catch SIGINT and SIGTERM from here on; the function it returns waits for the first."""
-    # A byte in a pipe cannot be missed and raises nothing: a signal that comes before the wait
-    # ends it at once, and a second one does not interrupt the cleaning up.
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    return lambda: os.read(told, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from offramp.deploy.serve.settings import Settings
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.spec import WorkerSpec, load_engine
 from support.classifying.labelled_files import encoder_folder, labelled_file
-from support.pools.served_pool import PATIENCE_S, ServedPool, run
+from support.pools.served_pool import PATIENCE_S, ServedPool, run, streams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -41,12 +42,12 @@ class Classifying:
         self.heads = heads
         self.classifier = self.model.classifier(heads)
         self.home = folder / "home"
-        file = folder / "models.toml"
-        file.write_text(
+        self.file = folder / "models.toml"
+        self.file.write_text(
             f"[classes]\nmodel = '{model}'\nclassify = '{heads}'\n"
             "[reference]\nchannel = 'tokens'\nslots = 12\n"
         )
-        self.pool = ServedPool(self.home, {"--models": file, "--replicas": 1})
+        self.pool = ServedPool(self.home, {"--models": self.file, "--replicas": 1})
 
     def publish(self, layer: int, heads: Path | None, channel: str = "default") -> int:
         """Have texts leave after a layer, for these heads or, without, for tokens."""
@@ -140,8 +141,8 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
     assert "it names no heads: it is for tokens" in policy["reason"]
 
 
-async def asked_of(client: httpx.AsyncClient, model: str) -> Any:
-    asked = {"model": model, "prompt": [11, 12], "max_tokens": 4, "offramp": {"stats": True}}
+async def asked_of(client: httpx.AsyncClient, model: str, tokens: int = 4) -> Any:
+    asked = {"model": model, "prompt": [11, 12], "max_tokens": tokens, "offramp": {"stats": True}}
     reply = await client.post("/v1/completions", json=asked)
     assert reply.status_code == 200, reply.text
     return reply.json()["offramp"]
@@ -171,6 +172,56 @@ def test_another_model_of_the_pool_follows_a_channel_of_its_own(served: Classify
     for model, runs in (("classes", classes), ("reference", generation)):
         labels = f'model_name="{model}",worker="worker-0-[0-9a-f]+"'
         assert re.search(f"offramp_policy_generation{{{labels}}} {float(runs)}", metrics)
+
+
+def told_to_redeploy(served: Classifying) -> str:
+    """What the command says of a redeploy, once it is done."""
+    served.pool.process.send_signal(signal.SIGUSR1)
+    assert served.pool.process.stdout is not None
+    return next(line for line in served.pool.process.stdout if "redeployed: " in line)
+
+
+def test_a_redeploy_replaces_all_workers_and_loses_no_request(served: Classifying) -> None:
+    before = {each.pid for each in served.pool.workers()}
+    written = served.file.read_text()
+    served.file.write_text(written.replace("slots = 12", "slots = 12\nkv_mode = 'verify'"))
+
+    async def meanwhile(client: httpx.AsyncClient) -> Any:
+        outcomes, tasks = await streams(client, 600)
+        said = asyncio.create_task(asyncio.to_thread(told_to_redeploy, served))
+        answered = 0
+        while not said.done() or {each.pid for each in served.pool.workers()} & before:
+            assert await classified(client)
+            assert await asked_of(client, "reference")
+            answered += 1
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*tasks)
+        return outcomes, said.result(), answered, await asked_of(client, "reference", 16)
+
+    outcomes, said, answered, stats = run(served.pool, meanwhile)
+    assert said.startswith("redeployed: classes with 1 workers")
+    assert all(outcome.is_whole for outcome in outcomes), outcomes
+    assert answered
+    # The policy came from the registry again, and the new workers verify what its exits draft.
+    assert stats["drafts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("models", "why"),
+    [("[classes", "models: "), ("[another]\n", "are not classes, reference any more")],
+)
+def test_what_cannot_be_redeployed_changes_nothing(
+    served: Classifying, models: str, why: str
+) -> None:
+    before = {each.pid for each in served.pool.workers()}
+    written = served.file.read_text()
+    served.file.write_text(models)
+    said = told_to_redeploy(served)
+    served.file.write_text(written)
+    assert said.startswith("not redeployed: ")
+    assert why in said
+    assert {each.pid for each in served.pool.workers()} == before
+    assert run(served.pool, classified)
 
 
 def test_one_model_without_workers_leaves_the_others_alone(served: Classifying) -> None:
