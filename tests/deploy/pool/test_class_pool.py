@@ -224,25 +224,25 @@ def test_what_cannot_be_redeployed_changes_nothing(
     assert run(served.pool, classified)
 
 
-def test_one_model_without_workers_leaves_the_others_alone(served: Classifying) -> None:
+def test_one_model_that_loses_its_worker_leaves_the_others_alone(served: Classifying) -> None:
+    before = run(served.pool, lambda client: told(client, "reference"))["replica"]
     (lost,) = [each for each in served.pool.workers() if "ServedWorker" in each.cmdline()[0]]
     lost.kill()
 
     async def meanwhile(client: httpx.AsyncClient) -> Any:
-        while (await client.get("/health")).json()["models"]["reference"] == "ok":
+        states = set()
+        while True:
             assert await classified(client)
-            await asyncio.sleep(0.05)
-        asked = {"model": "reference", "prompt": [11, 12], "max_tokens": 2}
-        refused = await client.post("/v1/completions", json=asked)
-        health = await client.get("/health")
-        while (await client.get("/health")).json()["models"]["reference"] != "ok":
-            assert await classified(client)
-            await asyncio.sleep(0.2)
-        return refused, health, await asked_of(client, "reference")
+            health = await client.get("/health")
+            assert health.status_code == 200
+            states.add(tuple(sorted(health.json()["models"].items())))
+            now = await client.get("/v1/policy", params={"model": "reference"})
+            if now.status_code == 200 and now.json()["replica"] != before:
+                return states, await asked_of(client, "reference")
+            await asyncio.sleep(0.1)
 
-    refused, health, again = run(served.pool, meanwhile)
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "without_workers"
-    assert health.status_code == 200
-    assert health.json()["models"] == {"classes": "ok", "reference": "without workers"}
+    states, again = run(served.pool, meanwhile)
+    # Whether it is seen without workers depends on how soon another has its place.
+    assert {dict(state)["classes"] for state in states} == {"ok"}
+    assert {dict(state)["reference"] for state in states} <= {"ok", "without workers"}
     assert len(again["exit_layers"]) == 4
