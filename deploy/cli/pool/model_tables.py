@@ -12,7 +12,7 @@ from offramp.controller.errors import ConfigError
 
 OF_THE_POOL = (
     *("models", "served_model_name", "host", "port", "redis_port", "max_body_bytes", "max_choices"),
-    *("deadline", "drain", "trust", "log_format", "help"),
+    *("deadline", "drain", "trust", "log_format"),
 )
 """Options of the command that no single model can have."""
 
