@@ -124,9 +124,9 @@ class Classification:
                     )
             except TimeoutError as error:
                 raise DeadlineError("the request's deadline has passed") from error
-            layers = [each.layers for each in found]
             if span is not None:
-                span.set_attributes(of_texts(layers, [each.generation for each in found], tokens))
+                span.set_attributes(of_texts(found, tokens))
+        layers = [each.layers for each in found]
         self._metrics.count_texts(layers, tokens, time.perf_counter() - began_s)
         return found, tokens
 
@@ -170,6 +170,7 @@ class Classification:
             "exit_layer": found.layers,
             "layers": self._backend.layers,
             "generation": found.generation,
+            "energy": found.energy and found.energy._asdict(),
         }
 
     def _said(self, place: int, found: ClassifiedText, body: ClassifyRequest) -> TextClass:

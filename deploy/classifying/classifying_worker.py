@@ -19,7 +19,7 @@ from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import keep_to_loopback
-from offramp.deploy.serve.worker_report import describe_policy
+from offramp.deploy.serve.worker_report import describe_policy, energy_of
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
 from offramp.worker.decoding.request import PolicySnapshot
@@ -154,6 +154,7 @@ class ClassifyingWorker:
             "tokens": self._tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
+            "energy": energy_of(self.service.meter.totals),
             "tasks": len(asyncio.all_tasks(self._loop)),
         }
 

@@ -16,6 +16,7 @@ from offramp.controller.errors import DecodeFailedError, OfframpError, Overloade
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.placing.prompt_places import PromptPlaces
+from offramp.deploy.serve.placing.worker_router import HEARD
 from offramp.deploy.serve.pool_config import PoolModel
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.classifying.class_heads import labels_in
@@ -183,27 +184,24 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         arriving = self._inbox.expect(name)
-        replicas, requests = self._serving(self._app), count
-        chosen = self._places.choose(beginnings, replicas, count)
-        # See ``WorkerRouter`` for why the worker is named so.
-        workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
-        stream = workers.generate.remote(arriving.number, *request)
-        self._streams.add(stream)
-        following = asyncio.create_task(_follow(stream, arriving))
-        try:
-            while count:
-                tokens = await arriving.take()
-                count -= sum(event.finish_reason is not None for _, event in tokens)
-                yield tokens
-        finally:
-            if chosen is not None:
-                self._places.ended(chosen, requests)
-            if arriving.worker is not None:  # another, if the chosen one could not take it
-                self._places.note(beginnings, arriving.worker)
-            self._inbox.forget(arriving)
-            self._streams.discard(stream)
-            following.cancel()
-            stream.cancel()
+        with self._places.chosen(beginnings, self._serving(self._app), count) as chosen:
+            # See ``WorkerRouter`` for why the worker is named so.
+            workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
+            stream = workers.generate.remote(arriving.number, *request)
+            self._streams.add(stream)
+            following = asyncio.create_task(_follow(stream, arriving))
+            try:
+                while count:
+                    tokens = await arriving.take()
+                    count -= sum(event.finish_reason is not None for _, event in tokens)
+                    yield tokens
+            finally:
+                if arriving.worker is not None:  # another, if the chosen one could not take it
+                    self._places.note(beginnings, arriving.worker)
+                self._inbox.forget(arriving)
+                self._streams.discard(stream)
+                following.cancel()
+                stream.cancel()
 
     async def classify(
         self,
@@ -227,9 +225,11 @@ class PoolBackend:
         finally:
             self._outstanding -= len(sequences)
 
-    async def _classified(self, *asked: Any) -> list[ClassifiedText]:
-        with _told_as_ours():
-            return cast("list[ClassifiedText]", await self._workers.classify.remote(*asked))
+    async def _classified(self, texts: Sequence[Any], *asked: Any) -> list[ClassifiedText]:
+        with self._places.chosen((), self._serving(self._app), len(texts)) as chosen:
+            workers = self._workers.options(multiplexed_model_id=chosen or "")
+            with _told_as_ours():
+                return cast("list[ClassifiedText]", await workers.classify.remote(texts, *asked))
 
     def abandon(self) -> None:
         """End every stream that is still open with an error."""
@@ -240,6 +240,7 @@ class PoolBackend:
         """Take what a worker says of itself."""
         self._heard.pop(report["worker"], None)
         self._heard[report["worker"]] = time.monotonic(), report
+        HEARD.note(report["replica"])
 
     def reports(self) -> list[dict[str, Any]]:
         """What each worker said last, if it has said anything for some time."""

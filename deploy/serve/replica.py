@@ -19,11 +19,12 @@ from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.token_wire import TokenWire
-from offramp.deploy.serve.worker_report import conditions_of, describe_policy
+from offramp.deploy.serve.worker_report import conditions_of, describe_policy, energy_of
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.energy.track_meter import TrackMeter, serving_source
+from offramp.worker.energy.step_meter import serving_source
+from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.shadows import ShadowRunner
@@ -123,7 +124,9 @@ class ServedWorker:
             from offramp.deploy.serve.traffic_keeping import KeptTraffic
 
             self._traffic = KeptTraffic(engine, model.traffic, self.worker_id)
-        self._meter = TrackMeter(engine, serving_source(engine), self.refresher.watches)
+        self._meter = TrackMeter(
+            engine, serving_source(engine.stack.device), self.refresher.watches
+        )
         self.service = EngineService(
             engine, max_waiting=model.max_waiting, after_step=self._after_step, around=self._meter
         )
@@ -225,7 +228,7 @@ class ServedWorker:
             "tokens": self._tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
-            "energy": [(*read, *taken) for read, taken in tuple(self._meter.totals.items())],
+            "energy": energy_of(self._meter.totals),
             "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }

@@ -33,8 +33,8 @@ FROZEN_S = 4.0
 """A worker that does not answer them for so long is replaced."""
 
 ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
-"""Requests of one burst are spread by what was sent; after it workers are asked for their load
-again: one that froze does not answer."""
+"""Requests of one burst are spread by what was sent; after it workers that were not heard of lately
+are asked for their load again: one that froze does not answer."""
 
 OF_SERVE = {
     # Else Ray Serve asks a worker that answers nothing to end, and waits as long as draining may

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from offramp.controller.release.registry import Ack
@@ -69,3 +69,8 @@ def _describe(snapshot: PolicySnapshot, conditions: Conditions) -> dict[str, Any
         "setting": snapshot.setting,
         **{name: getattr(tally, name) for name in _TOLD_OF_TALLIES},
     }
+
+
+def energy_of(totals: Mapping[tuple[str, str], tuple[float, int]]) -> list[tuple[Any, ...]]:
+    """List method, source, joules and tokens (or texts) of the steps whose energy was read."""
+    return [(*read, *taken) for read, taken in tuple(totals.items())]

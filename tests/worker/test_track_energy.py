@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 
-from offramp.controller.costs.readings import EnergyMethod, EnergyReading, EnergyShare, unavailable
+from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import CompletionStats, KVMode, PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.energy.track_meter import BATCH_TOKENS, BusyCores, TrackMeter, serving_source
+from offramp.worker.energy.step_meter import BATCH_TOKENS, BusyCores, serving_source
+from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.engine_config import EngineConfig
 from support.models import LAYERS, make_model
+from support.one_joule import OneJoule
 
 TOKENS = 3 * BATCH_TOKENS + 1
 LONG = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-
-
-@dataclass
-class OneJoule:
-    """A counter that moves by a joule between any two looks."""
-
-    known: bool = True
-    joules: float = 1.0
-    slow_s: float = 0.0
-    looks: int = 0
-
-    def start(self) -> None:
-        self.looks += 1
-        if self.slow_s:
-            time.sleep(self.slow_s)
-
-    def stop(self, before: None, window_s: float) -> EnergyReading:
-        if not self.known:
-            return unavailable(window_s, "nothing here")
-        return EnergyReading(
-            joules=self.joules,
-            method=EnergyMethod.MEASURED_SHARED,
-            source="a counter",
-            scope="this test",
-            window_s=window_s,
-        )
 
 
 def snapshots() -> tuple[PolicySnapshot, PolicySnapshot]:
@@ -181,7 +156,7 @@ def shared(stats: CompletionStats) -> EnergyShare:
 
 def test_without_counters_busy_cores_are_charged_and_nothing_is_hooked() -> None:
     made = engine()
-    source = serving_source(made)
+    source = serving_source(made.stack.device)
     stable, _ = snapshots()
     decode(BusyCores(), (stable,))
     assert stable.watch is not None

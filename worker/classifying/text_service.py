@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from offramp.controller.costs.readings import EnergyReading, EnergyShare
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
 from offramp.worker.classifying.text_audits import TextAudits
 from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.energy.meter import EnergySource
+from offramp.worker.energy.step_meter import StepMeter, TrackBatches, attributed, serving_source
 from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
 
 CLASSIFY = "classify"
@@ -38,6 +41,7 @@ class ClassifiedText:
         probs: Chances of the classes.
         layers: Layers that it ran.
         generation: Release that decided it; 0: full depth, or no release.
+        energy: Its share of what its batch took, by the layers that each text ran; None: unknown.
         is_best: Whether it is the best of those that it was compared with.
     """
 
@@ -45,6 +49,7 @@ class ClassifiedText:
     probs: tuple[float, ...]
     layers: int
     generation: int
+    energy: EnergyShare | None = None
     is_best: bool = False
 
 
@@ -75,9 +80,11 @@ class TextService:
         dtype: Number format of the weights, as certificates name it.
         audit_share: Share of the texts under a watched release that full depth is asked about, too,
             if they left early, once they are answered.
+        source: Says what a batch took; by default the device's counter, or busy cores.
 
     Attributes:
         classified: Texts classified so far.
+        meter: Energy of the batches so far.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class TextService:
         max_waiting: int = 64,
         dtype: str = "float32",
         audit_share: float = 0.0,
+        source: EnergySource | None = None,
     ) -> None:
         self.classifier = classifier
         self.classified = 0
@@ -96,6 +104,8 @@ class TextService:
         self._rows, self._most = rows, rows + max_waiting
         self._dtype = dtype
         self._audits = TextAudits(classifier, audit_share)
+        self.meter = StepMeter(source or serving_source(classifier.stack.device))
+        self._tracks = TrackBatches()
         self._line: deque[_Waiting] = deque()
         self._running = 0
         self._ends = False
@@ -246,20 +256,26 @@ class TextService:
 
     def _classify(self, batch: Sequence[_Waiting]) -> list[ClassifiedText]:
         first, guard = batch[0], self.classifier.guard
-        sequences = [each.tokens for each in batch]
-        if first.race is not None:
-            best, run = first.race.run(sequences)
+        race, sequences = first.race, [each.tokens for each in batch]
+        if race is not None:
+            (best, run), reading = self.meter.run(lambda: race.run(sequences), lambda _: len(batch))
             self.classified += len(batch)
-            return [_text(run, row, is_best=row == best) for row in range(len(batch))]
+            shares = _shares(run, reading)
+            return [_text(run, row, shares[row], is_best=row == best) for row in range(len(batch))]
         failed, begun_s = guard.failures, time.perf_counter()
         watch = first.snapshot.watch
         policy = FULL_DEPTH if watch is not None and watch.tripped else first.policy
-        run = self.classifier.run(sequences, policy)
+        run, reading = self.meter.run(
+            lambda: self.classifier.run(sequences, policy), lambda _: len(batch)
+        )
         self.classified += len(batch)
         is_full = isinstance(policy, NeverExit)
         self._tell(first.snapshot, run, guard.failures - failed, time.perf_counter() - begun_s)
+        if watch is not None and reading is not None and reading.joules is not None:
+            self._tracks.note(watch.tally, reading, reading.joules, len(batch))
         generation = 0 if is_full else first.snapshot.generation
-        return [_text(run, row, generation) for row in range(len(batch))]
+        shares = _shares(run, reading)
+        return [_text(run, row, shares[row], generation) for row in range(len(batch))]
 
     def _tell(
         self, snapshot: PolicySnapshot, run: Classified, failures: int, seconds: float
@@ -275,13 +291,28 @@ class TextService:
         watch.note_gap(seconds, tokens=len(run.layers_N), layers=run.row_layers)
 
 
+def _shares(run: Classified, reading: EnergyReading | None) -> list[EnergyShare | None]:
+    """What each text of a batch took, shared by the layers that each ran."""
+    # A counter that did not move says nothing of so short a batch.
+    if reading is None or not reading.joules:
+        return [None] * len(run.layers_N)
+    layer_j, read = reading.joules / int(run.layers_N.sum()), attributed(reading)
+    return [EnergyShare(layer_j * layers, *read, 1.0) for layers in run.layers_N.tolist()]
+
+
 def _text(
-    run: Classified, row: int, generation: int = 0, *, is_best: bool = False
+    run: Classified,
+    row: int,
+    energy: EnergyShare | None,
+    generation: int = 0,
+    *,
+    is_best: bool = False,
 ) -> ClassifiedText:
     return ClassifiedText(
         label=int(run.label_N[row]),
         probs=tuple(run.probs_NC[row].tolist()),
         layers=int(run.layers_N[row]),
         generation=generation,
+        energy=energy,
         is_best=is_best,
     )

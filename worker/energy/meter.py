@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from offramp.controller.costs.readings import EnergyReading, unavailable
 from offramp.worker.energy.modelled import ModelledSource
 from offramp.worker.energy.nvml import open_nvml
@@ -90,15 +92,22 @@ class Meter:
             span._reading = reading if done else None
 
 
+def counter_of(device: torch.device) -> EnergySource | None:
+    """What counts a device's energy: a GPU's counter, or a processor's packages'.
+
+    None: a processor without one. ``NoSource``: a device of which nothing is known.
+    """
+    if device.type == "cuda":
+        gpu, why = open_nvml(device.index or 0)
+        return gpu or NoSource(why)
+    if device.type != "cpu":
+        return NoSource(f"no counter is known for {device.type}")
+    return open_rapl()[0]
+
+
 def open_meter(engine: EngineCore) -> Meter:
     """The best source for an engine's device that is really there.
 
     A GPU's counter for a GPU; for a CPU its packages' counters, else the model.
     """
-    device = engine.stack.device
-    if device.type == "cuda":
-        gpu, why = open_nvml(device.index or 0)
-        return Meter(gpu or NoSource(why))
-    if device.type != "cpu":
-        return Meter(NoSource(f"no counter is known for {device.type}"))
-    return Meter(open_rapl()[0] or ModelledSource(engine))
+    return Meter(counter_of(engine.stack.device) or ModelledSource(engine))

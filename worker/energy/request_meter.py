@@ -9,6 +9,7 @@ from typing import NamedTuple
 from offramp.controller.costs.readings import EnergyMethod, EnergyReading, EnergyShare
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 from offramp.worker.decoding.sequence import Sequence as Row
+from offramp.worker.energy.step_meter import attributed
 
 
 class Charge(NamedTuple):
@@ -85,9 +86,3 @@ class RequestMeter:
         if taken is None:
             return event
         return replace(event, stats=replace(stats, energy=taken.share(stats)))
-
-
-def attributed(reading: EnergyReading) -> tuple[EnergyMethod, str]:
-    """Method and source of a share: what was measured of all rows at once is attributed to each."""
-    is_measured = reading.method in (EnergyMethod.MEASURED_DEVICE, EnergyMethod.MEASURED_SHARED)
-    return EnergyMethod.ATTRIBUTED if is_measured else reading.method, reading.source

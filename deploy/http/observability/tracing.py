@@ -14,8 +14,10 @@ from typing import Any
 from opentelemetry.propagate import extract
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
+from offramp.controller.costs.readings import EnergyShare
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.http.backend import Tokens
+from offramp.worker.classifying.text_service import ClassifiedText
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 
 SPAN = "llm_request"
@@ -120,20 +122,33 @@ def require_exporter() -> None:
         raise ConfigError("OFFRAMP_OTLP_ENDPOINT", problem, 'Run pip install "offramp[otel]"')
 
 
-def of_texts(layers: Sequence[int], generations: Sequence[int], tokens: int) -> dict[str, Any]:
+def of_texts(found: Sequence[ClassifiedText], tokens: int) -> dict[str, Any]:
     """What is said of texts that were classified: how deep each went, under which releases.
 
     Args:
-        layers: Layers that each text ran, at least one text.
-        generations: Release that decided each; 0: none.
+        found: What became of each, at least one.
         tokens: Tokens of all of them.
     """
+    layers = [each.layers for each in found]
     return {
         "gen_ai.usage.input_tokens": tokens,
-        "offramp.texts": len(layers),
-        "offramp.generation": max(generations),
+        "offramp.texts": len(found),
+        "offramp.generation": max(each.generation for each in found),
         "offramp.mean_exit_layer": sum(layers) / len(layers),
         "offramp.layer_calls": sum(layers),
+        **_energy_of([each.energy for each in found]),
+    }
+
+
+def _energy_of(shares: Sequence[EnergyShare | None]) -> dict[str, Any]:
+    """What all of a request took; nothing if a part is unknown, or was read another way."""
+    known = [each for each in shares if each is not None]
+    if len(known) < len(shares) or len({(each.method, each.source) for each in known}) != 1:
+        return {}
+    return {
+        "offramp.energy_joules": sum(each.joules for each in known),
+        "offramp.energy_method": known[0].method.value,
+        "offramp.energy_source": known[0].source,
     }
 
 
@@ -155,4 +170,5 @@ def _of_ends(ends: list[TokenEvent]) -> dict[str, Any]:
         "offramp.drafts": sum(each.drafts for each in told),
         "offramp.drafts_accepted": sum(each.drafts_accepted for each in told),
         "offramp.cached_tokens": sum(each.cached_tokens or 0 for each in told),
+        **_energy_of([each.energy for each in told]),
     }

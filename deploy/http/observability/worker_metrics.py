@@ -101,10 +101,12 @@ def _energy(said: Said) -> Iterator[Metric]:
     """Joules and tokens of the steps that were read: no sample where the energy is unknown."""
     labels = ("model_name", "worker", "method", "source")
     joules = CounterMetricFamily(
-        PREFIX + "energy_joules", "Energy of the decoding steps at which it was read", labels=labels
+        PREFIX + "energy_joules",
+        "Energy of steps, or of batches of texts, at which it was read",
+        labels=labels,
     )
     tokens = CounterMetricFamily(
-        PREFIX + "energy_tokens", "Tokens that these steps emitted", labels=labels
+        PREFIX + "energy_tokens", "Tokens that these steps emitted, or texts", labels=labels
     )
     for model, report in said:
         for method, source, taken, emitted in report.get("energy", ()):

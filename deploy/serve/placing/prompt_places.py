@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from offramp.worker.engine.prefixes import beginnings
 
@@ -44,7 +45,7 @@ class PromptPlaces:
         return [name for _, name in beginnings(cache_salt, prompt, self._chunk)]
 
     def choose(self, names: Sequence[bytes], workers: Collection[str], requests: int) -> str | None:
-        """Choose a worker for requests; call ``ended`` when they have.
+        """Choose a worker for requests; call ``ended`` when they have, or use ``chosen``.
 
         Args:
             names: Names of their prompt's beginnings, the shortest first.
@@ -52,9 +53,9 @@ class PromptPlaces:
             requests: Number of requests.
 
         Returns:
-            The worker; None if there is none, or if workers keep nothing.
+            The worker, the idlest if none has read anything of it; None if there is none.
         """
-        if not (self._chunk and workers):
+        if not workers:
             return None
         least = min(self._load[worker] for worker in workers)
         chosen, is_known = None, False
@@ -72,6 +73,18 @@ class PromptPlaces:
         self._load[chosen] += requests
         self.note(names, chosen)
         return chosen
+
+    @contextmanager
+    def chosen(
+        self, names: Sequence[bytes], workers: Collection[str], requests: int
+    ) -> Iterator[str | None]:
+        """Choose a worker as ``choose`` does, for requests that have ended when the block has."""
+        chosen = self.choose(names, workers, requests)
+        try:
+            yield chosen
+        finally:
+            if chosen is not None:
+                self.ended(chosen, requests)
 
     def ended(self, worker: str, requests: int) -> None:
         """Note that requests of a worker have ended."""

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 from offramp.deploy.http.http_app import create_app
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.energy.track_meter import BusyCores, TrackMeter
+from offramp.worker.energy.step_meter import BusyCores
+from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.service import EngineService
 from support.models import make_model
 from support.tokenizers import byte_level_tokenizer

@@ -27,6 +27,7 @@ from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.encoding import PromptEncoder
 from support.certificates import certificate
 from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, like_heads
+from support.one_joule import OneJoule
 from support.tokenizers import word_tokenizer
 
 POLICY = PolicySnapshot(
@@ -77,10 +78,15 @@ class Classes:
         return [{field: 0 for field, _ in REPORTED.values()} | said]
 
 
+READ = {"method": "attributed", "source": "a counter", "read_share": 1.0}
+
+
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Classes]:
     bounds = [torch.tensor([[1.0, 1.5]] * 3)] * 4
-    service = TextService(Classifier(encoder_stack(), like_heads(bounds)), lambda: POLICY, rows=2)
+    service = TextService(
+        Classifier(encoder_stack(), like_heads(bounds)), lambda: POLICY, rows=2, source=OneJoule()
+    )
     service.start()
     yield Classes(service)
     service.stop()
@@ -113,7 +119,9 @@ def test_one_text_or_many_are_answered_as_vllm_does(app: FastAPI, ask: Any) -> N
         assert each["label"] == LABELS[each["probs"].index(max(each["probs"]))]
         assert sum(each["probs"]) == pytest.approx(1)
     assert [each["offramp"]["exit_layer"] for each in many["data"]] == [1, 3, 5]
-    assert many["data"][0]["offramp"] == {"exit_layer": 1, "layers": 5, "generation": 7}
+    # The first batch is of two, which ran 1 and 3 layers for a joule.
+    told = {"exit_layer": 1, "layers": 5, "generation": 7, "energy": {"joules": 0.25, **READ}}
+    assert many["data"][0]["offramp"] == told
     assert "offramp" not in alone["data"][0]
     assert alone["data"][0]["label"] == many["data"][0]["label"]
     assert 'offramp_layers_executed_total{model_name="colours"} 10.0' in metrics
@@ -181,6 +189,9 @@ def test_a_request_is_a_span_that_tells_how_deep_its_texts_went(backend: Classes
         "offramp.generation": 7,
         "offramp.mean_exit_layer": 3.0,
         "offramp.layer_calls": 9,
+        "offramp.energy_joules": 2.0,
+        "offramp.energy_method": "attributed",
+        "offramp.energy_source": "a counter",
     }
     assert (good.name, good.status.is_ok) == (SPAN, True)
     assert not bad.status.is_ok
@@ -244,7 +255,8 @@ def test_pairs_are_scored_as_vllm_does(app: FastAPI, ask: Any) -> None:
     assert [set(said) for said in one_to_many["data"]] == [{"index", "object", "score"}] * 3
     scores = [said["score"] for said in one_to_many["data"]]
     assert [said["score"] for said in each["data"]] == pytest.approx(scores, abs=1e-5)
-    assert each["data"][0]["offramp"] == {"exit_layer": 5, "layers": 5, "generation": 0}
+    stats = {"exit_layer": 5, "layers": 5, "generation": 0, "energy": {"joules": 0.5, **READ}}
+    assert each["data"][0]["offramp"] == stats
     # Without a first text the second is read as /v1/classify reads it.
     assert alone["data"][0]["score"] == classified["data"][0]["probs"][LABELS.index("green")]
 

@@ -74,10 +74,15 @@ def test_a_lost_workers_conversations_move_and_stay(places: PromptPlaces) -> Non
     assert places.choose(names, (), 1) is None
 
 
-def test_where_nothing_is_kept_nobody_is_named() -> None:
+def test_where_nothing_is_kept_the_idlest_is_named() -> None:
     places = PromptPlaces(chunk=0, slack=1)
     assert places.names(PROMPT, "") == []
-    assert places.choose([], WORKERS, 1) is None
+    with places.chosen([], WORKERS, 1) as first, places.chosen([], WORKERS, 1) as second:
+        assert {first, second, places.choose([], WORKERS, 1)} == set(WORKERS)
+    assert places.choose([], [first], 1) == first
+    assert {places.choose([], WORKERS, 1) for _ in range(1)} == {second}
+    assert not places.kept
+    assert not places.moved
 
 
 def test_what_was_not_used_for_longest_is_forgotten(

@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.controller.release.manifest import Rollout
 from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
+from offramp.controller.watching.tally import Tally
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import ClassifiedText, TextService
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from offramp.worker.energy.step_meter import BATCH_TOKENS
 from support.certificates import certificate
 from support.classifying.sequence_models import ByLength, encoder_stack, random_heads
+from support.one_joule import OneJoule
 
 ROWS, WAITING = 4, 8
 AUDITED = 60
@@ -147,6 +151,49 @@ def test_a_release_that_full_depth_disagrees_with_goes_to_full_depth_at_once() -
     assert after == [5] * 10
     assert {each.generation for each in said[-10:]} == {0}
     assert min(each.layers for each in said) == 1
+
+
+def metered(source: OneJoule, batches: int) -> tuple[TextService, list[ClassifiedText], Tally]:
+    """Texts that leave after 2 and 4 layers and after all 5, in batches of ``ROWS``."""
+    texts = [[5] * (1, 3, 7, 7)[place % ROWS] for place in range(batches * ROWS)]
+    watch = PolicyWatch(Guardrails(), print, 7)
+    service = TextService(
+        Served().classifier,
+        lambda: replace(SHORT, watch=watch),
+        rows=ROWS,
+        max_waiting=len(texts),
+        source=source,
+    )
+
+    async def ask() -> list[ClassifiedText]:
+        asked = asyncio.create_task(service.classify(texts))
+        await asyncio.sleep(0)  # all are in line before the first batch begins
+        service.start()
+        return await asked
+
+    said = asyncio.run(ask())
+    service.stop()
+    return service, said, watch.tally
+
+
+def test_a_batchs_energy_is_shared_by_the_layers_that_each_text_ran() -> None:
+    service, said, tally = metered(OneJoule(), 4 * BATCH_TOKENS // ROWS)
+    read = [each for each in said if each.energy is not None]
+    layers = [each.layers for each in said[:ROWS]]
+    assert len(set(layers)) > 1
+    assert [each.energy for each in said[:ROWS]] == [
+        EnergyShare(pytest.approx(each / sum(layers)), EnergyMethod.ATTRIBUTED, "a counter", 1.0)
+        for each in layers
+    ]
+    assert service.meter.totals == {("measured_shared", "a counter"): (len(read) / ROWS, len(read))}
+    assert (tally.meter, tally.token_j) == ("attributed: a counter", pytest.approx(1 / ROWS))
+
+
+@pytest.mark.parametrize("source", [OneJoule(joules=0.0), OneJoule(known=False)])
+def test_a_counter_that_says_nothing_leaves_the_energy_unknown(source: OneJoule) -> None:
+    _, said, tally = metered(source, 1)
+    assert [each.energy for each in said] == [None] * ROWS
+    assert tally.meter == ""
 
 
 def test_too_many_and_unusable_texts_are_refused(served: Served) -> None:

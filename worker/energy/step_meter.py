@@ -1,0 +1,166 @@
+"""Energy of a worker's steps: a source is read around as many of them as reading costs little."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading
+from offramp.controller.watching.tally import Tally
+from offramp.worker.energy.meter import EnergySource, counter_of
+from offramp.worker.energy.modelled import EnergyModel
+
+BATCH_TOKENS = 64
+"""Tokens of a track that make one observation: neighbouring steps serve the same requests, and are
+less independent than long batches of them are (batch means)."""
+
+MOST_TRACKS = 4
+"""Releases whose tokens wait to be an observation, at most: more do not run at once."""
+
+MOST_READING = 0.01
+"""Share of the steps' time that may go to readings: sources that take longer are read at fewer."""
+
+READINGS = 5
+"""Readings that are made to learn what one costs."""
+
+Did = TypeVar("Did")
+
+
+@dataclass(frozen=True, slots=True)
+class BusyCores:
+    """This process's processor time, times the model's watts, for machines without counters.
+
+    Unlike ``ModelledSource`` it hooks itself into nothing, so it may run while requests are
+    served; bytes from memory are not in it.
+
+    Attributes:
+        model: Formula that turns busy cores into joules.
+    """
+
+    model: EnergyModel = field(default_factory=EnergyModel)
+
+    def start(self) -> float:
+        """Processor time so far, seconds."""
+        return time.process_time()
+
+    def stop(self, before: float, window_s: float) -> EnergyReading:
+        """Processor time since, in joules."""
+        return EnergyReading(
+            joules=self.model.joules(time.process_time() - before, 0),
+            method=EnergyMethod.MODELLED,
+            source=f"{self.model.coefficients['watts_per_busy_core'].value:g} W per busy core",
+            scope="this process's cores",
+            window_s=window_s,
+        )
+
+
+def serving_source(device: torch.device) -> EnergySource:
+    """The best source that may be read at every step of what serves on a device."""
+    return counter_of(device) or BusyCores()
+
+
+class StepMeter:
+    """Runs steps with a source around them; used by the thread that runs them.
+
+    Args:
+        source: Is read before and after a step.
+
+    Attributes:
+        totals: Joules of all steps that were read, and what they made (tokens, or classified
+            texts), by the method and the source of the reading; figures of different methods are
+            never added up.
+    """
+
+    def __init__(self, source: EnergySource) -> None:
+        self._source = source
+        self.totals: dict[tuple[str, str], tuple[float, int]] = {}
+        self._stepping_s = self._reading_s = 0.0
+        # The least, since a reading that the scheduler interrupts says nothing of the source.
+        self._cost_s = min(self._time_reading() for _ in range(READINGS))
+
+    def run(
+        self, step: Callable[[], Did], made: Callable[[Did], int], *, is_charged: bool = True
+    ) -> tuple[Did, EnergyReading | None]:
+        """Run a step.
+
+        Args:
+            step: What is run.
+            made: How many tokens, or texts, came of it.
+            is_charged: False leaves it out, whatever it takes.
+
+        Returns:
+            What the step returned, and what it took, if that was read and is known.
+        """
+        start_s = time.perf_counter()
+        is_due = self._reading_s <= MOST_READING * self._stepping_s
+        reading = None
+        if is_charged and is_due:
+            begun, begun_s = self._source.start(), time.perf_counter()
+            did = step()
+            reading = self._source.stop(begun, time.perf_counter() - begun_s)
+            self._reading_s += self._cost_s
+            reading = self._counted(reading, made(did))
+        else:
+            did = step()
+        self._stepping_s += time.perf_counter() - start_s
+        return did, reading
+
+    def _time_reading(self) -> float:
+        start_s = time.perf_counter()
+        self._source.stop(self._source.start(), 0.0)
+        return time.perf_counter() - start_s
+
+    def _counted(self, reading: EnergyReading, made: int) -> EnergyReading | None:
+        if reading.joules is None:
+            return None
+        read = reading.method.value, reading.source
+        joules, before = self.totals.get(read, (0.0, 0))
+        self.totals[read] = joules + reading.joules, before + made
+        return reading
+
+
+@dataclass(slots=True)
+class _TokenBatch:
+    """Tokens of a track that no observation was made of yet."""
+
+    tally: Tally
+    joules: float = 0.0
+    tokens: int = 0
+
+
+class TrackBatches:
+    """Tells tallies what their tokens took, a batch of them at a time."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, _TokenBatch] = {}  # by generation, the latest last
+
+    def note(self, tally: Tally, reading: EnergyReading, joules: float, tokens: int) -> None:
+        """Add a release's share of a step that was read.
+
+        Args:
+            tally: The release's.
+            reading: What the whole step took.
+            joules: Its share of that.
+            tokens: Tokens, or texts, that it had of the step.
+        """
+        batch = self._batches.pop(tally.generation, None)
+        if batch is None or batch.tally is not tally:  # the release is new, or counted anew
+            batch = _TokenBatch(tally)
+        batch.joules += joules
+        batch.tokens += tokens
+        if batch.tokens >= BATCH_TOKENS:
+            tally.note_energy(": ".join(attributed(reading)), batch.joules, batch.tokens)
+            return
+        self._batches[tally.generation] = batch
+        for oldest in list(self._batches)[:-MOST_TRACKS]:
+            del self._batches[oldest]
+
+
+def attributed(reading: EnergyReading) -> tuple[EnergyMethod, str]:
+    """Method and source of a share: what was measured of all rows at once is attributed to each."""
+    is_measured = reading.method in (EnergyMethod.MEASURED_DEVICE, EnergyMethod.MEASURED_SHARED)
+    return EnergyMethod.ATTRIBUTED if is_measured else reading.method, reading.source
