@@ -7,6 +7,7 @@ and ``[DONE]``. The bare engine decodes the same prompts in this process, in tur
     python benchmarks/serve.py --json serve.json
     python benchmarks/serve.py --quick
     python benchmarks/serve.py --quick --only steady,overload
+    python benchmarks/serve.py --only steady --model models/smollm2 --dtype bfloat16
     python benchmarks/serve.py --soak --json soak.json
     python benchmarks/serve.py --soak --minutes 10
     python benchmarks/serve.py --peers --quick
@@ -62,8 +63,8 @@ def main(
     soak: Annotated[bool, typer.Option(help="Half an hour of mixed load instead.")] = False,
     minutes: Annotated[float, typer.Option(help="With --soak: how long.")] = 30.0,
     peers: Annotated[bool, typer.Option(help="Other servers instead, side by side.")] = False,
-    model: Annotated[Path, typer.Option(help="With --peers: what is served.")] = REFERENCE,
-    dtype: Annotated[str, typer.Option(help="With --peers: its type.")] = "float32",
+    model: Annotated[Path, typer.Option(help="What steady and --peers serve.")] = REFERENCE,
+    dtype: Annotated[str, typer.Option(help="Its type.")] = "float32",
     draft_exit: Annotated[str, typer.Option(help="With --peers: where drafts leave.")] = "3",
     drafts: Annotated[int, typer.Option(help="With --peers: how many; 0: none.")] = 2,
     vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
@@ -84,7 +85,7 @@ def main(
         rounds, tokens = (2, 32) if quick else (7, 64)
         rows += peers_side_by_side(PeerModel(model, dtype), plan, vllm, rounds, tokens)
     if "steady" in asked:
-        rows += measured_steady(quick)
+        rows += measured_steady(quick, model, dtype)
     if "overload" in asked or "clients" in asked:
         rows += measured_trouble(quick, asked)
     if "lost" in asked:
@@ -104,11 +105,14 @@ LOAD_BEFORE = os.getloadavg()[0]
 """Processes that wanted a core in the minute before: others that run here blur all times."""
 
 
-def measured_steady(quick: bool) -> list[ServeRow]:
+def measured_steady(quick: bool, model: Path, dtype: str) -> list[ServeRow]:
     """One worker against the bare engine."""
-    engine = load_engine(WorkerSpec(model="models/reference", slots=SLOTS, threads=1))
+    engine = load_engine(WorkerSpec(model=str(model), dtype=dtype, slots=SLOTS, threads=1))
     freeze_heap()  # as a serving worker does
-    with served(replicas=1, slots=SLOTS) as server:
+    name = "reference"  # as ``asked`` calls it, whatever it is
+    with served(
+        replicas=1, slots=SLOTS, model=model, dtype=dtype, served_model_name=name
+    ) as server:
 
         async def work() -> list[ServeRow]:
             await settle(server)

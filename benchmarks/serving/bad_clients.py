@@ -120,6 +120,11 @@ async def _send(server: ServerProcess, content: bytes) -> None:
     writer.close()
 
 
+def _is_over(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Whether the server has closed a connection, or broken it off."""
+    return reader.at_eof() or writer.is_closing()
+
+
 async def _slow(server: ServerProcess, seconds: float) -> None:
     """A third sends headers byte by byte, a third the body, and a third reads nothing."""
 
@@ -132,7 +137,7 @@ async def _slow(server: ServerProcess, seconds: float) -> None:
             elif number % 3:
                 writer.write(head)
             end_s = asyncio.get_running_loop().time() + seconds
-            while asyncio.get_running_loop().time() < end_s and not reader.at_eof():
+            while asyncio.get_running_loop().time() < end_s and not _is_over(reader, writer):
                 writer.write(head[:1] if number % 3 == 0 else b" " if number % 3 else b"")
                 await asyncio.sleep(1.0)
         writer.close()

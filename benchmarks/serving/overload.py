@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
+from serving.crowd import at_once
 from serving.serve_rows import ServeRow, p50, p99, row
 from serving.served_process import ServerProcess
 from serving.steady_state import prompts
@@ -54,14 +54,7 @@ async def overloaded(server: ServerProcess, room: int, seconds: float) -> list[S
 
 async def crowded(server: ServerProcess) -> list[ServeRow]:
     """Rows of requests that arrive at once, over connections that are open already."""
-    connections = [await server.client.connect() for _ in range(CROWD)]
-    found = [Streamed(TOKENS) for _ in connections]
-    await asyncio.gather(
-        *(
-            server.client.follow(streamed, _body(number), *connection)
-            for number, (streamed, connection) in enumerate(zip(found, connections, strict=True))
-        )
-    )
+    found = await at_once(server.client, [_body(number) for number in range(CROWD)])
     refused = [each for each in found if each.is_refused]
     good = sum(each.is_good for each in found)
     return [

@@ -182,7 +182,7 @@ class StrictClient:
         writer.write(self.head(len(content)) + content)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await _receive(reader, streamed)
+                await receive(reader, streamed)
         except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError, IndexError):
             pass  # broken off: the stream is judged by what came
         finally:
@@ -198,12 +198,13 @@ class StrictClient:
         reader, writer = await self.connect()
         writer.write(self.head(0, "GET", path))
         streamed = Streamed(0)
-        await _receive(reader, streamed)
+        await receive(reader, streamed)
         writer.close()
         return b"".join(data for _, data in streamed._came).decode()
 
 
-async def _receive(reader: asyncio.StreamReader, streamed: Streamed) -> None:
+async def receive(reader: asyncio.StreamReader, streamed: Streamed) -> None:
+    """Read a reply."""
     line = await reader.readline()
     streamed.told_s = time.perf_counter()
     streamed.status = int(line.split()[1])
