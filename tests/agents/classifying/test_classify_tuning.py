@@ -101,9 +101,17 @@ def test_other_settings_are_not_resumed(tuned: Any, encoder: Path, labelled: Pat
 
 def test_a_text_over_the_context_is_named(encoder: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
-    path.write_text("text,label\nw5,a\n" + "w6 " * 65 + ",b\n")
+    path.write_text("text,label\n" + "w5,a\nw6,b\n" * 8 + "w6 " * 65 + ",b\n")
     config = ClassifyTuneConfig(model=str(encoder), data=path)
-    with pytest.raises(TraceError, match=r"text\[1\] .* has 65 tokens"):
+    with pytest.raises(TraceError, match=r"text\[16\] .* has 65 tokens"):
+        tune_classes(config, tmp_path / "out")
+
+
+def test_too_few_texts_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("text,label\nw5,a\nw6,b\n")
+    config = ClassifyTuneConfig(model=str(tmp_path / "no model"), data=path)
+    with pytest.raises(TraceError, match="2 texts of 2 classes, too few to hold some out"):
         tune_classes(config, tmp_path / "out")
 
 
