@@ -141,8 +141,8 @@ class _Nets(nn.Module):
         """What is added to the log-odds, [B, E]."""
         # One draw of columns for all exits, whose nets learn nothing of each other: a draw for each
         # took longer than all the rest of a step.
-        seen_B1D = self.dropout(state_BED.new_ones(len(state_BED), 1, state_BED.shape[2]))
-        state_BED = state_BED * seen_B1D
+        kept_B1D = self.dropout(state_BED.new_ones(len(state_BED), 1, state_BED.shape[2]))
+        state_BED = state_BED * kept_B1D
         projected_BER = torch.einsum("bed,edr->ber", state_BED, self.project_EDR)
         x_BEI = torch.cat([seen_BEI, projected_BER], dim=-1)
         hidden_BEH = torch.tanh(torch.einsum("bei,eih->beh", x_BEI, self.first_EIH) + self.bias_EH)

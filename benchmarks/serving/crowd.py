@@ -11,7 +11,7 @@ import json
 import selectors
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,26 +48,27 @@ async def at_once(client: StrictClient, bodies: list[dict[str, Any]]) -> list[St
 
 def _exchange(port: int, requests: list[bytes]) -> list[Answer]:
     answers = [Answer() for _ in requests]
-    with selectors.DefaultSelector() as selector:
-        for answer in answers:
-            connection = socket.create_connection(("127.0.0.1", port))
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in requests
+        ]
+        for connection, answer in zip(connections, answers, strict=True):
             selector.register(connection, selectors.EVENT_READ, answer)
         time.sleep(SETTLE_S)
-        keys = list(selector.get_map().values())
-        for key, request in zip(keys, requests, strict=True):
-            key.data.sent_s = time.perf_counter()
-            key.fileobj.sendall(request)  # type: ignore[union-attr]  # a socket
+        # All are sent before anything is read, in some milliseconds, which an early answer waits.
+        for connection, answer, request in zip(connections, answers, requests, strict=True):
+            answer.sent_s = time.perf_counter()
+            with suppress(OSError):  # then nothing comes back, which is counted
+                connection.sendall(request)
         end_s = time.perf_counter() + PATIENCE_S
         while selector.get_map() and time.perf_counter() < end_s:
             for key, _ in selector.select(1.0):
                 _take(key, selector)
-        for key in list(selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
     return answers
 
 
 def _take(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
-    """Take what has come over a connection; it is closed with the answer's end."""
+    """Take what has come over a connection, up to its end."""
     came = b""
     with suppress(OSError):
         came = key.fileobj.recv(READ_BYTES)  # type: ignore[union-attr]  # a socket
@@ -75,11 +76,10 @@ def _take(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
     key.data.data += came
     if not came:
         selector.unregister(key.fileobj)
-        key.fileobj.close()  # type: ignore[union-attr]
 
 
 async def _read(answer: Answer, wanted: int) -> Streamed:
-    """What an answer says, with the times at which it was sent and told."""
+    """What an answer says; of its times, only when it was sent and told are those it came at."""
     streamed, reader = Streamed(wanted), asyncio.StreamReader()
     reader.feed_data(bytes(answer.data))
     reader.feed_eof()

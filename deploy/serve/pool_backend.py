@@ -16,11 +16,11 @@ from offramp.controller.errors import DecodeFailedError, OfframpError, Overloade
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.placing.prompt_places import PromptPlaces
-from offramp.deploy.serve.placing.worker_router import HEARD
+from offramp.deploy.serve.placing.workers_heard import HEARD
 from offramp.deploy.serve.pool_config import PoolModel
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.classifying.class_heads import labels_in
-from offramp.worker.classifying.text_service import ClassifiedText
+from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
 from offramp.worker.decoding.sampling import SamplingParams
@@ -228,8 +228,10 @@ class PoolBackend:
     async def _classified(self, texts: Sequence[Any], *asked: Any) -> list[ClassifiedText]:
         with self._places.chosen((), self._serving(self._app), len(texts)) as chosen:
             workers = self._workers.options(multiplexed_model_id=chosen or "")
+            answer = workers.classify.remote(texts, *asked)
             with _told_as_ours():
-                return cast("list[ClassifiedText]", await workers.classify.remote(texts, *asked))
+                found = await HEARD.answered(chosen, answer, SILENCE_S)
+            return cast("list[ClassifiedText]", found)
 
     def abandon(self) -> None:
         """End every stream that is still open with an error."""

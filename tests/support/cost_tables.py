@@ -1,11 +1,14 @@
-"""An invented cost table with batches, spans, probes and energy."""
+"""An invented cost table with batches, spans, probes and energy, and a counter of energy."""
 
 from __future__ import annotations
+
+import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from offramp.controller.costs.prices import COPY_PARTS, PARTS, SPAN_PARTS, Batch, Timing
-from offramp.controller.costs.readings import EnergyMethod
+from offramp.controller.costs.readings import EnergyMethod, EnergyReading, unavailable
 from offramp.controller.costs.table import CostTable, view_of_one
 
 SECONDS = {"layer": 10.0, "head": 20.0, "probe": 3.0, "policy": 1.0, "fill": 0.5, "step": 2.0}
@@ -79,3 +82,29 @@ def leaving(
     ]
     end = start + costs.layers * layer + len(exits) * (probe + policy)
     return np.asarray([*paid, end], np.float32) / np.float32(full)
+
+
+@dataclass
+class OneJoule:
+    """A counter that moves by a joule between any two looks."""
+
+    known: bool = True
+    joules: float = 1.0
+    slow_s: float = 0.0
+    looks: int = 0
+
+    def start(self) -> None:
+        self.looks += 1
+        if self.slow_s:
+            time.sleep(self.slow_s)
+
+    def stop(self, before: None, window_s: float) -> EnergyReading:
+        if not self.known:
+            return unavailable(window_s, "nothing here")
+        return EnergyReading(
+            joules=self.joules,
+            method=EnergyMethod.MEASURED_SHARED,
+            source="a counter",
+            scope="this test",
+            window_s=window_s,
+        )

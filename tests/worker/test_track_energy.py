@@ -14,11 +14,11 @@ from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import CompletionStats, KVMode, PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.energy.step_meter import BATCH_TOKENS, BusyCores, serving_source
+from offramp.worker.energy.step_meter import BATCH_TOKENS, BusyCores, StepMeter, serving_source
 from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.engine_config import EngineConfig
+from support.cost_tables import OneJoule
 from support.models import LAYERS, make_model
-from support.one_joule import OneJoule
 
 TOKENS = 3 * BATCH_TOKENS + 1
 LONG = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
@@ -154,14 +154,28 @@ def shared(stats: CompletionStats) -> EnergyShare:
     return stats.energy
 
 
-def test_without_counters_busy_cores_are_charged_and_nothing_is_hooked() -> None:
-    made = engine()
-    source = serving_source(made.stack.device)
+def test_without_counters_busy_cores_are_charged() -> None:
     stable, _ = snapshots()
     decode(BusyCores(), (stable,))
     assert stable.watch is not None
     assert stable.watch.tally.meter == "modelled: 3 W per busy core"
     assert (stable.watch.tally.token_j or 0.0) > 0.0
-    begun = source.start()
-    assert not any(block._forward_hooks for block in made.stack.blocks)
-    assert source.stop(begun, 0.1).joules is not None
+    source = serving_source(engine().stack.device)
+    assert source.stop(source.start(), 0.1).joules is not None
+
+
+@pytest.mark.parametrize("part", ["start", "stop"])
+def test_a_counter_that_fails_is_given_up_and_no_step_with_it(
+    part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = OneJoule()
+    meter = StepMeter(source)
+
+    def fail(*_: object) -> None:
+        raise OSError("the counter is gone")
+
+    setattr(source, part, fail)
+    for _ in range(3):
+        assert meter.run(lambda: "done", lambda _: 1) == ("done", None)
+    assert not meter.totals
+    assert caplog.text.count("energy is not read any more") == 1

@@ -15,42 +15,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from offramp.controller.costs.readings import EnergyReading, EnergyShare
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
+from offramp.worker.classifying.classified_text import ClassifiedText, classified_text, shares_of
 from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
 from offramp.worker.classifying.text_audits import TextAudits
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.energy.meter import EnergySource
-from offramp.worker.energy.step_meter import StepMeter, TrackBatches, attributed, serving_source
+from offramp.worker.energy.step_meter import StepMeter, TrackBatches, serving_source
 from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
 
 CLASSIFY = "classify"
 """The mode that certificates of classifications name."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ClassifiedText:
-    """What became of a text.
-
-    Attributes:
-        label: Index of its likeliest class.
-        probs: Chances of the classes.
-        layers: Layers that it ran.
-        generation: Release that decided it; 0: full depth, or no release.
-        energy: Its share of what its batch took, by the layers that each text ran; None: unknown.
-        is_best: Whether it is the best of those that it was compared with.
-    """
-
-    label: int
-    probs: tuple[float, ...]
-    layers: int
-    generation: int
-    energy: EnergyShare | None = None
-    is_best: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,8 +239,11 @@ class TextService:
         if race is not None:
             (best, run), reading = self.meter.run(lambda: race.run(sequences), lambda _: len(batch))
             self.classified += len(batch)
-            shares = _shares(run, reading)
-            return [_text(run, row, shares[row], is_best=row == best) for row in range(len(batch))]
+            shares = shares_of(run, reading)
+            return [
+                classified_text(run, row, shares[row], is_best=row == best)
+                for row in range(len(batch))
+            ]
         failed, begun_s = guard.failures, time.perf_counter()
         watch = first.snapshot.watch
         policy = FULL_DEPTH if watch is not None and watch.tripped else first.policy
@@ -274,8 +256,8 @@ class TextService:
         if watch is not None and reading is not None and reading.joules is not None:
             self._tracks.note(watch.tally, reading, reading.joules, len(batch))
         generation = 0 if is_full else first.snapshot.generation
-        shares = _shares(run, reading)
-        return [_text(run, row, shares[row], generation) for row in range(len(batch))]
+        shares = shares_of(run, reading)
+        return [classified_text(run, row, shares[row], generation) for row in range(len(batch))]
 
     def _tell(
         self, snapshot: PolicySnapshot, run: Classified, failures: int, seconds: float
@@ -289,30 +271,3 @@ class TextService:
         for layers in run.layers_N.tolist():
             watch.note_token(layers, self.classifier.stack.layers)
         watch.note_gap(seconds, tokens=len(run.layers_N), layers=run.row_layers)
-
-
-def _shares(run: Classified, reading: EnergyReading | None) -> list[EnergyShare | None]:
-    """What each text of a batch took, shared by the layers that each ran."""
-    # A counter that did not move says nothing of so short a batch.
-    if reading is None or not reading.joules:
-        return [None] * len(run.layers_N)
-    layer_j, read = reading.joules / int(run.layers_N.sum()), attributed(reading)
-    return [EnergyShare(layer_j * layers, *read, 1.0) for layers in run.layers_N.tolist()]
-
-
-def _text(
-    run: Classified,
-    row: int,
-    energy: EnergyShare | None,
-    generation: int = 0,
-    *,
-    is_best: bool = False,
-) -> ClassifiedText:
-    return ClassifiedText(
-        label=int(run.label_N[row]),
-        probs=tuple(run.probs_NC[row].tolist()),
-        layers=int(run.layers_N[row]),
-        generation=generation,
-        energy=energy,
-        is_best=is_best,
-    )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from offramp.controller.costs.readings import EnergyMethod, EnergyReading
 from offramp.controller.watching.tally import Tally
-from offramp.worker.energy.meter import EnergySource, counter_of
+from offramp.worker.energy.meter import EnergySource, NoSource, counter_of
 from offramp.worker.energy.modelled import EnergyModel
 
 BATCH_TOKENS = 64
@@ -28,6 +29,8 @@ READINGS = 5
 """Readings that are made to learn what one costs."""
 
 Did = TypeVar("Did")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +102,33 @@ class StepMeter:
         is_due = self._reading_s <= MOST_READING * self._stepping_s
         reading = None
         if is_charged and is_due:
-            begun, begun_s = self._source.start(), time.perf_counter()
+            begun, begun_s = self._start(), time.perf_counter()
             did = step()
-            reading = self._source.stop(begun, time.perf_counter() - begun_s)
+            reading = self._counted(self._stop(begun, time.perf_counter() - begun_s), made(did))
             self._reading_s += self._cost_s
-            reading = self._counted(reading, made(did))
         else:
             did = step()
         self._stepping_s += time.perf_counter() - start_s
         return did, reading
+
+    def _start(self) -> Any:
+        try:
+            return self._source.start()
+        except Exception as error:  # of whatever a counter is made of
+            self._give_up(error)
+            return None
+
+    def _stop(self, begun: Any, window_s: float) -> EnergyReading:
+        try:
+            return self._source.stop(begun, window_s)
+        except Exception as error:
+            self._give_up(error)
+            return self._source.stop(None, window_s)
+
+    def _give_up(self, error: Exception) -> None:
+        """Serve on without a counter that has failed: no request is to fail with it."""
+        log.warning("energy is not read any more: %r", error)
+        self._source = NoSource(f"it failed: {error}")
 
     def _time_reading(self) -> float:
         start_s = time.perf_counter()
@@ -144,7 +165,7 @@ class TrackBatches:
         Args:
             tally: The release's.
             reading: What the whole step took.
-            joules: Its share of that.
+            joules: What the release took of it.
             tokens: Tokens, or texts, that it had of the step.
         """
         batch = self._batches.pop(tally.generation, None)
@@ -152,7 +173,7 @@ class TrackBatches:
             batch = _TokenBatch(tally)
         batch.joules += joules
         batch.tokens += tokens
-        if batch.tokens >= BATCH_TOKENS:
+        if batch.tokens >= BATCH_TOKENS and batch.joules:  # 0: the counter has not moved yet
             tally.note_energy(": ".join(attributed(reading)), batch.joules, batch.tokens)
             return
         self._batches[tally.generation] = batch

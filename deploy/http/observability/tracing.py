@@ -17,7 +17,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from offramp.controller.costs.readings import EnergyShare
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.http.backend import Tokens
-from offramp.worker.classifying.text_service import ClassifiedText
+from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 
 SPAN = "llm_request"

@@ -21,13 +21,14 @@ from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.http.observability.tracing import SPAN, Spans
 from offramp.deploy.http.observability.worker_metrics import REPORTED
 from offramp.deploy.http.shapes.score_shapes import scored_label
+from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.classifying.classifier import Classifier
-from offramp.worker.classifying.text_service import ClassifiedText, TextService
+from offramp.worker.classifying.text_service import TextService
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.encoding import PromptEncoder
 from support.certificates import certificate
 from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, like_heads
-from support.one_joule import OneJoule
+from support.cost_tables import OneJoule
 from support.tokenizers import word_tokenizer
 
 POLICY = PolicySnapshot(

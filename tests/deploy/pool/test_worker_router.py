@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve.config import RequestRouterConfig
 
-from offramp.deploy.serve.placing import worker_router
-from offramp.deploy.serve.placing.worker_router import WorkerRouter, WorkersHeard
+from offramp.deploy.http.backend import WorkerLostError
+from offramp.deploy.serve.placing import workers_heard
+from offramp.deploy.serve.placing.worker_router import WorkerRouter
+from offramp.deploy.serve.placing.workers_heard import WorkersHeard
 
 DEPLOYMENT = DeploymentID(name="workers")
 REPLICAS = [
@@ -22,11 +27,11 @@ REPLICAS = [
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> WorkersHeard:
     heard = WorkersHeard()
-    monkeypatch.setattr(worker_router, "HEARD", heard)
+    monkeypatch.setattr(workers_heard, "HEARD", heard)
     return heard
 
 
-class Chosen:
+class Routed:
     """What becomes of a request that names a replica; who was asked for its load."""
 
     def __init__(self, name: str, known: dict[str, int] | None = None) -> None:
@@ -58,7 +63,7 @@ class Chosen:
 
 def test_a_worker_that_reported_just_now_gets_the_request_at_once(heard: WorkersHeard) -> None:
     heard.note("b")
-    chosen = Chosen("b")
+    chosen = Routed("b")
     assert (chosen.replica, chosen.asked) == ("b", [])
 
 
@@ -66,22 +71,69 @@ def test_one_that_was_not_heard_of_is_asked_first(
     heard: WorkersHeard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard.note("a")
-    assert Chosen("b").asked == ["b"]
-    monkeypatch.setattr(worker_router, "AWAKE_S", 0.0)
-    assert Chosen("a").asked == ["a"]
+    assert Routed("b").asked == ["b"]
+    monkeypatch.setattr(workers_heard, "AWAKE_S", 0.0)
+    assert Routed("a").asked == ["a"]
 
 
 def test_what_ray_knows_of_its_load_is_left_alone(heard: WorkersHeard) -> None:
     heard.note("c")
-    assert Chosen("c", {"c": 4}).asked == ["c"]  # it had no room a moment ago
-    assert Chosen("c", {"c": 3}).asked == []
+    assert Routed("c", {"c": 4}).asked == ["c"]  # it had no room a moment ago
+    assert Routed("c", {"c": 3}).asked == []
 
 
 def test_one_that_is_gone_is_no_candidate_and_is_forgotten(
     heard: WorkersHeard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard.note("d")
-    assert Chosen("d").replica == []
-    monkeypatch.setattr(worker_router, "FORGET_S", 0.0)
+    assert Routed("d").replica == []
+    monkeypatch.setattr(workers_heard, "FORGET_S", 0.0)
     heard.note("a")
-    assert not heard.is_awake("d")
+    assert heard.silent_s("d") == float("inf")
+
+
+CARRIED = """
+import pickle, sys
+from offramp.deploy.serve.placing import workers_heard
+
+router = pickle.load(sys.stdin.buffer)
+workers_heard.HEARD.note("a")
+seen = router.choose_replicas.__globals__["workers_heard"].HEARD
+print(router.__qualname__, seen.silent_s("a") < 1.0)
+"""
+
+
+def test_routers_that_ray_carries_into_the_front_hear_what_is_noted_there() -> None:
+    """Ray does not import a router's class: it pickles it by value, and what its module holds."""
+    config = RequestRouterConfig(request_router_class=WorkerRouter)
+    carried = config.get_serialized_request_router_cls()
+    assert carried is not None
+    front = subprocess.run([sys.executable, "-c", CARRIED], input=carried, capture_output=True)
+    assert front.stdout.decode().split() == ["WorkerRouter", "True"], front.stderr.decode()
+
+
+def test_an_answer_is_waited_for_while_its_worker_reports(
+    heard: WorkersHeard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_heard, "LOOK_S", 0.01)
+
+    async def waited(*, reports: bool) -> str:
+        async def answer() -> str:
+            for _ in range(30):
+                if reports:
+                    heard.note("a")
+                await asyncio.sleep(0.01)
+            return "an answer"
+
+        heard.note("a")
+        return await heard.answered("a", answer(), 0.1)
+
+    assert asyncio.run(waited(reports=True)) == "an answer"
+    with pytest.raises(WorkerLostError, match="no longer answers"):
+        asyncio.run(waited(reports=False))
+
+    async def failing() -> str:
+        raise KeyError("its own")
+
+    with pytest.raises(KeyError, match="its own"):
+        asyncio.run(heard.answered(None, failing(), 0.0))
