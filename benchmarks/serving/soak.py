@@ -83,8 +83,10 @@ class Soak:
             try:
                 if self._draw.random() < 0.1:
                     within_s = self._draw.random()
-                    await asyncio.wait_for(self._server.client.stream(body), within_s)
-                streamed = await self._server.client.stream(body)
+                    asking = self._server.client.stream(body)
+                    streamed = await asyncio.wait_for(asking, within_s)
+                else:
+                    streamed = await self._server.client.stream(body)
             except TimeoutError:
                 self._ends["given up by the client"] += 1
                 continue
