@@ -127,7 +127,8 @@ def split_by_class(labels: Sequence[str], share: float, seed: int) -> tuple[Inde
     by_class: dict[str, list[int]] = {}
     for place, name in enumerate(labels):
         by_class.setdefault(name, []).append(place)
-    learned, held = [], []
+    nobody = np.empty(0, np.int64)  # of no texts at all, nothing is either
+    learned, held = [nobody], [nobody]
     for name in sorted(by_class):
         places = rng.permutation(by_class[name])
         count = int(len(places) * share)
