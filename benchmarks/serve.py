@@ -95,6 +95,8 @@ def main(
         conditions = {
             "measured": f"{began:%Y-%m-%d}",
             "quick": quick,
+            "model": str(model),
+            "dtype": dtype,
             "cores": os.cpu_count(),
             "load_before_and_after": [LOAD_BEFORE, os.getloadavg()[0]],
         }

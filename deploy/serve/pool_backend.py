@@ -226,7 +226,8 @@ class PoolBackend:
             self._outstanding -= len(sequences)
 
     async def _classified(self, texts: Sequence[Any], *asked: Any) -> list[ClassifiedText]:
-        with self._places.chosen((), self._serving(self._app), len(texts)) as chosen:
+        awake = HEARD.awake(self._serving(self._app))
+        with self._places.chosen((), awake, len(texts)) as chosen:
             workers = self._workers.options(multiplexed_model_id=chosen or "")
             answer = workers.classify.remote(texts, *asked)
             with _told_as_ours():

@@ -39,8 +39,8 @@ class WorkerRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
         pending_request.routing_context.should_backoff = True
         name = pending_request.metadata.multiplexed_model_id
         chosen = [each for each in everyone if each.replica_id.unique_id == name]
-        is_awake = workers_heard.HEARD.silent_s(name) < workers_heard.AWAKE_S
         for each in chosen:
+            is_awake = bool(workers_heard.HEARD.awake([name]))
             if is_awake and self.replica_queue_len_cache.get(each.replica_id) is None:
                 # As far as the front has counted it has room; else it says so itself.
                 self.on_new_queue_len_info(each.replica_id, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
 from offramp.deploy.http.backend import WorkerLostError
@@ -44,13 +44,18 @@ class WorkersHeard:
         """Seconds since a worker has reported; endless if it never has, or not for long."""
         return time.monotonic() - self._heard_s.get(replica, float("-inf"))
 
+    def awake(self, replicas: Iterable[str]) -> set[str]:
+        """Those that have reported within ``AWAKE_S``: routers send to them at once."""
+        return {each for each in replicas if self.silent_s(each) < AWAKE_S}
+
     async def answered(
         self, replica: str | None, answer: Awaitable[Answer], silence_s: float
     ) -> Answer:
         """Wait for a worker's answer for as long as it reports.
 
         Args:
-            replica: The worker; None: whoever it is, it is waited for.
+            replica: The worker, awake when it was asked: a router may have sent what one that was
+                not was to get to another. None: whoever it is, it is waited for.
             answer: Is cancelled if the worker falls silent.
             silence_s: Seconds without a report after which it has.
 

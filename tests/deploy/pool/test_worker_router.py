@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_one_that_is_gone_is_no_candidate_and_is_forgotten(
     monkeypatch.setattr(workers_heard, "FORGET_S", 0.0)
     heard.note("a")
     assert heard.silent_s("d") == float("inf")
+
+
+def test_only_who_reported_lately_is_named_and_then_waited_for(
+    heard: WorkersHeard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router may send what a silent one was to get to another, who is not to be given up."""
+    heard.note("a")
+    monkeypatch.setattr(workers_heard, "AWAKE_S", 0.05)
+    time.sleep(0.1)
+    heard.note("b")
+    assert heard.awake(["a", "b", "c"]) == {"b"}
 
 
 CARRIED = """
