@@ -1,5 +1,5 @@
 # Two commands: `make demo` sets everything up and runs the closed loop; `make test` sets up and
-# passes the tests. `make check`, `make chaos` and `make fuzz` are what CI runs.
+# passes the tests. `make check`, `make chaos`, `make nodes` and `make fuzz` are what CI runs.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -44,8 +44,7 @@ fuzz: setup
 chaos: setup
 	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
 
-# A pool over two Ray nodes of which one is killed, in two minutes. CI does not call it yet: it has
-# passed too seldom to be believed when it fails.
+# A pool over two Ray nodes of which one is killed, in two minutes.
 nodes: setup
 	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from ray import serve
 
-from offramp.controller.errors import DecodeFailedError, PolicyRefusedError, Refusal
+from offramp.controller.errors import ConfigError, DecodeFailedError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
 from offramp.deploy.http.observability.access_log import REQUEST_NAME
@@ -20,13 +22,14 @@ from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import keep_to_loopback
 from offramp.deploy.serve.worker_report import describe_policy, energy_of
+from offramp.worker.classifying.class_heads import ClassHeads
 from offramp.worker.classifying.classified_text import ClassifiedText
+from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.text_service import TextService
-from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.decoding.request import ExitReaders, PolicySnapshot
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.worker_state import StateClaim
-from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.loading import parse_dtype
 from offramp.worker.spec import freeze_heap
 
@@ -34,18 +37,30 @@ _logger = logging.getLogger(__name__)
 
 
 class HeadFetcher(ReleaseFetcher):
-    """Takes releases for this worker's own heads; a policy that may exit has to name them."""
+    """Brings releases with their heads; a policy that may exit has to name some."""
 
-    def adapters(self, manifest: Manifest) -> ExitAdapters | None:
-        """None: the heads are there already.
+    def adapters(self, manifest: Manifest) -> ExitReaders | None:
+        """The heads that a release brought; None: it names this worker's own, or none.
 
         Raises:
-            PolicyRefusedError: it is for other heads, or for tokens.
+            PolicyRefusedError: they are not there or do not fit, or it is for tokens.
         """
         if not manifest.adapters and manifest.kind != "never":
             detail = "it names no heads: it is for tokens, and this worker classifies"
             raise PolicyRefusedError(Refusal.UNSUPPORTED, detail)
         return super().adapters(manifest)
+
+
+def require_classes(theirs: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse heads of other classes than those that the front tells its clients of.
+
+    Raises:
+        ConfigError: field ``heads``; a class is another, or missing.
+    """
+    for place, (name, wanted) in enumerate(zip_longest(theirs, own)):
+        if name != wanted:
+            problem = f"class {place} is {name!r}, and {wanted!r} of this pool's own heads"
+            raise ConfigError("heads", problem, "Redeploy the pool with these heads")
 
 
 class ClassifyingWorker:
@@ -72,8 +87,14 @@ class ClassifyingWorker:
         model = SequenceModel.load(spec.model, parse_dtype(spec.dtype), spec.device)
         self.classifier = model.classifier(served.heads)
 
-        def prepare(policy: Policy, _heads: ExitAdapters | None) -> None:
-            self.classifier.require_policy(policy)
+        def prepare(policy: Policy, heads: ClassHeads | None) -> None:
+            with_heads = Classifier(model.stack, heads) if heads else self.classifier
+            with_heads.require_policy(policy)
+
+        def take_in(folder: Path) -> ClassHeads:
+            heads = model.heads(folder)
+            require_classes(heads.labels, self.classifier.heads.labels)
+            return heads
 
         self.refresher = follow_channel(
             config,
@@ -82,7 +103,11 @@ class ClassifyingWorker:
             (model.fingerprint, model.tokenizer_fingerprint),
             prepare,
             lambda registry: HeadFetcher(
-                registry, self._claim.folder, self.classifier.heads.digest
+                registry,
+                self._claim.folder,
+                self.classifier.heads.digest,
+                take_in,
+                config.max_adapter_mb,
             ),
             layers=model.stack.layers,
         )
@@ -160,4 +185,4 @@ class ClassifyingWorker:
         }
 
     def _conditions(self, snapshot: PolicySnapshot) -> tuple[str, str]:
-        return self.classifier.heads.digest, self.service.gap(snapshot)
+        return self.classifier.under(snapshot).heads.digest, self.service.gap(snapshot)

@@ -29,7 +29,7 @@ class PoolModel:
         replicas: Number of workers; of a pool that grows, the fewest.
         growth: How far it grows and shrinks with its load; None: it does not.
         max_waiting: Requests that may wait per worker before new ones get 429.
-        cpus: Cores that Ray sets aside per replica.
+        cpus: Cores that Ray sets aside per replica; 0: it has room for any number of them.
         traffic: What workers keep of live traffic; None: nothing.
 
     Raises:
@@ -110,11 +110,6 @@ class PoolConfig:
     access_log: Path | None = None
     otlp_endpoint: str | None = None
     log_format: str | None = None
-
-    @property
-    def most_replicas(self) -> int:
-        """Workers of all models, at most."""
-        return sum(model.most_replicas for model in self.models)
 
     def process_of(self, model: PoolModel, worker: str) -> str:
         """Name a worker in the pool's log."""

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from offramp.controller.errors import ConfigError, OfframpError
 from offramp.deploy.serve.front import Front, app_of, worker_class
 from offramp.deploy.serve.log_lines import show_line
+from offramp.deploy.serve.placing.pool_growth import tell_shortage
 from offramp.deploy.serve.placing.worker_router import WorkerRouter
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.worker.classifying.sequence_model import check_classifier
@@ -108,6 +109,7 @@ class RunningPool:
         Raises:
             ConfigError: a worker cannot start.
         """
+        tell_shortage(sum(model.replicas * model.cpus for model in models))
         apps = {model.name: app_of(model, self._turn) for model in models}
         try:
             _deploy([_target(config, model, self._front, apps[model.name]) for model in models])

@@ -1,21 +1,24 @@
 """A linear head per exit: what reads a class off a pooled state, and the folder it is kept in.
 
 A folder holds ``translators.safetensors`` (float32 ``layer.weight`` [C, D] and ``layer.bias`` [C]
-per exit, each already divided by its temperature) and ``tune.json``: model, labels, pool, how well
-each exit does. Shape suffixes: N rows, C classes, D width.
+per exit, each already divided by its temperature; in its header labels and pool, which so are part
+of the digest) and ``tune.json``: model, exits, how well each does. Shape suffixes: N rows, C
+classes, D width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear
 
-from offramp.controller.adapters.adapter_folder import read_description
+from offramp.controller.adapters.adapter_folder import WEIGHTS, read_description
 from offramp.controller.errors import ConfigError
 from offramp.worker.classifying.sequence_stack import Pool, parse_pool
 from offramp.worker.model.translators import read_weights, save_exits
@@ -25,6 +28,9 @@ KIND = "classify"
 
 AGAIN = "Run `offramp tune --task classify` for this model again"
 
+
+SAID = "heads"
+"""Key in the header of the weights, of labels and pool as JSON."""
 
 PARTS = ("weight", "bias", "bound")
 """Names of a head's tensors, behind its layer."""
@@ -107,8 +113,9 @@ class ClassHeads:
             )
             if tensor is not None
         }
-        facts = {"kind": KIND, "labels": list(self.labels), "pool": self.pool}
-        save_exits(folder, tensors, {**description, **facts, "exits": list(self.exits)})
+        said = {"labels": list(self.labels), "pool": self.pool}
+        facts = {**description, "kind": KIND, **said, "exits": list(self.exits)}
+        save_exits(folder, tensors, facts, {SAID: json.dumps(said)})
 
     @classmethod
     def load(cls, folder: Path, fingerprint: str, layers: int, width: int) -> ClassHeads:
@@ -124,7 +131,7 @@ class ClassHeads:
             ConfigError: field ``heads``; the folder holds no heads, or another model's, or a
                 tensor is missing, misshapen or not finite.
         """
-        facts = read_description(folder)
+        facts = _facts_of(folder)
         exits, labels = _checked(folder, facts, fingerprint, layers)
         tensors = read_weights(folder, facts)
         by_layer = {}
@@ -150,10 +157,23 @@ def labels_in(folder: Path) -> tuple[str, ...]:
     Raises:
         ConfigError: field ``heads``; the folder holds no heads.
     """
-    facts = read_description(folder)
+    facts = _facts_of(folder)
     if facts.get("kind") != KIND:
         raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
     return tuple(map(str, facts.get("labels") or ()))
+
+
+def _facts_of(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself, and its weights of themselves if they do."""
+    facts = read_description(folder)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            said = json.loads((file.metadata() or {}).get(SAID, "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "heads", f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
+        ) from error
+    return facts | said if isinstance(said, dict) else facts
 
 
 def _checked(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from offramp.controller.policies.protocols import IndexArray, NeverExit, Policy,
 from offramp.worker.classifying.class_heads import ClassHeads
 from offramp.worker.classifying.sequence_stack import SequenceBatch, SequenceStack
 from offramp.worker.decoding.asking.guard import PolicyGuard
+from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.probes.softmax import SoftmaxMemory
 
 FULL_DEPTH = NeverExit()
@@ -48,15 +50,22 @@ class Classifier:
     Args:
         stack: Runs the layers.
         heads: Read classes off pooled states.
-
-    Attributes:
-        guard: Asks policies, counts their failures and goes on at full depth then.
+        guard: Asks policies, counts their failures and goes on at full depth then; None: a new one.
     """
 
-    def __init__(self, stack: SequenceStack, heads: ClassHeads) -> None:
+    def __init__(
+        self, stack: SequenceStack, heads: ClassHeads, guard: PolicyGuard | None = None
+    ) -> None:
         self.stack = stack
         self.heads = heads
-        self.guard = PolicyGuard()
+        self.guard = guard or PolicyGuard()
+
+    def under(self, snapshot: PolicySnapshot) -> Classifier:
+        """The same model and guard with the heads of a release, if it brought some."""
+        if snapshot.adapters is None:
+            return self
+        # A release for this worker brings nothing else.
+        return Classifier(self.stack, cast("ClassHeads", snapshot.adapters), self.guard)
 
     def require_policy(self, policy: Policy) -> None:
         """Refuse a policy that is none for these heads.

@@ -95,10 +95,11 @@ class SequenceModel:
         Raises:
             ConfigError: field ``heads``; the folder holds none, or another model's.
         """
-        stack = self.stack
-        return Classifier(
-            stack, ClassHeads.load(heads, self.fingerprint, stack.layers, stack.width)
-        )
+        return Classifier(self.stack, self.heads(heads))
+
+    def heads(self, folder: Path) -> ClassHeads:
+        """The heads of such a folder; raises as ``classifier`` does."""
+        return ClassHeads.load(folder, self.fingerprint, self.stack.layers, self.stack.width)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, with the marks that the tokenizer sets around one.

@@ -19,8 +19,8 @@ from offramp.controller.errors import DecodeFailedError, OverloadedError, Reques
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classified_text import ClassifiedText, classified_text, shares_of
-from offramp.worker.classifying.classifier import FULL_DEPTH, Classified, Classifier
-from offramp.worker.classifying.text_audits import TextAudits
+from offramp.worker.classifying.classifier import FULL_DEPTH, Classifier
+from offramp.worker.classifying.text_watching import AskedTexts, TextAudits, TextShadows, tell_batch
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.energy.meter import EnergySource
 from offramp.worker.energy.step_meter import StepMeter, TrackBatches, serving_source
@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
-    """A text in line, and who waits for it."""
+    """A text in line, the request that it is part of, and who waits for it."""
 
     tokens: Sequence[int]
+    asked: AskedTexts
     snapshot: PolicySnapshot
     policy: Policy
     race: BestOf | None = None
@@ -82,7 +83,8 @@ class TextService:
         self._current = current_policy
         self._rows, self._most = rows, rows + max_waiting
         self._dtype = dtype
-        self._audits = TextAudits(classifier, audit_share)
+        self._audits = TextAudits(audit_share)
+        self._shadows = TextShadows(self._audits)
         self.meter = StepMeter(source or serving_source(classifier.stack.device))
         self._tracks = TrackBatches()
         self._line: deque[_Waiting] = deque()
@@ -119,7 +121,7 @@ class TextService:
         certificate = snapshot.certificate
         if certificate is None:
             return ""
-        heads = self.classifier.heads.digest
+        heads = self.classifier.under(snapshot).heads.digest
         return certificate.gap(kv_mode=CLASSIFY, dtype=self._dtype, translators=heads)
 
     def policy_for(self, snapshot: PolicySnapshot, quality: float | None) -> Policy:
@@ -167,8 +169,10 @@ class TextService:
         self._require_sequences(sequences)
         snapshot = self._current().track(split_by)
         policy = self.policy_for(snapshot, quality)
-        race = None if best is None else BestOf(self.classifier, best)
-        mine = [_Waiting(tokens, snapshot, policy, race) for tokens in sequences]
+        race = None if best is None else BestOf(self.classifier.under(snapshot), best)
+        # A race runs under no policy, so it says nothing of one.
+        asked = AskedTexts(None if race else snapshot.watch, len(sequences))
+        mine = [_Waiting(tokens, asked, snapshot, policy, race) for tokens in sequences]
         with self._changed:
             if self._ends:
                 raise DecodeFailedError(STOPPED)
@@ -199,17 +203,15 @@ class TextService:
                 found = DecodeFailedError(f"the texts could not be classified: {error}")
             self._last_s = time.monotonic()
             self._running = 0  # before anybody is told, who may ask for more at once
-            for place, each in enumerate(batch):
-                if isinstance(found, DecodeFailedError):
+            if isinstance(found, DecodeFailedError):
+                for each in batch:
                     each.done.set_exception(found)
-                else:
-                    each.done.set_result(found[place])
-            if not isinstance(found, DecodeFailedError) and batch[0].race is None:
-                answered = [
-                    (each.tokens, said.label, said.layers)
-                    for each, said in zip(batch, found, strict=True)
-                ]
-                self._audits.judge(batch[0].snapshot, answered)
+                continue
+            for each, said in zip(batch, found, strict=True):
+                each.asked.answer(said.layers)
+                each.done.set_result(said)
+            if batch[0].race is None:
+                self._look_after(batch, found)
         for each in self._line:
             each.done.set_exception(DecodeFailedError(STOPPED))
 
@@ -234,7 +236,7 @@ class TextService:
         return []
 
     def _classify(self, batch: Sequence[_Waiting]) -> list[ClassifiedText]:
-        first, guard = batch[0], self.classifier.guard
+        first, classifier = batch[0], self.classifier.under(batch[0].snapshot)
         race, sequences = first.race, [each.tokens for each in batch]
         if race is not None:
             (best, run), reading = self.meter.run(lambda: race.run(sequences), lambda _: len(batch))
@@ -244,30 +246,29 @@ class TextService:
                 classified_text(run, row, shares[row], is_best=row == best)
                 for row in range(len(batch))
             ]
-        failed, begun_s = guard.failures, time.perf_counter()
+        failed, begun_s = classifier.guard.failures, time.perf_counter()
         watch = first.snapshot.watch
         policy = FULL_DEPTH if watch is not None and watch.tripped else first.policy
         run, reading = self.meter.run(
-            lambda: self.classifier.run(sequences, policy), lambda _: len(batch)
+            lambda: classifier.run(sequences, policy), lambda _: len(batch)
         )
         self.classified += len(batch)
-        is_full = isinstance(policy, NeverExit)
-        self._tell(first.snapshot, run, guard.failures - failed, time.perf_counter() - begun_s)
+        failures, took_s = classifier.guard.failures - failed, time.perf_counter() - begun_s
+        tell_batch(watch, run, classifier.stack.layers, failures, took_s)
         if watch is not None and reading is not None and reading.joules is not None:
             self._tracks.note(watch.tally, reading, reading.joules, len(batch))
-        generation = 0 if is_full else first.snapshot.generation
+        # At full depth a release says something only if the heads are its own.
+        is_own = isinstance(policy, NeverExit) and first.snapshot.adapters is None
+        generation = 0 if is_own else first.snapshot.generation
         shares = shares_of(run, reading)
         return [classified_text(run, row, shares[row], generation) for row in range(len(batch))]
 
-    def _tell(
-        self, snapshot: PolicySnapshot, run: Classified, failures: int, seconds: float
-    ) -> None:
-        """Tell whoever watches the release what it did."""
-        watch = snapshot.watch
-        if watch is None:
-            return
-        for _ in range(failures):
-            watch.note_failure()
-        for layers in run.layers_N.tolist():
-            watch.note_token(layers, self.classifier.stack.layers)
-        watch.note_gap(seconds, tokens=len(run.layers_N), layers=run.row_layers)
+    def _look_after(self, batch: Sequence[_Waiting], found: Sequence[ClassifiedText]) -> None:
+        """Do with a batch what nobody waits for."""
+        snapshot = batch[0].snapshot
+        answered = [
+            (each.tokens, said.label, said.layers) for each, said in zip(batch, found, strict=True)
+        ]
+        self._audits.judge(self.classifier.under(snapshot), snapshot, answered)
+        if not self._line:
+            self._shadows.work(self.classifier, self._current().canary, batch[0].tokens)

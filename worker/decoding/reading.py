@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -37,7 +37,8 @@ class ExitReader:
 
     def under(self, snapshot: PolicySnapshot) -> ExitAdapters:
         """The adapters of requests that are pinned to a snapshot."""
-        return self.own if snapshot.adapters is None else snapshot.adapters
+        # An engine's releases are given nothing else.
+        return self.own if snapshot.adapters is None else cast("ExitAdapters", snapshot.adapters)
 
     def exited(self, row: Sequence, token: OpenToken, depth: int, state_D: Tensor) -> ExitedToken:
         """What the fill must know of a row's token that left the stack there, in this state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,7 +19,12 @@ from offramp.controller.watching.guardrails import PolicyWatch
 from offramp.worker.decoding.prompting.prompt_exits import PromptExits
 from offramp.worker.decoding.sampler import Draw, Sampler
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.model.adapter_layers import ExitAdapters
+
+
+class ExitReaders(Protocol):
+    """What exits are read through: adapters in front of the model's head, or heads of classes."""
+
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class PolicySnapshot:
         watch: Is told how its requests fare; None: nobody watches.
         rollout: Says which requests it may serve, if it is a canary.
         canary: A release that serves some of the requests in its place; None if there is none.
-        adapters: What its exits are read through; None: whatever the engine was made with.
+        adapters: What its exits are read through: ``ExitAdapters``, or of a worker that classifies
+            ``ClassHeads``; None: whatever the worker was made with.
         setting: The certified setting that the policy is at; None if its release has none.
     """
 
@@ -45,7 +51,7 @@ class PolicySnapshot:
     watch: PolicyWatch | None = field(default=None, compare=False)
     rollout: Rollout = field(default_factory=Rollout)
     canary: PolicySnapshot | None = None
-    adapters: ExitAdapters | None = field(default=None, compare=False)
+    adapters: ExitReaders | None = field(default=None, compare=False)
     setting: float | None = None
 
     def track(self, request_id: str) -> PolicySnapshot:

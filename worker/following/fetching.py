@@ -24,7 +24,7 @@ from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.kinds import MAX_BLOB_BYTES, digest_of
 from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.registry import PolicyRegistry
-from offramp.worker.model.adapter_layers import ExitAdapters
+from offramp.worker.decoding.request import ExitReaders
 
 ADAPTERS = "adapters"
 """Folder, within a worker's own, of one folder of adapters per digest."""
@@ -32,8 +32,8 @@ ADAPTERS = "adapters"
 PARTIAL = ".partial"
 """Folder within that where adapters are put together; only one that is whole gets its name."""
 
-TakeIn = Callable[[Path], ExitAdapters]
-"""Reads a folder of adapters into the engine; raises ConfigError."""
+TakeIn = Callable[[Path], ExitReaders]
+"""Reads a folder of adapters, or of heads, into the worker; raises ConfigError."""
 
 
 class ReleaseFetcher:
@@ -73,7 +73,7 @@ class ReleaseFetcher:
             self._bring(manifest)
         return self._blob(manifest.digest, min(manifest.size, MAX_BLOB_BYTES), "blob")
 
-    def adapters(self, manifest: Manifest) -> ExitAdapters | None:
+    def adapters(self, manifest: Manifest) -> ExitReaders | None:
         """What a release's exits are read through, from disk; None: the engine's own.
 
         Raises:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
@@ -16,9 +17,8 @@ from offramp.controller.release.manifest import Manifest
 from offramp.controller.release.trust import Mark, ReleaseVerifier
 from offramp.controller.watching.adaptation import SettingWalk
 from offramp.controller.watching.guardrails import PolicyWatch
-from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
+from offramp.worker.decoding.request import FULL_DEPTH, ExitReaders, PolicySnapshot
 from offramp.worker.following.worker_state import CRASHES, Quarantine, WorkerState
-from offramp.worker.model.adapter_layers import ExitAdapters
 
 PROBATION_S = 60.0
 """How long a release must run before a worker counts on it at its next start."""
@@ -27,8 +27,9 @@ SELF_TEST_S = 0.05
 """Longest that a policy may take for its canned inputs, before requests are pinned to it."""
 
 
-Prepare = Callable[[Policy, ExitAdapters | None], None]
-"""Told a policy and what its exits are read through; None: the engine's own adapters."""
+Prepare = Callable[[Policy, Any], None]
+"""Told a policy and what its exits are read through, of the kind that the worker's fetcher brings;
+None: the worker's own."""
 
 
 class ReleaseKeeper:
@@ -57,7 +58,7 @@ class ReleaseKeeper:
         self,
         verifier: ReleaseVerifier,
         state: WorkerState,
-        adapters_of: Callable[[Manifest], ExitAdapters | None],
+        adapters_of: Callable[[Manifest], ExitReaders | None],
         prepare: Prepare,
         probation_s: float,
         tell: Callable[[], None],
@@ -184,7 +185,7 @@ class ReleaseKeeper:
         self.mark, self.mark_lost = Mark.of(manifest), False
         self._activate(manifest, checked)
 
-    def _checked(self, manifest: Manifest, blob: bytes) -> tuple[Policy, ExitAdapters | None]:
+    def _checked(self, manifest: Manifest, blob: bytes) -> tuple[Policy, ExitReaders | None]:
         """The policy of a verified release, tried out, and what its exits are read through."""
         policy = self._verifier.open(manifest, blob)
         require_quick(policy, blob, SELF_TEST_S)
@@ -216,7 +217,7 @@ class ReleaseKeeper:
     def _activate(
         self,
         manifest: Manifest,
-        checked: tuple[Policy, ExitAdapters | None],
+        checked: tuple[Policy, ExitReaders | None],
         moved_to: float | None = None,
     ) -> None:
         """Let new requests run under a release, at the setting that a run before had moved to."""

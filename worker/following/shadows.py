@@ -12,12 +12,10 @@ import time
 from dataclasses import replace
 
 from offramp.controller.errors import RequestError
+from offramp.controller.release.manifest import SHADOW_SHARE
 from offramp.worker.decoding.request import PolicySnapshot, Request
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine import AdaptiveEngine
-
-SHADOW_SHARE = 0.05
-"""Share of the time in which one row of the engine may be a shadow."""
 
 MOST_PROMPT = 512
 """Tokens of a prompt that is repeated, at most."""
@@ -35,7 +33,7 @@ class ShadowRunner:
 
     Args:
         engine: The engine that serves.
-        share: Share of the time in which a shadow may run, in (0, 1).
+        share: Share of the time in which one row of the engine may be a shadow, in (0, 1).
     """
 
     def __init__(self, engine: AdaptiveEngine, share: float = SHADOW_SHARE) -> None:

@@ -173,11 +173,25 @@ UNTRANSLATED = ExitTranslators()
 """The identity at every exit."""
 
 
-def save_exits(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write what was fitted, as float32, and then what it is: its presence says both are there."""
-    blob = save(
-        {n: t.detach().to("cpu", torch.float32).contiguous().clone() for n, t in tensors.items()}
-    )
+def save_exits(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    within: Mapping[str, str] | None = None,
+) -> None:
+    """Write what was fitted, as float32, and then what it is: its presence says both are there.
+
+    Args:
+        folder: Made if missing.
+        tensors: What was fitted.
+        description: What it is.
+        within: What the file of the weights says of them itself, so that their digest holds it,
+            and it goes wherever they are sent.
+    """
+    found = {
+        n: t.detach().to("cpu", torch.float32).contiguous().clone() for n, t in tensors.items()
+    }
+    blob = save(found, None if within is None else dict(within))
     facts = {"format": FORMAT, **description, "digest": hashlib.sha256(blob).hexdigest()}
     write_durably(folder / WEIGHTS, blob)
     write_durably(folder / DESCRIPTION, (json.dumps(facts, indent=1) + "\n").encode())

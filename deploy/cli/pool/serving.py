@@ -136,6 +136,8 @@ def _model(name: str, given: dict[str, Any], workers: int) -> PoolModel:
         channel=settings.channel,
         growth=pool_options.growth_of(given),
         traffic=_kept_traffic(settings),
+        # Here the command alone says how many there are, and a redeploy may ask for more.
+        cpus=0.0 if settings.ray_address is None else 1.0,
         **{each: given[each] for each in ("replicas", "max_waiting")},
     )
 
@@ -245,10 +247,7 @@ def _serve(
             tell(f"embedded Redis: export REDIS_URL={redis.url}")
         if trust is None:
             public_key_path(settings)
-        # While a model is redeployed, it has its workers twice.
-        twice = max(model.most_replicas for model in config.models)
-        cpus = max(config.most_replicas + twice, os.cpu_count() or 1)
-        stack.enter_context(ray_session(settings.ray_address, cpus))
+        stack.enter_context(ray_session(settings.ray_address, os.cpu_count() or 1))
         pool = stack.enter_context(running_pool(config))
         wait = catch_signals()
         tell(f"{_described(config)} on {pool.url}/v1; Ctrl-C stops it")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from offramp.controller.errors import ConfigError
@@ -16,6 +18,8 @@ COMPLETIONS, TOKENS = "completions", "tokens"
 LOOK_BACK_S = 15.0
 """Load is averaged over so long. Workers report it each second if they find the time: over a few
 seconds, one that is busy would at times seem to have nothing to do."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +98,15 @@ class WorkersWanted:
 def load_of(running: int, waiting: int, tokens: int) -> dict[str, float]:
     """What a worker reports of its load to Ray Serve."""
     return {COMPLETIONS: running + waiting, TOKENS: tokens}
+
+
+def tell_shortage(cpus: float) -> None:
+    """Say that workers wait for room, if Ray has less: it would wait for ever, and say nothing."""
+    free = ray.available_resources().get("CPU", 0.0)
+    if cpus > free:
+        _logger.warning(
+            "new workers take %g of Ray's cores, and %g are free: they wait until more nodes join "
+            "or others end",
+            cpus,
+            free,
+        )

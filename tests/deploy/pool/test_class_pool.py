@@ -18,6 +18,7 @@ from offramp.agents.classifying.classify_tuning import tune_classes
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
+from offramp.deploy.serve.pool_backend import SILENCE_S
 from offramp.deploy.serve.publishing import open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -27,6 +28,9 @@ from support.pools.served_pool import PATIENCE_S, ServedPool, run, streams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+FROZEN_S = 2 * SILENCE_S + 2
+"""No text waits longer for a worker that froze, even if another try finds the same one."""
+
 TEXTS = ["w3 w3 w3 w20 w4", "w4 w4 w4 w30", "w3 w3 w40 w3"]
 
 
@@ -35,9 +39,8 @@ class Classifying:
 
     def __init__(self, folder: Path) -> None:
         model, heads = encoder_folder(folder / "model"), folder / "heads"
-        tune_classes(
-            ClassifyTuneConfig(model=str(model), data=labelled_file(folder / "d.csv")), heads
-        )
+        self.config = ClassifyTuneConfig(model=str(model), data=labelled_file(folder / "d.csv"))
+        tune_classes(self.config, heads)
         self.model = SequenceModel.load(model)
         self.heads = heads
         self.classifier = self.model.classifier(heads)
@@ -141,6 +144,32 @@ def test_texts_run_every_layer_until_a_policy_for_these_heads_comes(served: Clas
     assert "it names no heads: it is for tokens" in policy["reason"]
 
 
+def test_heads_travel_with_a_release_if_they_tell_the_same_classes_apart(
+    served: Classifying, tmp_path: Path
+) -> None:
+    config = ClassifyTuneConfig(
+        model=served.config.model, data=labelled_file(tmp_path / "d.csv", seed=1)
+    )
+    tune_classes(config, tmp_path / "heads")
+    brought = served.model.classifier(tmp_path / "heads")
+    assert brought.heads.digest != served.classifier.heads.digest
+    generation = served.publish(3, tmp_path / "heads")
+    policy = run(served.pool, lambda client: told(client, generation=generation, state="ACK"))
+    assert policy["adapters"] == brought.heads.digest
+    alone = brought.run(served.model.encode(TEXTS), FixedExit(3))
+    found = run(served.pool, classified)
+    assert np.allclose([each["probs"] for each in found], alone.probs_NC, atol=1e-5)
+    assert {each["offramp"]["generation"] for each in found} == {generation}
+
+    text = config.data.read_text().replace(",a\n", ",another\n")
+    config.data.write_text(text)
+    tune_classes(config, tmp_path / "others")
+    served.publish(3, tmp_path / "others")
+    policy = run(served.pool, lambda client: told(client, state="NACK"))
+    assert policy["generation"] == generation
+    assert "class 0 is 'another', and 'a' of this pool's own heads" in policy["reason"]
+
+
 async def asked_of(client: httpx.AsyncClient, model: str, tokens: int = 4) -> Any:
     asked = {"model": model, "prompt": [11, 12], "max_tokens": tokens, "offramp": {"stats": True}}
     reply = await client.post("/v1/completions", json=asked)
@@ -184,6 +213,7 @@ def told_to_redeploy(served: Classifying) -> str:
 def test_a_redeploy_replaces_all_workers_and_loses_no_request(served: Classifying) -> None:
     before = {each.pid for each in served.pool.workers()}
     written = served.file.read_text()
+    written = written.replace("classify =", "replicas = 2\nclassify =")
     served.file.write_text(written.replace("slots = 12", "slots = 12\nkv_mode = 'verify'"))
 
     async def meanwhile(client: httpx.AsyncClient) -> Any:
@@ -199,7 +229,7 @@ def test_a_redeploy_replaces_all_workers_and_loses_no_request(served: Classifyin
         return outcomes, said.result(), answered, await asked_of(client, "reference", 16)
 
     outcomes, said, answered, stats = run(served.pool, meanwhile)
-    assert said.startswith("redeployed: classes with 1 workers")
+    assert said.startswith("redeployed: classes with 2 workers")
     assert all(outcome.is_whole for outcome in outcomes), outcomes
     assert answered
     # The policy came from the registry again, and the new workers verify what its exits draft.
@@ -246,3 +276,21 @@ def test_one_model_that_loses_its_worker_leaves_the_others_alone(served: Classif
     assert {dict(state)["classes"] for state in states} == {"ok"}
     assert {dict(state)["reference"] for state in states} <= {"ok", "without workers"}
     assert len(again["exit_layers"]) == 4
+
+
+def test_texts_of_a_worker_that_froze_are_answered_by_another(served: Classifying) -> None:
+    """Those it has and those that come until Ray has replaced it, which takes it longer."""
+
+    async def scenario(client: httpx.AsyncClient) -> list[Any]:
+        heard: set[str] = set()
+        while len(heard) < 2:
+            heard.add((await told(client))["replica"])
+        theirs = [each for each in served.pool.workers() if "Classifying" in each.cmdline()[0]]
+        theirs[0].suspend()
+        asked = asyncio.gather(*(classified(client) for _ in range(12)))
+        answers: list[Any] = await asyncio.wait_for(asked, FROZEN_S)
+        assert theirs[0].is_running()
+        return answers
+
+    answers = run(served.pool, scenario)
+    assert len({tuple(each["label"] for each in answer) for answer in answers}) == 1

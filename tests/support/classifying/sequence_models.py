@@ -57,9 +57,9 @@ def encoder_stack(family: str = "bert", dtype: torch.dtype = torch.float32) -> E
     return ENCODERS[family](make_encoder(family, dtype))
 
 
-def random_heads(layers: int = 5, width: int = 48) -> ClassHeads:
+def random_heads(layers: int = 5, width: int = 48, seed: int = 2) -> ClassHeads:
     """A head after each layer, unlike the others."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     return ClassHeads(
         LABELS,
         "mean",

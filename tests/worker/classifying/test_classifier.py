@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
 from offramp.controller.policies.protocols import FixedExit, IndexArray, ThresholdPolicy
 from offramp.controller.policies.rules.entropy_patience import PatienceExit
-from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.class_heads import ClassHeads, labels_in
 from offramp.worker.classifying.classifier import Classifier
-from support.classifying.sequence_models import RAGGED, ByLength, encoder_stack, random_heads
+from support.classifying.sequence_models import (
+    LABELS,
+    RAGGED,
+    ByLength,
+    encoder_stack,
+    random_heads,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,19 @@ def test_heads_come_back_as_they_were_saved(tmp_path: Path) -> None:
     stack = encoder_stack()
     found = [Classifier(stack, each).run(RAGGED, FixedExit(2)).probs_NC for each in (heads, back)]
     assert (found[0] == found[1]).all()
+
+
+def test_classes_are_what_the_weights_say_wherever_they_were_sent(tmp_path: Path) -> None:
+    """A release names weights by their digest; the description is put together by each worker."""
+    random_heads().save(tmp_path, {"model": "m", "layers": 5, "width": 48})
+    file = tmp_path / DESCRIPTION
+    facts = json.loads(file.read_text())
+    del facts["pool"]
+    file.write_text(json.dumps(facts | {"labels": ["x", "y", "z"]}))
+    assert labels_in(tmp_path) == ClassHeads.load(tmp_path, "m", 5, 48).labels == LABELS
+    (tmp_path / WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="heads: .* holds no readable"):
+        labels_in(tmp_path)
 
 
 @pytest.mark.parametrize(
