@@ -127,7 +127,7 @@ def test_classes_are_what_the_weights_say_wherever_they_were_sent(tmp_path: Path
     file.write_text(json.dumps(facts | {"labels": ["x", "y", "z"]}))
     assert labels_in(tmp_path) == ClassHeads.load(tmp_path, "m", 5, 48).labels == LABELS
     (tmp_path / WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="heads: .* holds no readable"):
+    with pytest.raises(ConfigError, match=r"heads: .* holds no readable"):
         labels_in(tmp_path)
 
 
