@@ -15,6 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from offramp.controller.adapters.adapter_folder import AGAIN, FORMAT, WEIGHTS, read_description
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.kinds import digest_of
@@ -109,6 +111,17 @@ _FIELDS: dict[str, Check] = {
 assert _FIELDS.keys() == {field.name for field in fields(AdapterIndex)}
 
 
+def _require_told(folder: Path) -> None:
+    """Refuse heads whose weights do not say of which classes they are: they alone are sent."""
+    with safe_open(folder / WEIGHTS, "np") as file:
+        if not file.metadata():
+            raise ConfigError(
+                "heads",
+                f"{folder} was fitted before heads could be sent to workers with others",
+                "Run `offramp tune --task classify` again, and train policies for what it fits",
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
     """A folder that ``offramp tune`` wrote, and what it is found to hold.
@@ -146,6 +159,8 @@ class AdapterSource:
         if whole.hexdigest() != facts.get("digest"):
             problem = f"{folder / WEIGHTS} is not the file that its description names"
             raise ConfigError("translators", problem, AGAIN)
+        if facts.get("kind") == "classify":
+            _require_told(folder)
         values = {
             "format": FORMAT,
             "kind": facts.get("kind", "translator"),

@@ -37,9 +37,6 @@ FORMAT_VERSION = 2
 MODEL_LAYERS = "model_layers"
 """Among the metrics: layers of the model, by which costs are told where the model is not."""
 
-SHADOW_SHARE = 0.05
-"""Share of the time in which a worker may run what nobody waits for under a canary in shadow."""
-
 Guarantee = Literal["full depth", "certified", "uncertified"]
 """Whether a release's loss is bounded: trivially, by its certificate, or not at all."""
 

@@ -16,6 +16,13 @@ _SHARE: Check = (lambda value: is_number(value) and 0 < value < 1, "a number in 
 _RATIO: Check = (lambda value: is_number(value) and value > 0, "a number above 0")
 
 
+SHADOW_SHARE = 0.05
+"""Share of the time in which a worker may run what nobody waits for under a canary in shadow."""
+
+SHADOW_PROMPT = 512
+"""Tokens of a prompt, or of a text, that is repeated in shadow, at most."""
+
+
 def _are_percents(value: Any) -> bool:
     if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
         return False

@@ -174,12 +174,11 @@ class Classification:
         }
 
     def _said(self, place: int, found: ClassifiedText, body: ClassifyRequest) -> TextClass:
-        labels = self._backend.labels
         said: TextClass = {
             "index": place,
-            "label": labels[found.label],
+            "label": found.name,
             "probs": list(found.probs),
-            "num_classes": len(labels),
+            "num_classes": len(found.probs),
         }
         if body.offramp.stats:
             said["offramp"] = self._stats(found)

@@ -22,7 +22,7 @@ from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import keep_to_loopback
 from offramp.deploy.serve.worker_report import describe_policy, energy_of
-from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.class_heads import AGAIN, ClassHeads
 from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -59,7 +59,7 @@ def require_classes(theirs: Sequence[str], own: Sequence[str]) -> None:
     """
     for place, (name, wanted) in enumerate(zip_longest(theirs, own)):
         if name != wanted:
-            problem = f"class {place} is {name!r}, and {wanted!r} of this pool's own heads"
+            problem = f"class {place} is {name!r}, and {wanted!r} as this pool tells its clients"
             raise ConfigError("heads", problem, "Redeploy the pool with these heads")
 
 
@@ -86,6 +86,7 @@ class ClassifyingWorker:
         torch.set_num_threads(spec.threads)
         model = SequenceModel.load(spec.model, parse_dtype(spec.dtype), spec.device)
         self.classifier = model.classifier(served.heads)
+        require_classes(self.classifier.heads.labels, served.labels)
 
         def prepare(policy: Policy, heads: ClassHeads | None) -> None:
             with_heads = Classifier(model.stack, heads) if heads else self.classifier
@@ -93,7 +94,10 @@ class ClassifyingWorker:
 
         def take_in(folder: Path) -> ClassHeads:
             heads = model.heads(folder)
-            require_classes(heads.labels, self.classifier.heads.labels)
+            require_classes(heads.labels, served.labels)
+            if self.classifier.heads.has_bounds and not heads.has_bounds:
+                problem = "they bound no scores, so the best of several texts could not be found"
+                raise ConfigError("heads", problem, AGAIN)
             return heads
 
         self.refresher = follow_channel(

@@ -100,7 +100,7 @@ class Front:
     async def connect(self, model: PoolModel, app: str) -> None:
         """Send a model's requests from now on to the workers of an application."""
         workers = serve.get_deployment_handle(worker_class(model).__name__, app)
-        await self._backends[model.name].connect(workers, app, model.room)
+        await self._backends[model.name].connect(workers, app, model)
 
     async def hear(self, model: str, report: dict[str, Any]) -> None:
         """Take what a worker of a model says of itself."""

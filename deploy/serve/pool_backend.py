@@ -19,7 +19,6 @@ from offramp.deploy.serve.placing.prompt_places import PromptPlaces
 from offramp.deploy.serve.placing.workers_heard import HEARD
 from offramp.deploy.serve.pool_config import PoolModel
 from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
-from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
@@ -65,7 +64,7 @@ class PoolBackend:
         self.started_at = int(time.time())
         self.layers = layers_and_vocab(model.worker.model)[0]
         self.tokenizer = load_tokenizer(model.worker.model)
-        self.labels = () if model.heads is None else labels_in(model.heads)
+        self.labels = model.labels
         self.most_tokens = 0
         self.is_draining = False
         self._inbox = inbox
@@ -81,21 +80,21 @@ class PoolBackend:
         self._streams: set[Any] = set()
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    async def connect(self, workers: Any, app: str, room: int) -> None:
+    async def connect(self, workers: Any, app: str, model: PoolModel) -> None:
         """Send requests from now on to a deployment's workers; returns once one has reported.
 
         Args:
             workers: Handle of the deployment.
             app: Its application's name.
-            room: Requests that one of its workers decodes or lets wait.
+            model: What they serve; after a redeploy its classes may be others.
         """
         context, most_tokens = await workers.most_tokens.remote()
         while not self._serving(app):
             await asyncio.sleep(_PAUSE_S)
         if self._encoder is None:
             self._encoder = PromptEncoder(self.tokenizer, context)
-        self.most_tokens, self._room = most_tokens, room
-        self._workers, self._app = workers, app
+        self.most_tokens, self._room = most_tokens, model.room
+        self._workers, self._app, self.labels = workers, app, model.labels
 
     @property
     def encoder(self) -> PromptEncoder:

@@ -24,6 +24,7 @@ class PoolModel:
     Attributes:
         worker: What each replica loads.
         heads: Folder of heads that classify: then texts are classified, and no tokens are made.
+        labels: Classes that those tell apart, as clients are told.
         name: What clients ask for.
         channel: Channel whose releases the workers follow.
         replicas: Number of workers; of a pool that grows, the fewest.
@@ -40,6 +41,7 @@ class PoolModel:
     name: str
     channel: str
     heads: Path | None = None
+    labels: tuple[str, ...] = ()
     replicas: int = 2
     growth: PoolGrowth | None = None
     max_waiting: int = 64
@@ -66,6 +68,8 @@ class PoolModel:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError("replicas", f"{self.replicas} is below 1")
+        if (self.heads is None) != (not self.labels):
+            raise ConfigError("labels", f"{self.labels} are not those of heads {self.heads}")
         if self.growth is not None and self.growth.most < self.replicas:
             raise ConfigError(
                 "max_replicas",

@@ -173,7 +173,8 @@ def _facts_of(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             "heads", f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
         ) from error
-    return facts | said if isinstance(said, dict) else facts
+    found = said if isinstance(said, dict) else {}
+    return facts | {name: found[name] for name in ("labels", "pool") if name in found}
 
 
 def _checked(

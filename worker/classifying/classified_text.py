@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offramp.controller.costs.readings import EnergyReading, EnergyShare
@@ -15,6 +16,7 @@ class ClassifiedText:
 
     Attributes:
         label: Index of its likeliest class.
+        name: What that class is called.
         probs: Chances of the classes.
         layers: Layers that it ran.
         generation: Release that decided it; 0: full depth, or no release.
@@ -23,6 +25,7 @@ class ClassifiedText:
     """
 
     label: int
+    name: str
     probs: tuple[float, ...]
     layers: int
     generation: int
@@ -42,14 +45,16 @@ def shares_of(run: Classified, reading: EnergyReading | None) -> list[EnergyShar
 def classified_text(
     run: Classified,
     row: int,
+    labels: Sequence[str],
     energy: EnergyShare | None,
-    generation: int = 0,
+    generation: int,
     *,
     is_best: bool = False,
 ) -> ClassifiedText:
     """Tell what became of one row of a batch."""
     return ClassifiedText(
         label=int(run.label_N[row]),
+        name=labels[int(run.label_N[row])],
         probs=tuple(run.probs_NC[row].tolist()),
         layers=int(run.layers_N[row]),
         generation=generation,

@@ -238,12 +238,15 @@ class TextService:
     def _classify(self, batch: Sequence[_Waiting]) -> list[ClassifiedText]:
         first, classifier = batch[0], self.classifier.under(batch[0].snapshot)
         race, sequences = first.race, [each.tokens for each in batch]
+        labels = classifier.heads.labels
+        # At full depth a release says something only if the heads are its own.
+        own = 0 if first.snapshot.adapters is None else first.snapshot.generation
         if race is not None:
             (best, run), reading = self.meter.run(lambda: race.run(sequences), lambda _: len(batch))
             self.classified += len(batch)
             shares = shares_of(run, reading)
             return [
-                classified_text(run, row, shares[row], is_best=row == best)
+                classified_text(run, row, labels, shares[row], own, is_best=row == best)
                 for row in range(len(batch))
             ]
         failed, begun_s = classifier.guard.failures, time.perf_counter()
@@ -257,11 +260,11 @@ class TextService:
         tell_batch(watch, run, classifier.stack.layers, failures, took_s)
         if watch is not None and reading is not None and reading.joules is not None:
             self._tracks.note(watch.tally, reading, reading.joules, len(batch))
-        # At full depth a release says something only if the heads are its own.
-        is_own = isinstance(policy, NeverExit) and first.snapshot.adapters is None
-        generation = 0 if is_own else first.snapshot.generation
+        generation = own if isinstance(policy, NeverExit) else first.snapshot.generation
         shares = shares_of(run, reading)
-        return [classified_text(run, row, shares[row], generation) for row in range(len(batch))]
+        return [
+            classified_text(run, row, labels, shares[row], generation) for row in range(len(batch))
+        ]
 
     def _look_after(self, batch: Sequence[_Waiting], found: Sequence[ClassifiedText]) -> None:
         """Do with a batch what nobody waits for."""
@@ -269,6 +272,7 @@ class TextService:
         answered = [
             (each.tokens, said.label, said.layers) for each, said in zip(batch, found, strict=True)
         ]
-        self._audits.judge(self.classifier.under(snapshot), snapshot, answered)
+        current = self._current()
+        self._audits.judge(self.classifier, snapshot, current, answered)
         if not self._line:
-            self._shadows.work(self.classifier, self._current().canary, batch[0].tokens)
+            self._shadows.work(self.classifier, current, batch[0].tokens)

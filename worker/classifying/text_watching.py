@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from offramp.controller.release.manifest import SHADOW_SHARE
 from offramp.controller.watching.guardrails import PolicyWatch
+from offramp.controller.watching.steps import SHADOW_PROMPT, SHADOW_SHARE
 from offramp.worker.classifying.classifier import Classified, Classifier
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.admission import AuditPicker
@@ -77,6 +77,9 @@ def tell_batch(
 class TextAudits:
     """Audits texts as requests for tokens are audited: the first of a release, then a share.
 
+    Full depth is read by the release's own heads; of a canary that brought others than the stable
+    release has, by the stable release's: nobody knows yet what its own are worth.
+
     Args:
         share: Share of the texts that is audited.
     """
@@ -85,18 +88,31 @@ class TextAudits:
         self._picker = AuditPicker(share)
 
     def judge(
-        self, classifier: Classifier, snapshot: PolicySnapshot, answered: Sequence[Answered]
+        self,
+        classifier: Classifier,
+        snapshot: PolicySnapshot,
+        current: PolicySnapshot,
+        answered: Sequence[Answered],
     ) -> None:
-        """Run those that are picked through all layers, and tell their release's watch."""
+        """Run those that are picked through all layers, and tell their release's watch.
+
+        Args:
+            classifier: The worker's own.
+            snapshot: The release that they were answered under.
+            current: The stable release.
+            answered: The texts.
+        """
         watch = snapshot.watch
         if watch is None:
             return
+        own, stable = classifier.under(snapshot), classifier.under(current)
+        brings = snapshot.rollout.is_canary and own.heads.digest != stable.heads.digest
         picked = [each for each in answered if self._picker.picks(snapshot)]
-        early = [each for each in picked if each[2] < classifier.stack.layers]
+        early = [each for each in picked if brings or each[2] < classifier.stack.layers]
         if not early:
             return
         try:
-            full = classifier.run([tokens for tokens, _, _ in early])
+            full = (stable if brings else own).run([tokens for tokens, _, _ in early])
         except Exception:  # they were answered: nothing of an audit may end the service
             log.exception("an audit of %s texts failed", len(early))
             return
@@ -107,7 +123,7 @@ class TextAudits:
 class TextShadows:
     """Classifies answered texts once more under a canary in shadow, which serves nobody.
 
-    One at a time; full depth is asked about each that leaves early.
+    One at a time, of ``SHADOW_PROMPT`` tokens at most; full depth is asked about each.
 
     Args:
         audits: Asks it.
@@ -119,23 +135,22 @@ class TextShadows:
         self._share = share
         self._next_s = 0.0
 
-    def work(
-        self, classifier: Classifier, canary: PolicySnapshot | None, text: Sequence[int]
-    ) -> None:
+    def work(self, classifier: Classifier, current: PolicySnapshot, text: Sequence[int]) -> None:
         """Repeat a text if a canary is in shadow and one is due.
 
         Args:
             classifier: The worker's own.
-            canary: The one beside the current release, if there is one.
+            current: The stable release, and its canary if there is one.
             text: Token ids of a text that was answered.
         """
-        begun_s = time.perf_counter()
-        if canary is None or not canary.rollout.is_shadow or begun_s < self._next_s:
+        begun_s, canary = time.perf_counter(), current.canary
+        if canary is None or not canary.rollout.is_shadow:
             return
-        classifier = classifier.under(canary)
+        if begun_s < self._next_s or len(text) > SHADOW_PROMPT:
+            return
         failed = classifier.guard.failures
         try:
-            run = classifier.run([text], canary.policy)
+            run = classifier.under(canary).run([text], canary.policy)
         except Exception:  # it says nothing to those who are served
             log.exception("generation %s took no shadow of a text", canary.generation)
         else:
@@ -144,6 +159,7 @@ class TextShadows:
             took_s = time.perf_counter() - begun_s
             tell_batch(canary.watch, run, classifier.stack.layers, failures, took_s)
             asked.answer(run.row_layers)
-            self._audits.judge(classifier, canary, [(text, int(run.label_N[0]), run.row_layers)])
+            answered = [(text, int(run.label_N[0]), run.row_layers)]
+            self._audits.judge(classifier, canary, current, answered)
         now_s = time.perf_counter()
         self._next_s = now_s + (now_s - begun_s) * (1 / self._share - 1)

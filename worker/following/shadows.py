@@ -12,13 +12,10 @@ import time
 from dataclasses import replace
 
 from offramp.controller.errors import RequestError
-from offramp.controller.release.manifest import SHADOW_SHARE
+from offramp.controller.watching.steps import SHADOW_PROMPT, SHADOW_SHARE
 from offramp.worker.decoding.request import PolicySnapshot, Request
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.engine import AdaptiveEngine
-
-MOST_PROMPT = 512
-"""Tokens of a prompt that is repeated, at most."""
 
 MOST_TOKENS = 64
 """New tokens of a shadow, at most."""
@@ -56,7 +53,7 @@ class ShadowRunner:
     def _note(self, row: Sequence) -> None:
         request = row.request
         is_own = request.sampler is not None or request.forced  # not to be had a second time
-        is_short = len(request.prompt) <= MOST_PROMPT and len(row.emitted) > 1
+        is_short = len(request.prompt) <= SHADOW_PROMPT and len(row.emitted) > 1
         if is_short and not (is_own or request.is_shadow or self._running):
             self._ended = request
 

@@ -30,6 +30,7 @@ from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_ke
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, require_model, running_pool
 from offramp.deploy.serve.settings import Settings
+from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import parse_dtype
@@ -129,10 +130,12 @@ def _models(context: typer.Context, given: dict[str, Any]) -> tuple[PoolModel, .
 def _model(name: str, given: dict[str, Any], workers: int) -> PoolModel:
     """One model, from the options of the command; cores are for so many workers."""
     settings = Settings.from_environment(channel=given["channel"])
+    heads = given["classify"] and given["classify"].resolve()
     return PoolModel(
         name=name,
         worker=_worker(given, workers),
-        heads=given["classify"] and given["classify"].resolve(),
+        heads=heads,
+        labels=labels_in(heads) if heads else (),
         channel=settings.channel,
         growth=pool_options.growth_of(given),
         traffic=_kept_traffic(settings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def load_of(running: int, waiting: int, tokens: int) -> dict[str, float]:
 
 def tell_shortage(cpus: float) -> None:
     """Say that workers wait for room, if Ray has less: it would wait for ever, and say nothing."""
-    free = ray.available_resources().get("CPU", 0.0)
+    free = cpus
+    with contextlib.suppress(ray.exceptions.RayError):  # who asks is busy with something else
+        free = ray.available_resources().get("CPU", 0.0)
     if cpus > free:
         _logger.warning(
             "new workers take %g of Ray's cores, and %g are free: they wait until more nodes join "

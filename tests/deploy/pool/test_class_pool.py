@@ -18,7 +18,6 @@ from offramp.agents.classifying.classify_tuning import tune_classes
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.protocols import FixedExit
-from offramp.deploy.serve.pool_backend import SILENCE_S
 from offramp.deploy.serve.publishing import open_publisher, open_registry
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -27,9 +26,6 @@ from support.classifying.labelled_files import encoder_folder, labelled_file
 from support.pools.served_pool import PATIENCE_S, ServedPool, run, streams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-FROZEN_S = 2 * SILENCE_S + 2
-"""No text waits longer for a worker that froze, even if another try finds the same one."""
 
 TEXTS = ["w3 w3 w3 w20 w4", "w4 w4 w4 w30", "w3 w3 w40 w3"]
 
@@ -43,6 +39,7 @@ class Classifying:
         tune_classes(self.config, heads)
         self.model = SequenceModel.load(model)
         self.heads = heads
+        self.others = folder / "others"  # for classes of which one has another name
         self.classifier = self.model.classifier(heads)
         self.home = folder / "home"
         self.file = folder / "models.toml"
@@ -161,13 +158,12 @@ def test_heads_travel_with_a_release_if_they_tell_the_same_classes_apart(
     assert np.allclose([each["probs"] for each in found], alone.probs_NC, atol=1e-5)
     assert {each["offramp"]["generation"] for each in found} == {generation}
 
-    text = config.data.read_text().replace(",a\n", ",another\n")
-    config.data.write_text(text)
-    tune_classes(config, tmp_path / "others")
-    served.publish(3, tmp_path / "others")
+    config.data.write_text(config.data.read_text().replace(",a\n", ",another\n"))
+    tune_classes(config, served.others)
+    served.publish(3, served.others)
     policy = run(served.pool, lambda client: told(client, state="NACK"))
     assert policy["generation"] == generation
-    assert "class 0 is 'another', and 'a' of this pool's own heads" in policy["reason"]
+    assert "class 0 is 'another', and 'a' as this pool tells its clients" in policy["reason"]
 
 
 async def asked_of(client: httpx.AsyncClient, model: str, tokens: int = 4) -> Any:
@@ -214,6 +210,7 @@ def test_a_redeploy_replaces_all_workers_and_loses_no_request(served: Classifyin
     before = {each.pid for each in served.pool.workers()}
     written = served.file.read_text()
     written = written.replace("classify =", "replicas = 2\nclassify =")
+    written = written.replace(str(served.heads), str(served.others))
     served.file.write_text(written.replace("slots = 12", "slots = 12\nkv_mode = 'verify'"))
 
     async def meanwhile(client: httpx.AsyncClient) -> Any:
@@ -234,6 +231,13 @@ def test_a_redeploy_replaces_all_workers_and_loses_no_request(served: Classifyin
     assert answered
     # The policy came from the registry again, and the new workers verify what its exits draft.
     assert stats["drafts"] > 0
+    # Their release was refused for the classes that clients were told of before.
+    policy = run(served.pool, lambda client: told(client, state="ACK"))
+    others = served.model.classifier(served.others)
+    assert policy["adapters"] == others.heads.digest
+    found = run(served.pool, classified)
+    assert {each["label"] for each in found} == {"another", "b"}
+    assert {each["offramp"]["exit_layer"] for each in found} == {3}
 
 
 @pytest.mark.parametrize(
@@ -280,15 +284,15 @@ def test_one_model_that_loses_its_worker_leaves_the_others_alone(served: Classif
 
 def test_texts_of_a_worker_that_froze_are_answered_by_another(served: Classifying) -> None:
     """Those it has and those that come until Ray has replaced it, which takes it longer."""
+    theirs = [each for each in served.pool.workers() if "Classifying" in each.cmdline()[0]]
+    assert len(theirs) == 2  # since the redeploy above
 
     async def scenario(client: httpx.AsyncClient) -> list[Any]:
         heard: set[str] = set()
         while len(heard) < 2:
             heard.add((await told(client))["replica"])
-        theirs = [each for each in served.pool.workers() if "Classifying" in each.cmdline()[0]]
         theirs[0].suspend()
-        asked = asyncio.gather(*(classified(client) for _ in range(12)))
-        answers: list[Any] = await asyncio.wait_for(asked, FROZEN_S)
+        answers: list[Any] = await asyncio.gather(*(classified(client) for _ in range(12)))
         assert theirs[0].is_running()
         return answers
 

@@ -8,10 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from offramp.controller.errors import ConfigError
-from offramp.deploy.serve.placing.pool_growth import PoolGrowth, WorkersWanted, load_of
+from offramp.deploy.serve.placing.pool_growth import (
+    PoolGrowth,
+    WorkersWanted,
+    load_of,
+    tell_shortage,
+)
 from support.pools.served_pool import PATIENCE_S, Outcome, ServedPool, body, follow, run
 
 CROWD, FEW, TOKENS = 10, 2, 200
@@ -90,3 +96,13 @@ def test_a_target_or_a_delay_of_nothing_is_refused(field: str) -> None:
     given: dict[str, Any] = {"most": 2, "completions": 1.0, field: 0.0}
     with pytest.raises(ConfigError, match=f"{field}.*not above 0"):
         PoolGrowth(**given)
+
+
+def test_workers_that_wait_for_cores_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    tell_shortage(1.0)
+    assert not caplog.messages
+    tell_shortage(3.0)
+    assert "new workers take 3 of Ray's cores, and 1 are free" in caplog.text

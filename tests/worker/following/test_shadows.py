@@ -176,7 +176,7 @@ def test_long_prompts_and_lone_tokens_are_not_repeated(
 ) -> None:
     _, engine = in_shadow(bench, 2)
     runner = ShadowRunner(engine, ALWAYS)
-    monkeypatch.setattr("offramp.worker.following.shadows.MOST_PROMPT", len(CLIENT) - 1)
+    monkeypatch.setattr("offramp.worker.following.shadows.SHADOW_PROMPT", len(CLIENT) - 1)
     engine.submit(CLIENT, GREEDY)
     assert shadows(finish(engine, runner)) == []
     engine.submit(CLIENT[:1], SamplingParams(max_tokens=1))
