@@ -26,8 +26,8 @@ from rich.table import Table
 
 from offramp.agents.classifying.class_policies import (
     AGENT,
-    LOSS,
     ClassPolicy,
+    better_of,
     cheapest,
     learn_families,
     place_families,
@@ -162,7 +162,8 @@ def placed_fitted(
     fit: TokenTraces, choose: TokenTraces, costs: CostTable, placed: list[ClassPolicy]
 ) -> list[ClassPolicy]:
     """EERO's budget and backward induction, each at its cheapest setting within the loss."""
-    least = max(placed[0].accuracy, placed[1].accuracy) - LOSS
+    fixed = [replayed("", layer, FixedExit(layer), choose, costs) for layer in choose.header.exits]
+    better = better_of(placed[0], max(fixed, key=lambda each: each.accuracy))
     found = []
     for name, fitting, settings in (
         ("budget", fit_kept_budget, BUDGETS),
@@ -175,7 +176,7 @@ def placed_fitted(
             except ConfigError:  # less than the cheapest exit takes
                 continue
             tried.append(replayed(name, setting, policy, choose, costs))
-        best = cheapest(tried, least)
+        best = cheapest(tried, better)
         found += [best] if best else []
     return found
 
@@ -191,6 +192,7 @@ def oracle(traces: TokenTraces) -> ClassPolicy:
         accuracy=float(right_NE.any(-1).mean()),
         mean_layers=float(depth_E[right_NE.argmax(-1)].mean()),
         cost=0.0,
+        right_N=np.asarray(right_NE.any(-1)),
     )
 
 

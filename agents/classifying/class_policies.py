@@ -6,7 +6,7 @@ Chosen on the label, never on agreement with full depth: an exit may be more rig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.placing.contenders import GRID
 from offramp.agents.placing.replay import mean_cost, walk
 from offramp.controller.costs.table import CostTable
-from offramp.controller.features import SOFTMAX_V2
+from offramp.controller.features import SOFTMAX_V2, BoolArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.net import MAX_ROWS
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
@@ -24,7 +24,7 @@ from offramp.controller.policies.rules.entropy_patience import EntropyExit, Pati
 from offramp.envs.traces.tokens import TokenTraces
 
 LOSS = 0.005
-"""Accuracy that a setting may lose unless told otherwise."""
+"""Accuracy that a setting may lose unless told otherwise, one standard error included."""
 
 LOGITS = np.linspace(-3.0, 6.0, GRID)
 PREFERENCES = np.geomspace(0.02, 2.0, GRID)
@@ -52,6 +52,7 @@ class ClassPolicy:
         accuracy: Share of the texts whose label it finds.
         mean_layers: Mean layers executed.
         cost: Mean time, in units of a text at full depth, probes included.
+        right_N: Of which texts it finds the label.
     """
 
     family: str
@@ -60,6 +61,17 @@ class ClassPolicy:
     accuracy: float
     mean_layers: float
     cost: float
+    right_N: BoolArray = field(repr=False, compare=False)
+
+    def lost_below(self, other: ClassPolicy) -> float:
+        """Accuracy lost against another on the same texts, and one standard error on top.
+
+        Of many settings some seem to lose less than they do, and the cheapest that is allowed is
+        one of them; so a setting has to be better than the bound by what chance alone moves it
+        (the rule of one standard error: Breiman et al. 1984, section 3.4.3).
+        """
+        lost_N = other.right_N.astype(np.float64) - self.right_N
+        return float(lost_N.mean() + lost_N.std() / np.sqrt(len(lost_N)))
 
 
 def replayed(
@@ -71,21 +83,30 @@ def replayed(
         ConfigError: it asks where nothing was recorded.
     """
     walked = walk(policy, traces)
+    right_N = walked.quality_N(traces, "label") > 0
     depth_E1 = np.array([*traces.header.exits, traces.header.layers])
     return ClassPolicy(
         family=family,
         setting=setting,
         policy=policy,
-        accuracy=float(walked.quality_N(traces, "label").mean()),
+        accuracy=float(right_N.mean()),
         mean_layers=float(depth_E1[walked.taken_N].mean()),
         cost=mean_cost(policy, walked, traces, costs),
+        right_N=right_N,
     )
 
 
-def cheapest(tried: Iterable[ClassPolicy], least: float) -> ClassPolicy | None:
-    """The cheapest setting that is at least so accurate; None if none is."""
-    meeting = [each for each in tried if each.accuracy >= least]
+def cheapest(
+    tried: Iterable[ClassPolicy], better: ClassPolicy, loss: float = LOSS
+) -> ClassPolicy | None:
+    """The cheapest setting that loses at most so much (``lost_below``); None if none does."""
+    meeting = [each for each in tried if each.lost_below(better) <= loss]
     return min(meeting, key=lambda each: each.cost, default=None)
+
+
+def better_of(full: ClassPolicy, fixed: ClassPolicy) -> ClassPolicy:
+    """Full depth or the best fixed exit, which is cheaper: whichever finds more labels."""
+    return full if full.accuracy > fixed.accuracy else fixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,8 +206,8 @@ def place_families(
         families: What ``learn_families`` gave, the fixed exit first.
         choose: Texts that settings are chosen on.
         costs: Measured prices of layers, heads and probes.
-        loss: Accuracy that a setting may lose on those, below the better of full depth and the
-            best fixed exit.
+        loss: Accuracy that a setting may lose on those, one standard error included, below the
+            better of full depth and the best fixed exit.
     """
     tried = {
         each.name: [
@@ -197,7 +218,7 @@ def place_families(
     }
     full = replayed("full depth", None, NeverExit(), choose, costs)
     best = max(tried["fixed exit"], key=lambda each: (each.accuracy, -each.cost))
-    least = max(full.accuracy, best.accuracy) - loss
-    found = {name: cheapest(each, least) for name, each in tried.items()}
+    better = better_of(full, best)
+    found = {name: cheapest(each, better, loss) for name, each in tried.items()}
     found["fixed exit"] = found["fixed exit"] or best
     return [full, *(each for each in found.values() if each is not None)]
