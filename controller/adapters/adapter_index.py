@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from offramp.controller.adapters.adapter_folder import AGAIN, FORMAT, WEIGHTS, read_description
 from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
@@ -113,13 +113,17 @@ assert _FIELDS.keys() == {field.name for field in fields(AdapterIndex)}
 
 def _require_told(folder: Path) -> None:
     """Refuse heads whose weights do not say of which classes they are: they alone are sent."""
-    with safe_open(folder / WEIGHTS, "np") as file:
-        if not file.metadata():
-            raise ConfigError(
-                "heads",
-                f"{folder} was fitted before heads could be sent to workers with others",
-                "Run `offramp tune --task classify` again, and train policies for what it fits",
-            )
+    try:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            is_told = bool(file.metadata())
+    except SafetensorError as error:
+        raise ConfigError("heads", f"{folder / WEIGHTS} is unreadable ({error})", AGAIN) from error
+    if not is_told:
+        raise ConfigError(
+            "heads",
+            f"{folder} was fitted before heads could be sent to workers with others",
+            "Run `offramp tune --task classify` again, and train policies for what it fits",
+        )
 
 
 @dataclass(frozen=True, slots=True)

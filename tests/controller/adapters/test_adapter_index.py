@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
 from offramp.controller.adapters.adapter_index import (
@@ -46,6 +48,22 @@ def test_the_parts_are_the_file(folder: Path) -> None:
 def rewrite(folder: Path, **changes: Any) -> None:
     facts = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps(facts | changes))
+
+
+def test_heads_travel_only_if_their_weights_say_of_which_classes_they_are(folder: Path) -> None:
+    """The description stays behind."""
+    rewrite(folder, kind="classify")
+    with pytest.raises(ConfigError, match=r"heads: .* is unreadable"):
+        AdapterSource.open(folder)
+    for metadata in ({"heads": "{}"}, None):
+        weights = save({"2.weight": np.zeros(3, np.float32)}, metadata)
+        (folder / WEIGHTS).write_bytes(weights)
+        rewrite(folder, digest=hashlib.sha256(weights).hexdigest())
+        if metadata:
+            assert AdapterSource.open(folder).index.kind == "classify"
+        else:
+            with pytest.raises(ConfigError, match="was fitted before heads could be sent"):
+                AdapterSource.open(folder)
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
