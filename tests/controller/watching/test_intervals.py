@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from offramp.controller.watching.intervals import interval, mean_interval, ratio_of
+from offramp.controller.watching.intervals import interval, mean_interval, ratio_of, refutes
 from offramp.controller.watching.quantiles import (
     BUCKETS,
     bucket_of,
@@ -36,9 +36,12 @@ def test_the_truth_stays_within_at_every_look(rate: float) -> None:
     left = 0
     for _ in range(200):
         hits = np.cumsum(rng.random(300) < rate)
-        bounds = [interval(int(hits[n]), n + 1, 0.8) for n in range(300)]
-        left += any(not low <= rate <= high for low, high in bounds)
-    assert left / 200 <= 0.2
+        refuted = [refutes(int(hits[n]), n + 1, rate, 0.8) for n in range(300)]
+        left += any(refuted)
+        for n in range(9, 300, 58):  # the interval is what is not refuted
+            low, high = interval(int(hits[n]), n + 1, 0.8)
+            assert refuted[n] == (not low <= rate <= high)
+    assert 0 < left / 200 <= 0.2
 
 
 def test_a_mean_stays_within_at_every_look() -> None:
