@@ -52,7 +52,7 @@ class ClassPolicy:
         accuracy: Share of the texts whose label it finds.
         mean_layers: Mean layers executed.
         cost: Mean time, in units of a text at full depth, probes included.
-        right_N: Of which texts it finds the label.
+        right_N: Whether it finds the label, of each text.
     """
 
     family: str
