@@ -12,7 +12,8 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/$(lastword $(subst +, ,$(TORCH)))
 
 # Two processes of one thread each: three took as long, and Ray too long to start. A file's tests
-# share its fixtures, so a file stays with one of them. Files begin in the order of tests/conftest.py, where xdist's own goes by numbers of cases.
+# share its fixtures, so a file stays with one of them. Files begin in the order of
+# tests/conftest.py, where xdist's own goes by numbers of cases.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-smollm2 test fuzz chaos nodes check setup format format-check lint types layers audit docs rooms clean
