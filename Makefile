@@ -45,9 +45,10 @@ fuzz: setup
 chaos: setup
 	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
 
-# A pool over two Ray nodes of which one is killed, in two minutes.
+# A pool over two Ray nodes of which one is killed, and one that Ray Serve deploys from a file and
+# that is hurt and changed under load, in seven minutes.
 nodes: setup
-	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py
+	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py tests/deploy/pool/chaos_serve_deploy.py
 
 check: format-check lint types layers audit docs test
 

@@ -17,10 +17,11 @@ from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
 from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
+from offramp.deploy.serve.fronting.front_link import FrontLink
 from offramp.deploy.serve.log_lines import send_lines
+from offramp.deploy.serve.loopback import keep_to_loopback
 from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
-from offramp.deploy.serve.replica import keep_to_loopback
 from offramp.deploy.serve.worker_report import describe_policy, energy_of
 from offramp.worker.classifying.class_heads import AGAIN, ClassHeads
 from offramp.worker.classifying.classified_text import ClassifiedText
@@ -69,19 +70,19 @@ class ClassifyingWorker:
     Args:
         config: Whom it follows.
         served: What it loads; with heads.
-        front: The actor that is told how it is.
+        front: Name of the actor that is told how it is.
     """
 
-    def __init__(self, config: PoolConfig, served: PoolModel, front: Any) -> None:
+    def __init__(self, config: PoolConfig, served: PoolModel, front: str) -> None:
         keep_to_loopback()
         assert served.heads is not None  # else its workers decode
-        self._front, self._model = front, served.name
         self._loop = asyncio.get_running_loop()
         self._claim = StateClaim(config.state_dir / served.channel)
         self.worker_id = self._claim.name
         context = serve.get_replica_context()
         self._replica, self._app = context.replica_id.unique_id, context.app_name
-        send_lines(config.log_format, config.process_of(served, self.worker_id), front.log.remote)
+        self._front = FrontLink(front, served.name)
+        send_lines(config.log_format, config.process_of(served, self.worker_id), self._front.log)
         spec = served.worker
         torch.set_num_threads(spec.threads)
         model = SequenceModel.load(spec.model, parse_dtype(spec.dtype), spec.device)
@@ -159,11 +160,13 @@ class ClassifyingWorker:
         if refresher := getattr(self, "refresher", None):
             refresher.stop()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Ray Serve each second: reports; a stuck classifier gets replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the classifier makes no progress")
-        self._front.hear.remote(self._model, self.report())
+        if self._front.is_lost:
+            await asyncio.to_thread(self._front.renew)
+        self._front.hear(self.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""

@@ -23,7 +23,7 @@ from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.http.served_models import ServedModels, UnavailableError
 from offramp.worker.engine.service import RETRY_AFTER_S
 
-OPEN_ROUTES = ("/health", "/ready")
+OPEN_ROUTES = ("/health", "/-/healthz", "/ready")
 """Routes that ask for no key."""
 
 DECODING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/score")

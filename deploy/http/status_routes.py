@@ -21,6 +21,9 @@ from offramp.deploy.http.shapes.reply_shapes import (
     VersionReply,
 )
 
+SERVE_HEALTH = "/-/healthz"
+"""Where Ray Serve's proxies say how they are: KubeRay asks there before it sends clients."""
+
 UNREADY: dict[int | str, dict[str, Any]] = {503: {"model": StateReply | ErrorReply}}
 
 
@@ -50,6 +53,7 @@ def add_status_routes(app: FastAPI, served: ServedModels, metrics: Metrics) -> N
     async def installed() -> VersionReply:
         return {"version": version("offramp")}
 
+    @app.get(SERVE_HEALTH, response_model=StateReply, responses=UNREADY)
     @app.get("/health", response_model=StateReply, responses=UNREADY)
     async def health() -> Response:
         return _state(served, served.trouble(), "ok")

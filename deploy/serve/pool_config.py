@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from offramp.controller.adapters.adapter_index import MAX_ADAPTER_MB
 from offramp.controller.errors import ConfigError
@@ -47,6 +48,11 @@ class PoolModel:
     max_waiting: int = 64
     cpus: float = 1.0
     traffic: TrafficConfig | None = None
+
+    @property
+    def deployment(self) -> str:
+        """Name of its workers in Ray Serve."""
+        return quote(self.name, safe="")
 
     @property
     def most_replicas(self) -> int:

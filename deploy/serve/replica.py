@@ -8,17 +8,17 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import ray
-import ray.serve._private.replica as serve_replica
 from ray import serve
 
 from offramp.controller.errors import DecodeFailedError
 from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
+from offramp.deploy.serve.fronting.front_link import FrontLink
+from offramp.deploy.serve.fronting.token_wire import TokenWire, WireAddress
 from offramp.deploy.serve.log_lines import send_lines
+from offramp.deploy.serve.loopback import keep_to_loopback
 from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
-from offramp.deploy.serve.token_wire import TokenWire
 from offramp.deploy.serve.worker_report import conditions_of, describe_policy, energy_of
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
@@ -41,7 +41,7 @@ class _Sender:
     """Has the tokens of one request sent, and says when the last was."""
 
     def __init__(self, wire: TokenWire, number: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._wire = wire
+        self.wire = wire
         self._number = number
         self._loop = loop
         self._places: dict[str, int] = {}
@@ -58,7 +58,7 @@ class _Sender:
         if isinstance(event, Exception):
             self._end(event)
             return
-        self._wire.add(self._number, self._places[event.request_id], event)
+        self.wire.add(self._number, self._places[event.request_id], event)
         self._unfinished -= event.finish_reason is not None
         if not self._unfinished:
             self._end(None)
@@ -83,12 +83,11 @@ class ServedWorker:
     Args:
         config: Whom it follows.
         model: What it loads.
-        front: The actor that is told how it is.
+        front: Name of the actor that is told how it is.
     """
 
-    def __init__(self, config: PoolConfig, model: PoolModel, front: Any) -> None:
+    def __init__(self, config: PoolConfig, model: PoolModel, front: str) -> None:
         keep_to_loopback()
-        self._front, self._model = front, model.name
         self._loop = asyncio.get_running_loop()
         # Held for as long as this process lives: no other worker writes there.
         self._claim = StateClaim(config.state_dir / model.channel)
@@ -96,7 +95,8 @@ class ServedWorker:
         # Unlike that name, another worker never has it again.
         context = serve.get_replica_context()
         self._replica, self._app = context.replica_id.unique_id, context.app_name
-        send_lines(config.log_format, config.process_of(model, self.worker_id), front.log.remote)
+        self._front = FrontLink(front, model.name)
+        send_lines(config.log_format, config.process_of(model, self.worker_id), self._front.log)
         engine = load_engine(model.worker)
         self.refresher = follow_channel(
             config,
@@ -115,7 +115,7 @@ class ServedWorker:
             vocab=engine.stack.vocab,
         )
         engine.current_policy = lambda: self.refresher.current
-        self._wire = TokenWire(ray.get(front.wire.remote()), self._replica)
+        self._wire = TokenWire(self._front.wire(), self._replica)
         self._shadows = ShadowRunner(engine)
         self._tokens = 0  # of requests under way: of their prompts, and what they may make
         self._traffic: Any = None
@@ -169,6 +169,8 @@ class ServedWorker:
         try:
             yield self._replica
             while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
+                if sender.wire is not self._wire:
+                    raise DecodeFailedError("the front that asked is gone")
                 if self.service.is_healthy:
                     yield self._replica
             sender.ended.result()
@@ -195,13 +197,19 @@ class ServedWorker:
         if refresher := getattr(self, "refresher", None):
             refresher.stop()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Ray Serve each second: reports; a stuck engine gets its replica replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the engine makes no progress")
-        if self._wire.is_broken:
-            raise RuntimeError("the front takes no tokens")
-        self._front.hear.remote(self._model, self.report())
+        if self._front.is_lost or self._wire.is_broken:
+            await asyncio.to_thread(self._front.renew, self._connect)
+        self._front.hear(self.report())
+
+    def _connect(self, address: WireAddress) -> None:
+        """Send tokens elsewhere from now on."""
+        wire = TokenWire(address, self._replica)
+        self._wire.close()
+        self._wire = wire
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""
@@ -232,17 +240,3 @@ class ServedWorker:
             "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }
-
-
-def keep_to_loopback() -> None:
-    """Have this replica's gRPC port, which Serve opens next, listen on loopback.
-
-    Nobody uses it, and it unpickles whatever it is sent, but Serve has no setting for it and opens
-    it to all machines.
-    """
-    listen = serve_replica.add_port_to_grpc_server
-
-    def listen_here(server: Any, address: str) -> Any:
-        return listen(server, address.replace("[::]", "127.0.0.1"))
-
-    serve_replica.add_port_to_grpc_server = listen_here

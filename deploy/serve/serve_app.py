@@ -7,35 +7,20 @@ import io
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import ConfigError, OfframpError
-from offramp.deploy.serve.front import Front, app_of, worker_class
-from offramp.deploy.serve.log_lines import show_line
+from offramp.deploy.serve.fronting.front_keeper import FrontKeeper
 from offramp.deploy.serve.placing.pool_growth import tell_shortage
-from offramp.deploy.serve.placing.worker_router import WorkerRouter
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
-from offramp.worker.classifying.sequence_model import check_classifier
-from offramp.worker.model.loading import check_model
-
-HEALTH_S = 1.0
-"""Seconds between two questions of Ray Serve to a worker how it is."""
-
-FROZEN_S = 4.0
-"""A worker that does not answer them for so long is replaced."""
-
-ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
-"""Requests of one burst are spread by what was sent; after it workers that were not heard of lately
-are asked for their load again: one that froze does not answer."""
+from offramp.deploy.serve.worker_deployments import QUIET, require_model, workers_of
 
 OF_SERVE = {
     # Else Ray Serve asks a worker that answers nothing to end, and waits as long as draining may
@@ -56,9 +41,6 @@ AS_URGENT = {"worker_niceness": 0}
 _RAISED = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b(: |$)")
 """The line of a traceback that says what was raised."""
 
-STOP_S = 15.0
-"""Seconds that the front has for its end beyond those for draining."""
-
 
 @contextlib.contextmanager
 def running_pool(config: PoolConfig) -> Iterator[RunningPool]:
@@ -72,16 +54,13 @@ def running_pool(config: PoolConfig) -> Iterator[RunningPool]:
         require_model(model)
     require_free(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location="Disabled",
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
+    keeper = FrontKeeper(config, f"front-{secrets.token_hex(8)}")
     with contextlib.ExitStack() as stack:
         stack.callback(_shut_down)
-        front = stack.enter_context(_listening(config))
-        if config.log_format is not None:
-            threading.Thread(target=_show_lines, args=(front,), daemon=True).start()
-        pool = RunningPool(config, front)
+        keeper.start()
+        stack.callback(keeper.end)
+        pool = RunningPool(config, keeper)
         pool.start(config, config.models)
         yield pool
 
@@ -91,13 +70,13 @@ class RunningPool:
 
     Args:
         config: What it is made of.
-        front: The actor that clients talk to.
+        front: Keeps what clients talk to.
 
     Attributes:
         url: Base of its routes.
     """
 
-    def __init__(self, config: PoolConfig, front: Any) -> None:
+    def __init__(self, config: PoolConfig, front: FrontKeeper) -> None:
         self.url = f"http://{config.host}:{config.port}"
         self._front = front
         self._turn = 0
@@ -110,15 +89,23 @@ class RunningPool:
             ConfigError: a worker cannot start.
         """
         tell_shortage(sum(model.replicas * model.cpus for model in models))
-        apps = {model.name: app_of(model, self._turn) for model in models}
+        apps = {model.name: _app_of(model, self._turn) for model in models}
+        targets = [
+            serve.RunTarget(
+                workers_of(config, model, self._front.name),
+                name=apps[model.name],
+                route_prefix=None,
+            )
+            for model in models
+        ]
         try:
-            _deploy([_target(config, model, self._front, apps[model.name]) for model in models])
+            _deploy(targets)
         except BaseException:
             for app in apps.values():
                 serve.delete(app)
             raise
         for model in models:
-            ray.get(self._front.connect.remote(model, apps[model.name]))
+            self._front.connect(model, apps[model.name])
         self._apps |= apps
 
     def redeploy(self, config: PoolConfig) -> None:
@@ -147,34 +134,9 @@ class RunningPool:
                 serve.delete(before)
 
 
-def _target(config: PoolConfig, model: PoolModel, front: Any, app: str) -> serve.RunTarget:
-    """The workers of one model, as Ray Serve is to run them."""
-    workers = serve.deployment(worker_class(model)).options(
-        **model.size,
-        # The front takes no more than all workers have room for; this spreads them.
-        max_ongoing_requests=model.room,
-        request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
-        health_check_period_s=HEALTH_S,
-        health_check_timeout_s=FROZEN_S,
-        graceful_shutdown_timeout_s=config.limits.drain_s,
-        ray_actor_options={"num_cpus": model.cpus},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-    bound = workers.bind(config, model, front)
-    return serve.RunTarget(bound, name=app, route_prefix=None)
-
-
-def require_model(model: PoolModel) -> None:
-    """Refuse a model that cannot be served as it is to be, without loading its weights.
-
-    Raises:
-        ModelError: the model folder cannot be served.
-        ConfigError: the folder of heads holds none.
-    """
-    if model.heads is None:
-        check_model(model.worker.model)
-    else:
-        check_classifier(model.worker.model, model.heads)
+def _app_of(model: PoolModel, turn: int) -> str:
+    """Name a model's application in Ray Serve; each redeploy has its turn."""
+    return f"offramp-{model.deployment}-{turn}"
 
 
 def _deploy(targets: list[serve.RunTarget]) -> None:
@@ -200,36 +162,6 @@ def _last_words(error: BaseException) -> str:
 def _shut_down() -> None:
     with _muted():
         serve.shutdown()
-
-
-@contextlib.contextmanager
-def _listening(config: PoolConfig) -> Iterator[Any]:
-    """A front on this machine; requests under way when the block ends are let end."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Front).options(
-        num_cpus=0,
-        max_concurrency=1000,
-        scheduling_strategy=here,
-        runtime_env={"env_vars": ASK_OFTEN},
-    )
-    front = actor.remote(config)
-    try:
-        ray.get(front.listen.remote())
-        try:
-            yield front
-        finally:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(front.drain.remote(), timeout=config.limits.drain_s + STOP_S)
-    finally:
-        ray.kill(front)
-
-
-def _show_lines(front: Any) -> None:
-    """Show what the pool's processes log, for as long as there is a front."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        while True:
-            for line in ray.get(front.lines.remote()):
-                show_line(line)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -54,25 +55,42 @@ def _tables(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(context: typer.Context, name: str, table: dict[str, Any]) -> dict[str, Any]:
-    """The options of one model, read as the command reads them."""
+    """The options of one model."""
+    said = read_options(context, table, f"models: {name}.", OF_THE_POOL).params
+    return {key: said[key] for key in table}
+
+
+def read_options(
+    context: typer.Context, table: dict[str, Any], place: str, others: Collection[str] = ()
+) -> typer.Context:
+    """What a file says of a command's options, read as the command reads them.
+
+    Args:
+        context: The command's, or one of its like.
+        table: Values by the options' names.
+        place: Where in which file they stand, for errors.
+        others: Options that may not stand there.
+
+    Raises:
+        ConfigError: one is no option, or its value none of it.
+    """
     command = context.command
-    known = {each.name: each for each in command.params if each.name not in OF_THE_POOL}
+    known = {each.name: each for each in command.params if each.name not in others}
     words = []
     for key, value in table.items():
         if key not in known:
             names = ", ".join(sorted(filter(None, known)))
-            raise ConfigError(f"models: {name}.{key}", "is no option of a model", f"Use {names}")
+            raise ConfigError(f"{place}{key}", "is no option here", f"Use {names}")
         if isinstance(value, bool):
             words += [f"--{_dashed(key)}"] * value
         else:
             values = value if isinstance(value, list) else [value]
             words += [f"--{_dashed(key)}={each}" for each in values]
     try:
-        said = command.make_context(context.info_name, words).params
+        return cast("typer.Context", command.make_context(context.info_name, words))
     except typer.BadParameter as error:
         field = error.param.name if error.param is not None else "?"
-        raise ConfigError(f"models: {name}.{field}", error.message.rstrip("."), "") from error
-    return {key: said[key] for key in table}
+        raise ConfigError(f"{place}{field}", error.message.rstrip("."), "") from error
 
 
 def _dashed(key: str) -> str:

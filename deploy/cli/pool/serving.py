@@ -9,33 +9,28 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
-from offramp.controller.errors import ConfigError, FieldError, OfframpError
+from offramp.controller.errors import FieldError, OfframpError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.pool import pool_options
-from offramp.deploy.cli.pool.model_tables import models_of
+from offramp.deploy.cli.pool.pool_configs import config_of, models_to_serve
 from offramp.deploy.cli.pool.pool_signals import REDEPLOY, catch_signals
 from offramp.deploy.cli.releases.channel_option import Channel
-from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
-from offramp.deploy.http.limits import DEFAULT_LIMITS, HttpLimits
+from offramp.deploy.http.limits import DEFAULT_LIMITS
 from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
-from offramp.deploy.serve.publishing import PUBLIC_KEY, open_registry, public_key_path
+from offramp.deploy.serve.publishing import open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
-from offramp.deploy.serve.serve_app import ray_session, require_free, require_model, running_pool
+from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.worker.classifying.class_heads import labels_in
-from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
-from offramp.worker.engine.engine_config import EngineConfig
+from offramp.deploy.serve.worker_deployments import require_model
 from offramp.worker.model.loading import parse_dtype
-from offramp.worker.model.precision import Precision
-from offramp.worker.spec import TrafficConfig, WorkerSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -110,126 +105,10 @@ def serve(
     """Serve models on Ray Serve with OpenAI's completion routes; workers follow the registry."""
     given = locals()
     settings = Settings.from_environment(channel=channel)
-    config = PoolConfig(
-        models=_models(context, given),
-        host=host,
-        port=port,
-        limits=_limits(max_body_bytes, max_choices, deadline, drain),
-        **_followed(settings, trust) | {"log_format": log_format},
-    )
-    _serve(config, settings, trust, redis_port, lambda: _models(context, given))
-
-
-def _models(context: typer.Context, given: dict[str, Any]) -> tuple[PoolModel, ...]:
-    """What is to be served; of a file, what it says now."""
-    named = models_of(context, given)
-    workers = sum(each["max_replicas"] or each["replicas"] for each in named.values())
-    return tuple(_model(name, each, workers) for name, each in named.items())
-
-
-def _model(name: str, given: dict[str, Any], workers: int) -> PoolModel:
-    """One model, from the options of the command; cores are for so many workers."""
-    settings = Settings.from_environment(channel=given["channel"])
-    heads = given["classify"] and given["classify"].resolve()
-    return PoolModel(
-        name=name,
-        worker=_worker(given, workers),
-        heads=heads,
-        labels=labels_in(heads) if heads else (),
-        channel=settings.channel,
-        growth=pool_options.growth_of(given),
-        traffic=_kept_traffic(settings),
-        # Here the command alone says how many there are, and a redeploy may ask for more.
-        cpus=0.0 if settings.ray_address is None else 1.0,
-        **{each: given[each] for each in ("replicas", "max_waiting")},
-    )
-
-
-def _worker(given: dict[str, Any], workers: int) -> WorkerSpec:
-    """What each worker loads, from the options of the command."""
-    model = given["model"]
-    return WorkerSpec(
-        model=str(Path(model).resolve()) if Path(model).exists() else model,
-        threads=options.parse_threads(given["threads"], workers),
-        engine=_decoding(given),
-        **{name: given[name] for name in ("dtype", "device", "slots")},
-    )
-
-
-def _with_prompts(
-    engine: EngineConfig, tokens: int, prefill: str, bundle: Path | None, keep: str
-) -> EngineConfig:
-    """Read prompts as the options say.
-
-    Raises:
-        ConfigError: an unknown way, a bundle that is none for prompts, or no two numbers.
-    """
-    kept = options.parse_list("prompt_keep", keep, int, "numbers of tokens", "4,32")
-    if len(kept) != 2:
-        raise ConfigError("prompt_keep", f"{keep!r} is not two numbers", "Write it like 4,32")
-    prompts = None
-    if bundle is not None:
-        prompts = PromptExits.load(bundle, keep_first=kept[0], keep_last=kept[1])
-    way = cast(Prefill, prefill)  # EngineConfig refuses an unknown one
-    return replace(engine, prefill_tokens=tokens, prefill=way, prompts=prompts)
-
-
-def _decoding(given: dict[str, Any]) -> EngineConfig:
-    """How workers decode, from the options of the command.
-
-    Raises:
-        ConfigError: an option is unusable, or means nothing to a pool that classifies.
-    """
-    plan = options.parse_schedule(
-        given["hold"], given["hold_rows"], given["hold_patience"],
-        together=given["together"], costs=given["costs"],
-    )  # fmt: skip
-    same = ("kv_budget_mb", "prefix_cache_mib")
-    config = replace(
-        options.engine_config(
-            given["kv_mode"], given["max_pending"], given["translators"], given["weights"]
-        ),
-        schedule=plan,
-        draft_precision=Precision.of_copy(given["draft_weights"]),
-        **{name: given[name] for name in same},
-    )
-    prompts = ("prefill_tokens", "prefill", "prompt_policy", "prompt_keep")
-    config = _with_prompts(config, *(given[name] for name in prompts))
-    if given["classify"] is not None and config != EngineConfig():
-        raise ConfigError("classify", "goes with no option of decoding tokens", "Leave these out")
-    return config
-
-
-def _limits(body_bytes: int, choices: int, deadline_s: float, drain_s: float) -> HttpLimits:
-    """Bound what clients may ask."""
-    return HttpLimits(
-        body_bytes=body_bytes, choices=choices, deadline_s=deadline_s, drain_s=drain_s
-    )
-
-
-def _followed(settings: Settings, trust: Path | None) -> dict[str, Any]:
-    """What of a pool's configuration the environment says."""
-    return {
-        "redis_url": settings.redis_url or "",
-        "max_adapter_mb": settings.max_adapter_mb,
-        "trusted": (trust or settings.home / PUBLIC_KEY).resolve(),
-        "state_dir": (settings.home / "workers").resolve(),
-        "access_log": settings.access_log and settings.access_log.resolve(),
-        "otlp_endpoint": settings.otlp_endpoint,
-        "clients": ClientKeys(settings.home / CLIENTS, settings.api_key),
-    }
-
-
-def _kept_traffic(settings: Settings) -> TrafficConfig | None:
-    """What the environment says that workers keep; None: nothing."""
-    if settings.traffic is None:
-        return None
-    return TrafficConfig(
-        folder=(settings.traffic / settings.channel).resolve(),
-        most_mb=settings.traffic_mb,
-        time_share=settings.traffic_share,
-        keep_text=settings.traffic_text,
-    )
+    # Where the command starts Ray, it alone says how many there are: a redeploy may ask for more.
+    cpus = 0.0 if settings.ray_address is None else 1.0
+    config = config_of(context, given, settings, cpus)
+    _serve(config, settings, trust, redis_port, lambda: models_to_serve(context, given, cpus))
 
 
 def _serve(

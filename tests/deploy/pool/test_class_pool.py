@@ -260,7 +260,7 @@ def test_what_cannot_be_redeployed_changes_nothing(
 
 def test_one_model_that_loses_its_worker_leaves_the_others_alone(served: Classifying) -> None:
     before = run(served.pool, lambda client: told(client, "reference"))["replica"]
-    (lost,) = [each for each in served.pool.workers() if "ServedWorker" in each.cmdline()[0]]
+    (lost,) = [each for each in served.pool.workers() if "offramp-reference" in each.cmdline()[0]]
     lost.kill()
 
     async def meanwhile(client: httpx.AsyncClient) -> Any:

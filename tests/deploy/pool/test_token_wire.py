@@ -14,8 +14,8 @@ import uvloop
 
 from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.deploy.http.backend import WorkerLostError
-from offramp.deploy.serve.token_inbox import TokenInbox
-from offramp.deploy.serve.token_wire import TokenWire, WireAddress
+from offramp.deploy.serve.fronting.token_inbox import TokenInbox
+from offramp.deploy.serve.fronting.token_wire import TokenWire, WireAddress
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 from offramp.worker.decoding.sampler import Draw
 

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from offramp.deploy.http.gate import OPEN_ROUTES
-from offramp.deploy.serve.serve_app import STOP_S
+from offramp.deploy.serve.fronting.front_keeper import STOP_S
 from offramp.deploy.serve.settings import Settings
 from support.shipped.shipped_files import (
     DEPLOY,

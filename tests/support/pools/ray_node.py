@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,15 +28,29 @@ class RayNode:
         number: Number of the node, from 1 on; it listens at 127.0.0.NUMBER. The first is the head.
         cpus: Cores that it has to give.
         address: The cluster to join; None begins one.
+        dashboard: Port of the head's dashboard, which deploys applications; None: there is none.
+        environment: Variables of its processes, beside this one's.
     """
 
-    def __init__(self, number: int, cpus: int, address: str | None = None) -> None:
+    def __init__(
+        self,
+        number: int,
+        cpus: int,
+        address: str | None = None,
+        dashboard: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         if address is None:
             port = free_port()
             self.address = f"127.0.0.{number}:{port}"
             # Not where other clusters of this machine write which was begun last.
             self._folder = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            begin = ["--head", f"--port={port}", "--include-dashboard=false"]
+            begin = ["--head", f"--port={port}"]
+            begin += (
+                ["--include-dashboard=false"]
+                if dashboard is None
+                else [f"--dashboard-port={dashboard}"]
+            )
             begin.append(f"--temp-dir={self._folder.name}")
         else:
             self.address = address
@@ -45,7 +61,7 @@ class RayNode:
         self._process = subprocess.Popen(
             [Path(sys.executable).parent / "ray", "start", "--disable-usage-stats", *begin],
             # Else it asks for a token, which this process must have had at its start.
-            env=os.environ | OF_SERVE | {"RAY_AUTH_MODE": "disabled"},
+            env={**os.environ, **OF_SERVE, "RAY_AUTH_MODE": "disabled", **(environment or {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -62,7 +78,16 @@ class RayNode:
 
     def replicas(self) -> list[psutil.Process]:
         """Those that are workers of a pool."""
-        return [each for each in self.family() if "ServeReplica:offramp" in "".join(each.cmdline())]
+        return self.named("ServeReplica:offramp")
+
+    def named(self, words: str) -> list[psutil.Process]:
+        """Those whose command has these words; who has just ended has none."""
+        found = []
+        for each in self.family():
+            with suppress(psutil.NoSuchProcess):
+                if words in "".join(each.cmdline()):
+                    found.append(each)
+        return found
 
     def kill(self) -> None:
         """End all processes at once, as when a machine loses its power."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 import psutil
@@ -103,8 +103,16 @@ class ServedPool:
         return [each for each, words in named if "ServeReplica:offramp" in words]
 
 
+class Addressed(Protocol):
+    """A pool that clients reach."""
+
+    @property
+    def url(self) -> str:
+        """Base of its routes."""
+
+
 def run(
-    pool: ServedPool,
+    pool: Addressed,
     scenario: Callable[[httpx.AsyncClient], Awaitable[Any]],
     within_s: float = 2 * PATIENCE_S,
 ) -> Any:

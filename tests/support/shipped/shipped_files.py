@@ -53,9 +53,9 @@ def compose() -> dict[str, Any]:
     return found
 
 
-def manifests() -> list[dict[str, Any]]:
-    """Every Kubernetes object."""
-    files = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+def manifests(folder: str = "kubernetes") -> list[dict[str, Any]]:
+    """Every Kubernetes object in the files of a folder."""
+    files = sorted((DEPLOY / folder).glob("*.yaml"))
     texts = (file.read_text(encoding="utf-8") for file in files)
     return [found for text in texts for found in yaml.safe_load_all(text)]
 

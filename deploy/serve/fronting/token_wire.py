@@ -75,10 +75,15 @@ class TokenWire:
             try:
                 self._send(self._waiting)
             except OSError as error:
-                # Its tokens are lost, and so is the worker: it says that it is not well.
+                # Its tokens are lost; the worker looks for a front once it is asked how it is.
                 _logger.error("the front takes no tokens any more: %r", error)
                 self.is_broken = True
         self._waiting.clear()
+
+    def close(self) -> None:
+        """End the connection, from any thread."""
+        self.is_broken = True
+        self._socket.close()
 
     def _send(self, message: list[Any]) -> None:
         body = _encode(message).encode()

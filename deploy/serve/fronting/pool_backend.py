@@ -15,10 +15,10 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
+from offramp.deploy.serve.fronting.token_inbox import Arriving, TokenInbox
 from offramp.deploy.serve.placing.prompt_places import PromptPlaces
 from offramp.deploy.serve.placing.workers_heard import HEARD
 from offramp.deploy.serve.pool_config import PoolModel
-from offramp.deploy.serve.token_inbox import Arriving, TokenInbox
 from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish
@@ -34,8 +34,8 @@ SLICES = 8
 """The wait is cut into so many: a front that had no time to listen for long counts it as one."""
 
 SILENT_TRIES = 6
-"""A request that has no token yet is sent to so many workers that say nothing, in all. Ray may send
-it to the same frozen one again, until it has found out: in ``FROZEN_S`` and two questions more."""
+"""A request without a token is sent to so many workers that say nothing, in all: Ray may send it to
+the same frozen one again, until it has found out, in ``FROZEN_S`` and two questions more."""
 
 FORGET_S = 10.0
 """A worker that has not reported for so long is not counted on."""
@@ -48,9 +48,8 @@ class _SilentError(WorkerLostError):
 
 
 class PoolBackend:
-    """Sends requests to workers, and those without a token elsewhere if their worker is lost.
-
-    Once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
+    """Sends requests to workers, and those without a token elsewhere if their worker is lost:
+    once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
 
     Args:
         model: What its workers serve.
@@ -142,7 +141,7 @@ class PoolBackend:
         except BaseException:
             await events.aclose()
             raise
-        return cast("AsyncIterator[Tokens]", events)
+        return events
 
     async def _events(
         self, request: tuple[Any, ...], name: str, count: int
@@ -260,6 +259,9 @@ async def _follow(stream: Any, arriving: Arriving) -> None:
     try:
         while (worker := await _next(stream, arriving)) is not None:
             arriving.accept(worker)
+        # Its last token was sent before this end: who has it does not wait so long.
+        await asyncio.sleep(SILENCE_S)
+        raise WorkerLostError("the request's tokens were lost")
     except Exception as error:  # whatever it is, a client waits
         arriving.fail(error)
 

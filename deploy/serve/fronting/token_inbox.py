@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from offramp.deploy.http.backend import Tokens, WorkerLostError
-from offramp.deploy.serve.token_wire import LENGTH_BYTES, MOST_BYTES, WireAddress, unpacked
+from offramp.deploy.serve.fronting.token_wire import LENGTH_BYTES, MOST_BYTES, WireAddress, unpacked
 from offramp.worker.decoding.request import TokenEvent
 
 _logger = logging.getLogger(__name__)

@@ -5,38 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from typing import Any
-from urllib.parse import quote
 
 import uvicorn
 from ray import serve
 from ray.util import get_node_ip_address
 
 from offramp.controller.errors import ConfigError
-from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
+from offramp.deploy.serve.fronting.pool_backend import PoolBackend
+from offramp.deploy.serve.fronting.token_inbox import TokenInbox
+from offramp.deploy.serve.fronting.token_wire import WireAddress
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
-from offramp.deploy.serve.pool_backend import PoolBackend
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
-from offramp.deploy.serve.replica import ServedWorker
-from offramp.deploy.serve.token_inbox import TokenInbox
-from offramp.deploy.serve.token_wire import WireAddress
 
 _PAUSE_S = 0.02
 
 CUT_S = 2
 """Seconds in which streams that were told of the end may still send it."""
-
-
-def worker_class(model: PoolModel) -> type[Any]:
-    """What each replica of a model runs: what decodes, or with heads what classifies."""
-    return ServedWorker if model.heads is None else ClassifyingWorker
-
-
-def app_of(model: PoolModel, turn: int) -> str:
-    """Name a model's application in Ray Serve; each redeploy has its turn."""
-    return f"offramp-{quote(model.name, safe='')}-{turn}"
 
 
 class Front:
@@ -74,6 +61,7 @@ class Front:
         self._server = uvicorn.Server(settings)
         self._serving: asyncio.Task[None] | None = None
         self._wire: WireAddress | None = None
+        self._is_listening = asyncio.Event()
 
     async def listen(self) -> None:
         """Return once clients are answered.
@@ -87,19 +75,21 @@ class Front:
             if self._serving.done():
                 raise ConfigError("port", "cannot be listened on any more", "Choose another")
             await asyncio.sleep(_PAUSE_S)
+        self._is_listening.set()
 
     async def _serve(self) -> None:
         with contextlib.suppress(SystemExit):  # that uvicorn ends the process with
             await self._server.serve()
 
     async def wire(self) -> WireAddress:
-        """Where workers send tokens to."""
-        assert self._wire is not None  # workers are started after ``listen`` has returned
+        """Where workers send tokens to, as soon as clients are answered."""
+        await self._is_listening.wait()
+        assert self._wire is not None
         return self._wire
 
     async def connect(self, model: PoolModel, app: str) -> None:
         """Send a model's requests from now on to the workers of an application."""
-        workers = serve.get_deployment_handle(worker_class(model).__name__, app)
+        workers = serve.get_deployment_handle(model.deployment, app)
         await self._backends[model.name].connect(workers, app, model)
 
     async def hear(self, model: str, report: dict[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""Starts a pool's front, and another one if it is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from offramp.controller.errors import OfframpError
+from offramp.deploy.serve.fronting.front import Front
+from offramp.deploy.serve.fronting.front_link import FRONTS
+from offramp.deploy.serve.log_lines import show_line
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
+
+ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
+"""Requests of one burst are spread by what was sent; after it workers that were not heard of lately
+are asked for their load again: one that froze does not answer."""
+
+LOOK_S = 1.0
+"""Seconds between two looks whether the front is there."""
+
+SILENT_S = 30.0
+"""A front that says nothing for so long is given up."""
+
+STOP_S = 15.0
+"""Seconds that the front has for its end beyond those for draining."""
+
+_logger = logging.getLogger(__name__)
+
+
+class FrontKeeper:
+    """Keeps a front on this machine: one that is lost takes its streams with it, and no more.
+
+    Args:
+        config: What the pool is made of.
+        name: Names the front to the pool's workers.
+    """
+
+    def __init__(self, config: PoolConfig, name: str) -> None:
+        self.name = name
+        self._config = config
+        self._front: Any = None
+        self._connected: dict[str, tuple[PoolModel, str]] = {}
+        self._changing = threading.Lock()
+        self._ending = threading.Event()
+
+    def start(self) -> None:
+        """Return once clients are answered.
+
+        Raises:
+            ConfigError: the port was taken meanwhile.
+        """
+        self._front = self._begun()
+        threading.Thread(target=self._keep, daemon=True).start()
+        if self._config.log_format is not None:
+            threading.Thread(target=self._show_lines, daemon=True).start()
+
+    def connect(self, model: PoolModel, app: str) -> None:
+        """Send a model's requests from now on to the workers of an application, once one is up."""
+        with self._changing:
+            self._connected[model.name] = model, app
+            front = self._front
+        with contextlib.suppress(ray.exceptions.RayActorError):  # the next one is connected, too
+            ray.get(front.connect.remote(model, app))
+
+    def end(self) -> None:
+        """Let requests under way end, and then the front."""
+        self._ending.set()
+        with self._changing:
+            try:
+                limit_s = self._config.limits.drain_s + STOP_S
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(self._front.drain.remote(), timeout=limit_s)
+            finally:
+                ray.kill(self._front)
+
+    def _begun(self) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(Front).options(
+            name=self.name,
+            namespace=FRONTS,
+            num_cpus=0,
+            max_concurrency=1000,
+            scheduling_strategy=here,
+            runtime_env={"env_vars": ASK_OFTEN},
+        )
+        front = actor.remote(self._config)
+        try:
+            ray.get(front.listen.remote())
+        except BaseException:
+            ray.kill(front)
+            raise
+        return front
+
+    def _keep(self) -> None:
+        while not self._ending.wait(LOOK_S):
+            try:
+                ray.get(self._front.wire.remote(), timeout=SILENT_S)
+            except ray.exceptions.RayError as error:
+                with self._changing:
+                    if not self._ending.is_set():
+                        _logger.error("the front is lost, and its streams: %s", error)
+                        self._replace()
+
+    def _replace(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._front)
+        try:
+            self._front = self._begun()
+        except (OfframpError, ValueError, ray.exceptions.RayError) as error:
+            # The port, or in Ray the name, is not free yet: the next look tries again.
+            _logger.warning("no front could be started: %s", error)
+            return
+        for model, app in self._connected.values():
+            self._front.connect.remote(model, app)
+
+    def _show_lines(self) -> None:
+        """Show what the pool's processes log, for as long as it runs."""
+        while True:
+            try:
+                for line in ray.get(self._front.lines.remote()):
+                    show_line(line)
+            except ray.exceptions.RayError:
+                if self._ending.is_set():
+                    return
+                time.sleep(LOOK_S)

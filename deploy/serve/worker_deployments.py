@@ -1,0 +1,59 @@
+"""The workers of a model as Ray Serve is to run them."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
+from offramp.deploy.serve.placing.worker_router import WorkerRouter
+from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
+from offramp.deploy.serve.replica import ServedWorker
+from offramp.worker.classifying.sequence_model import check_classifier
+from offramp.worker.model.loading import check_model
+
+HEALTH_S = 1.0
+"""Seconds between two questions of Ray Serve to a worker how it is."""
+
+FROZEN_S = 4.0
+"""A worker that does not answer them for so long is replaced."""
+
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""What Ray Serve's processes log in files of theirs."""
+
+
+def workers_of(config: PoolConfig, model: PoolModel, front: str) -> serve.Application:
+    """The workers of one model: with heads they classify, else they decode.
+
+    Args:
+        config: Whom they follow.
+        model: What they load.
+        front: Name of the front that they belong to.
+    """
+    kind = ServedWorker if model.heads is None else ClassifyingWorker
+    workers = serve.deployment(kind).options(
+        name=model.deployment,
+        **model.size,
+        # The front takes no more than all workers have room for; this spreads them.
+        max_ongoing_requests=model.room,
+        request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
+        health_check_period_s=HEALTH_S,
+        health_check_timeout_s=FROZEN_S,
+        graceful_shutdown_timeout_s=config.limits.drain_s,
+        ray_actor_options={"num_cpus": model.cpus},
+        logging_config=QUIET,
+    )
+    return workers.bind(config, model, front)
+
+
+def require_model(model: PoolModel) -> None:
+    """Refuse a model that cannot be served as it is to be, without loading its weights.
+
+    Raises:
+        ModelError: the model folder cannot be served.
+        ConfigError: the folder of heads holds none.
+    """
+    if model.heads is None:
+        check_model(model.worker.model)
+    else:
+        check_classifier(model.worker.model, model.heads)
