@@ -78,8 +78,8 @@ class Classification:
 
     async def score(self, body: ScoreRequest, request: Request) -> ScoreReply:
         """Answer POST /v1/score; raises as ``answer`` does."""
-        options = body.offramp
-        label = scored_label(options.label, self._backend.labels)
+        options, labels = body.offramp, self._backend.labels
+        label = scored_label(options.label, labels)
         quality = quality_within(self._least(request), options)
         if options.best and quality is not None:
             problem = "promises no quality: the bounds that it rests on are not certified"
@@ -87,6 +87,8 @@ class Classification:
         found, tokens = await self._classified(
             body.pairs, "text_2", request, quality=quality, best=label if options.best else None
         )
+        if labels != self._backend.labels:  # redeployed meanwhile: the index may be another class's
+            return await self.score(body, request)
         return {
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",

@@ -21,7 +21,7 @@ REQUEST_ID = "X-Request-Id"
 REQUEST_NAME: ContextVar[str | None] = ContextVar("request", default=None)
 """Name of the request that is being answered, for whatever is logged meanwhile."""
 
-WATCHERS = ("/health", "/ready", "/metrics")
+WATCHERS = ("/health", "/-/healthz", "/ready", "/metrics")
 """Routes that are asked every few seconds, by no user: fine replies of theirs are details."""
 
 _NAME = re.compile(r"[!-~]{1,128}")

@@ -45,9 +45,7 @@ def built(args: dict[str, Any]) -> dict[str, Any]:
     return {each.name: each._deployment_config for each in app.deployments}
 
 
-def test_it_is_the_workers_of_each_model_and_who_keeps_the_front(
-    tmp_path: Path,
-) -> None:
+def test_it_is_the_workers_of_each_model_and_who_keeps_the_front(tmp_path: Path) -> None:
     assert set(built({})) == {"reference", "entrance"}
     file = tmp_path / "models.toml"
     file.write_text('["org/one"]\nreplicas = 3\n["two"]\nmax_replicas = 4\nchannel = "two"\n')

@@ -278,6 +278,25 @@ def test_the_best_is_found_without_running_all_to_the_end(app: FastAPI, ask: Any
     assert min(said["offramp"]["exit_layer"] for said in raced) < 5
 
 
+class Redeployed(Classes):
+    """A pool whose workers give way to some with other classes while a request is under way."""
+
+    async def classify(self, *args: Any, **asked: Any) -> list[ClassifiedText]:
+        self.labels = ("blue?", *LABELS)
+        found = await super().classify(*args, **asked)
+        return [replace(each, probs=(0.0, *each.probs)) for each in found]
+
+
+def test_a_class_is_scored_by_its_name_whoever_answers(backend: Classes, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> Any:
+        reply = await client.post("/v1/score", json=pairs("", "w5 w6", label="green"))
+        return reply.json()["data"][0]["score"]
+
+    apps = create_app(backend), create_app(Redeployed(backend.service))
+    before, after = (ask(app, scenario) for app in apps)
+    assert before == pytest.approx(after) != 0
+
+
 @pytest.mark.parametrize(
     ("sent", "param"),
     [
