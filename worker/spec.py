@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from offramp.controller.errors import ConfigError
+from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 
@@ -74,6 +75,16 @@ def load_engine(spec: WorkerSpec) -> AdaptiveEngine:
     return AdaptiveEngine.from_pretrained(
         spec.model, dtype=spec.dtype, device=spec.device, slots=spec.slots, config=spec.engine
     )
+
+
+def warm_up(engine: AdaptiveEngine) -> None:
+    """Decode two tokens of nothing: else what has to be compiled is while the first client waits.
+
+    On a machine that ran another version of these kernels, or none, that takes half a minute.
+    """
+    engine.submit([0], SamplingParams(max_tokens=2, temperature=0.0))
+    while engine.load != (0, 0):
+        engine.step()
 
 
 def freeze_heap() -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -92,7 +92,7 @@ class Generation:
             else (),
             prompt_only=body.max_tokens == 0,
         )
-        events = await backend.submit_all(
+        submitting = backend.submit_all(
             tokens,
             sampling,
             kv_mode=mode,
@@ -100,8 +100,7 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        events = self._followed(events, choices, began_s, request)
-        return await _answer(style, choices, events, request, stream=body.stream)
+        return await self._answer(style, choices, submitting, began_s, body, request)
 
     async def converse(self, body: ChatRequest, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
@@ -119,7 +118,7 @@ class Generation:
             id=f"chatcmpl-{uuid.uuid4().hex}",
             **_common(backend, body, len(tokens), names=body.logprobs),
         )
-        events = await backend.submit_all(
+        submitting = backend.submit_all(
             [tokens],
             sampling,
             kv_mode=mode,
@@ -127,8 +126,25 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        events = self._followed(events, sampling.n, began_s, request)
-        return await _answer(style, sampling.n, events, request, stream=body.stream)
+        return await self._answer(style, sampling.n, submitting, began_s, body, request)
+
+    async def _answer(
+        self,
+        style: ReplyStyle,
+        choices: int,
+        submitting: Awaitable[Events],
+        began_s: float,
+        body: DecodingFields,
+        request: Request,
+    ) -> Response:
+        """A reply, given up if its client hangs up before it is there, or before it is accepted."""
+
+        async def answered() -> Response:
+            events = self._followed(await submitting, choices, began_s, request)
+            reply = _Reply(style, choices, events)
+            return await (reply.stream() if body.stream else reply.whole())
+
+        return await _unless_gone(answered(), request)
 
     def _followed(self, events: Events, choices: int, began_s: float, request: Request) -> Events:
         left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
@@ -180,16 +196,13 @@ def _echoes(
     ]
 
 
-async def _answer(
-    style: ReplyStyle, choices: int, events: Events, request: Request, *, stream: bool
-) -> Response:
-    """A reply, given up if its client hangs up before it is there.
+async def _unless_gone(answered: Coroutine[Any, Any, Response], request: Request) -> Response:
+    """A reply, or none as soon as its client hangs up.
 
     Not every server cancels a route whose client is gone; one that waits for its reply would keep
     its slot until the last token.
     """
-    reply = _Reply(style, choices, events)
-    replying = asyncio.create_task(reply.stream() if stream else reply.whole())
+    replying = asyncio.create_task(answered)
     leaving = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((replying, leaving), return_when=asyncio.FIRST_COMPLETED)

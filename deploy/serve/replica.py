@@ -29,7 +29,7 @@ from offramp.worker.engine.service import EngineService
 from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.shadows import ShadowRunner
 from offramp.worker.following.worker_state import StateClaim
-from offramp.worker.spec import freeze_heap, load_engine
+from offramp.worker.spec import freeze_heap, load_engine, warm_up
 
 BEAT_S = 1.0
 """A request without tokens is told so often that its worker lives and makes progress."""
@@ -98,6 +98,7 @@ class ServedWorker:
         self._front = FrontLink(front, model.name)
         send_lines(config.log_format, config.process_of(model, self.worker_id), self._front.log)
         engine = load_engine(model.worker)
+        warm_up(engine)
         self.refresher = follow_channel(
             config,
             model,

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from offramp.deploy.http.http_app import create_app
 from offramp.worker.engine.service import EngineService
 
 SCOPE = {
@@ -92,6 +93,31 @@ def test_a_place_in_line_is_free_at_once(
         await until(lambda: service.engine.load == (0, 0))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_no_worker_has_accepted_is_given_up_at_once(
+    service: EngineService, stand_in: type, stream: bool
+) -> None:
+    """As while its worker is busy with something else, or frozen."""
+    asked, given_up = asyncio.Event(), asyncio.Event()
+
+    async def never(*_: Any, **__: Any) -> None:
+        asked.set()
+        try:
+            await asyncio.sleep(PATIENCE_S)
+        finally:
+            given_up.set()
+
+    async def scenario() -> None:
+        backend = stand_in(service)
+        backend.submit_all = never
+        caller = Caller(create_app(backend), stream=stream)
+        await asked.wait()
+        await caller.hang_up()
+        assert given_up.is_set()
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S / 2))
 
 
 def test_a_client_that_stays_gets_its_answer(app: FastAPI, service: EngineService) -> None:

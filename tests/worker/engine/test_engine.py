@@ -11,6 +11,7 @@ from offramp.controller.policies.protocols import FixedExit, NeverExit, Threshol
 from offramp.worker import AdaptiveEngine, PolicySnapshot, SamplingParams
 from offramp.worker.engine.follow import follow
 from offramp.worker.model.kv import BLOCK_TOKENS
+from offramp.worker.spec import warm_up
 from support.models import LAYERS, VOCAB, make_model
 
 
@@ -80,6 +81,15 @@ def test_more_requests_than_slots_wait_in_line() -> None:
     together = engine.generate(prompts, SamplingParams(max_tokens=6))
     alone = [engine.generate(p, SamplingParams(max_tokens=6))[0] for p in prompts]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+
+def test_warming_up_leaves_nothing_behind() -> None:
+    cold, warm = (AdaptiveEngine.from_pretrained(make_model("llama"), slots=2) for _ in "ab")
+    warm_up(warm)
+    assert warm.load == (0, 0)
+    sampling = SamplingParams(max_tokens=9, seed=3)
+    first, second = (each.generate([[1, 2, 3]], sampling)[0] for each in (cold, warm))
+    assert first.tokens == second.tokens
 
 
 def test_the_policy_is_pinned_when_a_request_is_submitted() -> None:
