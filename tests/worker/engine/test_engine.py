@@ -89,7 +89,7 @@ def test_warming_up_leaves_nothing_behind() -> None:
     assert warm.load == (0, 0)
     sampling = SamplingParams(max_tokens=9, seed=3)
     first, second = (each.generate([[1, 2, 3]], sampling)[0] for each in (cold, warm))
-    assert first.tokens == second.tokens
+    assert first.token_ids == second.token_ids
 
 
 def test_the_policy_is_pinned_when_a_request_is_submitted() -> None:
