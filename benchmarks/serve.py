@@ -42,8 +42,8 @@ import typer
 from serving.bad_clients import disturbed, hang_ups
 from serving.lost_workers import STREAMS, lost_workers
 from serving.overload import crowded, overloaded
-from serving.peer_rounds import peers_side_by_side
-from serving.peer_servers import FixedDrafts, PeerModel
+from serving.peers.peer_rounds import peers_side_by_side
+from serving.peers.peer_servers import FixedDrafts, PeerModel
 from serving.serve_rows import ServeRow, keep_rows, show_rows
 from serving.served_process import free_port, served
 from serving.soak import Soak

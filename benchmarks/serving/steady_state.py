@@ -1,6 +1,7 @@
 """What serving adds to the bare engine: by token, to the first token, and where it is saturated.
 
-The bare engine runs in this process, on as many threads as the pool's worker, in turns with it.
+The bare engine runs in this process, on as many threads as the pool's worker, in turns with it. A
+relay tells what of it no front in Python can save.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
+from serving.relay import relay_cpu_s
 from serving.serve_rows import ServeRow, p50, paired
 from serving.served_process import ServerProcess, cpu_s
 from serving.stream_client import Streamed, asked, closed_loop
@@ -107,6 +109,7 @@ async def steady(
             if number:  # the first warms up
                 pairs.append((pooled, alone))
         rows += _latency(streams, pairs)
+        rows.append(await relayed(streams, [alone for _, alone in pairs]))
     return [*rows, await _saturated(server, engine, rounds, tokens)]
 
 
@@ -151,6 +154,15 @@ def _latency(streams: int, pairs: list[tuple[ServingRun, ServingRun]]) -> list[S
             "ms",
         ),
     ]
+
+
+async def relayed(streams: int, alone: list[ServingRun]) -> ServeRow:
+    """The bare engine's processor time a token and a relay's, over the bare engine's."""
+    step_s = float(np.median([gap_s for each in alone for gap_s in each.gaps_s]))
+    relay_ms = await relay_cpu_s(streams, step_s) * 1e3
+    alone_ms = [each.cpu_s / each.tokens * 1e3 for each in alone]
+    with_relay = [each + relay_ms for each in alone_ms]
+    return paired("CPU per token, the bare engine and a relay", streams, with_relay, alone_ms, "ms")
 
 
 async def _saturated(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from serving.generate_server import serving as generating
-from serving.peer_rounds import PeerRound, peer_rows
-from serving.peer_servers import OURS, PeerModel, listening
+from serving.peers.generate_server import serving as generating
+from serving.peers.peer_rounds import PeerRound, peer_rows
+from serving.peers.peer_servers import OURS, PeerModel, listening
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.models import REFERENCE

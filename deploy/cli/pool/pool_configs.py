@@ -31,7 +31,7 @@ def config_of(
 
     Args:
         context: The command ``offramp serve``.
-        given: Its options.
+        given: The options that it was given.
         settings: What the environment says.
         cpus: Cores that Ray sets aside per worker.
 

@@ -38,7 +38,7 @@ SILENT_TRIES = 6
 the same frozen one again, until it has found out, in ``FROZEN_S`` and two questions more."""
 
 FORGET_S = 10.0
-"""A worker that has not reported for so long is not counted on."""
+"""A worker without a report for so long is not counted on."""
 
 _PAUSE_S = 0.02
 
@@ -135,8 +135,7 @@ class PoolBackend:
         events = self._events(
             (prompts, sampling, kv_mode, prefill, request_id, cache_salt), request_id, count
         )
-        # What is refused is refused here: the first thing that a worker says is that it accepts.
-        try:
+        try:  # what is refused is refused here: the first that a worker says is that it accepts
             await anext(events)
         except BaseException:
             await events.aclose()

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console
-from serving.peer_servers import (
+from serving.peers.peer_servers import (
     OURS,
     FixedDrafts,
     PeerModel,

@@ -1,6 +1,6 @@
 """``model.generate`` behind FastAPI, as most people write it: a thread and a streamer a request.
 
-Started by ``serving.peer_servers``.
+Started by ``serving.peers.peer_servers``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Starts what people serve a model with, each as a process of its own, on the same weights.
 
-*generate* (``serving.generate_server``), ``transformers serve``, llama.cpp's HTTP server
-(``serving.llama_server``), vLLM's where an environment has it (see ``shared.vllm_cpu``), and
+*generate* (``serving.peers.generate_server``), ``transformers serve``, llama.cpp's HTTP server
+(``serving.peers.llama_server``), vLLM's where an environment has it (see ``shared.vllm_cpu``), and
 offramp at full depth and with drafts.
 """
 

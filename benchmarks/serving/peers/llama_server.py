@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server, of the wheels of ``xllamacpp``; started by ``serving.peer_servers``.
+"""llama.cpp's HTTP server, of the wheels of ``xllamacpp``; ``peer_servers`` starts it.
 
 Needs nothing but ``xllamacpp``.
 """
