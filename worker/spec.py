@@ -82,7 +82,7 @@ def warm_up(engine: AdaptiveEngine) -> None:
 
     On a machine that ran another version of these kernels, or none, that takes half a minute.
     """
-    engine.submit([0], SamplingParams(max_tokens=2, temperature=0.0))
+    engine.submit([0], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
     while engine.load != (0, 0):
         engine.step()
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import psutil
 import uvloop
 
-STEPS = 1000
+STEPS = 3000
 """Messages that are measured."""
 
 WARM_STEPS = 100

@@ -66,7 +66,7 @@ class Classification:
         """
         pairs = [("", text) for text in body.texts]
         quality = quality_within(self._least(request), body.offramp)
-        found, tokens = await self._classified(pairs, "input", request, quality=quality)
+        found, tokens, _ = await self._classified(pairs, "input", request, quality=quality)
         return {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
@@ -78,17 +78,15 @@ class Classification:
 
     async def score(self, body: ScoreRequest, request: Request) -> ScoreReply:
         """Answer POST /v1/score; raises as ``answer`` does."""
-        options, labels = body.offramp, self._backend.labels
-        label = scored_label(options.label, labels)
+        options = body.offramp
+        scored_label(options.label, self._backend.labels)  # refused before anything is read
         quality = quality_within(self._least(request), options)
         if options.best and quality is not None:
             problem = "promises no quality: the bounds that it rests on are not certified"
             raise RequestError("offramp.best", problem, "Leave it, or the quality, out")
-        found, tokens = await self._classified(
-            body.pairs, "text_2", request, quality=quality, best=label if options.best else None
+        found, tokens, label = await self._classified(
+            body.pairs, "text_2", request, quality=quality, scored=options
         )
-        if labels != self._backend.labels:  # redeployed meanwhile: the index may be another class's
-            return await self.score(body, request)
         return {
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
@@ -109,9 +107,9 @@ class Classification:
         request: Request,
         *,
         quality: float | None,
-        best: int | None = None,
-    ) -> tuple[list[ClassifiedText], int]:
-        """What was found of pairs of texts, and how many tokens they are."""
+        scored: ScoreOptions | None = None,
+    ) -> tuple[list[ClassifiedText], int, int]:
+        """What was found of pairs of texts, how many tokens they are, and which class is scored."""
         began_s = time.perf_counter()
         self._limits.require_choices(len(pairs), field, "answers")
         with self._span(request, began_s) as span:
@@ -120,17 +118,32 @@ class Classification:
                     sequences = await self._backend.encoder.aside(self._encode, pairs, field)
                     tokens = sum(map(len, sequences))
                     self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
-                    name = request.headers[REQUEST_ID]
-                    found = await self._backend.classify(
-                        sequences, quality=quality, request_id=name, best=best
-                    )
+                    found, label = await self._found(sequences, quality, request, scored)
             except TimeoutError as error:
                 raise DeadlineError("the request's deadline has passed") from error
             if span is not None:
                 span.set_attributes(of_texts(found, tokens))
         layers = [each.layers for each in found]
         self._metrics.count_texts(layers, tokens, time.perf_counter() - began_s)
-        return found, tokens
+        return found, tokens, label
+
+    async def _found(
+        self,
+        sequences: Sequence[Sequence[int]],
+        quality: float | None,
+        request: Request,
+        scored: ScoreOptions | None,
+    ) -> tuple[list[ClassifiedText], int]:
+        """What a worker found; again if a redeploy has changed the classes meanwhile."""
+        while True:
+            labels = self._backend.labels
+            label = 0 if scored is None else scored_label(scored.label, labels)
+            best = label if scored is not None and scored.best else None
+            found = await self._backend.classify(
+                sequences, quality=quality, request_id=request.headers[REQUEST_ID], best=best
+            )
+            if scored is None or labels == self._backend.labels:
+                return found, label
 
     def _span(self, request: Request, began_s: float) -> AbstractContextManager[Span | None]:
         if self._spans is None:

@@ -150,11 +150,6 @@ class ClassifyingWorker:
         finally:
             self._tokens -= tokens
 
-    async def most_tokens(self) -> tuple[int, int]:
-        """Tokens of the context, and most tokens of a text."""
-        context = self.classifier.stack.context
-        return context, context
-
     def __del__(self) -> None:
         """Called by Ray Serve before it ends the process in order: this is no crash."""
         if refresher := getattr(self, "refresher", None):
@@ -181,6 +176,8 @@ class ClassifyingWorker:
         ) | {
             "replica": self._replica,
             "app": self._app,
+            "context": self.classifier.stack.context,
+            "most_tokens": self.classifier.stack.context,
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,

@@ -78,6 +78,8 @@ class Gate:
         try:
             while not parts or parts[-1].get("more_body"):
                 parts.append(await receive())
+                if parts[-1]["type"] == "http.disconnect":
+                    return  # many who leave at once would take all places for a moment
         except HTTPException as error:
             await error_reply(error.status_code, error.detail)(scope, receive, send)
             return

@@ -7,9 +7,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -92,7 +93,8 @@ class Generation:
             else (),
             prompt_only=body.max_tokens == 0,
         )
-        submitting = backend.submit_all(
+        submit = partial(
+            backend.submit_all,
             tokens,
             sampling,
             kv_mode=mode,
@@ -100,7 +102,7 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        return await self._answer(style, choices, submitting, began_s, body, request)
+        return await self._answer(style, choices, submit, began_s, body, request)
 
     async def converse(self, body: ChatRequest, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
@@ -118,7 +120,8 @@ class Generation:
             id=f"chatcmpl-{uuid.uuid4().hex}",
             **_common(backend, body, len(tokens), names=body.logprobs),
         )
-        submitting = backend.submit_all(
+        submit = partial(
+            backend.submit_all,
             [tokens],
             sampling,
             kv_mode=mode,
@@ -126,13 +129,13 @@ class Generation:
             request_id=request.headers[REQUEST_ID],
             cache_salt=_salt(body, request),
         )
-        return await self._answer(style, sampling.n, submitting, began_s, body, request)
+        return await self._answer(style, sampling.n, submit, began_s, body, request)
 
     async def _answer(
         self,
         style: ReplyStyle,
         choices: int,
-        submitting: Awaitable[Events],
+        submit: Callable[[], Awaitable[Events]],
         began_s: float,
         body: DecodingFields,
         request: Request,
@@ -140,7 +143,7 @@ class Generation:
         """A reply, given up if its client hangs up before it is there, or before it is accepted."""
 
         async def answered() -> Response:
-            events = self._followed(await submitting, choices, began_s, request)
+            events = self._followed(await submit(), choices, began_s, request)
             reply = _Reply(style, choices, events)
             return await (reply.stream() if body.stream else reply.whole())
 

@@ -9,6 +9,7 @@ from ray import serve
 
 from offramp.controller.errors import ConfigError
 from offramp.deploy.serve.fronting.front_keeper import LOOK_S, STOP_S, FrontKeeper
+from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.loopback import keep_to_loopback
 from offramp.deploy.serve.pool_config import PoolConfig
 from offramp.deploy.serve.serve_app import require_free
@@ -32,6 +33,7 @@ class PoolEntrance:
 
     def __init__(self, config: PoolConfig, front: str, *workers: Any) -> None:
         keep_to_loopback()
+        send_lines(config.log_format, ENTRANCE, show_line)
         self._keeper = FrontKeeper(config, front)
         _await_free(config)
         self._keeper.start()

@@ -117,6 +117,7 @@ class ServedWorker:
         )
         engine.current_policy = lambda: self.refresher.current
         self._wire = TokenWire(self._front.wire(), self._replica)
+        self._linking = asyncio.Lock()
         self._shadows = ShadowRunner(engine)
         self._tokens = 0  # of requests under way: of their prompts, and what they may make
         self._traffic: Any = None
@@ -170,7 +171,7 @@ class ServedWorker:
         try:
             yield self._replica
             while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
-                if sender.wire is not self._wire:
+                if sender.wire.is_broken:
                     raise DecodeFailedError("the front that asked is gone")
                 if self.service.is_healthy:
                     yield self._replica
@@ -188,11 +189,6 @@ class ServedWorker:
         if self._traffic is not None:
             self._traffic.work()
 
-    async def most_tokens(self) -> tuple[int, int]:
-        """Tokens of the context, and most tokens of a request."""
-        engine = self.service.engine
-        return engine.stack.context, min(engine.stack.context, engine.row_tokens)
-
     def __del__(self) -> None:
         """Called by Ray Serve before it ends the process in order: this is no crash."""
         if refresher := getattr(self, "refresher", None):
@@ -202,12 +198,15 @@ class ServedWorker:
         """Called by Ray Serve each second: reports; a stuck engine gets its replica replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the engine makes no progress")
-        if self._front.is_lost or self._wire.is_broken:
-            await asyncio.to_thread(self._front.renew, self._connect)
+        if (self._front.is_lost or self._wire.is_broken) and not self._linking.locked():
+            async with self._linking:
+                await asyncio.to_thread(self._front.renew, self._connect)
         self._front.hear(self.report())
 
     def _connect(self, address: WireAddress) -> None:
-        """Send tokens elsewhere from now on."""
+        """Send tokens there from now on; a front that was only out of reach is still connected."""
+        if address == self._wire.address and not self._wire.is_broken:
+            return
         wire = TokenWire(address, self._replica)
         self._wire.close()
         self._wire = wire
@@ -221,7 +220,8 @@ class ServedWorker:
 
         ``unreported`` says why the registry could not be told of it; "" if it was. ``traffic``
         counts what was recorded of live traffic, None if nothing is to be. ``energy`` lists
-        method, source, joules and tokens of the steps whose energy was read.
+        method, source, joules and tokens of the steps whose energy was read. ``most_tokens`` is
+        what a request may have, of those of the ``context``.
         """
         engine, refresher = self.service.engine, self.refresher
         policy = describe_policy(
@@ -231,6 +231,8 @@ class ServedWorker:
         return policy | {
             "replica": self._replica,
             "app": self._app,
+            "context": engine.stack.context,
+            "most_tokens": min(engine.stack.context, engine.row_tokens),
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,

@@ -105,7 +105,8 @@ class RunningPool:
                 serve.delete(app)
             raise
         for model in models:
-            self._front.connect(model, apps[model.name])
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the next front is told, too
+                ray.get(self._front.connect(model, apps[model.name]))
         self._apps |= apps
 
     def redeploy(self, config: PoolConfig) -> None:

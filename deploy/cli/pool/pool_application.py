@@ -12,12 +12,11 @@ from typer.main import get_command
 from offramp.controller.errors import ConfigError
 from offramp.controller.keys.root import load_root
 from offramp.deploy.cli.pool.model_tables import read_options
-from offramp.deploy.cli.pool.pool_configs import config_of
+from offramp.deploy.cli.pool.pool_configs import config_of, require_servable
 from offramp.deploy.cli.pool.serving import add_to
 from offramp.deploy.serve.pool_entrance import application_of
 from offramp.deploy.serve.publishing import open_registry
 from offramp.deploy.serve.settings import Settings
-from offramp.deploy.serve.worker_deployments import require_model
 
 CPUS = 1.0
 """Cores that Ray sets aside per worker; ``ray_actor_options`` of the file may say otherwise."""
@@ -44,8 +43,7 @@ def pool(args: dict[str, Any]) -> serve.Application:
         problem = "is not set where Ray runs, and a pool over a cluster starts no Redis"
         raise ConfigError("REDIS_URL", problem, "Set it in the environment of ray start")
     config = config_of(context, context.params, settings, CPUS)
-    for model in config.models:
-        require_model(model)
+    require_servable(config, settings)
     load_root(config.trusted)
     open_registry(settings).close()
     return application_of(config, f"front-{secrets.token_hex(8)}")

@@ -14,12 +14,15 @@ from offramp.deploy.cli.pool import pool_options
 from offramp.deploy.cli.pool.model_tables import models_of
 from offramp.deploy.clients.client_keys import CLIENTS, ClientKeys
 from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.publishing import PUBLIC_KEY
 from offramp.deploy.serve.settings import Settings
+from offramp.deploy.serve.worker_deployments import require_model
 from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.model.loading import parse_dtype
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import TrafficConfig, WorkerSpec
 
@@ -55,6 +58,24 @@ def config_of(
         clients=ClientKeys(settings.home / CLIENTS, settings.api_key),
         **{each: given[each] for each in ("host", "port", "log_format")},
     )
+
+
+def require_servable(config: PoolConfig, settings: Settings) -> None:
+    """Check what can be without a worker, on the machine where this runs.
+
+    Raises:
+        ConfigError, ModelError: naming what is at fault.
+    """
+    for model in config.models:
+        if model.heads is None:
+            options.require_loadable(model.worker, settings)
+        else:
+            parse_dtype(model.worker.dtype)
+            require_model(model)
+    if config.access_log is not None:
+        options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
+    if config.otlp_endpoint is not None:
+        require_exporter()
 
 
 def models_to_serve(

@@ -18,19 +18,16 @@ from offramp.controller.keys.root import load_root
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console
 from offramp.deploy.cli.pool import pool_options
-from offramp.deploy.cli.pool.pool_configs import config_of, models_to_serve
+from offramp.deploy.cli.pool.pool_configs import config_of, models_to_serve, require_servable
 from offramp.deploy.cli.pool.pool_signals import REDEPLOY, catch_signals
 from offramp.deploy.cli.releases.channel_option import Channel
 from offramp.deploy.http.limits import DEFAULT_LIMITS
-from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.log_lines import send_lines, show_line
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.publishing import open_registry, public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.serve_app import ray_session, require_free, running_pool
 from offramp.deploy.serve.settings import Settings
-from offramp.deploy.serve.worker_deployments import require_model
-from offramp.worker.model.loading import parse_dtype
 
 _logger = logging.getLogger(__name__)
 
@@ -155,16 +152,7 @@ def _require_servable(
     config: PoolConfig, settings: Settings, trust: Path | None, redis_port: int
 ) -> None:
     """Every check that needs no worker, before anything is written or started."""
-    for model in config.models:
-        if model.heads is None:
-            options.require_loadable(model.worker, settings)
-        else:
-            parse_dtype(model.worker.dtype)
-            require_model(model)
-    if config.access_log is not None:
-        options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
-    if config.otlp_endpoint is not None:
-        require_exporter()
+    require_servable(config, settings)
     require_free(config.host, config.port)
     if trust is not None:
         load_root(trust)

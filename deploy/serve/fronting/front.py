@@ -84,7 +84,8 @@ class Front:
     async def wire(self) -> WireAddress:
         """Where workers send tokens to, as soon as clients are answered."""
         await self._is_listening.wait()
-        assert self._wire is not None
+        if self._wire is None or self._serving is None or self._serving.done():
+            raise RuntimeError("nobody listens to clients any more")
         return self._wire
 
     async def connect(self, model: PoolModel, app: str) -> None:

@@ -24,7 +24,7 @@ are asked for their load again: one that froze does not answer."""
 LOOK_S = 1.0
 """Seconds between two looks whether the front is there."""
 
-SILENT_S = 30.0
+PATIENCE_S = 30.0
 """A front that says nothing for so long is given up."""
 
 STOP_S = 15.0
@@ -46,6 +46,7 @@ class FrontKeeper:
         self._config = config
         self._front: Any = None
         self._connected: dict[str, tuple[PoolModel, str]] = {}
+        self._connecting: dict[str, Any] = {}
         self._changing = threading.Lock()
         self._ending = threading.Event()
 
@@ -55,22 +56,34 @@ class FrontKeeper:
         Raises:
             ConfigError: the port was taken meanwhile.
         """
-        self._front = self._begun()
+        end_s = time.monotonic() + STOP_S
+        while self._front is None:
+            try:
+                self._front = self._begun()
+            except ValueError:  # one of that name has only just been lost
+                if time.monotonic() > end_s:
+                    raise
+                time.sleep(LOOK_S)
         threading.Thread(target=self._keep, daemon=True).start()
         if self._config.log_format is not None:
             threading.Thread(target=self._show_lines, daemon=True).start()
 
-    def connect(self, model: PoolModel, app: str) -> None:
-        """Send a model's requests from now on to the workers of an application, once one is up."""
+    def connect(self, model: PoolModel, app: str) -> Any:
+        """Send a model's requests from now on to the workers of an application.
+
+        Returns:
+            What ``ray.get`` waits with until one of them is up.
+        """
         with self._changing:
             self._connected[model.name] = model, app
-            front = self._front
-        with contextlib.suppress(ray.exceptions.RayActorError):  # the next one is connected, too
-            ray.get(front.connect.remote(model, app))
+            connecting = self._connecting[model.name] = self._front.connect.remote(model, app)
+        return connecting
 
     def end(self) -> None:
-        """Let requests under way end, and then the front."""
+        """Let requests under way end, and then the front, if there is one."""
         self._ending.set()
+        if self._front is None:
+            return
         with self._changing:
             try:
                 limit_s = self._config.limits.drain_s + STOP_S
@@ -91,7 +104,7 @@ class FrontKeeper:
         )
         front = actor.remote(self._config)
         try:
-            ray.get(front.listen.remote())
+            ray.get(front.listen.remote(), timeout=PATIENCE_S)
         except BaseException:
             ray.kill(front)
             raise
@@ -100,12 +113,26 @@ class FrontKeeper:
     def _keep(self) -> None:
         while not self._ending.wait(LOOK_S):
             try:
-                ray.get(self._front.wire.remote(), timeout=SILENT_S)
-            except ray.exceptions.RayError as error:
+                ray.get(self._front.wire.remote(), timeout=PATIENCE_S)
+                self._connect_again()
+            except Exception as error:  # whatever it is, somebody has to keep a front
                 with self._changing:
                     if not self._ending.is_set():
                         _logger.error("the front is lost, and its streams: %s", error)
                         self._replace()
+
+    def _connect_again(self) -> None:
+        """Repeat what failed, as when a worker was lost meanwhile."""
+        with self._changing:
+            for name, connecting in list(self._connecting.items()):
+                if not ray.wait([connecting], timeout=0)[0]:
+                    continue
+                try:
+                    ray.get(self._connecting.pop(name))
+                except ray.exceptions.RayError as error:
+                    _logger.warning("%s is not connected: %s", name, error)
+                    again = self._front.connect.remote(*self._connected[name])
+                    self._connecting[name] = again
 
     def _replace(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -116,8 +143,8 @@ class FrontKeeper:
             # The port, or in Ray the name, is not free yet: the next look tries again.
             _logger.warning("no front could be started: %s", error)
             return
-        for model, app in self._connected.values():
-            self._front.connect.remote(model, app)
+        for name, (model, app) in self._connected.items():
+            self._connecting[name] = self._front.connect.remote(model, app)
 
     def _show_lines(self) -> None:
         """Show what the pool's processes log, for as long as it runs."""

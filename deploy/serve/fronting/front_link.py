@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from offramp.deploy.serve.fronting.token_wire import WireAddress
 
@@ -45,13 +45,15 @@ class FrontLink:
             ray.get(self._told)
         except RayActorError:
             return True
+        except RayError:  # what it made of the report is its own affair
+            return False
         return False
 
     def renew(self, connect: Callable[[WireAddress], object] | None = None) -> None:
         """Find the front again; while there is none that listens, it stays lost.
 
         Args:
-            connect: Told where it takes tokens, ahead of its first report; None: it gets none.
+            connect: Is told where it takes tokens, ahead of the first report to it.
         """
         front = self._found()
         with contextlib.suppress(RayActorError, GetTimeoutError, OSError):

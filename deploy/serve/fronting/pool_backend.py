@@ -48,8 +48,9 @@ class _SilentError(WorkerLostError):
 
 
 class PoolBackend:
-    """Sends requests to workers, and those without a token elsewhere if their worker is lost:
-    once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
+    """Sends requests to workers, and those without a token elsewhere if their worker is lost.
+
+    Once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
 
     Args:
         model: What its workers serve.
@@ -83,16 +84,15 @@ class PoolBackend:
         """Send requests from now on to a deployment's workers; returns once one has reported.
 
         Args:
-            workers: Handle of the deployment.
-            app: Its application's name.
+            workers, app: Handle of the deployment, and its application's name.
             model: What they serve; after a redeploy its classes may be others.
         """
-        context, most_tokens = await workers.most_tokens.remote()
         while not self._serving(app):
             await asyncio.sleep(_PAUSE_S)
+        report = next(each for each in self.reports() if each["app"] == app)
         if self._encoder is None:
-            self._encoder = PromptEncoder(self.tokenizer, context)
-        self.most_tokens, self._room = most_tokens, model.room
+            self._encoder = PromptEncoder(self.tokenizer, report["context"])
+        self.most_tokens, self._room = report["most_tokens"], model.room
         self._workers, self._app, self.labels = workers, app, model.labels
 
     @property
@@ -258,7 +258,7 @@ async def _follow(stream: Any, arriving: Arriving) -> None:
     try:
         while (worker := await _next(stream, arriving)) is not None:
             arriving.accept(worker)
-        # Its last token was sent before this end: who has it does not wait so long.
+        # Its last tokens come at about this time, another way; who has them waits no longer.
         await asyncio.sleep(SILENCE_S)
         raise WorkerLostError("the request's tokens were lost")
     except Exception as error:  # whatever it is, a client waits

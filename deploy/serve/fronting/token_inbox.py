@@ -84,6 +84,7 @@ class TokenInbox:
         self._secret = secrets.token_hex(32)
         self._numbers = itertools.count()
         self._arriving: dict[int, Arriving] = {}
+        self._links: dict[str, _Link] = {}
 
     async def listen(self, host: str) -> WireAddress:
         """Begin to listen, at any port of an address."""
@@ -101,10 +102,13 @@ class TokenInbox:
         """Drop whatever comes from now on."""
         self._arriving.pop(arriving.number, None)
 
-    def greet(self, message: list[Any]) -> str | None:
+    def greet(self, message: list[Any], link: _Link) -> str | None:
         """The name of the worker that a first message is from; None if it is not of this pool."""
         secret, worker = message
-        return str(worker) if secrets.compare_digest(str(secret), self._secret) else None
+        if not secrets.compare_digest(str(secret), self._secret):
+            return None
+        self._links[str(worker)] = link
+        return str(worker)
 
     def take(self, message: Sequence[Sequence[Any]]) -> None:
         """Hand out a worker's tokens."""
@@ -117,8 +121,11 @@ class TokenInbox:
         for arriving in woken.values():
             arriving.wake()
 
-    def lose(self, worker: str) -> None:
-        """End the requests of a worker whose connection has broken."""
+    def lose(self, worker: str, link: _Link) -> None:
+        """End the requests of a worker whose connection has broken, unless it has a newer one."""
+        if self._links.get(worker) is not link:
+            return
+        del self._links[worker]
         for arriving in self._arriving.values():
             if arriving.worker == worker:
                 arriving.fail(WorkerLostError("the request's worker was lost"))
@@ -158,7 +165,7 @@ class _Link(asyncio.Protocol):
         if self._worker is not None:
             self._inbox.take(message)
             return
-        self._worker = self._inbox.greet(message)
+        self._worker = self._inbox.greet(message, self)
         if self._worker is None:
             self._refuse()
 
@@ -170,4 +177,4 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._worker is not None:
-            self._inbox.lose(self._worker)
+            self._inbox.lose(self._worker, self)

@@ -7,6 +7,7 @@ first names the worker and shows the pool's secret; nothing else is read before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -23,6 +24,9 @@ _logger = logging.getLogger(__name__)
 LENGTH_BYTES = 4
 MOST_BYTES = 2**28
 """No message is longer."""
+
+CONNECT_S = 1.0
+"""Longest wait for a connection: a worker that makes one is asked meanwhile how it is."""
 
 UNREAD_S = 30.0
 """A front that takes nothing for so long is given up."""
@@ -45,7 +49,7 @@ class WireAddress:
 
 
 class TokenWire:
-    """A worker's end; used by its engine's thread alone.
+    """A worker's end; its engine's thread sends, and another may close it.
 
     Args:
         address: The front's.
@@ -53,9 +57,11 @@ class TokenWire:
     """
 
     def __init__(self, address: WireAddress, worker: str) -> None:
+        self.address = address
         self.is_broken = False
         self._waiting: list[list[Any]] = []
-        self._socket = socket.create_connection((address.host, address.port), UNREAD_S)
+        self._socket = socket.create_connection((address.host, address.port), CONNECT_S)
+        self._socket.settimeout(UNREAD_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._send([address.secret, worker])
 
@@ -81,8 +87,10 @@ class TokenWire:
         self._waiting.clear()
 
     def close(self) -> None:
-        """End the connection, from any thread."""
+        """End the connection, and whatever waits to be sent, from any thread."""
         self.is_broken = True
+        with contextlib.suppress(OSError):  # it is broken anyway
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _send(self, message: list[Any]) -> None:

@@ -34,6 +34,9 @@ class WorkerRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[mi
         """Rank the replicas for one request; see ``RequestRouter``."""
         # At random: of replicas that have equally much to do, Ray takes the first.
         everyone = random.sample(candidate_replicas, len(candidate_replicas))
+        # Others are new, and report in a moment, or another front's, whom an update will end.
+        heard = [each for each in everyone if workers_heard.HEARD.knows(each.replica_id.unique_id)]
+        everyone = heard or everyone
         if pending_request is None:
             return [everyone]
         pending_request.routing_context.should_backoff = True

@@ -40,6 +40,10 @@ class WorkersHeard:
             if now_s - heard_s > FORGET_S:
                 del self._heard_s[each]
 
+    def knows(self, replica: str) -> bool:
+        """Whether a worker has reported lately."""
+        return replica in self._heard_s
+
     def silent_s(self, replica: str) -> float:
         """Seconds since a worker has reported; endless if it never has, or not for long."""
         return time.monotonic() - self._heard_s.get(replica, float("-inf"))

@@ -95,6 +95,26 @@ def test_a_place_in_line_is_free_at_once(
     asyncio.run(scenario())
 
 
+def test_who_leaves_before_a_body_is_whole_takes_nobodys_place(app: FastAPI) -> None:
+    async def scenario() -> Any:
+        leaving: list[Any] = []
+        for _ in range(100):
+            said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+            said.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+            said.put_nowait({"type": "http.disconnect"})
+            leaving.append(asyncio.create_task(app(SCOPE, said.get, heard)))
+        caller = Caller(app, max_tokens=3)
+        await until(lambda: len(caller.heard) >= 2)
+        await caller.hang_up()
+        await asyncio.gather(*leaving)
+        return caller.heard[0]["status"]
+
+    async def heard(message: Any) -> None:
+        raise AssertionError(message)
+
+    assert asyncio.run(scenario()) == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_no_worker_has_accepted_is_given_up_at_once(
     service: EngineService, stand_in: type, stream: bool

@@ -93,6 +93,7 @@ def test_the_schema_describes_what_is_sent(call: Call) -> None:
         ("get", "/version", "/version", None),
         ("get", "/v1/policy", "/v1/policy", None),
         ("get", "/health", "/health", None),
+        ("get", "/-/healthz", "/-/healthz", None),
         ("get", "/ready", "/ready", None),
     ]
     for method, path, route, body in calls:

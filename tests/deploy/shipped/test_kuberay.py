@@ -18,7 +18,6 @@ from offramp.deploy.cli.pool.model_tables import read_options
 from offramp.deploy.cli.pool.serving import add_to
 from offramp.deploy.http.gate import OPEN_ROUTES
 from offramp.deploy.http.status_routes import SERVE_HEALTH
-from offramp.deploy.serve.fronting.front_keeper import STOP_S
 from offramp.deploy.serve.serve_app import FEW_ARENAS, OF_SERVE
 from offramp.deploy.serve.settings import Settings
 from support.shipped.shipped_files import DEPLOY, ROOT, manifests
@@ -89,21 +88,19 @@ def test_no_pod_of_a_ray_cluster_has_rights_that_it_does_not_need(kind: str) -> 
         for each in pod["containers"]:
             assert each["securityContext"]["readOnlyRootFilesystem"] is True
             assert each["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-            assert {"readinessProbe", "livenessProbe"} <= set(each)  # KubeRay's own need wget
+            assert {"readinessProbe", "livenessProbe"} <= set(each)  # KubeRay's own may need wget
             assert "/dev/shm" in {mount["mountPath"] for mount in each["volumeMounts"]}
 
 
 def test_rules_beside_them_hold_to_their_schema_and_speak_of_these_pods() -> None:
-    kinds = ("NetworkPolicy", "PodDisruptionBudget")
-    rules = [each for each in manifests("kuberay") if each.get("kind") in kinds]
+    rules = [each for each in manifests("kuberay") if each.get("kind") == "NetworkPolicy"]
     labels = [group["template"]["metadata"]["labels"] for each in clusters().values()
               for group in groups(each)]  # fmt: skip
     for rule in rules:
         kubernetes_validate.validate(rule, RELEASE, strict=True)
-        spec = rule["spec"]
-        selector = spec.get("podSelector", spec.get("selector"))["matchLabels"]
+        selector = rule["spec"]["podSelector"]["matchLabels"]
         assert any(selector.items() <= each.items() for each in labels)
-    ruled = {each["metadata"]["name"] for each in rules if each["kind"] == "NetworkPolicy"}
+    ruled = {each["metadata"]["name"] for each in rules}
     assert ruled == {each["app"] for each in labels}
 
 
@@ -139,10 +136,18 @@ def test_what_ray_serve_is_told_are_options_models_and_ports_that_there_are() ->
     assert ports["serve"] == options["port"]  # where KubeRay asks, at a path that needs no key
     assert SERVE_HEALTH == "/-/healthz"
     assert SERVE_HEALTH in OPEN_ROUTES
-    assert head["terminationGracePeriodSeconds"] >= options["drain"] + STOP_S
-    assert service["rayClusterDeletionDelaySeconds"] > options["drain"]
+    assert service["rayClusterDeletionDelaySeconds"] > options["deadline"]
     with pytest.raises(ConfigError, match="args: modle: is no option"):
         read({**application["args"], "modle": "x"})
+
+
+def test_clients_are_sent_to_the_head_alone() -> None:
+    """KubeRay sends them to worker pods that are ready: these must not be, where no front is."""
+    for group in clusters()["RayService"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        port = told()["args"]["port"]
+        assert container["readinessProbe"]["httpGet"] == {"path": SERVE_HEALTH, "port": port}
+        assert "ports" not in container
 
 
 def test_pods_of_the_service_have_the_settings_that_a_pool_needs() -> None:
