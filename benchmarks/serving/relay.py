@@ -1,4 +1,4 @@
-"""Passes tokens on and does nothing else: what no front in Python can save.
+"""Passes tokens on and does nothing else: what a front in Python hardly saves.
 
 Run by itself, it says at which port it listens. The first connections are the clients'; what comes
 over another is a worker's: messages of tokens, as workers send them, of which each is written to

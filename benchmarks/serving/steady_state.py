@@ -1,7 +1,7 @@
 """What serving adds to the bare engine: by token, to the first token, and where it is saturated.
 
 The bare engine runs in this process, on as many threads as the pool's worker, in turns with it. A
-relay tells what of it no front in Python can save.
+relay tells what of it a front in Python hardly saves.
 """
 
 from __future__ import annotations

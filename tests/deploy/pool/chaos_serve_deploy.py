@@ -20,7 +20,18 @@ from offramp.deploy.serve.publishing import public_key_path
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.settings import Settings
 from support.pools.ray_node import RayNode
-from support.pools.served_pool import PATIENCE_S, ROOT, SLOTS, free_port, ready, run, streams
+from support.pools.served_pool import (
+    PATIENCE_S,
+    ROOT,
+    SLOTS,
+    Outcome,
+    body,
+    follow,
+    free_port,
+    ready,
+    run,
+    streams,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -200,6 +211,10 @@ def test_other_options_and_the_end_let_streams_end(pool: Deployed) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while {each.pid for each in pool.node.named(WORKER)} & before:
             assert time.monotonic() < end_s
+            late = Outcome()
+            with suppress(httpx.TransportError):  # nobody listens yet
+                await asyncio.wait_for(follow(client, late, body(20)), PATIENCE_S / 4)
+                assert late.is_whole or late.status == 503, late
             await asyncio.sleep(0.1)
         await well(client)
         await whole(client)
