@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from offramp.controller.errors import OfframpError
@@ -60,7 +61,7 @@ class FrontKeeper:
         while self._front is None:
             try:
                 self._front = self._begun()
-            except ValueError:  # one of that name has only just been lost
+            except ActorAlreadyExistsError:  # one of that name has only just been lost
                 if time.monotonic() > end_s:
                     raise
                 time.sleep(LOOK_S)
@@ -87,7 +88,7 @@ class FrontKeeper:
         with self._changing:
             try:
                 limit_s = self._config.limits.drain_s + STOP_S
-                with contextlib.suppress(ray.exceptions.RayError):
+                with contextlib.suppress(RayError):
                     ray.get(self._front.drain.remote(), timeout=limit_s)
             finally:
                 ray.kill(self._front)
@@ -118,7 +119,8 @@ class FrontKeeper:
             except Exception as error:  # whatever it is, somebody has to keep a front
                 with self._changing:
                     if not self._ending.is_set():
-                        _logger.error("the front is lost, and its streams: %s", error)
+                        why = str(error).partition("\n")[0]
+                        _logger.error("the front is lost, and its streams: %s", why)
                         self._replace()
 
     def _connect_again(self) -> None:
@@ -129,17 +131,17 @@ class FrontKeeper:
                     continue
                 try:
                     ray.get(self._connecting.pop(name))
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     _logger.warning("%s is not connected: %s", name, error)
                     again = self._front.connect.remote(*self._connected[name])
                     self._connecting[name] = again
 
     def _replace(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(RayError):
             ray.kill(self._front)
         try:
             self._front = self._begun()
-        except (OfframpError, ValueError, ray.exceptions.RayError) as error:
+        except (OfframpError, RayError) as error:
             # The port, or in Ray the name, is not free yet: the next look tries again.
             _logger.warning("no front could be started: %s", error)
             return
@@ -152,7 +154,7 @@ class FrontKeeper:
             try:
                 for line in ray.get(self._front.lines.remote()):
                     show_line(line)
-            except ray.exceptions.RayError:
+            except RayError:
                 if self._ending.is_set():
                     return
                 time.sleep(LOOK_S)
