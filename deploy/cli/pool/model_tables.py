@@ -56,12 +56,16 @@ def _tables(file: Path) -> dict[str, dict[str, Any]]:
 
 def _read(context: typer.Context, name: str, table: dict[str, Any]) -> dict[str, Any]:
     """The options of one model."""
-    said = read_options(context, table, f"models: {name}.", OF_THE_POOL).params
+    said = read_options(context, table, f"models: {name}.", "a model", OF_THE_POOL).params
     return {key: said[key] for key in table}
 
 
 def read_options(
-    context: typer.Context, table: dict[str, Any], place: str, others: Collection[str] = ()
+    context: typer.Context,
+    table: dict[str, Any],
+    place: str,
+    whose: str,
+    others: Collection[str] = (),
 ) -> typer.Context:
     """What a file says of a command's options, read as the command reads them.
 
@@ -69,6 +73,7 @@ def read_options(
         context: The command's, or one of its like.
         table: Values by the options' names.
         place: Where in which file they stand, for errors.
+        whose: What they are options of, for errors.
         others: Options that may not stand there.
 
     Raises:
@@ -80,7 +85,7 @@ def read_options(
     for key, value in table.items():
         if key not in known:
             names = ", ".join(sorted(filter(None, known)))
-            raise ConfigError(f"{place}{key}", "is no option here", f"Use {names}")
+            raise ConfigError(f"{place}{key}", f"is no option of {whose}", f"Use {names}")
         if isinstance(value, bool):
             words += [f"--{_dashed(key)}"] * value
         else:

@@ -37,7 +37,7 @@ def pool(args: dict[str, Any]) -> serve.Application:
     add_to(app)
     command = get_command(app)
     like = cast("typer.Context", command.make_context("serve", [], resilient_parsing=True))
-    context = read_options(like, args, "args: ", ("redis_port",))
+    context = read_options(like, args, "args: ", "a pool", ("redis_port",))
     settings = Settings.from_environment(channel=context.params["channel"])
     if settings.redis_url is None:
         problem = "is not set where Ray runs, and a pool over a cluster starts no Redis"

@@ -141,7 +141,7 @@ def test_what_cannot_be_served_is_said_by_serve_status(pool: Deployed) -> None:
     while (said := pool.status())[0] != "DEPLOY_FAILED":
         assert time.monotonic() < end_s, said
         time.sleep(0.5)
-    assert "args: modle: is no option here" in said[1]
+    assert "args: modle: is no option of a pool" in said[1]
     del args["modle"]
 
 

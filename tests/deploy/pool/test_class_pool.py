@@ -284,7 +284,7 @@ def test_one_model_that_loses_its_worker_leaves_the_others_alone(served: Classif
 
 def test_texts_of_a_worker_that_froze_are_answered_by_another(served: Classifying) -> None:
     """Those it has and those that come until Ray has replaced it, which takes it longer."""
-    theirs = [each for each in served.pool.workers() if "Classifying" in each.cmdline()[0]]
+    theirs = [each for each in served.pool.workers() if "offramp-classes" in each.cmdline()[0]]
     assert len(theirs) == 2  # since the redeploy above
 
     async def scenario(client: httpx.AsyncClient) -> list[Any]:

@@ -120,7 +120,7 @@ def read(args: dict[str, Any]) -> dict[str, Any]:
     app = typer.Typer()
     add_to(app)
     like: Any = get_command(app).make_context("serve", [], resilient_parsing=True)
-    params: dict[str, Any] = read_options(like, args, "args: ").params
+    params: dict[str, Any] = read_options(like, args, "args: ", "a pool").params
     return params
 
 
@@ -137,7 +137,7 @@ def test_what_ray_serve_is_told_are_options_models_and_ports_that_there_are() ->
     assert SERVE_HEALTH == "/-/healthz"
     assert SERVE_HEALTH in OPEN_ROUTES
     assert service["rayClusterDeletionDelaySeconds"] > options["deadline"]
-    with pytest.raises(ConfigError, match="args: modle: is no option"):
+    with pytest.raises(ConfigError, match="args: modle: is no option of a pool"):
         read({**application["args"], "modle": "x"})
 
 
