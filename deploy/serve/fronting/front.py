@@ -90,7 +90,8 @@ class Front:
 
     async def connect(self, model: PoolModel, app: str) -> None:
         """Send a model's requests from now on to the workers of an application."""
-        workers = serve.get_deployment_handle(model.deployment, app)
+        # With its options set, Ray begins to route now, and not while the first request waits.
+        workers = serve.get_deployment_handle(model.deployment, app).options()
         await self._backends[model.name].connect(workers, app, model)
 
     async def hear(self, model: str, report: dict[str, Any]) -> None:
