@@ -68,6 +68,7 @@ def test_only_who_ever_reported_to_this_front_gets_any(heard: WorkersHeard) -> N
     heard.note("a")
     heard.note("b")
     assert Routed("").everyone == {"a", "b"}
+    assert Routed("c").replica == []
 
 
 def test_a_worker_that_reported_just_now_gets_the_request_at_once(heard: WorkersHeard) -> None:
