@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offramp.worker.model.fill import ExitMap
+from offramp.worker.model.filling.kv_map import ExitMap
 
 RIDGE = 1e-2
 """Penalty on the matrix, as a share of the states' mean square in one column."""

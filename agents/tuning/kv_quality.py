@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.worker.model.fill import UNMAPPED, KVMap, KVProjector
+from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.stack import LayerStack
 
 LEAVING = 0.8

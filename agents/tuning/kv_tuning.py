@@ -23,7 +23,7 @@ from offramp.agents.tuning.stream import data_digest
 from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.worker.model.families import stack_for
-from offramp.worker.model.fill import KV, KVMap
+from offramp.worker.model.filling.kv_map import KV, KVMap
 from offramp.worker.model.loading import (
     layers_and_vocab,
     load_model,

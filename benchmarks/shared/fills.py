@@ -25,7 +25,8 @@ from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.follow import follow
-from offramp.worker.model.fill import UNMAPPED, KVProjector
+from offramp.worker.model.filling.kv_map import UNMAPPED
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.spec import WorkerSpec, load_engine
 
 SURE = 0.8

@@ -186,7 +186,7 @@ class StepPrices:
         )
         kv.open(window)
         states = x.flatten(0, 1)
-        angles = stack.rotary(states[:, None], torch.full((tokens, 1), at, device=stack.device))
+        places = np.array(([n // columns for n in range(tokens)], [at] * tokens), np.int64)
         projector = self.engine.decoder.projector
         assert projector is not None
         for _ in range(2):
@@ -195,7 +195,7 @@ class StepPrices:
             times.append(now(stack.device))
             stack.logits(y.flatten(0, 1))
             times.append(now(stack.device))
-            projector.project(states, self.exit, angles)
+            projector.fill(states, self.exit, places, kv)
             times.append(now(stack.device))
             layers, head, fill = np.diff(times)
             for part, seconds in (("layer", layers / self.layers), ("head", head), ("fill", fill)):
@@ -219,15 +219,15 @@ def counted(engine: AdaptiveEngine) -> Iterator[Counter[tuple[str, int]]]:
     handles = [*blocks, engine.stack.head.register_forward_hook(count("head"))]
     projector = engine.decoder.projector
     assert projector is not None
-    project = projector.project
+    fill = projector.fill
 
     def counting(x_ND: torch.Tensor, *rest: Any) -> Any:
         calls["fill", len(x_ND)] += 1
-        return project(x_ND, *rest)
+        return fill(x_ND, *rest)
 
-    projector.project = counting  # type: ignore[method-assign,assignment]
+    projector.fill = counting  # type: ignore[method-assign,assignment]
     yield calls
-    projector.project = project  # type: ignore[method-assign]
+    projector.fill = fill  # type: ignore[method-assign]
     for handle in handles:
         handle.remove()
 

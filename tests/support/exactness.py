@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from offramp.worker import AdaptiveEngine
-from offramp.worker.model.fill import UNMAPPED, KVMap
+from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
 
 
 def hf_greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:

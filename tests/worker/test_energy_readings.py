@@ -154,7 +154,7 @@ def test_traffic_is_that_of_the_layers_and_heads_run(engine: AdaptiveEngine) -> 
     assert traffic.close() == 9 * (LAYERS * layer + head)
     decode(engine)
     assert traffic.bytes == 9 * (LAYERS * layer + head)  # nothing is counted any more
-    assert "project" not in vars(engine.decoder.projector)
+    assert "fill" not in vars(engine.decoder.projector)
 
 
 def test_exits_save_traffic_and_fills_are_counted(engine: AdaptiveEngine) -> None:
@@ -162,12 +162,12 @@ def test_exits_save_traffic_and_fills_are_counted(engine: AdaptiveEngine) -> Non
     calls: list[int] = []
     projector = engine.decoder.projector
     assert projector is not None
-    project: Callable[..., object] = projector.project
-    projector.project = lambda *args: calls.append(args[1]) or project(*args)  # type: ignore
+    fill_in: Callable[..., object] = projector.fill
+    projector.fill = lambda *args: calls.append(args[1]) or fill_in(*args)  # type: ignore
     traffic = MemoryTraffic(engine)
     engine.generate([[3] * 40], SamplingParams(max_tokens=40, ignore_eos=True), FixedExit(2))
     counted = traffic.close()
-    vars(projector).pop("project", None)
+    vars(projector).pop("fill", None)
     fill = sum(LAYERS - first for first in calls) * projector.rows * projector.weight_RD[0].nbytes
     assert calls
     assert counted == LAYERS * layer + 39 * 2 * layer + 40 * head + fill

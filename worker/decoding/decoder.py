@@ -32,7 +32,8 @@ from offramp.worker.decoding.wave_context import (
     WaveContext,
 )
 from offramp.worker.model.adapter_layers import ExitAdapters
-from offramp.worker.model.fill import CacheFiller, KVProjector
+from offramp.worker.model.filling.cache_filler import CacheFiller
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.kernels.shortlist import likeliest
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack

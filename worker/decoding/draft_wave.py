@@ -20,7 +20,7 @@ from offramp.worker.decoding.open_token import OpenToken
 from offramp.worker.decoding.sequence import RowGroup, Sequence
 from offramp.worker.decoding.wave_context import Arrival, DraftCopy, Known, WaveContext, sent
 from offramp.worker.model.attention import decode_window
-from offramp.worker.model.fill import ExitedToken
+from offramp.worker.model.filling.cache_filler import ExitedToken
 from offramp.worker.model.kv import PENDING
 from offramp.worker.model.transfers import take
 

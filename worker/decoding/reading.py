@@ -18,7 +18,7 @@ from offramp.worker.decoding.open_token import OpenToken
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.model.adapter_layers import ExitAdapters
-from offramp.worker.model.fill import ExitedToken
+from offramp.worker.model.filling.cache_filler import ExitedToken
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import take, upload
 

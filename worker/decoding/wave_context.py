@@ -19,7 +19,7 @@ from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.reading import ExitReader
 from offramp.worker.decoding.schedule import Ending
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.model.fill import CacheFiller
+from offramp.worker.model.filling.cache_filler import CacheFiller
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.transfers import upload

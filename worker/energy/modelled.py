@@ -142,7 +142,7 @@ class MemoryTraffic:
         for hook in self._hooks:
             hook.remove()
         if self._projector is not None:
-            del self._projector.project
+            del self._projector.fill
         return self.bytes
 
     def _counter(self, module: nn.Module) -> Any:
@@ -154,15 +154,15 @@ class MemoryTraffic:
         return count
 
     def _watch_fills(self, projector: Any) -> None:
-        project = projector.project
+        fill = projector.fill
         layer_bytes = projector.rows * projector.weight_RD[0].nbytes
         layers = len(projector.weight_RD) // projector.rows
 
         def counting(x_ND: Any, first_layer: int, *rest: Any) -> Any:
             self.bytes += (layers - first_layer) * layer_bytes
-            return project(x_ND, first_layer, *rest)
+            return fill(x_ND, first_layer, *rest)
 
-        projector.project = counting
+        projector.fill = counting
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from offramp.controller.adapters.adapter_folder import AGAIN, read_description
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.fill import UNMAPPED, KVMap
+from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import (
     UNTRANSLATED,

@@ -37,7 +37,7 @@ from offramp.controller.adapters.adapter_folder import (
 )
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.fill import KV, UNMAPPED, ExitMap, KVMap
+from offramp.worker.model.filling.kv_map import KV, UNMAPPED, ExitMap, KVMap
 
 PARTS = ("A", "B", "b")
 

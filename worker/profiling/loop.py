@@ -98,8 +98,7 @@ def clocked(engine: AdaptiveEngine) -> Iterator[PartClock]:
     calls = {
         **{(s, "run_layers"): _by_width(clock, s.run_layers) for s in stacks},
         **{(s, "logits"): clock.timed("head", s.logits) for s in stacks},
-        (projector, "project"): clock.timed("fill", projector.project),
-        (engine.kv, "fill"): clock.timed("fill", engine.kv.fill),
+        (projector, "fill"): clock.timed("fill", projector.fill),
         (bench, "probe"): lambda *rest: _watched(probe(*rest), PROBING, "probe", clock),
         (bench, "fused_probe"): lambda *rest: _watched(fused(*rest), PROBING, "probe", clock),
         (decoder.grouper, "group_rows"): lambda *rest: [

@@ -20,7 +20,8 @@ from offramp.agents.tuning.kv_quality import (
 from offramp.agents.tuning.kv_tuning import fit, normed_inputs
 from offramp.worker import AdaptiveEngine, EngineConfig
 from offramp.worker.model.families import stack_for
-from offramp.worker.model.fill import ExitMap, KVProjector
+from offramp.worker.model.filling.kv_map import ExitMap
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.loading import model_fingerprint
 from offramp.worker.model.translators import FILL, save_exits
 from support.models import LAYERS, VOCAB, make_model

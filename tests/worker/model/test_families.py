@@ -18,7 +18,7 @@ from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.decoder import Decoder
 from offramp.worker.model.families import FAMILIES as ADAPTERS
 from offramp.worker.model.families import adapter_of, stack_for
-from offramp.worker.model.fill import KVProjector
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.loading import check_model
 from support.exactness import check_fill, hf_greedy
 from support.models import FAMILIES, make_model

@@ -21,7 +21,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot
-from offramp.worker.model.fill import ExitMap, KVMap
+from offramp.worker.model.filling.kv_map import ExitMap, KVMap
 from offramp.worker.model.translators import FILL, save_exits
 from support.exactness import check_fill
 from support.models import LAYERS, make_model, save_adapters

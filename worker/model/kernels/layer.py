@@ -157,7 +157,6 @@ def norm_rows(
 def turn(layer: Any, reals: Any, cos: int, sin: int, heads_MNH: Any, team: Any) -> None:
     """Norm a member's queries and keys, where the layer does, and rotate them by position."""
     is_bits, width = layer[IS_BITS] != 0, layer[HEAD_DIM]
-    half = width // 2
     cos_H = np.empty(width, np.float32)
     sin_H = np.empty(width, np.float32)
     turned_H = np.empty(width, np.float32)
@@ -177,14 +176,21 @@ def turn(layer: Any, reals: Any, cos: int, sin: int, heads_MNH: Any, team: Any) 
                 normed(head_1H, norm, reals[2 if is_query else 3], is_bits, head_1H)
             if layer[ROTATES] == 0:
                 continue
-            for h in range(half):
-                left, right = head_1H[0, h], head_1H[0, half + h]
-                turned_H[h] = rounded(left * cos_H[h], is_bits) - rounded(right * sin_H[h], is_bits)
-                turned_H[half + h] = rounded(right * cos_H[half + h], is_bits) + rounded(
-                    left * sin_H[half + h], is_bits
-                )
-            for h in range(width):
-                head_1H[0, h] = rounded(turned_H[h], is_bits)
+            rotate(head_1H[0], cos_H, sin_H, is_bits, turned_H)
+
+
+@compiled
+def rotate(head_H: Any, cos_H: Any, sin_H: Any, is_bits: bool, turned_H: Any) -> None:
+    """Rotate a head, or the part of it that has angles, in place; the last is room to work in."""
+    half = head_H.size // 2
+    for h in range(half):
+        left, right = head_H[h], head_H[half + h]
+        turned_H[h] = rounded(left * cos_H[h], is_bits) - rounded(right * sin_H[h], is_bits)
+        turned_H[half + h] = rounded(right * cos_H[half + h], is_bits) + rounded(
+            left * sin_H[half + h], is_bits
+        )
+    for h in range(head_H.size):
+        head_H[h] = rounded(turned_H[h], is_bits)
 
 
 @compiled

@@ -6,8 +6,7 @@ R = L·2·G·H stacked output rows, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,55 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp.controller.errors import ModelError
+from offramp.worker.model.filling.kv_map import UNMAPPED, ExitMap, KVMap
+from offramp.worker.model.kernels.compiled_layer import norm_of
+from offramp.worker.model.kernels.filled_keys import keep_filled
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight
 from offramp.worker.model.products import Product, RecentProducts, can_pack
 from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
 from offramp.worker.model.transfers import upload
-
-
-class ExitMap(NamedTuple):
-    """What each layer behind one exit is taken to read, by the exit's state after the norm, u.
-
-    Of layer l that is u + B_l (A u) + b_l, before the norm's own weight and bias.
-
-    Attributes:
-        A_rD: Reads the state; shared by all layers.
-        B_LDr: Moves it, for each layer not executed.
-        b_LD: Shifts it.
-    """
-
-    A_rD: Tensor
-    B_LDr: Tensor
-    b_LD: Tensor
-
-
-class KVMap:
-    """What skipped layers are filled through, by exit; at any other the state counts as it is.
-
-    ``offramp tune --kv`` fits it. Only the fill reads it, so layers that run never see it.
-
-    Args:
-        by_exit: Layers are counted from 1; float32.
-    """
-
-    def __init__(self, by_exit: Mapping[int, ExitMap] | None = None) -> None:
-        self.by_exit = dict(sorted((by_exit or {}).items()))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a folder of adapters holds of it, by name."""
-        return {
-            f"{KV}{layer}.{part[0]}": tensor
-            for layer, each in self.by_exit.items()
-            for part, tensor in each._asdict().items()
-        }
-
-
-KV = "kv."
-"""How the names of its tensors begin."""
-
-UNMAPPED = KVMap()
-"""Every skipped layer is filled as if the exit's state had reached it unchanged."""
 
 
 class KVProjector:
@@ -91,6 +49,9 @@ class KVProjector:
         self.weight_RD = torch.cat([_folded(each) for each in weights]).to(stack.dtype)
         self.bias_R = _stacked_bias(weights, stack.dtype)
         self._stack = stack
+        self._rms: Product = partial(_rms, eps=self.eps)
+        if stack.device.type == "cpu":
+            self._rms = norm_of(torch.ones(stack.width, dtype=stack.dtype), self.eps)
         # Of a map that no request is filled through any more they go with it.
         self._products: WeakKeyDictionary[KVMap, RecentProducts] = WeakKeyDictionary()
         self.key_norm_LH = _stacked_key_norm(weights)
@@ -114,11 +75,45 @@ class KVProjector:
         Returns:
             Keys (rotated) and values, each [N, L, G, H].
         """
-        out = self._linear(first_layer, kv_map)(self._unit(x_ND))
-        keys, values = out.view(len(x_ND), -1, 2, self.heads, self.head_dim).unbind(2)
+        keys, values = self._made(x_ND, first_layer, kv_map).unbind(2)
         if self.key_norm_LH is not None:
             keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
         return self._rotated(keys, first_layer, rotary), values
+
+    def fill(
+        self,
+        x_ND: Tensor,
+        first_layer: int,
+        places_2N: NDArray[np.int64],
+        kv: SlotKV,
+        kv_map: KVMap = UNMAPPED,
+    ) -> None:
+        """Write such keys and values to a cache, by compiled code on a CPU.
+
+        Args:
+            x_ND: Hidden states at the exit.
+            first_layer: Index of the first layer not executed.
+            places_2N: Each token's slot and position.
+            kv: Cache that is written to.
+            kv_map: What they are to pass.
+        """
+        slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
+        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
+        if self._stack.device.type != "cpu":
+            entries = self.project(x_ND, first_layer, rotary, kv_map)
+            kv.fill(first_layer, slots_N, positions_N, *entries)
+            return
+        made_NL2GH = self._made(x_ND, first_layer, kv_map)
+        norms_LH = None if self.key_norm_LH is None else self.key_norm_LH[first_layer:]
+        rotates_L = None if self.rotates_L11 is None else self.rotates_L11[first_layer:]
+        keep_filled(
+            made_NL2GH, rotary, norms_LH, self.key_norm_eps, rotates_L, places_2N, first_layer, kv
+        )
+
+    def _made(self, x_ND: Tensor, first_layer: int, kv_map: KVMap) -> Tensor:
+        """What the layers' projections give, [N, L, 2, G, H]."""
+        out_NR = self._linear(first_layer, kv_map)(self._unit(x_ND))
+        return out_NR.view(len(x_ND), -1, 2, self.heads, self.head_dim)
 
     def _linear(self, first_layer: int, kv_map: KVMap) -> Product:
         """The product with the weights from a layer on; packed for each exit that occurs."""
@@ -148,7 +143,7 @@ class KVProjector:
         if self.centres:
             x32 = x_ND.float()
             return nn.functional.layer_norm(x32, x32.shape[-1:], eps=self.eps).to(x_ND.dtype)
-        return _rms(x_ND, self.eps)
+        return self._rms(x_ND)
 
     def _rotated(self, keys_NLGH: Tensor, first_layer: int, rotary: Rotary) -> Tensor:
         if not rotary:
@@ -157,79 +152,6 @@ class KVProjector:
         if self.rotates_L11 is None:
             return rotated_NLGH
         return torch.where(self.rotates_L11[first_layer:], rotated_NLGH, keys_NLGH)
-
-
-class ExitedToken(NamedTuple):
-    """A token that left early and whose skipped layers have no keys and values yet.
-
-    Attributes:
-        slot: Slot of its row in the cache.
-        position: Position of the token in its row.
-        depth: Layers executed so far.
-        state_D: Its hidden state there.
-        kv_map: What its row is filled through.
-    """
-
-    slot: int
-    position: int
-    depth: int
-    state_D: Tensor
-    kv_map: KVMap = UNMAPPED
-
-
-class CacheFiller:
-    """Writes projected keys and values of exited tokens into the cache.
-
-    Args:
-        stack: The model, as a stack of layers.
-        kv: Cache that is written to.
-        projector: Projects exit states; None leaves the cache's invariant broken, as the tests'
-            negative control needs it.
-    """
-
-    def __init__(self, stack: LayerStack, kv: SlotKV, projector: KVProjector | None) -> None:
-        self._stack = stack
-        self._kv = kv
-        self._projector = projector
-
-    def fill(self, tokens: Sequence[ExitedToken]) -> None:
-        """Fill all layers that the tokens skipped, in one product for each depth and map."""
-        if self._projector is None:
-            return
-        together: dict[tuple[int, int], list[ExitedToken]] = {}
-        for token in tokens:
-            together.setdefault((token.depth, id(token.kv_map)), []).append(token)
-        for (depth, _), group in together.items():
-            self._fill_from(depth, group)
-
-    def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
-        x_ND = torch.stack([token.state_D for token in tokens])
-        slots, positions = zip(*((token.slot, token.position) for token in tokens), strict=True)
-        self.fill_states(depth, x_ND, slots, positions, tokens[0].kv_map)
-
-    def fill_states(
-        self,
-        depth: int,
-        x_ND: Tensor,
-        slots: Sequence[int] | NDArray[np.int64],
-        positions: Sequence[int] | NDArray[np.int64],
-        kv_map: KVMap,
-    ) -> None:
-        """Fill the layers from ``depth`` on for tokens that left there, in one product.
-
-        Args:
-            depth: Layers that they executed.
-            x_ND: Their states there.
-            slots, positions: Where each stands in the cache, N of each.
-            kv_map: What they are filled through.
-        """
-        if self._projector is None:
-            return
-        places = np.array((positions, slots), np.int64)
-        positions_N, slots_N = upload(places, self._stack.device).unbind()
-        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
-        keys, values = self._projector.project(x_ND, depth, rotary, kv_map)
-        self._kv.fill(depth, slots_N, positions_N, keys, values)
 
 
 def _require_one_norm(weights: list[KVWeights]) -> None:

@@ -1,0 +1,1 @@
+"""Fills what tokens that leave early skip: the `project` mode of the cache."""
