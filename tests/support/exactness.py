@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from offramp.worker import AdaptiveEngine
@@ -49,7 +50,7 @@ def check_fill(
     kv_map: KVMap = UNMAPPED,
     moved: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, x_ND: x_ND,
 ) -> None:
-    """Fused fill ≈ running each skipped layer's own projections on the exit state.
+    """Fused fill, and what it writes, ≈ each skipped layer's own projections of the exit state.
 
     ``moved`` gives the state that the layers from the first on read, through the map.
     """
@@ -57,7 +58,10 @@ def check_fill(
     x_ND = torch.randn(3, engine.stack.width).to(device)
     rotary = engine.stack.rotary(x_ND[:, None], torch.tensor([[4], [0], [9]], device=device))
     assert engine.decoder.projector is not None
-    keys, values = engine.decoder.projector.project(x_ND, first_layer, rotary, kv_map)
+    projector, kv = engine.decoder.projector, engine.kv
+    keys, values = projector.project(x_ND, first_layer, rotary, kv_map)
+    kv.reserve(10)
+    projector.fill(x_ND, first_layer, np.array([[2, 0, 1], [4, 0, 9]]), kv, kv_map)
 
     class Spy:
         def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
@@ -70,3 +74,8 @@ def check_fill(
         engine.stack.run_layer(index, read_ND[:, None], rotary, None, Spy())
         torch.testing.assert_close(keys[:, index - first_layer], spied[index][0][:, :, 0])
         torch.testing.assert_close(values[:, index - first_layer], spied[index][1][:, :, 0])
+        for n, (slot, position) in enumerate([(2, 4), (0, 0), (1, 9)]):
+            kept = (part[index, slot, :, position] for part in (kv.keys_LSGCH, kv.values_LSGCH))
+            torch.testing.assert_close(
+                (*kept,), (spied[index][0][n, :, 0], spied[index][1][n, :, 0])
+            )

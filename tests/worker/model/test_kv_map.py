@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -98,6 +99,20 @@ def test_a_map_that_moves_nothing_gives_the_same_bits(family: str, dtype: torch.
         for layer, mapped in ((EXIT, KVMap({EXIT: still})), (EXIT + 1, KVMap({EXIT: still}))):
             found = projector.project(x_ND, layer, rotary, mapped)
             assert all(map(torch.equal, found, projector.project(x_ND, layer, rotary)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_what_is_projected(family: str, dtype: torch.dtype) -> None:
+    engine = AdaptiveEngine(make_model(family, dtype), slots=3)
+    projector, kv, x_ND = engine.decoder.projector, engine.kv, torch.randn(3, WIDTH, dtype=dtype)
+    assert projector is not None
+    rotary = engine.stack.rotary(x_ND[:, None], torch.tensor([[4], [0], [9]]))
+    kv_map = KVMap({EXIT: reflections()})
+    keys_NLGH, values_NLGH = projector.project(x_ND, EXIT, rotary, kv_map)
+    projector.fill(x_ND, EXIT, np.array([[2, 0, 1], [4, 0, 9]]), kv, kv_map)
+    for n, (slot, position) in enumerate([(2, 4), (0, 0), (1, 9)]):
+        torch.testing.assert_close(kv.keys_LSGCH[EXIT:LAYERS, slot, :, position], keys_NLGH[n])
+        assert torch.equal(kv.values_LSGCH[EXIT:LAYERS, slot, :, position], values_NLGH[n])
 
 
 def test_decoding_fills_through_the_map(tmp_path: Path) -> None:
