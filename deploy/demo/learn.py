@@ -26,6 +26,9 @@ from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
+TARGETS = (0.92, 0.95, 0.985)
+"""Agreements that gates are trained for: each adds five seconds of evaluation a family."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
@@ -128,6 +131,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     training = TrainConfig(
         traces=str(config.out / "traces"),
         families=GATE_FAMILIES,
+        targets=TARGETS,
         seed=config.seed,
         gate=PPOConfig(steps=config.ppo_steps),
     )
