@@ -41,14 +41,17 @@ test: setup
 fuzz: setup
 	$(BIN)/python -m pytest tests/deploy/fuzz/fuzz_http.py tests/chaos/fuzz_readers.py
 
-# A worker that is killed two hundred times; `make test` kills it forty times.
+# A worker, and writers of files, that are killed two hundred times; `make test` kills each forty
+# times.
 chaos: setup
-	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py -k never_goes_back
+	OFFRAMP_TEST_DEATHS=200 $(BIN)/python -m pytest tests/chaos/test_killed.py \
+		tests/controller/test_durable.py -k "never_goes_back or killed_writers"
 
-# A pool over two Ray nodes of which one is killed, and one that Ray Serve deploys from a file and
-# that is hurt and changed under load, in seven minutes.
+# A pool over two Ray nodes of which one is killed, one that Ray Serve deploys from a file and that
+# is hurt and changed under load, and one that grows and shrinks, in eight minutes.
 nodes: setup
-	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py tests/deploy/pool/chaos_serve_deploy.py
+	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py \
+		tests/deploy/pool/chaos_serve_deploy.py tests/deploy/pool/chaos_growth.py
 
 check: format-check lint types layers audit docs test
 

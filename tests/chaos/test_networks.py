@@ -75,7 +75,7 @@ def test_a_worker_outlives_connections_that_are_cut_slow_or_frozen(
 
 def test_a_server_that_stands_still_and_goes_on(tmp_path: Path, ask: Ask) -> None:
     with EmbeddedRedis(tmp_path / "redis") as server:
-        registry = RedisRegistry(server.url, "demo", timeout_s=0.3)
+        registry = RedisRegistry(server.url, "demo", timeout_s=3.0)
         bench = Bench(registry, tmp_path / "home")
         bench.serve(3)
         worker = bench.worker()

@@ -14,6 +14,8 @@ from offramp.controller.durable import lock_file, write_durably
 
 SPAWN = multiprocessing.get_context("fork")
 
+DEATHS = int(os.environ.get("OFFRAMP_TEST_DEATHS", "40"))
+
 
 def hang_after_writing(path: Path, ready: int) -> None:
     """Write as ``write_durably`` does, and never come to the renaming."""
@@ -49,12 +51,10 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert path.read_bytes() == b"new"
 
 
-def test_two_hundred_killed_writers_leave_a_whole_file_and_one_scrap_at_most(
-    tmp_path: Path,
-) -> None:
+def test_killed_writers_leave_a_whole_file_and_one_scrap_at_most(tmp_path: Path) -> None:
     path = tmp_path / "last-known-good"
     write_durably(path, b"good" * 1000)
-    for _ in range(200):
+    for _ in range(DEATHS):
         killed_writer(path)
         assert path.read_bytes() == b"good" * 1000
         assert len(list(tmp_path.iterdir())) == 2
