@@ -11,8 +11,9 @@ TESTS = Path(__file__).parent
 LONGEST = (
     "worker/engine/test_copy_drafts.py",
     "architecture/test_startup.py",
+    "controller/test_durable.py",
+    "architecture/test_audit.py",
     "worker/decoding/test_kv_modes.py",
-    "chaos/test_killed.py",
     "agents/training/test_resuming.py",
     "deploy/pool/test_pool_trouble.py",
     "deploy/test_demo.py",  # whose half a dozen processes would all compile what is compiled by now
@@ -34,6 +35,7 @@ LONGEST = (
     "agents/calibration/test_losses.py",
     "agents/drafting/test_draft_chances.py",
     "deploy/cli/test_classify_commands.py",
+    "chaos/test_killed.py",
     "deploy/cli/test_drafting_exits.py",
     "deploy/cli/test_control_commands.py",
     "deploy/console/test_console_pictures.py",
@@ -41,8 +43,8 @@ LONGEST = (
 )
 """The longest first, by processor time and by what they wait for.
 
-The second and the fourth, which begin in the second process, need no kernels: on a new machine
-both processes would compile the same ones at once.
+The second to the fourth, which the second process takes while the first is in its first file, need
+no kernels: on a new machine both processes would compile the same ones at once.
 """
 
 

@@ -72,10 +72,10 @@ def check_fill(
     for index in range(first_layer, engine.stack.layers):
         read_ND = moved(index - first_layer, x_ND)
         engine.stack.run_layer(index, read_ND[:, None], rotary, None, Spy())
-        torch.testing.assert_close(keys[:, index - first_layer], spied[index][0][:, :, 0])
-        torch.testing.assert_close(values[:, index - first_layer], spied[index][1][:, :, 0])
         for n, (slot, position) in enumerate([(2, 4), (0, 0), (1, 9)]):
             kept = (part[index, slot, :, position] for part in (kv.keys_LSGCH, kv.values_LSGCH))
             torch.testing.assert_close(
                 (*kept,), (spied[index][0][n, :, 0], spied[index][1][n, :, 0])
             )
+        torch.testing.assert_close(keys[:, index - first_layer], spied[index][0][:, :, 0])
+        torch.testing.assert_close(values[:, index - first_layer], spied[index][1][:, :, 0])

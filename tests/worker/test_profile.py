@@ -95,8 +95,8 @@ def test_the_parts_of_a_step_and_its_rest_are_the_step(
 def test_nothing_stays_on_the_engine(engine: AdaptiveEngine, table_VK: IntArray) -> None:
     decoded(engine, table_VK, 1, [STAY])
     decoder = engine.decoder
-    owners = (engine.stack, decoder.probes, decoder.grouper, decoder.projector, engine.kv)
-    names = {"run_layers", "logits", "probe", "group_rows", "project", "fill"}
+    owners = (engine.stack, decoder.probes, decoder.grouper, decoder.projector)
+    names = {"run_layers", "logits", "probe", "group_rows", "fill"}
     assert not any(names & set(vars(owner)) for owner in owners)
 
 

@@ -113,7 +113,7 @@ class Decoder:
         self.context = WaveContext(
             stack=stack,
             kv=kv,
-            filler=CacheFiller(stack, kv, self.projector),
+            filler=CacheFiller(kv, self.projector),
             reader=self.reader,
             grouper=self.grouper,
             guard=self.guard,

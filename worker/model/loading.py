@@ -113,9 +113,13 @@ def require_supported(model: Any) -> None:
     """Refuse a ready model object that the engine would not decode exactly.
 
     Raises:
-        ModelError: an unsupported class, attention other than sdpa, or training mode.
+        ModelError: an unsupported class, attention other than sdpa, training mode, or on a CPU
+            another number format than float32 or bfloat16.
     """
     adapter_of(type(model).__name__)
+    if model.device.type == "cpu" and model.dtype not in (torch.float32, torch.bfloat16):
+        problem = f"has weights of {model.dtype}, which compiled code on a CPU does not read"
+        raise ModelError("model", problem, 'Load it with dtype="bfloat16" or dtype="float32"')
     attention = model.config._attn_implementation
     if attention != "sdpa":
         # Without a mask only sdpa is causal by itself.

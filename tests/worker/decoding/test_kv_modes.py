@@ -179,14 +179,14 @@ def test_verified_tokens_are_full_depths(family: str) -> None:
     ends = end_tokens(model)
     rows = []
     runs = list(enumerate(zip(SCHEDULES, (1, 3, 8, 8, 3, 5), strict=True)))
-    # Schedules know nothing of families: one has all of them, the others three in turns.
-    place = list(FAMILIES).index(family) % 2
-    for seed, (schedule, most) in runs if family == "llama" else runs[place::2]:
+    if family != "llama":  # schedules know nothing of families: the others have three of the six
+        runs = runs[list(FAMILIES).index(family) % 2 :: 2]
+    for seed, (schedule, most) in runs:
         rows += verified(model, schedule, seed, most, ends)
     for row in rows:
         assert float(shortfalls(model, row).max()) <= CLOSE
         assert ends_right(row, frozenset() if row.request.sampling.ignore_eos else ends)
-    assert sum(len(row.emitted) for row in rows) >= 500
+    assert sum(len(row.emitted) for row in rows) >= 166 * len(runs)
     assert {row.finish_reason for row in rows} == {"stop", "length"}
     # Some drafts were confirmed, and some taken back.
     assert 0 < sum(row.drafts_accepted for row in rows) < sum(row.drafts_made for row in rows)

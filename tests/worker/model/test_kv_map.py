@@ -23,6 +23,7 @@ from offramp.controller.policies.protocols import FixedExit
 from offramp.worker import AdaptiveEngine, EngineConfig, PromptExits, SamplingParams
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.model.filling.kv_map import ExitMap, KVMap
+from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.translators import FILL, save_exits
 from support.exactness import check_fill
 from support.models import LAYERS, make_model, save_adapters
@@ -103,16 +104,35 @@ def test_a_map_that_moves_nothing_gives_the_same_bits(family: str, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_is_what_is_projected(family: str, dtype: torch.dtype) -> None:
+    """All of a cache that has grown: what is not to be written stays as it was, too."""
     engine = AdaptiveEngine(make_model(family, dtype), slots=3)
-    projector, kv, x_ND = engine.decoder.projector, engine.kv, torch.randn(3, WIDTH, dtype=dtype)
+    projector, kv_map = engine.decoder.projector, KVMap({EXIT: reflections()})
     assert projector is not None
-    rotary = engine.stack.rotary(x_ND[:, None], torch.tensor([[4], [0], [9]]))
-    kv_map = KVMap({EXIT: reflections()})
-    keys_NLGH, values_NLGH = projector.project(x_ND, EXIT, rotary, kv_map)
-    projector.fill(x_ND, EXIT, np.array([[2, 0, 1], [4, 0, 9]]), kv, kv_map)
-    for n, (slot, position) in enumerate([(2, 4), (0, 0), (1, 9)]):
-        torch.testing.assert_close(kv.keys_LSGCH[EXIT:LAYERS, slot, :, position], keys_NLGH[n])
-        assert torch.equal(kv.values_LSGCH[EXIT:LAYERS, slot, :, position], values_NLGH[n])
+    for rows in (1, 3, 64):
+        x_ND = torch.randn(rows, WIDTH, dtype=dtype)
+        places_2N = np.array([np.arange(rows) % 3, 150 - np.arange(rows)])
+        slots_N, positions_N = torch.tensor(places_2N)
+        rotary = engine.stack.rotary(x_ND[:, None], positions_N[:, None])
+        written, expected = SlotKV(engine.stack, 3), SlotKV(engine.stack, 3)
+        for kv in (written, expected):
+            kv.reserve(200)
+            kv.make_room(LAYERS + 1)
+        projector.fill(x_ND, EXIT, places_2N, written, kv_map)
+        entries = projector.project(x_ND, EXIT, rotary, kv_map)
+        expected.fill(EXIT, slots_N, positions_N, *entries)
+        torch.testing.assert_close(written.keys_LSGCH, expected.keys_LSGCH)
+        assert torch.equal(written.values_LSGCH, expected.values_LSGCH)
+
+
+@pytest.mark.parametrize("place", [[3, 4], [0, 128], [0, -1], [-1, 0]])
+def test_a_place_outside_the_cache_is_refused(place: list[int]) -> None:
+    engine = AdaptiveEngine(make_model("llama"), slots=3)
+    projector = engine.decoder.projector
+    assert projector is not None
+    with pytest.raises(ValueError, match="3 slots of 128"):
+        projector.fill(torch.randn(1, WIDTH), EXIT, np.array(place)[:, None], engine.kv)
+    with pytest.raises(ValueError, match="bfloat16"):
+        projector.fill(torch.randn(1, WIDTH).bfloat16(), EXIT, np.zeros((2, 1), int), engine.kv)
 
 
 def test_decoding_fills_through_the_map(tmp_path: Path) -> None:

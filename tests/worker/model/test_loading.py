@@ -134,6 +134,12 @@ def test_an_unsupported_architecture_is_named_with_those_supported(tmp_path: Pat
     assert "LlamaForCausalLM" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_numbers_that_compiled_code_would_misread_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=f"weights of {dtype}.*Load it with dtype="):
+        AdaptiveEngine(make_model("llama", dtype))
+
+
 def test_an_unsupported_model_object_is_refused() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
     assert "BloomForCausalLM" in refusal(lambda: AdaptiveEngine(model))

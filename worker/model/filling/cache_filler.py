@@ -16,7 +16,6 @@ from torch import Tensor
 from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
 from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.stack import LayerStack
 
 
 class ExitedToken(NamedTuple):
@@ -41,14 +40,12 @@ class CacheFiller:
     """Writes projected keys and values of exited tokens into the cache.
 
     Args:
-        stack: The model, as a stack of layers.
         kv: Cache that is written to.
         projector: Projects exit states; None leaves the cache's invariant broken, as the tests'
             negative control needs it.
     """
 
-    def __init__(self, stack: LayerStack, kv: SlotKV, projector: KVProjector | None) -> None:
-        self._stack = stack
+    def __init__(self, kv: SlotKV, projector: KVProjector | None) -> None:
         self._kv = kv
         self._projector = projector
 

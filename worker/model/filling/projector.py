@@ -88,7 +88,7 @@ class KVProjector:
         kv: SlotKV,
         kv_map: KVMap = UNMAPPED,
     ) -> None:
-        """Write such keys and values to a cache, by compiled code on a CPU.
+        """Write what ``project`` gives to a cache, by compiled code on a CPU.
 
         Args:
             x_ND: Hidden states at the exit.
@@ -96,7 +96,12 @@ class KVProjector:
             places_2N: Each token's slot and position.
             kv: Cache that is written to.
             kv_map: What they are to pass.
+
+        Raises:
+            ValueError: states of another dtype than the cache's, or places outside it.
         """
+        places_2N = np.ascontiguousarray(places_2N, np.int64)
+        _require_within(x_ND, places_2N, kv)
         slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
         rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
         if self._stack.device.type != "cpu":
@@ -154,6 +159,15 @@ class KVProjector:
         return torch.where(self.rotates_L11[first_layer:], rotated_NLGH, keys_NLGH)
 
 
+def _require_within(x_ND: Tensor, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
+    """Refuse what compiled code, which is given addresses, would write elsewhere."""
+    if x_ND.dtype is not kv.keys_LSGCH.dtype or places_2N.shape != (2, len(x_ND)):
+        raise ValueError(f"{x_ND.dtype} {tuple(x_ND.shape)} at places {places_2N.shape}")
+    slot, position = places_2N.max(1)
+    if places_2N.min() < 0 or slot >= kv.held or position >= kv.capacity:
+        raise ValueError(f"slot {slot}, position {position}: {kv.held} slots of {kv.capacity}")
+
+
 def _require_one_norm(weights: list[KVWeights]) -> None:
     kinds = {(w.norm, w.eps) for w in weights}
     key_kinds = {("no norm" if w.key_norm_H is None else "rms", w.key_norm_eps) for w in weights}
@@ -194,7 +208,7 @@ def _folded_bias(weights: KVWeights) -> Tensor:
 
 def _stacked_key_norm(weights: list[KVWeights]) -> Tensor | None:
     norms = [w.key_norm_H for w in weights if w.key_norm_H is not None]
-    return torch.stack(norms) if norms else None
+    return torch.stack(norms).to(weights[0].weight_RD.dtype) if norms else None
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -1,1 +1,1 @@
-"""Compiled kernels for few rows: products with kept weights, and whole decoder layers."""
+"""Compiled kernels for few rows: products with kept weights, whole layers, a fill's keys."""
