@@ -43,13 +43,15 @@ def engines_of(model: str, dtype: str, kv: Path, slots: int) -> dict[str, Adapti
     ways = {
         "full depth": EngineConfig(),
         "defer": EngineConfig(kv_mode="defer", translators=kv),
-        "project": EngineConfig(),
+        "project": EngineConfig(translators=kv),
         "project, mapped": EngineConfig(translators=kv),
     }
-    return {
+    engines = {
         name: load_engine(WorkerSpec(model=model, dtype=dtype, threads=1, slots=slots, engine=each))
         for name, each in ways.items()
     }
+    engines["project"].decoder.translators.kv_map = UNMAPPED  # its adapters stay
+    return engines
 
 
 @torch.inference_mode()
