@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.pools.served_pool import PATIENCE_S, Outcome, ServedPool, body, follow, run
+from support.pools.served_pool import Outcome, ServedPool, body, follow, run
 
 CROWD, FEW, TOKENS = 10, 2, 200
 """Streams that are too many for one worker, those that are not, and their tokens."""
@@ -20,21 +20,13 @@ TARGET = FEW * TOKENS + 50
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
-    pool = ServedPool(
-        tmp_path_factory.mktemp("pool") / "home",
-        {
-            **{"--replicas": 1, "--max-replicas": 2, "--slots": CROWD},
-            **{"--target-requests": 1000, "--target-tokens": TARGET},
-            **{"--grow-after": 1, "--shrink-after": 2},
-        },
-    )
-    try:
-        pool.await_start()
+    options = {
+        **{"--replicas": 1, "--max-replicas": 2, "--slots": CROWD},
+        **{"--target-requests": 1000, "--target-tokens": TARGET},
+        **{"--grow-after": 1, "--shrink-after": 2},
+    }
+    with ServedPool(tmp_path_factory.mktemp("pool") / "home", options) as pool:
         yield pool
-    finally:
-        if pool.process.poll() is None:
-            pool.process.terminate()
-            pool.process.wait(PATIENCE_S)
 
 
 async def workers(client: httpx.AsyncClient) -> dict[str, float]:

@@ -98,13 +98,9 @@ def collectors(
 
 @pytest.fixture
 def served(nodes: list[RayNode], collectors: CollectorPool, tmp_path: Path) -> Iterator[ServedPool]:
-    pool = ServedPool(tmp_path / "home", {"--slots": SLOTS}, ray_address=nodes[0].address)
-    try:
-        pool.await_start()
+    address = nodes[0].address
+    with ServedPool(tmp_path / "home", {"--slots": SLOTS}, ray_address=address) as pool:
         yield pool
-    finally:
-        pool.process.terminate()
-        pool.process.wait(PATIENCE_S)
 
 
 def pids(collectors: CollectorPool) -> set[int]:

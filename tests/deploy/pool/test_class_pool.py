@@ -23,7 +23,7 @@ from offramp.deploy.serve.settings import Settings
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.spec import WorkerSpec, load_engine
 from support.classifying.labelled_files import encoder_folder, labelled_file
-from support.pools.served_pool import PATIENCE_S, ServedPool, run, streams
+from support.pools.served_pool import ServedPool, run, streams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -77,13 +77,8 @@ class Classifying:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Classifying]:
     served = Classifying(tmp_path_factory.mktemp("classes"))
-    try:
-        served.pool.await_start()
+    with served.pool:
         yield served
-    finally:
-        if served.pool.process.poll() is None:
-            served.pool.process.terminate()
-            served.pool.process.wait(PATIENCE_S)
 
 
 async def classified(client: httpx.AsyncClient) -> Any:

@@ -39,14 +39,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPool]:
-    pool = ServedPool(tmp_path_factory.mktemp("pool") / "home")
-    try:
-        pool.await_start()
+    with ServedPool(tmp_path_factory.mktemp("pool") / "home") as pool:
         yield pool
-    finally:
-        if pool.process.poll() is None:
-            pool.process.terminate()
-            pool.process.wait(PATIENCE_S)
 
 
 def test_the_official_client_works_unchanged(pool: ServedPool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import httpx
 import psutil
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class ServedPool:
-    """``offramp serve`` as a process of its own.
+    """``offramp serve`` as a process of its own; in a ``with``, until its end and once it serves.
 
     Args:
         home: OFFRAMP_HOME.
@@ -79,6 +79,19 @@ class ServedPool:
             if "Ctrl-C" in line:
                 return
         raise RuntimeError("".join(said))
+
+    def __enter__(self) -> Self:
+        try:
+            self.await_start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(PATIENCE_S)
 
     @property
     def url(self) -> str:
