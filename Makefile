@@ -48,7 +48,7 @@ chaos: setup
 		tests/controller/test_durable.py -k "never_goes_back or killed_writers"
 
 # A pool over two Ray nodes of which one is killed, one that Ray Serve deploys from a file and that
-# is hurt and changed under load, and one that grows and shrinks, in eight minutes.
+# is hurt and changed under load, and one that grows and shrinks, in five to eight minutes.
 nodes: setup
 	$(BIN)/python -m pytest tests/deploy/pool/chaos_two_nodes.py \
 		tests/deploy/pool/chaos_serve_deploy.py tests/deploy/pool/chaos_growth.py

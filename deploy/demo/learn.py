@@ -27,7 +27,7 @@ from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.spec import ModelFacts, WorkerSpec, describe, load_engine
 
 TARGETS = (0.92, 0.95, 0.985)
-"""Agreements by replay at which each family gets a setting: five seconds of evaluation each."""
+"""Agreements by replay at which each family gets a setting: each is evaluated, which takes time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 A few tokens take torch a dozen calls for it, which cost several times what the product did.
 
-Shape suffixes: N tokens, L layers filled, G key heads, H head_dim, R = L·2·G·H values of one token.
+Shape suffixes: N tokens, L layers filled, G key heads, H head_dim.
 """
 
 from __future__ import annotations
