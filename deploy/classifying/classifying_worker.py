@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from ray import serve
 
-from offramp.controller.errors import ConfigError, DecodeFailedError, PolicyRefusedError, Refusal
+from offramp.controller.errors import ConfigError, OfframpError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
-from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.fronting.front_link import FrontLink
+from offramp.deploy.serve.fronting.wire_messages import ClassesAsked, packed_text
+from offramp.deploy.serve.fronting.worker_wire import Call
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.loopback import keep_to_loopback
 from offramp.deploy.serve.placing.pool_growth import load_of
@@ -33,8 +35,6 @@ from offramp.worker.following.fetching import ReleaseFetcher
 from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.model.loading import parse_dtype
 from offramp.worker.spec import freeze_heap
-
-_logger = logging.getLogger(__name__)
 
 
 class HeadFetcher(ReleaseFetcher):
@@ -81,7 +81,8 @@ class ClassifyingWorker:
         self.worker_id = self._claim.name
         context = serve.get_replica_context()
         self._replica, self._app = context.replica_id.unique_id, context.app_name
-        self._front = FrontLink(front, served.name)
+        self._drain_s = config.limits.drain_s
+        self._front = FrontLink(front, served.name, self._replica)
         send_lines(config.log_format, config.process_of(served, self.worker_id), self._front.log)
         spec = served.worker
         torch.set_num_threads(spec.threads)
@@ -124,34 +125,31 @@ class ClassifyingWorker:
             dtype=spec.dtype,
             audit_share=spec.engine.audit_share,
         )
-        self._tokens = 0  # of texts under way
         freeze_heap()
         self.refresher.start()
         self.service.start()
+        self._front.answer(self._begin, lambda: self.service.is_healthy, self._drain_s)
 
-    async def classify(
-        self,
-        sequences: Sequence[Sequence[int]],
-        quality: float | None,
-        request_id: str,
-        best: int | None,
-    ) -> list[ClassifiedText]:
-        """Classify texts; raises as ``TextService.classify`` does."""
-        REQUEST_NAME.set(request_id)
-        tokens = sum(map(len, sequences))
-        self._tokens += tokens
+    def _begin(self, call: Call) -> None:
+        """Have texts classified; what becomes of them goes over the wire."""
+        asked = call.asked
+        assert isinstance(asked, ClassesAsked)  # the front knows what its workers do
         try:
-            return await self.service.classify(
-                sequences, quality=quality, split_by=request_id, best=best
+            waiting = self.service.order(
+                asked.sequences, quality=asked.quality, split_by=asked.request_id, best=asked.best
             )
-        except DecodeFailedError as error:
-            _logger.error("%s", error)
-            raise
-        finally:
-            self._tokens -= tokens
+        except OfframpError as error:
+            call.fail(error)
+            call.flush()
+            return
+        call.give_up = lambda: [each.cancel() for each in waiting]
+        for place, each in enumerate(waiting):
+            each.add_done_callback(partial(_tell, call, place))
 
     def __del__(self) -> None:
         """Called by Ray Serve before it ends the process in order: this is no crash."""
+        if front := getattr(self, "_front", None):
+            front.drain(self._drain_s)
         if refresher := getattr(self, "refresher", None):
             refresher.stop()
 
@@ -159,13 +157,11 @@ class ClassifyingWorker:
         """Called by Ray Serve each second: reports; a stuck classifier gets replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the classifier makes no progress")
-        if self._front.is_lost:
-            await asyncio.to_thread(self._front.renew)
-        self._front.hear(self.report())
+        await self._front.hear(self.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""
-        return load_of(*self.service.load, self._tokens)
+        return load_of(*self.service.load, self._front.tokens)
 
     def report(self) -> dict[str, Any]:
         """What this worker runs, and how it is."""
@@ -181,7 +177,7 @@ class ClassifyingWorker:
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,
-            "tokens": self._tokens,
+            "tokens": self._front.tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
             "energy": energy_of(self.service.meter.totals),
@@ -190,3 +186,13 @@ class ClassifyingWorker:
 
     def _conditions(self, snapshot: PolicySnapshot) -> tuple[str, str]:
         return self.classifier.under(snapshot).heads.digest, self.service.gap(snapshot)
+
+
+def _tell(call: Call, place: int, done: Future[ClassifiedText]) -> None:
+    if done.cancelled():
+        return
+    if (error := done.exception()) is not None:
+        call.fail(error)
+    else:
+        call.answer(packed_text(call.number, place, done.result()), is_last=True)
+    call.flush()

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from ray import serve
 
-from offramp.controller.errors import DecodeFailedError
-from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.channel_following import follow_channel
 from offramp.deploy.serve.fronting.front_link import FrontLink
-from offramp.deploy.serve.fronting.token_wire import TokenWire, WireAddress
+from offramp.deploy.serve.fronting.wire_messages import TokensAsked, packed
+from offramp.deploy.serve.fronting.worker_wire import Call
 from offramp.deploy.serve.log_lines import send_lines
 from offramp.deploy.serve.loopback import keep_to_loopback
 from offramp.deploy.serve.placing.pool_growth import load_of
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.worker_report import conditions_of, describe_policy, energy_of
-from offramp.worker.decoding.prompting.prompt_exits import Prefill
-from offramp.worker.decoding.request import KVWish, Request, TokenEvent
-from offramp.worker.decoding.sampling import SamplingParams
+from offramp.worker.decoding.request import Request, TokenEvent
 from offramp.worker.energy.step_meter import serving_source
 from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.service import EngineService
@@ -31,50 +28,26 @@ from offramp.worker.following.shadows import ShadowRunner
 from offramp.worker.following.worker_state import StateClaim
 from offramp.worker.spec import freeze_heap, load_engine, warm_up
 
-BEAT_S = 1.0
-"""A request without tokens is told so often that its worker lives and makes progress."""
 
-_logger = logging.getLogger(__name__)
+class _Completions:
+    """Has the tokens of one request sent: what the engine's thread tells."""
 
-
-class _Sender:
-    """Has the tokens of one request sent, and says when the last was."""
-
-    def __init__(self, wire: TokenWire, number: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.wire = wire
-        self._number = number
-        self._loop = loop
+    def __init__(self, call: Call) -> None:
+        self._call = call
         self._places: dict[str, int] = {}
-        self._unfinished = 0
-        self.ended: asyncio.Future[None] = loop.create_future()
 
     def accept(self, requests: Sequence[Request]) -> None:
         """Note which choice each request is."""
         self._places = {request.id: place for place, request in enumerate(requests)}
-        self._unfinished = len(requests)
+        self._call.accept()
 
     def tell(self, event: TokenEvent | Exception) -> None:
         """Put a token with what is sent after the engine's step."""
         if isinstance(event, Exception):
-            self._end(event)
+            self._call.fail(event)
             return
-        self.wire.add(self._number, self._places[event.request_id], event)
-        self._unfinished -= event.finish_reason is not None
-        if not self._unfinished:
-            self._end(None)
-
-    def _end(self, error: Exception | None) -> None:
-        # Nobody waits any more if the loop is closed.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._settle, error)
-
-    def _settle(self, error: Exception | None) -> None:
-        if self.ended.done():
-            return
-        if error is None:
-            self.ended.set_result(None)
-        else:
-            self.ended.set_exception(error)
+        token = packed(self._call.number, self._places[event.request_id], event)
+        self._call.answer(token, is_last=event.finish_reason is not None)
 
 
 class ServedWorker:
@@ -95,7 +68,8 @@ class ServedWorker:
         # Unlike that name, another worker never has it again.
         context = serve.get_replica_context()
         self._replica, self._app = context.replica_id.unique_id, context.app_name
-        self._front = FrontLink(front, model.name)
+        self._drain_s = config.limits.drain_s
+        self._front = FrontLink(front, model.name, self._replica)
         send_lines(config.log_format, config.process_of(model, self.worker_id), self._front.log)
         engine = load_engine(model.worker)
         warm_up(engine)
@@ -116,10 +90,7 @@ class ServedWorker:
             vocab=engine.stack.vocab,
         )
         engine.current_policy = lambda: self.refresher.current
-        self._wire = TokenWire(self._front.wire(), self._replica)
-        self._linking = asyncio.Lock()
         self._shadows = ShadowRunner(engine)
-        self._tokens = 0  # of requests under way: of their prompts, and what they may make
         self._traffic: Any = None
         if model.traffic is not None:
             # Others need nothing of what records and stores: it is not even loaded.
@@ -135,62 +106,34 @@ class ServedWorker:
         freeze_heap()
         self.refresher.start()
         self.service.start()
+        self._front.answer(self._begin, lambda: self.service.is_healthy, self._drain_s)
 
-    async def generate(
-        self,
-        number: int,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        kv_mode: KVWish | None,
-        prefill: Prefill | None,
-        request_id: str,
-        cache_salt: str,
-    ) -> AsyncIterator[str]:
-        """Decode prompts; tokens go over the wire.
-
-        Yields this replica's name: once the prompts are accepted, and then as signs of life, until
-        the last token was sent. Raises as ``EngineService.submit`` does.
-
-        Args:
-            number: Names the request on the wire.
-            prompts, sampling, kv_mode, prefill, request_id, cache_salt: See ``Backend.submit_all``.
-        """
-        REQUEST_NAME.set(request_id)
-        sender = _Sender(self._wire, number, asyncio.get_running_loop())
-        requests = await self.service.queue_all(
-            prompts,
-            sampling,
-            sender,
-            kv_mode=kv_mode,
-            prefill=prefill,
-            split_by=request_id,
-            cache_salt=cache_salt,
+    def _begin(self, call: Call) -> None:
+        """Have a request decoded; its tokens go over the wire."""
+        asked = call.asked
+        assert isinstance(asked, TokensAsked)  # the front knows what its workers do
+        accepted = self.service.order(
+            asked.prompts,
+            asked.sampling,
+            _Completions(call),
+            kv_mode=asked.kv_mode,
+            prefill=asked.prefill,
+            split_by=asked.request_id,
+            cache_salt=asked.cache_salt,
         )
-        tokens = sampling.n * sum(len(each) + sampling.max_tokens for each in prompts)
-        self._tokens += tokens
-        try:
-            yield self._replica
-            while not (await asyncio.wait({sender.ended}, timeout=BEAT_S))[0]:
-                if sender.wire.is_broken:
-                    raise DecodeFailedError("the front that asked is gone")
-                if self.service.is_healthy:
-                    yield self._replica
-            sender.ended.result()
-        except DecodeFailedError as error:
-            _logger.error("%s: %r", error, error.__cause__)
-            raise
-        finally:
-            self._tokens -= tokens
-            self.service.give_up(requests)
+        call.give_up = lambda: self.service.withdraw(accepted)
+        accepted.add_done_callback(partial(_tell_refused, call))
 
     def _after_step(self) -> None:
-        self._wire.flush()  # first: whoever waits for a token does not wait for what comes next
+        self._front.flush()  # first: whoever waits for a token does not wait for what comes next
         self._shadows.work()
         if self._traffic is not None:
             self._traffic.work()
 
     def __del__(self) -> None:
         """Called by Ray Serve before it ends the process in order: this is no crash."""
+        if front := getattr(self, "_front", None):
+            front.drain(self._drain_s)
         if refresher := getattr(self, "refresher", None):
             refresher.stop()
 
@@ -198,22 +141,11 @@ class ServedWorker:
         """Called by Ray Serve each second: reports; a stuck engine gets its replica replaced."""
         if not self.service.is_healthy:
             raise RuntimeError("the engine makes no progress")
-        if (self._front.is_lost or self._wire.is_broken) and not self._linking.locked():
-            async with self._linking:
-                await asyncio.to_thread(self._front.renew, self._connect)
-        self._front.hear(self.report())
-
-    def _connect(self, address: WireAddress) -> None:
-        """Send tokens there from now on; a front that was only out of reach is still connected."""
-        if address == self._wire.address and not self._wire.is_broken:
-            return
-        wire = TokenWire(address, self._replica)
-        self._wire.close()
-        self._wire = wire
+        await self._front.hear(self.report())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve where a pool may grow: what this worker has to do."""
-        return load_of(*self.service.engine.load, self._tokens)
+        return load_of(*self.service.engine.load, self._front.tokens)
 
     def report(self) -> dict[str, Any]:
         """What this worker runs, and how it is.
@@ -236,10 +168,16 @@ class ServedWorker:
             "unreported": refresher.unreported,
             "running": running,
             "waiting": waiting,
-            "tokens": self._tokens,
+            "tokens": self._front.tokens,
             "stale_s": refresher.stale_s,
             "trips": refresher.trips,
             "energy": energy_of(self._meter.totals),
             "tasks": len(asyncio.all_tasks(self._loop)),
             "traffic": self._traffic and self._traffic.counts(),
         }
+
+
+def _tell_refused(call: Call, accepted: Future[list[Request]]) -> None:
+    if not accepted.cancelled() and (error := accepted.exception()) is not None:
+        call.fail(error)
+        call.flush()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 
 from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
-from offramp.deploy.serve.placing.worker_router import WorkerRouter
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import ServedWorker
 from offramp.worker.classifying.sequence_model import check_classifier
@@ -34,9 +32,6 @@ def workers_of(config: PoolConfig, model: PoolModel, front: str) -> serve.Applic
     workers = serve.deployment(kind).options(
         name=model.deployment,
         **model.size,
-        # The front takes no more than all workers have room for; this spreads them.
-        max_ongoing_requests=model.room,
-        request_router_config=RequestRouterConfig(request_router_class=WorkerRouter),
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=FROZEN_S,
         graceful_shutdown_timeout_s=config.limits.drain_s,

@@ -166,6 +166,18 @@ class TextService:
             OverloadedError: there is no room for all of them.
             DecodeFailedError: the service has stopped, or a batch failed.
         """
+        ordered = self.order(sequences, quality=quality, split_by=split_by, best=best)
+        return list(await asyncio.gather(*map(asyncio.wrap_future, ordered)))
+
+    def order(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        quality: float | None = None,
+        split_by: str = "",
+        best: int | None = None,
+    ) -> list[Future[ClassifiedText]]:
+        """Put texts in line as ``classify`` does, from any thread; cancel them to take them out."""
         self._require_sequences(sequences)
         snapshot = self._current().track(split_by)
         policy = self.policy_for(snapshot, quality)
@@ -182,7 +194,7 @@ class TextService:
                 self._last_s = time.monotonic()
             self._line.extend(mine)
             self._changed.notify()
-        return list(await asyncio.gather(*(asyncio.wrap_future(each.done) for each in mine)))
+        return [each.done for each in mine]
 
     def _require_sequences(self, sequences: Sequence[Sequence[int]]) -> None:
         context = self.classifier.stack.context

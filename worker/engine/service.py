@@ -123,30 +123,6 @@ class EngineService:
         Their events come from one iterator, as they are emitted. Arguments and errors are those of
         ``submit``, and it is closed as that is.
         """
-        listener = QueueListener(asyncio.get_running_loop())
-        requests = await self.queue_all(
-            prompts,
-            sampling,
-            listener,
-            kv_mode=kv_mode,
-            prefill=prefill,
-            split_by=split_by,
-            cache_salt=cache_salt,
-        )
-        return requests, self._listen(requests, listener)
-
-    async def queue_all(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        listener: Listener,
-        *,
-        kv_mode: KVWish | None = None,
-        prefill: Prefill | None = None,
-        split_by: str | None = None,
-        cache_salt: str = "",
-    ) -> list[Request]:
-        """Queue requests as ``submit_all`` does, with events for a listener; see ``give_up``."""
         if any(isinstance(prompt, str) for prompt in prompts):
             # Once more when they are queued: others come while they are encoded.
             self._require_room(len(prompts) * sampling.n)
@@ -155,21 +131,44 @@ class EngineService:
             await encoder.aside(encoder.encode, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-        accepted: Future[list[Request]] = Future()
-        options = (sampling, kv_mode, prefill, split_by, cache_salt)
-        self._commands.put(Submit(tuple(given), *options, listener, accepted))
-        if self._has_ended:  # looked at after the command is queued, so that one of both sees it
-            self._refuse_queued()
+        listener = QueueListener(asyncio.get_running_loop())
+        options: Any = {"kv_mode": kv_mode, "prefill": prefill, "split_by": split_by}
+        accepted = self.order(given, sampling, listener, cache_salt=cache_salt, **options)
         try:
-            return await asyncio.wrap_future(accepted)
+            requests = await asyncio.wrap_future(accepted)
         except asyncio.CancelledError:
             # The thread may have accepted it meanwhile, and nobody will read its tokens.
-            accepted.add_done_callback(self._abandon)
+            self.withdraw(accepted)
             raise
+        return requests, self._listen(requests, listener)
 
-    def give_up(self, requests: Sequence[Request]) -> None:
-        """Free the slots of those that have not ended, within one step."""
-        self._commands.put(Cancel(_ids(requests)))
+    def order(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        listener: Listener,
+        *,
+        kv_mode: KVWish | None = None,
+        prefill: Prefill | None = None,
+        split_by: str | None = None,
+        cache_salt: str = "",
+    ) -> Future[list[Request]]:
+        """Queue requests as ``submit_all`` does, from any thread, with events for a listener.
+
+        Returns:
+            The requests once they are accepted, or why they are not; see ``withdraw``.
+        """
+        accepted: Future[list[Request]] = Future()
+        options = (sampling, kv_mode, prefill, split_by, cache_salt)
+        self._commands.put(Submit(tuple(prompts), *options, listener, accepted))
+        if self._has_ended:  # looked at after the command is queued, so that one of both sees it
+            self._refuse_queued()
+        return accepted
+
+    def withdraw(self, ordered: Future[list[Request]]) -> None:
+        """Give up what was ordered: within one step its slots are free."""
+        if not ordered.cancel():
+            ordered.add_done_callback(self._abandon)
 
     async def _listen(
         self, requests: Sequence[Request], listener: QueueListener
@@ -178,11 +177,11 @@ class EngineService:
             async for event in listener.events(len(requests)):
                 yield event
         finally:
-            self.give_up(requests)
+            self._commands.put(Cancel(_ids(requests)))
 
-    def _abandon(self, accepted: Future[list[Request]]) -> None:
-        if not accepted.cancelled() and accepted.exception() is None:
-            self.give_up(accepted.result())
+    def _abandon(self, ordered: Future[list[Request]]) -> None:
+        if not ordered.cancelled() and ordered.exception() is None:
+            self._commands.put(Cancel(_ids(ordered.result())))
 
     def _run(self) -> None:
         while True:

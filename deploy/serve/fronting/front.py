@@ -7,7 +7,6 @@ import contextlib
 from typing import Any
 
 import uvicorn
-from ray import serve
 from ray.util import get_node_ip_address
 
 from offramp.controller.errors import ConfigError
@@ -15,8 +14,8 @@ from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.observability.tracing import Spans
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
 from offramp.deploy.serve.fronting.pool_backend import PoolBackend
-from offramp.deploy.serve.fronting.token_inbox import TokenInbox
-from offramp.deploy.serve.fronting.token_wire import WireAddress
+from offramp.deploy.serve.fronting.wire_messages import WireAddress
+from offramp.deploy.serve.fronting.worker_links import WorkerLinks
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 
@@ -37,9 +36,9 @@ class Front:
         self._limits = config.limits
         self._lines = WaitingLines()
         send_lines(config.log_format, "front", self._lines.add)
-        self._inbox = TokenInbox()
+        self._links = WorkerLinks()
         self._backends = {
-            model.name: PoolBackend(model, config.clients, self._inbox) for model in config.models
+            model.name: PoolBackend(model, config.clients, self._links) for model in config.models
         }
         self._spans = Spans.to(config.otlp_endpoint) if config.otlp_endpoint else None
         settings = LimitedConfig(
@@ -69,7 +68,7 @@ class Front:
         Raises:
             ConfigError: somebody else took the port meanwhile.
         """
-        self._wire = await self._inbox.listen(get_node_ip_address())
+        self._wire = await self._links.listen(get_node_ip_address())
         self._serving = asyncio.create_task(self._serve())
         while not self._server.started:
             if self._serving.done():
@@ -82,7 +81,7 @@ class Front:
             await self._server.serve()
 
     async def wire(self) -> WireAddress:
-        """Where workers send tokens to, as soon as clients are answered."""
+        """Where it listens for workers, as soon as clients are answered."""
         await self._is_listening.wait()
         if self._wire is None or self._serving is None or self._serving.done():
             raise RuntimeError("nobody listens to clients any more")
@@ -90,9 +89,7 @@ class Front:
 
     async def connect(self, model: PoolModel, app: str) -> None:
         """Send a model's requests from now on to the workers of an application."""
-        # With its options set, Ray begins to route now, and not while the first request waits.
-        workers = serve.get_deployment_handle(model.deployment, app).options()
-        await self._backends[model.name].connect(workers, app, model)
+        await self._backends[model.name].connect(app, model)
 
     async def hear(self, model: str, report: dict[str, Any]) -> None:
         """Take what a worker of a model says of itself."""

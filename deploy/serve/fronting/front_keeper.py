@@ -18,10 +18,6 @@ from offramp.deploy.serve.fronting.front_link import FRONTS
 from offramp.deploy.serve.log_lines import show_line
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 
-ASK_OFTEN = {"RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "0.25"}
-"""Requests of one burst are spread by what was sent; after it workers that were not heard of lately
-are asked for their load again: one that froze does not answer."""
-
 LOOK_S = 1.0
 """Seconds between two looks whether the front is there."""
 
@@ -101,7 +97,6 @@ class FrontKeeper:
             num_cpus=0,
             max_concurrency=1000,
             scheduling_strategy=here,
-            runtime_env={"env_vars": ASK_OFTEN},
         )
         front = actor.remote(self._config)
         try:

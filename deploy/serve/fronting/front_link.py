@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import contextlib
 import time
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from offramp.deploy.serve.fronting.token_wire import WireAddress
+from offramp.deploy.serve.fronting.wire_messages import WireAddress
+from offramp.deploy.serve.fronting.worker_wire import Call, WorkerWire
 
 FRONTS = "offramp"
 """Ray's namespace of fronts."""
@@ -25,20 +28,70 @@ class FrontLink:
     """Finds a front by its name, which the next one has, too.
 
     Args:
-        name: The front's; it is waited for.
+        front: Its name; it is waited for.
         model: The model that the worker serves.
+        worker: The worker's own name.
     """
 
-    def __init__(self, name: str, model: str) -> None:
-        self._name, self._model = name, model
+    def __init__(self, front: str, model: str, worker: str) -> None:
+        self._name, self._model, self._worker = front, model, worker
         self._told: Any = None
-        while (front := self._found()) is None:
+        self._renewing = asyncio.Lock()
+        self._wire: WorkerWire | None = None
+        self._open: Callable[[WireAddress], WorkerWire] | None = None
+        while (found := self._found()) is None:
             time.sleep(_PAUSE_S)
-        self._front = front
+        self._front = found
+
+    def answer(
+        self, begin: Callable[[Call], object], is_healthy: Callable[[], bool], drain_s: float
+    ) -> None:
+        """Take requests from now on.
+
+        Args:
+            begin, is_healthy: See ``WorkerWire``.
+            drain_s: Seconds that requests have to end once the process is told to.
+        """
+        self._open = lambda address: WorkerWire(address, self._worker, begin, is_healthy)
+        self._wire = self._open(ray.get(self._front.wire.remote()))
+        # At SIGTERM Ray has the process end in order, and knows nothing of these requests.
+        atexit.register(self.drain, drain_s)
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the front was gone when it was told something last."""
+    def tokens(self) -> int:
+        """Tokens that the requests under way may come to."""
+        return sum(call.asked.tokens for call in self._calls())
+
+    def flush(self) -> None:
+        """Send what waits; see ``WorkerWire``."""
+        if self._wire is not None:
+            self._wire.flush()
+
+    def drain(self, seconds: float) -> None:
+        """Return once no request is under way, or so much later."""
+        end_s = time.monotonic() + seconds
+        while self._calls() and time.monotonic() < end_s:
+            time.sleep(_PAUSE_S)
+
+    async def hear(self, report: dict[str, Any]) -> None:
+        """Tell it how the worker is, once it is found again if it was lost."""
+        if self._is_lost and not self._renewing.locked():
+            async with self._renewing:
+                await asyncio.to_thread(self._renew)
+        self._told = self._front.hear.remote(self._model, report)
+
+    def log(self, line: str) -> None:
+        """Hand it a line that the worker logged."""
+        self._front.log.remote(line)
+
+    def _calls(self) -> list[Call]:
+        return [] if self._wire is None else list(self._wire.calls.values())
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether its connection is broken, or it was gone when it was told something last."""
+        if self._wire is not None and self._wire.is_broken:
+            return True
         if self._told is None or not ray.wait([self._told], timeout=0)[0]:
             return False
         try:
@@ -49,32 +102,21 @@ class FrontLink:
             return False
         return False
 
-    def renew(self, connect: Callable[[WireAddress], object] | None = None) -> None:
-        """Find the front again; while there is none that listens, it stays lost.
-
-        Args:
-            connect: Is told where it takes tokens, ahead of the first report to it.
-        """
-        front = self._found()
+    def _renew(self) -> None:
+        """Find the front again; while there is none that listens, it stays lost."""
         with contextlib.suppress(RayActorError, GetTimeoutError, OSError):
-            if front is not None:
-                address = ray.get(front.wire.remote(), timeout=ANSWER_S)
-                if connect is not None:
-                    connect(address)
+            if (front := self._found()) is not None:
+                self._reconnect(ray.get(front.wire.remote(), timeout=ANSWER_S))
                 self._front, self._told = front, None
 
-    def wire(self) -> WireAddress:
-        """Where it takes tokens; waits until it does."""
-        address: WireAddress = ray.get(self._front.wire.remote())
-        return address
-
-    def hear(self, report: dict[str, Any]) -> None:
-        """Tell it how the worker is."""
-        self._told = self._front.hear.remote(self._model, report)
-
-    def log(self, line: str) -> None:
-        """Hand it a line that the worker logged."""
-        self._front.log.remote(line)
+    def _reconnect(self, address: WireAddress) -> None:
+        """Take requests from there; a front that was only out of reach is still connected."""
+        before = self._wire
+        if self._open is None or before is None:
+            return
+        if address != before.address or before.is_broken:
+            self._wire = self._open(address)
+            before.close()
 
     def _found(self) -> Any:
         """The actor of that name; None: it is not there yet, or not any more."""

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException, RequestCancelledError
-
-from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError
+from offramp.controller.errors import DecodeFailedError, OverloadedError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
-from offramp.deploy.serve.fronting.token_inbox import Arriving, TokenInbox
+from offramp.deploy.serve.fronting.wire_messages import (
+    Asked,
+    ClassesAsked,
+    TokensAsked,
+    unpacked,
+    unpacked_text,
+)
+from offramp.deploy.serve.fronting.worker_links import (
+    Arriving,
+    Part,
+    SilentWorkerError,
+    WorkerLinks,
+)
 from offramp.deploy.serve.placing.prompt_places import PromptPlaces
-from offramp.deploy.serve.placing.workers_heard import HEARD
 from offramp.deploy.serve.pool_config import PoolModel
 from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
-from offramp.worker.decoding.request import KVWish
+from offramp.worker.decoding.request import KVWish, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.engine.encoding import PromptEncoder
 from offramp.worker.engine.service import RETRY_AFTER_S
 from offramp.worker.model.loading import layers_and_vocab, load_tokenizer
 
-SILENCE_S = 4.0
-"""A worker that says nothing for so long, not even that it lives, is given up."""
-
-SLICES = 8
-"""The wait is cut into so many: a front that had no time to listen for long counts it as one."""
-
-SILENT_TRIES = 6
-"""A request without a token is sent to so many workers that say nothing, in all: Ray may send it to
-the same frozen one again, until it has found out, in ``FROZEN_S`` and two questions more."""
+AWAKE_S = 1.5
+"""Workers report each second; one that has not for so long, as when it was told to end, or froze,
+gets nothing if there are others."""
 
 FORGET_S = 10.0
 """A worker without a report for so long is not counted on."""
@@ -43,22 +45,18 @@ FORGET_S = 10.0
 _PAUSE_S = 0.02
 
 
-class _SilentError(WorkerLostError):
-    """A worker says nothing any more; a request did not kill it."""
-
-
 class PoolBackend:
     """Sends requests to workers, and those without a token elsewhere if their worker is lost.
 
-    Once if it died, lest one request bring down all; ``SILENT_TRIES`` times if it is silent.
+    Once if it died, lest one request bring down all; whenever it is silent.
 
     Args:
         model: What its workers serve.
         clients: Tells clients by their keys.
-        inbox: Takes what workers send.
+        links: Reach the workers.
     """
 
-    def __init__(self, model: PoolModel, clients: ClientKeys, inbox: TokenInbox) -> None:
+    def __init__(self, model: PoolModel, clients: ClientKeys, links: WorkerLinks) -> None:
         self.model_id = model.name
         self.clients = clients
         self.started_at = int(time.time())
@@ -67,24 +65,26 @@ class PoolBackend:
         self.labels = model.labels
         self.most_tokens = 0
         self.is_draining = False
-        self._inbox = inbox
+        self._links = links
         self._encoder: PromptEncoder | None = None
-        self._workers: Any = None
         self._app = ""
         self._room = 0
         engine = model.worker.engine
         self._places = PromptPlaces(
-            engine.prefill_tokens if engine.prefix_cache_mib else 0, max(1, model.worker.slots // 4)
+            engine.prefill_tokens if engine.prefix_cache_mib else 0,
+            slack=max(1, model.worker.slots // 4),
+            room=model.room,
         )
         self._outstanding = 0
-        self._streams: set[Any] = set()
+        self._streams: set[Arriving[Any]] = set()
+        self._has_ended = False
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    async def connect(self, workers: Any, app: str, model: PoolModel) -> None:
-        """Send requests from now on to a deployment's workers; returns once one has reported.
+    async def connect(self, app: str, model: PoolModel) -> None:
+        """Send requests from now on to an application's workers; returns once one has reported.
 
         Args:
-            workers, app: Handle of the deployment, and its application's name.
+            app: Its name in Ray Serve.
             model: What they serve; after a redeploy its classes may be others.
         """
         while not self._serving(app):
@@ -93,7 +93,7 @@ class PoolBackend:
         if self._encoder is None:
             self._encoder = PromptEncoder(self.tokenizer, report["context"])
         self.most_tokens, self._room = report["most_tokens"], model.room
-        self._workers, self._app, self.labels = workers, app, model.labels
+        self._app, self.labels = app, model.labels
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -105,7 +105,7 @@ class PoolBackend:
         """Why it can make no tokens now."""
         if self.is_draining:
             return "draining"
-        if self._workers is None:
+        if not self._app:
             return "starting"
         return None if self._serving(self._app) else "without workers"
 
@@ -114,8 +114,15 @@ class PoolBackend:
         return self._outstanding, self._room * len(self._serving(self._app))
 
     def _serving(self, app: str) -> set[str]:
-        """Replicas of an application that have reported; those of another end what they have."""
+        """Workers of an application that have reported; those of another end what they have."""
         return {report["replica"] for report in self.reports() if report["app"] == app}
+
+    def _awake(self) -> set[str]:
+        """Workers that can be asked: those that reported just now, if there are any."""
+        can = self._serving(self._app) & self._links.reached()
+        newest_s = time.monotonic() - AWAKE_S
+        awake = {report["replica"] for at_s, report in self._heard.values() if at_s >= newest_s}
+        return can & awake or can
 
     async def submit_all(
         self,
@@ -132,73 +139,15 @@ class PoolBackend:
         if self._outstanding + count > self.load()[1]:
             raise OverloadedError(RETRY_AFTER_S)
         self._outstanding += count
-        events = self._events(
-            (prompts, sampling, kv_mode, prefill, request_id, cache_salt), request_id, count
-        )
+        asked = TokensAsked(prompts, sampling, kv_mode, prefill, request_id, cache_salt)
+        names = self._places.names(prompts[0], cache_salt)
+        events = self._parts(asked, names, partial(unpacked, request_id), _is_last)
         try:  # what is refused is refused here: the first that a worker says is that it accepts
             await anext(events)
         except BaseException:
             await events.aclose()
             raise
         return events
-
-    async def _events(
-        self, request: tuple[Any, ...], name: str, count: int
-    ) -> AsyncGenerator[Tokens, None]:
-        """No tokens once the request is accepted, then its own; retried while there are none."""
-        has_sent = is_accepted = has_killed = False
-        silent = 0
-        prompts, *_, cache_salt = request
-        names = self._places.names(prompts[0], cache_salt)
-        try:
-            while True:
-                try:
-                    async with aclosing(self._said(request, name, count, names)) as said:
-                        async for tokens in said:
-                            # The wire is quicker than Ray: tokens come before the first word, too.
-                            if not is_accepted:
-                                is_accepted = True
-                                yield []
-                            if tokens:
-                                has_sent = True
-                                yield tokens
-                    return
-                except WorkerLostError as lost:
-                    silent += isinstance(lost, _SilentError)
-                    is_last = has_killed or silent == SILENT_TRIES
-                    has_killed |= not isinstance(lost, _SilentError)
-                    if has_sent or is_last or self.is_draining:
-                        raise
-        finally:
-            self._outstanding -= count
-
-    async def _said(
-        self, request: tuple[Any, ...], name: str, count: int, beginnings: Sequence[bytes]
-    ) -> AsyncGenerator[Tokens, None]:
-        """What one worker says of a request.
-
-        Raises:
-            WorkerLostError: it died, or says nothing any more.
-        """
-        arriving = self._inbox.expect(name)
-        with self._places.chosen(beginnings, self._serving(self._app), count) as chosen:
-            # See ``WorkerRouter`` for why the worker is named so.
-            workers = self._workers.options(stream=True, multiplexed_model_id=chosen or "")
-            stream = workers.generate.remote(arriving.number, *request)
-            self._streams.add(stream)
-            following = asyncio.create_task(_follow(stream, arriving))
-            try:
-                while count:
-                    tokens = await arriving.take()
-                    count -= sum(event.finish_reason is not None for _, event in tokens)
-                    yield tokens
-            finally:
-                if arriving.worker is not None:  # another, if the chosen one could not take it
-                    self._places.note(beginnings, arriving.worker)
-                self._inbox.forget(arriving)
-                self._streams.discard(stream)
-                following.cancel()
-                stream.cancel()
 
     async def classify(
         self,
@@ -212,35 +161,79 @@ class PoolBackend:
         if self._outstanding + len(sequences) > self.load()[1]:
             raise OverloadedError(RETRY_AFTER_S)
         self._outstanding += len(sequences)
-        try:
-            try:
-                return await self._classified(sequences, quality, request_id, best)
-            except WorkerLostError:
-                if self.is_draining:
-                    raise
-            return await self._classified(sequences, quality, request_id, best)
-        finally:
-            self._outstanding -= len(sequences)
+        asked = ClassesAsked(sequences, quality, request_id, best)
+        found: dict[int, ClassifiedText] = {}
+        async with aclosing(self._parts(asked, (), unpacked_text, lambda _: True)) as parts:
+            async for some in parts:
+                found |= some
+        return [found[place] for place in range(len(sequences))]
 
-    async def _classified(self, texts: Sequence[Any], *asked: Any) -> list[ClassifiedText]:
-        awake = HEARD.awake(self._serving(self._app))
-        with self._places.chosen((), awake, len(texts)) as chosen:
-            workers = self._workers.options(multiplexed_model_id=chosen or "")
-            answer = workers.classify.remote(texts, *asked)
-            with _told_as_ours():
-                found = await HEARD.answered(chosen, answer, SILENCE_S)
-            return cast("list[ClassifiedText]", found)
+    async def _parts(
+        self,
+        asked: Asked,
+        beginnings: Sequence[bytes],
+        unpack: Callable[[Sequence[Any]], Part],
+        is_last: Callable[[Part], bool],
+    ) -> AsyncGenerator[list[tuple[int, Part]], None]:
+        """Nothing once the request is accepted, then its answer; retried while there is none."""
+        has_some = is_accepted = has_killed = False
+        try:
+            while True:
+                try:
+                    said = self._said(asked, beginnings, unpack, is_last)
+                    async with aclosing(said):
+                        async for parts in said:
+                            has_some |= bool(parts)
+                            if parts or not is_accepted:
+                                yield parts
+                            is_accepted = True
+                    return
+                except WorkerLostError as lost:
+                    if has_some or has_killed or self.is_draining:
+                        raise
+                    has_killed = not isinstance(lost, SilentWorkerError)
+        finally:
+            self._outstanding -= asked.completions
+
+    async def _said(
+        self,
+        asked: Asked,
+        beginnings: Sequence[bytes],
+        unpack: Callable[[Sequence[Any]], Part],
+        is_last: Callable[[Part], bool],
+    ) -> AsyncGenerator[list[tuple[int, Part]], None]:
+        """What one worker says of a request.
+
+        Raises:
+            WorkerLostError: it died, or says nothing any more.
+        """
+        count = asked.completions
+        while not (awake := self._awake()):  # the last one was lost, and is being replaced
+            if self._has_ended:
+                raise DecodeFailedError("the server stops")
+            await asyncio.sleep(_PAUSE_S)
+        with self._places.chosen(beginnings, awake, count) as chosen:
+            arriving = self._links.ask(chosen, asked, unpack)
+            self._streams.add(arriving)
+            try:
+                while count:
+                    parts = await arriving.take()
+                    count -= sum(is_last(part) for _, part in parts)
+                    yield parts
+            finally:
+                self._links.hang_up(chosen, arriving, is_over=not count)
+                self._streams.discard(arriving)
 
     def abandon(self) -> None:
         """End every stream that is still open with an error."""
-        for stream in list(self._streams):
-            stream.cancel()
+        self._has_ended = True
+        for arriving in list(self._streams):
+            arriving.fail(DecodeFailedError("the server stops"))
 
     def hear(self, report: dict[str, Any]) -> None:
         """Take what a worker says of itself."""
         self._heard.pop(report["worker"], None)
         self._heard[report["worker"]] = time.monotonic(), report
-        HEARD.note(report["replica"])
 
     def reports(self) -> list[dict[str, Any]]:
         """What each worker said last, if it has said anything for some time."""
@@ -253,48 +246,5 @@ class PoolBackend:
         ]
 
 
-async def _follow(stream: Any, arriving: Arriving) -> None:
-    """Tell a request that it was accepted, and why it ends if not with its last token."""
-    try:
-        while (worker := await _next(stream, arriving)) is not None:
-            arriving.accept(worker)
-        # Its last tokens come at about this time, another way; who has them waits no longer.
-        await asyncio.sleep(SILENCE_S)
-        raise WorkerLostError("the request's tokens were lost")
-    except Exception as error:  # whatever it is, a client waits
-        arriving.fail(error)
-
-
-async def _next(stream: Any, arriving: Arriving) -> str | None:
-    """The next that a worker says: its name; None at the end."""
-    saying = asyncio.ensure_future(anext(stream, None))
-    silent = 0
-    try:
-        while not saying.done():
-            heard = arriving.tokens
-            await asyncio.wait({saying}, timeout=SILENCE_S / SLICES)
-            # Tokens are signs of life, too, and come another way.
-            silent = silent + 1 if arriving.tokens == heard else 0
-            if silent == SLICES and not saying.done():
-                raise _SilentError("the request's worker no longer answers")
-        with _told_as_ours():
-            return cast("str | None", saying.result())
-    finally:
-        # Given up, it still ends some day, with an error that nobody is to be told.
-        saying.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        saying.cancel()
-
-
-@contextlib.contextmanager
-def _told_as_ours() -> Iterator[None]:
-    """Raise what Ray says of a worker as an error of ours."""
-    try:
-        yield
-    except RequestCancelledError as error:
-        raise DecodeFailedError("the server stops") from error
-    except RayTaskError as error:
-        if isinstance(error.cause, OfframpError):
-            raise error.cause from None
-        raise DecodeFailedError("the request failed in its worker") from error
-    except (RayError, RayServeException) as error:
-        raise WorkerLostError("the request's worker was lost") from error
+def _is_last(event: TokenEvent) -> bool:
+    return event.finish_reason is not None

@@ -23,17 +23,19 @@ class PromptPlaces:
         chunk: Tokens of the longest chunk that workers read prompts in; 0: they keep nothing, and
             every prompt is new.
         slack: Requests that a worker may have more than the idlest and still be preferred.
+        room: Requests that a worker may have.
 
     Attributes:
         kept: Prompts by the worker that got them because it had read their beginning.
         moved: Prompts by the worker that got them because those who had read it had too much to do.
     """
 
-    def __init__(self, chunk: int, slack: int) -> None:
+    def __init__(self, chunk: int, slack: int, room: int) -> None:
         self.kept: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self._chunk = chunk
         self._slack = slack
+        self._room = room
         self._load: Counter[str] = Counter()
         # Workers by the name of a beginning; the least recently used first.
         self._readers: OrderedDict[bytes, set[str]] = OrderedDict()
@@ -44,25 +46,24 @@ class PromptPlaces:
             return []
         return [name for _, name in beginnings(cache_salt, prompt, self._chunk)]
 
-    def choose(self, names: Sequence[bytes], workers: Collection[str], requests: int) -> str | None:
+    def choose(self, names: Sequence[bytes], workers: Collection[str], requests: int) -> str:
         """Choose a worker for requests; call ``ended`` when they have, or use ``chosen``.
 
         Args:
             names: Names of their prompt's beginnings, the shortest first.
-            workers: Those that can take requests.
+            workers: Those that can take requests, one or more.
             requests: Number of requests.
 
         Returns:
-            The worker, the idlest if none has read anything of it; None if there is none.
+            The worker, the idlest if none has read anything of it.
         """
-        if not workers:
-            return None
         least = min(self._load[worker] for worker in workers)
+        most = min(least + self._slack, self._room - requests)
         chosen, is_known = None, False
         for name in reversed(names):
             readers = self._readers.get(name, set()).intersection(workers)
             is_known |= bool(readers)
-            if readers and self._load[nearest := self._idlest(readers)] <= least + self._slack:
+            if readers and self._load[nearest := self._idlest(readers)] <= most:
                 chosen = nearest
                 self.kept[chosen] += 1
                 break
@@ -77,14 +78,13 @@ class PromptPlaces:
     @contextmanager
     def chosen(
         self, names: Sequence[bytes], workers: Collection[str], requests: int
-    ) -> Iterator[str | None]:
+    ) -> Iterator[str]:
         """Choose a worker as ``choose`` does, for requests that have ended when the block has."""
         chosen = self.choose(names, workers, requests)
         try:
             yield chosen
         finally:
-            if chosen is not None:
-                self.ended(chosen, requests)
+            self.ended(chosen, requests)
 
     def ended(self, worker: str, requests: int) -> None:
         """Note that requests of a worker have ended."""

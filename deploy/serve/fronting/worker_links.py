@@ -1,0 +1,227 @@
+"""The front's end of the connections to workers: sends requests, and sorts what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+from offramp.deploy.http.backend import WorkerLostError
+from offramp.deploy.serve.fronting.wire_messages import (
+    ACCEPTED,
+    MOST_BYTES,
+    Asked,
+    Inflow,
+    WireAddress,
+    asking,
+    error_of,
+    framed,
+)
+
+_logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+
+GREETING_BYTES = 1024
+"""No first message is longer."""
+
+SILENCE_S = 4.0
+"""A worker that says nothing for so long, not even that it lives, is given up."""
+
+SLICES = 8
+"""The wait is cut into so many: a front that had no time to listen for long counts it as one."""
+
+
+class SilentWorkerError(WorkerLostError):
+    """A worker says nothing any more; a request did not kill it."""
+
+
+class Arriving(Generic[Part]):
+    """What comes of one request, on its way from the wire to the route that answers.
+
+    Args:
+        number: Names the request on the wire.
+        unpack: Makes a token, or what became of a text, from what came over the wire.
+    """
+
+    def __init__(self, number: int, unpack: Callable[[Sequence[Any]], Part]) -> None:
+        self.number = number
+        self._unpack = unpack
+        self._came: list[tuple[int, Part]] = []
+        self._is_accepted = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, place: int, fields: Sequence[Any]) -> None:
+        """Take what came; ``wake`` when all is there that came with it."""
+        if place >= 0:
+            self._came.append((place, self._unpack(fields)))
+        elif place == ACCEPTED:
+            self._is_accepted = True
+        else:
+            self._error = self._error or error_of(*fields)
+
+    def fail(self, error: Exception) -> None:
+        """Hand on an error once all else is; of several the first."""
+        self._error = self._error or error
+        self.wake()
+
+    def wake(self) -> None:
+        """Hand on what is there."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[tuple[int, Part]]:
+        """Wait for what comes next, with the indices of completions or texts.
+
+        Returns:
+            Nothing if the request was accepted, else at least one.
+
+        Raises:
+            Exception: what ended it.
+        """
+        while True:
+            if self._is_accepted:
+                self._is_accepted = False
+                return []
+            if self._came:
+                came, self._came = self._came, []
+                return came
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+class WorkerLinks:
+    """All workers' connections."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_hex(32)
+        self._numbers = itertools.count()
+        self._links: dict[str, _Link] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def listen(self, host: str) -> WireAddress:
+        """Begin to listen, at any port of an address."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: _Link(self), host, 0)
+        self._watching = asyncio.create_task(self._watch())
+        return WireAddress(host, server.sockets[0].getsockname()[1], self._secret)
+
+    def reached(self) -> set[str]:
+        """Workers that are connected, and not silent."""
+        return {name for name, link in self._links.items() if link.silent < SLICES}
+
+    def ask(
+        self, worker: str, asked: Asked, unpack: Callable[[Sequence[Any]], Part]
+    ) -> Arriving[Part]:
+        """Send a request to one of those that are ``reached``; ``hang_up`` in any case."""
+        arriving = Arriving(next(self._numbers), unpack)
+        self._links[worker].begin(arriving, asked)
+        return arriving
+
+    def hang_up(self, worker: str, arriving: Arriving[Any], *, is_over: bool) -> None:
+        """Drop whatever comes from now on, and have the worker stop unless it is over."""
+        if worker in self._links:
+            self._links[worker].end(arriving, is_over=is_over)
+
+    def greet(self, message: list[Any], link: _Link) -> str | None:
+        """The name of the worker that a first message is from; None if it is not of this pool."""
+        secret, worker = message
+        if not secrets.compare_digest(str(secret), self._secret):
+            return None
+        self._links[str(worker)] = link
+        return str(worker)
+
+    def lose(self, worker: str, link: _Link) -> None:
+        """Forget a worker whose connection has broken, unless it has a newer one."""
+        if self._links.get(worker) is link:
+            del self._links[worker]
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE_S / SLICES)
+            for link in list(self._links.values()):
+                link.look()
+
+
+class _Link(asyncio.Protocol):
+    """One worker's connection.
+
+    Attributes:
+        silent: Looks since it was heard last.
+    """
+
+    def __init__(self, links: WorkerLinks) -> None:
+        self.silent = 0
+        self._links = links
+        self._worker: str | None = None
+        self._arriving: dict[int, Arriving[Any]] = {}
+        self._inflow = Inflow(GREETING_BYTES)
+        self._transport: asyncio.Transport | None = None
+
+    def begin(self, arriving: Arriving[Any], asked: Asked) -> None:
+        """Send a request."""
+        self._arriving[arriving.number] = arriving
+        self._send(asking(arriving.number, asked))
+
+    def end(self, arriving: Arriving[Any], *, is_over: bool) -> None:
+        """Forget a request, and have the worker give it up unless it is over."""
+        if self._arriving.pop(arriving.number, None) is not None and not is_over:
+            self._send([arriving.number])
+
+    def look(self) -> None:
+        """End its requests once it has been silent for too long."""
+        self.silent += 1
+        if self.silent == SLICES:
+            self._fail(SilentWorkerError("the request's worker no longer answers"))
+
+    def _send(self, message: list[Any]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(framed(message))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's own are none by class.
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.silent = 0
+        try:
+            for message in self._inflow.messages(data):
+                self._hear(message)
+        except (ValueError, TypeError):
+            self._refuse()
+
+    def _hear(self, message: Any) -> None:
+        if self._worker is None:
+            self._worker = self._links.greet(message, self)
+            if self._worker is None:
+                raise ValueError("it is of no worker of this pool")
+            self._inflow.most_bytes = MOST_BYTES
+            return
+        woken = {}
+        for number, place, *fields in message:
+            arriving = self._arriving.get(number)
+            if arriving is not None:
+                arriving.add(place, fields)
+                woken[number] = arriving
+        for arriving in woken.values():
+            arriving.wake()
+
+    def _refuse(self) -> None:
+        _logger.warning("what came over the wire is not from a worker of this pool")
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _fail(self, error: Exception) -> None:
+        for arriving in self._arriving.values():
+            arriving.fail(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._worker is not None:
+            self._links.lose(self._worker, self)
+        self._fail(WorkerLostError("the request's worker was lost"))
