@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import to_json
 
 from offramp.controller.errors import OfframpError
 from offramp.deploy.clients.quotas import Quotas
@@ -35,9 +36,6 @@ from offramp.worker.engine.admission import Prompt, prompt_text
 _logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[Tokens]
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-"""``json.dumps`` with such options makes an encoder each time."""
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
@@ -241,7 +239,7 @@ class _Reply:
         lines = self._lines(first)
         return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
 
-    async def _lines(self, first: Tokens) -> AsyncIterator[str]:
+    async def _lines(self, first: Tokens) -> AsyncIterator[bytes]:
         async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
             try:
                 yield self._chunks(first)
@@ -252,17 +250,18 @@ class _Reply:
             except OfframpError as error:
                 _logger.warning("a stream ended with an error: %s", error)
                 yield _line(error_body(str(error), "server_error", None, "decode_failed"))
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
-    def _chunks(self, tokens: Tokens) -> str:
+    def _chunks(self, tokens: Tokens) -> bytes:
         """An event per token; those that came together are sent together."""
-        return "".join(self._chunk(index, event) for index, event in tokens)
+        return b"".join(self._chunk(index, event) for index, event in tokens)
 
-    def _chunk(self, index: int, event: TokenEvent) -> str:
+    def _chunk(self, index: int, event: TokenEvent) -> bytes:
         events = self.choices[index]
         events.append(event)
         return _line(self.style.chunk(index, event, first=len(events) == 1))
 
 
-def _line(body: Any) -> str:
-    return f"data: {_encode(body)}\n\n"
+def _line(body: Any) -> bytes:
+    # Of what the front does for a token, json's own encoder took a tenth.
+    return b"data: %b\n\n" % to_json(body, inf_nan_mode="null")

@@ -18,6 +18,7 @@ from offramp.deploy.serve.fronting.wire_messages import WireAddress
 from offramp.deploy.serve.fronting.worker_links import WorkerLinks
 from offramp.deploy.serve.log_lines import WaitingLines, send_lines
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
+from offramp.worker.spec import freeze_heap
 
 _PAUSE_S = 0.02
 
@@ -74,6 +75,7 @@ class Front:
             if self._serving.done():
                 raise ConfigError("port", "cannot be listened on any more", "Choose another")
             await asyncio.sleep(_PAUSE_S)
+        freeze_heap()
         self._is_listening.set()
 
     async def _serve(self) -> None:
