@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from ray import serve
 
-from offramp.controller.errors import ConfigError, OfframpError, PolicyRefusedError, Refusal
+from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.manifest import Manifest
 from offramp.deploy.serve.channel_following import follow_channel
@@ -134,15 +134,10 @@ class ClassifyingWorker:
         """Have texts classified; what becomes of them goes over the wire."""
         asked = call.asked
         assert isinstance(asked, ClassesAsked)  # the front knows what its workers do
-        try:
-            waiting = self.service.order(
-                asked.sequences, quality=asked.quality, split_by=asked.request_id, best=asked.best
-            )
-        except OfframpError as error:
-            call.fail(error)
-            call.flush()
-            return
-        call.give_up = lambda: [each.cancel() for each in waiting]
+        waiting = self.service.order(
+            asked.sequences, quality=asked.quality, split_by=asked.request_id, best=asked.best
+        )
+        call.stop_by(lambda: [each.cancel() for each in waiting])
         for place, each in enumerate(waiting):
             each.add_done_callback(partial(_tell, call, place))
 

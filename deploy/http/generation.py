@@ -22,7 +22,7 @@ from offramp.deploy.clients.quotas import Quotas
 from offramp.deploy.http.backend import Backend, Tokens
 from offramp.deploy.http.chat_prompts import encode_conversation
 from offramp.deploy.http.error_replies import error_body
-from offramp.deploy.http.limits import HttpLimits, until, wish_within
+from offramp.deploy.http.limits import DeadlineError, HttpLimits, until, wish_within
 from offramp.deploy.http.observability.access_log import REQUEST_ID
 from offramp.deploy.http.observability.metrics import ModelMetrics
 from offramp.deploy.http.observability.tracing import Spans
@@ -141,7 +141,13 @@ class Generation:
         """A reply, given up if its client hangs up before it is there, or before it is accepted."""
 
         async def answered() -> Response:
-            events = self._followed(await submit(), choices, began_s, request)
+            left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
+            try:
+                async with asyncio.timeout(left_s):
+                    accepted = await submit()
+            except TimeoutError as error:
+                raise DeadlineError("the request's deadline has passed") from error
+            events = self._followed(accepted, choices, began_s, request)
             reply = _Reply(style, choices, events)
             return await (reply.stream() if body.stream else reply.whole())
 

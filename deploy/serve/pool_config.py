@@ -71,6 +71,11 @@ class PoolModel:
         """Requests that one worker decodes or lets wait."""
         return self.worker.slots + self.max_waiting
 
+    @property
+    def slack(self) -> int:
+        """Requests that a worker may have more than the idlest, and get those that it knows."""
+        return max(1, self.worker.slots // 4)
+
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError("replicas", f"{self.replicas} is below 1")

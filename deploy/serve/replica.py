@@ -121,7 +121,7 @@ class ServedWorker:
             split_by=asked.request_id,
             cache_salt=asked.cache_salt,
         )
-        call.give_up = lambda: self.service.withdraw(accepted)
+        call.stop_by(lambda: self.service.withdraw(accepted))
         accepted.add_done_callback(partial(_tell_refused, call))
 
     def _after_step(self) -> None:

@@ -16,6 +16,9 @@ HEALTH_S = 1.0
 FROZEN_S = 4.0
 """A worker that does not answer them for so long is replaced."""
 
+ENDING_S = 5.0
+"""Beyond the time for requests to end: Serve waits 2 s before it has a worker end them."""
+
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """What Ray Serve's processes log in files of theirs."""
 
@@ -34,7 +37,7 @@ def workers_of(config: PoolConfig, model: PoolModel, front: str) -> serve.Applic
         **model.size,
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=FROZEN_S,
-        graceful_shutdown_timeout_s=config.limits.drain_s,
+        graceful_shutdown_timeout_s=config.limits.drain_s + ENDING_S,
         ray_actor_options={"num_cpus": model.cpus},
         logging_config=QUIET,
     )

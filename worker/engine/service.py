@@ -280,6 +280,8 @@ class EngineService:
         self.tokens_emitted += len(events)
         for event in events:
             self._tell(event.request_id, event)
+            if event.finish_reason is not None:
+                self._listeners.pop(event.request_id, None)
 
     def _tell(self, request_id: str, event: TokenEvent | Exception) -> None:
         listener = self._listeners.get(request_id)

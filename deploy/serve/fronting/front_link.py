@@ -60,7 +60,8 @@ class FrontLink:
     @property
     def tokens(self) -> int:
         """Tokens that the requests under way may come to."""
-        return sum(call.asked.tokens for call in self._calls())
+        calls = [] if self._wire is None else list(self._wire.calls.values())
+        return sum(call.asked.tokens for call in calls)
 
     def flush(self) -> None:
         """Send what waits; see ``WorkerWire``."""
@@ -68,9 +69,13 @@ class FrontLink:
             self._wire.flush()
 
     def drain(self, seconds: float) -> None:
-        """Return once no request is under way, or so much later."""
+        """Take no more requests; return once none is under way, or so much later."""
+        if self._wire is None:
+            return
         end_s = time.monotonic() + seconds
-        while self._calls() and time.monotonic() < end_s:
+        self._wire.leave()
+        time.sleep(_PAUSE_S)  # for what the front had sent by then
+        while self._wire.is_busy and time.monotonic() < end_s:
             time.sleep(_PAUSE_S)
 
     async def hear(self, report: dict[str, Any]) -> None:
@@ -83,9 +88,6 @@ class FrontLink:
     def log(self, line: str) -> None:
         """Hand it a line that the worker logged."""
         self._front.log.remote(line)
-
-    def _calls(self) -> list[Call]:
-        return [] if self._wire is None else list(self._wire.calls.values())
 
     @property
     def _is_lost(self) -> bool:

@@ -39,6 +39,9 @@ AWAKE_S = 1.5
 """Workers report each second; one that has not for so long, as when it was told to end, or froze,
 gets nothing if there are others."""
 
+TRIES = 3
+"""A request without a token is sent to so many workers that fall silent, in all."""
+
 FORGET_S = 10.0
 """A worker without a report for so long is not counted on."""
 
@@ -48,7 +51,7 @@ _PAUSE_S = 0.02
 class PoolBackend:
     """Sends requests to workers, and those without a token elsewhere if their worker is lost.
 
-    Once if it died, lest one request bring down all; whenever it is silent.
+    Once if it died, and to ``TRIES`` in all if they are silent: one request must not end all.
 
     Args:
         model: What its workers serve.
@@ -71,13 +74,10 @@ class PoolBackend:
         self._room = 0
         engine = model.worker.engine
         self._places = PromptPlaces(
-            engine.prefill_tokens if engine.prefix_cache_mib else 0,
-            slack=max(1, model.worker.slots // 4),
-            room=model.room,
+            engine.prefill_tokens if engine.prefix_cache_mib else 0, model.slack
         )
         self._outstanding = 0
         self._streams: set[Arriving[Any]] = set()
-        self._has_ended = False
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
 
     async def connect(self, app: str, model: PoolModel) -> None:
@@ -93,6 +93,7 @@ class PoolBackend:
         if self._encoder is None:
             self._encoder = PromptEncoder(self.tokenizer, report["context"])
         self.most_tokens, self._room = report["most_tokens"], model.room
+        self._places.slack = model.slack
         self._app, self.labels = app, model.labels
 
     @property
@@ -117,9 +118,13 @@ class PoolBackend:
         """Workers of an application that have reported; those of another end what they have."""
         return {report["replica"] for report in self.reports() if report["app"] == app}
 
-    def _awake(self) -> set[str]:
-        """Workers that can be asked: those that reported just now, if there are any."""
-        can = self._serving(self._app) & self._links.reached()
+    def _with_room(self, count: int) -> set[str]:
+        """Workers that can take so many: those that reported just now, if there are any."""
+        can = {
+            worker
+            for worker in self._serving(self._app) & self._links.reached()
+            if self._places.load[worker] + count <= self._room
+        }
         newest_s = time.monotonic() - AWAKE_S
         awake = {report["replica"] for at_s, report in self._heard.values() if at_s >= newest_s}
         return can & awake or can
@@ -176,22 +181,27 @@ class PoolBackend:
         is_last: Callable[[Part], bool],
     ) -> AsyncGenerator[list[tuple[int, Part]], None]:
         """Nothing once the request is accepted, then its answer; retried while there is none."""
-        has_some = is_accepted = has_killed = False
+        has_sent = is_accepted = has_killed = False
+        silent = 0
         try:
             while True:
                 try:
                     said = self._said(asked, beginnings, unpack, is_last)
                     async with aclosing(said):
                         async for parts in said:
-                            has_some |= bool(parts)
+                            # What is said of some texts has not been sent, and is said again.
+                            has_sent |= bool(parts) and isinstance(asked, TokensAsked)
                             if parts or not is_accepted:
                                 yield parts
                             is_accepted = True
                     return
                 except WorkerLostError as lost:
-                    if has_some or has_killed or self.is_draining:
+                    silent += isinstance(lost, SilentWorkerError)
+                    if has_sent or has_killed or silent == TRIES or self.is_draining:
                         raise
                     has_killed = not isinstance(lost, SilentWorkerError)
+                except OverloadedError:  # it has not heard yet of what has ended by our count
+                    await asyncio.sleep(_PAUSE_S)
         finally:
             self._outstanding -= asked.completions
 
@@ -208,11 +218,11 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         count = asked.completions
-        while not (awake := self._awake()):  # the last one was lost, and is being replaced
-            if self._has_ended:
-                raise DecodeFailedError("the server stops")
+        while not (workers := self._with_room(count)):  # one was lost, and is being replaced
+            if self.is_draining and not self._serving(self._app):
+                raise WorkerLostError("no worker is left")
             await asyncio.sleep(_PAUSE_S)
-        with self._places.chosen(beginnings, awake, count) as chosen:
+        with self._places.chosen(beginnings, workers, count) as chosen:
             arriving = self._links.ask(chosen, asked, unpack)
             self._streams.add(arriving)
             try:
@@ -226,7 +236,6 @@ class PoolBackend:
 
     def abandon(self) -> None:
         """End every stream that is still open with an error."""
-        self._has_ended = True
         for arriving in list(self._streams):
             arriving.fail(DecodeFailedError("the server stops"))
 

@@ -27,8 +27,9 @@ LENGTH_BYTES = 4
 MOST_BYTES = 2**28
 """No message is longer."""
 
-ACCEPTED, FAILED = -1, -2
-"""Places of what is no token: a request was accepted, or it ends with an error."""
+ACCEPTED, FAILED, LEAVING = -1, -2, -3
+"""Places of what is no part of an answer: a request was accepted, or it ends with an error, or, of
+no request, the worker takes no more."""
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 

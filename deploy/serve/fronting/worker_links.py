@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 from offramp.deploy.http.backend import WorkerLostError
 from offramp.deploy.serve.fronting.wire_messages import (
     ACCEPTED,
+    LEAVING,
     MOST_BYTES,
     Asked,
     Inflow,
@@ -113,8 +114,8 @@ class WorkerLinks:
         return WireAddress(host, server.sockets[0].getsockname()[1], self._secret)
 
     def reached(self) -> set[str]:
-        """Workers that are connected, and not silent."""
-        return {name for name, link in self._links.items() if link.silent < SLICES}
+        """Workers that are connected, not silent, and not about to end."""
+        return {name for name, link in self._links.items() if link.takes_more}
 
     def ask(
         self, worker: str, asked: Asked, unpack: Callable[[Sequence[Any]], Part]
@@ -150,24 +151,26 @@ class WorkerLinks:
 
 
 class _Link(asyncio.Protocol):
-    """One worker's connection.
-
-    Attributes:
-        silent: Looks since it was heard last.
-    """
+    """One worker's connection."""
 
     def __init__(self, links: WorkerLinks) -> None:
-        self.silent = 0
+        self._silent = 0  # looks since it was heard last
+        self._is_leaving = False
         self._links = links
         self._worker: str | None = None
         self._arriving: dict[int, Arriving[Any]] = {}
         self._inflow = Inflow(GREETING_BYTES)
         self._transport: asyncio.Transport | None = None
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether it can be sent requests."""
+        return self._silent < SLICES and not self._is_leaving
+
     def begin(self, arriving: Arriving[Any], asked: Asked) -> None:
         """Send a request."""
-        self._arriving[arriving.number] = arriving
         self._send(asking(arriving.number, asked))
+        self._arriving[arriving.number] = arriving
 
     def end(self, arriving: Arriving[Any], *, is_over: bool) -> None:
         """Forget a request, and have the worker give it up unless it is over."""
@@ -176,8 +179,8 @@ class _Link(asyncio.Protocol):
 
     def look(self) -> None:
         """End its requests once it has been silent for too long."""
-        self.silent += 1
-        if self.silent == SLICES:
+        self._silent += 1
+        if self._silent == SLICES:
             self._fail(SilentWorkerError("the request's worker no longer answers"))
 
     def _send(self, message: list[Any]) -> None:
@@ -189,7 +192,7 @@ class _Link(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self.silent = 0
+        self._silent = 0
         try:
             for message in self._inflow.messages(data):
                 self._hear(message)
@@ -209,6 +212,8 @@ class _Link(asyncio.Protocol):
             if arriving is not None:
                 arriving.add(place, fields)
                 woken[number] = arriving
+            elif place == LEAVING:
+                self._is_leaving = True
         for arriving in woken.values():
             arriving.wake()
 

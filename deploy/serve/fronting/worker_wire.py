@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from offramp.controller.errors import OverloadedError, RequestError
+from offramp.controller.errors import OfframpError, OverloadedError, RequestError
 from offramp.deploy.http.observability.access_log import REQUEST_NAME
 from offramp.deploy.serve.fronting.wire_messages import (
     ACCEPTED,
+    LEAVING,
     Asked,
     Inflow,
     WireAddress,
@@ -48,15 +49,24 @@ class Call:
     Attributes:
         number: Names it on the wire.
         asked: What is asked.
-        give_up: Stops the work on it; whoever begins that work says how.
     """
 
     def __init__(self, wire: WorkerWire, number: int, asked: Asked) -> None:
         self.number = number
         self.asked = asked
-        self.give_up: Callable[[], object] = lambda: None
+        self._give_up: Callable[[], object] = lambda: None
         self._wire = wire
         self._unfinished = asked.completions
+
+    def stop_by(self, give_up: Callable[[], object]) -> None:
+        """Say what stops the work on it; it may be over by now."""
+        self._give_up = give_up
+        if self.number not in self._wire.calls:
+            give_up()
+
+    def give_up(self) -> None:
+        """Stop the work on it."""
+        self._give_up()
 
     def accept(self) -> None:
         """Have the front told that it will be answered."""
@@ -80,9 +90,10 @@ class Call:
             return
         if not isinstance(error, RequestError | OverloadedError):
             name = REQUEST_NAME.set(self.asked.request_id)
-            _logger.error("%s: %r", error, error.__cause__ or error)
+            foreign = None if isinstance(error, OfframpError) else error
+            _logger.error("%s: %r", error, error.__cause__ or error, exc_info=foreign)
             REQUEST_NAME.reset(name)
-        self.give_up()
+        self._give_up()
         self._wire.add(failed(self.number, error))
 
     def flush(self) -> None:
@@ -127,12 +138,22 @@ class WorkerWire:
         """Have something sent with the next message."""
         self._waiting.append(entry)
 
-    def flush(self) -> None:
-        """Send what waits, from any thread."""
+    def flush(self, *, beats: bool = False) -> None:
+        """Send what waits, from any thread; as a sign of life even if that is nothing."""
         with self._sending:
             waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            if waiting:
+            if waiting or beats:
                 self._send(waiting)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way, or something waits to be sent."""
+        return bool(self.calls or self._waiting)
+
+    def leave(self) -> None:
+        """Have the front send no more requests."""
+        self.add([-1, LEAVING])
+        self.flush()
 
     def close(self) -> None:
         """End the connection, and whatever waits to be sent, from any thread."""
@@ -165,8 +186,7 @@ class WorkerWire:
                         self._hear(*message)
                 if time.monotonic() >= next_s and self._is_healthy():
                     next_s = time.monotonic() + BEAT_S
-                    with self._sending:
-                        self._send([])
+                    self.flush(beats=True)
         except (OSError, ValueError, TypeError) as error:
             if not self.is_broken:
                 _logger.error("what came from the front cannot be read: %r", error)
@@ -183,7 +203,9 @@ class WorkerWire:
         try:
             call = self.calls[number] = Call(self, number, asked_of(*asked))
             self._begin(call)
-        except Exception as error:  # a request that cannot be read must not end all others
+        except Exception as error:  # one that cannot be read, or begun, must not end all others
             self.calls.pop(number, None)
+            if not isinstance(error, RequestError | OverloadedError):
+                _logger.exception("a request could not be begun")
             self.add(failed(number, error))
             self.flush()

@@ -23,20 +23,20 @@ class PromptPlaces:
         chunk: Tokens of the longest chunk that workers read prompts in; 0: they keep nothing, and
             every prompt is new.
         slack: Requests that a worker may have more than the idlest and still be preferred.
-        room: Requests that a worker may have.
 
     Attributes:
+        slack: As given; it may be changed.
+        load: Requests of each worker that have not ended.
         kept: Prompts by the worker that got them because it had read their beginning.
         moved: Prompts by the worker that got them because those who had read it had too much to do.
     """
 
-    def __init__(self, chunk: int, slack: int, room: int) -> None:
+    def __init__(self, chunk: int, slack: int) -> None:
+        self.slack = slack
+        self.load: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self._chunk = chunk
-        self._slack = slack
-        self._room = room
-        self._load: Counter[str] = Counter()
         # Workers by the name of a beginning; the least recently used first.
         self._readers: OrderedDict[bytes, set[str]] = OrderedDict()
 
@@ -57,13 +57,12 @@ class PromptPlaces:
         Returns:
             The worker, the idlest if none has read anything of it.
         """
-        least = min(self._load[worker] for worker in workers)
-        most = min(least + self._slack, self._room - requests)
+        least = min(self.load[worker] for worker in workers)
         chosen, is_known = None, False
         for name in reversed(names):
             readers = self._readers.get(name, set()).intersection(workers)
             is_known |= bool(readers)
-            if readers and self._load[nearest := self._idlest(readers)] <= most:
+            if readers and self.load[nearest := self._idlest(readers)] <= least + self.slack:
                 chosen = nearest
                 self.kept[chosen] += 1
                 break
@@ -71,7 +70,7 @@ class PromptPlaces:
             chosen = self._idlest(workers)
             if is_known:
                 self.moved[chosen] += 1
-        self._load[chosen] += requests
+        self.load[chosen] += requests
         self.note(names, chosen)
         return chosen
 
@@ -88,9 +87,9 @@ class PromptPlaces:
 
     def ended(self, worker: str, requests: int) -> None:
         """Note that requests of a worker have ended."""
-        self._load[worker] -= requests
-        if not self._load[worker]:
-            del self._load[worker]
+        self.load[worker] -= requests
+        if not self.load[worker]:
+            del self.load[worker]
 
     def note(self, names: Sequence[bytes], worker: str) -> None:
         """Note that a worker has read a prompt, or will in a moment."""
@@ -103,4 +102,4 @@ class PromptPlaces:
 
     def _idlest(self, workers: Collection[str]) -> str:
         # Of several at random: else the first would read whatever comes when all are idle.
-        return min(workers, key=lambda worker: (self._load[worker], random.random()))
+        return min(workers, key=lambda worker: (self.load[worker], random.random()))

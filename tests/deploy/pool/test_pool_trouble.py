@@ -243,6 +243,25 @@ def test_a_lost_workers_streams_are_told_and_the_others_go_on(
     assert any(each.is_whole for each in outcomes)
 
 
+def test_a_worker_that_is_told_to_end_ends_its_streams_first(pool: ServedPool) -> None:
+    async def scenario(client: httpx.AsyncClient) -> list[Outcome]:
+        await ready(client)
+        outcomes, tasks = await streams(client, 400)
+        told = pool.workers()[0]
+        told.terminate()
+        late = Outcome()
+        await follow(client, late, body(5))
+        assert late.is_whole
+        await asyncio.gather(*tasks)
+        while told.is_running() and told.status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.1)
+        await ready(client)
+        return outcomes
+
+    outcomes = run(pool, scenario)
+    assert all(each.is_whole and each.tokens == 400 for each in outcomes), outcomes
+
+
 def test_the_order_to_stop_lets_streams_end_and_refuses_new_ones(pool: ServedPool) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[Outcome]:
         await ready(client)

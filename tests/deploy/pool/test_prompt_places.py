@@ -16,7 +16,7 @@ PROMPT = list(range(300))
 
 @pytest.fixture
 def places() -> PromptPlaces:
-    return PromptPlaces(chunk=256, slack=2, room=20)
+    return PromptPlaces(chunk=256, slack=2)
 
 
 def test_the_longest_known_beginning_decides(places: PromptPlaces) -> None:
@@ -64,13 +64,6 @@ def test_a_request_of_many_rows_counts_as_many(places: PromptPlaces) -> None:
     assert places.choose([], ("a", "b"), 1) == "a"
 
 
-def test_who_has_no_room_is_not_preferred() -> None:
-    places = PromptPlaces(chunk=256, slack=9, room=4)
-    names = places.names(PROMPT, "")
-    places.note(names, "a")
-    assert [places.choose(names, ("a", "b"), 2) for _ in range(3)] == ["a", "a", "b"]
-
-
 def test_a_lost_workers_conversations_move_and_stay(places: PromptPlaces) -> None:
     names = places.names(PROMPT, "")
     places.note(names, "a")
@@ -81,7 +74,7 @@ def test_a_lost_workers_conversations_move_and_stay(places: PromptPlaces) -> Non
 
 
 def test_where_nothing_is_kept_the_idlest_is_named() -> None:
-    places = PromptPlaces(chunk=0, slack=1, room=20)
+    places = PromptPlaces(chunk=0, slack=1)
     assert places.names(PROMPT, "") == []
     with places.chosen([], WORKERS, 1) as first, places.chosen([], WORKERS, 1) as second:
         third = places.choose([], WORKERS, 1)

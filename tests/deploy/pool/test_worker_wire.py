@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-import uvloop
 
 from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.controller.errors import (
@@ -35,13 +32,11 @@ from offramp.deploy.serve.fronting.wire_messages import (
     unpacked_text,
 )
 from offramp.deploy.serve.fronting.worker_links import Arriving, SilentWorkerError, WorkerLinks
-from offramp.deploy.serve.fronting.worker_wire import Call, WorkerWire
 from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.decoding.request import CompletionStats, TokenEvent
 from offramp.worker.decoding.sampler import Draw
 from offramp.worker.decoding.sampling import SamplingParams
-
-PATIENCE_S = 20.0
+from support.pools.wire_worker import PATIENCE_S, WireWorker, connected, run
 
 ENERGY = EnergyShare(0.25, EnergyMethod.MODELLED, "3 W per busy core", 0.5)
 PLAIN = TokenEvent("mine", 5, "five\ud83d", 3, 7, None, text_offset=11)
@@ -72,59 +67,6 @@ SAMPLING = SamplingParams(
 )
 GENERATION = TokensAsked([[1, 2, 3], [4]], SAMPLING, None, "exits", "mine", "salt")
 CLASSIFICATION = ClassesAsked([[1, 2], [3]], 0.9, "mine", None)
-
-
-class Worker:
-    """A worker's end, and what it was asked."""
-
-    def __init__(self, address: WireAddress, name: str = "worker-0") -> None:
-        self.is_healthy = True
-        self.calls: list[Call] = []
-        self.given_up: list[int] = []
-        self._came = threading.Condition()
-        self.wire = WorkerWire(address, name, self._begin, lambda: self.is_healthy)
-
-    def _begin(self, call: Call) -> None:
-        call.give_up = lambda: self._note(self.given_up, call.number)
-        if call.asked.request_id == "refused":
-            raise RequestError("n", "is odd", "Ask for more")
-        self._note(self.calls, call)
-
-    def _note(self, notes: list[Any], what: Any) -> None:
-        with self._came:
-            notes.append(what)
-            self._came.notify()
-
-    async def has(self, notes: list[Any], count: int = 1) -> None:
-        def wait() -> bool:
-            with self._came:
-                return self._came.wait_for(lambda: len(notes) >= count, PATIENCE_S)
-
-        assert await asyncio.to_thread(wait)
-
-    async def call(self) -> Call:
-        """The request that came last."""
-        await self.has(self.calls)
-        return self.calls[-1]
-
-
-def run(scenario: Callable[[WorkerLinks, WireAddress], Awaitable[Any]]) -> Any:
-    """In the loop that fronts have."""
-
-    async def within() -> Any:
-        links = WorkerLinks()
-        address = await links.listen("127.0.0.1")
-        return await asyncio.wait_for(scenario(links, address), PATIENCE_S)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(within())
-
-
-async def connected(links: WorkerLinks, address: WireAddress, name: str = "worker-0") -> Worker:
-    worker = await asyncio.to_thread(Worker, address, name)
-    while name not in links.reached():
-        await asyncio.sleep(0.01)
-    return worker
 
 
 def ask(links: WorkerLinks, asked: TokensAsked = GENERATION) -> Arriving[TokenEvent]:
@@ -309,7 +251,7 @@ def test_who_does_not_show_the_secret_is_not_heard(said: bytes) -> None:
                 assert await asyncio.to_thread(stranger.recv, 1) == b""
         worker, mine = await connected(links, address), ask(links)
         call = await worker.call()
-        guessing = await asyncio.to_thread(Worker, replace(address, secret="guessed"))
+        guessing = await asyncio.to_thread(WireWorker, replace(address, secret="guessed"))
         guessing.wire.add(packed(call.number, 0, PLAIN))
         guessing.wire.flush()
         call.answer(packed(call.number, 1, FULL), is_last=True)

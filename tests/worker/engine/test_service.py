@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.worker import AdaptiveEngine, SamplingParams
-from offramp.worker.decoding.request import PolicySnapshot, TokenEvent
+from offramp.worker.decoding.request import PolicySnapshot, Request, TokenEvent
 from offramp.worker.engine import service as service_module
 from offramp.worker.engine.service import EngineService
 from offramp.worker.spec import freeze_heap
@@ -120,6 +120,31 @@ def test_more_streams_than_slots_do_not_disturb_each_other(
     with serving(make_engine(slots=2)) as service:
         streams = run(all_at_once(service))
     assert [[event.token for event in stream] for stream in streams] == expected
+
+
+class Told:
+    """A listener that never says that it has heard the end."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def accept(self, requests: Sequence[Request]) -> None:
+        pass
+
+    def tell(self, event: TokenEvent | Exception) -> None:
+        if isinstance(event, Exception) or event.finish_reason is not None:
+            self.ended.set()
+
+
+def test_who_was_told_the_end_is_forgotten(make_engine: Callable[..., AdaptiveEngine]) -> None:
+    with serving(make_engine()) as service:
+        told = Told()
+        ordered = service.order([[11, 12]], tokens(3), told)
+        assert told.ended.wait(PATIENCE_S)
+        run(settle(service))
+        assert not service._listeners
+        service.withdraw(ordered)  # what has ended is not disturbed, nor what comes after it
+        assert len(run(collect(service, PROMPTS[0], tokens(3)))) == 3
 
 
 def test_closing_a_stream_frees_its_slot(make_engine: Callable[..., AdaptiveEngine]) -> None:
