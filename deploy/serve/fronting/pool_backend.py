@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from offramp.controller.errors import DecodeFailedError, OverloadedError
+from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.deploy.clients.client_keys import ClientKeys
 from offramp.deploy.http.backend import Tokens, WorkerLostError
 from offramp.deploy.serve.fronting.wire_messages import (
@@ -42,8 +42,14 @@ gets nothing if there are others."""
 TRIES = 3
 """A request without a token is sent to so many workers that fall silent, in all."""
 
+BACK_OFF_S = 0.1
+"""Pause before a worker that found itself full is asked again."""
+
 FORGET_S = 10.0
 """A worker without a report for so long is not counted on."""
+
+ENDED = "the server stops"
+"""What a request is told that the end of the pool cuts off."""
 
 _PAUSE_S = 0.02
 
@@ -78,6 +84,8 @@ class PoolBackend:
         )
         self._outstanding = 0
         self._streams: set[Arriving[Any]] = set()
+        self._turn = asyncio.Lock()
+        self._has_ended = False
         self._heard: dict[str, tuple[float, dict[str, Any]]] = {}
 
     async def connect(self, app: str, model: PoolModel) -> None:
@@ -108,22 +116,27 @@ class PoolBackend:
             return "draining"
         if not self._app:
             return "starting"
-        return None if self._serving(self._app) else "without workers"
+        return None if self._takers() else "without workers"
 
     def load(self) -> tuple[int, int]:
         """Requests under way, and how many may be."""
-        return self._outstanding, self._room * len(self._serving(self._app))
+        takers = self._takers()
+        # Of a worker that takes no more, what it still has is no burden to those that do.
+        elsewhere = sum(load for name, load in self._places.load.items() if name not in takers)
+        return self._outstanding, self._room * len(takers) + elsewhere
 
     def _serving(self, app: str) -> set[str]:
         """Workers of an application that have reported; those of another end what they have."""
         return {report["replica"] for report in self.reports() if report["app"] == app}
 
+    def _takers(self) -> set[str]:
+        """Workers that take requests, if they have room."""
+        return self._serving(self._app) & self._links.reached()
+
     def _with_room(self, count: int) -> set[str]:
         """Workers that can take so many: those that reported just now, if there are any."""
         can = {
-            worker
-            for worker in self._serving(self._app) & self._links.reached()
-            if self._places.load[worker] + count <= self._room
+            worker for worker in self._takers() if self._places.load[worker] + count <= self._room
         }
         newest_s = time.monotonic() - AWAKE_S
         awake = {report["replica"] for at_s, report in self._heard.values() if at_s >= newest_s}
@@ -140,11 +153,8 @@ class PoolBackend:
         cache_salt: str,
     ) -> AsyncIterator[Tokens]:
         """Queue requests; see ``Backend``."""
-        count = len(prompts) * sampling.n
-        if self._outstanding + count > self.load()[1]:
-            raise OverloadedError(RETRY_AFTER_S)
-        self._outstanding += count
         asked = TokensAsked(prompts, sampling, kv_mode, prefill, request_id, cache_salt)
+        self._let_in("n", asked)
         names = self._places.names(prompts[0], cache_salt)
         events = self._parts(asked, names, partial(unpacked, request_id), _is_last)
         try:  # what is refused is refused here: the first that a worker says is that it accepts
@@ -163,15 +173,22 @@ class PoolBackend:
         best: int | None = None,
     ) -> list[ClassifiedText]:
         """Classify texts on one worker, or on another if that is lost; see ``ClassBackend``."""
-        if self._outstanding + len(sequences) > self.load()[1]:
-            raise OverloadedError(RETRY_AFTER_S)
-        self._outstanding += len(sequences)
         asked = ClassesAsked(sequences, quality, request_id, best)
+        self._let_in("input", asked)
         found: dict[int, ClassifiedText] = {}
         async with aclosing(self._parts(asked, (), unpacked_text, lambda _: True)) as parts:
             async for some in parts:
                 found |= some
         return [found[place] for place in range(len(sequences))]
+
+    def _let_in(self, field: str, asked: Asked) -> None:
+        count = asked.completions
+        if count > self._room:
+            problem = f"{count} at once exceed the {self._room} that a worker has room for"
+            raise RequestError(field, problem, "Ask for fewer at once")
+        if self._outstanding + count > self.load()[1]:
+            raise OverloadedError(RETRY_AFTER_S)
+        self._outstanding += count
 
     async def _parts(
         self,
@@ -200,8 +217,8 @@ class PoolBackend:
                     if has_sent or has_killed or silent == TRIES or self.is_draining:
                         raise
                     has_killed = not isinstance(lost, SilentWorkerError)
-                except OverloadedError:  # it has not heard yet of what has ended by our count
-                    await asyncio.sleep(_PAUSE_S)
+                except OverloadedError:  # what has ended by our count still ends there
+                    await asyncio.sleep(BACK_OFF_S)
         finally:
             self._outstanding -= asked.completions
 
@@ -218,10 +235,13 @@ class PoolBackend:
             WorkerLostError: it died, or says nothing any more.
         """
         count = asked.completions
-        while not (workers := self._with_room(count)):  # one was lost, and is being replaced
-            if self.is_draining and not self._serving(self._app):
-                raise WorkerLostError("no worker is left")
-            await asyncio.sleep(_PAUSE_S)
+        async with self._turn:  # in order: small requests would else always come before large ones
+            while not (workers := self._with_room(count)):  # one was lost, and is being replaced
+                if self.is_draining and not self._takers():
+                    raise WorkerLostError("no worker is left")
+                await asyncio.sleep(_PAUSE_S)
+        if self._has_ended:
+            raise DecodeFailedError(ENDED)
         with self._places.chosen(beginnings, workers, count) as chosen:
             arriving = self._links.ask(chosen, asked, unpack)
             self._streams.add(arriving)
@@ -236,8 +256,9 @@ class PoolBackend:
 
     def abandon(self) -> None:
         """End every stream that is still open with an error."""
+        self._has_ended = True
         for arriving in list(self._streams):
-            arriving.fail(DecodeFailedError("the server stops"))
+            arriving.fail(DecodeFailedError(ENDED))
 
     def hear(self, report: dict[str, Any]) -> None:
         """Take what a worker says of itself."""

@@ -253,8 +253,7 @@ def test_a_worker_that_is_told_to_end_ends_its_streams_first(pool: ServedPool) -
         await follow(client, late, body(5))
         assert late.is_whole
         await asyncio.gather(*tasks)
-        while told.is_running() and told.status() != psutil.STATUS_ZOMBIE:
-            await asyncio.sleep(0.1)
+        await asyncio.to_thread(told.wait, PATIENCE_S)
         await ready(client)
         return outcomes
 
