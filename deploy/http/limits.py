@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -93,12 +93,18 @@ class DeadlineError(OfframpError):
     """A request was not done in time."""
 
 
-async def until(events: AsyncIterator[Item], end_s: float) -> AsyncIterator[Item]:
+async def until(
+    events: AsyncIterator[Item],
+    end_s: float,
+    following: AbstractContextManager[Callable[[Item], object]],
+) -> AsyncIterator[Item]:
     """Pass events on up to a point in time.
 
     Args:
         events: An async generator; closed in any case.
         end_s: The point, by the running loop's clock.
+        following: Entered meanwhile, and told each event before it is passed on: no further
+            generator has to be woken for it.
 
     Raises:
         DeadlineError: it has come.
@@ -114,23 +120,26 @@ async def until(events: AsyncIterator[Item], end_s: float) -> AsyncIterator[Item
 
     timer = asyncio.get_running_loop().call_at(end_s, stop)
     try:
-        async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-            while not late.is_set():
-                # Whoever asks for the next event may be another task than before.
-                waiting = task = _current_task()
-                before = task.cancelling()
-                try:
-                    event = await anext(events)
-                except StopAsyncIteration:
-                    return
-                except asyncio.CancelledError:
-                    if not late.is_set() or task.uncancel() > before:  # somebody else cancelled it
-                        raise
-                    break
-                finally:
-                    waiting = None
-                yield event
-            raise DeadlineError("the request's deadline has passed")
+        with following as told:
+            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+                while not late.is_set():
+                    # Whoever asks for the next event may be another task than before.
+                    waiting = task = _current_task()
+                    before = task.cancelling()
+                    try:
+                        event = await anext(events)
+                    except StopAsyncIteration:
+                        return
+                    except asyncio.CancelledError:
+                        # Perhaps somebody else cancelled it.
+                        if not late.is_set() or task.uncancel() > before:
+                            raise
+                        break
+                    finally:
+                        waiting = None
+                    told(event)
+                    yield event
+                raise DeadlineError("the request's deadline has passed")
     finally:
         timer.cancel()
 

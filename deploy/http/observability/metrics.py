@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 
@@ -137,27 +137,27 @@ class ModelMetrics:
         )
         self._ended = partial(ended.labels, model)
 
-    async def follow(
-        self, events: AsyncIterator[Tokens], completions: int, began_s: float
-    ) -> AsyncIterator[Tokens]:
-        """Pass the events of one request on, and count them.
+    @contextmanager
+    def following(self, completions: int, began_s: float) -> Iterator[Callable[[Tokens], None]]:
+        """Count one request, until the block ends; what is entered is told its tokens.
 
         Args:
-            events: An async generator; closed in any case.
             completions: How many end in it.
             began_s: When the request came, by ``time.perf_counter`` (uvloop counts milliseconds).
         """
         told_s: dict[int, float] = {}
         reason = "abort"
+
+        def count(tokens: Tokens) -> None:
+            nonlocal completions
+            now_s = time.perf_counter()
+            for index, event in tokens:
+                self._count_token(event, now_s - began_s, now_s, told_s.get(index))
+                told_s[index] = now_s
+                completions -= event.finish_reason is not None
+
         try:
-            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
-                async for tokens in events:
-                    now_s = time.perf_counter()
-                    for index, event in tokens:
-                        self._count_token(event, now_s - began_s, now_s, told_s.get(index))
-                        told_s[index] = now_s
-                        completions -= event.finish_reason is not None
-                    yield tokens
+            yield count
         except OfframpError:
             reason = "error"
             raise

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry.propagate import extract
@@ -78,29 +78,27 @@ class Spans:
         finally:
             span.end()
 
-    async def follow(
-        self,
-        events: AsyncIterator[Tokens],
-        headers: Mapping[str, str],
-        about: Mapping[str, Any],
-        began_s: float,
-    ) -> AsyncIterator[Tokens]:
-        """Pass the events of one request on; its span ends with them.
+    @contextmanager
+    def following(
+        self, headers: Mapping[str, str], about: Mapping[str, Any], began_s: float
+    ) -> Iterator[Callable[[Tokens], None]]:
+        """Make a span of one request, until the block ends; what is entered is told its tokens.
 
         Args:
-            events: An async generator; closed in any case.
             headers, about, began_s: What ``around`` takes.
         """
         ends: list[TokenEvent] = []
         tokens, first_s = 0, 0.0
+
+        def note(came: Tokens) -> None:
+            nonlocal tokens, first_s
+            first_s = first_s or time.perf_counter() - began_s
+            tokens += len(came)
+            ends.extend(event for _, event in came if event.finish_reason is not None)
+
         with self.around(headers, about, began_s) as span:
             try:
-                async with aclosing(events):  # type: ignore[type-var]  # generators have aclose
-                    async for came in events:
-                        first_s = first_s or time.perf_counter() - began_s
-                        tokens += len(came)
-                        ends += [event for _, event in came if event.finish_reason is not None]
-                        yield came
+                yield note
             finally:
                 span.set_attribute("gen_ai.usage.output_tokens", tokens)
                 span.set_attribute("gen_ai.latency.time_to_first_token", first_s)

@@ -66,6 +66,11 @@ class ReplyStyle(ABC):
         """Count the tokens that were made."""
         return sum(map(len, choices))
 
+    @property
+    def has_plain_chunks(self) -> bool:
+        """Whether chunks differ in their text only, but for the first and the last of a choice."""
+        return self.name_token is None and not self.stats
+
     def chunk(self, index: int, event: TokenEvent, *, first: bool) -> dict[str, Any]:
         """One streamed token of one choice."""
         body = self._body(self.PART, [self.part(index, event, first=first)])

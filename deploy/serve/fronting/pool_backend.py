@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -156,7 +156,8 @@ class PoolBackend:
         asked = TokensAsked(prompts, sampling, kv_mode, prefill, request_id, cache_salt)
         self._let_in("n", asked)
         names = self._places.names(prompts[0], cache_salt)
-        events = self._parts(asked, names, partial(unpacked, request_id), _is_last)
+        arriving = partial(Arriving, asked.completions, partial(unpacked, request_id), _is_last)
+        events = self._parts(asked, names, arriving)
         try:  # what is refused is refused here: the first that a worker says is that it accepts
             await anext(events)
         except BaseException:
@@ -176,7 +177,8 @@ class PoolBackend:
         asked = ClassesAsked(sequences, quality, request_id, best)
         self._let_in("input", asked)
         found: dict[int, ClassifiedText] = {}
-        async with aclosing(self._parts(asked, (), unpacked_text, lambda _: True)) as parts:
+        arriving = partial(Arriving, asked.completions, unpacked_text, lambda _: True)
+        async with aclosing(self._parts(asked, (), arriving)) as parts:
             async for some in parts:
                 found |= some
         return [found[place] for place in range(len(sequences))]
@@ -191,11 +193,7 @@ class PoolBackend:
         self._outstanding += count
 
     async def _parts(
-        self,
-        asked: Asked,
-        beginnings: Sequence[bytes],
-        unpack: Callable[[Sequence[Any]], Part],
-        is_last: Callable[[Part], bool],
+        self, asked: Asked, beginnings: Sequence[bytes], fresh: Callable[[], Arriving[Part]]
     ) -> AsyncGenerator[list[tuple[int, Part]], None]:
         """Nothing once the request is accepted, then its answer; retried while there is none."""
         has_sent = is_accepted = has_killed = False
@@ -203,9 +201,9 @@ class PoolBackend:
         try:
             while True:
                 try:
-                    said = self._said(asked, beginnings, unpack, is_last)
-                    async with aclosing(said):
-                        async for parts in said:
+                    async with self._asked(asked, beginnings, fresh()) as arriving:
+                        while not arriving.is_over:
+                            parts = await arriving.take()
                             # What is said of some texts has not been sent, and is said again.
                             has_sent |= bool(parts) and isinstance(asked, TokensAsked)
                             if parts or not is_accepted:
@@ -222,17 +220,15 @@ class PoolBackend:
         finally:
             self._outstanding -= asked.completions
 
-    async def _said(
-        self,
-        asked: Asked,
-        beginnings: Sequence[bytes],
-        unpack: Callable[[Sequence[Any]], Part],
-        is_last: Callable[[Part], bool],
-    ) -> AsyncGenerator[list[tuple[int, Part]], None]:
-        """What one worker says of a request.
+    @asynccontextmanager
+    async def _asked(
+        self, asked: Asked, beginnings: Sequence[bytes], arriving: Arriving[Part]
+    ) -> AsyncIterator[Arriving[Part]]:
+        """Ask one worker, once one has room; what it says is heard until the block ends.
 
         Raises:
-            WorkerLostError: it died, or says nothing any more.
+            WorkerLostError: none is left that could be asked.
+            DecodeFailedError: the pool has ended.
         """
         count = asked.completions
         async with self._turn:  # in order: small requests would else always come before large ones
@@ -243,15 +239,12 @@ class PoolBackend:
         if self._has_ended:
             raise DecodeFailedError(ENDED)
         with self._places.chosen(beginnings, workers, count) as chosen:
-            arriving = self._links.ask(chosen, asked, unpack)
             self._streams.add(arriving)
             try:
-                while count:
-                    parts = await arriving.take()
-                    count -= sum(is_last(part) for _, part in parts)
-                    yield parts
+                self._links.ask(chosen, asked, arriving)
+                yield arriving
             finally:
-                self._links.hang_up(chosen, arriving, is_over=not count)
+                self._links.hang_up(chosen, arriving)
                 self._streams.discard(arriving)
 
     def abandon(self) -> None:

@@ -44,13 +44,26 @@ class Arriving(Generic[Part]):
     """What comes of one request, on its way from the wire to the route that answers.
 
     Args:
-        number: Names the request on the wire.
+        unfinished: Completions, or texts, that are to end.
         unpack: Makes a token, or what became of a text, from what came over the wire.
+        is_last: Says whether that ends one.
+
+    Attributes:
+        unfinished: As given, and then counted down.
+        number: Names the request on the wire, once it is asked.
     """
 
-    def __init__(self, number: int, unpack: Callable[[Sequence[Any]], Part]) -> None:
-        self.number = number
+    number = -1
+
+    def __init__(
+        self,
+        unfinished: int,
+        unpack: Callable[[Sequence[Any]], Part],
+        is_last: Callable[[Part], bool],
+    ) -> None:
+        self.unfinished = unfinished
         self._unpack = unpack
+        self._is_last = is_last
         self._came: list[tuple[int, Part]] = []
         self._is_accepted = False
         self._error: Exception | None = None
@@ -59,7 +72,9 @@ class Arriving(Generic[Part]):
     def add(self, place: int, fields: Sequence[Any]) -> None:
         """Take what came; ``wake`` when all is there that came with it."""
         if place >= 0:
-            self._came.append((place, self._unpack(fields)))
+            part = self._unpack(fields)
+            self.unfinished -= self._is_last(part)
+            self._came.append((place, part))
         elif place == ACCEPTED:
             self._is_accepted = True
         else:
@@ -74,6 +89,11 @@ class Arriving(Generic[Part]):
         """Hand on what is there."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all has been taken."""
+        return not (self.unfinished or self._came)
 
     async def take(self) -> list[tuple[int, Part]]:
         """Wait for what comes next, with the indices of completions or texts.
@@ -117,18 +137,15 @@ class WorkerLinks:
         """Workers that are connected, not silent, and not about to end."""
         return {name for name, link in self._links.items() if link.takes_more}
 
-    def ask(
-        self, worker: str, asked: Asked, unpack: Callable[[Sequence[Any]], Part]
-    ) -> Arriving[Part]:
+    def ask(self, worker: str, asked: Asked, arriving: Arriving[Any]) -> None:
         """Send a request to one of those that are ``reached``; ``hang_up`` in any case."""
-        arriving = Arriving(next(self._numbers), unpack)
+        arriving.number = next(self._numbers)
         self._links[worker].begin(arriving, asked)
-        return arriving
 
-    def hang_up(self, worker: str, arriving: Arriving[Any], *, is_over: bool) -> None:
-        """Drop whatever comes from now on, and have the worker stop unless it is over."""
+    def hang_up(self, worker: str, arriving: Arriving[Any]) -> None:
+        """Drop whatever comes from now on, and have the worker stop unless it has ended."""
         if worker in self._links:
-            self._links[worker].end(arriving, is_over=is_over)
+            self._links[worker].end(arriving)
 
     def greet(self, message: list[Any], link: _Link) -> str | None:
         """The name of the worker that a first message is from; None if it is not of this pool."""
@@ -172,9 +189,9 @@ class _Link(asyncio.Protocol):
         self._send(asking(arriving.number, asked))
         self._arriving[arriving.number] = arriving
 
-    def end(self, arriving: Arriving[Any], *, is_over: bool) -> None:
-        """Forget a request, and have the worker give it up unless it is over."""
-        if self._arriving.pop(arriving.number, None) is not None and not is_over:
+    def end(self, arriving: Arriving[Any]) -> None:
+        """Forget a request, and have the worker give it up unless it has ended."""
+        if self._arriving.pop(arriving.number, None) is not None and arriving.unfinished:
             self._send([arriving.number])
 
     def look(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from offramp.deploy.http.limits import DeadlineError, until
+
+UNTOLD = nullcontext(lambda _: None)
 
 
 class Source:
@@ -32,7 +35,7 @@ def now_s() -> float:
 def test_what_comes_in_time_is_passed_on_and_then_the_deadline_is_told() -> None:
     async def scenario() -> None:
         source = Source()
-        events = until(source.events(), now_s() + 0.05)
+        events = until(source.events(), now_s() + 0.05, UNTOLD)
         assert [await anext(events), await anext(events)] == [1, 2]
         with pytest.raises(DeadlineError):
             await anext(events)
@@ -50,7 +53,7 @@ def test_a_source_that_ends_has_no_deadline_any_more() -> None:
         yield 1
 
     async def scenario() -> list[int]:
-        found = [event async for event in until(short(), now_s() + 0.02)]
+        found = [event async for event in until(short(), now_s() + 0.02, UNTOLD)]
         await asyncio.sleep(0.05)
         return found
 
@@ -62,7 +65,7 @@ def test_another_task_may_take_over() -> None:
 
     async def scenario() -> None:
         source = Source()
-        events = until(source.events(), now_s() + 0.05)
+        events = until(source.events(), now_s() + 0.05, UNTOLD)
         assert await asyncio.create_task(anext(events)) == 1  # type: ignore[arg-type]
         assert await anext(events) == 2
         with pytest.raises(DeadlineError):
@@ -77,7 +80,7 @@ def test_who_is_cancelled_by_somebody_else_is_not_told_of_a_deadline() -> None:
         source = Source()
 
         async def follow() -> None:
-            async for _ in until(source.events(), now_s() + 60):
+            async for _ in until(source.events(), now_s() + 60, UNTOLD):
                 pass
 
         task = asyncio.create_task(follow())
@@ -86,5 +89,28 @@ def test_who_is_cancelled_by_somebody_else_is_not_told_of_a_deadline() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert source.is_closed
+
+    asyncio.run(scenario())
+
+
+def test_who_follows_is_told_each_event_and_the_deadline() -> None:
+    told: list[object] = []
+
+    @contextmanager
+    def following() -> Iterator[Callable[[int], None]]:
+        try:
+            yield told.append
+        except DeadlineError as error:
+            told.append(error)
+            raise
+
+    async def scenario() -> None:
+        events = until(Source().events(), now_s() + 0.05, following())
+        for event in (1, 2):
+            assert await anext(events) == event
+            assert told[-1] == event
+        with pytest.raises(DeadlineError) as late:
+            await anext(events)
+        assert told == [1, 2, late.value]
 
     asyncio.run(scenario())

@@ -69,8 +69,19 @@ GENERATION = TokensAsked([[1, 2, 3], [4]], SAMPLING, None, "exits", "mine", "sal
 CLASSIFICATION = ClassesAsked([[1, 2], [3]], 0.9, "mine", None)
 
 
-def ask(links: WorkerLinks, asked: TokensAsked = GENERATION) -> Arriving[TokenEvent]:
-    return links.ask("worker-0", asked, partial(unpacked, asked.request_id))
+def ask(
+    links: WorkerLinks, asked: TokensAsked = GENERATION, worker: str = "worker-0"
+) -> Arriving[TokenEvent]:
+    unpack = partial(unpacked, asked.request_id)
+    arriving = Arriving(asked.completions, unpack, lambda event: event.finish_reason is not None)
+    links.ask(worker, asked, arriving)
+    return arriving
+
+
+def ask_classes(links: WorkerLinks) -> Arriving[ClassifiedText]:
+    arriving = Arriving(CLASSIFICATION.completions, unpacked_text, lambda _: True)
+    links.ask("worker-0", CLASSIFICATION, arriving)
+    return arriving
 
 
 @pytest.mark.parametrize(
@@ -81,7 +92,7 @@ def test_a_worker_is_asked_what_was_sent(wish: Any) -> None:
         worker = await connected(links, address)
         ask(links, replace(GENERATION, kv_mode=wish))
         assert (await worker.call()).asked == replace(GENERATION, kv_mode=wish)
-        links.ask("worker-0", CLASSIFICATION, unpacked_text)
+        ask_classes(links)
         await worker.has(worker.calls, 2)
         assert (await worker.call()).asked == CLASSIFICATION
 
@@ -92,7 +103,8 @@ def test_tokens_come_as_they_were_sent_and_those_of_one_step_together() -> None:
     async def scenario(links: WorkerLinks, address: WireAddress) -> None:
         worker, mine, gone = await connected(links, address), ask(links), ask(links)
         await worker.has(worker.calls, 2)
-        links.hang_up("worker-0", gone, is_over=True)
+        gone.unfinished = 0
+        links.hang_up("worker-0", gone)
         for call in worker.calls:
             call.accept()
             for place, event in ((0, PLAIN), (2, FULL)):
@@ -101,6 +113,7 @@ def test_tokens_come_as_they_were_sent_and_those_of_one_step_together() -> None:
         assert await mine.take() == []
         came = await mine.take()
         assert came == [(0, PLAIN), (2, FULL)]
+        assert (mine.unfinished, mine.is_over) == (GENERATION.completions - 1, False)
         stats = came[1][1].stats
         assert stats is not None
         assert stats.energy == ENERGY  # which is not compared with the other fields
@@ -111,12 +124,13 @@ def test_tokens_come_as_they_were_sent_and_those_of_one_step_together() -> None:
 def test_what_became_of_texts_comes_as_it_was_sent() -> None:
     async def scenario(links: WorkerLinks, address: WireAddress) -> None:
         worker = await connected(links, address)
-        arriving = links.ask("worker-0", CLASSIFICATION, unpacked_text)
+        arriving = ask_classes(links)
         call = await worker.call()
         for place, text in ((1, TEXT), (0, replace(TEXT, energy=None))):
             call.answer(packed_text(call.number, place, text), is_last=True)
         call.flush()
         assert await arriving.take() == [(1, TEXT), (0, replace(TEXT, energy=None))]
+        assert arriving.is_over
         assert not worker.wire.calls
 
     run(scenario)
@@ -128,9 +142,10 @@ def test_a_worker_is_told_once_of_who_gives_up_and_not_of_what_is_over() -> None
         given_up, over, late = (ask(links) for _ in range(3))
         await worker.has(worker.calls, 3)
         for arriving in (given_up, given_up):
-            links.hang_up("worker-0", arriving, is_over=False)
-        links.hang_up("worker-0", over, is_over=True)
-        links.hang_up("worker-0", late, is_over=False)
+            links.hang_up("worker-0", arriving)
+        over.unfinished = 0
+        links.hang_up("worker-0", over)
+        links.hang_up("worker-0", late)
         await worker.has(worker.given_up, 2)
         assert worker.given_up == [given_up.number, late.number]
         assert list(worker.wire.calls) == [over.number]
@@ -190,7 +205,7 @@ def test_a_broken_connection_ends_its_workers_requests_alone() -> None:
     async def scenario(links: WorkerLinks, address: WireAddress) -> None:
         worker, mine = await connected(links, address), ask(links)
         await connected(links, address, "worker-1")
-        other = links.ask("worker-1", GENERATION, partial(unpacked, "mine"))
+        other = ask(links, worker="worker-1")
         call = await worker.call()
         call.answer(packed(call.number, 0, PLAIN), is_last=False)
         worker.wire.flush()
@@ -201,7 +216,7 @@ def test_a_broken_connection_ends_its_workers_requests_alone() -> None:
         assert not isinstance(raised.value, SilentWorkerError)
         await worker.has(worker.given_up)
         assert links.reached() == {"worker-1"}
-        links.hang_up("worker-0", mine, is_over=False)
+        links.hang_up("worker-0", mine)
         waiting = asyncio.ensure_future(other.take())
         await asyncio.sleep(0)
         assert not waiting.done()
