@@ -97,7 +97,7 @@ class PoolBackend:
         """
         while not self._serving(app):
             await asyncio.sleep(_PAUSE_S)
-        report = next(each for each in self.reports() if each["app"] == app)
+        report = next(each for each in self._lately() if each["app"] == app)
         if self._encoder is None:
             self._encoder = PromptEncoder(self.tokenizer, report["context"])
         self.most_tokens, self._room = report["most_tokens"], model.room
@@ -127,7 +127,7 @@ class PoolBackend:
 
     def _serving(self, app: str) -> set[str]:
         """Workers of an application that have reported; those of another end what they have."""
-        return {report["replica"] for report in self.reports() if report["app"] == app}
+        return {report["replica"] for report in self._lately() if report["app"] == app}
 
     def _takers(self) -> set[str]:
         """Workers that take requests, if they have room."""
@@ -138,8 +138,7 @@ class PoolBackend:
         can = {
             worker for worker in self._takers() if self._places.load[worker] + count <= self._room
         }
-        newest_s = time.monotonic() - AWAKE_S
-        awake = {report["replica"] for at_s, report in self._heard.values() if at_s >= newest_s}
+        awake = {report["replica"] for report in self._lately(AWAKE_S)}
         return can & awake or can
 
     async def submit_all(
@@ -261,12 +260,15 @@ class PoolBackend:
     def reports(self) -> list[dict[str, Any]]:
         """What each worker said last, if it has said anything for some time."""
         kept, moved = self._places.kept, self._places.moved
-        oldest_s = time.monotonic() - FORGET_S
         return [
             report | {"kept": kept[report["replica"]], "moved": moved[report["replica"]]}
-            for heard_s, report in self._heard.values()
-            if heard_s >= oldest_s
+            for report in self._lately()
         ]
+
+    def _lately(self, within_s: float = FORGET_S) -> list[dict[str, Any]]:
+        """What workers said in the last seconds, each what it said last."""
+        oldest_s = time.monotonic() - within_s
+        return [report for heard_s, report in self._heard.values() if heard_s >= oldest_s]
 
 
 def _is_last(event: TokenEvent) -> bool:

@@ -91,9 +91,10 @@ def test_vectors_and_tiles_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("inputs", [1, 15, 17, 31, 33, 79])
 def test_inputs_that_fill_no_vector_count_too(kind: str, inputs: int) -> None:
     whole_OI, matrix = matrix_of(kind, 6, inputs)
-    x_NI = numbers(3, inputs)
-    truth = x_NI.double() @ whole_OI.T + numbers(6, seed=2).double()
-    torch.testing.assert_close(matrix.product(x_NI).double(), truth, rtol=1e-5, atol=1e-5)
+    for rows in (3, 7):
+        x_NI = numbers(rows, inputs)
+        truth = x_NI.double() @ whole_OI.T + numbers(6, seed=2).double()
+        torch.testing.assert_close(matrix.product(x_NI).double(), truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

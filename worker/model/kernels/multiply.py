@@ -1,8 +1,9 @@
 """Products of few rows with a matrix, in whatever form its weights are kept: compiled vector code.
 
 Every sum runs over the inputs in one order, whatever number of rows is multiplied together: a row's
-bits depend on nothing but the row. Weights are read once, widened in registers, and the rows that
-follow are asked for ahead of time, which is what brings one row to the speed of memory.
+bits depend on nothing but the row. Weights are read once, in the order in which they lie as long as
+rows are few, widened in registers, and asked for ahead of time, which is what brings one row to the
+speed of memory.
 
 Shape suffixes: O outputs, I inputs, M rows, G groups of an output's weights.
 """
@@ -46,6 +47,9 @@ BLOCK = 32
 AHEAD = 2
 """Tiles ahead that int4's weights are asked for: so few bytes are read before memory answers."""
 
+STREAM_AHEAD = 2048
+"""Bytes ahead that weights are asked for which are read in the order in which they lie."""
+
 ONE = 0x3F800000
 """The bits of 1."""
 
@@ -59,6 +63,8 @@ class _Product(TiledCode):
     def __init__(self, builder: Any, kind: int, arguments: Any) -> None:
         super().__init__(builder)
         self.kind = kind
+        # int4's numbers take longer to unpack than to read: they gain by two outputs at once.
+        self.streams = kind != INT4
         (
             self.weights, self.stride, self.scales, self.in_groups, self.group, self.outputs,
             self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
@@ -180,9 +186,12 @@ class _Product(TiledCode):
                 self.b.store(self.fma(high, x_high, summed), part)
 
     def _ask_ahead(self, w_at: Any, column: Any) -> None:
-        """Let memory hand over what a tile soon reads in the same place."""
-        tiles = AHEAD if self.kind == INT4 else 1
-        ahead = self.b.add(column, self.times(self.stride, len(w_at) * tiles))
+        """Let memory hand over what the next tiles soon read."""
+        if self.streams and len(w_at) == 1:
+            ahead = self.b.add(column, whole_number(STREAM_AHEAD))
+        else:
+            tiles = AHEAD if self.kind == INT4 else 1
+            ahead = self.b.add(column, self.times(self.stride, len(w_at) * tiles))
         for row in w_at:
             self.ask_for(self.b.add(row, ahead))
 

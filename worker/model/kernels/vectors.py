@@ -120,14 +120,23 @@ class TiledCode(VectorCode):
 
     So a tile's weights stay in the first cache, and its sums in registers. A subclass has the
     numbers of ``outputs`` and ``rows``, and writes one tile.
+
+    Attributes:
+        streams: Whether outputs are taken one by one where all rows fit into a tile: weights are
+            then read in the order in which they lie, which AMD's processors do at up to three
+            times the speed of several rows of weights side by side.
     """
 
     outputs: Any
     rows: Any
+    streams = False
 
     def emit(self) -> None:
         """Write the product."""
         whole = self.b.and_(self.outputs, whole_number(-TILE))
+        if self.streams:
+            fit = self.b.icmp_signed("<=", self.rows, whole_number(TILE))
+            whole = self.b.select(fit, whole_number(0), whole)
         with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
             self._all_rows(TILE, o)
         with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
