@@ -56,6 +56,9 @@ ONE = 0x3F800000
 _ELEMENTS = {BITS: I16, FLOATS: F32, INT8: I8}
 _BYTES = {BITS: 2, FLOATS: 4, INT8: 1}
 
+_STREAMED = {FLOATS: 8, BITS: 4, INT8: 4, INT4: 0}
+"""See ``TiledCode``: the longer unpacking takes, the sooner several outputs at once gain."""
+
 
 class _Product(TiledCode):
     """Writes the code of one product: numba gives the addresses and sizes, LLVM the registers."""
@@ -63,8 +66,7 @@ class _Product(TiledCode):
     def __init__(self, builder: Any, kind: int, arguments: Any) -> None:
         super().__init__(builder)
         self.kind = kind
-        # int4's numbers take longer to unpack than to read: they gain by two outputs at once.
-        self.streams = kind != INT4
+        self.streamed = _STREAMED[kind]
         (
             self.weights, self.stride, self.scales, self.in_groups, self.group, self.outputs,
             self.inputs, self.x, self.sums, self.rows, self.y, self.y_stride,
@@ -187,7 +189,7 @@ class _Product(TiledCode):
 
     def _ask_ahead(self, w_at: Any, column: Any) -> None:
         """Let memory hand over what the next tiles soon read."""
-        if self.streams and len(w_at) == 1:
+        if self.streamed and len(w_at) == 1:
             ahead = self.b.add(column, whole_number(STREAM_AHEAD))
         else:
             tiles = AHEAD if self.kind == INT4 else 1

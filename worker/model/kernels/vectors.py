@@ -11,7 +11,7 @@ LANES = 16
 """Values that are multiplied at once."""
 
 TILE = 4
-"""Outputs, and rows at most, whose sums are kept in registers together."""
+"""Outputs, and rows, whose sums are kept in registers together."""
 
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(n) for n in (8, 16, 32, 64))
 FLOAT_LANES = ir.VectorType(F32, LANES)
@@ -122,21 +122,20 @@ class TiledCode(VectorCode):
     numbers of ``outputs`` and ``rows``, and writes one tile.
 
     Attributes:
-        streams: Whether outputs are taken one by one where all rows fit into a tile: weights are
-            then read in the order in which they lie, which AMD's processors do at up to three
-            times the speed of several rows of weights side by side.
+        streamed: Up to so many rows outputs are taken one by one: weights are then read in the
+            order in which they lie, which AMD's processors do at up to three times the speed of
+            several rows of weights side by side. 0 for none, else not below ``TILE``.
     """
 
     outputs: Any
     rows: Any
-    streams = False
+    streamed = 0
 
     def emit(self) -> None:
         """Write the product."""
         whole = self.b.and_(self.outputs, whole_number(-TILE))
-        if self.streams:
-            fit = self.b.icmp_signed("<=", self.rows, whole_number(TILE))
-            whole = self.b.select(fit, whole_number(0), whole)
+        few = self.b.icmp_signed("<=", self.rows, whole_number(self.streamed))
+        whole = self.b.select(few, whole_number(0), whole)
         with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (o, _):
             self._all_rows(TILE, o)
         with cgutils.for_range_slice(self.b, whole, self.outputs, whole_number(1)) as (o, _):
@@ -151,14 +150,16 @@ class TiledCode(VectorCode):
         return outputs
 
     def _all_rows(self, outputs: int, o: Any) -> None:
-        whole = self.b.and_(self.rows, whole_number(-TILE))
-        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(TILE)) as (m, _):
+        most = max(self.streamed, TILE) if outputs == 1 else TILE
+        whole = self.b.and_(self.rows, whole_number(-most))
+        with cgutils.for_range_slice(self.b, whole_number(0), whole, whole_number(most)) as (m, _):
             step = self.outputs_at_once(outputs)
             for first in range(0, outputs, step):
-                self.tile(step, TILE, self.b.add(o, whole_number(first)), m)
-        for count, first in ((2, whole), (1, self.b.and_(self.rows, whole_number(-2)))):
+                self.tile(step, most, self.b.add(o, whole_number(first)), m)
+        for count in (each for each in (4, 2, 1) if each < most):
             bit = self.b.and_(self.rows, whole_number(count))
             with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
+                first = self.b.and_(self.rows, whole_number(-2 * count))
                 self.tile(outputs, count, o, first)
 
 
