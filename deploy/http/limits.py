@@ -120,8 +120,8 @@ async def until(
 
     timer = asyncio.get_running_loop().call_at(end_s, stop)
     try:
-        with following as told:
-            async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+        async with aclosing(events):  # type: ignore[type-var]  # async generators have aclose
+            with following as told:
                 while not late.is_set():
                     # Whoever asks for the next event may be another task than before.
                     waiting = task = _current_task()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import httpx
@@ -12,7 +13,9 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from offramp.deploy.http.generation import _line, _Reply
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.shapes.replies import ChatStyle, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine
 from offramp.worker.decoding.request import TokenEvent
@@ -98,3 +101,29 @@ def test_usage_is_null_until_the_last_chunk_if_asked_for(
     assert [chunk["usage"] for chunk in before] == [None] * 3
     assert last["usage"]["completion_tokens"] == 3
     assert all("usage" not in chunk for chunk in chunks(streamed(app, ask)))
+
+
+COMMON: dict[str, Any] = {"id": "x", "created": 1, "model": 'a "model"', "prompt_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        CompletionStyle(**COMMON),
+        CompletionStyle(**COMMON, counts=True),
+        CompletionStyle(**COMMON, prompt_only=True),
+        CompletionStyle(**COMMON, stats=True),
+        ChatStyle(**COMMON),
+        ChatStyle(**COMMON, counts=True),
+    ],
+)
+def test_what_is_encoded_once_for_all_chunks_says_what_each_would(style: ReplyStyle) -> None:
+    reply = _Reply(style, 2, events=None)  # type: ignore[arg-type]  # none are waited for
+    texts = ("first", 'a "quote"\n', "", "ü\u2028\\", "last")
+    for place, text in enumerate(texts):
+        for index in (0, 1):
+            event = TokenEvent("x", place, text, 3 + index, 0, None, text_offset=place)
+            if text == "last":
+                event = replace(event, finish_reason="length")
+            expected = _line(style.chunk(index, event, first=not place))
+            assert reply._chunks([(index, event)]) == expected

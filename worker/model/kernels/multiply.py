@@ -1,9 +1,9 @@
 """Products of few rows with a matrix, in whatever form its weights are kept: compiled vector code.
 
 Every sum runs over the inputs in one order, whatever number of rows is multiplied together: a row's
-bits depend on nothing but the row. Weights are read once, in the order in which they lie as long as
-rows are few, widened in registers, and asked for ahead of time, which is what brings one row to the
-speed of memory.
+bits depend on nothing but the row. Weights come from memory once, for few rows (but of int4) in the
+order in which they lie, are widened in registers, and asked for ahead of time, which is what brings
+one row near the speed of memory.
 
 Shape suffixes: O outputs, I inputs, M rows, G groups of an output's weights.
 """

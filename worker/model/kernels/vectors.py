@@ -124,7 +124,7 @@ class TiledCode(VectorCode):
     Attributes:
         streamed: Up to so many rows outputs are taken one by one: weights are then read in the
             order in which they lie, which AMD's processors do at up to three times the speed of
-            several rows of weights side by side. 0 for none, else not below ``TILE``.
+            several rows of weights side by side. 0, or a power of two that is not below ``TILE``.
     """
 
     outputs: Any
@@ -156,7 +156,8 @@ class TiledCode(VectorCode):
             step = self.outputs_at_once(outputs)
             for first in range(0, outputs, step):
                 self.tile(step, most, self.b.add(o, whole_number(first)), m)
-        for count in (each for each in (4, 2, 1) if each < most):
+        for power in reversed(range(most.bit_length() - 1)):
+            count = 1 << power
             bit = self.b.and_(self.rows, whole_number(count))
             with self.b.if_then(self.b.icmp_signed("!=", bit, whole_number(0))):
                 first = self.b.and_(self.rows, whole_number(-2 * count))
