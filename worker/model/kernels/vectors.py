@@ -123,8 +123,8 @@ class TiledCode(VectorCode):
 
     Attributes:
         streamed: Up to so many rows outputs are taken one by one: weights are then read in the
-            order in which they lie, which AMD's processors do at up to three times the speed of
-            several rows of weights side by side. 0, or a power of two that is not below ``TILE``.
+            order in which they lie, which an AMD EPYC was seen to do at up to three times the speed
+            of four outputs' side by side. 0, or a power of two that is not below ``TILE``.
     """
 
     outputs: Any
