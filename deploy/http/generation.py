@@ -289,7 +289,7 @@ class _Reply:
             return _line(self.style.chunk(index, event, first=len(events) == 1))
         around = self._around.get(index)
         if around is None:
-            blank = self.style.chunk(index, replace(event, text=BLANK), first=False)
+            blank = self.style.chunk(index, event._replace(text=BLANK), first=False)
             around = self._around[index] = _line(blank).split(to_json(BLANK))
         return to_json(event.text).join(around)
 

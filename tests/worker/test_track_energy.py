@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +16,13 @@ from offramp.controller.watching.guardrails import Guardrails, PolicyWatch
 from offramp.worker import AdaptiveEngine, SamplingParams
 from offramp.worker.decoding.request import CompletionStats, KVMode, PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
-from offramp.worker.energy.step_meter import BATCH_TOKENS, BusyCores, StepMeter, serving_source
+from offramp.worker.energy.step_meter import (
+    BATCH_TOKENS,
+    MOST_READING,
+    BusyCores,
+    StepMeter,
+    serving_source,
+)
 from offramp.worker.energy.track_meter import TrackMeter
 from offramp.worker.engine.engine_config import EngineConfig
 from support.cost_tables import OneJoule
@@ -49,6 +57,7 @@ def decode(
     also: tuple[PolicySnapshot, ...] = (),
     kv_mode: KVMode = "project",
     sampling: SamplingParams = LONG,
+    most_reading: float = math.inf,
 ) -> Decoded:
     """Decode one request under each snapshot, in the same steps."""
     made = engine()
@@ -56,7 +65,7 @@ def decode(
     def watches() -> Iterator[PolicyWatch]:
         return (each.watch for each in tracks if each.watch is not None)
 
-    meter = TrackMeter(made, meter_source, watches)  # type: ignore[arg-type]
+    meter = TrackMeter(made, meter_source, watches, most_reading)  # type: ignore[arg-type]
     for each in (*tracks, *also):
         made.submit([5, 6], sampling, each, kv_mode=kv_mode)
     steps, ends = 0, []
@@ -111,8 +120,21 @@ def test_where_nothing_can_be_read_nothing_is_said() -> None:
 
 def test_a_slow_counter_is_read_seldom() -> None:
     source = OneJoule(slow_s=0.05)
-    steps = decode(source, snapshots()).steps
+    steps = decode(source, snapshots(), most_reading=MOST_READING).steps
     assert 1 <= source.looks < steps / 4
+
+
+def test_what_is_made_of_a_reading_counts_as_reading() -> None:
+    meter, read = StepMeter(OneJoule()), 0
+
+    def charge(*_: object) -> None:
+        nonlocal read
+        read += 1
+        time.sleep(0.02)
+
+    for _ in range(100):
+        meter.run(lambda: time.sleep(0.001), lambda _: 1, charge)
+    assert read == 1  # it took 20 % of the steps' time
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "verify"])
@@ -130,7 +152,8 @@ def test_what_requests_took_adds_up_to_what_was_read(kv_mode: KVMode) -> None:
 
 
 def test_steps_that_were_not_read_are_taken_to_need_as_much_per_layer() -> None:
-    found = decode(OneJoule(slow_s=0.05), (), also=(replace(snapshots()[0], watch=None),))
+    slow, request = OneJoule(slow_s=0.05), replace(snapshots()[0], watch=None)
+    found = decode(slow, (), also=(request,), most_reading=MOST_READING)
     [(joules, tokens)], [stats] = found.totals.values(), found.ends
     share = shared(stats)
     assert share.read_share == tokens * LAYERS / stats.layer_calls < 0.25

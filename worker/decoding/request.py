@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -192,8 +192,7 @@ class CompletionStats:
     energy: EnergyShare | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One emitted token, as its caller is told of it.
 
     Attributes:

@@ -85,4 +85,4 @@ class RequestMeter:
         taken = self._taken.pop(event.request_id, None)
         if taken is None:
             return event
-        return replace(event, stats=replace(stats, energy=taken.share(stats)))
+        return event._replace(stats=replace(stats, energy=taken.share(stats)))

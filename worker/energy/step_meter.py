@@ -25,9 +25,6 @@ MOST_TRACKS = 4
 MOST_READING = 0.01
 """Share of the steps' time that may go to readings: sources that take longer are read at fewer."""
 
-READINGS = 5
-"""Readings that are made to learn what one costs."""
-
 Did = TypeVar("Did")
 
 log = logging.getLogger(__name__)
@@ -71,6 +68,7 @@ class StepMeter:
 
     Args:
         source: Is read before and after a step.
+        most_reading: Share of the steps' time that may go to readings, and to charging them.
 
     Attributes:
         totals: Joules of all steps that were read, and what they made (tokens, or classified
@@ -78,38 +76,55 @@ class StepMeter:
             never added up.
     """
 
-    def __init__(self, source: EnergySource) -> None:
+    def __init__(self, source: EnergySource, most_reading: float = MOST_READING) -> None:
         self._source = source
+        self._most_reading = most_reading
         self.totals: dict[tuple[str, str], tuple[float, int]] = {}
         self._stepping_s = self._reading_s = 0.0
-        # The least, since a reading that the scheduler interrupts says nothing of the source.
-        self._cost_s = min(self._time_reading() for _ in range(READINGS))
+        self._stop(self._start(), 0.0)  # the first reading of many a counter takes longest
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step may be read."""
+        return self._reading_s <= self._most_reading * self._stepping_s
+
+    def pass_by(self, step: Callable[[], Did]) -> Did:
+        """Run a step that is not read; returns what it returned."""
+        begun_s = time.perf_counter()
+        did = step()
+        self._stepping_s += time.perf_counter() - begun_s
+        return did
 
     def run(
-        self, step: Callable[[], Did], made: Callable[[Did], int], *, is_charged: bool = True
+        self,
+        step: Callable[[], Did],
+        made: Callable[[Did], int],
+        charge: Callable[[EnergyReading, float], object] = lambda _, __: None,
     ) -> tuple[Did, EnergyReading | None]:
-        """Run a step.
+        """Run a step, and read what it takes if that is due.
 
         Args:
             step: What is run.
             made: How many tokens, or texts, came of it.
-            is_charged: False leaves it out, whatever it takes.
+            charge: Told the reading, and its joules, if they are known.
 
         Returns:
             What the step returned, and what it took, if that was read and is known.
         """
+        if not self.is_due:
+            return self.pass_by(step), None
         start_s = time.perf_counter()
-        is_due = self._reading_s <= MOST_READING * self._stepping_s
-        reading = None
-        if is_charged and is_due:
-            begun, begun_s = self._start(), time.perf_counter()
-            did = step()
-            reading = self._counted(self._stop(begun, time.perf_counter() - begun_s), made(did))
-            self._reading_s += self._cost_s
-        else:
-            did = step()
-        self._stepping_s += time.perf_counter() - start_s
-        return did, reading
+        begun, begun_s = self._start(), time.perf_counter()
+        did = step()
+        took_s = time.perf_counter() - begun_s
+        reading = self._stop(begun, took_s)
+        if reading.joules is not None:
+            self._count(reading, reading.joules, made(did))
+            charge(reading, reading.joules)
+        # As long as it took, not as a reading in a loop: after a step its code and data are cold.
+        self._reading_s += time.perf_counter() - start_s - took_s
+        self._stepping_s += took_s
+        return did, None if reading.joules is None else reading
 
     def _start(self) -> Any:
         try:
@@ -130,18 +145,10 @@ class StepMeter:
         log.warning("energy is not read any more: %r", error)
         self._source = NoSource(f"it failed: {error}")
 
-    def _time_reading(self) -> float:
-        start_s = time.perf_counter()
-        self._source.stop(self._source.start(), 0.0)
-        return time.perf_counter() - start_s
-
-    def _counted(self, reading: EnergyReading, made: int) -> EnergyReading | None:
-        if reading.joules is None:
-            return None
+    def _count(self, reading: EnergyReading, joules: float, made: int) -> None:
         read = reading.method.value, reading.source
-        joules, before = self.totals.get(read, (0.0, 0))
-        self.totals[read] = joules + reading.joules, before + made
-        return reading
+        before, made_before = self.totals.get(read, (0.0, 0))
+        self.totals[read] = before + joules, made_before + made
 
 
 @dataclass(slots=True)

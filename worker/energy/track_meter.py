@@ -15,7 +15,7 @@ from offramp.controller.watching.tally import Tally
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.energy.meter import EnergySource
 from offramp.worker.energy.request_meter import Charge, RequestMeter, charges
-from offramp.worker.energy.step_meter import StepMeter, TrackBatches
+from offramp.worker.energy.step_meter import MOST_READING, StepMeter, TrackBatches
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import Step
 
@@ -27,14 +27,19 @@ class TrackMeter:
         engine: Its steps are charged.
         source: Is read before and after each.
         watches: The watches of the releases that run now.
+        most_reading: See ``StepMeter``.
     """
 
     def __init__(
-        self, engine: EngineCore, source: EnergySource, watches: Callable[[], Iterator[PolicyWatch]]
+        self,
+        engine: EngineCore,
+        source: EnergySource,
+        watches: Callable[[], Iterator[PolicyWatch]],
+        most_reading: float = MOST_READING,
     ) -> None:
         self._engine = engine
         self._watches = watches
-        self._steps = StepMeter(source)
+        self._steps = StepMeter(source, most_reading)
         self._requests = RequestMeter()
         self._tracks = TrackBatches()
 
@@ -44,14 +49,18 @@ class TrackMeter:
         return self._steps.totals
 
     def __call__(self, step: Step) -> list[TokenEvent]:
-        """Run a step and charge it; returns its events."""
+        """Run a step, and charge it if it is read; returns its events."""
+        if self._engine.is_prefilling or not self._steps.is_due:
+            return self._requests.told(self._steps.pass_by(step))
         tallies = [(watch.tally, watch.tally.tokens) for watch in self._watches()]
         rows = [(row, row.calls) for row in self._engine.running]
-        events, reading = self._steps.run(step, len, is_charged=not self._engine.is_prefilling)
-        if reading is not None:
-            charged = charges(reading.joules or 0.0, [(row, row.calls - had) for row, had in rows])
+
+        def charge(reading: EnergyReading, joules: float) -> None:
+            charged = charges(joules, [(row, row.calls - had) for row, had in rows])
             self._requests.charge(reading, charged)
             self._charge_tracks(reading, charged, tallies)
+
+        events, _ = self._steps.run(step, len, charge)
         return self._requests.told(events)
 
     def _charge_tracks(

@@ -58,7 +58,7 @@ class EngineService:
         self._around = around
         self.max_waiting = max_waiting
         self.tokens_emitted = 0
-        self._commands: queue.Queue[Submit | Cancel | None] = queue.Queue()
+        self._commands: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
         self._listeners: dict[str, Listener] = {}
         self._last_step_s = time.monotonic()
         self._has_ended = False
@@ -204,11 +204,8 @@ class EngineService:
 
     def _obey(self, *, block: bool) -> bool:
         """Carry out queued commands; False once told to stop."""
-        while True:
-            try:
-                command = self._commands.get(block=block)
-            except queue.Empty:
-                return True
+        while block or not self._commands.empty():
+            command = self._commands.get()
             block = False  # one command wakes an idle thread; the rest are taken as they lie
             if command is None:
                 return False
@@ -218,6 +215,7 @@ class EngineService:
                     self._listeners.pop(request_id, None)
             else:
                 self._accept(command)
+        return True
 
     def _accept(self, command: Submit) -> None:
         if not command.accepted.set_running_or_notify_cancel():

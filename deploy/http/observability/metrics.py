@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -36,6 +37,9 @@ WHOLE_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
            240.0, 480.0, 960.0, 1920.0, 7680.0)
 """Buckets of what a completion takes, or waits, in all."""
 # fmt: on
+
+
+Each = TypeVar("Each", "_Counter", "_Histogram")
 
 
 class Metrics:
@@ -77,22 +81,32 @@ class _Families:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, _Histograms] = {}
+        self._counted: dict[str, _Counted] = {}
+        self.ended = Counter(
+            PREFIX + "request_success",
+            "Completions by their end; abort, error: not a success",
+            ("model_name", "finished_reason"),
+            registry=registry,
+        )
 
-    def counter(self, name: str, text: str, *labels: str) -> Counter:
-        """Make a counter, or find it, with these labels beside the model's name."""
-        if name not in self._counters:
-            names = ("model_name", *labels)
-            self._counters[name] = Counter(PREFIX + name, text, names, registry=self._registry)
-        return self._counters[name]
+    def counter(self, name: str, text: str, model: str) -> _Counter:
+        """Make one model's counter."""
+        return self._add(name, model, _Counter(), CounterMetricFamily, text)
 
     def histogram(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> _Histogram:
         """Make one model's histogram."""
-        if name not in self._histograms:
-            self._histograms[name] = family = _Histograms(PREFIX + name, text)
-            self._registry.register(family)
-        return self._histograms[name].of(model, bounds)
+        return self._add(name, model, _Histogram(bounds), HistogramMetricFamily, text)
+
+    def _add(
+        self, name: str, model: str, metric: Each, family: Callable[..., Any], text: str
+    ) -> Each:
+        if name not in self._counted:
+            self._counted[name] = found = _Counted(
+                partial(family, PREFIX + name, text, labels=("model_name",))
+            )
+            self._registry.register(found)
+        self._counted[name].by_model[model] = metric
+        return metric
 
 
 class ModelMetrics:
@@ -110,8 +124,8 @@ class ModelMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
             return families.histogram(name, text, model, buckets)
 
-        def counter(name: str, text: str) -> Counter:
-            return families.counter(name, text).labels(model)
+        def counter(name: str, text: str) -> _Counter:
+            return families.counter(name, text, model)
 
         self._first = histogram("time_to_first_token_seconds", "To the first token", FIRST_S)
         self._gap = histogram("inter_token_latency_seconds", "Between two tokens", GAP_S)
@@ -130,12 +144,7 @@ class ModelMetrics:
         self._full = counter("layers_full_depth", "Layers of the same tokens at full depth")
         self._drafts = counter("spec_decode_num_draft_tokens", "Tokens drafted")
         self._accepted = counter("spec_decode_num_accepted_tokens", "Drafts confirmed")
-        ended = families.counter(
-            "request_success",
-            "Completions by their end; abort, error: not a success",
-            "finished_reason",
-        )
-        self._ended = partial(ended.labels, model)
+        self._ended = partial(families.ended.labels, model)
 
     @contextmanager
     def following(self, completions: int, began_s: float) -> Iterator[Callable[[Tokens], None]]:
@@ -207,6 +216,21 @@ class ModelMetrics:
         self._accepted.inc(stats.drafts_accepted)
 
 
+class _Counter:
+    """Counts, for one thread: without the locks that prometheus_client's has, as ``_Histogram``."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def inc(self, by: int = 1) -> None:
+        """Count so many more."""
+        self._count += by
+
+    def add_to(self, family: CounterMetricFamily, model: str) -> None:
+        """Tell what was counted."""
+        family.add_metric((model,), self._count)
+
+
 class _Histogram:
     """Counts values by bucket, for one thread: without the locks that prometheus_client's has.
 
@@ -230,20 +254,15 @@ class _Histogram:
         family.add_metric((model,), buckets, self._sum)
 
 
-class _Histograms(Collector):
-    """Tells the histograms of one name, a model each."""
+class _Counted(Collector):
+    """Tells the metrics of one name, a model each."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self._name, self._text = name, text
-        self._by_model: dict[str, _Histogram] = {}
-
-    def of(self, model: str, bounds: tuple[float, ...]) -> _Histogram:
-        """Make the histogram of one model."""
-        self._by_model[model] = histogram = _Histogram(bounds)
-        return histogram
+    def __init__(self, family: Callable[[], Any]) -> None:
+        self._family = family
+        self.by_model: dict[str, _Counter | _Histogram] = {}
 
     def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
-        for model, histogram in self._by_model.items():
-            histogram.add_to(family, model)
+        family = self._family()
+        for model, metric in self.by_model.items():
+            metric.add_to(family, model)
         yield family

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
 
 from offramp.controller.costs.readings import EnergyMethod, EnergyShare
 from offramp.controller.errors import DecodeFailedError, OfframpError, OverloadedError, RequestError
@@ -31,8 +32,6 @@ ACCEPTED, FAILED, LEAVING = -1, -2, -3
 """Places of what is no part of an answer: a request was accepted, or it ends with an error, or, of
 no request, the worker takes no more."""
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-
 
 @dataclass(frozen=True, slots=True)
 class WireAddress:
@@ -41,11 +40,14 @@ class WireAddress:
     Attributes:
         host, port: Where it can be reached.
         secret: Shows that a worker belongs to its pool.
+        local: Name of a socket where it can be reached on its own machine, at half the cost of a
+            connection over the network; "" where there is none.
     """
 
     host: str
     port: int
     secret: str
+    local: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,31 @@ class Inflow:
                 return
             body = bytes(self._data[LENGTH_BYTES:end])
             del self._data[:end]
-            yield json.loads(body)
+            yield _read(body)
 
 
 def framed(message: Sequence[Any]) -> bytes:
     """A message as it goes over a connection."""
-    body = _encode(message).encode()
+    body = _written(message)
     return len(body).to_bytes(LENGTH_BYTES) + body
+
+
+# pydantic's JSON takes a fifth of the time of json's, which is much where a token takes a few
+# milliseconds; but it knows no half of a surrogate pair, which a text may hold.
+
+
+def _written(message: Sequence[Any]) -> bytes:
+    try:
+        return to_json(message)
+    except ValueError:
+        return json.dumps(message).encode()
+
+
+def _read(body: bytes) -> Any:
+    try:
+        return from_json(body)
+    except ValueError:
+        return json.loads(body)
 
 
 def asking(number: int, asked: Asked) -> list[Any]:

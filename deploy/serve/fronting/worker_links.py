@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
@@ -124,14 +125,20 @@ class WorkerLinks:
         self._secret = secrets.token_hex(32)
         self._numbers = itertools.count()
         self._links: dict[str, _Link] = {}
+        self._servers: list[asyncio.Server] = []  # uvloop's end with the last reference to them
         self._watching: asyncio.Task[None] | None = None
 
     async def listen(self, host: str) -> WireAddress:
-        """Begin to listen, at any port of an address."""
+        """Begin to listen, at any port of an address, and for this machine's own at a socket."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: _Link(self), host, 0)
+        self._servers = [server]
+        local = ""
+        if sys.platform == "linux":  # whose sockets may have a name that is no file's
+            local = f"\0offramp-{secrets.token_hex(16)}"
+            self._servers.append(await loop.create_unix_server(lambda: _Link(self), local))
         self._watching = asyncio.create_task(self._watch())
-        return WireAddress(host, server.sockets[0].getsockname()[1], self._secret)
+        return WireAddress(host, server.sockets[0].getsockname()[1], self._secret, local)
 
     def reached(self) -> set[str]:
         """Workers that are connected, not silent, and not about to end."""

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import select
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -128,9 +129,7 @@ class WorkerWire:
         self._is_healthy = is_healthy
         self._waiting: deque[list[Any]] = deque()
         self._sending = threading.Lock()
-        self._socket = socket.create_connection((address.host, address.port), CONNECT_S)
-        self._socket.settimeout(UNREAD_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = _connected(address)
         self._send([address.secret, worker])
         threading.Thread(target=self._listen, name="offramp-wire", daemon=True).start()
 
@@ -209,3 +208,28 @@ class WorkerWire:
                 _logger.exception("a request could not be begun")
             self.add(failed(number, error))
             self.flush()
+
+
+def _connected(address: WireAddress) -> socket.socket:
+    """A connection to a front, which gives up sending where nothing is read for ``UNREAD_S``."""
+    found = _connected_here(address.local) if address.local else None
+    if found is None:
+        found = socket.create_connection((address.host, address.port), CONNECT_S)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The system's own timeout: for Python's it is asked before each sending whether one may.
+    found.settimeout(None)
+    limit = struct.pack("ll", round(UNREAD_S), 0)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    return found
+
+
+def _connected_here(name: str) -> socket.socket | None:
+    """A connection to a front of this machine, or of its container; None if it is another's."""
+    found = socket.socket(socket.AF_UNIX)
+    try:
+        found.settimeout(CONNECT_S)
+        found.connect(name)
+    except OSError:
+        found.close()
+        return None
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import httpx
@@ -124,6 +123,6 @@ def test_what_is_encoded_once_for_all_chunks_says_what_each_would(style: ReplySt
         for index in (0, 1):
             event = TokenEvent("x", place, text, 3 + index, 0, None, text_offset=place)
             if text == "last":
-                event = replace(event, finish_reason="length")
+                event = event._replace(finish_reason="length")
             expected = _line(style.chunk(index, event, first=not place))
             assert reply._chunks([(index, event)]) == expected

@@ -230,7 +230,7 @@ def test_one_that_has_sent_a_token_is_not_begun_again() -> None:
         task = pool.ask(SamplingParams(max_tokens=2))
         [(_, call)] = await pool.asked()
         call.accept()
-        call.answer(packed(call.number, 0, replace(LAST, finish_reason=None)), is_last=False)
+        call.answer(packed(call.number, 0, LAST._replace(finish_reason=None)), is_last=False)
         call.flush()
         await asyncio.sleep(0.05)
         await pool.add("b")

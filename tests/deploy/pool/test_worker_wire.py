@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -197,6 +198,24 @@ def test_a_request_that_cannot_be_begun_or_read_ends_alone() -> None:
         call.flush()
         assert await mine.take() == []
         assert list(worker.wire.calls) == [mine.number]
+
+    run(scenario)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has sockets named like no file")
+def test_a_worker_connects_at_its_machines_socket_or_over_the_network_to_another_machines() -> None:
+    async def scenario(links: WorkerLinks, address: WireAddress) -> None:
+        elsewhere = replace(address, local="\0of another machine")
+        here = replace(address, port=0)
+        for number, each in enumerate((here, elsewhere, replace(address, local=""))):
+            name = f"worker-{number}"
+            worker, mine = await connected(links, each, name), ask(links, worker=name)
+            is_local = worker.wire._socket.family == socket.AF_UNIX
+            assert is_local == (each is here)
+            call = await worker.call()
+            call.answer(packed(call.number, 0, FULL), is_last=True)
+            call.flush()
+            assert await mine.take() == [(0, FULL)]
 
     run(scenario)
 

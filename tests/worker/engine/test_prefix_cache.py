@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +187,7 @@ def test_short_prompts_share_beginnings_of_32_64_and_128_tokens_bit_for_bit() ->
         prompt = [*text[:shared], *range(1, 40)]
         fresh = AdaptiveEngine(model, slots=1, config=config)
         ours, theirs = (list(each.stream(prompt, SAMPLING)) for each in (engine, fresh))
-        assert [replace(event, request_id="r0") for event in ours] == theirs
+        assert [event._replace(request_id="r0") for event in ours] == theirs
         found.append(known(ours))
     assert found == [0, 32, 64, 128]
 
