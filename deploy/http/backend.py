@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -18,6 +18,28 @@ from offramp.worker.engine.service import EngineService
 
 Tokens = list[tuple[int, TokenEvent]]
 """Events that came together, each with the index of the choice that it belongs to."""
+
+
+class Direct:
+    """A way for tokens past whoever waits for them, from the second on.
+
+    To wake the task that answers, through all that surrounds a route, costs as much as to send.
+
+    Attributes:
+        told: Is told what went this way.
+        write: Sends tokens at once, and says whether it could; None while none may go this way.
+    """
+
+    def __init__(self) -> None:
+        self.told: Callable[[Tokens], object] = lambda _: None
+        self.write: Callable[[Tokens], bool] | None = None
+
+    def take(self, tokens: Tokens) -> bool:
+        """Send tokens, unless they have to be waited for; returns whether they were sent."""
+        if self.write is None or not self.write(tokens):
+            return False
+        self.told(tokens)
+        return True
 
 
 class WorkerLostError(DecodeFailedError):
@@ -82,11 +104,13 @@ class Backend(Pool, Protocol):
         prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
+        direct: Direct,
     ) -> AsyncIterator[Tokens]:
         """Queue ``sampling.n`` requests per prompt, in order.
 
         While a canary runs, the id decides which policy all of them run under. What is kept of
-        prompts is shared by requests with the same salt.
+        prompts is shared by requests with the same salt. Tokens that come while the iterator is
+        waited for may go the direct way instead, but for those that end a request.
 
         Returns:
             Their events as they come, with the indices of their requests. An async generator;
@@ -197,6 +221,7 @@ class EngineBackend:
         prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
+        direct: Direct,
     ) -> AsyncIterator[Tokens]:
         """Queue requests; see ``Backend``."""
         requests, events = await self.service.submit_all(

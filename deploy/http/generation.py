@@ -4,48 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic_core import to_json
+from fastapi.responses import Response
 
-from offramp.controller.errors import OfframpError
 from offramp.deploy.clients.quotas import Quotas
-from offramp.deploy.http.backend import Backend, Tokens
+from offramp.deploy.http.backend import Backend, Direct, Tokens
 from offramp.deploy.http.chat_prompts import encode_conversation
-from offramp.deploy.http.error_replies import error_body
 from offramp.deploy.http.limits import DeadlineError, HttpLimits, until, wish_within
 from offramp.deploy.http.observability.access_log import REQUEST_ID
 from offramp.deploy.http.observability.metrics import ModelMetrics
 from offramp.deploy.http.observability.tracing import Spans
+from offramp.deploy.http.reply import WRITE, Events, Reply
 from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
-from offramp.deploy.http.shapes.replies import ChatStyle, Choice, CompletionStyle, ReplyStyle
+from offramp.deploy.http.shapes.replies import ChatStyle, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
-from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.engine.admission import Prompt, prompt_text
-
-_logger = logging.getLogger(__name__)
-
-Events = AsyncIterator[Tokens]
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""
-
-UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Headers of an event stream, for proxies to pass each event on as it comes."""
-
-
-BLANK = uuid.uuid4().hex
-"""A text that nothing else in a chunk is equal to."""
 
 
 class Generation:
@@ -137,33 +122,42 @@ class Generation:
         self,
         style: ReplyStyle,
         choices: int,
-        submit: Callable[[], Awaitable[Events]],
+        submit: Callable[..., Awaitable[Events]],
         began_s: float,
         body: DecodingFields,
         request: Request,
     ) -> Response:
         """A reply, given up if its client hangs up before it is there, or before it is accepted."""
+        direct = Direct()
 
         async def answered() -> Response:
             left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
             try:
                 async with asyncio.timeout(left_s):
-                    accepted = await submit()
+                    accepted = await submit(direct=direct)
             except TimeoutError as error:
                 raise DeadlineError("the request's deadline has passed") from error
-            events = self._followed(accepted, choices, began_s, request)
-            reply = _Reply(style, choices, events)
-            return await (reply.stream() if body.stream else reply.whole())
+            left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
+            end_s = asyncio.get_running_loop().time() + left_s
+            following = self._following(choices, began_s, request, direct)
+            reply = Reply(style, choices, until(accepted, end_s, following))
+            if not body.stream:
+                return await reply.whole()
+            write = request.scope.get("extensions", {}).get(WRITE)
+            return await reply.stream(direct, write)
 
         return await _unless_gone(answered(), request)
 
-    def _followed(self, events: Events, choices: int, began_s: float, request: Request) -> Events:
-        left_s = self._limits.deadline_s - (time.perf_counter() - began_s)
-        end_s = asyncio.get_running_loop().time() + left_s
-        return until(events, end_s, self._following(choices, began_s, request))
-
     @contextmanager
     def _following(
+        self, choices: int, began_s: float, request: Request, direct: Direct
+    ) -> Iterator[Callable[[Tokens], None]]:
+        with self._counting(choices, began_s, request) as count:
+            direct.told = count
+            yield count
+
+    @contextmanager
+    def _counting(
         self, choices: int, began_s: float, request: Request
     ) -> Iterator[Callable[[Tokens], None]]:
         with self._metrics.following(choices, began_s) as count:
@@ -240,60 +234,3 @@ async def _unless_gone(answered: Coroutine[Any, Any, Response], request: Request
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class _Reply:
-    def __init__(self, style: ReplyStyle, choices: int, events: Events) -> None:
-        self.style = style
-        self.events = events
-        self.choices: list[Choice] = [[] for _ in range(choices)]
-        # By choice, what comes before and after the text of each chunk: most differ in nothing
-        # else, and to encode all of each took a sixth of what the front does for a token.
-        self._around: dict[int, list[bytes]] = {}
-
-    async def whole(self) -> Response:
-        async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
-            async for tokens in self.events:
-                for index, event in tokens:
-                    self.choices[index].append(event)
-        return JSONResponse(self.style.reply(self.choices))
-
-    async def stream(self) -> Response:
-        # Waiting for the first token keeps the status code honest: what fails before it is still
-        # an error response, not a broken stream.
-        first = await anext(self.events)
-        lines = self._lines(first)
-        return StreamingResponse(lines, media_type="text/event-stream", headers=UNBUFFERED)
-
-    async def _lines(self, first: Tokens) -> AsyncIterator[bytes]:
-        async with aclosing(self.events):  # type: ignore[type-var]  # async generators have aclose
-            try:
-                yield self._chunks(first)
-                async for tokens in self.events:
-                    yield self._chunks(tokens)
-                if self.style.counts:
-                    yield _line(self.style.usage_chunk(self.choices))
-            except OfframpError as error:
-                _logger.warning("a stream ended with an error: %s", error)
-                yield _line(error_body(str(error), "server_error", None, "decode_failed"))
-        yield b"data: [DONE]\n\n"
-
-    def _chunks(self, tokens: Tokens) -> bytes:
-        """An event per token; those that came together are sent together."""
-        return b"".join(self._chunk(index, event) for index, event in tokens)
-
-    def _chunk(self, index: int, event: TokenEvent) -> bytes:
-        events = self.choices[index]
-        events.append(event)
-        if len(events) == 1 or event.finish_reason is not None or not self.style.has_plain_chunks:
-            return _line(self.style.chunk(index, event, first=len(events) == 1))
-        around = self._around.get(index)
-        if around is None:
-            blank = self.style.chunk(index, event._replace(text=BLANK), first=False)
-            around = self._around[index] = _line(blank).split(to_json(BLANK))
-        return to_json(event.text).join(around)
-
-
-def _line(body: Any) -> bytes:
-    # Of what the front does for a token, json's own encoder took a tenth.
-    return b"data: %b\n\n" % to_json(body, inf_nan_mode="null")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from offramp.deploy.http.error_replies import error_body
 from offramp.deploy.http.limits import HttpLimits
+from offramp.deploy.http.reply import WRITE
 
 
 def _raw_error(status: str, message: str) -> bytes:
@@ -21,6 +25,16 @@ def _raw_error(status: str, message: str) -> bytes:
 
 
 _TOO_SLOW = _raw_error("408 Request Timeout", "the request took too long to arrive")
+
+
+def _write(cycle: RequestResponseCycle, make: Callable[[], bytes]) -> bool:
+    """See ``Write``: a client that is to be waited for gets nothing this way."""
+    if cycle.flow.write_paused or not cycle.response_started or cycle.response_complete:
+        return False
+    sending = cycle.send({"type": "http.response.body", "body": make(), "more_body": True})
+    with suppress(StopIteration):
+        sending.send(None)  # which waits for nothing then
+    return True
 
 
 class LimitedConfig(uvicorn.Config):
@@ -84,6 +98,9 @@ class PatientProtocol(HttpToolsProtocol):
         """Begin to wait for the body."""
         self._arm(self._limits.body_s, self._no_body)
         super().on_headers_complete()
+        if self.cycle is not None:
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope["extensions"] = {WRITE: partial(_write, self.cycle)}
 
     def on_message_complete(self) -> None:
         """Wait no more: the rest is up to the app."""

@@ -57,15 +57,16 @@ def decode(
     also: tuple[PolicySnapshot, ...] = (),
     kv_mode: KVMode = "project",
     sampling: SamplingParams = LONG,
-    most_reading: float = math.inf,
+    most: float | None = None,
 ) -> Decoded:
-    """Decode one request under each snapshot, in the same steps."""
+    """Decode one request under each snapshot, in the same steps, all of which may be read."""
     made = engine()
 
     def watches() -> Iterator[PolicyWatch]:
         return (each.watch for each in tracks if each.watch is not None)
 
-    meter = TrackMeter(made, meter_source, watches, most_reading)  # type: ignore[arg-type]
+    shares = (math.inf, math.inf) if most is None else (most, most)
+    meter = TrackMeter(made, meter_source, watches, *shares)  # type: ignore[arg-type]
     for each in (*tracks, *also):
         made.submit([5, 6], sampling, each, kv_mode=kv_mode)
     steps, ends = 0, []
@@ -120,21 +121,31 @@ def test_where_nothing_can_be_read_nothing_is_said() -> None:
 
 def test_a_slow_counter_is_read_seldom() -> None:
     source = OneJoule(slow_s=0.05)
-    steps = decode(source, snapshots(), most_reading=MOST_READING).steps
+    steps = decode(source, snapshots(), most=MOST_READING).steps
     assert 1 <= source.looks < steps / 4
 
 
 def test_what_is_made_of_a_reading_counts_as_reading() -> None:
-    meter, read = StepMeter(OneJoule()), 0
+    meter = StepMeter(OneJoule())
+    meter.pass_by(lambda: time.sleep(0.1))
+    assert meter.is_due(MOST_READING)
+    meter.run(lambda: None, lambda _: 1, lambda *_: time.sleep(0.02))
+    assert not meter.is_due(MOST_READING)
+    assert meter.is_due(most=0.5)
 
-    def charge(*_: object) -> None:
-        nonlocal read
-        read += 1
-        time.sleep(0.02)
 
-    for _ in range(100):
-        meter.run(lambda: time.sleep(0.001), lambda _: 1, charge)
-    assert read == 1  # it took 20 % of the steps' time
+def test_a_request_of_which_nothing_was_read_is_read_sooner() -> None:
+    made, source = engine(), OneJoule()
+    meter = TrackMeter(made, source, lambda: iter(()), most=0.0, most_first=math.inf)
+    looks = []
+    for _ in range(2):
+        made.submit([5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
+        while made.load != (0, 0):
+            before = source.looks
+            meter(made.step)
+            looks.append(source.looks - before)
+    # A step for the prompt and then, of each request, the first that is none.
+    assert looks == [0, 1, 0, 0] * 2
 
 
 @pytest.mark.parametrize("kv_mode", ["project", "verify"])
@@ -153,7 +164,7 @@ def test_what_requests_took_adds_up_to_what_was_read(kv_mode: KVMode) -> None:
 
 def test_steps_that_were_not_read_are_taken_to_need_as_much_per_layer() -> None:
     slow, request = OneJoule(slow_s=0.05), replace(snapshots()[0], watch=None)
-    found = decode(slow, (), also=(request,), most_reading=MOST_READING)
+    found = decode(slow, (), also=(request,), most=MOST_READING)
     [(joules, tokens)], [stats] = found.totals.values(), found.ends
     share = shared(stats)
     assert share.read_share == tokens * LAYERS / stats.layer_calls < 0.25

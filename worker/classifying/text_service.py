@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from offramp.controller.costs.readings import EnergyReading
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
@@ -23,7 +24,13 @@ from offramp.worker.classifying.classifier import FULL_DEPTH, Classifier
 from offramp.worker.classifying.text_watching import AskedTexts, TextAudits, TextShadows, tell_batch
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.energy.meter import EnergySource
-from offramp.worker.energy.step_meter import StepMeter, TrackBatches, serving_source
+from offramp.worker.energy.step_meter import (
+    MOST_FIRST,
+    Did,
+    StepMeter,
+    TrackBatches,
+    serving_source,
+)
 from offramp.worker.engine.service import RETRY_AFTER_S, STOPPED, STUCK_AFTER_S
 
 CLASSIFY = "classify"
@@ -254,7 +261,7 @@ class TextService:
         # At full depth a release says something only if the heads are its own.
         own = 0 if first.snapshot.adapters is None else first.snapshot.generation
         if race is not None:
-            (best, run), reading = self.meter.run(lambda: race.run(sequences), lambda _: len(batch))
+            (best, run), reading = self._metered(lambda: race.run(sequences), len(batch))
             self.classified += len(batch)
             shares = shares_of(run, reading)
             return [
@@ -264,9 +271,7 @@ class TextService:
         failed, begun_s = classifier.guard.failures, time.perf_counter()
         watch = first.snapshot.watch
         policy = FULL_DEPTH if watch is not None and watch.tripped else first.policy
-        run, reading = self.meter.run(
-            lambda: classifier.run(sequences, policy), lambda _: len(batch)
-        )
+        run, reading = self._metered(lambda: classifier.run(sequences, policy), len(batch))
         self.classified += len(batch)
         failures, took_s = classifier.guard.failures - failed, time.perf_counter() - begun_s
         tell_batch(watch, run, classifier.stack.layers, failures, took_s)
@@ -277,6 +282,11 @@ class TextService:
         return [
             classified_text(run, row, labels, shares[row], generation) for row in range(len(batch))
         ]
+
+    def _metered(self, step: Callable[[], Did], texts: int) -> tuple[Did, EnergyReading | None]:
+        if not self.meter.is_due(MOST_FIRST):
+            return self.meter.pass_by(step), None
+        return self.meter.run(step, lambda _: texts)
 
     def _look_after(self, batch: Sequence[_Waiting], found: Sequence[ClassifiedText]) -> None:
         """Do with a batch what nobody waits for."""

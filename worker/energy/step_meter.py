@@ -25,6 +25,9 @@ MOST_TRACKS = 4
 MOST_READING = 0.01
 """Share of the steps' time that may go to readings: sources that take longer are read at fewer."""
 
+MOST_FIRST = 5 * MOST_READING
+"""As much may where the step is of a request, or of texts, of which nothing was read before."""
+
 Did = TypeVar("Did")
 
 log = logging.getLogger(__name__)
@@ -68,7 +71,6 @@ class StepMeter:
 
     Args:
         source: Is read before and after a step.
-        most_reading: Share of the steps' time that may go to readings, and to charging them.
 
     Attributes:
         totals: Joules of all steps that were read, and what they made (tokens, or classified
@@ -76,17 +78,15 @@ class StepMeter:
             never added up.
     """
 
-    def __init__(self, source: EnergySource, most_reading: float = MOST_READING) -> None:
+    def __init__(self, source: EnergySource) -> None:
         self._source = source
-        self._most_reading = most_reading
         self.totals: dict[tuple[str, str], tuple[float, int]] = {}
         self._stepping_s = self._reading_s = 0.0
         self._stop(self._start(), 0.0)  # the first reading of many a counter takes longest
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the next step may be read."""
-        return self._reading_s <= self._most_reading * self._stepping_s
+    def is_due(self, most: float) -> bool:
+        """Whether the next step may be read: no more than a share of the time went to readings."""
+        return self._reading_s <= most * self._stepping_s
 
     def pass_by(self, step: Callable[[], Did]) -> Did:
         """Run a step that is not read; returns what it returned."""
@@ -101,7 +101,7 @@ class StepMeter:
         made: Callable[[Did], int],
         charge: Callable[[EnergyReading, float], object] = lambda _, __: None,
     ) -> tuple[Did, EnergyReading | None]:
-        """Run a step, and read what it takes if that is due.
+        """Run a step, and read what it takes.
 
         Args:
             step: What is run.
@@ -109,10 +109,8 @@ class StepMeter:
             charge: Told the reading, and its joules, if they are known.
 
         Returns:
-            What the step returned, and what it took, if that was read and is known.
+            What the step returned, and what it took, if that is known.
         """
-        if not self.is_due:
-            return self.pass_by(step), None
         start_s = time.perf_counter()
         begun, begun_s = self._start(), time.perf_counter()
         did = step()

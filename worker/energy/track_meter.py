@@ -15,7 +15,7 @@ from offramp.controller.watching.tally import Tally
 from offramp.worker.decoding.request import TokenEvent
 from offramp.worker.energy.meter import EnergySource
 from offramp.worker.energy.request_meter import Charge, RequestMeter, charges
-from offramp.worker.energy.step_meter import MOST_READING, StepMeter, TrackBatches
+from offramp.worker.energy.step_meter import MOST_FIRST, MOST_READING, StepMeter, TrackBatches
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.service import Step
 
@@ -27,7 +27,8 @@ class TrackMeter:
         engine: Its steps are charged.
         source: Is read before and after each.
         watches: The watches of the releases that run now.
-        most_reading: See ``StepMeter``.
+        most, most_first: Shares of the time that may go to readings, and to charging them; the
+            second while a request runs of which nothing was read.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class TrackMeter:
         engine: EngineCore,
         source: EnergySource,
         watches: Callable[[], Iterator[PolicyWatch]],
-        most_reading: float = MOST_READING,
+        most: float = MOST_READING,
+        most_first: float = MOST_FIRST,
     ) -> None:
         self._engine = engine
         self._watches = watches
-        self._steps = StepMeter(source, most_reading)
+        self._most, self._most_first = most, most_first
+        self._read: set[str] = set()
+        self._steps = StepMeter(source)
         self._requests = RequestMeter()
         self._tracks = TrackBatches()
 
@@ -50,10 +54,14 @@ class TrackMeter:
 
     def __call__(self, step: Step) -> list[TokenEvent]:
         """Run a step, and charge it if it is read; returns its events."""
-        if self._engine.is_prefilling or not self._steps.is_due:
+        running = self._engine.running
+        has_read = self._read.issuperset([row.request.id for row in running])
+        is_due = self._steps.is_due(self._most if has_read else self._most_first)
+        if self._engine.is_prefilling or not is_due:
             return self._requests.told(self._steps.pass_by(step))
+        self._read = {row.request.id for row in running}
         tallies = [(watch.tally, watch.tally.tokens) for watch in self._watches()]
-        rows = [(row, row.calls) for row in self._engine.running]
+        rows = [(row, row.calls) for row in running]
 
         def charge(reading: EnergyReading, joules: float) -> None:
             charged = charges(joules, [(row, row.calls - had) for row, had in rows])

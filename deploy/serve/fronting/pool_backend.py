@@ -11,7 +11,7 @@ from typing import Any
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.deploy.http.backend import Tokens, WorkerLostError
+from offramp.deploy.http.backend import Direct, Tokens, WorkerLostError
 from offramp.deploy.serve.fronting.wire_messages import (
     Asked,
     ClassesAsked,
@@ -150,12 +150,14 @@ class PoolBackend:
         prefill: Prefill | None,
         request_id: str,
         cache_salt: str,
+        direct: Direct,
     ) -> AsyncIterator[Tokens]:
         """Queue requests; see ``Backend``."""
         asked = TokensAsked(prompts, sampling, kv_mode, prefill, request_id, cache_salt)
         self._let_in("n", asked)
         names = self._places.names(prompts[0], cache_salt)
-        arriving = partial(Arriving, asked.completions, partial(unpacked, request_id), _is_last)
+        unpack = partial(unpacked, request_id)
+        arriving = partial(Arriving, asked.completions, unpack, _is_last, direct.take)
         events = self._parts(asked, names, arriving)
         try:  # what is refused is refused here: the first that a worker says is that it accepts
             await anext(events)

@@ -48,6 +48,8 @@ class Arriving(Generic[Part]):
         unfinished: Completions, or texts, that are to end.
         unpack: Makes a token, or what became of a text, from what came over the wire.
         is_last: Says whether that ends one.
+        pass_on: Takes what came while it is waited for, and says whether it did; never what ends
+            the request.
 
     Attributes:
         unfinished: As given, and then counted down.
@@ -61,8 +63,10 @@ class Arriving(Generic[Part]):
         unfinished: int,
         unpack: Callable[[Sequence[Any]], Part],
         is_last: Callable[[Part], bool],
+        pass_on: Callable[[list[tuple[int, Part]]], bool] = lambda _: False,
     ) -> None:
         self.unfinished = unfinished
+        self._pass_on = pass_on
         self._unpack = unpack
         self._is_last = is_last
         self._came: list[tuple[int, Part]] = []
@@ -88,8 +92,20 @@ class Arriving(Generic[Part]):
 
     def wake(self) -> None:
         """Hand on what is there."""
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done() and not self._has_passed_on():
             self._waiter.set_result(None)
+
+    def _has_passed_on(self) -> bool:
+        if self._error is not None or not (self.unfinished and self._came):
+            return False
+        came, self._came = self._came, []
+        try:
+            if self._pass_on(came):
+                return True
+            self._came = came
+        except Exception as error:  # whoever waits is told of it: others share the connection
+            self._error = error
+        return False
 
     @property
     def is_over(self) -> bool:

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from offramp.deploy.http.generation import _line, _Reply
 from offramp.deploy.http.http_app import create_app
+from offramp.deploy.http.reply import Reply, _line
 from offramp.deploy.http.shapes.replies import ChatStyle, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import legacy_logprobs, token_namer
 from offramp.worker import AdaptiveEngine
@@ -117,7 +117,7 @@ COMMON: dict[str, Any] = {"id": "x", "created": 1, "model": 'a "model"', "prompt
     ],
 )
 def test_what_is_encoded_once_for_all_chunks_says_what_each_would(style: ReplyStyle) -> None:
-    reply = _Reply(style, 2, events=None)  # type: ignore[arg-type]  # none are waited for
+    reply = Reply(style, 2, events=None)  # type: ignore[arg-type]  # none are waited for
     texts = ("first", 'a "quote"\n', "", "ü\u2028\\", "last")
     for place, text in enumerate(texts):
         for index in (0, 1):

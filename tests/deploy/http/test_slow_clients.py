@@ -7,15 +7,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offramp.deploy.http.http_app import create_app
 from offramp.deploy.http.limits import HttpLimits
 from offramp.deploy.http.patience import LimitedConfig, PatientProtocol
+from offramp.deploy.http.reply import WRITE
 from offramp.worker.engine.service import EngineService
 
 LIMITS = HttpLimits(
@@ -27,11 +30,16 @@ BODY = json.dumps({"model": "reference", "prompt": [11, 12], "max_tokens": 3})
 
 @pytest.fixture(scope="module")
 def port(service: EngineService, stand_in: type) -> Iterator[int]:
-    app = create_app(stand_in(service), LIMITS)
+    with served(create_app(stand_in(service), LIMITS), LIMITS) as port:
+        yield port
+
+
+@contextmanager
+def served(app: ASGIApp, limits: HttpLimits) -> Iterator[int]:
     config = LimitedConfig(
         app, port=0, http=PatientProtocol, ws="none", lifespan="off", log_config=None
     )
-    config.limits = LIMITS
+    config.limits = limits
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -125,3 +133,33 @@ def test_a_deadline_ends_a_stream_with_an_error(service: EngineService, stand_in
             assert done == "data: [DONE]"
 
     asyncio.run(scenario())
+
+
+def test_what_is_written_at_once_is_so_only_within_a_reply_and_to_a_client_that_reads() -> None:
+    made: list[bytes] = []
+    refused: list[int] = []
+
+    def part() -> bytes:
+        made.append(f"{len(made):06}".encode() * 5000)
+        return made[-1]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        write: Callable[[Callable[[], bytes]], bool] = scope["extensions"][WRITE]
+        refused.extend([len(made)] * (not write(part)))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while write(part):
+            pass
+        refused.append(len(made))
+        await send({"type": "http.response.body", "body": part(), "more_body": True})
+        write(part)
+        await send({"type": "http.response.body", "body": b"end"})
+        refused.extend([len(made)] * (not write(part)))
+
+    with served(app, HttpLimits()) as port:
+        address = f"http://127.0.0.1:{port}"
+        with httpx.Client(timeout=PATIENCE_S) as client, client.stream("GET", address) as reply:
+            time.sleep(0.3)  # in which all that lies between is filled
+            found = reply.read()
+    before, paused, after = refused
+    assert before == 0 < paused < after == len(made)
+    assert found == b"".join(made) + b"end"

@@ -11,7 +11,7 @@ import pytest
 
 from offramp.controller.errors import DecodeFailedError, OverloadedError, RequestError
 from offramp.deploy.clients.client_keys import ClientKeys
-from offramp.deploy.http.backend import Tokens, WorkerLostError
+from offramp.deploy.http.backend import Direct, Tokens, WorkerLostError
 from offramp.deploy.serve.fronting import pool_backend, worker_links
 from offramp.deploy.serve.fronting.pool_backend import PoolBackend
 from offramp.deploy.serve.fronting.wire_messages import WireAddress, packed, packed_text
@@ -53,12 +53,20 @@ class HeardPool:
         report = {"worker": name, "replica": name, "app": "app", "context": 64, "most_tokens": 64}
         self.backend.hear(report)
 
-    def ask(self, sampling: SamplingParams = ONE) -> asyncio.Task[list[Tokens]]:
+    def ask(
+        self, sampling: SamplingParams = ONE, direct: Direct | None = None
+    ) -> asyncio.Task[list[Tokens]]:
         """A request, with all that comes of it."""
 
         async def asked() -> list[Tokens]:
             events = await self.backend.submit_all(
-                [[1, 2]], sampling, kv_mode=None, prefill=None, request_id="mine", cache_salt=""
+                [[1, 2]],
+                sampling,
+                kv_mode=None,
+                prefill=None,
+                request_id="mine",
+                cache_salt="",
+                direct=direct or Direct(),
             )
             return [tokens async for tokens in events]
 
@@ -238,6 +246,72 @@ def test_one_that_has_sent_a_token_is_not_begun_again() -> None:
         with pytest.raises(WorkerLostError):
             await task
         assert not pool.workers["b"].calls
+
+    played(scenario)
+
+
+def some(call: Call, *texts: str) -> Tokens:
+    """Have tokens sent that end no request."""
+    tokens: Tokens = [(0, LAST._replace(text=text, finish_reason=None)) for text in texts]
+    for index, event in tokens:
+        call.answer(packed(call.number, index, event), is_last=False)
+    call.flush()
+    return tokens
+
+
+def test_tokens_that_are_waited_for_go_the_direct_way_but_for_the_first_and_the_last() -> None:
+    sent: Tokens = []
+    told: Tokens = []
+    direct, is_read = Direct(), True
+
+    def write(tokens: Tokens) -> bool:
+        sent.extend(tokens if is_read else [])
+        return is_read
+
+    async def scenario(pool: HeardPool) -> None:
+        nonlocal is_read
+        await pool.add("a")
+        direct.told = told.extend
+        task = pool.ask(SamplingParams(max_tokens=9), direct)
+        [(_, call)] = await pool.asked()
+        call.accept()
+        first = some(call, "first")
+        await asyncio.sleep(0.1)
+        direct.write = write
+        second = some(call, "second", "with it")
+        while len(sent) < len(second):
+            await asyncio.sleep(0.01)
+        is_read = False
+        third = some(call, "third")
+        await asyncio.sleep(0.1)
+        is_read = True
+        fourth = some(call, "fourth")
+        while len(sent) < len(second + fourth):
+            await asyncio.sleep(0.01)
+        answer(call)
+        assert await task == [first, third, [(0, LAST)]]
+        assert sent == told == second + fourth
+
+    played(scenario)
+
+
+def test_what_cannot_be_written_ends_its_own_request() -> None:
+    def write(tokens: Tokens) -> bool:
+        raise KeyError("a bug")
+
+    async def scenario(pool: HeardPool) -> None:
+        worker, direct = await pool.add("a"), Direct()
+        direct.write = write
+        task, other = pool.ask(SamplingParams(max_tokens=2), direct), pool.ask()
+        for _, call in await pool.asked(2):
+            call.accept()
+            some(call, "one")
+        with pytest.raises(KeyError, match="a bug"):
+            await task
+        await worker.has(worker.given_up)
+        [ours] = [each for each in worker.calls if each.number not in worker.given_up]
+        answer(ours)
+        assert (await other)[-1] == [(0, LAST)]
 
     played(scenario)
 
