@@ -36,11 +36,11 @@ from offramp.agents.classifying.class_policies import (
 from offramp.agents.classifying.class_timing import timed_in_turn
 from offramp.agents.classifying.class_training import halves
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
-from offramp.agents.classifying.classify_tuning import fit_heads
 from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
+from offramp.agents.classifying.head_task import fit_heads
 from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled
-from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
+from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.protocols import FixedExit
@@ -114,15 +114,6 @@ def load(
     return Data(name, train, test, sequences, test_sequences, states_NED, test_NED)
 
 
-def read_by(model: SequenceModel, texts: LabelledTexts, sequences: list[list[int]]) -> ReadTexts:
-    return ReadTexts(
-        texts=texts,
-        lengths_N=np.array([len(tokens) for tokens in sequences]),
-        model=model.fingerprint,
-        context=model.stack.context,
-    )
-
-
 @dataclass
 class Seed:
     """What one seed came to: policies on the test traces, and their times by batch."""
@@ -142,13 +133,13 @@ def one_seed(
     rng = np.random.default_rng(seed)
     picked = rng.permutation(len(data.test))[:timed].tolist()
     costs = measure_costs(classifier, [data.test_sequences[place] for place in picked[:64]])
-    read = read_by(model, data.train, data.sequences)
+    read = read_texts(model, data.train, data.sequences)
     fit, choose = halves(cross_fitted_traces(heads, data.states_NED, read, seed), seed)
     agent = replace(AGENT, steps=steps) if steps else None
     families = learn_families(fit, costs, seed=seed, agent=agent)
     placed = place_families(families, choose, costs)
     placed += placed_fitted(fit, choose, costs, placed)
-    test = sequence_traces(heads, data.test_NED, read_by(model, data.test, data.test_sequences))
+    test = sequence_traces(heads, data.test_NED, read_texts(model, data.test, data.test_sequences))
     tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
     better = max(tested[0].accuracy, *(each.accuracy for each in fixed))

@@ -17,8 +17,10 @@ from offramp.agents.classifying.class_policies import (
     learn_families,
     place_families,
 )
+from offramp.agents.classifying.classify_config import HEADS
 from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
+from offramp.agents.classifying.head_task import three_ways
 from offramp.agents.classifying.labelled_texts import (
     TEXT,
     LabelledTexts,
@@ -26,7 +28,7 @@ from offramp.agents.classifying.labelled_texts import (
     read_labelled,
     text_digest,
 )
-from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
+from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
 from offramp.agents.placing.contenders import CHOSEN, Contender, canned_rows, save_policies
 from offramp.controller.adapters.adapter_folder import keep_adapters, read_description
 from offramp.controller.durable import write_durably
@@ -141,18 +143,20 @@ def unseen_traces(
     on_progress: Callable[[str, int, int], None],
 ) -> TokenTraces:
     """Traces of texts as heads see them that were not fitted to them: others, if need be."""
-    heads = classifier.heads
+    heads, facts = classifier.heads, read_description(config.heads)
+    is_same = facts.get("data") == texts.digest
+    if is_same and facts.get("fit", HEADS) != HEADS:
+        # Nothing is fitted anew without a part of the texts where a model, or gates, were along.
+        _, *held = three_ways(texts, facts["held_out"], facts["seed"])
+        places = np.concatenate(held)
+        texts, sequences = texts.of(places), [sequences[place] for place in places.tolist()]
+        is_same = False
     states_NED = exit_states(
         model.stack, sequences, heads.exits, heads.pool,
         on_progress=lambda done, total: on_progress("states", done, total),
     )  # fmt: skip
-    read = ReadTexts(
-        texts=texts,
-        lengths_N=np.array([len(tokens) for tokens in sequences]),
-        model=model.fingerprint,
-        context=model.stack.context,
-    )
-    if read_description(config.heads).get("data") != texts.digest:
+    read = read_texts(model, texts, sequences)
+    if not is_same:
         return sequence_traces(heads, states_NED, read)
     return cross_fitted_traces(
         heads, states_NED, read, config.seed, lambda *count: on_progress("heads", *count)

@@ -10,6 +10,10 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.classifying.sequence_stack import SequenceStack, parse_pool
 from offramp.worker.model.loading import parse_dtype, require_device
 
+HEADS, MODEL, JOINT = "heads", "model", "joint"
+FITS = (HEADS, MODEL, JOINT)
+"""What is fitted: heads to the model as it is, the model along with them, or gates along."""
+
 MOST_EXITS = 12
 """Exits placed at most, unless some are asked for."""
 
@@ -30,7 +34,13 @@ class ClassifyTuneConfig:
         dtype: Number format of the frozen weights; heads are float32.
         device: Device that the model runs on.
         threads: Torch threads.
-        seed: Seeds the split.
+        seed: Seeds the split, and what is trained.
+        fit: What is fitted, one of ``FITS``.
+        cost: With gates, what a text's full depth counts beside the cross-entropy, nats.
+        epochs: Passes over the texts in which the whole model is trained.
+        learning_rate: The highest, of all weights.
+        batch_tokens: Tokens per step, padding included.
+        checkpoint_every: Steps between two checkpoints.
     """
 
     model: str
@@ -44,8 +54,25 @@ class ClassifyTuneConfig:
     device: str = "cpu"
     threads: int = 1
     seed: int = 0
+    fit: str = HEADS
+    cost: float = 0.1
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    batch_tokens: int = 512
+    checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ConfigError("fit", f"{self.fit!r} is unknown", f"Use {', '.join(FITS)}")
+        if self.fit == MODEL and self.dtype != "float32":
+            raise ConfigError("dtype", f"{self.dtype} is too coarse to train in", "Use float32")
+        if not 0 <= self.cost < float("inf"):
+            raise ConfigError("cost", f"{self.cost} is not in [0, ∞)", "Use 0.01 to 1")
+        if not 0 < self.learning_rate < 1:
+            raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1)", "Use 1e-5 to 1e-4")
+        for name in ("epochs", "batch_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")
         require_share("held_out", self.held_out)
         if self.threads < 1:
             raise ConfigError("threads", f"{self.threads} is below 1", "Use 1 or more")

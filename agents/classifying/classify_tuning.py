@@ -1,59 +1,42 @@
-"""Fit a head per exit to a frozen model: the whole way, top to bottom.
+"""Fit a head per exit, to a frozen model or with it: the whole way, top to bottom.
 
-Shape suffixes: N texts, E exits, D width.
+Shape suffixes: N texts, M texts that are held out, E exits, D width.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
-from offramp.agents.classifying.exit_states import STATES, ClassifyCheckpoint, exit_states
-from offramp.agents.classifying.head_fitting import HeadQuality, fit_head, measure_head, temper
-from offramp.agents.classifying.labelled_texts import (
-    LabelledTexts,
-    encoded,
-    read_labelled,
-    split_by_class,
+from offramp.agents.classifying.classify_config import (
+    JOINT,
+    MODEL,
+    ClassifyTuneConfig,
+    exits_of_stack,
 )
-from offramp.controller.errors import TraceError
+from offramp.agents.classifying.exit_states import STATES, ClassifyCheckpoint, exit_states
+from offramp.agents.classifying.head_task import ClassifyReport, HeadTask, OnStage, three_ways
+from offramp.agents.classifying.joint_heads import fit_joint
+from offramp.agents.classifying.labelled_texts import LabelledTexts, encoded, read_labelled
+from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
+from offramp.agents.classifying.whole_model import heads_in, train_whole
+from offramp.agents.placing.contenders import Contender, canned_rows, save_policies
+from offramp.agents.placing.replay import walk
+from offramp.controller.adapters.adapter_folder import keep_adapters
 from offramp.controller.features import FloatArray
-from offramp.controller.policies.protocols import IndexArray
-from offramp.worker.classifying.best_of import bounds_of, log_odds
-from offramp.worker.classifying.class_heads import ClassHead, ClassHeads
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.worker.classifying.class_heads import KIND, ClassHead
 from offramp.worker.classifying.sequence_model import SequenceModel
-from offramp.worker.classifying.sequence_stack import Pool, parse_pool
+from offramp.worker.classifying.sequence_stack import parse_pool
 from offramp.worker.model.loading import parse_dtype
 
-BOUNDED = 0.95
-"""Share of the texts whose score at full depth an exit's upper bound is to hold of."""
-
-OnStage = Callable[[str, int, int], None]
-"""Told (stage, done so far, in all)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifyReport:
-    """How well the heads of all exits do on texts that nothing was fitted to or chosen on.
-
-    Attributes:
-        rows: One row per exit, full depth last.
-        classes: Number of classes.
-        learned: Texts that heads were fitted to.
-        measured: Texts that they were measured on.
-    """
-
-    rows: tuple[HeadQuality, ...]
-    classes: int
-    learned: int
-    measured: int
+GATES = "gates"
+"""Folder, beside the heads, of the policy that gates are which were fitted with them."""
 
 
 def tune_classes(
@@ -63,7 +46,7 @@ def tune_classes(
     resume: bool = False,
     on_progress: OnStage = lambda *_: None,
 ) -> ClassifyReport:
-    """Fit and save a head per exit; the model stays as it is.
+    """Fit and save a head per exit; the model stays as it is, or a trained one lies beside them.
 
     Args:
         config: What is fitted to what.
@@ -79,103 +62,128 @@ def tune_classes(
     """
     torch.set_num_threads(config.threads)
     texts = read_labelled(config.data, config.text_field, config.label_field)
-    three_ways(texts, config.held_out, config.seed)  # refused before states take minutes
+    parts = three_ways(texts, config.held_out, config.seed)  # refused before states take minutes
     model = SequenceModel.load(config.model, parse_dtype(config.dtype), config.device)
     sequences = encoded(model, texts, config.data)
     exits = exits_of_stack(model.stack, config.exits)
     pool = parse_pool(config.pool) if config.pool else model.stack.best_pool
     settings = _settings(config, model, texts, exits, pool)
+    checkpoint = ClassifyCheckpoint(settings=settings)
     if resume:
-        ClassifyCheckpoint.load(out).require(settings)
+        checkpoint = ClassifyCheckpoint.load(out)
+        checkpoint.require(settings)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        ClassifyCheckpoint(settings=settings).save(out)
-    states_NED = exit_states(
-        model.stack, sequences, exits, pool, out / STATES,
-        lambda done, total: on_progress("states", done, total),
-    )  # fmt: skip
-    heads, report = fit_heads(
-        texts, states_NED, exits, pool, config, lambda *count: on_progress("heads", *count)
-    )
+        checkpoint.save(out)
+    task = HeadTask(texts=texts, sequences=sequences, exits=exits, pool=pool, parts=parts)
+    gates: MlpPolicy | None = None
+    if config.fit == MODEL:
+        model, plain, states_MED = _whole(task, model, config, checkpoint, out, on_progress)
+    else:
+        states_NED = task.states(model, out / STATES, on_progress)
+        plain, gates = _frozen(task, model, states_NED, config, on_progress)
+        states_MED = states_NED[task.held]
+    heads, report = task.finish(plain, states_MED)
     description = {
         **settings,
+        "model": model.fingerprint,
         "layers": model.stack.layers,
         "width": model.stack.width,
         "report": asdict(report),
     }
     # Its presence says that the rest is there.
     heads.save(out, description)
-    shutil.rmtree(out / STATES)
+    if gates is not None:
+        _save_gates(task, model, gates, states_MED, config, out)
+    shutil.rmtree(out / STATES, ignore_errors=True)
     return report
 
 
-def fit_heads(
-    texts: LabelledTexts,
+def _frozen(
+    task: HeadTask,
+    model: SequenceModel,
     states_NED: FloatArray,
-    exits: tuple[int, ...],
-    pool: Pool,
     config: ClassifyTuneConfig,
-    on_heads: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[ClassHeads, ClassifyReport]:
-    """Fit the heads of all exits to states that were computed before.
+    on_progress: OnStage,
+) -> tuple[dict[int, ClassHead], MlpPolicy | None]:
+    """Heads of the model as it is, and the gates that were fitted with them, if any were."""
 
-    Args:
-        texts: What was read, for its classes.
-        states_NED: Pooled states of all texts after each exit.
-        exits: Numbers of layers executed; the last is full depth.
-        pool: What of a sequence the states are.
-        config: Its share that is held out, and its seed.
-        on_heads: Told (heads fitted, heads in all).
-    """
-    learned, chosen, measured = three_ways(texts, config.held_out, config.seed)
-    classes = texts.of(learned).classes
-    label_N = torch.from_numpy(texts.indices(classes))
-    by_layer: dict[int, ClassHead] = {}
-    rows = []
-    for place, layer in enumerate(exits):
-        states_ND = torch.from_numpy(states_NED[:, place])
-        parts = [(states_ND[each], label_N[each]) for each in (learned, chosen, measured)]
-        plain, _ = fit_head(*parts[0], *parts[1])
-        by_layer[layer], temperature = temper(plain, *parts[1])
-        rows.append(measure_head(layer, plain, by_layer[layer], temperature, *parts[2]))
-        on_heads(place + 1, len(exits))
-    _bound(by_layer, torch.from_numpy(states_NED[measured]))
-    report = ClassifyReport(
-        rows=tuple(rows), classes=len(classes), learned=len(learned), measured=len(measured)
+    def on_heads(done: int, total: int) -> None:
+        on_progress("heads", done, total)
+
+    if config.fit != JOINT:
+        return task.plain_heads(states_NED, on_heads), None
+    learned, chosen, _ = task.parts
+    read = read_texts(model, task.texts, task.sequences)
+    return fit_joint(
+        states_NED, read, task.exits, task.pool, learned, chosen, config.cost, on_heads
     )
-    return ClassHeads(classes, pool, by_layer), report
 
 
-def _bound(by_layer: dict[int, ClassHead], states_NED: torch.Tensor) -> None:
-    """Have each exit bound the last one's scores, as texts show it that nothing was fitted to."""
-    heads = list(by_layer.items())
-    scores = [
-        log_odds(head(states_NED[:, place]).softmax(-1).numpy())
-        for place, (_, head) in enumerate(heads)
-    ]
-    bounds = bounds_of(np.stack(scores, axis=1), BOUNDED)
-    for (layer, head), bound_C2 in zip(heads, bounds, strict=False):  # full depth needs none
-        by_layer[layer] = replace(head, bound_C2=bound_C2)
-
-
-def three_ways(
-    texts: LabelledTexts, held_out: float, seed: int
-) -> tuple[IndexArray, IndexArray, IndexArray]:
-    """Places to fit heads to, to choose and calibrate on, and to measure on.
-
-    Raises:
-        TraceError: the classes have so few texts that a part would be empty.
-    """
-    learned, held = split_by_class(texts.labels, held_out, seed)
-    halves = split_by_class([texts.labels[place] for place in held.tolist()], 0.5, seed)
-    chosen, measured = (held[half] for half in halves)
-    if not len(chosen) or not len(measured):
-        raise TraceError(
-            "data",
-            f"holds {len(texts)} texts of {len(texts.classes)} classes, too few to hold some out",
-            "Give more of each class, or a larger --held-out",
+def _whole(
+    task: HeadTask,
+    model: SequenceModel,
+    config: ClassifyTuneConfig,
+    checkpoint: ClassifyCheckpoint,
+    out: Path,
+    on_progress: OnStage,
+) -> tuple[SequenceModel, dict[int, ClassHead], FloatArray]:
+    """The trained model, as it was saved, its heads, and what they read of the texts held out."""
+    heads = checkpoint.training and heads_in(checkpoint.training)
+    if heads is None:
+        heads = task.plain_heads(
+            task.states(model, out / STATES, on_progress),
+            lambda *count: on_progress("heads", *count),
         )
-    return learned, chosen, measured
+    learned = task.parts[0]
+    plain = train_whole(
+        model,
+        heads,
+        [task.sequences[place] for place in learned.tolist()],
+        task.label_N[learned],
+        task.pool,
+        config,
+        checkpoint,
+        lambda state: state.save(out),
+        lambda *count: on_progress("train", *count),
+    )
+    folder = out / MODEL
+    model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    trained = SequenceModel.load(folder, parse_dtype(config.dtype), config.device)
+    held = [task.sequences[place] for place in task.held.tolist()]
+    return trained, plain, exit_states(trained.stack, held, task.exits, task.pool)
+
+
+def _save_gates(
+    task: HeadTask,
+    model: SequenceModel,
+    gates: MlpPolicy,
+    states_MED: FloatArray,
+    config: ClassifyTuneConfig,
+    out: Path,
+) -> None:
+    """Write the gates as a policy of these heads, with the heads beside it."""
+    heads, chosen = model.heads(out), len(task.parts[1])
+    read = read_texts(model, task.texts, task.sequences).of(task.parts[2])
+    traces = sequence_traces(heads, states_MED[chosen:], read)
+    right_N = walk(gates, traces).quality_N(traces, "label") > 0
+    contender = Contender(
+        family="JEI-DNN",
+        setting=config.cost,
+        offline_agreement=float(right_N.mean()),
+        policy=gates,
+        symbol="λ=",
+    )
+    save_policies(
+        out / GATES,
+        [contender],
+        {"task": KIND, "labels": list(heads.labels), "cost": config.cost, "seed": config.seed},
+        lambda policy: canned_rows(policy, traces),
+        (model.fingerprint, model.tokenizer_fingerprint),
+        adapters=heads.digest,
+    )
+    keep_adapters(out, out / GATES)
 
 
 def _settings(

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -29,17 +29,28 @@ ROWS = 32
 """Texts that run together, of like length."""
 
 
+class TrainingState(TypedDict):
+    """A whole model's training between two steps: all that it goes on with."""
+
+    step: int
+    model: dict[str, Any]
+    heads: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyCheckpoint(Resumable):
     """What a run was asked for; the parts of its states lie beside it.
 
     Attributes:
         settings: Whatever changes the result, as JSON.
+        training: Where the training of the whole model is; None before it, and without it.
     """
 
     command: ClassVar[str] = "offramp tune --task classify"
 
     settings: dict[str, Any]
+    training: TrainingState | None = None
 
 
 def exit_states(

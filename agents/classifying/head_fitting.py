@@ -53,6 +53,7 @@ def fit_head(
     chosen_N: Tensor,
     penalties: Sequence[float] = PENALTIES,
     classes: int = 0,
+    weight_N: Tensor | None = None,
 ) -> tuple[ClassHead, float]:
     """Multinomial logistic regression on standardised states, which is folded into the weights.
 
@@ -63,6 +64,7 @@ def fit_head(
         chosen_N: Classes of those.
         penalties: Weights that are tried, ascending.
         classes: Number of classes, of some of which there may be no text; 0: the highest index + 1.
+        weight_N: What each text to fit to counts, 1 in the mean; None: all count the same.
 
     Returns:
         The head, and the weight that was chosen.
@@ -72,7 +74,7 @@ def fit_head(
     scaled_ND, start = (states_ND - mean_D) / std_D, torch.zeros(classes, states_ND.shape[1] + 1)
     best: tuple[float, Tensor, float] | None = None
     for penalty in reversed(penalties):
-        start = _regress(scaled_ND, label_N, penalty, start)
+        start = _regress(scaled_ND, label_N, penalty, start, weight_N)
         logits_NC = linear((chosen_ND - mean_D) / std_D, start[:, :-1], start[:, -1])
         loss = float(cross_entropy(logits_NC, chosen_N))
         if best is None or loss < best[0]:
@@ -82,13 +84,19 @@ def fit_head(
     return ClassHead(weight_CD.contiguous(), best[1][:, -1] - weight_CD @ mean_D), best[2]
 
 
-def _regress(scaled_ND: Tensor, label_N: Tensor, penalty: float, start: Tensor) -> Tensor:
+def _regress(
+    scaled_ND: Tensor, label_N: Tensor, penalty: float, start: Tensor, weight_N: Tensor | None
+) -> Tensor:
     weights = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = cross_entropy(linear(scaled_ND, weights[:, :-1], weights[:, -1]), label_N)
+        logits_NC = linear(scaled_ND, weights[:, :-1], weights[:, -1])
+        if weight_N is None:
+            found = cross_entropy(logits_NC, label_N)
+        else:
+            found = (weight_N * cross_entropy(logits_NC, label_N, reduction="none")).mean()
         found = found + penalty * weights[:, :-1].square().sum()
         found.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
         return found

@@ -8,6 +8,7 @@ Shape suffixes: N texts, E exits, C classes, D width, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from offramp.controller.policies.protocols import IndexArray
 from offramp.controller.traces import TraceHeader
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.worker.classifying.class_heads import ClassHeads
+from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.probes.softmax import SoftmaxMemory
 
 
@@ -42,6 +44,24 @@ class ReadTexts:
     def of(self, places: IndexArray) -> ReadTexts:
         """Some of them, in the order given."""
         return replace(self, texts=self.texts.of(places), lengths_N=self.lengths_N[places])
+
+
+def read_texts(
+    model: SequenceModel, texts: LabelledTexts, sequences: Sequence[Sequence[int]]
+) -> ReadTexts:
+    """Texts as a model has read them.
+
+    Args:
+        model: The model that has.
+        texts: The texts with their classes.
+        sequences: Token ids of each.
+    """
+    return ReadTexts(
+        texts=texts,
+        lengths_N=np.array([len(tokens) for tokens in sequences]),
+        model=model.fingerprint,
+        context=model.stack.context,
+    )
 
 
 def sequence_traces(heads: ClassHeads, states_NED: FloatArray, read: ReadTexts) -> TokenTraces:

@@ -14,6 +14,7 @@ Shape suffixes: N texts or tokens, E exits, E1 = E + 1 with full depth, F featur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,12 +72,35 @@ def train_halting(
     Returns:
         Weights of a [F, 32, 32, 1] tanh MLP on raw features; its output is the logit of F.
     """
-    torch.manual_seed(config.seed)
-    rows_MF = traces.features_NEF.reshape(-1, traces.features_NEF.shape[2])
-    normaliser = Normaliser.fit(rows_MF)
-    x_NEF = torch.from_numpy((traces.features_NEF - normaliser.mean_F) / normaliser.std_F)
     error_NE1 = torch.from_numpy(1 - traces.quality(quality))
-    prior_E1 = torch.from_numpy(geometric(x_NEF.shape[1], config.prior))
+    prior_E1 = torch.from_numpy(geometric(traces.features_NEF.shape[1], config.prior))
+
+    def loss(logits_NE: Tensor, places_N: Tensor) -> Tensor:
+        chance_NE1 = halting(logits_NE)
+        error = (chance_NE1 * error_NE1[places_N]).sum(-1)
+        log_ratio_NE1 = (chance_NE1.clamp_min(LEAST) / prior_E1).log()
+        divergence = (chance_NE1 * log_ratio_NE1).sum(-1)
+        return (error + config.weight * divergence).mean()
+
+    return least(loss, traces.features_NEF, config)
+
+
+def least(
+    loss: Callable[[Tensor, Tensor], Tensor], features_NEF: FloatArray, config: HaltingConfig
+) -> Weights:
+    """Learn the net whose outputs at the exits make a loss least.
+
+    Args:
+        loss: Takes the outputs for some texts or tokens [B, E], and their places [B].
+        features_NEF: What the net sees at each exit.
+        config: Says how the net is learned.
+
+    Returns:
+        Weights of a [F, 32, 32, 1] tanh MLP on raw features.
+    """
+    torch.manual_seed(config.seed)
+    normaliser = Normaliser.fit(features_NEF.reshape(-1, features_NEF.shape[2]))
+    x_NEF = torch.from_numpy((features_NEF - normaliser.mean_F) / normaliser.std_F)
     net = nn.Sequential(
         nn.Linear(x_NEF.shape[2], HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
         nn.Linear(HIDDEN, 1),
@@ -86,13 +110,9 @@ def train_halting(
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=steps)
     for _ in range(config.epochs):
         for batch in torch.split(torch.randperm(len(x_NEF)), config.batch):
-            chance_NE1 = halting(net(x_NEF[batch])[..., 0])
-            error = (chance_NE1 * error_NE1[batch]).sum(-1)
-            log_ratio_NE1 = (chance_NE1.clamp_min(LEAST) / prior_E1).log()
-            divergence = (chance_NE1 * log_ratio_NE1).sum(-1)
+            found = loss(net(x_NEF[batch])[..., 0], batch)
             optimiser.zero_grad()
-            loss = (error + config.weight * divergence).mean()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+            found.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
             optimiser.step()
             schedule.step()
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]

@@ -20,7 +20,7 @@ from classify import Data, load
 from rich.console import Console
 
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
-from offramp.agents.classifying.classify_tuning import fit_heads
+from offramp.agents.classifying.head_task import fit_heads
 from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_model import SequenceModel

@@ -21,8 +21,9 @@ from offramp.agents.classifying.class_training import (
     ClassTraining,
     train_classes,
 )
-from offramp.agents.classifying.classify_config import ClassifyTuneConfig
-from offramp.agents.classifying.classify_tuning import ClassifyReport, tune_classes
+from offramp.agents.classifying.classify_config import JOINT, MODEL, ClassifyTuneConfig
+from offramp.agents.classifying.classify_tuning import GATES, tune_classes
+from offramp.agents.classifying.head_task import ClassifyReport
 from offramp.agents.classifying.labelled_texts import encoded, read_labelled, text_digest
 from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.errors import ConfigError
@@ -44,6 +45,13 @@ FOR_TOKENS = (
     "ray_address",
 )  # fmt: skip
 """Options of ``offramp train`` that mean nothing to a classification."""
+
+
+ONLY_WITH = {
+    MODEL: ("epochs", "learning_rate", "batch_tokens", "checkpoint_every"),
+    JOINT: ("cost",),
+}
+"""Options of ``offramp tune --task classify`` that one way to fit alone reads."""
 
 
 def require_unused(given: Mapping[str, object], problem: str) -> None:
@@ -68,11 +76,19 @@ def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
     given["exits"] = options.parse_layers("exits", given.get("exits", ""))
     if given.get("data") is None:
         raise ConfigError("data", "is missing", "Name a .csv or .jsonl file of texts with labels")
+    if "lr" in given:
+        given["learning_rate"] = given.pop("lr")
     names = given.keys() - {"out", "task", "resume"}
     config = ClassifyTuneConfig(**{name: given[name] for name in names})
+    for way, options_of in ONLY_WITH.items():
+        if config.fit != way:
+            require_unused(
+                {name: name in given for name in options_of}, f"means nothing without --fit {way}"
+            )
     if not resume:
         options.require_new_folder("out", out)
-    with keeping(out, "--resume goes on"), progress("states", "texts", heads="heads") as advance:
+    units = {"heads": "heads", "train": "steps"}
+    with keeping(out, "--resume goes on"), progress("states", "texts", **units) as advance:
         report = tune_classes(
             config,
             out,
@@ -84,6 +100,10 @@ def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
         f"{report.classes} classes, {report.learned:,} texts learned from, "
         f"{report.measured:,} measured on → {out}"
     )
+    if config.fit == MODEL:
+        console.print(f"the model that they are of → {out / MODEL}")
+    if config.fit == JOINT:
+        console.print(f"the policy of their gates → {out / GATES / '00'}")
 
 
 def heads_table(report: ClassifyReport) -> Table:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from offramp.agents.classifying.classify_config import HEADS
 from offramp.agents.recording.own_text import OwnText, only_texts
 from offramp.agents.tuning.exit_losses import KL
 from offramp.agents.tuning.kv_tuning import KVTuneConfig, require_fill_exits, tune_kv
@@ -16,7 +17,7 @@ from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.classifying import CLASSIFY, TOKENS, tune_heads
+from offramp.deploy.cli.classifying import CLASSIFY, TOKENS, require_unused, tune_heads
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import fill_table, tuning_losses_table, tuning_table
 from offramp.worker.hf.gguf_import import find_gguf, import_gguf
@@ -60,8 +61,16 @@ Shared = Annotated[
     bool, typer.Option("--shared", help="With --kind layer: one layer for all exits.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")]
-CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+CheckpointEvery = Annotated[
+    int, typer.Option(help="Steps between checkpoints.", show_default="50; --fit model: 500")
+]
 
+BatchTokens = Annotated[
+    int, typer.Option(help="Tokens per step.", show_default="2048; --fit model: 512")
+]
+Rate = Annotated[
+    float, typer.Option(help="Peak learning rate.", show_default="1e-3; --fit model: 5e-5")
+]
 Task = Annotated[
     str, typer.Option(help="tokens: exits that emit tokens; classify: heads that classify texts.")
 ]
@@ -76,6 +85,16 @@ HeadPool = Annotated[
     str,
     typer.Option(help="With --task classify: mean, first or last.", show_default="the family's"),
 ]
+Fit = Annotated[
+    str,
+    typer.Option(
+        help="With --task classify: heads, to the model as it is; model, all weights with them; "
+        "joint, heads and gates to each other."
+    ),
+]
+Cost = Annotated[
+    float, typer.Option(help="With --fit joint: what a text's full depth counts, nats.")
+]
 HeldOut = Annotated[
     float | None,
     typer.Option(
@@ -86,9 +105,13 @@ HeldOut = Annotated[
 
 FOR_CLASSES = frozenset({
     "out", "task", "model", "data", "text_field", "label_field", "pool", "exits", "held_out",
-    "resume", "dtype", "device", "threads", "seed",
+    "resume", "dtype", "device", "threads", "seed", "fit", "cost", "epochs", "lr", "batch_tokens",
+    "checkpoint_every",
 })  # fmt: skip
 """Options of ``offramp tune`` that mean something with --task classify."""
+
+ONLY_CLASSES = ("data", "fit", "cost", "epochs")
+"""Options of it that mean nothing without that."""
 
 FOR_KV = frozenset({
     "out", "kv", "translators", "model", "corpus", "documents", "exits", "rank", "length",
@@ -126,6 +149,9 @@ def tune_exits(
     text_field: TextField = "text",
     label_field: LabelField = "",
     pool: HeadPool = "",
+    fit: Fit = HEADS,
+    cost: Cost = 0.1,
+    epochs: Annotated[int, typer.Option(help="With --fit model: passes over the texts.")] = 3,
     corpus: options.Corpus = None,
     documents: options.Documents = 320,
     own_text: options.OwnText = False,
@@ -140,9 +166,9 @@ def tune_exits(
     shared: Shared = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     minutes: Minutes = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
+    batch_tokens: BatchTokens = 2048,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr: Rate = 1e-3,
     loss: Loss = KL,
     loss_tokens: LossTokens = 4096,
     held_out: HeldOut = None,
@@ -162,8 +188,10 @@ def tune_exits(
         return
     if task != TOKENS:
         raise ConfigError("task", f"{task!r} is unknown", f"Use {TOKENS} or {CLASSIFY}")
-    if data is not None:
-        raise ConfigError("data", f"means nothing without --task {CLASSIFY}", "Leave it out")
+    typed = options_typed(context)
+    require_unused(
+        {name: name in typed for name in ONLY_CLASSES}, f"means nothing without --task {CLASSIFY}"
+    )
     if kv:
         _tune_kv(context, out)
         return
@@ -223,18 +251,23 @@ def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
     console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")
 
 
+def options_typed(context: typer.Context) -> dict[str, Any]:
+    """The options of a command that were typed, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    }
+
+
 def _typed(context: typer.Context, meaningful: frozenset[str], where: str) -> dict[str, Any]:
     """The options of a command that were typed, by name.
 
     Raises:
         ConfigError: one of them is not among those that mean something here.
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    typed = {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name != "DEFAULT"
-    }
+    typed = options_typed(context)
     if odd := sorted(typed.keys() - meaningful):
         raise ConfigError(odd[0], f"means nothing {where}", "Leave it out")
     return typed

@@ -54,12 +54,14 @@ class SequenceModel:
 
     Attributes:
         stack: Runs the layers.
+        module: The model as Hugging Face made it, whose layers these are.
         tokenizer: What turns a text into ids.
         fingerprint: SHA-256 of the weights.
         tokenizer_fingerprint: SHA-256 of the tokenizer.
     """
 
     stack: SequenceStack
+    module: Any
     tokenizer: Any
     fingerprint: str
     tokenizer_fingerprint: str
@@ -87,7 +89,9 @@ class SequenceModel:
             model = read_model(AutoModel, path, dtype, device, **encoder.options)
             stack = encoder(model)
         tokenizer = load_tokenizer(path)
-        return cls(stack, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+        return cls(
+            stack, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer)
+        )
 
     def classifier(self, heads: Path) -> Classifier:
         """The model with the heads of a folder that ``offramp tune --task classify`` wrote.

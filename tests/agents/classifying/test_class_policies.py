@@ -18,9 +18,9 @@ from offramp.agents.classifying.class_policies import (
     replayed,
 )
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig
-from offramp.agents.classifying.classify_tuning import fit_heads
 from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
+from offramp.agents.classifying.head_task import fit_heads
 from offramp.agents.classifying.labelled_texts import LabelledTexts
 from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
 from offramp.agents.placing.replay import walk

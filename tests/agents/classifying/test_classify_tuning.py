@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from offramp.agents.classifying import classify_tuning
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig
-from offramp.agents.classifying.classify_tuning import ClassifyReport, tune_classes
+from offramp.agents.classifying.classify_tuning import tune_classes
 from offramp.agents.classifying.exit_states import exit_states
 from offramp.agents.classifying.head_fitting import calibration_error, fit_head, temper
+from offramp.agents.classifying.head_task import ClassifyReport, three_ways
 from offramp.agents.classifying.labelled_texts import read_labelled
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.worker.classifying.class_heads import ClassHeads
@@ -56,7 +56,7 @@ def test_the_saved_heads_classify_as_they_were_measured(
     model = SequenceModel.load(encoder)
     heads = ClassHeads.load(tuned[0], model.fingerprint, 5, 48)
     texts = read_labelled(labelled)
-    _, _, measured = classify_tuning.three_ways(texts, 0.3, 0)
+    _, _, measured = three_ways(texts, 0.3, 0)
     part = texts.of(measured)
     found = Classifier(model.stack, heads).run(model.encode(part.texts))
     right = (found.label_N == part.indices(heads.labels)).mean()
