@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from shared.classify_rows import ClassifyRow, Seed, rows_of, show
 
 from offramp.agents.classifying.class_policies import (
     AGENT,
@@ -38,15 +37,18 @@ from offramp.agents.classifying.class_training import halves
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig, exits_of_stack
 from offramp.agents.classifying.cross_fitting import cross_fitted_traces
 from offramp.agents.classifying.exit_states import exit_states
-from offramp.agents.classifying.head_task import fit_heads
+from offramp.agents.classifying.head_task import HeadTask, fit_heads, three_ways
+from offramp.agents.classifying.joint_heads import fit_joint
 from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled
 from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
+from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.costs.table import CostTable
 from offramp.controller.errors import ConfigError
-from offramp.controller.policies.protocols import FixedExit
+from offramp.controller.policies.protocols import FixedExit, NeverExit
 from offramp.envs.traces.tokens import TokenTraces
 from offramp.research.fitting.backward_induction import fit_stopping
 from offramp.research.fitting.budget import fit_kept_budget
+from offramp.worker.classifying.class_heads import ClassHeads
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -54,24 +56,6 @@ from offramp.worker.model.loading import parse_dtype
 
 BUDGETS = np.linspace(0.2, 1.0, 33)
 TRADE_OFFS = np.geomspace(0.02, 2.0, 41)
-RESAMPLES = 2000
-
-
-@dataclass
-class ClassifyRow:
-    data: str
-    model: str
-    policy: str
-    batch: int
-    accuracy: float
-    accuracy_loss: float
-    mean_layers: float
-    wall_ratio: float | None
-    wall_ratio_low: float | None
-    wall_ratio_high: float | None
-    seeds: int
-    budget_error: float | None
-    """Of a budget: mean cost of the test texts over it, less 1, of the seed that keeps it least."""
 
 
 @dataclass
@@ -114,39 +98,94 @@ def load(
     return Data(name, train, test, sequences, test_sequences, states_NED, test_NED)
 
 
-@dataclass
-class Seed:
-    """What one seed came to: policies on the test traces, and their times by batch."""
+@dataclass(frozen=True)
+class Asked:
+    """What is measured of each data set.
 
-    tested: list[ClassPolicy]
-    better: float
-    times: dict[int, NDArray[np.float64]]
+    Attributes:
+        timed: Test texts timed per seed.
+        batches: Texts that run together.
+        steps: PPO's.
+        heads: Folder of heads that are taken as they are; None fits them, anew for each seed.
+        joint: Costs of depth at which gates are fitted with heads of their own.
+    """
+
+    timed: int
+    batches: tuple[int, ...]
+    steps: int
+    heads: Path | None
+    joint: tuple[float, ...]
 
 
-def one_seed(
-    data: Data, model: SequenceModel, seed: int, timed: int, batches: Sequence[int], steps: int
-) -> Seed:
-    exits = exits_of_stack(model.stack, ())
+def heads_and_traces(
+    data: Data, model: SequenceModel, seed: int, folder: Path | None
+) -> tuple[ClassHeads, TokenTraces]:
+    """Heads, and what they say of texts of the training file that they were not fitted to."""
+    read = read_texts(model, data.train, data.sequences)
+    if folder is not None:
+        heads, facts = model.heads(folder), read_description(folder)
+        held = np.concatenate(three_ways(data.train, facts["held_out"], facts["seed"])[1:])
+        return heads, sequence_traces(heads, data.states_NED[held], read.of(held))
     config = ClassifyTuneConfig(model="", data=Path(), seed=seed)
+    exits = exits_of_stack(model.stack, ())
     heads, _ = fit_heads(data.train, data.states_NED, exits, model.stack.best_pool, config)
+    return heads, cross_fitted_traces(heads, data.states_NED, read, seed)
+
+
+def one_seed(data: Data, model: SequenceModel, seed: int, asked: Asked) -> Seed:
+    heads, traces = heads_and_traces(data, model, seed, asked.heads)
+    exits = heads.exits
     classifier = Classifier(model.stack, heads)
     rng = np.random.default_rng(seed)
-    picked = rng.permutation(len(data.test))[:timed].tolist()
+    picked = rng.permutation(len(data.test))[: asked.timed].tolist()
     costs = measure_costs(classifier, [data.test_sequences[place] for place in picked[:64]])
-    read = read_texts(model, data.train, data.sequences)
-    fit, choose = halves(cross_fitted_traces(heads, data.states_NED, read, seed), seed)
-    agent = replace(AGENT, steps=steps) if steps else None
+    fit, choose = halves(traces, seed)
+    agent = replace(AGENT, steps=asked.steps) if asked.steps else None
     families = learn_families(fit, costs, seed=seed, agent=agent)
     placed = place_families(families, choose, costs)
     placed += placed_fitted(fit, choose, costs, placed)
-    test = sequence_traces(heads, data.test_NED, read_texts(model, data.test, data.test_sequences))
+    read = read_texts(model, data.test, data.test_sequences)
+    test = sequence_traces(heads, data.test_NED, read)
     tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
     better = max(tested[0].accuracy, *(each.accuracy for each in fixed))
+    runs = [(classifier, each.policy) for each in tested]
+    if asked.joint and (found := joint_heads(data, model, seed, costs, asked.joint)):
+        own, gates = found
+        told = sequence_traces(own, data.test_NED, read)
+        tested.append(replayed(gates.family, gates.setting, gates.policy, told, costs))
+        runs.append((Classifier(model.stack, own), gates.policy))
     sequences = [data.test_sequences[place] for place in picked]
-    policies = [each.policy for each in tested]
-    times = {batch: timed_in_turn(classifier, policies, sequences, batch) for batch in batches}
+    times = {batch: timed_in_turn(runs, sequences, batch) for batch in asked.batches}
     return Seed([*tested, oracle(test)], better, times)
+
+
+def joint_heads(
+    data: Data, model: SequenceModel, seed: int, costs: CostTable, at: Sequence[float]
+) -> tuple[ClassHeads, ClassPolicy] | None:
+    """Gates with their heads, at the cost of depth that is cheapest within the loss."""
+    parts = three_ways(data.train, ClassifyTuneConfig(model="", data=Path()).held_out, seed)
+    read = read_texts(model, data.train, data.sequences)
+    exits, pool, unseen = exits_of_stack(model.stack, ()), model.stack.best_pool, parts[2]
+    task = HeadTask(texts=data.train, sequences=(), exits=exits, pool=pool, parts=parts)
+    # What the loss is below: heads that were fitted alone, on the same texts.
+    alone, _ = task.finish(
+        task.plain_heads(data.states_NED, lambda *_: None), data.states_NED[task.held]
+    )
+    traces = sequence_traces(alone, data.states_NED[unseen], read.of(unseen))
+    fixed = [replayed("", layer, FixedExit(layer), traces, costs) for layer in exits[:-1]]
+    full = replayed("", None, NeverExit(), traces, costs)
+    better = better_of(full, max(fixed, key=lambda each: each.accuracy))
+    tried: list[tuple[ClassHeads, ClassPolicy]] = []
+    for cost in at:
+        plain, gates = fit_joint(
+            data.states_NED, read, exits, pool, *parts[:2], cost, lambda *_: None
+        )
+        own, _ = task.finish(plain, data.states_NED[task.held])
+        told = sequence_traces(own, data.states_NED[unseen], read.of(unseen))
+        tried.append((own, replayed("JEI-DNN", cost, gates, told, costs)))
+    best = cheapest([each for _, each in tried], better)
+    return next((each for each in tried if each[1] is best), None)
 
 
 def placed_fitted(
@@ -187,51 +226,6 @@ def oracle(traces: TokenTraces) -> ClassPolicy:
     )
 
 
-def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[ClassifyRow]:
-    rows = []
-    rng = np.random.default_rng(0)
-    for name in dict.fromkeys(each.family for seed in seeds for each in seed.tested):
-        found = [
-            (seed, place)
-            for seed in seeds
-            for place, each in enumerate(seed.tested)
-            if each.family == name
-        ]
-        at = [seed.tested[place] for seed, place in found]
-        ratio: tuple[float | None, float | None, float | None] = (None, None, None)
-        if name != "label oracle":
-            pairs = np.concatenate([seed.times[batch][:, [place, 0]] for seed, place in found])
-            drawn = pairs[rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))].sum(1)
-            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]).tolist()
-            ratio = (float(pairs[:, 0].sum() / pairs[:, 1].sum()), low, high)
-        accuracy = float(np.mean([each.accuracy for each in at]))
-        loss = float(np.mean([seed.better - seed.tested[place].accuracy for seed, place in found]))
-        layers = float(np.mean([each.mean_layers for each in at]))
-        errors = [each.cost / each.setting - 1 for each in at if name == "budget" and each.setting]
-        error = max(errors, key=abs, default=None)
-        rows.append(
-            ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, len(found), error)
-        )
-    return rows
-
-
-def show(rows: list[ClassifyRow], console: Console) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("data", "batch", "policy", "accuracy", "loss", "layers", "wall ratio", "seeds"):
-        table.add_column(name)
-    for row in rows:
-        wall = (
-            "–"
-            if row.wall_ratio is None
-            else f"{row.wall_ratio:.2f} [{row.wall_ratio_low:.2f}, {row.wall_ratio_high:.2f}]"
-        )
-        table.add_row(
-            row.data, str(row.batch), row.policy, f"{row.accuracy:.3f}",
-            f"{100 * row.accuracy_loss:+.1f}", f"{row.mean_layers:.2f}", wall, str(row.seeds),
-        )  # fmt: skip
-    console.print(table)
-
-
 def main(
     model: Annotated[str, typer.Option(help="Encoder or causal LM, in Hugging Face format.")],
     data: Annotated[Path, typer.Option(help="Folder of the data sets.")],
@@ -244,6 +238,12 @@ def main(
     states: Annotated[
         Path | None, typer.Option(help="Where this model's states are kept, to be found again.")
     ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="Heads taken as they are; with one of --sets alone.")
+    ] = None,
+    joint: Annotated[
+        str, typer.Option(help="Costs of depth, nats, that gates are fitted at with own heads.")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 288 texts timed.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Rows.")] = None,
 ) -> None:
@@ -253,11 +253,13 @@ def main(
     if quick:
         seeds, timed = 2, 288
     loaded = SequenceModel.load(model, parse_dtype(dtype))
-    sizes = [int(each) for each in batches.split(",")]
+    sizes = tuple(int(each) for each in batches.split(","))
+    at = tuple(float(each) for each in joint.split(",") if each)
+    asked = Asked(timed, sizes, steps, heads, at)
     rows: list[ClassifyRow] = []
     for name in sets.split(","):
         one = load(data, name, loaded, console, states)
-        found = [one_seed(one, loaded, seed, timed, sizes, steps) for seed in range(seeds)]
+        found = [one_seed(one, loaded, seed, asked) for seed in range(seeds)]
         for batch in sizes:
             rows += rows_of(name, Path(model).name, found, batch)
         show(rows, console)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from offramp.agents.learning.halting import HaltingConfig, train_halting
+from offramp.agents.learning.halting import HaltingConfig, outputs, train_halting
 from offramp.agents.learning.phat import PhatConfig, logit, train_phat
 from offramp.agents.learning.ppo import PPOConfig, train_ppo
 from offramp.agents.placing.contenders import GRID
@@ -18,7 +18,6 @@ from offramp.agents.placing.replay import mean_cost, walk
 from offramp.controller.costs.table import CostTable
 from offramp.controller.features import SOFTMAX_V2, BoolArray
 from offramp.controller.policies.mlp import MlpPolicy
-from offramp.controller.policies.net import MAX_ROWS
 from offramp.controller.policies.protocols import FixedExit, NeverExit, Policy, ThresholdPolicy
 from offramp.controller.policies.rules.entropy_patience import EntropyExit, PatienceExit
 from offramp.envs.traces.tokens import TokenTraces
@@ -182,15 +181,12 @@ def q_exit(fit: TokenTraces, seed: int) -> ClassFamily:
     """Make PALBERT's Q-exit, along q: quantiles of the learned chance of having halted by now."""
     exits = fit.header.exits
     weights = train_halting(fit, HaltingConfig(seed=seed))
-    net = MlpPolicy(exits, SOFTMAX_V2, weights)
-    rows_MF = fit.features_NEF.reshape(-1, SOFTMAX_V2.width)
-    parts = np.array_split(rows_MF, -(-len(rows_MF) // MAX_ROWS))
-    logits_M = np.concatenate([net.logits(part).astype(np.float64) for part in parts])
-    chances_M = 1 / (1 + np.exp(-logits_M.clip(-FURTHEST, FURTHEST)))
+    logits_NE = outputs(MlpPolicy(exits, SOFTMAX_V2, weights), fit.features_NEF)
+    chances_NE = 1 / (1 + np.exp(-logits_NE.clip(-FURTHEST, FURTHEST)))
     return ClassFamily(
         name="Q-exit",
         build=lambda s: MlpPolicy(exits, SOFTMAX_V2, weights, logit(s)),
-        settings=np.unique(np.quantile(chances_M, SHARES)).tolist(),
+        settings=np.unique(np.quantile(chances_NE, SHARES)).tolist(),
         symbol="q=",
     )
 

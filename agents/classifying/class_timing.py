@@ -16,16 +16,12 @@ ROUND = 48
 
 
 def timed_in_turn(
-    classifier: Classifier,
-    policies: Sequence[Policy],
-    sequences: Sequence[Sequence[int]],
-    batch: int,
+    contenders: Sequence[tuple[Classifier, Policy]], sequences: Sequence[Sequence[int]], batch: int
 ) -> NDArray[np.float64]:
     """Time rounds of texts under each policy, the order turning with the rounds.
 
     Args:
-        classifier: Runs the texts.
-        policies: P policies; each runs a batch untimed first.
+        contenders: P policies, each with what runs it; each runs a batch untimed first.
         sequences: Token ids of texts; what is left of the last whole round is not timed.
         batch: Texts that run together.
 
@@ -33,15 +29,16 @@ def timed_in_turn(
         Seconds of each round of ROUND texts under each policy, [rounds, P].
     """
     starts = range(0, len(sequences) - ROUND + 1, ROUND)
-    out = np.zeros((len(starts), len(policies)))
-    for policy in policies:
+    out = np.zeros((len(starts), len(contenders)))
+    for classifier, policy in contenders:
         classifier.run(sequences[:batch], policy)
     for number, start in enumerate(starts):
         texts = sequences[start : start + ROUND]
-        for turn in range(len(policies)):
-            place = (turn + number) % len(policies)
+        for turn in range(len(contenders)):
+            place = (turn + number) % len(contenders)
+            classifier, policy = contenders[place]
             begun = time.perf_counter()
             for first in range(0, ROUND, batch):
-                classifier.run(texts[first : first + batch], policies[place])
+                classifier.run(texts[first : first + batch], policy)
             out[number, place] = time.perf_counter() - begun
     return out

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -23,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from offramp.agents.classifying.head_fitting import fit_head, temper
 from offramp.agents.classifying.sequence_traces import ReadTexts, sequence_traces
 from offramp.agents.learning.export import Weights
-from offramp.agents.learning.halting import HaltingConfig, least
+from offramp.agents.learning.halting import HaltingConfig, least, outputs
 from offramp.controller.features import SOFTMAX_V2, FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.policies.protocols import IndexArray
@@ -107,7 +106,6 @@ def leaving(logits_NE: Tensor) -> Tensor:
 
 def _weights(gates: MlpPolicy, features_NEF: FloatArray) -> Tensor:
     """What each text counts for each head, [N, E1], 1 in the mean of a head's texts."""
-    logits = [gates.logits(np.ascontiguousarray(each)) for each in np.moveaxis(features_NEF, 1, 0)]
-    chance_NE1 = leaving(torch.from_numpy(np.stack(logits, axis=1).astype(np.float32)))
+    chance_NE1 = leaving(torch.from_numpy(outputs(gates, features_NEF)).float())
     share_NE1 = chance_NE1 / chance_NE1.mean(0).clamp_min(1e-6)
     return LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share_NE1

@@ -25,6 +25,8 @@ from offramp.agents.learning.export import Normaliser, Weights, linear_weights
 from offramp.agents.learning.phat import HIDDEN
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
+from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.policies.net import MAX_ROWS
 from offramp.envs.traces.tokens import Quality, TokenTraces
 
 LEAST = 1e-6
@@ -118,6 +120,14 @@ def least(
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]
     first, *rest = [linear_weights(layer) for layer in layers]
     return [normaliser.fold(*first), *rest]
+
+
+def outputs(net: MlpPolicy, features_NEF: FloatArray) -> FloatArray:
+    """What a net says of any number of texts or tokens at each exit, float64 [N, E]."""
+    rows_MF = features_NEF.reshape(-1, features_NEF.shape[2])
+    parts = np.array_split(rows_MF, -(-len(rows_MF) // MAX_ROWS))
+    logits_M = np.concatenate([net.logits(part).astype(np.float64) for part in parts])
+    return logits_M.reshape(features_NEF.shape[:2])
 
 
 def halting(logits_NE: Tensor) -> Tensor:

@@ -67,12 +67,13 @@ def classify_act(config: DemoConfig, number: str = "") -> dict[str, Any]:
     chosen = bundle.policy()
     sequences = encoded(model, test, data)
     label_N = test.indices(classifier.heads.labels)
-    runs = [_run(classifier, sequences, policy) for policy in (NeverExit(), chosen)]
+    contenders = [(classifier, policy) for policy in (NeverExit(), chosen)]
+    runs = [_run(classifier, sequences, policy) for _, policy in contenders]
     accuracy = [float(np.mean(_labels(run) == label_N)) for run in runs]
     layers = [float(np.mean(np.concatenate([each.layers_N for each in run]))) for run in runs]
     ratios = {}
     for batch in BATCHES:
-        full_s, chosen_s = timed_in_turn(classifier, (NeverExit(), chosen), sequences, batch).sum(0)
+        full_s, chosen_s = timed_in_turn(contenders, sequences, batch).sum(0)
         ratios[batch] = float(chosen_s / full_s)
     _show(test, classifier, runs[1])
     family = str(bundle.manifest.training["family"])

@@ -160,7 +160,7 @@ def test_gates_let_leave_who_is_known_and_all_if_depth_costs_too_much(
     cost: float, left: float
 ) -> None:
     # After layer 1 the states of every second text say nothing of its class, after 2 all do.
-    rng, texts = np.random.default_rng(0), 1200
+    rng, texts = np.random.default_rng(0), 4800
     label_N, is_easy_N = rng.integers(0, 2, texts), np.arange(texts) % 2 == 0
     says_N = np.where(label_N, 3.0, -3.0)
     states_NED = rng.normal(size=(texts, 2, 4)).astype(np.float32)
@@ -173,7 +173,7 @@ def test_gates_let_leave_who_is_known_and_all_if_depth_costs_too_much(
         model="m",
         context=64,
     )
-    learned, chosen, unseen = np.split(np.arange(texts), (600, 900))
+    learned, chosen, unseen = np.split(np.arange(texts), (3000, 4000))
     plain, gates = fit_joint(
         states_NED, read, (1, 2), "mean", learned, chosen, cost, lambda *_: None
     )
