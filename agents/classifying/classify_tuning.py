@@ -28,6 +28,7 @@ from offramp.agents.classifying.whole_model import heads_in, train_whole
 from offramp.agents.placing.contenders import Contender, canned_rows, save_policies
 from offramp.agents.placing.replay import walk
 from offramp.controller.adapters.adapter_folder import keep_adapters
+from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.worker.classifying.class_heads import KIND, ClassHead
@@ -51,8 +52,8 @@ def tune_classes(
     Args:
         config: What is fitted to what.
         out: Folder of the heads.
-        resume: Go on with the states that a run before this one kept there.
-        on_progress: Told as states are computed and heads are fitted.
+        resume: Go on with the states, or the training, that a run before this one kept there.
+        on_progress: Told as states are computed, heads are fitted and the model is trained.
 
     Raises:
         ModelError: the model cannot be used.
@@ -95,6 +96,7 @@ def tune_classes(
     heads.save(out, description)
     if gates is not None:
         _save_gates(task, model, gates, states_MED, config, out)
+    ClassifyCheckpoint(settings=settings).save(out)  # without what training goes on with
     shutil.rmtree(out / STATES, ignore_errors=True)
     return report
 
@@ -113,6 +115,8 @@ def _frozen(
 
     if config.fit != JOINT:
         return task.plain_heads(states_NED, on_heads), None
+    if len(task.exits) < 2:
+        raise ConfigError("fit", "joint needs an exit before full depth", "Use heads")
     learned, chosen, _ = task.parts
     read = read_texts(model, task.texts, task.sequences)
     return fit_joint(

@@ -35,7 +35,7 @@ ROUNDS = 4
 LEAST_WEIGHT = 0.1
 """What a text counts at least for each head, of what it counts in the mean."""
 
-GATES = HaltingConfig(epochs=60)
+FITTING = HaltingConfig(epochs=60)
 """How gates are fitted; prior and weight mean nothing here."""
 
 
@@ -90,7 +90,7 @@ def _gates(features_NEF: FloatArray, loss_NE1: Tensor) -> Weights:
     def loss(logits_BE: Tensor, places_B: Tensor) -> Tensor:
         return (leaving(logits_BE) * loss_NE1[places_B]).sum(-1).mean()
 
-    return least(loss, features_NEF, GATES)
+    return least(loss, features_NEF, FITTING)
 
 
 def leaving(logits_NE: Tensor) -> Tensor:

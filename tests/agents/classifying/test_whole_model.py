@@ -91,6 +91,7 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bytes(
         config, tmp_path, resume=True, on_progress=lambda stage, done, _: told.append((stage, done))
     )
     assert told[0] == ("train", 11)  # no state is computed again, and ten steps are not run again
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 100_000  # it went with the training
     for name in WEIGHTS:
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes(), name
 
