@@ -179,7 +179,7 @@ def joint_heads(
     tried: list[tuple[ClassHeads, ClassPolicy]] = []
     for cost in at:
         plain, gates = fit_joint(
-            data.states_NED, read, exits, pool, *parts[:2], cost, lambda *_: None
+            data.states_NED, read, exits, pool, *parts[:2], cost, seed, lambda *_: None
         )
         own, _ = task.finish(plain, data.states_NED[task.held])
         told = sequence_traces(own, data.states_NED[unseen], read.of(unseen))

@@ -25,13 +25,14 @@ from offramp.agents.classifying.labelled_texts import (
     TEXT,
     LabelledTexts,
     encoded,
+    known_texts,
     read_labelled,
-    text_digest,
+    save_texts,
+    unknown_among,
 )
 from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
 from offramp.agents.placing.contenders import CHOSEN, Contender, canned_rows, save_policies
 from offramp.controller.adapters.adapter_folder import keep_adapters, read_description
-from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.envs.traces.tokens import TokenTraces
@@ -40,9 +41,6 @@ from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.model.loading import parse_dtype
-
-TEXTS = "texts.txt"
-"""File, beside the policies, of the SHA-256 of every text that they learned from, one a line."""
 
 PLACED_AT = (0.0, 0.0025, LOSS, 0.01, 0.02)
 """Losses of accuracy at which each family is placed; ``LOSS`` decides which is chosen."""
@@ -127,7 +125,7 @@ def train_classes(
             placed.setdefault((each.family, each.setting), each)
     chosen = min(place_families(families, choose, costs), key=lambda each: each.cost)
     _save(config, out, model, classifier, families, list(placed.values()), chosen, choose)
-    write_durably(out / TEXTS, "".join(f"{text_digest(each)}\n" for each in texts.texts).encode())
+    save_texts(out, texts)
     keep_adapters(config.heads, out)
     return ClassTraining(
         placed=tuple(placed.values()), chosen=chosen, learned=len(fit), measured=len(choose)
@@ -147,10 +145,15 @@ def unseen_traces(
     is_same = facts.get("data") == texts.digest
     if is_same and facts.get("fit", HEADS) != HEADS:
         # Nothing is fitted anew without a part of the texts where a model, or gates, were along.
-        _, *held = three_ways(texts, facts["held_out"], facts["seed"])
-        places = np.concatenate(held)
-        texts, sequences = texts.of(places), [sequences[place] for place in places.tolist()]
+        places = np.concatenate(three_ways(texts, facts["held_out"], facts["seed"])[1:])
         is_same = False
+    elif is_same:
+        places = np.arange(len(texts))
+    else:
+        places = unknown_among(texts, known_texts(config.heads))
+    if not len(places):
+        raise ConfigError("data", "holds no text that the heads do not know", "Give others")
+    texts, sequences = texts.of(places), [sequences[place] for place in places.tolist()]
     states_NED = exit_states(
         model.stack, sequences, heads.exits, heads.pool,
         on_progress=lambda done, total: on_progress("states", done, total),

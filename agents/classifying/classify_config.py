@@ -14,6 +14,9 @@ HEADS, MODEL, JOINT = "heads", "model", "joint"
 FITS = (HEADS, MODEL, JOINT)
 """What is fitted: heads to the model as it is, the model along with them, or gates along."""
 
+ONLY_WITH = {MODEL: ("epochs", "lr", "batch_tokens", "checkpoint_every"), JOINT: ("cost",)}
+"""Settings that one way to fit alone reads."""
+
 MOST_EXITS = 12
 """Exits placed at most, unless some are asked for."""
 
@@ -38,8 +41,8 @@ class ClassifyTuneConfig:
         fit: What is fitted, one of ``FITS``.
         cost: With gates, what a text's full depth counts beside the cross-entropy, nats.
         epochs: Passes over the texts in which the whole model is trained.
-        learning_rate: The highest, of all weights.
-        batch_tokens: Tokens per step, padding included.
+        lr: The highest learning rate, of all weights.
+        batch_tokens: Tokens per step, padding included; a text that is longer goes alone.
         checkpoint_every: Steps between two checkpoints.
     """
 
@@ -57,7 +60,7 @@ class ClassifyTuneConfig:
     fit: str = HEADS
     cost: float = 0.1
     epochs: int = 3
-    learning_rate: float = 5e-5
+    lr: float = 5e-5
     batch_tokens: int = 512
     checkpoint_every: int = 500
 
@@ -68,8 +71,8 @@ class ClassifyTuneConfig:
             raise ConfigError("dtype", f"{self.dtype} is too coarse to train in", "Use float32")
         if not 0 <= self.cost < float("inf"):
             raise ConfigError("cost", f"{self.cost} is not in [0, ∞)", "Use 0.01 to 1")
-        if not 0 < self.learning_rate < 1:
-            raise ConfigError("lr", f"{self.learning_rate} is not in (0, 1)", "Use 1e-5 to 1e-4")
+        if not 0 < self.lr < 1:
+            raise ConfigError("lr", f"{self.lr} is not in (0, 1)", "Use 1e-5 to 1e-4")
         for name in ("epochs", "batch_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"{getattr(self, name)} is below 1", "Use 1 or more")

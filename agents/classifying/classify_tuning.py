@@ -16,21 +16,28 @@ import torch
 from offramp.agents.classifying.classify_config import (
     JOINT,
     MODEL,
+    ONLY_WITH,
     ClassifyTuneConfig,
     exits_of_stack,
 )
 from offramp.agents.classifying.exit_states import STATES, ClassifyCheckpoint, exit_states
 from offramp.agents.classifying.head_task import ClassifyReport, HeadTask, OnStage, three_ways
 from offramp.agents.classifying.joint_heads import fit_joint
-from offramp.agents.classifying.labelled_texts import LabelledTexts, encoded, read_labelled
+from offramp.agents.classifying.labelled_texts import (
+    LabelledTexts,
+    encoded,
+    read_labelled,
+    save_texts,
+)
 from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
 from offramp.agents.classifying.whole_model import heads_in, train_whole
-from offramp.agents.placing.contenders import Contender, canned_rows, save_policies
+from offramp.agents.placing.contenders import CHOSEN, Contender, canned_rows, save_policies
 from offramp.agents.placing.replay import walk
-from offramp.controller.adapters.adapter_folder import keep_adapters
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, KEPT
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
+from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.classifying.class_heads import KIND, ClassHead
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.sequence_stack import parse_pool
@@ -69,11 +76,8 @@ def tune_classes(
     exits = exits_of_stack(model.stack, config.exits)
     pool = parse_pool(config.pool) if config.pool else model.stack.best_pool
     settings = _settings(config, model, texts, exits, pool)
-    checkpoint = ClassifyCheckpoint(settings=settings)
-    if resume:
-        checkpoint = ClassifyCheckpoint.load(out)
-        checkpoint.require(settings)
-    else:
+    checkpoint = _begun(out, settings) if resume else ClassifyCheckpoint(settings=settings)
+    if not resume:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.save(out)
     task = HeadTask(texts=texts, sequences=sequences, exits=exits, pool=pool, parts=parts)
@@ -92,13 +96,24 @@ def tune_classes(
         "width": model.stack.width,
         "report": asdict(report),
     }
+    save_texts(out, texts)
+    if gates is not None:
+        heads.save(out / GATES / KEPT, description)
+        _save_gates(task, model, gates, states_MED, config, out / GATES)
     # Its presence says that the rest is there.
     heads.save(out, description)
-    if gates is not None:
-        _save_gates(task, model, gates, states_MED, config, out)
     ClassifyCheckpoint(settings=settings).save(out)  # without what training goes on with
     shutil.rmtree(out / STATES, ignore_errors=True)
     return report
+
+
+def _begun(out: Path, settings: dict[str, Any]) -> ClassifyCheckpoint:
+    """A run with these settings as it was left."""
+    checkpoint = ClassifyCheckpoint.load(out)
+    checkpoint.require(settings)
+    if (out / DESCRIPTION).exists():
+        raise ConfigError("resume", f"the run in {out} has ended", "Use what it wrote")
+    return checkpoint
 
 
 def _frozen(
@@ -120,7 +135,7 @@ def _frozen(
     learned, chosen, _ = task.parts
     read = read_texts(model, task.texts, task.sequences)
     return fit_joint(
-        states_NED, read, task.exits, task.pool, learned, chosen, config.cost, on_heads
+        states_NED, read, task.exits, task.pool, learned, chosen, config.cost, config.seed, on_heads
     )
 
 
@@ -165,10 +180,10 @@ def _save_gates(
     gates: MlpPolicy,
     states_MED: FloatArray,
     config: ClassifyTuneConfig,
-    out: Path,
+    folder: Path,
 ) -> None:
-    """Write the gates as a policy of these heads, with the heads beside it."""
-    heads, chosen = model.heads(out), len(task.parts[1])
+    """Write the gates as a policy of the heads that are kept in a folder."""
+    heads, chosen = model.heads(folder / KEPT), len(task.parts[1])
     read = read_texts(model, task.texts, task.sequences).of(task.parts[2])
     traces = sequence_traces(heads, states_MED[chosen:], read)
     right_N = walk(gates, traces).quality_N(traces, "label") > 0
@@ -180,14 +195,15 @@ def _save_gates(
         symbol="λ=",
     )
     save_policies(
-        out / GATES,
+        folder,
         [contender],
         {"task": KIND, "labels": list(heads.labels), "cost": config.cost, "seed": config.seed},
         lambda policy: canned_rows(policy, traces),
         (model.fingerprint, model.tokenizer_fingerprint),
         adapters=heads.digest,
     )
-    keep_adapters(out, out / GATES)
+    PolicyBundle.load(folder / "00").save(folder / CHOSEN)
+    save_texts(folder, task.texts)
 
 
 def _settings(
@@ -198,7 +214,9 @@ def _settings(
     pool: str,
 ) -> dict[str, Any]:
     asked = asdict(replace(config, exits=tuple(exits), pool=pool))
-    for name in ("data", "text_field", "label_field", "model", "device", "threads"):
+    foreign = [each for fit, names in ONLY_WITH.items() if fit != config.fit for each in names]
+    unseen = ("data", "text_field", "label_field", "model", "device", "threads", "checkpoint_every")
+    for name in {*unseen, *foreign}:
         del asked[name]
     return {
         **asked,

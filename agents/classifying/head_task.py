@@ -5,7 +5,7 @@ Shape suffixes: N texts, M texts that are held out, E exits, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,12 +168,17 @@ def three_ways(
 ) -> tuple[IndexArray, IndexArray, IndexArray]:
     """Places to fit heads to, to choose and calibrate on, and to measure on.
 
+    A text that is there more than once is in one of the parts alone.
+
     Raises:
         TraceError: the classes have so few texts that a part would be empty.
     """
     learned, held = split_by_class(texts.labels, held_out, seed)
     halves = split_by_class([texts.labels[place] for place in held.tolist()], 0.5, seed)
     chosen, measured = (held[half] for half in halves)
+    seen = {texts.texts[place] for place in learned.tolist()}
+    chosen = _others(texts, chosen, seen)
+    measured = _others(texts, measured, seen | {texts.texts[p] for p in chosen.tolist()})
     if not len(chosen) or not len(measured):
         raise TraceError(
             "data",
@@ -181,3 +186,8 @@ def three_ways(
             "Give more of each class, or a larger --held-out",
         )
     return learned, chosen, measured
+
+
+def _others(texts: LabelledTexts, places: IndexArray, seen: Container[str]) -> IndexArray:
+    """Places of texts that were not seen."""
+    return places[[texts.texts[place] not in seen for place in places.tolist()]]

@@ -14,6 +14,7 @@ Shape suffixes: N texts, E exits, E1 = E + 1 with full depth, C classes, D width
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def fit_joint(
     learned: IndexArray,
     chosen: IndexArray,
     cost: float,
+    seed: int,
     on_heads: Callable[[int, int], None],
 ) -> tuple[dict[int, ClassHead], MlpPolicy]:
     """Fit heads without their temperatures, and the policy that their gates are.
@@ -59,6 +61,7 @@ def fit_joint(
         learned: Places of the texts that heads are fitted to.
         chosen: Places of those that penalties, temperatures and gates are.
         cost: λ, what a text's full depth counts, in nats.
+        seed: Seeds the gates.
         on_heads: Told (heads fitted, in all).
     """
     classes = read.texts.of(learned).classes
@@ -80,17 +83,18 @@ def fit_joint(
         loss_NE = cost_E + torch.stack(
             [cross_entropy(each, label_N[chosen], reduction="none") for each in logits_ENC], dim=1
         )
-        gates = MlpPolicy(exits[:-1], SOFTMAX_V2, _gates(told.features_NEF, loss_NE))
-        told = sequence_traces(heads, states_NED[learned], read.of(learned))
-        weight_NE = _weights(gates, told.features_NEF)
+        gates = MlpPolicy(exits[:-1], SOFTMAX_V2, _gates(told.features_NEF, loss_NE, seed))
+        if turn + 1 < ROUNDS:
+            told = sequence_traces(heads, states_NED[learned], read.of(learned))
+            weight_NE = _weights(gates, told.features_NEF)
     return plain, gates
 
 
-def _gates(features_NEF: FloatArray, loss_NE1: Tensor) -> Weights:
+def _gates(features_NEF: FloatArray, loss_NE1: Tensor, seed: int) -> Weights:
     def loss(logits_BE: Tensor, places_B: Tensor) -> Tensor:
         return (leaving(logits_BE) * loss_NE1[places_B]).sum(-1).mean()
 
-    return least(loss, features_NEF, FITTING)
+    return least(loss, features_NEF, replace(FITTING, seed=seed))
 
 
 def leaving(logits_NE: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError, RequestError, TraceError
 from offramp.controller.policies.protocols import IndexArray
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -69,9 +70,33 @@ class LabelledTexts:
         return np.array([index[name] for name in self.labels], np.int64)
 
 
+TEXTS = "texts.txt"
+"""File, beside heads or policies, of the SHA-256 of every text of their data, one a line."""
+
+
 def text_digest(text: str) -> str:
     """SHA-256 of a text, hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_texts(folder: Path, texts: LabelledTexts) -> None:
+    """Note beside what is fitted which texts it may know."""
+    lines = "".join(f"{text_digest(each)}\n" for each in texts.texts)
+    write_durably(folder / TEXTS, lines.encode())
+
+
+def known_texts(folder: Path) -> set[str]:
+    """Digests of the texts that were noted; none where nothing was."""
+    path = folder / TEXTS
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
+def unknown_among(texts: LabelledTexts, known: Container[str]) -> IndexArray:
+    """Places of the texts that are not among those with these digests."""
+    return np.array(
+        [place for place, text in enumerate(texts.texts) if text_digest(text) not in known],
+        np.int64,
+    )
 
 
 def read_labelled(path: Path, text: str = TEXT, label: str = "") -> LabelledTexts:

@@ -63,16 +63,17 @@ def train_whole(
         seed = segment_seed(config.seed, "texts", epoch)
         batches += _batches(lengths_N, config.batch_tokens, seed)
     linears = nn.ModuleDict({str(layer): _linear(head) for layer, head in heads.items()})
+    linears.to(model.stack.device)
     module = model.module.train().requires_grad_(True)
     weights = [*module.parameters(), *linears.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=WEIGHT_DECAY)
     done = 0
     if checkpoint.training is not None:
         done = _go_on(checkpoint.training, module, linears, optimizer)
     for step in range(done, len(batches)):
         torch.manual_seed(segment_seed(config.seed, "dropout", step))
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _rate(step, len(batches))
+            group["lr"] = config.lr * _rate(step, len(batches))
         places = batches[step]
         loss = _loss(model, linears, [sequences[p] for p in places.tolist()], label_N[places], pool)
         optimizer.zero_grad()
@@ -105,6 +106,7 @@ def _loss(
 ) -> Tensor:
     """Mean cross-entropy of the exits, weighted by their layers."""
     batch, losses, counted = SequenceBatch(model.stack, sequences), [], 0
+    label_B = label_B.to(model.stack.device)
     for layer in range(1, model.stack.layers + 1):
         batch.run_layer(layer - 1)
         if str(layer) in linears:
@@ -115,7 +117,9 @@ def _loss(
 
 
 def _batches(lengths_N: IndexArray, most_tokens: int, seed: int) -> list[IndexArray]:
-    """One pass over all texts, in batches of so many tokens at most, padding included."""
+    """One pass over all texts, in batches of so many tokens at most, padding included; a text that
+    is longer goes alone.
+    """
     rng = np.random.default_rng(seed)
     order_N = rng.permutation(len(lengths_N))
     rows = max(1, most_tokens // int(lengths_N.max()))
@@ -146,7 +150,7 @@ def _linear(head: ClassHead) -> nn.Linear:
 
 def _head(linear: nn.Module) -> ClassHead:
     assert isinstance(linear, nn.Linear)
-    return ClassHead(linear.weight.detach().clone(), linear.bias.detach().clone())
+    return ClassHead(linear.weight.detach().clone().cpu(), linear.bias.detach().clone().cpu())
 
 
 def _state(

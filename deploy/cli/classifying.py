@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -15,16 +14,24 @@ from rich.table import Table
 from offramp.agents.calibration.calibrate import MeasuredWith, Promise, require_enough, require_read
 from offramp.agents.calibration.calibration_documents import CalibrationDocument
 from offramp.agents.calibration.label_losses import LABEL_LOSSES, Labels
-from offramp.agents.classifying.class_training import (
-    TEXTS,
-    ClassTrainConfig,
-    ClassTraining,
-    train_classes,
+from offramp.agents.classifying.class_training import ClassTrainConfig, ClassTraining, train_classes
+from offramp.agents.classifying.classify_config import (
+    HEADS,
+    JOINT,
+    MODEL,
+    ONLY_WITH,
+    ClassifyTuneConfig,
 )
-from offramp.agents.classifying.classify_config import JOINT, MODEL, ClassifyTuneConfig
 from offramp.agents.classifying.classify_tuning import GATES, tune_classes
 from offramp.agents.classifying.head_task import ClassifyReport
-from offramp.agents.classifying.labelled_texts import encoded, read_labelled, text_digest
+from offramp.agents.classifying.labelled_texts import (
+    TEXTS,
+    encoded,
+    known_texts,
+    read_labelled,
+    text_digest,
+    unknown_among,
+)
 from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
@@ -45,13 +52,6 @@ FOR_TOKENS = (
     "ray_address",
 )  # fmt: skip
 """Options of ``offramp train`` that mean nothing to a classification."""
-
-
-ONLY_WITH = {
-    MODEL: ("epochs", "learning_rate", "batch_tokens", "checkpoint_every"),
-    JOINT: ("cost",),
-}
-"""Options of ``offramp tune --task classify`` that one way to fit alone reads."""
 
 
 def require_unused(given: Mapping[str, object], problem: str) -> None:
@@ -76,15 +76,12 @@ def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
     given["exits"] = options.parse_layers("exits", given.get("exits", ""))
     if given.get("data") is None:
         raise ConfigError("data", "is missing", "Name a .csv or .jsonl file of texts with labels")
-    if "lr" in given:
-        given["learning_rate"] = given.pop("lr")
+    for way, only in ONLY_WITH.items():
+        if given.get("fit", HEADS) != way:
+            typed = {name: name in given for name in only}
+            require_unused(typed, f"means nothing without --fit {way}")
     names = given.keys() - {"out", "task", "resume"}
     config = ClassifyTuneConfig(**{name: given[name] for name in names})
-    for way, options_of in ONLY_WITH.items():
-        if config.fit != way:
-            require_unused(
-                {name: name in given for name in options_of}, f"means nothing without --fit {way}"
-            )
     if not resume:
         options.require_new_folder("out", out)
     units = {"heads": "heads", "train": "steps"}
@@ -103,7 +100,7 @@ def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
     if config.fit == MODEL:
         console.print(f"the model that they are of → {out / MODEL}")
     if config.fit == JOINT:
-        console.print(f"the policy of their gates → {out / GATES / '00'}")
+        console.print(f"the policy of their gates → {out / GATES}")
 
 
 def heads_table(report: ClassifyReport) -> Table:
@@ -205,12 +202,14 @@ class LabelSource:
         require_read(named, str(facts.get("digest")), "heads")
         if facts.get("data") == texts.digest:
             raise ConfigError("data", "is the file that the heads were fitted to", "Give others")
-        learned = set((self.policies / TEXTS).read_text(encoding="utf-8").split())
-        places = [
-            place for place, text in enumerate(texts.texts) if text_digest(text) not in learned
-        ]
+        if not (self.policies / TEXTS).exists():
+            raise ConfigError(
+                "policies", f"{self.policies} does not say which texts it knows", "Train it again"
+            )
+        known = known_texts(self.policies) | known_texts(self.heads)
+        places = unknown_among(texts, known)
         require_enough(promise, len(places))
-        texts = texts.of(np.array(places[: self.documents]))
+        texts = texts.of(places[: self.documents])
         model = SequenceModel.load(self.model, parse_dtype(self.dtype), self.device)
         classifier = model.classifier(self.heads)
         sequences = encoded(model, texts, self.data)

@@ -110,8 +110,8 @@ FOR_CLASSES = frozenset({
 })  # fmt: skip
 """Options of ``offramp tune`` that mean something with --task classify."""
 
-ONLY_CLASSES = ("data", "fit", "cost", "epochs")
-"""Options of it that mean nothing without that."""
+ONLY_CLASSES = ("data", "text_field", "label_field", "pool", "fit", "cost", "epochs")
+"""Options of ``offramp tune`` that mean nothing without --task classify."""
 
 FOR_KV = frozenset({
     "out", "kv", "translators", "model", "corpus", "documents", "exits", "rank", "length",

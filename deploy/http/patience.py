@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,9 +28,15 @@ def _raw_error(status: str, message: str) -> bytes:
 _TOO_SLOW = _raw_error("408 Request Timeout", "the request took too long to arrive")
 
 
-def _write(cycle: RequestResponseCycle, make: Callable[[], bytes]) -> bool:
+def _write(found: weakref.ref[RequestResponseCycle], make: Callable[[], bytes]) -> bool:
     """See ``Write``: a client that is to be waited for gets nothing this way."""
-    if cycle.flow.write_paused or not cycle.response_started or cycle.response_complete:
+    cycle = found()
+    if (
+        cycle is None
+        or cycle.flow.write_paused
+        or not cycle.response_started
+        or cycle.response_complete
+    ):
         return False
     sending = cycle.send({"type": "http.response.body", "body": make(), "more_body": True})
     with suppress(StopIteration):
@@ -100,7 +107,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:
             scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
-            scope["extensions"] = {WRITE: partial(_write, self.cycle)}
+            scope["extensions"] = {WRITE: partial(_write, weakref.ref(self.cycle))}
 
     def on_message_complete(self) -> None:
         """Wait no more: the rest is up to the app."""

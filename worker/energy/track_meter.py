@@ -59,12 +59,13 @@ class TrackMeter:
         is_due = self._steps.is_due(self._most if has_read else self._most_first)
         if self._engine.is_prefilling or not is_due:
             return self._requests.told(self._steps.pass_by(step))
-        self._read = {row.request.id for row in running}
         tallies = [(watch.tally, watch.tally.tokens) for watch in self._watches()]
         rows = [(row, row.calls) for row in running]
 
         def charge(reading: EnergyReading, joules: float) -> None:
             charged = charges(joules, [(row, row.calls - had) for row, had in rows])
+            read = {each.row.request.id for each in charged if each.joules}
+            self._read = read | self._read.intersection(row.request.id for row in running)
             self._requests.charge(reading, charged)
             self._charge_tracks(reading, charged, tallies)
 

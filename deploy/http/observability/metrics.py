@@ -221,6 +221,7 @@ class _Counter:
 
     def __init__(self) -> None:
         self._count = 0
+        self._created_s = time.time()
 
     def inc(self, by: int = 1) -> None:
         """Count so many more."""
@@ -228,7 +229,7 @@ class _Counter:
 
     def add_to(self, family: CounterMetricFamily, model: str) -> None:
         """Tell what was counted."""
-        family.add_metric((model,), self._count)
+        family.add_metric((model,), self._count, created=self._created_s)
 
 
 class _Histogram:

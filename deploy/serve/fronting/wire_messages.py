@@ -158,7 +158,11 @@ def _read(body: bytes) -> Any:
     try:
         return from_json(body)
     except ValueError:
+        pass
+    try:
         return json.loads(body)
+    except RecursionError as error:
+        raise ValueError("a message is nested too deeply") from error
 
 
 def asking(number: int, asked: Asked) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import struct
@@ -41,7 +42,13 @@ UNREAD_S = 30.0
 BEAT_S = 1.0
 """The front is told so often that its worker lives and makes progress."""
 
+SEND_BYTES = 2**22
+"""Room for what is sent and not read yet."""
+
 _READ_BYTES = 2**16
+
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group at the other end of a socket of this machine."""
 
 
 class Call:
@@ -218,18 +225,27 @@ def _connected(address: WireAddress) -> socket.socket:
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # The system's own timeout: for Python's it is asked before each sending whether one may.
     found.settimeout(None)
-    limit = struct.pack("ll", round(UNREAD_S), 0)
+    limit = struct.pack("ll", int(UNREAD_S), round(UNREAD_S % 1 * 1e6))
     found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    # A front that has no time for a moment holds up no step; the system gives what it may.
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
     return found
 
 
 def _connected_here(name: str) -> socket.socket | None:
-    """A connection to a front of this machine, or of its container; None if it is another's."""
+    """A connection to a front of this machine, or of its container; None if it is another's.
+
+    Whoever else has taken the name, of those who may read it, is told no secret.
+    """
     found = socket.socket(socket.AF_UNIX)
     try:
         found.settimeout(CONNECT_S)
         found.connect(name)
+        said = found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, user, _ = _CREDENTIALS.unpack(said)
     except OSError:
+        user = None
+    if user != os.getuid():
         found.close()
         return None
     return found

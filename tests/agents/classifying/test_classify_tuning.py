@@ -43,6 +43,7 @@ def test_heads_find_what_separates_the_classes(tuned: Any) -> None:
     assert told[-1] == ("heads", 5, 5)
     assert {path.name for path in out.iterdir()} == {
         "checkpoint.pt",
+        "texts.txt",
         "translators.safetensors",
         "tune.json",
     }
@@ -101,7 +102,8 @@ def test_other_settings_are_not_resumed(tuned: Any, encoder: Path, labelled: Pat
 
 def test_a_text_over_the_context_is_named(encoder: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
-    path.write_text("text,label\n" + "w5,a\nw6,b\n" * 8 + "w6 " * 65 + ",b\n")
+    lines = [f"w{number},{'ab'[number % 2]}\n" for number in range(5, 21)]
+    path.write_text("text,label\n" + "".join(lines) + "w6 " * 65 + ",b\n")
     config = ClassifyTuneConfig(model=str(encoder), data=path)
     with pytest.raises(TraceError, match=r"text\[16\] .* has 65 tokens"):
         tune_classes(config, tmp_path / "out")

@@ -20,6 +20,7 @@ from offramp.agents.classifying.joint_heads import fit_joint, leaving
 from offramp.agents.classifying.labelled_texts import (
     LabelledTexts,
     encoded,
+    known_texts,
     read_labelled,
     text_digest,
 )
@@ -34,7 +35,7 @@ WEIGHTS = ("translators.safetensors", "model/model.safetensors")
 
 
 def whole(encoder: Path, labelled: Path, **given: Any) -> ClassifyTuneConfig:
-    asked: dict[str, Any] = {"learning_rate": 3e-3, "epochs": 4, "batch_tokens": 128, **given}
+    asked: dict[str, Any] = {"lr": 3e-3, "epochs": 4, "batch_tokens": 128, **given}
     return ClassifyTuneConfig(model=str(encoder), data=labelled, fit="model", **asked)
 
 
@@ -96,6 +97,22 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes(), name
 
 
+def test_a_run_that_has_ended_is_not_begun_again(
+    trained: Any, encoder: Path, labelled: Path
+) -> None:
+    with pytest.raises(ConfigError, match="has ended") as raised:
+        tune_classes(whole(encoder, labelled), trained[0], resume=True)
+    assert raised.value.field == "resume"
+
+
+def test_a_text_that_comes_twice_is_in_one_part() -> None:
+    names = tuple(f"text {number % 150}" for number in range(400))
+    texts = LabelledTexts(names, tuple("ab"[number % 2] for number in range(400)))
+    parts = [{names[place] for place in part.tolist()} for part in three_ways(texts, 0.5, 0)]
+    assert all(parts)
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
 def test_exits_count_as_much_as_they_have_layers(encoder: Path) -> None:
     model, sequences = SequenceModel.load(encoder), [[5, 6, 7], [8]]
     heads = {
@@ -148,6 +165,8 @@ def test_gates_are_saved_as_a_policy_of_their_heads(
     assert (contender.family, contender.setting) == ("JEI-DNN", 0.1)
     assert bundle.manifest.adapters == model.heads(joint).digest
     assert kept_in(joint / "gates") is not None
+    assert (joint / "gates" / "chosen" / "manifest.json").exists()
+    assert len(known_texts(joint / "gates")) == len(set(read_labelled(labelled).texts))
     texts = read_labelled(labelled)
     part = texts.of(three_ways(texts, 0.3, 0)[2])
     found = model.classifier(joint).run(model.encode(part.texts), contender.policy)
@@ -176,7 +195,7 @@ def test_gates_let_leave_who_is_known_and_all_if_depth_costs_too_much(
     )
     learned, chosen, unseen = np.split(np.arange(texts), (3000, 4000))
     plain, gates = fit_joint(
-        states_NED, read, (1, 2), "mean", learned, chosen, cost, lambda *_: None
+        states_NED, read, (1, 2), "mean", learned, chosen, cost, 0, lambda *_: None
     )
     heads = ClassHeads(("a", "b"), "mean", plain)
     traces = sequence_traces(heads, states_NED[unseen], read.of(unseen))
@@ -209,13 +228,18 @@ def test_policies_of_a_trained_model_learn_from_texts_that_it_never_saw(
         classifier = model.classifier(heads)
         traces = unseen_traces(config, model, classifier, texts, sequences, lambda *_: None)
         assert set(traces.documents) == set(map(text_digest, held.texts))
+    # A file that holds more is another, and yet the texts that it shares were seen.
     shutil.copy(labelled, other := tmp_path / "other.csv")
     other.write_text(other.read_text() + "w5 w6 w7,a\n")
     texts = read_labelled(other)
     more = unseen_traces(
         config, model, classifier, texts, encoded(model, texts, other), lambda *_: None
     )
-    assert len(more) == len(texts)
+    assert more.documents == (text_digest("w5 w6 w7"),)
+    few = texts.of(np.arange(5))
+    ids = encoded(model, few, other)
+    with pytest.raises(ConfigError, match="no text that the heads do not know"):
+        unseen_traces(config, model, classifier, few, ids, print)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +248,7 @@ def test_policies_of_a_trained_model_learn_from_texts_that_it_never_saw(
         ({"fit": "all"}, "fit"),
         ({"fit": "model", "dtype": "bfloat16"}, "dtype"),
         ({"fit": "joint", "cost": -1.0}, "cost"),
-        ({"fit": "model", "learning_rate": 0.0}, "lr"),
+        ({"fit": "model", "lr": 0.0}, "lr"),
         ({"fit": "model", "epochs": 0}, "epochs"),
         ({"fit": "model", "batch_tokens": 0}, "batch_tokens"),
     ],
