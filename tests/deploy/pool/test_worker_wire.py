@@ -220,6 +220,24 @@ def test_a_worker_connects_at_its_machines_socket_or_over_the_network_to_another
     run(scenario)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has sockets named like no file")
+def test_whoever_took_a_fronts_name_is_told_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(links: WorkerLinks, address: WireAddress) -> None:
+        heard: list[bytes] = []
+        with socket.socket(socket.AF_UNIX) as taken:
+            taken.bind("\0of somebody else")
+            taken.listen()
+            monkeypatch.setattr("os.getuid", lambda: -1)  # so the other end is another user's
+            worker = await connected(links, replace(address, local="\0of somebody else"))
+            with taken.accept()[0] as stranger:
+                stranger.settimeout(PATIENCE_S)
+                heard.append(stranger.recv(1))
+        assert heard == [b""]
+        assert worker.wire._socket.family == socket.AF_INET
+
+    run(scenario)
+
+
 def test_a_broken_connection_ends_its_workers_requests_alone() -> None:
     async def scenario(links: WorkerLinks, address: WireAddress) -> None:
         worker, mine = await connected(links, address), ask(links)
