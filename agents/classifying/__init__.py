@@ -1,1 +1,1 @@
-"""Fits heads that classify at exits, and places policies on what they say of held-out texts."""
+"""Fits heads that classify at exits, alone, with the whole model or with gates, and places policies."""
