@@ -1,1 +1,1 @@
-"""Fits heads that classify at exits, alone, with the whole model or with gates, and places policies."""
+"""Fits heads at exits, alone, with the whole model or with gates, and places their policies."""
