@@ -88,8 +88,9 @@ def compare_fills(
         stayed += int((~left_T).sum())
         states, rotary, said_T = full_depth(stack, tokens, tuple(wrong))
         for layer, x_TD in states.items():
+            before_TK = projector.values_before(x_TD, layer)
             for place, through in enumerate((UNMAPPED, kv_map)):
-                entries = projector.project(x_TD, layer, by_token(rotary), through)
+                entries = projector.project(x_TD, layer, by_token(rotary), through, before_TK)
                 filled = FilledTokens(left_T.to(stack.device), layer, *entries)
                 found_T = said_over(stack, filled, x_TD, layer, rotary)
                 wrong[layer][place] += int((found_T != said_T)[~left_T].sum())

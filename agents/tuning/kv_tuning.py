@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from offramp.agents.tuning.stream import data_digest
 from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.errors import ConfigError, TraceError
 from offramp.worker.model.families import stack_for
+from offramp.worker.model.filling.folding import folded
 from offramp.worker.model.filling.kv_map import KV, KVMap
+from offramp.worker.model.filling.projector import KVProjector
 from offramp.worker.model.loading import (
     layers_and_vocab,
     load_model,
@@ -169,24 +171,40 @@ def fit(
         rank: r of each exit's map, at most.
         on_progress: Told of "states", in documents.
     """
-    sums = {layer: FillMoments(stack.width, stack.layers - layer) for layer in exits}
-    for number, tokens in enumerate(documents):
-        read_LTD = normed_inputs(stack, tokens, exits[0])
-        for layer, each in sums.items():
-            deeper = read_LTD[layer - exits[0] :]
-            each.add(deeper[0], deeper.unbind())
-        on_progress("states", number + 1, len(documents))
     weights = [stack.kv_weights(index) for index in range(stack.layers)]
-    made = [(each.weight_RD.float() * each.scale_D.float()).cpu() for each in weights]
+    made = [folded(each).cpu() for each in weights]
+    values = stack.kv_heads * stack.head_dim
+    sums = {layer: FillMoments(stack.width, made[layer:], values) for layer in exits}
+    projector = KVProjector(stack)
+    for number, tokens in enumerate(documents):
+        inputs = fill_inputs(stack, tokens, exits[0])
+        for layer, each in sums.items():
+            deeper = inputs.read_LTD[layer - exits[0] :]
+            before_TK = projector.values_before(inputs.states_LTD[layer - exits[0]], layer)
+            x_TI = torch.cat((deeper[0], before_TK.float().cpu()), 1)
+            each.add(x_TI[inputs.typical_T], deeper[:, inputs.typical_T].unbind())
+        on_progress("states", number + 1, len(documents))
     width = min(rank, stack.width)
-    return KVMap({layer: each.solve(width, made[layer:]) for layer, each in sums.items()})
+    return KVMap({layer: each.solve(width) for layer, each in sums.items()})
 
 
-def normed_inputs(stack: LayerStack, tokens: Sequence[int], first: int) -> Tensor:
-    """What the layers from one on read of a document's tokens, [L, T, D] float32 on the CPU.
+class FillInputs(NamedTuple):
+    """What the layers from one on read of a document's tokens.
 
-    Attention sinks are left out, and what the norm multiplies by and adds.
+    Attributes:
+        states_LTD: The states in front of them, where the model is.
+        read_LTD: The same after the norm, but for what this multiplies by and adds; float32 on the
+            CPU.
+        typical_T: Says which tokens are no attention sinks.
     """
+
+    states_LTD: Tensor
+    read_LTD: Tensor
+    typical_T: Tensor
+
+
+def fill_inputs(stack: LayerStack, tokens: Sequence[int], first: int) -> FillInputs:
+    """Run a document, for what the layers from one (index) on read of it."""
     tokens_1T = torch.tensor([list(tokens)], device=stack.device)
     positions_1T = torch.arange(len(tokens), device=stack.device)[None]
     x_1TD = stack.embed(tokens_1T, positions_1T)
@@ -196,8 +214,9 @@ def normed_inputs(stack: LayerStack, tokens: Sequence[int], first: int) -> Tenso
             inputs.append(x_1TD[0])
         if index < stack.layers - 1:
             x_1TD = stack.run_layer(index, x_1TD, rotary, None, None)
-    kept_T = typical_rows(inputs[0])
-    return _normed(torch.stack(inputs)[:, kept_T].float(), stack).cpu()
+    states_LTD = torch.stack(inputs)
+    read_LTD = _normed(states_LTD.float(), stack).cpu()
+    return FillInputs(states_LTD, read_LTD, typical_rows(inputs[0]).cpu())
 
 
 def _normed(x_LTD: Tensor, stack: LayerStack) -> Tensor:

@@ -66,9 +66,10 @@ def by_exit(engine: AdaptiveEngine, texts: Sequence[Sequence[int]], seed: int) -
         random_T = torch.rand(len(text), generator=generator) < LEAVING
         for layer, x_TD in states.items():
             sure_T = stack.logits(x_TD).float().softmax(-1).amax(-1) > SURE
+            before_TK = projector.values_before(x_TD, layer)
             entries = {
                 "projected": projector.project(x_TD, layer, by_token(rotary), UNMAPPED),
-                "mapped": projector.project(x_TD, layer, by_token(rotary), kv_map),
+                "mapped": projector.project(x_TD, layer, by_token(rotary), kv_map, before_TK),
                 "copied": _copied(engine, text, layer, rotary),
             }
             for who, left_T in (("random", random_T), ("sure", sure_T)):

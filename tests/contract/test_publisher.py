@@ -24,7 +24,7 @@ from offramp.controller.release.manifest import Manifest, Rollout
 from offramp.controller.release.publisher import Publisher
 from offramp.controller.release.registry import AckState, Head
 from offramp.controller.release.trust import Stamp
-from support.certificates import certificate
+from support.releases.certificates import certificate
 
 Site = Any
 

@@ -15,7 +15,7 @@ from offramp.controller.keys.key_files import load_or_create_key
 from offramp.controller.policies.kinds import pack_policy
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.release.bundle import PolicyBundle
-from support.certificates import certificate
+from support.releases.certificates import certificate
 
 
 @pytest.fixture

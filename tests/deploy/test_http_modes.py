@@ -18,7 +18,7 @@ from offramp.controller.release.certified_points import Target
 from offramp.deploy.http.shapes.contract import CompletionRequest
 from offramp.worker import AdaptiveEngine, Completion, KVMode, SamplingParams
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
-from support.certificates import certificate
+from support.releases.certificates import certificate
 
 PROMPT = "def main():\n"
 BODY = {"model": "reference", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}

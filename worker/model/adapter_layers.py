@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from offramp.controller.adapters.adapter_folder import AGAIN, read_description
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
+from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap, take_kv_map
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.model.translators import (
     UNTRANSLATED,
@@ -29,7 +29,6 @@ from offramp.worker.model.translators import (
     exits_of,
     read_weights,
     save_exits,
-    take_kv_map,
 )
 
 KIND = "layer"
@@ -214,7 +213,13 @@ def load_translators(folder: Path, stack: LayerStack, fingerprint: str) -> ExitT
         ConfigError: as ``ExitTranslators.load``.
     """
     return ExitTranslators.load(
-        folder, fingerprint, stack.layers, stack.width, stack.dtype, stack.device
+        folder,
+        fingerprint,
+        stack.layers,
+        stack.width,
+        stack.dtype,
+        stack.device,
+        values=stack.kv_heads * stack.head_dim,
     )
 
 
@@ -231,7 +236,8 @@ def read_layers(
     facts = read_description(folder)
     exits = exits_of(folder, facts, fingerprint, stack.layers)
     tensors = read_weights(folder, facts)
-    kv_map = take_kv_map(folder, tensors, exits, stack.layers, stack.width)
+    widths = stack.width, stack.kv_heads * stack.head_dim
+    kv_map = take_kv_map(folder, tensors, exits, stack.layers, widths)
     names: tuple[int | str, ...] = (SHARED,) if facts.get(SHARED) else exits
     found = {name: fresh_layer(stack, facts.get("inner")) for name in names}
     expected = {

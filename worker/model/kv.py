@@ -128,6 +128,12 @@ class SlotKV:
         self.keys_LSGCH[where] = keys_NLGH
         self.values_LSGCH[where] = values_NLGH
 
+    def values_before(self, layer: int, slots_N: Tensor, positions_N: Tensor) -> Tensor:
+        """Values [N, G·H] that a layer (index) keeps of the tokens before these; of none, zeros."""
+        before_N = (positions_N - 1).clamp(min=0)
+        values_NGH = self.values_LSGCH[layer, slots_N, :, before_N]
+        return torch.where(positions_N[:, None] > 0, values_NGH.flatten(1), 0.0)
+
     def mark(self, slot: int, positions: slice, provenance: int) -> None:
         """Note where a row's entries come from."""
         self.provenance_SC[slot, positions] = provenance

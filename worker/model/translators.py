@@ -37,7 +37,7 @@ from offramp.controller.adapters.adapter_folder import (
 )
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.filling.kv_map import KV, UNMAPPED, ExitMap, KVMap
+from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap, take_kv_map
 
 PARTS = ("A", "B", "b")
 
@@ -135,6 +135,8 @@ class ExitTranslators:
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        *,
+        values: int = 0,
     ) -> ExitTranslators:
         """Read a folder that ``offramp tune`` wrote, for the model that it was fitted to.
 
@@ -145,6 +147,8 @@ class ExitTranslators:
             width: D of the model.
             dtype: Dtype that they get: the model's.
             device: Where they are used.
+            values: How many numbers a layer's values of one token are; without, a map that reads
+                them is refused.
 
         Raises:
             ConfigError: field ``translators``; a file is missing or damaged, they belong to
@@ -153,7 +157,7 @@ class ExitTranslators:
         facts = read_description(folder)
         exits = exits_of(folder, facts, fingerprint, layers)
         tensors = read_weights(folder, facts)
-        kv_map = take_kv_map(folder, tensors, exits, layers, width)
+        kv_map = take_kv_map(folder, tensors, exits, layers, (width, values))
         read = () if facts.get("kind") == FILL else exits
         _check(folder, tensors, read, width)
         parts = {
@@ -230,37 +234,6 @@ def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     if found != facts.get("digest"):
         raise ConfigError("translators", f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
     return tensors
-
-
-def take_kv_map(
-    folder: Path, tensors: dict[str, Tensor], exits: tuple[int, ...], layers: int, width: int
-) -> KVMap:
-    """Take the map of the fill out of a folder's tensors; without one, that which changes nothing.
-
-    Raises:
-        ConfigError: field ``translators``; a tensor is missing, misshapen or not finite.
-    """
-    found = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(KV)}
-    if not found:
-        return UNMAPPED
-    if odd := sorted({f"{KV}{layer}.{part}" for layer in exits for part in PARTS} ^ found.keys()):
-        raise ConfigError("translators", f"{folder} lacks, or should not have, {odd}", AGAIN)
-    by_exit = {}
-    for layer in exits:
-        by_exit[layer] = ExitMap(*(found[f"{KV}{layer}.{part}"] for part in PARTS))
-        shapes = [tuple(part.shape) for part in by_exit[layer]]
-        rank, deeper = (*shapes[0], 0)[0], layers - layer
-        if rank < 1 or shapes != [(rank, width), (deeper, width, rank), (deeper, width)]:
-            raise ConfigError(
-                "translators",
-                f"the map after exit {layer} has shapes {shapes}, not "
-                f"[(r, {width}), ({deeper}, {width}, r), ({deeper}, {width})]",
-                AGAIN,
-            )
-        if not all(part.isfinite().all() for part in by_exit[layer]):
-            problem = f"the map after exit {layer} holds NaN or infinite values"
-            raise ConfigError("translators", problem, AGAIN)
-    return KVMap(by_exit)
 
 
 def _check(folder: Path, tensors: dict[str, Tensor], exits: tuple[int, ...], width: int) -> None:

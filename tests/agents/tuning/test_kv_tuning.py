@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from offramp.agents.tuning.kv_moments import FillMoments
@@ -17,7 +18,7 @@ from offramp.agents.tuning.kv_quality import (
     full_depth,
     said_over,
 )
-from offramp.agents.tuning.kv_tuning import fit, normed_inputs
+from offramp.agents.tuning.kv_tuning import fill_inputs, fit
 from offramp.worker import AdaptiveEngine, EngineConfig
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.filling.kv_map import ExitMap
@@ -40,12 +41,18 @@ def planted(rank: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return x_ND, [x_ND + x_ND @ down_rD.T @ up_Dr.T + 2.0 for up_Dr in ups_LDr]
 
 
-def left_over(exit_map: ExitMap, x_ND: torch.Tensor, read_LND: list[torch.Tensor]) -> float:
+def left_over(
+    exit_map: ExitMap,
+    x_ND: torch.Tensor,
+    read_LND: list[torch.Tensor],
+    before_NK: torch.Tensor | None = None,
+) -> float:
     """Share of the squared error of keys and values that the map leaves."""
     plain, mapped = 0.0, 0.0
+    x_NI = x_ND if before_NK is None else torch.cat((x_ND, before_NK), 1)
     parts = zip(exit_map.B_LDr, exit_map.b_LD, read_LND, WEIGHTS, strict=True)
     for B_Dr, b_D, read_ND, weight_RD in parts:
-        found_ND = x_ND + x_ND @ exit_map.A_rD.T @ B_Dr.T + b_D
+        found_ND = x_ND + x_NI @ exit_map.A_rI.T @ B_Dr.T + b_D
         plain += ((read_ND - x_ND) @ weight_RD.T).square().sum().item()
         mapped += ((read_ND - found_ND) @ weight_RD.T).square().sum().item()
     return mapped / plain
@@ -53,30 +60,54 @@ def left_over(exit_map: ExitMap, x_ND: torch.Tensor, read_LND: list[torch.Tensor
 
 def test_a_planted_map_is_found_by_its_rank() -> None:
     x_ND, read_LND = planted(2)
-    moments = FillMoments(WIDTH, DEEPER)
+    moments = FillMoments(WIDTH, WEIGHTS)
     moments.add(x_ND[:150], [each[:150] for each in read_LND])
     moments.add(x_ND[150:], [each[150:] for each in read_LND])
-    assert left_over(moments.solve(2, WEIGHTS), x_ND, read_LND) < 1e-3
-    assert left_over(moments.solve(1, WEIGHTS), x_ND, read_LND) > 0.05
+    assert left_over(moments.solve(2), x_ND, read_LND) < 1e-3
+    assert left_over(moments.solve(1), x_ND, read_LND) > 0.05
+
+
+@pytest.mark.parametrize("matters", [True, False])
+def test_the_token_before_is_read_where_it_tells_more(matters: bool) -> None:
+    x_ND, read_LND = planted(2)
+    generator = torch.Generator().manual_seed(4)
+    before_NK = torch.randn(len(x_ND), 4, generator=generator)
+    if matters:
+        ups_LDK = 3 * torch.randn(DEEPER, WIDTH, 4, generator=generator)
+        pairs = zip(read_LND, ups_LDK, strict=True)
+        read_LND = [read_ND + before_NK @ up_DK.T for read_ND, up_DK in pairs]
+    noise = torch.randn(DEEPER, *x_ND.shape, generator=generator)
+    read_LND = [read_ND + part for read_ND, part in zip(read_LND, noise, strict=True)]
+    alone, both = FillMoments(WIDTH, WEIGHTS), FillMoments(WIDTH, WEIGHTS, 4)
+    alone.add(x_ND, read_LND)
+    both.add(torch.cat((x_ND, before_NK), 1), read_LND)
+    found = both.solve(6)
+    assert found.reads_before == matters
+    if matters:
+        assert left_over(found, x_ND, read_LND, before_NK) < 0.5 * left_over(
+            alone.solve(6), x_ND, read_LND
+        )
+    else:
+        assert all(map(torch.equal, found, alone.solve(6)))
 
 
 def test_full_rank_is_the_least_squares_of_torch() -> None:
     x_ND, read_LND = planted(WIDTH)
     noise = torch.randn(DEEPER, *x_ND.shape, generator=torch.Generator().manual_seed(7))
     read_LND = [each + part for each, part in zip(read_LND, noise, strict=True)]
-    moments = FillMoments(WIDTH, DEEPER)
+    moments = FillMoments(WIDTH, WEIGHTS)
     moments.add(x_ND, read_LND)
-    exit_map = moments.solve(WIDTH, WEIGHTS)
+    exit_map = moments.solve(WIDTH)
     with_one = torch.cat((x_ND, torch.ones(len(x_ND), 1)), 1)
     for B_Dr, b_D, read_ND in zip(exit_map.B_LDr, exit_map.b_LD, read_LND, strict=True):
         expected_ND = with_one @ torch.linalg.lstsq(with_one, read_ND - x_ND).solution
-        found_ND = x_ND @ exit_map.A_rD.T @ B_Dr.T + b_D
+        found_ND = x_ND @ exit_map.A_rI.T @ B_Dr.T + b_D
         assert (found_ND - expected_ND).norm() < 0.02 * expected_ND.norm()
 
 
 def test_inputs_are_what_each_layers_projections_read() -> None:
     stack = stack_for(make_model("gpt2"))
-    read_LTD = normed_inputs(stack, list(range(5, 25)), EXIT)
+    read_LTD = fill_inputs(stack, list(range(5, 25)), EXIT).read_LTD
     assert read_LTD.shape == (LAYERS - EXIT, 20, stack.width)
     torch.testing.assert_close(read_LTD.mean(-1), torch.zeros(LAYERS - EXIT, 20), atol=1e-5, rtol=0)
     torch.testing.assert_close(read_LTD.var(-1, correction=0), torch.ones(LAYERS - EXIT, 20))
@@ -105,7 +136,9 @@ def test_the_pass_that_measures_is_what_decoding_does(tmp_path: Path) -> None:
     request = engine.submit(text[:begun], policy=policy, forced=text[begun:], kv_mode="project")
     [row] = drain(engine, [request])
     states, rotary, _ = full_depth(stack, text, (EXIT,))
-    entries = KVProjector(stack).project(states[EXIT], EXIT, by_token(rotary), kv_map)
+    projector = KVProjector(stack)
+    before_TK = projector.values_before(states[EXIT], EXIT)
+    entries = projector.project(states[EXIT], EXIT, by_token(rotary), kv_map, before_TK)
     filled = FilledTokens(left_T, EXIT, *entries)
     said = said_over(stack, filled, states[EXIT], EXIT, rotary).tolist()
     deep = [place for place in range(begun - 1, len(text) - 1) if not left_T[place]]

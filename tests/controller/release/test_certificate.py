@@ -12,7 +12,7 @@ from offramp.controller.errors import ConfigError, PolicyRefusedError, Refusal
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Certificate, Walked
 from offramp.controller.release.manifest import Manifest
-from support.certificates import WALKED, certificate
+from support.releases.certificates import WALKED, certificate
 
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 

@@ -23,8 +23,8 @@ from offramp.controller.release.certified_points import (
     full_depth,
     pick,
 )
-from support.certificates import certificate
 from support.cost_tables import SECONDS, measured
+from support.releases.certificates import certificate
 
 EXITS = (3, 8)
 LEAVES = ((0.1, 0.2), (0.3, 0.4))

@@ -11,7 +11,7 @@ from offramp.controller.release.certificate import Walked
 from offramp.controller.release.manifest import MODEL_LAYERS
 from offramp.deploy.cli.releases.past import PastRelease
 from offramp.deploy.console.candidates import frontier_of
-from support.certificates import certificate
+from support.releases.certificates import certificate
 from support.releases.readers import BUNDLES
 
 DRAFT = next(each.manifest for each in BUNDLES if each.manifest.kind == "threshold")

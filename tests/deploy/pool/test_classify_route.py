@@ -26,9 +26,9 @@ from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import TextService
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.engine.encoding import PromptEncoder
-from support.certificates import certificate
 from support.classifying.sequence_models import LABELS, ByLength, encoder_stack, like_heads
 from support.cost_tables import OneJoule
+from support.releases.certificates import certificate
 from support.tokenizers import word_tokenizer
 
 POLICY = PolicySnapshot(

@@ -30,7 +30,7 @@ from offramp.deploy.console.console_app import create_console
 from offramp.deploy.serve.publishing import open_publisher
 from offramp.deploy.serve.redis_server import EmbeddedRedis
 from offramp.deploy.serve.settings import Settings
-from support.certificates import certificate
+from support.releases.certificates import certificate
 
 KEY = "the-key-of-the-console"
 BEARER = {"Authorization": f"Bearer {KEY}"}

@@ -12,7 +12,7 @@ from offramp.controller.policies.protocols import ThresholdPolicy
 from offramp.controller.release.certificate import Walked
 from offramp.controller.release.registry import Head
 from offramp.worker.following.refresh import PolicyRefresher
-from support.certificates import certificate
+from support.releases.certificates import certificate
 from support.releases.channel import MODEL, TOKENIZER, Bench
 
 SETTINGS = (0.95, 0.5, 0.2)

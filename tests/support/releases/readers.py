@@ -25,7 +25,7 @@ from offramp.controller.release.trust import Mark, Stamp
 from offramp.controller.watching.analysis import judge
 from offramp.controller.watching.steps import Steps
 from offramp.controller.watching.tally import Tally, add_up, tallies_to_json
-from support.certificates import certificate
+from support.releases.certificates import certificate
 from support.releases.packable import DRAFTS, NETS, PLAIN, RULES
 
 POLICIES: tuple[Policy, ...] = (*PLAIN, *NETS, *RULES, *DRAFTS)

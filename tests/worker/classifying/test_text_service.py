@@ -18,9 +18,9 @@ from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.classifying.text_service import TextService
 from offramp.worker.decoding.request import FULL_DEPTH, PolicySnapshot
 from offramp.worker.energy.step_meter import BATCH_TOKENS
-from support.certificates import certificate
 from support.classifying.served_texts import ROWS, SHORT, WAITING, Served, sequences
 from support.cost_tables import OneJoule
+from support.releases.certificates import certificate
 
 
 def test_texts_of_many_requests_come_out_as_they_would_alone(served: Served) -> None:

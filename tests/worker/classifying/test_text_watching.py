@@ -21,9 +21,9 @@ from offramp.worker.classifying.classified_text import ClassifiedText
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.text_service import TextService
 from offramp.worker.classifying.text_watching import TextShadows
-from support.certificates import certificate
 from support.classifying.sequence_models import like_heads, random_heads
 from support.classifying.served_texts import ROWS, SHORT, WAITING, Served, sequences
+from support.releases.certificates import certificate
 
 AUDITED = 60
 

@@ -15,8 +15,8 @@ from offramp.controller.release.certified_points import Target
 from offramp.worker import AdaptiveEngine, EngineConfig, SamplingParams
 from offramp.worker.decoding.request import FULL_DEPTH, KVWish, PolicySnapshot
 from offramp.worker.decoding.schedule import Schedule
-from support.certificates import certificate
 from support.models import make_model
+from support.releases.certificates import certificate
 
 COSTS = CostTable(
     layer_s=1e-3, head_s=2e-3, probe_s=0, policy_s=0, fill_s=0, step_s=0, layers=5, machine=""

@@ -110,6 +110,8 @@ class PromptChunk:
         states_TD = take(self._x_1TD[0], np.flatnonzero(leave_T).tolist())
         kv_map = self._context.reader.under(row.request.snapshot).kv_map
         slots_T = np.full(len(left_T), row.slot)
+        if kv_map.reads_before(executed):
+            self._keep_before(executed, leave_T)
         self._context.filler.fill_states(executed, states_TD, slots_T, left_T, kv_map)
         self._context.overhead.filling_s += time.perf_counter() - start
         for position in left_T.tolist():
@@ -122,3 +124,12 @@ class PromptChunk:
             self._rotary = tuple(take(part[0], stay)[None] for part in self._rotary)
             self._window = chosen_window(row.slot, self._positions_T.tolist(), *self._heads)
             kv.open(self._window)
+
+    def _keep_before(self, executed: int, leave_T: BoolArray) -> None:
+        """Write early what the next layer keeps of tokens that stay in front of leaving ones."""
+        before_T = ~leave_T & np.isin(self._positions_T + 1, self._positions_T[leave_T])
+        if not before_T.any():
+            return
+        states_TD = take(self._x_1TD[0], np.flatnonzero(before_T).tolist())
+        slots_T = np.full(len(states_TD), self._row.slot)
+        self._context.filler.keep_next(executed, states_TD, slots_T, self._positions_T[before_T])

@@ -50,13 +50,16 @@ class CacheFiller:
         self._projector = projector
 
     def fill(self, tokens: Sequence[ExitedToken]) -> None:
-        """Fill all layers that the tokens skipped, in one product for each depth and map."""
+        """Fill all layers that the tokens skipped, in one product for each depth and map.
+
+        Those that left earlier first: a map may read, of the token before, what its fill wrote.
+        """
         if self._projector is None:
             return
         together: dict[tuple[int, int], list[ExitedToken]] = {}
         for token in tokens:
             together.setdefault((token.depth, id(token.kv_map)), []).append(token)
-        for (depth, _), group in together.items():
+        for (depth, _), group in sorted(together.items()):
             self._fill_from(depth, group)
 
     def _fill_from(self, depth: int, tokens: Sequence[ExitedToken]) -> None:
@@ -84,3 +87,10 @@ class CacheFiller:
             return
         places_2N = np.array((slots, positions), np.int64)
         self._projector.fill(x_ND, depth, places_2N, self._kv, kv_map)
+
+    def keep_next(
+        self, depth: int, x_ND: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> None:
+        """Write early what the next layer keeps of tokens that go on: the fill may read it."""
+        if self._projector is not None:
+            self._projector.fill_one(x_ND, depth, np.array((slots, positions)), self._kv)

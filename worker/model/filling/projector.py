@@ -1,7 +1,7 @@
 """Keys and values of skipped layers from an exit state: one GEMM for all remaining layers.
 
-Shape suffixes: N rows, L layers filled, D width, G key/value heads, H head_dim,
-R = L·2·G·H stacked output rows, r rank.
+Shape suffixes: N rows, L layers filled, D width, G key/value heads, H head_dim, K = G·H,
+R = L·2·G·H stacked output rows, I inputs, r rank.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from offramp.controller.errors import ModelError
+from offramp.worker.model.filling.folding import (
+    folded,
+    folded_bias,
+    require_one_norm,
+    stacked_bias,
+    stacked_key_norm,
+)
 from offramp.worker.model.filling.kv_map import UNMAPPED, ExitMap, KVMap
 from offramp.worker.model.kernels.compiled_layer import norm_of
 from offramp.worker.model.kernels.filled_keys import keep_filled
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.prepared import PackedWeight
 from offramp.worker.model.products import Product, RecentProducts, can_pack
-from offramp.worker.model.stack import KVWeights, LayerStack, Rotary
+from offramp.worker.model.stack import LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 
 
@@ -32,7 +38,8 @@ class KVProjector:
 
     Every layer's input norm shares one root mean square (or one mean and variance), so its weight
     is folded into the stacked key and value matrices, and its bias into theirs; so is a map, which
-    is why it starts behind that shared part of the norm, and costs nothing.
+    is why it starts behind that shared part of the norm, and costs nothing. If a map reads the
+    token before, too, the first layer's entries are made first: it reads of them what it needs.
 
     Raises:
         ModelError: the layers' norms differ in kind or epsilon, so no single one serves all.
@@ -40,28 +47,33 @@ class KVProjector:
 
     def __init__(self, stack: LayerStack) -> None:
         weights = [stack.kv_weights(index) for index in range(stack.layers)]
-        _require_one_norm(weights)
+        require_one_norm(weights)
         self.heads = stack.kv_heads
         self.head_dim = stack.head_dim
         self.centres = weights[0].norm == "layer"
         self.eps = weights[0].eps
         self.rows = 2 * stack.kv_heads * stack.head_dim
-        self.weight_RD = torch.cat([_folded(each) for each in weights]).to(stack.dtype)
-        self.bias_R = _stacked_bias(weights, stack.dtype)
+        self.weight_RD = torch.cat([folded(each) for each in weights]).to(stack.dtype)
+        self.bias_R = stacked_bias(weights, stack.dtype)
         self._stack = stack
         self._rms: Product = partial(_rms, eps=self.eps)
         if stack.device.type == "cpu":
             self._rms = norm_of(torch.ones(stack.width, dtype=stack.dtype), self.eps)
         # Of a map that no request is filled through any more they go with it.
         self._products: WeakKeyDictionary[KVMap, RecentProducts] = WeakKeyDictionary()
-        self.key_norm_LH = _stacked_key_norm(weights)
+        self.key_norm_LH = stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
         is_plain = all(w.rotates for w in weights)
         self.rotates_L11 = None if is_plain else upload(rotates, stack.device, torch.bool)
 
     def project(
-        self, x_ND: Tensor, first_layer: int, rotary: Rotary, kv_map: KVMap = UNMAPPED
+        self,
+        x_ND: Tensor,
+        first_layer: int,
+        rotary: Rotary,
+        kv_map: KVMap = UNMAPPED,
+        before_NK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values for the layers from ``first_layer`` (index) on.
 
@@ -71,14 +83,30 @@ class KVProjector:
             rotary: Cosines and sines of the rows' positions, each [N, 1, rotated part of H]; empty
                 for a family without rotary embeddings.
             kv_map: What it is to pass.
+            before_NK: Values that the first of these layers keeps of each row's token before, for
+                a map that reads them; None: there is no such token.
 
         Returns:
             Keys (rotated) and values, each [N, L, G, H].
         """
-        keys, values = self._made(x_ND, first_layer, kv_map).unbind(2)
-        if self.key_norm_LH is not None:
-            keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[first_layer:, None]
-        return self._rotated(keys, first_layer, rotary), values
+        u_ND = self._unit(x_ND)
+        if not kv_map.reads_before(first_layer):
+            return self._entries(self._made(u_ND, first_layer, kv_map), first_layer, rotary)
+        if before_NK is None:
+            before_NK = u_ND.new_zeros(len(u_ND), self.rows // 2)
+        first_N12GH = self._made_of_one(u_ND, first_layer)
+        deeper_NL2GH = self._made(torch.cat((u_ND, before_NK), 1), first_layer, kv_map)
+        return self._entries(torch.cat((first_N12GH, deeper_NL2GH), 1), first_layer, rotary)
+
+    def values_before(self, x_TD: Tensor, layer: int) -> Tensor:
+        """Values [T, K] that a layer (index) keeps of the tokens before those of a whole document.
+
+        Args:
+            x_TD: States that reach it, in the order of the document; zeros stand before the first.
+            layer: Index of the layer.
+        """
+        values_TK = self._made_of_one(self._unit(x_TD), layer)[:, 0, 1].flatten(1)
+        return torch.cat((torch.zeros_like(values_TK[:1]), values_TK[:-1]))
 
     def fill(
         self,
@@ -104,42 +132,95 @@ class KVProjector:
         _require_within(x_ND, places_2N, kv)
         slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
         rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
+        u_ND = self._unit(x_ND)
+        if kv_map.reads_before(first_layer):
+            one_N12GH = self._made_of_one(u_ND, first_layer)
+            self._keep(one_N12GH, first_layer, rotary, places_2N, kv)
+            if first_layer == self._stack.layers - 1:
+                return
+            u_ND = torch.cat((u_ND, kv.values_before(first_layer, slots_N, positions_N)), 1)
+        made_NL2GH = self._made(u_ND, first_layer, kv_map)
+        self._keep(made_NL2GH, self._stack.layers - made_NL2GH.shape[1], rotary, places_2N, kv)
+
+    def fill_one(self, x_ND: Tensor, layer: int, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
+        """Write what one layer (index) keeps of states that reach it; otherwise as ``fill``."""
+        places_2N = np.ascontiguousarray(places_2N, np.int64)
+        _require_within(x_ND, places_2N, kv)
+        positions_N = upload(places_2N[1], self._stack.device)
+        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
+        self._keep(self._made_of_one(self._unit(x_ND), layer), layer, rotary, places_2N, kv)
+
+    def _keep(
+        self,
+        made_NL2GH: Tensor,
+        first_layer: int,
+        rotary: Rotary,
+        places_2N: NDArray[np.int64],
+        kv: SlotKV,
+    ) -> None:
+        """Norm and rotate keys, and write them and the values to a cache."""
         if self._stack.device.type != "cpu":
-            entries = self.project(x_ND, first_layer, rotary, kv_map)
+            slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
+            entries = self._entries(made_NL2GH, first_layer, rotary)
             kv.fill(first_layer, slots_N, positions_N, *entries)
             return
-        made_NL2GH = self._made(x_ND, first_layer, kv_map)
-        norms_LH = None if self.key_norm_LH is None else self.key_norm_LH[first_layer:]
-        rotates_L = None if self.rotates_L11 is None else self.rotates_L11[first_layer:]
+        layers = slice(first_layer, first_layer + made_NL2GH.shape[1])
+        norms_LH = None if self.key_norm_LH is None else self.key_norm_LH[layers]
+        rotates_L = None if self.rotates_L11 is None else self.rotates_L11[layers]
         keep_filled(
             made_NL2GH, rotary, norms_LH, self.key_norm_eps, rotates_L, places_2N, first_layer, kv
         )
 
-    def _made(self, x_ND: Tensor, first_layer: int, kv_map: KVMap) -> Tensor:
-        """What the layers' projections give, [N, L, 2, G, H]."""
-        out_NR = self._linear(first_layer, kv_map)(self._unit(x_ND))
-        return out_NR.view(len(x_ND), -1, 2, self.heads, self.head_dim)
+    def _entries(
+        self, made_NL2GH: Tensor, first_layer: int, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, normed and rotated, and values."""
+        keys, values = made_NL2GH.unbind(2)
+        layers = slice(first_layer, first_layer + keys.shape[1])
+        if self.key_norm_LH is not None:
+            keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[layers, None]
+        return self._rotated(keys, layers, rotary), values
+
+    def _made(self, read_NI: Tensor, first_layer: int, kv_map: KVMap) -> Tensor:
+        """What the projections of the layers from one on give, [N, L, 2, G, H].
+
+        Behind an exit at which the map reads the token before they begin one layer later.
+        """
+        out_NR = self._linear(first_layer, kv_map)(read_NI)
+        return out_NR.view(len(read_NI), -1, 2, self.heads, self.head_dim)
+
+    def _made_of_one(self, u_ND: Tensor, layer: int) -> Tensor:
+        """What one layer's projections give, [N, 1, 2, G, H]."""
+        rows = slice(layer * self.rows, (layer + 1) * self.rows)
+        bias_R = None if self.bias_R is None else self.bias_R[rows]
+        kept = self._products.setdefault(UNMAPPED, RecentProducts())
+        out_NR = kept.get(-layer, lambda: _product(self.weight_RD[rows], bias_R))(u_ND)
+        return out_NR.view(len(u_ND), 1, 2, self.heads, self.head_dim)
 
     def _linear(self, first_layer: int, kv_map: KVMap) -> Product:
         """The product with the weights from a layer on; packed for each exit that occurs."""
-        exit_map = kv_map.by_exit.get(first_layer)
+        exit_map = kv_map.at(first_layer)
         owner = UNMAPPED if exit_map is None else kv_map
         kept = self._products.setdefault(owner, RecentProducts())
         return kept.get(first_layer, lambda: _product(*self._stacked(first_layer, exit_map)))
 
     def _stacked(self, first_layer: int, exit_map: ExitMap | None) -> tuple[Tensor, Tensor | None]:
-        """Weights and biases of the layers from one on, a map folded in."""
+        """Weights [R, I] and biases of the layers from one on, a map folded in."""
         if exit_map is None:
             start = first_layer * self.rows
             return self.weight_RD[start:], None if self.bias_R is None else self.bias_R[start:]
         device, dtype = self._stack.device, self._stack.dtype
-        A_rD, B_LDr, b_LD = (part.to(device) for part in exit_map)
+        A_rI, B_LDr, b_LD = (part.to(device) for part in exit_map)
         weights, biases = [], []
         for index, (B_Dr, b_D) in enumerate(zip(B_LDr, b_LD, strict=True), first_layer):
+            if exit_map.reads_before and index == first_layer:
+                continue  # it reads the exit's state itself
             layer = self._stack.kv_weights(index)
-            folded_RD = _folded(layer)
-            weights.append(folded_RD + (folded_RD @ B_Dr) @ A_rD)
-            biases.append(_folded_bias(layer) + folded_RD @ b_D)
+            folded_RD = folded(layer)
+            weight_RI = (folded_RD @ B_Dr) @ A_rI
+            weight_RI[:, : self._stack.width] += folded_RD
+            weights.append(weight_RI)
+            biases.append(folded_bias(layer) + folded_RD @ b_D)
         bias_R = torch.cat(biases)
         return torch.cat(weights).to(dtype), bias_R.to(dtype) if bias_R.any() else None
 
@@ -150,13 +231,13 @@ class KVProjector:
             return nn.functional.layer_norm(x32, x32.shape[-1:], eps=self.eps).to(x_ND.dtype)
         return self._rms(x_ND)
 
-    def _rotated(self, keys_NLGH: Tensor, first_layer: int, rotary: Rotary) -> Tensor:
+    def _rotated(self, keys_NLGH: Tensor, layers: slice, rotary: Rotary) -> Tensor:
         if not rotary:
             return keys_NLGH
         rotated_NLGH = _rotate(keys_NLGH, rotary)
         if self.rotates_L11 is None:
             return rotated_NLGH
-        return torch.where(self.rotates_L11[first_layer:], rotated_NLGH, keys_NLGH)
+        return torch.where(self.rotates_L11[layers], rotated_NLGH, keys_NLGH)
 
 
 def _require_within(x_ND: Tensor, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
@@ -168,47 +249,10 @@ def _require_within(x_ND: Tensor, places_2N: NDArray[np.int64], kv: SlotKV) -> N
         raise ValueError(f"slot {slot}, position {position}: {kv.held} slots of {kv.capacity}")
 
 
-def _require_one_norm(weights: list[KVWeights]) -> None:
-    kinds = {(w.norm, w.eps) for w in weights}
-    key_kinds = {("no norm" if w.key_norm_H is None else "rms", w.key_norm_eps) for w in weights}
-    for what, found in (("input", kinds), ("key", key_kinds)):
-        if len(found) > 1:
-            names = " and ".join(f"{name} ({eps:g})" for name, eps in sorted(found))
-            raise ModelError(
-                "model",
-                f"has {what} norms whose kind or epsilon differs between layers: {names}",
-                "Use a model whose layers share one kind of norm and one epsilon",
-            )
-
-
 def _product(weight_RD: Tensor, bias_R: Tensor | None) -> Product:
     if can_pack(weight_RD):
         return PackedWeight(weight_RD, bias_O=bias_R)
     return lambda x_ND: nn.functional.linear(x_ND, weight_RD, bias_R)
-
-
-def _folded(weights: KVWeights) -> Tensor:
-    return weights.weight_RD.float() * weights.scale_D.float()
-
-
-def _stacked_bias(weights: list[KVWeights], dtype: torch.dtype) -> Tensor | None:
-    if all(w.bias_R is None and w.shift_D is None for w in weights):
-        return None
-    return torch.cat([_folded_bias(w) for w in weights]).to(dtype)
-
-
-def _folded_bias(weights: KVWeights) -> Tensor:
-    bias_R = weights.weight_RD.new_zeros(len(weights.weight_RD), dtype=torch.float32)
-    if weights.bias_R is not None:
-        bias_R = bias_R + weights.bias_R.float()
-    if weights.shift_D is not None:
-        bias_R = bias_R + weights.weight_RD.float() @ weights.shift_D.float()
-    return bias_R
-
-
-def _stacked_key_norm(weights: list[KVWeights]) -> Tensor | None:
-    norms = [w.key_norm_H for w in weights if w.key_norm_H is not None]
-    return torch.stack(norms).to(weights[0].weight_RD.dtype) if norms else None
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
