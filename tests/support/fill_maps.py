@@ -39,13 +39,13 @@ def moved(exit_map: ExitMap, place: int, x_ND: Tensor) -> Tensor:
     return x_ND + x_ND @ exit_map.A_rI.T @ exit_map.B_LDr[place].T + exit_map.b_LD[place]
 
 
-def reading_before(family: str) -> ExitMap:
+def reading_before(family: str, **config: Any) -> ExitMap:
     """A map of rank 3 that reads the token before, too."""
-    stack, generator = stack_for(make_model(family)), torch.Generator().manual_seed(5)
-    inputs = WIDTH + stack.kv_heads * stack.head_dim
+    stack, generator = stack_for(make_model(family, **config)), torch.Generator().manual_seed(5)
+    inputs = stack.width + stack.kv_heads * stack.head_dim
     A_rI = 0.2 * torch.randn(3, inputs, generator=generator)
-    B_LDr = torch.randn(LAYERS - EXIT, WIDTH, 3, generator=generator)
-    b_LD = torch.randn(LAYERS - EXIT, WIDTH, generator=generator)
+    B_LDr = torch.randn(LAYERS - EXIT, stack.width, 3, generator=generator)
+    b_LD = torch.randn(LAYERS - EXIT, stack.width, generator=generator)
     B_LDr[0], b_LD[0] = 0, 0
     return ExitMap(A_rI, B_LDr, b_LD)
 

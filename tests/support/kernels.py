@@ -20,7 +20,7 @@ from offramp.worker.model.products import can_pack
 from offramp.worker.model.quantised import Int4Weight, Int8Weight
 
 LEAN = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "smollm3")
-KINDS = ("bfloat16", "float32", "int8", "int4", "rounded")
+KINDS = ("bfloat16", "float32", "int8", "int4", "rounded", "bytes")
 ALL = 10**6
 
 needs_packing = pytest.mark.skipif(
@@ -38,8 +38,8 @@ def matrix_of(kind: str, outputs: int, inputs: int) -> tuple[Tensor, KernelMatri
     if kind in ("bfloat16", "float32"):
         kept_OI = weight_OI.to(getattr(torch, kind))
         return kept_OI.double(), KernelMatrix(kept_OI, bias_O)
-    if kind == "int8":
-        eight = Int8Weight(weight_OI)
+    if kind in ("int8", "bytes"):
+        eight = Int8Weight(weight_OI, rounds=kind == "bytes")
         return eight.restored().double(), eight.matrix(bias_O)
     four = Int4Weight(weight_OI, 32, rounds=kind == "rounded")
     return four.restored().double(), four.matrix(bias_O)
@@ -47,7 +47,7 @@ def matrix_of(kind: str, outputs: int, inputs: int) -> tuple[Tensor, KernelMatri
 
 def taken(kind: str, x_NI: Tensor) -> Tensor:
     """What rows stand for where a matrix of a kind multiplies them."""
-    return rounded_rows(x_NI) if kind == "rounded" else x_NI
+    return rounded_rows(x_NI) if kind in ("rounded", "bytes") else x_NI
 
 
 def states(stack: Any, rows: int, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,8 @@ class PackedWeight:
         bias_O: Added to it; None: nothing.
 
     Attributes:
-        plain_rows: Up to so many rows are multiplied with the plain matrices.
+        kernel_rows: Up to so many rows are multiplied with the plain matrices, by kernels.
+        matrix: The plain matrix, if it is one, as kernels take it.
     """
 
     def __init__(self, *parts_OI: Tensor, bias_O: Tensor | None = None) -> None:
@@ -53,7 +54,8 @@ class PackedWeight:
         self._bias_O = bias_O
         whole_OI = self._plain[0] if len(parts_OI) == 1 else torch.cat(self._plain)
         self._multiply_packed = packed_product(whole_OI)
-        self.plain_rows = 0
+        self.kernel_rows = 0
+        self.matrix: KernelMatrix | None = None
         if all(is_readable(part_OI) for part_OI in self._plain):
             heights = [len(part_OI) for part_OI in self._plain]
             biases = [None] * len(heights) if bias_O is None else torch.split(bias_O, heights)
@@ -61,7 +63,8 @@ class PackedWeight:
                 KernelMatrix(part_OI, part_O)
                 for part_OI, part_O in zip(self._plain, biases, strict=True)
             ]
-            self.plain_rows = rows_up_to(
+            self.matrix = self._parts[0] if len(self._parts) == 1 else None
+            self.kernel_rows = rows_up_to(
                 f"plain (threads) or packed, {whole_OI.dtype}, {heights} of {whole_OI.shape[1]}",
                 whole_OI.new_ones(SIZES[-1], whole_OI.shape[1]),
                 self._multiply_plainly,
@@ -70,7 +73,7 @@ class PackedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
-        if x.numel() <= self.plain_rows * x.shape[-1]:
+        if x.numel() <= self.kernel_rows * x.shape[-1]:
             return self._multiply_plainly(x)
         return self._multiply_packed(x, self._bias_O)
 

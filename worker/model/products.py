@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from torch import Tensor
 from offramp.controller.durable import write_durably
 
 Product = Callable[[Tensor], Tensor]
+
+T = TypeVar("T")
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows at which kernels are compared, until the one for many rows wins."""
@@ -146,15 +149,15 @@ def _keep(known: dict[str, int]) -> None:
 
 
 @dataclass(slots=True)
-class KeptProduct:
-    """A product, and when it was asked for last, by ``time.monotonic``."""
+class KeptProduct(Generic[T]):
+    """What multiplies, and when it was asked for last, by ``time.monotonic``."""
 
-    product: Product
+    product: T
     used_s: float
 
 
-class RecentProducts:
-    """Products by number, each made when it is first asked for.
+class RecentProducts(Generic[T]):
+    """Products, or what holds some, by number, each made when it is first asked for.
 
     Those that nobody asked for in ``UNUSED_S`` go when another is made: the fill has one for each
     exit, a copy of all layers behind it, and a worker that is given policy after policy would hold
@@ -162,9 +165,9 @@ class RecentProducts:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, KeptProduct] = {}
+        self._kept: dict[int, KeptProduct[T]] = {}
 
-    def get(self, number: int, make: Callable[[], Product]) -> Product:
+    def get(self, number: int, make: Callable[[], T]) -> T:
         """The product of a number."""
         now_s = time.monotonic()
         if number not in self._kept:

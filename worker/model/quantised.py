@@ -20,7 +20,7 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK, LINE
-from offramp.worker.model.kernels.rounding import interleaved, rounded_rows
+from offramp.worker.model.kernels.rounding import interleaved, on_rounded_rows
 from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision
@@ -124,11 +124,13 @@ class Int8Weight:
 
     Args:
         weight_OI: The matrix, [out, in].
+        rounds: Whether rows are rounded to 8 bits before they are multiplied; ``BLOCK`` divides
+            the inputs then.
     """
 
-    name = "int8"
-
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, *, rounds: bool = False) -> None:
+        self.name = "int8" + ", rows of int8" * rounds
+        self._rounds = rounds
         weight_OI = weight_OI.detach()
         scale_O1 = weight_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self._scale_O = scale_O1[:, 0].to(weight_OI.dtype)
@@ -138,7 +140,12 @@ class Int8Weight:
 
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
         """The numbers and scales, with a bias, as compiled kernels take them."""
-        return KernelMatrix(self._values_OI, bias_O, self._scale_O.float())
+        scale_O = self._scale_O.float()
+        if not self._rounds:
+            return KernelMatrix(self._values_OI, bias_O, scale_O)
+        unsigned_OI = (self._values_OI.view(torch.uint8) ^ 128).view(torch.int8)
+        kept, scales = interleaved(unsigned_OI, 4), interleaved(scale_O[:, None], 1)
+        return KernelMatrix(kept, bias_O, scales, outputs=len(scale_O))
 
     def restored(self) -> Tensor:
         """The matrix that the numbers stand for, [O, I]."""
@@ -149,8 +156,8 @@ class Int8Weight:
         return restored_product(self.restored)
 
     def on_rows(self, product: BiasedProduct) -> BiasedProduct:
-        """Multiply rows as they are."""
-        return product
+        """Multiply rows as they are, or as they are rounded."""
+        return on_rounded_rows(product) if self._rounds else product
 
 
 class Int4Weight:
@@ -221,9 +228,7 @@ class Int4Weight:
 
     def on_rows(self, product: BiasedProduct) -> BiasedProduct:
         """Multiply rows as they are, or as they are rounded."""
-        if not self._rounds:
-            return product
-        return lambda x, bias_O: product(rounded_rows(x), bias_O)
+        return on_rounded_rows(product) if self._rounds else product
 
     def _numbers_OI(self) -> Tensor:
         """The numbers from 0 to 15, one by one, uint8."""

@@ -80,6 +80,11 @@ class LayerStack(Protocol):
         """What enters the first layer, [B, T, D]."""
         ...
 
+    @property
+    def angle_tables(self) -> tuple[Tensor, ...]:
+        """Cosines and sines of all positions, each [C, turned part of H]; () if none are kept."""
+        ...
+
     def rotary(self, x_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines of the positions, computed once per step."""
         ...

@@ -118,9 +118,9 @@ def test_without_a_folder_each_process_measures(
 
 def test_a_matrix_that_compiled_code_cannot_read_is_packed_unmeasured(machine: Machine) -> None:
     machine.faster_up_to = 4
-    assert PackedWeight(WEIGHT.T).plain_rows == 0
+    assert PackedWeight(WEIGHT.T).kernel_rows == 0
     assert machine.measured == []
-    assert PackedWeight(WEIGHT.T.contiguous()).plain_rows == 4
+    assert PackedWeight(WEIGHT.T.contiguous()).kernel_rows == 4
 
 
 def test_the_real_measurement_names_a_ratio() -> None:

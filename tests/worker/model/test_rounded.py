@@ -55,10 +55,14 @@ def test_rows_round_to_the_whole_numbers_of_their_blocks() -> None:
     assert product.isnan().any(1).tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("rounded", rounded_kernel.RoundedProduct), ("bytes", rounded_kernel.ByteProduct)],
+)
 def test_whole_numbers_are_multiplied_the_same_without_the_instruction(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, code: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, matrix = matrix_of("rounded", 7, 160)
+    _, matrix = matrix_of(kind, 7, 160)
     x_NI = numbers(5, 160)
     theirs = matrix.product(x_NI)
     monkeypatch.setattr(rounded_kernel, "multiplies_bytes", lambda: False)
@@ -67,7 +71,7 @@ def test_whole_numbers_are_multiplied_the_same_without_the_instruction(
     def product(_: Any, arguments: Any) -> Any:
         def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             given = cgutils.unpack_tuple(builder, values[0])
-            rounded_kernel.RoundedProduct(builder, given).emit()
+            code(builder, given).emit()
             return context.get_dummy_value()
 
         return types.void(arguments), emit

@@ -24,23 +24,26 @@ class Angles:
         module: Hugging Face's rotary embedding; None for a family without.
         context: Most tokens of a sequence C.
         dtype, device: Dtype and device of the model.
+
+    Attributes:
+        tables: Cosines and sines of all positions [C, H]; none where they would be too large.
     """
 
     def __init__(self, module: Any, context: int, dtype: torch.dtype, device: torch.device) -> None:
         self._module = module
-        self._tables: list[Tensor] = []
+        self.tables: list[Tensor] = []
         if module is None:
             return
         like = torch.empty(1, dtype=dtype, device=device)
         sample = module(like, torch.zeros((1, 1), dtype=torch.long, device=device))
         if 2 * context * sample[0].nbytes <= TABLE_BYTES:
             positions_1C = torch.arange(context, device=device)[None]
-            self._tables = [part[0].contiguous() for part in module(like, positions_1C)]
+            self.tables = [part[0].contiguous() for part in module(like, positions_1C)]
 
     def at(self, x_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines [B, T, H]; empty for a family without rotary embeddings."""
-        if self._tables:
-            return tuple(torch.embedding(table, positions_BT) for table in self._tables)
+        if self.tables:
+            return tuple(torch.embedding(table, positions_BT) for table in self.tables)
         return () if self._module is None else tuple(self._module(x_BTD, positions_BT))
 
 
@@ -126,6 +129,11 @@ class HFStack:
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Token embeddings, [B, T, D]."""
         return self._embed(tokens_BT)  # type: ignore[no-any-return]
+
+    @property
+    def angle_tables(self) -> tuple[Tensor, ...]:
+        """Cosines and sines of all positions, each [C, turned part of H]; () if none are kept."""
+        return tuple(self._angles.tables)
 
     def rotary(self, x_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines of the positions; empty for a family without rotary embeddings."""

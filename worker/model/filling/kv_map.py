@@ -114,7 +114,7 @@ def take_kv_map(
 def _check_map(layer: int, exit_map: ExitMap, deeper: int, width: int, values: int) -> None:
     shapes = [tuple(part.shape) for part in exit_map]
     rank, inputs = (*shapes[0], 0, 0)[:2]
-    is_known = inputs in (width, width + values)
+    is_known = inputs == width or (inputs == width + values and deeper > 1)
     if rank < 1 or not is_known or shapes[1:] != [(deeper, width, rank), (deeper, width)]:
         raise ConfigError(
             "translators",

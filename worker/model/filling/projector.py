@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from offramp.worker.model.filling.exit_fill import ExitFill, product_of
 from offramp.worker.model.filling.folding import (
     folded,
     folded_bias,
@@ -23,10 +24,9 @@ from offramp.worker.model.filling.folding import (
 )
 from offramp.worker.model.filling.kv_map import UNMAPPED, ExitMap, KVMap
 from offramp.worker.model.kernels.compiled_layer import norm_of
-from offramp.worker.model.kernels.filled_keys import keep_filled
+from offramp.worker.model.kernels.fill_rows import FillTarget, keep_rows
 from offramp.worker.model.kv import SlotKV
-from offramp.worker.model.prepared import PackedWeight
-from offramp.worker.model.products import Product, RecentProducts, can_pack
+from offramp.worker.model.products import Product, RecentProducts
 from offramp.worker.model.stack import LayerStack, Rotary
 from offramp.worker.model.transfers import upload
 
@@ -57,10 +57,14 @@ class KVProjector:
         self.bias_R = stacked_bias(weights, stack.dtype)
         self._stack = stack
         self._rms: Product = partial(_rms, eps=self.eps)
-        if stack.device.type == "cpu":
-            self._rms = norm_of(torch.ones(stack.width, dtype=stack.dtype), self.eps)
+        self._unit_D: Tensor | None = None
+        if stack.device.type == "cpu" and not self.centres:
+            self._unit_D = torch.ones(stack.width, dtype=stack.dtype)
+            self._rms = norm_of(self._unit_D, self.eps)
         # Of a map that no request is filled through any more they go with it.
-        self._products: WeakKeyDictionary[KVMap, RecentProducts] = WeakKeyDictionary()
+        self._fills: WeakKeyDictionary[KVMap, RecentProducts[ExitFill]] = WeakKeyDictionary()
+        self._ones: RecentProducts[Product] = RecentProducts()
+        self.turns = bool(stack.rotary(*_one_token(stack)))
         self.key_norm_LH = stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
@@ -91,12 +95,14 @@ class KVProjector:
         """
         u_ND = self._unit(x_ND)
         if not kv_map.reads_before(first_layer):
-            return self._entries(self._made(u_ND, first_layer, kv_map), first_layer, rotary)
+            made_NR = self._behind(first_layer, kv_map).rest(u_ND)
+            return self._entries(self._by_layer(made_NR), first_layer, rotary)
         if before_NK is None:
             before_NK = u_ND.new_zeros(len(u_ND), self.rows // 2)
-        first_N12GH = self._made_of_one(u_ND, first_layer)
-        deeper_NL2GH = self._made(torch.cat((u_ND, before_NK), 1), first_layer, kv_map)
-        return self._entries(torch.cat((first_N12GH, deeper_NL2GH), 1), first_layer, rotary)
+        one_NR = self._product_of_one(first_layer)(u_ND)
+        rest_NR = self._behind(first_layer, kv_map).rest(torch.cat((u_ND, before_NK), 1))
+        made_NR = torch.cat((one_NR, rest_NR), 1)
+        return self._entries(self._by_layer(made_NR), first_layer, rotary)
 
     def values_before(self, x_TD: Tensor, layer: int) -> Tensor:
         """Values [T, K] that a layer (index) keeps of the tokens before those of a whole document.
@@ -105,7 +111,8 @@ class KVProjector:
             x_TD: States that reach it, in the order of the document; zeros stand before the first.
             layer: Index of the layer.
         """
-        values_TK = self._made_of_one(self._unit(x_TD), layer)[:, 0, 1].flatten(1)
+        made_TR = self._product_of_one(layer)(self._unit(x_TD))
+        values_TK = made_TR[:, self.rows // 2 :]
         return torch.cat((torch.zeros_like(values_TK[:1]), values_TK[:-1]))
 
     def fill(
@@ -128,47 +135,55 @@ class KVProjector:
         Raises:
             ValueError: states of another dtype than the cache's, or places outside it.
         """
+        fill = self._behind(first_layer, kv_map)
         places_2N = np.ascontiguousarray(places_2N, np.int64)
-        _require_within(x_ND, places_2N, kv)
-        slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
-        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
+        if len(x_ND) <= fill.few_rows and (self.turns == bool(self._stack.angle_tables)):
+            if self._unit_D is None:
+                x_ND = self._unit(x_ND)
+            target = partial(self._target, first_layer, kv)
+            fill.job(kv, (self._unit_D, self.eps), target).run(x_ND, places_2N)
+            return
         u_ND = self._unit(x_ND)
-        if kv_map.reads_before(first_layer):
-            one_N12GH = self._made_of_one(u_ND, first_layer)
-            self._keep(one_N12GH, first_layer, rotary, places_2N, kv)
-            if first_layer == self._stack.layers - 1:
-                return
+        if fill.one is not None:
+            self._keep(fill.one(u_ND), first_layer, places_2N, kv)
+            slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
             u_ND = torch.cat((u_ND, kv.values_before(first_layer, slots_N, positions_N)), 1)
-        made_NL2GH = self._made(u_ND, first_layer, kv_map)
-        self._keep(made_NL2GH, self._stack.layers - made_NL2GH.shape[1], rotary, places_2N, kv)
+        self._keep(fill.rest(u_ND), first_layer + (fill.one is not None), places_2N, kv)
 
     def fill_one(self, x_ND: Tensor, layer: int, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
         """Write what one layer (index) keeps of states that reach it; otherwise as ``fill``."""
         places_2N = np.ascontiguousarray(places_2N, np.int64)
-        _require_within(x_ND, places_2N, kv)
-        positions_N = upload(places_2N[1], self._stack.device)
-        rotary = self._stack.rotary(x_ND[:, None], positions_N[:, None])
-        self._keep(self._made_of_one(self._unit(x_ND), layer), layer, rotary, places_2N, kv)
+        made_NR = self._product_of_one(layer)(self._unit(x_ND))
+        self._keep(made_NR, layer, places_2N, kv)
 
     def _keep(
-        self,
-        made_NL2GH: Tensor,
-        first_layer: int,
-        rotary: Rotary,
-        places_2N: NDArray[np.int64],
-        kv: SlotKV,
+        self, made_NR: Tensor, first_layer: int, places_2N: NDArray[np.int64], kv: SlotKV
     ) -> None:
         """Norm and rotate keys, and write them and the values to a cache."""
-        if self._stack.device.type != "cpu":
-            slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
-            entries = self._entries(made_NL2GH, first_layer, rotary)
-            kv.fill(first_layer, slots_N, positions_N, *entries)
+        slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
+        rotary = self._stack.rotary(made_NR[:, None], positions_N[:, None])
+        if self._stack.device.type == "cpu":
+            angles = tuple(part[:, 0].contiguous() for part in rotary)
+            keep_rows(made_NR, places_2N, self._target(first_layer, kv, angles))
             return
-        layers = slice(first_layer, first_layer + made_NL2GH.shape[1])
-        norms_LH = None if self.key_norm_LH is None else self.key_norm_LH[layers]
-        rotates_L = None if self.rotates_L11 is None else self.rotates_L11[layers]
-        keep_filled(
-            made_NL2GH, rotary, norms_LH, self.key_norm_eps, rotates_L, places_2N, first_layer, kv
+        entries = self._entries(self._by_layer(made_NR), first_layer, rotary)
+        kv.fill(first_layer, slots_N, positions_N, *entries)
+
+    def _target(
+        self, first_layer: int, kv: SlotKV, angles: tuple[Tensor, ...] | None = None
+    ) -> FillTarget:
+        """Where compiled code writes rows, and how it turns their keys; None: by tables."""
+        by_position = angles is None
+        norms_LH = None if self.key_norm_LH is None else self.key_norm_LH[first_layer:]
+        rotates_L = None if self.rotates_L11 is None else self.rotates_L11[first_layer:]
+        return FillTarget(
+            kv,
+            first_layer,
+            self._stack.angle_tables if angles is None else angles,
+            by_position,
+            norms_LH,
+            self.key_norm_eps,
+            rotates_L,
         )
 
     def _entries(
@@ -181,28 +196,27 @@ class KVProjector:
             keys = _rms(keys, self.key_norm_eps) * self.key_norm_LH[layers, None]
         return self._rotated(keys, layers, rotary), values
 
-    def _made(self, read_NI: Tensor, first_layer: int, kv_map: KVMap) -> Tensor:
-        """What the projections of the layers from one on give, [N, L, 2, G, H].
+    def _by_layer(self, made_NR: Tensor) -> Tensor:
+        return made_NR.view(len(made_NR), -1, 2, self.heads, self.head_dim)
 
-        Behind an exit at which the map reads the token before they begin one layer later.
-        """
-        out_NR = self._linear(first_layer, kv_map)(read_NI)
-        return out_NR.view(len(read_NI), -1, 2, self.heads, self.head_dim)
-
-    def _made_of_one(self, u_ND: Tensor, layer: int) -> Tensor:
-        """What one layer's projections give, [N, 1, 2, G, H]."""
-        rows = slice(layer * self.rows, (layer + 1) * self.rows)
-        bias_R = None if self.bias_R is None else self.bias_R[rows]
-        kept = self._products.setdefault(UNMAPPED, RecentProducts())
-        out_NR = kept.get(-layer, lambda: _product(self.weight_RD[rows], bias_R))(u_ND)
-        return out_NR.view(len(u_ND), 1, 2, self.heads, self.head_dim)
-
-    def _linear(self, first_layer: int, kv_map: KVMap) -> Product:
-        """The product with the weights from a layer on; packed for each exit that occurs."""
+    def _behind(self, first_layer: int, kv_map: KVMap) -> ExitFill:
+        """What fills the layers from one on; packed for each exit that occurs."""
         exit_map = kv_map.at(first_layer)
         owner = UNMAPPED if exit_map is None else kv_map
-        kept = self._products.setdefault(owner, RecentProducts())
-        return kept.get(first_layer, lambda: _product(*self._stacked(first_layer, exit_map)))
+        kept = self._fills.setdefault(owner, RecentProducts())
+        return kept.get(first_layer, lambda: self._made_for(first_layer, exit_map))
+
+    def _made_for(self, first_layer: int, exit_map: ExitMap | None) -> ExitFill:
+        weights = self._stacked(first_layer, exit_map)
+        reads_before = exit_map is not None and exit_map.reads_before
+        one = self._product_of_one(first_layer) if reads_before else None
+        return ExitFill(one, product_of(*weights, rounds=exit_map is not None))
+
+    def _product_of_one(self, layer: int) -> Product:
+        """Keys and values of one layer alone."""
+        rows = slice(layer * self.rows, (layer + 1) * self.rows)
+        bias_R = None if self.bias_R is None else self.bias_R[rows]
+        return self._ones.get(layer, lambda: product_of(self.weight_RD[rows], bias_R, rounds=True))
 
     def _stacked(self, first_layer: int, exit_map: ExitMap | None) -> tuple[Tensor, Tensor | None]:
         """Weights [R, I] and biases of the layers from one on, a map folded in."""
@@ -240,19 +254,10 @@ class KVProjector:
         return torch.where(self.rotates_L11[layers], rotated_NLGH, keys_NLGH)
 
 
-def _require_within(x_ND: Tensor, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
-    """Refuse what compiled code, which is given addresses, would write elsewhere."""
-    if x_ND.dtype is not kv.keys_LSGCH.dtype or places_2N.shape != (2, len(x_ND)):
-        raise ValueError(f"{x_ND.dtype} {tuple(x_ND.shape)} at places {places_2N.shape}")
-    slot, position = places_2N.max(1)
-    if places_2N.min() < 0 or slot >= kv.held or position >= kv.capacity:
-        raise ValueError(f"slot {slot}, position {position}: {kv.held} slots of {kv.capacity}")
-
-
-def _product(weight_RD: Tensor, bias_R: Tensor | None) -> Product:
-    if can_pack(weight_RD):
-        return PackedWeight(weight_RD, bias_O=bias_R)
-    return lambda x_ND: nn.functional.linear(x_ND, weight_RD, bias_R)
+def _one_token(stack: LayerStack) -> tuple[Tensor, Tensor]:
+    """A state and a position, as ``rotary`` takes them."""
+    position_11 = torch.zeros((1, 1), dtype=torch.long, device=stack.device)
+    return torch.zeros((1, 1, stack.width), dtype=stack.dtype, device=stack.device), position_11
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from offramp.controller.policies.net_kernel import compiled
 
@@ -42,6 +43,11 @@ float_of = _reinterpreted(types.float32, types.uint32)
 
 bits_of = _reinterpreted(types.uint32, types.float32)
 """The bits, uint32, of a float32."""
+
+
+def address_of(part: Tensor | None) -> int:
+    """Where a tensor's numbers begin; 0 for none."""
+    return 0 if part is None else part.data_ptr()
 
 
 @compiled

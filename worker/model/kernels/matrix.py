@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.controller.policies.net_kernel import compiled
@@ -17,6 +18,7 @@ from offramp.worker.model.kernels.floats import address, pointer, read, round_al
 from offramp.worker.model.kernels.multiply import (
     BITS,
     BLOCK,
+    BYTES,
     FLOATS,
     INT4,
     INT8,
@@ -53,8 +55,9 @@ class KernelMatrix:
         groups: int4's scales (uint8) and zero points (bits of int8) in such units [O, 2, G]; behind
             them a vector can be read.
         group_size: Inputs that share one of int4's scales.
-        outputs: Number of outputs of int4 weights in groups of 32 that are interleaved: their rows
-            are rounded to whole numbers (``rounded``). None: weights lie row by row.
+        outputs: Number of outputs of int8 weights, or of int4 ones in groups of 32, that are
+            interleaved: their rows are rounded to whole numbers (``rounded``), and int8's weights
+            are kept without a sign. None: weights lie row by row.
 
     Attributes:
         nbytes: Bytes of weights, scales and zero points.
@@ -78,7 +81,7 @@ class KernelMatrix:
         if outputs is None:
             outputs = rows
         else:
-            kind = ROUNDED
+            kind = ROUNDED if kind == INT4 else BYTES
         self._outputs = outputs
         self.described = np.zeros(10, np.int64)
         self.described[[KIND, CODE]] = kind, code_for(kind)
@@ -91,12 +94,16 @@ class KernelMatrix:
             self.described = self.described.copy()
             self.described[[KIND, CODE]] = TILES, code_for(TILES)
 
+    def description(self, is_bits: bool) -> NDArray[np.int64]:
+        """What compiled code is given, for rows kept in bfloat16 or in float32; see ``KIND``."""
+        return self.described if is_bits else self._of_floats
+
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ + b over the last dimension; each row's bits depend on that row alone."""
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self._outputs)
         rows, is_bits = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
-        described = self.described if is_bits else self._of_floats
+        described = self.description(is_bits)
         job_J = np.array([described.ctypes.data, x.data_ptr(), is_bits, rows, y.data_ptr()])
         threads = 1 if self.nbytes < ALONE_BELOW else torch.get_num_threads()
         team_of(threads).run(MULTIPLY, job_J)
@@ -125,7 +132,7 @@ def weighted(matrix: Any, x_NI: Any) -> Any:
     """
     if matrix[KIND] == TILES:
         return x_NI, packed(x_NI)
-    if matrix[KIND] == ROUNDED:
+    if matrix[KIND] == ROUNDED or matrix[KIND] == BYTES:
         return whole_numbers(x_NI)
     if matrix[KIND] != INT4:
         return x_NI, np.zeros((1, 2, 1), np.float32)

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from offramp.controller.policies.net_kernel import kept_on_disk
-from offramp.worker.model.kernels.rounded import RoundedProduct
+from offramp.worker.model.kernels.rounded import ByteProduct, RoundedProduct
 from offramp.worker.model.kernels.tiles import TileProduct
 from offramp.worker.model.kernels.vectors import (
     F32,
@@ -34,9 +34,9 @@ from offramp.worker.model.kernels.vectors import (
     whole_number,
 )
 
-BITS, FLOATS, INT8, INT4, TILES, ROUNDED = range(6)
+BITS, FLOATS, INT8, INT4, TILES, ROUNDED, BYTES = range(7)
 """How weights are kept: bits of bfloat16, float32, int8 with a scale per output, int4 in groups;
-last, bits of bfloat16 that fill the processor's tiles."""
+bits of bfloat16 that fill the processor's tiles; last, int4 and int8 for rows in whole numbers."""
 
 LINE = 64
 """Bytes that memory hands over at once."""
@@ -213,6 +213,8 @@ def _product_of(_: Any, kind: Any, arguments: Any) -> Any:
             TileProduct(builder, given).emit()
         elif kind.literal_value == ROUNDED:
             RoundedProduct(builder, given).emit()
+        elif kind.literal_value == BYTES:
+            ByteProduct(builder, given).emit()
         else:
             _Product(builder, kind.literal_value, given).emit()
         return context.get_dummy_value()

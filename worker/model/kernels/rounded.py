@@ -1,4 +1,4 @@
-"""Products of int4 weights with rows in whole numbers of 8 bits, by sums of four byte products.
+"""Products of int4 and int8 weights with rows in whole numbers of 8 bits, by four bytes at once.
 
 Shape suffixes as in ``rounding``.
 """
@@ -150,6 +150,47 @@ class RoundedProduct(TiledCode):
             theirs = self.b.sext(self.b.shuffle_vector(x, x, places), INT_LANES)
             total = self.b.add(total, self.b.mul(ours, theirs))
         return total
+
+
+class ByteProduct(RoundedProduct):
+    """Writes the product of int8 weights, one scale for each output, with such rows.
+
+    Weights are kept without a sign, 128 more than they are: the instruction wants one side so. The
+    sum of a block's row takes that away again.
+    """
+
+    def tile(self, outputs: int, rows: int, o: Any, m: Any) -> None:
+        """All lanes' sums of some rows, of which ``LANES`` or all that are left are written."""
+        sums = [self.register() for _ in range(rows)]
+        x_at = [self.row(self.x, m, k, self.inputs) for k in range(rows)]
+        beside_at = [self.row(self.beside, m, k, self.times(self.groups, 12)) for k in range(rows)]
+        w_at = self.row(self.weights, o, 0, self.stride)
+        with cgutils.for_range(self.b, self.groups) as loop:
+            here = [self.at(at, loop.index, BLOCK) for at in x_at]
+            parts = self._whole_sums(self.at(w_at, loop.index, 8 * LINE), here, beside_at, loop)
+            for total, part, at in zip(sums, parts, beside_at, strict=True):
+                of_row = self._of_block(at, loop.index, 0, F32)
+                value = self.b.sitofp(part, FLOAT_LANES)
+                self.b.store(self.fma(value, of_row, self.b.load(total)), total)
+        scale = self.load(self.at(self.units, o, 4), F32)
+        for k, total in enumerate(sums):
+            row = self.b.mul(self.b.add(m, whole_number(k)), self.y_stride)
+            place = self.at(self.y, self.b.add(row, o), 4)
+            value = self.b.fmul(self.b.load(total), scale)
+            self._write(value, place, None if outputs == LANES else o)
+
+    def _whole_sums(self, w_at: Any, x_at: Any, beside_at: Any, loop: Any) -> list[Any]:
+        sixteen = ir.Constant(INT_LANES, [4] * LANES)  # -8 times a row's sum, 16 times
+        starts = (self._of_block(at, loop.index, 1, I32) for at in beside_at)
+        parts = [self.b.shl(start, sixteen) for start in starts]
+        for first in range(0, BLOCK, 4):
+            place = self.b.add(w_at, whole_number(first * LANES))
+            self.ask_for(self.b.add(place, whole_number(AHEAD)))
+            weights = self.load(place, I8, LINE)
+            for k, at in enumerate(x_at):
+                inputs = self.load(self.b.add(at, whole_number(first)), I32, lanes=1)
+                parts[k] = self._dot(parts[k], weights, self._everywhere(inputs, I32))
+        return parts
 
 
 LLVM_OF_BYTES = 22

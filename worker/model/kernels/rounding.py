@@ -11,6 +11,7 @@ Shape suffixes: M rows, I inputs, B blocks of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,13 @@ def rounded_rows(x: Tensor) -> Tensor:
     numbers = (blocks / scale).round().clamp(-127, 127)
     rounded = torch.where(largest.view(torch.int32) < SMALLEST, 0, numbers * scale)
     return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2).to(x.dtype)
+
+
+def on_rounded_rows(
+    product: Callable[[Tensor, Tensor | None], Tensor],
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A product with a bias, of rows that are rounded first."""
+    return lambda x, bias_O: product(rounded_rows(x), bias_O)
 
 
 def interleaved(part: Tensor, together: int) -> Tensor:
