@@ -111,6 +111,8 @@ def test_a_cache_that_has_grown_is_written_where_it_lies(monkeypatch: pytest.Mon
     again.make_room(engine.stack.layers + 2)
     later_2N = PLACES_2N + np.array([[0], [300]])
     for each in (kv, again):
+        each.keys_LSGCH.zero_()  # what has grown is not, until it is written
+        each.values_LSGCH.zero_()
         projector.fill(x_ND, EXIT, later_2N, each, kv_map)
     for part in ("keys_LSGCH", "values_LSGCH"):
         found, expected = (getattr(each, part)[..., 200:, :] for each in (kv, again))
