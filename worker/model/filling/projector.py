@@ -64,7 +64,7 @@ class KVProjector:
         # Of a map that no request is filled through any more they go with it.
         self._fills: WeakKeyDictionary[KVMap, RecentProducts[ExitFill]] = WeakKeyDictionary()
         self._ones: RecentProducts[Product] = RecentProducts()
-        self.turns = bool(stack.rotary(*_one_token(stack)))
+        self._has_angles = len(stack.angle_tables) == len(stack.rotary(*_one_token(stack)))
         self.key_norm_LH = stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
@@ -137,7 +137,7 @@ class KVProjector:
         """
         fill = self._behind(first_layer, kv_map)
         places_2N = np.ascontiguousarray(places_2N, np.int64)
-        if len(x_ND) <= fill.few_rows and (self.turns == bool(self._stack.angle_tables)):
+        if len(x_ND) <= fill.few_rows and self._has_angles:
             if self._unit_D is None:
                 x_ND = self._unit(x_ND)
             target = partial(self._target, first_layer, kv)
@@ -203,7 +203,9 @@ class KVProjector:
         """What fills the layers from one on; packed for each exit that occurs."""
         exit_map = kv_map.at(first_layer)
         owner = UNMAPPED if exit_map is None else kv_map
-        kept = self._fills.setdefault(owner, RecentProducts())
+        kept = self._fills.get(owner)
+        if kept is None:
+            kept = self._fills[owner] = RecentProducts()
         return kept.get(first_layer, lambda: self._made_for(first_layer, exit_map))
 
     def _made_for(self, first_layer: int, exit_map: ExitMap | None) -> ExitFill:

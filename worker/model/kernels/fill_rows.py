@@ -31,11 +31,12 @@ from offramp.worker.model.kernels.team import TeamTask, meet, share, team_of
 from offramp.worker.model.kv import SlotKV
 
 (
-    TOKENS, HEADS, WIDTH, IS_BITS, NORM, COS, SIN, TURNED, BY_POSITION, ROTATES, HELD, KEYS, VALUES,
+    TOKENS, HEADS, WIDTH, IS_BITS, NORM, COS, SIN, TURNED, TABLED, ROTATES, HELD, KEYS, VALUES,
     LAYER_BYTES, CAPACITY, EPSILONS, MADE, STATES, STATE_WIDTH, UNIT, ONE, REST, REFUSED, PLACES,
 ) = range(24)  # fmt: skip
 """What a job says: sizes and addresses, and whether a place is not in the cache, which is written.
-From the last on lie the tokens' slots and positions. Layers are counted from the first filled."""
+From the last on lie the tokens' slots and positions. Layers are counted from the first filled;
+tables hold so many positions (0: angles are by token)."""
 
 OF_KEYS, OF_STATES = range(2)
 """Which epsilon is which norm's."""
@@ -45,8 +46,7 @@ class FillTarget(NamedTuple):
     """Where entries go, and what becomes of keys on the way.
 
     Attributes:
-        kv: Cache on the CPU.
-        first_layer: Index of the first layer filled.
+        kv, first_layer: The cache, on the CPU, and the index of the first layer filled.
         angles: Cosines and sines [N, turned part of H]; or () if keys are not turned.
         by_position: Whether they are those of all positions, [C, turned part of H].
         norms_LH: Weights of the key norms, from the first layer on; None: there are none.
@@ -73,8 +73,7 @@ class FillJob:
         one: Keys and values of the first layer, if ``rest`` reads, behind what the norm gives, the
             values that it keeps of the tokens before; None: ``rest`` makes those of all layers.
         rest: Keys and values of the other layers, one layer after the other.
-        rows: How many tokens at most.
-        target: Where to.
+        rows, target: How many tokens at most, and where to.
     """
 
     def __init__(
@@ -115,8 +114,8 @@ class FillJob:
         x_ND = x_ND.contiguous()
         _require_alike(x_ND, places_2N, self._dtype, self._rows)
         job_J = np.concatenate((self._job_J, places_2N.reshape(-1)))
-        rows, width = x_ND.shape
-        job_J[TOKENS], job_J[STATE_WIDTH], job_J[STATES] = rows, width, x_ND.data_ptr()
+        job_J[TOKENS], job_J[STATE_WIDTH] = x_ND.shape
+        job_J[STATES] = x_ND.data_ptr()
         team_of(1 if self._is_small else torch.get_num_threads()).run(FILL, job_J)
         _require_within(job_J)
 
@@ -126,8 +125,7 @@ def keep_rows(made_NR: Tensor, places_2N: NDArray[np.int64], target: FillTarget)
 
     Args:
         made_NR: What the layers' products gave.
-        places_2N: The tokens' slots and positions.
-        target: Where to.
+        places_2N, target: The tokens' slots and positions, and where to.
 
     Raises:
         ValueError: another dtype than the cache's, or places outside it.
@@ -157,7 +155,7 @@ def _require_within(job_J: NDArray[np.int64]) -> None:
     if job_J[REFUSED]:
         raise ValueError(
             f"slots and positions {job_J[PLACES:].reshape(2, -1).tolist()}: "
-            f"{job_J[HELD]} slots of {job_J[CAPACITY]}"
+            f"{job_J[HELD]} slots of {job_J[TABLED] or job_J[CAPACITY]}"
         )
 
 
@@ -169,11 +167,12 @@ def _job(target: FillTarget, eps: float) -> NDArray[np.int64]:
     before = target.first_layer * layer_bytes
     keys, values = (part.data_ptr() + before for part in (kv.keys_LSGCH, kv.values_LSGCH))
     cos, sin = target.angles or (None, None)
+    tabled = min(capacity, len(target.angles[0])) if target.angles and target.by_position else 0
     epsilons = np.array([target.key_eps, eps], np.float32)
     job_J = np.zeros(PLACES, np.int64)
     job_J[HEADS : MADE] = (
         heads, width, kv.keys_LSGCH.dtype is torch.bfloat16, address_of(target.norms_LH),
-        address_of(cos), address_of(sin), 0 if cos is None else cos.shape[-1], target.by_position,
+        address_of(cos), address_of(sin), 0 if cos is None else cos.shape[-1], tabled,
         address_of(target.rotates_L), held, keys, values, layer_bytes, capacity,
         int(epsilons.view(np.int64)[0]),
     )  # fmt: skip
@@ -187,7 +186,8 @@ def _is_within(job: int) -> bool:
     places_2N = carray(pointer(job + 8 * PLACES), (2, job_J[TOKENS]), np.int64)
     for n in range(job_J[TOKENS]):
         slot, position = places_2N[0, n], places_2N[1, n]
-        if slot < 0 or slot >= job_J[HELD] or position < 0 or position >= job_J[CAPACITY]:
+        last = job_J[TABLED] if job_J[TABLED] != 0 else job_J[CAPACITY]
+        if slot < 0 or slot >= job_J[HELD] or position < 0 or position >= last:
             job_J[REFUSED] = 1
             return False
     return True
@@ -278,7 +278,7 @@ def _keep(job: int, made_NR: Any, filled: int, team: Any) -> None:
     for n in range(tokens):
         slot, position = places_2N[0, n], places_2N[1, n]
         if turned != 0:
-            angle = position if job_J[BY_POSITION] != 0 else n
+            angle = position if job_J[TABLED] != 0 else n
             read(job_J[COS] + angle * turned * size, is_bits, cos_H)
             read(job_J[SIN] + angle * turned * size, is_bits, sin_H)
         for layer in range(first, last):

@@ -104,29 +104,31 @@ def test_a_cache_that_has_grown_is_written_where_it_lies(monkeypatch: pytest.Mon
     projector, kv_map = KVProjector(engine.stack), KVMap({EXIT: reading_before("llama", **WIDE)})
     x_ND, kv = numbers(4, engine.stack.width), SlotKV(engine.stack, 3)
     projector.fill(x_ND, EXIT, PLACES_2N, kv, kv_map)
-    kv.reserve(500)
+    kv.reserve(200)
     kv.make_room(engine.stack.layers + 2)
     again = SlotKV(engine.stack, 3)
-    again.reserve(500)
+    again.reserve(200)
     again.make_room(engine.stack.layers + 2)
-    later_2N = PLACES_2N + np.array([[0], [300]])
+    later_2N = PLACES_2N + np.array([[0], [150]])
     for each in (kv, again):
-        each.keys_LSGCH.zero_()  # what has grown is not, until it is written
-        each.values_LSGCH.zero_()
         projector.fill(x_ND, EXIT, later_2N, each, kv_map)
     for part in ("keys_LSGCH", "values_LSGCH"):
-        found, expected = (getattr(each, part)[..., 200:, :] for each in (kv, again))
+        found, expected = (getattr(each, part)[..., 140:, :] for each in (kv, again))
         assert torch.equal(found, expected)
         assert found.any()
 
 
 @needs_packing
 @torch.inference_mode()
-def test_more_tokens_than_a_call_has_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exit_fill, "few_rows_of", lambda each: (always(each)[0], 2))
-    engine = AdaptiveEngine(make_model("llama", **WIDE))
+    engine = AdaptiveEngine(make_model("llama", **WIDE), slots=3)
     jobs = noted(monkeypatch)
     projector, x_ND = KVProjector(engine.stack), numbers(3, engine.stack.width)
     projector.fill(x_ND[:2], EXIT, PLACES_2N[:, :2], engine.kv, UNMAPPED)
+    beyond_2N = PLACES_2N[:, :2] + np.array([[0], [engine.stack.context]])
+    engine.kv.reserve(engine.stack.context + 20)
+    with pytest.raises(ValueError, match="3 slots"):
+        projector.fill(x_ND[:2], EXIT, beyond_2N, engine.kv, UNMAPPED)
     with pytest.raises(ValueError, match="places"):
         jobs[0].run(x_ND, np.ascontiguousarray(PLACES_2N[:, :3]))
