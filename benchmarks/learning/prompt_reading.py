@@ -105,7 +105,7 @@ def readings_of(
     """The ways that are compared, after full depth."""
     made = [
         Reading(f"fixed exit {layer}", FixedExit(layer), last)
-        for layer, last in itertools.product((3, 4, 6, 9), (8, 32, 128))
+        for layer, last in itertools.product((2, 3, 4, 6, 9), (8, 32, 128))
     ]
     for layer in (3, 6):
         windows = WindowedExit(exits=(layer,), window=32)

@@ -1,1 +1,1 @@
-"""Compiled kernels for few rows: products with kept weights, whole layers, a fill's keys."""
+"""Compiled kernels for few rows: products with kept weights, whole layers, a whole fill."""
