@@ -25,8 +25,13 @@ import torch
 from torch import Tensor
 
 from offramp.controller.durable import write_durably
+from offramp.worker.model.kernels.rounding import rounded_rows
 
 Product = Callable[[Tensor], Tensor]
+"""x Wᵀ, or x Wᵀ + b, of rows x."""
+
+BiasedProduct = Callable[[Tensor, Tensor | None], Tensor]
+"""x Wᵀ + b of rows x and a bias b, which may be None."""
 
 T = TypeVar("T")
 
@@ -54,7 +59,7 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype is torch.float32
 
 
-def packed_product(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+def packed_product(weight_OI: Tensor) -> BiasedProduct:
     """Multiply rows with a matrix [out, in] that is kept in oneDNN's blocked layout; add a bias."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous())
 
@@ -64,6 +69,11 @@ def packed_product(weight_OI: Tensor) -> Callable[[Tensor, Tensor | None], Tenso
         )
 
     return product
+
+
+def on_rounded_rows(product: BiasedProduct) -> BiasedProduct:
+    """Let rows be rounded to 8 bits before a product; see ``rounded_rows``."""
+    return lambda x, bias_O: product(rounded_rows(x), bias_O)
 
 
 def rows_up_to(

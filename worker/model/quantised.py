@@ -17,14 +17,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.gpu.device_products import BiasedProduct, int4_product, restored_product
+from offramp.worker.model.gpu.device_products import int4_product, restored_product
 from offramp.worker.model.kernels.matrix import KernelMatrix
 from offramp.worker.model.kernels.multiply import BLOCK, LINE
-from offramp.worker.model.kernels.rounding import interleaved, on_rounded_rows
+from offramp.worker.model.kernels.rounding import interleaved
 from offramp.worker.model.kernels.shortlist import Shortlist
 from offramp.worker.model.kernels.vectors import LANES
 from offramp.worker.model.precision import GROUP_SIZES, HeadWeights, Precision
-from offramp.worker.model.products import SIZES, Product, can_pack, packed_product, rows_up_to
+from offramp.worker.model.products import (
+    SIZES,
+    BiasedProduct,
+    Product,
+    can_pack,
+    on_rounded_rows,
+    packed_product,
+    rows_up_to,
+)
 from offramp.worker.model.stack import LayerStack, cloned
 
 REFITS = 3
@@ -79,15 +87,19 @@ class QuantisedLinear(nn.Module):
         self.kept = kept
         self.matrix: KernelMatrix | None = None
         self.kernel_rows = 0
-        if plain.weight.device.type == "cpu":
+        is_here = plain.weight.device.type == "cpu"
+        if is_here or is_shortlist:
+            restored_OI = plain.weight.detach().contiguous() if is_shortlist else kept.restored()
+            many = _product_of(restored_OI)
+        else:
+            many = kept.device_product()
+        self._multiply = on_rounded_rows(many) if kept.rounds and not is_shortlist else many
+        if is_here:
             bias_O = None if plain.bias is None else plain.bias.detach()
             self.matrix = kept.matrix(bias_O)
-            restored_OI = plain.weight.detach().contiguous() if is_shortlist else kept.restored()
             self._few: Product = self.matrix.product
             if is_shortlist:
                 self._few = Shortlist(self.matrix, restored_OI, bias_O).product
-            many = _product_of(restored_OI)
-            self._multiply = many if is_shortlist else kept.on_rows(many)
             name = f"shortlist of {kept.name}" if is_shortlist else kept.name
             self.kernel_rows = rows_up_to(
                 f"{name} or packed, {restored_OI.dtype}, {list(restored_OI.shape)}",
@@ -95,10 +107,6 @@ class QuantisedLinear(nn.Module):
                 self._few,
                 lambda x_NI: self._multiply(x_NI, None),
             )
-        elif is_shortlist:
-            self._multiply = _product_of(plain.weight.detach())
-        else:
-            self._multiply = kept.on_rows(kept.device_product())
 
     @property
     def weight(self) -> Tensor:
@@ -130,7 +138,7 @@ class Int8Weight:
 
     def __init__(self, weight_OI: Tensor, *, rounds: bool = False) -> None:
         self.name = "int8" + ", rows of int8" * rounds
-        self._rounds = rounds
+        self.rounds = rounds
         weight_OI = weight_OI.detach()
         scale_O1 = weight_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self._scale_O = scale_O1[:, 0].to(weight_OI.dtype)
@@ -141,7 +149,7 @@ class Int8Weight:
     def matrix(self, bias_O: Tensor | None = None) -> KernelMatrix:
         """The numbers and scales, with a bias, as compiled kernels take them."""
         scale_O = self._scale_O.float()
-        if not self._rounds:
+        if not self.rounds:
             return KernelMatrix(self._values_OI, bias_O, scale_O)
         unsigned_OI = (self._values_OI.view(torch.uint8) ^ 128).view(torch.int8)
         kept, scales = interleaved(unsigned_OI, 4), interleaved(scale_O[:, None], 1)
@@ -154,10 +162,6 @@ class Int8Weight:
     def device_product(self) -> BiasedProduct:
         """Multiply where the weight lies, other than on a CPU."""
         return restored_product(self.restored)
-
-    def on_rows(self, product: BiasedProduct) -> BiasedProduct:
-        """Multiply rows as they are, or as they are rounded."""
-        return on_rounded_rows(product) if self._rounds else product
 
 
 class Int4Weight:
@@ -185,7 +189,7 @@ class Int4Weight:
                 f"Use {' or '.join(str(n) for n in GROUP_SIZES if not inputs % n) or 'int8'}",
             )
         self.name = f"int4 in groups of {group_size}" + ", rows of int8" * rounds
-        self._rounds = rounds
+        self.rounds = rounds
         self._group_size = group_size
         self._dtype = weight_OI.dtype
         groups_OGS = weight_OI.detach().float().view(outputs, -1, group_size)
@@ -211,7 +215,7 @@ class Int4Weight:
         """The numbers, scales and zero points, with a bias, as compiled kernels take them."""
         return KernelMatrix(
             self._kept, bias_O, self._units, self._groups, self._group_size,
-            outputs=len(self._scale_OG) if self._rounds else None,
+            outputs=len(self._scale_OG) if self.rounds else None,
         )  # fmt: skip
 
     def restored(self) -> Tensor:
@@ -226,15 +230,11 @@ class Int4Weight:
         numbers = (self._scale_OG, self._zero_OG)
         return int4_product(lambda: (self._numbers_OI(), *numbers), self.restored)
 
-    def on_rows(self, product: BiasedProduct) -> BiasedProduct:
-        """Multiply rows as they are, or as they are rounded."""
-        return on_rounded_rows(product) if self._rounds else product
-
     def _numbers_OI(self) -> Tensor:
         """The numbers from 0 to 15, one by one, uint8."""
         outputs = len(self._scale_OG)
         kept_OJ = self._kept
-        if self._rounds:
+        if self.rounds:
             by_lane = kept_OJ.view(len(kept_OJ) // LANES, -1, LANES, 4)
             kept_OJ = by_lane.transpose(1, 2).reshape(len(kept_OJ), -1)[:outputs]
         kept_OBH = kept_OJ.view(outputs, -1, BLOCK // 2)

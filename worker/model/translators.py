@@ -37,9 +37,7 @@ from offramp.controller.adapters.adapter_folder import (
 )
 from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError
-from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap, take_kv_map
-
-PARTS = ("A", "B", "b")
+from offramp.worker.model.filling.kv_map import PARTS, UNMAPPED, KVMap, take_kv_map
 
 FILL = "kv"
 """What the description of a folder says that holds a map of the fill, and reads exits plainly."""

@@ -126,6 +126,7 @@ def test_the_pass_that_measures_is_what_decoding_does(tmp_path: Path) -> None:
     stack = stack_for(model)
     texts = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3)).tolist()
     kv_map, text = fit(stack, (EXIT,), texts, 16), texts[0]
+    assert kv_map.reads_before(EXIT)
     facts = {"kind": FILL, "model": model_fingerprint(model), "exits": [EXIT]}
     save_exits(tmp_path, kv_map.tensors(), facts)
     left_T = torch.arange(len(text)) % 3 > 0

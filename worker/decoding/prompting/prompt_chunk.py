@@ -16,6 +16,7 @@ from offramp.worker.decoding.prompting.prompt_exits import PromptExits
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.decoding.wave_context import WaveContext
 from offramp.worker.model.attention import chosen_window, prefill_window
+from offramp.worker.model.filling.kv_map import KVMap
 from offramp.worker.model.kv import EXACT, PROJECTED
 from offramp.worker.model.transfers import take, upload
 from offramp.worker.probes.prompt_probe import PromptProbe
@@ -111,7 +112,7 @@ class PromptChunk:
         kv_map = self._context.reader.under(row.request.snapshot).kv_map
         slots_T = np.full(len(left_T), row.slot)
         if kv_map.reads_before(executed):
-            self._keep_before(executed, leave_T)
+            self._keep_before(executed, leave_T, kv_map)
         self._context.filler.fill_states(executed, states_TD, slots_T, left_T, kv_map)
         self._context.overhead.filling_s += time.perf_counter() - start
         for position in left_T.tolist():
@@ -125,11 +126,12 @@ class PromptChunk:
             self._window = chosen_window(row.slot, self._positions_T.tolist(), *self._heads)
             kv.open(self._window)
 
-    def _keep_before(self, executed: int, leave_T: BoolArray) -> None:
+    def _keep_before(self, executed: int, leave_T: BoolArray, kv_map: KVMap) -> None:
         """Write early what the next layer keeps of tokens that stay in front of leaving ones."""
         before_T = ~leave_T & np.isin(self._positions_T + 1, self._positions_T[leave_T])
         if not before_T.any():
             return
         states_TD = take(self._x_1TD[0], np.flatnonzero(before_T).tolist())
         slots_T = np.full(len(states_TD), self._row.slot)
-        self._context.filler.keep_next(executed, states_TD, slots_T, self._positions_T[before_T])
+        positions_T = self._positions_T[before_T]
+        self._context.filler.keep_next(executed, states_TD, slots_T, positions_T, kv_map)

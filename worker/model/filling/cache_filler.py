@@ -1,4 +1,4 @@
-"""Writes what exited tokens skipped into the cache, in one product for each depth and map.
+"""Writes what exited tokens skipped into the cache, together for each depth and map.
 
 Shape suffixes: N tokens, D width.
 """
@@ -50,7 +50,7 @@ class CacheFiller:
         self._projector = projector
 
     def fill(self, tokens: Sequence[ExitedToken]) -> None:
-        """Fill all layers that the tokens skipped, in one product for each depth and map.
+        """Fill all layers that the tokens skipped, together for each depth and map.
 
         Those that left earlier first: a map may read, of the token before, what its fill wrote.
         """
@@ -75,7 +75,7 @@ class CacheFiller:
         positions: Sequence[int] | NDArray[np.int64],
         kv_map: KVMap,
     ) -> None:
-        """Fill the layers from ``depth`` on for tokens that left there, in one product.
+        """Fill the layers from ``depth`` on for tokens that left there, together.
 
         Args:
             depth: Layers that they executed.
@@ -89,8 +89,14 @@ class CacheFiller:
         self._projector.fill(x_ND, depth, places_2N, self._kv, kv_map)
 
     def keep_next(
-        self, depth: int, x_ND: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+        self,
+        depth: int,
+        x_ND: Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        kv_map: KVMap,
     ) -> None:
-        """Write early what the next layer keeps of tokens that go on: the fill may read it."""
+        """Write early what the next layer keeps of tokens that go on, for a map that reads it."""
         if self._projector is not None:
-            self._projector.fill_one(x_ND, depth, np.array((slots, positions)), self._kv)
+            places_2N = np.array((slots, positions), np.int64)
+            self._projector.fill_one(x_ND, depth, places_2N, self._kv, kv_map)

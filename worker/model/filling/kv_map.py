@@ -74,7 +74,7 @@ KV = "kv."
 """How the names of its tensors begin."""
 
 PARTS = ("A", "B", "b")
-"""How they end."""
+"""How they end, as those of translators do."""
 
 UNMAPPED = KVMap()
 """Every skipped layer is filled as if the exit's state had reached it unchanged."""
@@ -113,7 +113,7 @@ def take_kv_map(
 
 def _check_map(layer: int, exit_map: ExitMap, deeper: int, width: int, values: int) -> None:
     shapes = [tuple(part.shape) for part in exit_map]
-    rank, inputs = (*shapes[0], 0, 0)[:2]
+    rank, inputs = shapes[0] if len(shapes[0]) == 2 else (0, 0)
     is_known = inputs == width or (inputs == width + values and deeper > 1)
     if rank < 1 or not is_known or shapes[1:] != [(deeper, width, rank), (deeper, width)]:
         raise ConfigError(

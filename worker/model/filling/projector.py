@@ -1,4 +1,4 @@
-"""Keys and values of skipped layers from an exit state: one GEMM for all remaining layers.
+"""Keys and values of skipped layers from an exit state, by a product for all remaining layers.
 
 Shape suffixes: N rows, L layers filled, D width, G key/value heads, H head_dim, K = G·H,
 R = L·2·G·H stacked output rows, I inputs, r rank.
@@ -7,6 +7,7 @@ R = L·2·G·H stacked output rows, I inputs, r rank.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from offramp.worker.model.filling.exit_fill import ExitFill, product_of
+from offramp.worker.model.filling.exit_fill import ExitFill, product_of, with_values_alike
 from offramp.worker.model.filling.folding import (
     folded,
     folded_bias,
@@ -24,11 +25,19 @@ from offramp.worker.model.filling.folding import (
 )
 from offramp.worker.model.filling.kv_map import UNMAPPED, ExitMap, KVMap
 from offramp.worker.model.kernels.compiled_layer import norm_of
-from offramp.worker.model.kernels.fill_rows import FillTarget, keep_rows
+from offramp.worker.model.kernels.fill_rows import FillTarget, keep_rows, require_places
 from offramp.worker.model.kv import SlotKV
 from offramp.worker.model.products import Product, RecentProducts
 from offramp.worker.model.stack import LayerStack, Rotary
 from offramp.worker.model.transfers import upload
+
+
+class Places(NamedTuple):
+    """Slots and positions of tokens, on the host and on the device, and cosines and sines there."""
+
+    here_2N: NDArray[np.int64]
+    there_2N: Tensor
+    rotary: Rotary
 
 
 class KVProjector:
@@ -38,8 +47,8 @@ class KVProjector:
 
     Every layer's input norm shares one root mean square (or one mean and variance), so its weight
     is folded into the stacked key and value matrices, and its bias into theirs; so is a map, which
-    is why it starts behind that shared part of the norm, and costs nothing. If a map reads the
-    token before, too, the first layer's entries are made first: it reads of them what it needs.
+    is why it starts behind that shared part of the norm. If a map reads the token before, too, the
+    first layer's entries are made first: it reads of the token before's what it needs.
 
     Raises:
         ModelError: the layers' norms differ in kind or epsilon, so no single one serves all.
@@ -63,8 +72,8 @@ class KVProjector:
             self._rms = norm_of(self._unit_D, self.eps)
         # Of a map that no request is filled through any more they go with it.
         self._fills: WeakKeyDictionary[KVMap, RecentProducts[ExitFill]] = WeakKeyDictionary()
-        self._ones: RecentProducts[Product] = RecentProducts()
-        self._has_angles = len(stack.angle_tables) == len(stack.rotary(*_one_token(stack)))
+        zero_11 = torch.zeros((1, 1), dtype=torch.long, device=stack.device)
+        self._has_angles = len(stack.angle_tables) == len(stack.rotary(self.weight_RD, zero_11))
         self.key_norm_LH = stacked_key_norm(weights)
         self.key_norm_eps = weights[0].key_norm_eps
         rotates = [[[w.rotates]] for w in weights]
@@ -94,14 +103,14 @@ class KVProjector:
             Keys (rotated) and values, each [N, L, G, H].
         """
         u_ND = self._unit(x_ND)
-        if not kv_map.reads_before(first_layer):
-            made_NR = self._behind(first_layer, kv_map).rest(u_ND)
-            return self._entries(self._by_layer(made_NR), first_layer, rotary)
-        if before_NK is None:
-            before_NK = u_ND.new_zeros(len(u_ND), self.rows // 2)
-        one_NR = self._product_of_one(first_layer)(u_ND)
-        rest_NR = self._behind(first_layer, kv_map).rest(torch.cat((u_ND, before_NK), 1))
-        made_NR = torch.cat((one_NR, rest_NR), 1)
+        fill = self._behind(first_layer, kv_map)
+        if fill.one is None:
+            made_NR = fill.rest(u_ND)
+        else:
+            if before_NK is None:
+                before_NK = u_ND.new_zeros(len(u_ND), self.rows // 2)
+            rest_NR = fill.rest(torch.cat((u_ND, before_NK * fill.share), 1))
+            made_NR = torch.cat((fill.one(u_ND), rest_NR), 1)
         return self._entries(self._by_layer(made_NR), first_layer, rotary)
 
     def values_before(self, x_TD: Tensor, layer: int) -> Tensor:
@@ -111,8 +120,9 @@ class KVProjector:
             x_TD: States that reach it, in the order of the document; zeros stand before the first.
             layer: Index of the layer.
         """
-        made_TR = self._product_of_one(layer)(self._unit(x_TD))
-        values_TK = made_TR[:, self.rows // 2 :]
+        weight_RD, bias_R = self._of_layer(layer)
+        # Not by a product that is chosen by measuring: what is fitted to it is to be repeatable.
+        values_TK = nn.functional.linear(self._unit(x_TD), weight_RD, bias_R)[:, self.rows // 2 :]
         return torch.cat((torch.zeros_like(values_TK[:1]), values_TK[:-1]))
 
     def fill(
@@ -137,36 +147,50 @@ class KVProjector:
         """
         fill = self._behind(first_layer, kv_map)
         places_2N = np.ascontiguousarray(places_2N, np.int64)
-        if len(x_ND) <= fill.few_rows and self._has_angles:
+        if 0 < len(x_ND) <= fill.few_rows and self._has_angles:
             if self._unit_D is None:
                 x_ND = self._unit(x_ND)
             target = partial(self._target, first_layer, kv)
             fill.job(kv, (self._unit_D, self.eps), target).run(x_ND, places_2N)
             return
+        places = self._places(x_ND, places_2N, kv)
         u_ND = self._unit(x_ND)
         if fill.one is not None:
-            self._keep(fill.one(u_ND), first_layer, places_2N, kv)
-            slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
-            u_ND = torch.cat((u_ND, kv.values_before(first_layer, slots_N, positions_N)), 1)
-        self._keep(fill.rest(u_ND), first_layer + (fill.one is not None), places_2N, kv)
+            self._keep(fill.one(u_ND), first_layer, places, kv)
+            before_NK = kv.values_before(first_layer, *places.there_2N)
+            u_ND = torch.cat((u_ND, before_NK * fill.share), 1)
+        self._keep(fill.rest(u_ND), first_layer + (fill.one is not None), places, kv)
 
-    def fill_one(self, x_ND: Tensor, layer: int, places_2N: NDArray[np.int64], kv: SlotKV) -> None:
-        """Write what one layer (index) keeps of states that reach it; otherwise as ``fill``."""
-        places_2N = np.ascontiguousarray(places_2N, np.int64)
-        made_NR = self._product_of_one(layer)(self._unit(x_ND))
-        self._keep(made_NR, layer, places_2N, kv)
-
-    def _keep(
-        self, made_NR: Tensor, first_layer: int, places_2N: NDArray[np.int64], kv: SlotKV
+    def fill_one(
+        self,
+        x_ND: Tensor,
+        layer: int,
+        places_2N: NDArray[np.int64],
+        kv: SlotKV,
+        kv_map: KVMap = UNMAPPED,
     ) -> None:
-        """Norm and rotate keys, and write them and the values to a cache."""
-        slots_N, positions_N = upload(places_2N, self._stack.device).unbind()
-        rotary = self._stack.rotary(made_NR[:, None], positions_N[:, None])
-        if self._stack.device.type == "cpu":
-            angles = tuple(part[:, 0].contiguous() for part in rotary)
-            keep_rows(made_NR, places_2N, self._target(first_layer, kv, angles))
+        """Write what one layer (index) keeps of states that reach it, if a map reads it there."""
+        one = self._behind(layer, kv_map).one
+        if one is None:
             return
-        entries = self._entries(self._by_layer(made_NR), first_layer, rotary)
+        places = self._places(x_ND, np.ascontiguousarray(places_2N, np.int64), kv)
+        self._keep(one(self._unit(x_ND)), layer, places, kv)
+
+    def _places(self, x_ND: Tensor, places_2N: NDArray[np.int64], kv: SlotKV) -> Places:
+        """Where states' entries go; a ValueError if the cache cannot hold them there."""
+        require_places(x_ND, places_2N, kv, self._stack.context)
+        there_2N = upload(places_2N, self._stack.device)
+        rotary = self._stack.rotary(x_ND[:, None], there_2N[1, :, None])
+        return Places(places_2N, there_2N, rotary)
+
+    def _keep(self, made_NR: Tensor, first_layer: int, places: Places, kv: SlotKV) -> None:
+        """Norm and rotate keys, and write them and the values to a cache."""
+        if self._stack.device.type == "cpu":
+            angles = tuple(part[:, 0].contiguous() for part in places.rotary)
+            keep_rows(made_NR, places.here_2N, self._target(first_layer, kv, angles))
+            return
+        slots_N, positions_N = places.there_2N
+        entries = self._entries(self._by_layer(made_NR), first_layer, places.rotary)
         kv.fill(first_layer, slots_N, positions_N, *entries)
 
     def _target(
@@ -209,16 +233,17 @@ class KVProjector:
         return kept.get(first_layer, lambda: self._made_for(first_layer, exit_map))
 
     def _made_for(self, first_layer: int, exit_map: ExitMap | None) -> ExitFill:
-        weights = self._stacked(first_layer, exit_map)
-        reads_before = exit_map is not None and exit_map.reads_before
-        one = self._product_of_one(first_layer) if reads_before else None
-        return ExitFill(one, product_of(*weights, rounds=exit_map is not None))
+        weight_RI, bias_R = self._stacked(first_layer, exit_map)
+        if exit_map is None or not exit_map.reads_before:
+            return ExitFill(None, product_of(weight_RI, bias_R, rounds=exit_map is not None))
+        one = product_of(*self._of_layer(first_layer), rounds=False)
+        weight_RI, share = with_values_alike(weight_RI, self._stack.width)
+        return ExitFill(one, product_of(weight_RI, bias_R, rounds=True), share)
 
-    def _product_of_one(self, layer: int) -> Product:
-        """Keys and values of one layer alone."""
-        rows = slice(layer * self.rows, (layer + 1) * self.rows)
-        bias_R = None if self.bias_R is None else self.bias_R[rows]
-        return self._ones.get(layer, lambda: product_of(self.weight_RD[rows], bias_R, rounds=True))
+    def _of_layer(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """What makes keys and values of one layer alone."""
+        rows = slice(index * self.rows, (index + 1) * self.rows)
+        return self.weight_RD[rows], None if self.bias_R is None else self.bias_R[rows]
 
     def _stacked(self, first_layer: int, exit_map: ExitMap | None) -> tuple[Tensor, Tensor | None]:
         """Weights [R, I] and biases of the layers from one on, a map folded in."""
@@ -254,12 +279,6 @@ class KVProjector:
         if self.rotates_L11 is None:
             return rotated_NLGH
         return torch.where(self.rotates_L11[layers], rotated_NLGH, keys_NLGH)
-
-
-def _one_token(stack: LayerStack) -> tuple[Tensor, Tensor]:
-    """A state and a position, as ``rotary`` takes them."""
-    position_11 = torch.zeros((1, 1), dtype=torch.long, device=stack.device)
-    return torch.zeros((1, 1, stack.width), dtype=stack.dtype, device=stack.device), position_11
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

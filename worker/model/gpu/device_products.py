@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-log = logging.getLogger(__name__)
+from offramp.worker.model.products import BiasedProduct
 
-BiasedProduct = Callable[[Tensor, Tensor | None], Tensor]
-"""x Wᵀ + b of rows x and a bias b, which may be None."""
+log = logging.getLogger(__name__)
 
 KERNEL_ROWS = 128
 """With more rows the int4 kernel takes longer than restoring the weights does, by a table of

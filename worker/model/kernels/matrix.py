@@ -118,9 +118,10 @@ def is_readable(weight_OI: Tensor) -> bool:
 
 @compiled
 def weighted(matrix: Any, x_NI: Any) -> Any:
-    """Rows as a kind of weights needs them, and sums of them; only int4 needs others.
+    """Rows as a kind of weights needs them, and what goes with them; with plain weights nothing.
 
-    Tiles take their rows by the second, see ``packed``; whole numbers are rows of another kind.
+    Tiles take their rows by the second, see ``packed``, and rows of whole numbers what
+    ``whole_numbers`` gives.
 
     int4's kernel reads a number q as 1 + q / 256 in the first half of a block, and as 1 + q / 16 in
     the second. So inputs are multiplied by 256 and 16, and per group of a row there are two sums:

@@ -180,9 +180,9 @@ class ByteProduct(RoundedProduct):
             self._write(value, place, None if outputs == LANES else o)
 
     def _whole_sums(self, w_at: Any, x_at: Any, beside_at: Any, loop: Any) -> list[Any]:
-        sixteen = ir.Constant(INT_LANES, [4] * LANES)  # -8 times a row's sum, 16 times
+        four = ir.Constant(INT_LANES, [4] * LANES)  # -8 times a row's sum, times 2^4
         starts = (self._of_block(at, loop.index, 1, I32) for at in beside_at)
-        parts = [self.b.shl(start, sixteen) for start in starts]
+        parts = [self.b.shl(start, four) for start in starts]
         for first in range(0, BLOCK, 4):
             place = self.b.add(w_at, whole_number(first * LANES))
             self.ask_for(self.b.add(place, whole_number(AHEAD)))

@@ -1,4 +1,4 @@
-"""Rows in whole numbers of 8 bits, as int4 weights are multiplied with them.
+"""Rows in whole numbers of 8 bits, as weights of fewer bits may be multiplied with them.
 
 A row's neighbouring ``BLOCK`` inputs share a power of two as their scale, and each is rounded to a
 whole number from -127 to 127 (MXINT8, OCP Microscaling Formats Specification 1.0, sections 5 and
@@ -11,7 +11,6 @@ Shape suffixes: M rows, I inputs, B blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,13 +60,6 @@ def rounded_rows(x: Tensor) -> Tensor:
     numbers = (blocks / scale).round().clamp(-127, 127)
     rounded = torch.where(largest.view(torch.int32) < SMALLEST, 0, numbers * scale)
     return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2).to(x.dtype)
-
-
-def on_rounded_rows(
-    product: Callable[[Tensor, Tensor | None], Tensor],
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A product with a bias, of rows that are rounded first."""
-    return lambda x, bias_O: product(rounded_rows(x), bias_O)
 
 
 def interleaved(part: Tensor, together: int) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offramp.worker import AdaptiveEngine
+from offramp.worker.model.families import adapter
 from offramp.worker.model.filling import exit_fill
 from offramp.worker.model.filling.kv_map import UNMAPPED, KVMap
 from offramp.worker.model.filling.projector import KVProjector
@@ -94,6 +95,20 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[FillJob]:
 def always(product: Product) -> tuple[KernelMatrix | None, int]:
     assert isinstance(product, PackedWeight | QuantisedLinear)
     return product.matrix, 64
+
+
+@needs_packing
+@torch.inference_mode()
+def test_angles_that_no_table_holds_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = noted(monkeypatch)
+    monkeypatch.setattr(exit_fill, "few_rows_of", always)
+    kv_map, caches = KVMap({EXIT: reading_before("llama", **WIDE)}), []
+    for most in (adapter.TABLE_BYTES, 0):
+        monkeypatch.setattr(adapter, "TABLE_BYTES", most)
+        engine = AdaptiveEngine(make_model("llama", **WIDE))
+        caches.append(filled(KVProjector(engine.stack), engine, kv_map))
+    assert len(jobs) == 1
+    assert_same(*caches, 1e-4)
 
 
 @needs_packing

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offramp.worker import AdaptiveEngine
+from offramp.worker.model.filling import exit_fill
 from offramp.worker.model.filling.cache_filler import CacheFiller, ExitedToken
 from offramp.worker.model.filling.kv_map import KVMap
 from offramp.worker.model.kv import SlotKV
@@ -138,8 +139,12 @@ def test_what_is_written_is_what_is_projected(family: str, dtype: torch.dtype) -
         assert torch.equal(written.values_LSGCH, expected.values_LSGCH)
 
 
+@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("place", [[3, 4], [0, 128], [0, -1], [-1, 0]])
-def test_a_place_outside_the_cache_is_refused(place: list[int]) -> None:
+def test_a_place_outside_the_cache_is_refused(
+    place: list[int], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_fill, "few_rows_of", lambda each: (each.matrix, few))
     engine = AdaptiveEngine(make_model("llama"), slots=3)
     projector = engine.decoder.projector
     assert projector is not None

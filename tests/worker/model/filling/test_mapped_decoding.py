@@ -119,6 +119,7 @@ def change(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], obj
         (change("kv.3.A", torch.zeros(1, WIDTH)), "kv.3.A"),
         (change(f"kv.{EXIT}.A", torch.zeros(())), "has shapes"),
         (change(f"kv.{EXIT}.A", torch.zeros(LAYERS - EXIT, WIDTH + 1)), "has shapes"),
+        (change(f"kv.{EXIT}.A", torch.zeros(LAYERS - EXIT, WIDTH, 1)), "has shapes"),
         (change(f"kv.{EXIT}.A", torch.ones(LAYERS - EXIT, WIDTH + KEPT)), "moves its first layer"),
         (change(f"kv.{EXIT}.B", torch.zeros(2, WIDTH, 3)), "has shapes"),
         (change(f"kv.{EXIT}.b", torch.full((LAYERS - EXIT, WIDTH), torch.inf)), "NaN or infinite"),
@@ -150,16 +151,16 @@ class EverySecond(FixedExit):
         return np.arange(len(features_NF)) % 2 > 0
 
 
-@pytest.mark.parametrize("leaves", [FixedExit, EverySecond])
+@pytest.mark.parametrize(("leaves", "together"), [(FixedExit, 5), (EverySecond, 256)])
 @pytest.mark.parametrize("reads_before", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_tokens_of_a_prompt_are_filled_through_it_as_decoded_ones_are(
-    family: str, reads_before: bool, leaves: type[FixedExit], tmp_path: Path
+    family: str, reads_before: bool, leaves: type[FixedExit], together: int, tmp_path: Path
 ) -> None:
     exit_map = reading_before(family) if reads_before else reflections()
     folder, prompt = save_map(tmp_path, family, exit_map), [*PROMPTS[2], *PROMPTS[0]]
     leaving = PromptExits(policy=leaves(EXIT), keep_first=1, keep_last=4)
-    asked = engine_of(family, folder, prefill="exits", prompts=leaving)
+    asked = engine_of(family, folder, prefill="exits", prompts=leaving, prefill_tokens=together)
     asked.submit(prompt, SAMPLING)
     while not asked.step():
         pass
