@@ -148,7 +148,7 @@ def one_seed(data: Data, model: SequenceModel, seed: int, asked: Asked) -> Seed:
     test = sequence_traces(heads, data.test_NED, read)
     tested = [replayed(each.family, each.setting, each.policy, test, costs) for each in placed]
     fixed = [replayed("", layer, FixedExit(layer), test, costs) for layer in exits[:-1]]
-    better = max(tested[0].accuracy, *(each.accuracy for each in fixed))
+    fixed.append(replayed("", None, NeverExit(), test, costs))
     runs = [(classifier, each.policy) for each in tested]
     if asked.joint and (found := joint_heads(data, model, seed, costs, asked.joint)):
         own, gates = found
@@ -157,7 +157,7 @@ def one_seed(data: Data, model: SequenceModel, seed: int, asked: Asked) -> Seed:
         runs.append((Classifier(model.stack, own), gates.policy))
     sequences = [data.test_sequences[place] for place in picked]
     times = {batch: timed_in_turn(runs, sequences, batch) for batch in asked.batches}
-    return Seed([*tested, oracle(test)], better, times)
+    return Seed([*tested, oracle(test)], fixed, times)
 
 
 def joint_heads(

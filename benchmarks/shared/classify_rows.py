@@ -30,6 +30,9 @@ class ClassifyRow:
     seeds: int
     budget_error: float | None
     """Of a budget: mean cost of the test texts over it, less 1, of the seed that keeps it least."""
+    elue: float
+    """Accuracy above that of fixed exits at as many layers, in the mean over seeds: ELUE's score
+    (Liu et al. 2022), with this model's own exits in the place of ElasticBERT's."""
 
 
 @dataclass
@@ -37,8 +40,20 @@ class Seed:
     """What one seed came to: policies on the test traces, and their times by batch."""
 
     tested: list[ClassPolicy]
-    better: float
+    fixed: list[ClassPolicy]
     times: dict[int, NDArray[np.float64]]
+
+    @property
+    def better(self) -> float:
+        """Accuracy of full depth or the best fixed exit, whichever is more."""
+        return max(each.accuracy for each in self.fixed)
+
+    def above_fixed(self, policy: ClassPolicy) -> float:
+        """Accuracy above the line through the fixed exits, at the policy's layers."""
+        layers, accuracies = zip(
+            *((each.mean_layers, each.accuracy) for each in self.fixed), strict=True
+        )
+        return policy.accuracy - float(np.interp(policy.mean_layers, layers, accuracies))
 
 
 def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[ClassifyRow]:
@@ -63,15 +78,16 @@ def rows_of(data: str, model: str, seeds: list[Seed], batch: int) -> list[Classi
         layers = float(np.mean([each.mean_layers for each in at]))
         errors = [each.cost / each.setting - 1 for each in at if name == "budget" and each.setting]
         error = max(errors, key=abs, default=None)
-        rows.append(
-            ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, len(found), error)
-        )
+        elue = float(np.mean([seed.above_fixed(seed.tested[place]) for seed, place in found]))
+        beside = (len(found), error, elue)
+        rows.append(ClassifyRow(data, model, name, batch, accuracy, loss, layers, *ratio, *beside))
     return rows
 
 
 def show(rows: list[ClassifyRow], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("data", "batch", "policy", "accuracy", "loss", "layers", "wall ratio", "seeds"):
+    heads = ("data", "batch", "policy", "accuracy", "loss", "ELUE", "layers", "wall ratio", "seeds")
+    for name in heads:
         table.add_column(name)
     for row in rows:
         wall = (
@@ -81,6 +97,7 @@ def show(rows: list[ClassifyRow], console: Console) -> None:
         )
         table.add_row(
             row.data, str(row.batch), row.policy, f"{row.accuracy:.3f}",
-            f"{100 * row.accuracy_loss:+.1f}", f"{row.mean_layers:.2f}", wall, str(row.seeds),
+            f"{100 * row.accuracy_loss:+.1f}", f"{100 * row.elue:+.1f}", f"{row.mean_layers:.2f}",
+            wall, str(row.seeds),
         )  # fmt: skip
     console.print(table)
