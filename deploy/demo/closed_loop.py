@@ -115,6 +115,7 @@ def _with_loss(config: DemoConfig, spec: WorkerSpec) -> dict[str, Any]:
     for name in ("frontier.png", "exit_depths.png"):
         shutil.copyfile(config.out / "policies" / name, config.out / name)
     return {
+        "filled": [asdict(each) for each in learned.filled],
         "traces": traces_report(learned),
         "policies": [asdict(row) for row in learned.assessment.test],
         "chosen": learned.chosen.name,

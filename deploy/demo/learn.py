@@ -18,6 +18,8 @@ from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.training_data import TrainingData, load_training_data
 from offramp.agents.training.train import train
 from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
+from offramp.agents.tuning.kv_quality import LEAVING, FillQuality
+from offramp.agents.tuning.kv_tuning import KVTuneConfig, tune_kv
 from offramp.deploy.cli.console import console, progress, say
 from offramp.deploy.cli.drafting import teach_and_tell
 from offramp.deploy.cli.evaluating import SLOTS, save_assessment
@@ -98,6 +100,7 @@ def learn_to_draft(config: DemoConfig, spec: WorkerSpec) -> Drafted:
 class Learned:
     """What came of the second act."""
 
+    filled: list[FillQuality]
     recorded: RecordReport
     data: TrainingData
     contenders: list[Contender]
@@ -109,9 +112,40 @@ class Learned:
         return self.contenders[self.assessment.chosen]
 
 
+MAPPED = 12
+"""Held-out documents on which the map of the fill is measured."""
+
+
+def fit_map(config: DemoConfig, spec: WorkerSpec) -> tuple[WorkerSpec, list[FillQuality]]:
+    """Fit what skipped layers are filled through; give engines that use it, and what it is worth.
+
+    Its exits are those that traces are recorded at.
+    """
+    folder = config.out / "kv"
+    lesson = KVTuneConfig(
+        model=spec.model,
+        documents=config.documents,
+        length=config.tokens_per_document,
+        held_out=MAPPED,
+        dtype=spec.dtype,
+        threads=config.threads,
+        seed=config.seed,
+    )
+    with progress("map", "texts") as advance:
+        found = tune_kv(lesson, folder, lambda stage, done, total: advance(done, total, stage))
+    changed = ", ".join(f"{e.plain:.3f} → {e.mapped:.3f} after {e.layer}" for e in found)
+    console.print(
+        "  a map for the fill of skipped layers; of the tokens that stay where "
+        f"{LEAVING:.0%} leave at random, filling changes {changed}"
+    )
+    engine = replace(spec.engine, translators=folder.resolve())
+    return replace(spec, engine=engine), found
+
+
 def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
-    """Record traces on Ray workers, train gates, evaluate them on-policy, choose."""
+    """Fit a map, record traces on Ray workers, train gates, evaluate them on-policy, choose."""
     console.rule("[bold]6  If some loss is allowed[/]: exits without verification", align="left")
+    spec, filled = fit_map(config, spec)
     with progress("record", "tokens", costs="") as advance:
         recorded = record_traces(
             RecordConfig(
@@ -145,7 +179,7 @@ def learn(config: DemoConfig, spec: WorkerSpec) -> Learned:
     with progress("evaluate", "runs") as advance:
         found = assess(how, engine, contenders, lambda _, *count: advance(*count))
     save_assessment(config.out / "policies", contenders, found, engine, how)
-    learned = Learned(recorded, data, contenders, found)
+    learned = Learned(filled, recorded, data, contenders, found)
     console.print(evaluation_table(found.test, learned.chosen.name))
     console.print(
         "  agreement with full depth; promised by replay; next-token accuracy; mean layers;\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from offramp.controller.adapters.adapter_folder import read_description
 from offramp.controller.policies.exits import Exit
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.deploy.demo.demo_config import DemoConfig
@@ -81,6 +82,17 @@ def test_the_report_has_every_part(demo: tuple[Path, dict[str, Any], str]) -> No
     assert {"full depth", "CALM", "p̂", "PPO"} <= families
     for name in ("frontier.png", "exit_depths.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_policies_were_learned_over_a_map_of_the_fill(
+    demo: tuple[Path, dict[str, Any], str],
+) -> None:
+    out, report, _ = demo
+    filled = report["filled"]
+    assert [each["layer"] for each in filled] == [3, 6, 9]
+    assert filled[0]["mapped"] < filled[0]["plain"]
+    adapters = PolicyBundle.load(out / "policies" / "chosen").manifest.adapters
+    assert adapters == read_description(out / "kv")["digest"]
 
 
 def test_no_request_failed_and_none_was_torn(demo: tuple[Path, dict[str, Any], str]) -> None:
