@@ -1,12 +1,12 @@
 """What exits in the prompt are worth: time to the first token against what follows, by policy.
 
-Prompts of 512 tokens are cut from held-out documents of the standard library, in mid-line. Each is
+Prompts are cut from held-out documents of the standard library, in mid-line. Each is
 read in full and with exits, in turn, on one thread, alone and in fours: what counts is processor
 time (on a shared machine the wall clock says more of its neighbours; it is reported, too). What
 follows is scored twice: by the loss of the document's own next tokens, teacher-forced at full
 depth, and by the edit similarity of the completed line. A needle, a constant that is given a value
-and is asked for behind other code, tells whether what stands further back is still found: by the
-loss of its value's tokens, since a small model seldom finds it at any depth.
+and is asked for behind other code, tells whether what stands further back is still found, and by
+the loss of its value's tokens how nearly, since a small model seldom finds it at any depth.
 
     PYTHONPATH=benchmarks python benchmarks/learning/prompt_reading.py   # --quick: a sixth
 """
@@ -40,13 +40,10 @@ from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.model.loading import load_model, load_tokenizer
 from offramp.worker.profiling.profile import describe_machine
 
-SCORES = ("losses", "similarities", "needles")
+SCORES = ("losses", "similarities", "needles", "found")
 RESAMPLES = 2000
 ASKED = 12
 """Needles."""
-
-DISTANCE = 100
-"""Tokens between a needle and its question: the reference model was trained on 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +97,18 @@ def quantiles(
 
 
 def readings_of(
-    engine_of: Any, tasks: Sequence[ReadTask], bundles: Sequence[Path]
+    engine_of: Any,
+    tasks: Sequence[ReadTask],
+    exits: Sequence[int],
+    choices: Sequence[int],
+    bundles: Sequence[Path],
 ) -> list[Reading]:
-    """The ways that are compared, after full depth."""
+    """The ways that are compared, after full depth: by exit, and by whom is let go at some."""
     made = [
         Reading(f"fixed exit {layer}", FixedExit(layer), last)
-        for layer, last in itertools.product((2, 3, 4, 6, 9), (8, 32, 128))
+        for layer, last in itertools.product(exits, (8, 32, 128))
     ]
-    for layer in (3, 6):
+    for layer in choices:
         windows = WindowedExit(exits=(layer,), window=32)
         made.append(Reading(f"every second window of 32, exit {layer}", windows))
         shares = (0.5, 0.75)
@@ -157,6 +158,7 @@ def row_of(
         "similarity_lost": with_interval(tasks, lost_N, full.similarities_N),
         "same": float(np.mean([a == b for a, b in zip(found.texts, full.texts, strict=True)])),
         "needle_loss_more": with_interval(tasks[:ASKED], found.needles_N - full.needles_N),
+        "needles_found": float(found.found_N.mean()),
     }
 
 
@@ -173,6 +175,10 @@ def main(
     documents: Annotated[int, typer.Option(help="Test documents.")] = 60,
     lines: Annotated[int, typer.Option(help="Lines of each.")] = 2,
     rounds: Annotated[int, typer.Option(help="Timed rounds of each batch size.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    distance: Annotated[int, typer.Option(help="Tokens from a needle to its question.")] = 100,
+    exits: Annotated[str, typer.Option(help="Exits that all leave at, by comma.")] = "2,3,4,6,9",
+    choices: Annotated[str, typer.Option(help="Exits that some leave at, by comma.")] = "3,6",
     only: Annotated[
         str, typer.Option(help="Readings whose name and kept tokens hold one of these (;).")
     ] = "",
@@ -185,8 +191,8 @@ def main(
         documents, rounds = max(2, documents // 6), max(2, rounds // 3)
     loaded = load_model(model, getattr(torch, dtype), "cpu")
     tokenizer = load_tokenizer(model)
-    tasks = tasks_of(model, documents, lines)
-    needles = needles_of(tokenizer, tasks[:ASKED], DISTANCE)
+    tasks = tasks_of(model, documents, lines, tokens)
+    needles = needles_of(tokenizer, tasks[:ASKED], distance)
 
     def engine_of(reading: Reading) -> AdaptiveEngine:
         return reading.engine(loaded, tokenizer, translators)
@@ -195,7 +201,8 @@ def main(
     folders = [Path(each) for each in bundles.split(",") if each]
     wanted = [each for each in only.split(";") if each]
     rows = []
-    for reading in readings_of(engine_of, tasks, folders):
+    layers = [[int(n) for n in each.split(",") if n] for each in (exits, choices)]
+    for reading in readings_of(engine_of, tasks, *layers, folders):
         if wanted and not any(each in f"{reading.name} {reading.keep_last}" for each in wanted):
             continue
         engine = engine_of(reading)
@@ -208,6 +215,8 @@ def main(
     told = {
         "machine": describe_machine(loaded.dtype),
         "tasks": len(tasks),
+        "tokens": tokens,
+        "distance": distance,
         "full": {name: float(getattr(full, f"{name}_N").mean()) for name in SCORES},
         "rows": rows,
     }
@@ -219,7 +228,8 @@ def show(rows: list[dict[str, Any]], full: ReadOutcome) -> None:
     """Print the table."""
     loss, similarity = full.losses_N.mean(), full.similarities_N.mean()
     title = f"full depth: loss {loss:.3f}, edit similarity {similarity:.3f}, "
-    table = Table(title=f"{title}needles {full.needles_N.mean():.3f}")
+    title += f"needles {full.needles_N.mean():.3f}, {full.found_N.mean():.0%} found"
+    table = Table(title=title)
     for name in (
         "reading",
         "kept",
@@ -232,6 +242,7 @@ def show(rows: list[dict[str, Any]], full: ReadOutcome) -> None:
     ):
         table.add_column(name)
     table.add_column("needle +")
+    table.add_column("found")
     for row in rows:
         lost, more = row["similarity_lost"], row["loss_more"]
         table.add_row(
@@ -243,6 +254,7 @@ def show(rows: list[dict[str, Any]], full: ReadOutcome) -> None:
             f"{lost[0]:+.1%} ({lost[1]:+.1%} to {lost[2]:+.1%})",
             f"{row['same']:.0%}",
             f"{row['needle_loss_more'][0]:+.3f}",
+            f"{row['needles_found']:.0%}",
         )
     Console(width=200).print(table)
 
