@@ -201,8 +201,8 @@ def main(
     folders = [Path(each) for each in bundles.split(",") if each]
     wanted = [each for each in only.split(";") if each]
     rows = []
-    layers = [[int(n) for n in each.split(",") if n] for each in (exits, choices)]
-    for reading in readings_of(engine_of, tasks, *layers, folders):
+    all_at, some_at = ([int(n) for n in each.split(",") if n] for each in (exits, choices))
+    for reading in readings_of(engine_of, tasks, all_at, some_at, folders):
         if wanted and not any(each in f"{reading.name} {reading.keep_last}" for each in wanted):
             continue
         engine = engine_of(reading)
