@@ -167,7 +167,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix not in (".csv", ".jsonl"):
         raise TraceError("data", f"{path} is neither .csv nor .jsonl", "Convert it to one of them")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 for record in reader:

@@ -14,6 +14,7 @@ from offramp.controller.errors import TraceError
     ("name", "content"),
     [
         ("a.csv", 'text,category\n"one, two",x\nthree,y\n'),
+        ("a.csv", '\ufefftext,category\n"one, two",x\nthree,y\n'),  # as spreadsheets save it
         ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y"}\n'),
     ],
 )

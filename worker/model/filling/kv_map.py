@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from offramp.controller.adapters.adapter_folder import AGAIN
@@ -122,6 +123,9 @@ def _check_map(layer: int, exit_map: ExitMap, deeper: int, width: int, values: i
             f"[(r, {width} or {width + values}), ({deeper}, {width}, r), ({deeper}, {width})]",
             AGAIN,
         )
+    if odd := {str(part.dtype) for part in exit_map if part.dtype is not torch.float32}:
+        problem = f"the map after exit {layer} is of {', '.join(sorted(odd))}, not torch.float32"
+        raise ConfigError("translators", problem, AGAIN)
     if not all(part.isfinite().all() for part in exit_map):
         problem = f"the map after exit {layer} holds NaN or infinite values"
         raise ConfigError("translators", problem, AGAIN)

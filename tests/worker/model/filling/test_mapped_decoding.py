@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
@@ -137,6 +138,17 @@ def test_a_damaged_map_is_refused(
         engine_of("llama", folder)
     assert refused.value.field == "translators"
     assert said in refused.value.problem
+
+
+def test_a_map_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    folder = save_map(tmp_path, "llama")
+    halves = {name: each.half() for name, each in load_file(folder / WEIGHTS).items()}
+    save_file(halves, folder / WEIGHTS)
+    facts = json.loads((folder / DESCRIPTION).read_text())
+    facts["digest"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / DESCRIPTION).write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="float16"):
+        engine_of("llama", folder)
 
 
 def test_another_models_map_is_refused(tmp_path: Path) -> None:
