@@ -76,7 +76,7 @@ def product_of(weight_RI: Tensor, bias_R: Tensor | None, *, rounds: bool) -> Pro
 
 
 def with_values_alike(weight_RI: Tensor, width: int) -> tuple[Tensor, float]:
-    """Weights of the token before's values as large as those of the state, in the mean.
+    """Weights of the token before's values nearly as large as the state's: half or more.
 
     An output's weights are rounded by one scale: of the smaller ones little would be left.
 
