@@ -245,8 +245,8 @@ def require_read(named: str, own: str, option: str) -> None:
     )
 
 
-def require_enough(promise: Promise, documents: int) -> None:
-    """Refuse documents that could certify nothing, even if they showed no loss at all.
+def require_enough(promise: Promise, documents: int, source: str = "corpus") -> None:
+    """Refuse documents, of the option ``source``, that certify nothing even if none shows a loss.
 
     Raises:
         ConfigError: naming how many it takes.
@@ -256,7 +256,7 @@ def require_enough(promise: Promise, documents: int) -> None:
         raise ConfigError(
             "documents",
             f"{documents} unseen ones can certify no bound of {promise.delta:g}, it takes {least}",
-            "Give more, in a larger --corpus, or relax --delta or --epsilon",
+            f"Give more, in a larger --{source}, or relax --delta or --epsilon",
         )
 
 

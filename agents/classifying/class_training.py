@@ -32,11 +32,15 @@ from offramp.agents.classifying.labelled_texts import (
 )
 from offramp.agents.classifying.sequence_traces import read_texts, sequence_traces
 from offramp.agents.placing.contenders import CHOSEN, Contender, canned_rows, save_policies
-from offramp.controller.adapters.adapter_folder import keep_adapters, read_description
+from offramp.controller.adapters.adapter_folder import (
+    HEADS_KIND,
+    OF_HEADS,
+    keep_adapters,
+    read_description,
+)
 from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.envs.traces.tokens import TokenTraces
-from offramp.worker.classifying.class_heads import KIND
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.sequence_costs import measure_costs
 from offramp.worker.classifying.sequence_model import SequenceModel
@@ -113,7 +117,8 @@ def train_classes(
     texts = read_labelled(config.data, config.text_field, config.label_field)
     model = SequenceModel.load(config.model, parse_dtype(config.dtype), config.device)
     classifier = model.classifier(config.heads)
-    sequences = encoded(model, texts, config.data)
+    texts.indices(classifier.heads.labels)  # refused before states take minutes
+    sequences = encoded(model, texts)
     traces = unseen_traces(config, model, classifier, texts, sequences, on_progress)
     fit, choose = halves(traces, config.seed)
     costs = measure_costs(classifier, sequences[:TIMED])
@@ -141,7 +146,7 @@ def unseen_traces(
     on_progress: Callable[[str, int, int], None],
 ) -> TokenTraces:
     """Traces of texts as heads see them that were not fitted to them: others, if need be."""
-    heads, facts = classifier.heads, read_description(config.heads)
+    heads, facts = classifier.heads, read_description(config.heads, OF_HEADS)
     is_same = facts.get("data") == texts.digest
     if is_same and facts.get("fit", HEADS) != HEADS:
         # Nothing is fitted anew without a part of the texts where a model, or gates, were along.
@@ -191,7 +196,7 @@ def _save(
     """Write a bundle per policy, and the chosen one apart."""
     symbols = {each.name: each.symbol for each in families}
     asked = {name: value for name, value in asdict(config).items() if name not in ("heads", "data")}
-    asked |= {"task": KIND, "labels": list(classifier.heads.labels), "texts": len(choose)}
+    asked |= {"task": HEADS_KIND, "labels": list(classifier.heads.labels), "texts": len(choose)}
     save_policies(
         out,
         [

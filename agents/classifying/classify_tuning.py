@@ -33,12 +33,12 @@ from offramp.agents.classifying.sequence_traces import read_texts, sequence_trac
 from offramp.agents.classifying.whole_model import heads_in, train_whole
 from offramp.agents.placing.contenders import CHOSEN, Contender, canned_rows, save_policies
 from offramp.agents.placing.replay import walk
-from offramp.controller.adapters.adapter_folder import DESCRIPTION, KEPT
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, HEADS_KIND, KEPT
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import FloatArray
 from offramp.controller.policies.mlp import MlpPolicy
 from offramp.controller.release.bundle import PolicyBundle
-from offramp.worker.classifying.class_heads import KIND, ClassHead
+from offramp.worker.classifying.class_heads import ClassHead
 from offramp.worker.classifying.sequence_model import SequenceModel
 from offramp.worker.classifying.sequence_stack import parse_pool
 from offramp.worker.model.loading import parse_dtype
@@ -72,7 +72,7 @@ def tune_classes(
     texts = read_labelled(config.data, config.text_field, config.label_field)
     parts = three_ways(texts, config.held_out, config.seed)  # refused before states take minutes
     model = SequenceModel.load(config.model, parse_dtype(config.dtype), config.device)
-    sequences = encoded(model, texts, config.data)
+    sequences = encoded(model, texts)
     exits = exits_of_stack(model.stack, config.exits)
     pool = parse_pool(config.pool) if config.pool else model.stack.best_pool
     settings = _settings(config, model, texts, exits, pool)
@@ -197,7 +197,12 @@ def _save_gates(
     save_policies(
         folder,
         [contender],
-        {"task": KIND, "labels": list(heads.labels), "cost": config.cost, "seed": config.seed},
+        {
+            "task": HEADS_KIND,
+            "labels": list(heads.labels),
+            "cost": config.cost,
+            "seed": config.seed,
+        },
         lambda policy: canned_rows(policy, traces),
         (model.fingerprint, model.tokenizer_fingerprint),
         adapters=heads.digest,

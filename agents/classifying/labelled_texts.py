@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ class LabelledTexts:
     Attributes:
         texts: What is classified.
         labels: Name of each text's class.
+        lines: Line of each in its file; none of texts that come from no file.
+        path: The file.
     """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
+    lines: tuple[int, ...] = ()
+    path: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -49,22 +54,29 @@ class LabelledTexts:
     def of(self, places: IndexArray) -> LabelledTexts:
         """Some of them, in the order given."""
         found = places.tolist()
-        return LabelledTexts(
-            tuple(self.texts[p] for p in found), tuple(self.labels[p] for p in found)
+        texts, labels, lines = (
+            tuple(each[p] for p in found) if each else ()
+            for each in (self.texts, self.labels, self.lines)
         )
+        return LabelledTexts(texts, labels, lines, self.path)
+
+    def at(self, place: int) -> str:
+        """Where a text comes from, in words."""
+        return f"line {self.lines[place]} of {self.path}" if self.lines else f"text {place}"
 
     def indices(self, classes: Sequence[str], field: str = "data") -> IndexArray:
         """Index of each text's class among those that were learned.
 
         Raises:
-            TraceError: a label is not among them.
+            TraceError: a label is not among them; the message says where it is.
         """
         index = {name: place for place, name in enumerate(classes)}
-        if unseen := sorted(set(self.labels) - set(classes)):
+        if unseen := [place for place, name in enumerate(self.labels) if name not in index]:
+            others = f" ({len(unseen)} such texts)" if unseen[1:] else ""
             raise TraceError(
                 field,
-                f"holds the label {unseen[0]!r}, of which no text was learned from "
-                f"({len(unseen)} such)",
+                f"{self.at(unseen[0])} has the label {self.labels[unseen[0]]!r}, of which no text "
+                f"was learned from{others}",
                 "Add texts of it to the training file, or leave it out",
             )
         return np.array([index[name] for name in self.labels], np.int64)
@@ -99,7 +111,7 @@ def unknown_among(texts: LabelledTexts, known: Container[str]) -> IndexArray:
     )
 
 
-def read_labelled(path: Path, text: str = TEXT, label: str = "") -> LabelledTexts:
+def read_labelled(path: str | Path, text: str = TEXT, label: str = "") -> LabelledTexts:
     """Read a file of texts with labels.
 
     Args:
@@ -111,35 +123,37 @@ def read_labelled(path: Path, text: str = TEXT, label: str = "") -> LabelledText
         TraceError: field ``data``; the file cannot be read, lacks a field, or holds an empty text
             or one class only. The message names the line.
     """
-    texts, labels = [], []
+    path = Path(path)
+    texts, labels, lines = [], [], []
     for line, record in _records(path):
         name = label or _only_other(path, line, record, text)
         for field in (text, name):
-            if not isinstance(record.get(field), str | int | bool):
-                raise _unusable(path, line, f"has no field {field!r}", _fields(record))
+            _require_value(path, line, record, field)
         if not str(record[text]).strip():
             raise _unusable(path, line, "holds an empty text", "Leave it out")
         if not str(record[name]).strip():
             raise _unusable(path, line, "holds an empty label", "Leave it out")
         texts.append(str(record[text]))
         labels.append(str(record[name]))
-    found = LabelledTexts(tuple(texts), tuple(labels))
+        lines.append(line)
+    found = LabelledTexts(tuple(texts), tuple(labels), tuple(lines), str(path))
     if len(found.classes) < 2:
         said = f"holds one class only ({found.classes[0]!r})" if texts else "holds no text"
         raise TraceError("data", f"{path} {said}", "Give texts of two classes or more")
     return found
 
 
-def encoded(model: SequenceModel, texts: LabelledTexts, data: Path) -> list[list[int]]:
+def encoded(model: SequenceModel, texts: LabelledTexts) -> list[list[int]]:
     """Token ids of the texts of a file.
 
     Raises:
-        TraceError: field ``data``; a text is empty or over the model's context.
+        TraceError: field ``data``; a text is empty or over the model's context. The message says
+            where it is.
     """
     try:
-        return model.encode(texts.texts)
+        return model.encode(texts.texts, texts.at)
     except RequestError as error:
-        problem = f"{error.field.replace('input', 'text')} of {data} {error.problem}"
+        problem = f"{error.field} {error.problem}"
         raise TraceError("data", problem, "Shorten it, or leave it out") from error
 
 
@@ -171,16 +185,39 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 for record in reader:
-                    yield reader.line_num, {str(name): each for name, each in record.items()}
+                    if None in record:
+                        problem = "holds more columns than the first line names"
+                        raise _unusable(path, reader.line_num, problem, "Quote texts with commas")
+                    yield reader.line_num, dict(record)
                 return
             for line, content in enumerate(file, 1):
                 if content.strip():
-                    found = json.loads(content)
-                    if not isinstance(found, dict):
-                        raise _unusable(path, line, "holds no object", 'Write {"text": …}')
-                    yield line, found
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
+                    yield line, _object_in(path, line, content)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError("data", f"{path} cannot be read ({error})", "Check the file") from error
+
+
+def _object_in(path: Path, line: int, content: str) -> dict[str, Any]:
+    """The object that a line of JSON is."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, JSONDecodeError) else error
+        raise _unusable(path, line, f"is no JSON ({why})", 'Write {"text": …}') from error
+    if not isinstance(found, dict):
+        raise _unusable(path, line, "holds no object", 'Write {"text": …}')
+    return found
+
+
+def _require_value(path: Path, line: int, record: dict[str, Any], field: str) -> None:
+    """Refuse a line without a text, or a label, of a kind that can be one."""
+    if field not in record:
+        raise _unusable(path, line, f"has no field {field!r}", _fields(record))
+    value = record[field]
+    if value is None:
+        raise _unusable(path, line, f"says nothing as {field!r}", "Fill it in, or leave it out")
+    if not isinstance(value, str | int):
+        raise _unusable(path, line, f"has {value!r:.40} as {field!r}", "Write it as a string")
 
 
 def _only_other(path: Path, line: int, record: dict[str, Any], text: str) -> str:

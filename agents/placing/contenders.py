@@ -183,14 +183,14 @@ def save_policies(
     write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
 
 
-def load_contenders(folder: Path) -> list[Contender]:
+def load_contenders(folder: str | Path) -> list[Contender]:
     """Read back what was saved; offline costs are not kept.
 
     Raises:
         ConfigError: the folder holds no index.
         PolicyRefusedError: a bundle is damaged.
     """
-    return [contender for contender, _ in load_saved(folder)]
+    return [contender for contender, _ in load_saved(Path(folder))]
 
 
 def load_saved(folder: Path) -> list[tuple[Contender, PolicyBundle]]:

@@ -199,7 +199,7 @@ def main(
     console = Console(width=110, highlight=False)
     loaded = SequenceModel.load(model, parse_dtype(dtype))
     classifier = loaded.classifier(heads)
-    sequences = encoded(loaded, read_labelled(data), data)
+    sequences = encoded(loaded, read_labelled(data))
     sides = (NeverExit(), PolicyBundle.load(policy).policy())
     under(classifier, sides[1], rows, sequences, np.zeros(rows))  # warms up
     able(classifier, rows, sequences)

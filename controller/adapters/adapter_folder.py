@@ -26,9 +26,19 @@ FORMAT = 1
 
 AGAIN = "Run `offramp tune` for this model again"
 
+HEADS_KIND = "classify"
+"""Kind that the description of a folder names that holds heads of a classification."""
 
-def read_description(folder: Path) -> dict[str, Any]:
+OPTION, OF_HEADS = "translators", "heads"
+"""What errors name a folder of adapters for tokens, and one of heads."""
+
+
+def read_description(folder: Path, field: str = OPTION) -> dict[str, Any]:
     """What a folder says of itself.
+
+    Args:
+        folder: The folder.
+        field: What errors name it.
 
     Raises:
         ConfigError: that cannot be read.
@@ -36,16 +46,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        task = " --task classify" if field == OF_HEADS else ""
         raise ConfigError(
-            "translators",
+            field,
             f"{folder} holds no readable {DESCRIPTION}",
-            "Name a folder that a finished `offramp tune` wrote",
+            f"Name a folder that a finished `offramp tune{task}` wrote",
         ) from error
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != FORMAT:
-        raise ConfigError(
-            "translators", f"{folder / DESCRIPTION} has format {found}, not {FORMAT}", AGAIN
-        )
+        raise ConfigError(field, f"{folder / DESCRIPTION} has format {found}, not {FORMAT}", AGAIN)
     assert isinstance(facts, dict)
     return facts
 

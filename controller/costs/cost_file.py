@@ -28,7 +28,7 @@ PLAIN: dict[str, type] = {
 FIELDS = {"version", "batches", "spans", "passes", "probes", "copies", "energy_method", *PLAIN}
 
 
-def save_costs(path: Path, costs: CostTable) -> None:
+def save_costs(path: str | Path, costs: CostTable) -> None:
     """Write a table, replacing what is there only once the new one is whole.
 
     A table of constants is written as one batch of one row.
@@ -37,7 +37,7 @@ def save_costs(path: Path, costs: CostTable) -> None:
         ConfigError: the file cannot be written (permission, full disk); an old one is untouched.
     """
     try:
-        write_durably(path, json.dumps(to_json(costs), indent=1).encode())
+        write_durably(Path(path), json.dumps(to_json(costs), indent=1).encode())
     except OSError as error:
         raise ConfigError(
             "costs",
@@ -46,12 +46,13 @@ def save_costs(path: Path, costs: CostTable) -> None:
         ) from error
 
 
-def load_costs(path: Path) -> CostTable:
+def load_costs(path: str | Path) -> CostTable:
     """Read a table.
 
     Raises:
         ConfigError: the file is missing, damaged, of another version, or says what cannot be.
     """
+    path = Path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ Shape suffixes: N rows asked at once, F feature columns, V vocabulary, K candida
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -215,14 +216,35 @@ class ThresholdPolicy:
     candidates_VK: IntArray | None = None
 
     def __post_init__(self) -> None:
-        if self.column not in self.schema.columns:
-            raise RequestError(
-                "column",
-                f"schema {self.schema.name!r} has no column {self.column!r}",
-                f"Choose one of {', '.join(self.schema.columns)}",
-            )
+        require_column(self.schema, self.column)
+        require_threshold(self.threshold)
 
     def leave(self, features_NF: FloatArray) -> BoolArray:
         """Rows whose column is at least the threshold."""
         column_N = features_NF[:, self.schema.index(self.column)]
         return np.asarray(column_N >= self.threshold)
+
+
+def require_column(schema: FeatureSchema, column: str) -> None:
+    """Refuse a column that the schema does not have.
+
+    Raises:
+        RequestError: naming the columns there are.
+    """
+    if column not in schema.columns:
+        raise RequestError(
+            "column",
+            f"schema {schema.name!r} has no column {column!r}",
+            f"Choose one of {', '.join(schema.columns)}",
+        )
+
+
+def require_threshold(threshold: float) -> None:
+    """Refuse what no feature can be compared with.
+
+    Raises:
+        RequestError: it is NaN.
+    """
+    if math.isnan(threshold):
+        problem = "is nan, which no feature is above or below"
+        raise RequestError("threshold", problem, "Give a number, or inf to leave nowhere")

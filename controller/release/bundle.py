@@ -95,13 +95,14 @@ class PolicyBundle:
         """
         return unpack_policy(self.manifest, self.blob)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write manifest.json and weights.safetensors, weights first.
 
         Raises:
             ConfigError: the folder cannot be written (permission, full disk); each file there is
                 old or new, and a new manifest never stands beside old weights.
         """
+        folder = Path(folder)
         try:
             write_durably(folder / WEIGHTS_FILE, self.blob)
             write_durably(folder / MANIFEST_FILE, self.manifest.to_bytes() + b"\n")
@@ -113,13 +114,14 @@ class PolicyBundle:
             ) from error
 
     @classmethod
-    def load(cls, folder: Path) -> PolicyBundle:
+    def load(cls, folder: str | Path) -> PolicyBundle:
         """Read the two files and check that they belong together.
 
         Raises:
             ConfigError: a file is missing.
             PolicyRefusedError: a file is unusable, or they disagree.
         """
+        folder = Path(folder)
         try:
             manifest = Manifest.from_bytes((folder / MANIFEST_FILE).read_bytes())
             bundle = cls(manifest, (folder / WEIGHTS_FILE).read_bytes())

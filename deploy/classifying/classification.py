@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,7 @@ from offramp.deploy.http.shapes.score_shapes import (
     scored_label,
 )
 from offramp.worker.classifying.classified_text import ClassifiedText
+from offramp.worker.classifying.sequence_stack import require_length
 
 
 class Classification:
@@ -66,7 +67,9 @@ class Classification:
         """
         pairs = [("", text) for text in body.texts]
         quality = quality_within(self._least(request), body.offramp)
-        found, tokens, _ = await self._classified(pairs, "input", request, quality=quality)
+        found, tokens, _ = await self._classified(
+            pairs, "input", body.field, request, quality=quality
+        )
         return {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
@@ -85,7 +88,7 @@ class Classification:
             problem = "promises no quality: the bounds that it rests on are not certified"
             raise RequestError("offramp.best", problem, "Leave it, or the quality, out")
         found, tokens, label = await self._classified(
-            body.pairs, "text_2", request, quality=quality, scored=options
+            body.pairs, "text_2", body.field, request, quality=quality, scored=options
         )
         return {
             "id": f"score-{uuid.uuid4().hex}",
@@ -104,18 +107,22 @@ class Classification:
         self,
         pairs: Sequence[tuple[str, str]],
         field: str,
+        name: Callable[[int], str],
         request: Request,
         *,
         quality: float | None,
         scored: ScoreOptions | None = None,
     ) -> tuple[list[ClassifiedText], int, int]:
-        """What was found of pairs of texts, how many tokens they are, and which class is scored."""
+        """What was found of pairs of texts, how many tokens they are, and which class is scored.
+
+        Errors call all of them by a field, and each by a name.
+        """
         began_s = time.perf_counter()
         self._limits.require_choices(len(pairs), field, "answers")
         with self._span(request, began_s) as span:
             try:
                 async with asyncio.timeout(self._limits.deadline_s):
-                    sequences = await self._backend.encoder.aside(self._encode, pairs, field)
+                    sequences = await self._backend.encoder.aside(self._encode, pairs, name)
                     tokens = sum(map(len, sequences))
                     self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
                     found, label = await self._found(sequences, quality, request, scored)
@@ -155,18 +162,17 @@ class Classification:
         }
         return self._spans.around(request.headers, about, began_s)
 
-    def _encode(self, pairs: Sequence[tuple[str, str]], field: str) -> list[list[int]]:
+    def _encode(
+        self, pairs: Sequence[tuple[str, str]], name: Callable[[int], str]
+    ) -> list[list[int]]:
         encoder, most = self._backend.encoder, self._backend.most_tokens
         sequences = []
         for place, (first, second) in enumerate(pairs):
-            name = f"{field}[{place}]"
             try:
                 tokens = encoder.pair_of(first, second)
             except RequestError as error:
-                raise RequestError(name, error.problem, error.remedy) from error
-            if not 1 <= len(tokens) <= most:
-                problem = f"has {len(tokens)} tokens, and the model's context is {most}"
-                raise RequestError(name, problem, "Shorten it, or give it words")
+                raise RequestError(name(place), error.problem, error.remedy) from error
+            require_length(name(place), len(tokens), most)
             sequences.append(tokens)
         return sequences
 

@@ -43,7 +43,7 @@ from offramp.controller.errors import ConfigError
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.controller.release.certificate import Walked
 from offramp.deploy.cli import options
-from offramp.deploy.cli.classifying import Data, Heads, LabelSource, require_unused
+from offramp.deploy.cli.classifying import Data, Heads, LabelSource
 from offramp.deploy.cli.console import console, say
 from offramp.envs.traces.candidate_file import load_candidates
 from offramp.worker.engine.engine import AdaptiveEngine
@@ -53,6 +53,13 @@ CERTIFIED = "certified"
 """Folder, beside the contenders, of the bundle that a calibration certified."""
 
 REPORT = "calibration.json"
+FOR_TOKENS = (
+    "traces", "corpus", "replay", "translators", "prompt_tokens", "new_tokens", "kv_mode",
+    "max_pending", "weights", "slots",
+)  # fmt: skip
+WITH_HEADS = "means nothing with --heads"
+"""Options that say nothing of a classification, and why they are refused."""
+
 NOTHING_CERTIFIED = 3
 """Exit status when no setting passed."""
 
@@ -94,6 +101,7 @@ Out = Annotated[
 
 
 def calibrate_policies(
+    context: typer.Context,
     policies: Annotated[Path, typer.Option(help="Folder that `offramp train` wrote.")],
     traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
     heads: Heads = None,
@@ -130,7 +138,7 @@ def calibrate_policies(
 
     Exit status 3: no setting passed. Nothing is certified, and full depth remains.
     """
-    given = locals()
+    given = locals() | {"typed": options.options_typed(context)}
     given["promise"] = parse_promise(delta, epsilon, method, unit)
     given["out"] = out or policies / CERTIFIED
     given["wish"] = parse_wish(quality, latency_budget, energy_budget)
@@ -139,9 +147,8 @@ def calibrate_policies(
 
 def _calibrate_labels(given: dict[str, Any]) -> None:
     """Certify a policy that classifies, from the options of the command."""
-    names = ("traces", "corpus", "replay", "translators")
-    require_unused({name: given[name] for name in names}, "means nothing with --heads")
-    options.require_new_folder("out", given["out"])
+    options.require_unused({name: name in given["typed"] for name in FOR_TOKENS}, WITH_HEADS)
+    options.require_new_folder("out", given["out"], but=REPORT)
     torch.set_num_threads(given["threads"])
     source = LabelSource(**{each.name: given[each.name] for each in fields(LabelSource)})
     picked, walked = _family(given)
@@ -152,13 +159,13 @@ def _calibrate_labels(given: dict[str, Any]) -> None:
 
 def _calibrate_tokens(given: dict[str, Any]) -> None:
     """Certify a policy that decodes, from the options of the command."""
-    require_unused({"data": given["data"]}, "means nothing without --heads")
+    options.require_unused({"data": given["data"]}, "means nothing without --heads")
     traces, policies, out = given["traces"], given["policies"], given["out"]
     if traces is None:
         raise ConfigError("traces", "is not given", "Name the folder, or give --heads")
     loss = given["loss"] or DISAGREEMENT
     require_loss(loss, given["unit"], replay=given["replay"])
-    options.require_new_folder("out", out)
+    options.require_new_folder("out", out, but=REPORT)
     picked, walked = _family(given)
     translators = given["translators"] or kept_in(policies)
     config = options.engine_config(

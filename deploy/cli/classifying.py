@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -32,7 +33,7 @@ from offramp.agents.classifying.labelled_texts import (
     text_digest,
     unknown_among,
 )
-from offramp.controller.adapters.adapter_folder import read_description
+from offramp.controller.adapters.adapter_folder import OF_HEADS, read_description
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
@@ -46,23 +47,6 @@ Heads = Annotated[
     Path | None, typer.Option(help="To classify: folder that `offramp tune --task classify` wrote.")
 ]
 Data = Annotated[Path | None, typer.Option(help="With --heads: texts with labels, .csv or .jsonl.")]
-
-FOR_TOKENS = (
-    "traces", "costs", "seeds", "resume", "config", "exits", "corpus", "translators", "temperature",
-    "ray_address",
-)  # fmt: skip
-"""Options of ``offramp train`` that mean nothing to a classification."""
-
-
-def require_unused(given: Mapping[str, object], problem: str) -> None:
-    """Refuse the first of some options that was given, for a problem that they share.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    for name, value in given.items():
-        if value:
-            raise ConfigError(name, problem, "Leave it out")
 
 
 def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
@@ -79,7 +63,7 @@ def tune_heads(given: dict[str, Any], out: Path, resume: bool) -> None:
     for way, only in ONLY_WITH.items():
         if given.get("fit", HEADS) != way:
             typed = {name: name in given for name in only}
-            require_unused(typed, f"means nothing without --fit {way}")
+            options.require_unused(typed, f"means nothing without --fit {way}")
     names = given.keys() - {"out", "task", "resume"}
     config = ClassifyTuneConfig(**{name: given[name] for name in names})
     if not resume:
@@ -122,10 +106,9 @@ def teach_classes(asked: Mapping[str, Any], out: Path) -> None:
     """Train policies for the heads of a folder, and show where they stand.
 
     Raises:
-        ConfigError: no heads or no data, an option that means nothing here, or others' heads.
+        ConfigError: no heads or no data, or others' heads.
         TraceError, ModelError: the data or the model are unusable.
     """
-    require_unused({name: asked[name] for name in FOR_TOKENS}, f"does not go with --for {CLASSIFY}")
     for name in ("heads", "data"):
         if asked[name] is None:
             raise ConfigError(name, f"is not given, and --for {CLASSIFY} needs it", "Name it")
@@ -198,7 +181,7 @@ class LabelSource:
             raise ConfigError("loss", f"{loss!r} is unknown", f"Use {', '.join(LABEL_LOSSES)}")
         if self.data is None:
             raise ConfigError("data", "is missing", "Name a .csv or .jsonl file of other texts")
-        texts, facts = read_labelled(self.data), read_description(self.heads)
+        texts, facts = read_labelled(self.data), read_description(self.heads, OF_HEADS)
         require_read(named, str(facts.get("digest")), "heads")
         if facts.get("data") == texts.digest:
             raise ConfigError("data", "is the file that the heads were fitted to", "Give others")
@@ -208,15 +191,21 @@ class LabelSource:
             )
         known = known_texts(self.policies) | known_texts(self.heads)
         places = unknown_among(texts, known)
-        require_enough(promise, len(places))
-        texts = texts.of(places[: self.documents])
+        require_enough(promise, min(len(places), self.documents), "data")
+        texts = texts.of(places)
         model = SequenceModel.load(self.model, parse_dtype(self.dtype), self.device)
         classifier = model.classifier(self.heads)
-        sequences = encoded(model, texts, self.data)
-        labels = Labels(
-            classifier, sequences, texts.indices(classifier.heads.labels), LABEL_LOSSES[loss]
+        # Of the whole file, though few may be drawn: a mistake in it is one whatever is drawn.
+        label_N, whole = texts.indices(classifier.heads.labels), encoded(model, texts)
+        # A file may be sorted by class, digests are not.
+        by_digest = sorted(range(len(texts)), key=lambda place: text_digest(texts.texts[place]))
+        drawn = np.array(by_digest[: self.documents])
+        texts, sequences = texts.of(drawn), [whole[place] for place in drawn.tolist()]
+        labels = Labels(classifier, sequences, label_N[drawn], LABEL_LOSSES[loss])
+        say(
+            f"{len(texts)} of {len(places)} texts (--documents); full depth does not find "
+            f"{labels.full_error:.1%} of the labels"
         )
-        say(f"full depth does not find {labels.full_error:.1%} of the labels")
         windows = [
             CalibrationDocument(text_digest(text), tuple(tokens))
             for text, tokens in zip(texts.texts, sequences, strict=True)

@@ -15,9 +15,9 @@ from offramp.controller.errors import OfframpError
 from offramp.deploy.cli.console import say
 
 TOPICS = {
-    "record": "cli.learning",
-    "drift": "cli.learning",
-    "train": "cli.learning",
+    "record": "cli.record_drift",
+    "drift": "cli.record_drift",
+    "train": "cli.teaching",
     "evaluate": "cli.evaluating",
     "calibrate": "cli.calibrating",
     "import": "cli.tuning",

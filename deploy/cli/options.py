@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
-from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.errors import ConfigError
 from offramp.controller.policies.exits import ascend, parse_exit
 from offramp.deploy.serve.settings import Settings
 from offramp.worker.decoding.request import KVMode
-from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.loading import check_model, layers_and_vocab, parse_dtype, require_device
 from offramp.worker.model.precision import Precision
@@ -60,18 +58,6 @@ SharedThreads = Annotated[
 ]
 CacheMode = Annotated[
     str, typer.Option(help="Layers that tokens skip, unless a request says: project|defer|verify.")
-]
-Holds = Annotated[
-    list[str] | None,
-    typer.Option(help="Depths where rows wait for company, like 6,9; may be repeated."),
-]
-HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
-HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
-Together = Annotated[
-    bool, typer.Option("--together", help="Rows bound for the end wait, and are verified at once.")
-]
-ScheduleCosts = Annotated[
-    Path | None, typer.Option(help="Table of `offramp profile`; launches are chosen by it.")
 ]
 PrefillTokens = Annotated[int, typer.Option(help="Prompt tokens read between two launches.")]
 MaxPending = Annotated[int, typer.Option(help="Tokens a row may leave pending (defer, verify).")]
@@ -195,54 +181,57 @@ def engine_config(
     )
 
 
-def parse_schedule(
-    holds: Sequence[str] | None,
-    rows: int,
-    patience: int,
-    *,
-    together: bool = False,
-    costs: Path | None = None,
-) -> Schedule:
-    """Read a schedule: lock-step, cohorts that wait at holds, together, or chosen by costs.
-
-    >>> parse_schedule(["3", "6,9"], 2, 4).holds
-    (3, 6, 9)
-
-    Raises:
-        ConfigError: holds that do not ascend, holds beside another schedule, a number below its
-            bound or that nothing reads, or a table that cannot be read.
-    """
-    depths = parse_layers("hold", ",".join(holds or ()))
-    table = None if costs is None else load_costs(costs)
-    try:
-        schedule = Schedule(
-            holds=depths, rows=rows, patience=patience, together=together, costs=table
-        )
-    except ConfigError as error:
-        field = "hold" if error.field == "holds" else f"hold_{error.field}"
-        raise ConfigError(field, error.problem, error.remedy) from error
-    if not (depths or together or costs) and schedule != LOCKSTEP:
-        field = "hold_rows" if rows != LOCKSTEP.rows else "hold_patience"
-        raise ConfigError(
-            field, "does nothing without a hold", "Give --hold, --together or --costs"
-        )
-    if costs is not None and rows != LOCKSTEP.rows:
-        raise ConfigError("hold_rows", "does nothing beside --costs", "Leave one of them out")
-    return schedule
-
-
 def parse_kv_mode(text: str) -> KVMode:
     """For the type checker: ``EngineConfig`` is what refuses an unknown mode."""
     return cast(KVMode, text)
 
 
-def require_new_folder(field: str, folder: Path) -> None:
+def options_typed(context: typer.Context) -> dict[str, Any]:
+    """The options of a command that were typed, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
+    }
+
+
+def require_meant(context: typer.Context, meant: Collection[str], problem: str) -> dict[str, Any]:
+    """The options of a command that were typed, by name, none of which means nothing here.
+
+    Raises:
+        ConfigError: one of them is not among those that mean something.
+    """
+    typed = options_typed(context)
+    require_unused({name: name not in meant for name in sorted(typed)}, problem)
+    return typed
+
+
+def require_unused(given: Mapping[str, object], problem: str) -> None:
+    """Refuse the first of some options that was given, for a problem that they share.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for name, value in given.items():
+        if value:
+            raise ConfigError(name, problem, "Leave it out")
+
+
+def require_new_folder(field: str, folder: Path, but: str = "") -> None:
     """Refuse to write among files that are there already.
+
+    Args:
+        field: The option that names the folder.
+        folder: The folder.
+        but: Name of a file that may be there, if it is the only one.
 
     Raises:
         ConfigError: there is a file, or a folder that is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or {each.name for each in folder.iterdir()} - {but}
+    ):
         raise ConfigError(field, f"{folder} is not a new or empty folder", "Name another")
 
 

@@ -18,7 +18,6 @@ from offramp.agents.prompting.prompt_meter import SLOTS
 from offramp.agents.prompting.teach_prompts import REPORT, TaughtPrompts, teach_prompts
 from offramp.agents.training.train_config import load_config
 from offramp.deploy.cli import options
-from offramp.deploy.cli.classifying import require_unused
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.spec import WorkerSpec, load_engine
@@ -37,9 +36,6 @@ Weight = Annotated[
     float, typer.Option(help="With --for prompts: what all of a prompt's time is worth, in nats.")
 ]
 
-UNUSED = ("traces", "costs", "heads", "data", "temperature", "insight", "ray_address")
-"""Options of ``offramp train`` that mean nothing to it."""
-
 
 def prompt_lesson(asked: Mapping[str, Any]) -> PromptLessonConfig:
     """How policies for prompts are taught, from the options of the command, or from its file.
@@ -47,8 +43,6 @@ def prompt_lesson(asked: Mapping[str, Any]) -> PromptLessonConfig:
     Raises:
         ConfigError: an option is unusable.
     """
-    given = {name: asked[name] for name in UNUSED}
-    require_unused(given, f"does not go with --for {PROMPTS}, which reads and measures for itself")
     if asked["config"] is not None:
         return load_config(asked["config"], PromptLessonConfig)
     seeds = options.parse_list("seeds", asked["seeds"], int, "seeds", "0,1")

@@ -17,7 +17,7 @@ from offramp.agents.tuning.tune import tune
 from offramp.agents.tuning.tune_config import TuneConfig, require_exits
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.classifying import CLASSIFY, TOKENS, require_unused, tune_heads
+from offramp.deploy.cli.classifying import CLASSIFY, TOKENS, tune_heads
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.deploy.cli.tables import fill_table, tuning_losses_table, tuning_table
 from offramp.worker.hf.gguf_import import find_gguf, import_gguf
@@ -184,12 +184,13 @@ def tune_exits(
     """Fit exits of a model that was not trained to exit; full depth stays as it is."""
     asked = locals()
     if task == CLASSIFY:
-        tune_heads(_typed(context, FOR_CLASSES, "with --task classify"), out, resume)
+        problem = f"means nothing with --task {CLASSIFY}"
+        tune_heads(options.require_meant(context, FOR_CLASSES, problem), out, resume)
         return
     if task != TOKENS:
         raise ConfigError("task", f"{task!r} is unknown", f"Use {TOKENS} or {CLASSIFY}")
-    typed = options_typed(context)
-    require_unused(
+    typed = options.options_typed(context)
+    options.require_unused(
         {name: name in typed for name in ONLY_CLASSES}, f"means nothing without --task {CLASSIFY}"
     )
     if kv:
@@ -216,7 +217,7 @@ def _token_config(given: dict[str, Any]) -> TuneConfig:
 
 def _tune_kv(context: typer.Context, out: Path) -> None:
     """Fit a map of the fill, from what was given of the options that mean something to it."""
-    given = _typed(context, FOR_KV, "with --kv")
+    given = options.require_meant(context, FOR_KV, "means nothing with --kv")
     given["exits"] = options.parse_layers("exits", given.get("exits", ""))
     if "held_out" in given:
         given["held_out"] = int(given["held_out"])
@@ -249,25 +250,3 @@ def _tune(config: TuneConfig, out: Path, resume: bool) -> None:
     console.print(tuning_losses_table(report))
     console.print(tuning_table(report))
     console.print(f"{report.documents} held-out documents, {report.tokens:,} tokens → {out}")
-
-
-def options_typed(context: typer.Context) -> dict[str, Any]:
-    """The options of a command that were typed, by name."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name != "DEFAULT"
-    }
-
-
-def _typed(context: typer.Context, meaningful: frozenset[str], where: str) -> dict[str, Any]:
-    """The options of a command that were typed, by name.
-
-    Raises:
-        ConfigError: one of them is not among those that mean something here.
-    """
-    typed = options_typed(context)
-    if odd := sorted(typed.keys() - meaningful):
-        raise ConfigError(odd[0], f"means nothing {where}", "Leave it out")
-    return typed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -76,9 +76,16 @@ def _invalid_reply(problem: Mapping[str, Any]) -> Response:
         message = f"{field}: is unknown here. Leave it out; /openapi.json has those that are known."
     else:
         # Of a body that is no JSON, the location is a number of bytes.
-        field = next((part for part in place[:1] if isinstance(part, str)), None)
+        named = place[: 2 if place[0] == "offramp" else 1]  # in our namespace, say which one
+        field = ".".join(part for part in named if isinstance(part, str)) or None
         message = f"{field or 'body'}: {problem['msg']}."
     return error_reply(400, message, param=field, code="invalid_value")
+
+
+def _nearest(problems: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What pydantic refuses first; of a field that may be of several types, by the one it is of."""
+    alike = [each for each in problems if each["loc"][:2] == problems[0]["loc"][:2]]
+    return max(alike, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -90,7 +97,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _invalid_reply(error.errors()[0])
+        return _invalid_reply(_nearest(error.errors()))
 
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:

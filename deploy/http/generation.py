@@ -27,7 +27,7 @@ from offramp.deploy.http.shapes.chat_contract import ChatRequest
 from offramp.deploy.http.shapes.contract import CompletionRequest, DecodingFields
 from offramp.deploy.http.shapes.replies import ChatStyle, CompletionStyle, ReplyStyle
 from offramp.deploy.http.shapes.token_texts import EchoedPrompt, token_namer
-from offramp.worker.engine.admission import Prompt, prompt_text
+from offramp.worker.engine.encoding import Prompt, prompt_text
 
 CLIENT_GONE = 499
 """Status of a reply that nobody waits for, as nginx logs it."""

@@ -149,14 +149,27 @@ def _deploy(targets: list[serve.RunTarget]) -> None:
     try:
         serve.run_many(targets)
     except RuntimeError as error:
-        raise ConfigError("workers", f"none could start: {_last_words(error)}") from error
+        why = _last_words(_told_of(targets)) or _last_words(str(error)) or type(error).__name__
+        raise ConfigError("workers", f"none could start: {why}") from error
 
 
-def _last_words(error: BaseException) -> str:
-    """What an exception that holds another process's traceback says at its end, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _told_of(targets: list[serve.RunTarget]) -> str:
+    """What Ray Serve says of deployments that failed, tracebacks included."""
+    apps = serve.status().applications
+    found = [apps[each.name] for each in targets if each.name in apps]
+    return "\n".join(
+        each.message
+        for app in found
+        for each in app.deployments.values()
+        if each.status == "DEPLOY_FAILED"
+    )
+
+
+def _last_words(text: str) -> str:
+    """What a text that holds another process's traceback says at its end, in one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if _RAISED.match(line)]
-    last = (raised or lines or [type(error).__name__])[-1]
+    last = (raised or lines or [""])[-1]
     return re.sub(r"^offramp\.[\w.]+: ", "", last).rstrip(".")
 
 
@@ -189,7 +202,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         ray.init(**options)
     except Exception as error:  # of whatever Ray starts or asks
         if address is None:
-            problem = f"cannot be started here: {_last_words(error)}"
+            problem = f"cannot be started here: {_last_words(str(error)) or type(error).__name__}"
             raise ConfigError("ray", problem, "Try again once the machine is less busy") from error
         raise ConfigError(
             "RAY_ADDRESS",
@@ -205,7 +218,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         # An offramp error raised in a worker is both, and says itself what to do.
         if isinstance(error, OfframpError):
             raise
-        raise ConfigError("ray", f"a worker process failed: {_last_words(error)}") from error
+        raise ConfigError("ray", f"a worker process failed: {_last_words(str(error))}") from error
     finally:
         with _muted():
             ray.shutdown()

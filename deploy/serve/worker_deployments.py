@@ -7,8 +7,9 @@ from ray import serve
 from offramp.deploy.classifying.classifying_worker import ClassifyingWorker
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.replica import ServedWorker
-from offramp.worker.classifying.sequence_model import check_classifier
-from offramp.worker.model.loading import check_model
+from offramp.deploy.serve.settings import Settings
+from offramp.worker.classifying.sequence_model import SequenceModel, check_classifier
+from offramp.worker.model.loading import check_model, parse_dtype, require_device
 
 HEALTH_S = 1.0
 """Seconds between two questions of Ray Serve to a worker how it is."""
@@ -42,6 +43,22 @@ def workers_of(config: PoolConfig, model: PoolModel, front: str) -> serve.Applic
         logging_config=QUIET,
     )
     return workers.bind(config, model, front)
+
+
+def require_classifier(model: PoolModel, settings: Settings) -> None:
+    """Refuse a model that cannot be served with its heads, before Ray is started for it.
+
+    Raises:
+        ModelError: the model folder cannot be served.
+        ConfigError: the dtype is unknown, the device is not there, or the heads are none, or
+            another model's.
+    """
+    require_model(model)
+    dtype = parse_dtype(model.worker.dtype)
+    if settings.ray_address is None:  # a cluster's workers may have devices that we lack
+        require_device(model.worker.device)
+    if model.heads is not None:  # only the weights tell whether these are theirs
+        SequenceModel.load(model.worker.model, dtype).heads(model.heads)
 
 
 def require_model(model: PoolModel) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offramp.controller.costs.cost_file import load_costs, save_costs
-from offramp.deploy.cli import learning, options
+from offramp.deploy.cli import options, record_drift
 from offramp.deploy.demo import demo_command
 from offramp.deploy.demo.demo_config import DemoConfig
 from offramp.deploy.http.limits import HttpLimits
@@ -236,7 +236,7 @@ def test_recorders_and_the_demos_workers_share_the_cores_too(
     def demo(config: DemoConfig, _: Any) -> None:
         found.append(config.threads)
 
-    monkeypatch.setattr(learning, "_require_recordable", recordable)
+    monkeypatch.setattr(record_drift, "_require_recordable", recordable)
     monkeypatch.setattr(demo_command, "run_demo", demo)
     cli("record", "--out", tmp_path / "out", "--recorders", 4)
     cli("record", "--out", tmp_path / "out", "--threads", 3)

@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.controller.errors import RequestError
 from offramp.controller.features import FloatArray
 from offramp.worker.classifying.classifier import Classified, Classifier
-from offramp.worker.classifying.sequence_stack import SequenceBatch
+from offramp.worker.classifying.sequence_stack import SequenceBatch, require_sequences
 
 SMALLEST = 1e-6
 """Chances nearer to 0 or 1 than this count as this far."""
@@ -70,7 +70,11 @@ class BestOf:
         Returns:
             Place of the best, and what is known of all: of the best at full depth, of the others
             at the exit where they were left.
+
+        Raises:
+            RequestError: there is no sequence, or one cannot be run; its place is the field.
         """
+        require_sequences(sequences, self._stack)
         batch = SequenceBatch(self._stack, sequences)
         first = self._heads.exits[0]
         for index in range(first):

@@ -18,16 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear
 
-from offramp.controller.adapters.adapter_folder import WEIGHTS, read_description
+from offramp.controller.adapters.adapter_folder import (
+    HEADS_KIND,
+    OF_HEADS,
+    WEIGHTS,
+    read_description,
+)
 from offramp.controller.errors import ConfigError
 from offramp.worker.classifying.sequence_stack import Pool, parse_pool
 from offramp.worker.model.translators import read_weights, save_exits
 
-KIND = "classify"
-"""What the description of a folder says that holds heads."""
-
 AGAIN = "Run `offramp tune --task classify` for this model again"
-
 
 SAID = "heads"
 """Key in the header of the weights, of labels and pool as JSON."""
@@ -114,7 +115,7 @@ class ClassHeads:
             if tensor is not None
         }
         said = {"labels": list(self.labels), "pool": self.pool}
-        facts = {**description, "kind": KIND, **said, "exits": list(self.exits)}
+        facts = {**description, "kind": HEADS_KIND, **said, "exits": list(self.exits)}
         save_exits(folder, tensors, facts, {SAID: json.dumps(said)})
 
     @classmethod
@@ -133,7 +134,10 @@ class ClassHeads:
         """
         facts = _facts_of(folder)
         exits, labels = _checked(folder, facts, fingerprint, layers)
-        tensors = read_weights(folder, facts)
+        tensors = read_weights(folder, facts, OF_HEADS)
+        known = {f"{layer}.{part}" for layer in exits for part in PARTS}
+        if odd := sorted(tensors.keys() - known):
+            raise ConfigError("heads", f"{folder} should not have {odd}", AGAIN)
         by_layer = {}
         for layer in exits:
             found = [tensors.get(f"{layer}.{part}") for part in PARTS]
@@ -158,14 +162,14 @@ def labels_in(folder: Path) -> tuple[str, ...]:
         ConfigError: field ``heads``; the folder holds no heads.
     """
     facts = _facts_of(folder)
-    if facts.get("kind") != KIND:
-        raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
-    return tuple(map(str, facts.get("labels") or ()))
+    return _labels_of(folder, facts)
 
 
 def _facts_of(folder: Path) -> dict[str, Any]:
     """What a folder says of itself, and its weights of themselves if they do."""
-    facts = read_description(folder)
+    facts = read_description(folder, OF_HEADS)
+    if facts.get("kind") != HEADS_KIND:
+        raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             said = json.loads((file.metadata() or {}).get(SAID, "{}"))
@@ -181,17 +185,21 @@ def _checked(
     folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The exits and labels that a description names, if it is one of heads for this model."""
-    if facts.get("kind") != KIND:
-        raise ConfigError("heads", f"{folder} holds adapters of another task", AGAIN)
     if facts.get("model") != fingerprint:
         raise ConfigError("heads", f"{folder} was fitted to another model", AGAIN)
-    exits, labels = facts.get("exits"), facts.get("labels")
-    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
-    if not named or len(set(labels or ())) < 2 or len(set(labels or ())) != len(labels or ()):
-        raise ConfigError("heads", f"{folder} names no two classes or more", AGAIN)
+    exits, labels = facts.get("exits"), _labels_of(folder, facts)
     listed = isinstance(exits, list) and all(type(layer) is int for layer in exits)
     if not listed or exits != sorted(set(exits or ())) or not exits or exits[-1] != layers:
         raise ConfigError("heads", f"exits {exits} do not ascend to {layers}", AGAIN)
     if exits[0] < 1:
         raise ConfigError("heads", f"exit {exits[0]} is below 1", AGAIN)
-    return tuple(exits), tuple(labels or ())
+    return tuple(exits), labels
+
+
+def _labels_of(folder: Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that a description names, each by a name of its own."""
+    labels = facts.get("labels")
+    named = isinstance(labels, list) and all(isinstance(e, str) and e.strip() for e in labels)
+    if not named or len(set(labels or ())) < 2 or len(set(labels or ())) != len(labels or ()):
+        raise ConfigError("heads", f"{folder} names no two classes or more", AGAIN)
+    return tuple(labels or ())

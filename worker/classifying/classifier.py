@@ -16,8 +16,14 @@ from torch import Tensor
 from offramp.controller.errors import RequestError
 from offramp.controller.features import OUTLOOK_V1, SOFTMAX_V2, BoolArray, FloatArray, IntArray
 from offramp.controller.policies.protocols import IndexArray, NeverExit, Policy, RoutingPolicy
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import Manifest
 from offramp.worker.classifying.class_heads import ClassHeads
-from offramp.worker.classifying.sequence_stack import SequenceBatch, SequenceStack
+from offramp.worker.classifying.sequence_stack import (
+    SequenceBatch,
+    SequenceStack,
+    require_sequences,
+)
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.probes.softmax import SoftmaxMemory
@@ -87,19 +93,31 @@ class Classifier:
                 f"Heads are after {', '.join(map(str, self.heads.exits))}",
             )
 
+    def _require_made_for(self, manifest: Manifest) -> None:
+        if manifest.kind != "never" and manifest.adapters != self.heads.digest:
+            named = f"heads {manifest.adapters[:12]}" if manifest.adapters else "no heads"
+            problem = f"was made for {named}, and these are {self.heads.digest[:12] or 'unsaved'}"
+            raise RequestError("policy", problem, "Train one for them")
+
     @torch.inference_mode()
-    def run(self, sequences: Sequence[Sequence[int]], policy: Policy = FULL_DEPTH) -> Classified:
+    def run(
+        self, sequences: Sequence[Sequence[int]], policy: Policy | PolicyBundle = FULL_DEPTH
+    ) -> Classified:
         """Classify a batch; rows that leave are gone from all later layers.
 
         Args:
             sequences: Token ids, each at least one and no more than the context.
-            policy: Says who leaves where.
+            policy: Says who leaves where. Of a bundle it is checked that it was made for these
+                heads.
 
         Raises:
-            RequestError: there is no sequence, or the policy is for another task.
+            RequestError: there is no sequence, one cannot be run (its place is the field), or the
+                policy is for another task.
         """
-        if not sequences:
-            raise RequestError("input", "is empty", "Send one text or more")
+        require_sequences(sequences, self.stack)
+        if isinstance(policy, PolicyBundle):
+            self._require_made_for(policy.manifest)
+            policy = policy.policy()
         self.require_policy(policy)
         batch = SequenceBatch(self.stack, sequences)
         lengths_N = np.array([len(tokens) for tokens in sequences], np.float32)

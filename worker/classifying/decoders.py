@@ -30,6 +30,7 @@ class DecoderStack:
         self.layers = stack.layers
         self.width = stack.width
         self.context = stack.context
+        self.vocab = stack.vocab
         self.device = stack.device
         self._stack = stack
 

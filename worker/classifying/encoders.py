@@ -41,6 +41,7 @@ class EncoderStack:
         self.layers = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
         self.context = int(config.max_position_embeddings) - self._first_position(config)
+        self.vocab = int(config.vocab_size)
         self.device: torch.device = model.device
         self._embeddings = model.embeddings
         self._blocks: tuple[Any, ...] = tuple(model.get_submodule(self.blocks_path))

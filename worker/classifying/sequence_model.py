@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from offramp.worker.classifying.class_heads import ClassHeads, labels_in
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.decoders import DecoderStack
 from offramp.worker.classifying.encoders import ENCODERS
-from offramp.worker.classifying.sequence_stack import SequenceStack
+from offramp.worker.classifying.sequence_stack import SequenceStack, require_length
 from offramp.worker.hf.weight_files import require_weights
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (
@@ -93,7 +93,7 @@ class SequenceModel:
             stack, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer)
         )
 
-    def classifier(self, heads: Path) -> Classifier:
+    def classifier(self, heads: str | Path) -> Classifier:
         """The model with the heads of a folder that ``offramp tune --task classify`` wrote.
 
         Raises:
@@ -101,28 +101,32 @@ class SequenceModel:
         """
         return Classifier(self.stack, self.heads(heads))
 
-    def heads(self, folder: Path) -> ClassHeads:
+    def heads(self, folder: str | Path) -> ClassHeads:
         """The heads of such a folder; raises as ``classifier`` does."""
-        return ClassHeads.load(folder, self.fingerprint, self.stack.layers, self.stack.width)
+        return ClassHeads.load(Path(folder), self.fingerprint, self.stack.layers, self.stack.width)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], name: Callable[[int], str] = "input[{}]".format
+    ) -> list[list[int]]:
         """Token ids of texts, with the marks that the tokenizer sets around one.
 
+        Args:
+            texts: The texts.
+            name: What errors call a text, by its place.
+
         Raises:
-            RequestError: a text is empty, or longer than the context; its place is the field.
+            RequestError: a text is empty, longer than the context, or no text; its name is the
+                field.
         """
+        if isinstance(texts, str):
+            raise RequestError("input", "is one text, not a list of them", "Put it in a list")
         for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise RequestError(name(place), f"{text!r:.60} is no text", "Give a string")
             if not text.strip():
-                raise RequestError(f"input[{place}]", "is empty", "Leave it out, or give it words")
+                raise RequestError(name(place), "is empty", "Leave it out, or give it words")
         # Longer than the context is refused below, in a sentence of ours.
         found: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
         for place, tokens in enumerate(found):
-            if not tokens:
-                raise RequestError(f"input[{place}]", "has no token", "Give it words")
-            if len(tokens) > self.stack.context:
-                raise RequestError(
-                    f"input[{place}]",
-                    f"has {len(tokens)} tokens, and the model's context is {self.stack.context}",
-                    "Shorten it",
-                )
+            require_length(name(place), len(tokens), self.stack.context)
         return found

@@ -6,7 +6,7 @@ Sequences are padded on the right. Shape suffixes: B sequences, T tokens of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, get_args
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.controller.errors import ConfigError
+from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import BoolArray
 from offramp.controller.policies.protocols import IndexArray
+from offramp.worker.engine.admission import require_tokens
 from offramp.worker.model.stack import Rotary
 
 Pool = Literal["mean", "first", "last"]
@@ -56,6 +57,7 @@ class SequenceStack(Protocol):
         layers: Number of layers.
         width: Size of a hidden state.
         context: Most tokens of a sequence.
+        vocab: Number of token ids.
         device: Device of the weights.
         best_pool: The pool that suits the family.
     """
@@ -63,6 +65,7 @@ class SequenceStack(Protocol):
     layers: int
     width: int
     context: int
+    vocab: int
     device: torch.device
     best_pool: ClassVar[Pool]
 
@@ -81,6 +84,38 @@ class SequenceStack(Protocol):
     def read(self, x_BTD: Tensor) -> Tensor:
         """What heads read of states of any shape: through the final norm, where there is one."""
         ...
+
+
+def require_sequences(sequences: Sequence[Sequence[int]], stack: SequenceStack) -> None:
+    """Refuse what a stack cannot run.
+
+    Raises:
+        RequestError: there is no sequence, or one is empty, over the context, or no token ids; its
+            place is the field.
+    """
+    if len(sequences) == 0:
+        raise RequestError("input", "is empty", "Send one text or more")
+    for place, tokens in enumerate(sequences):
+        field = f"input[{place}]"
+        if not isinstance(tokens, Sized):
+            raise RequestError(
+                field, f"{tokens!r:.60} is no list of token ids", "Give lists of them"
+            )
+        require_length(field, len(tokens), stack.context)
+        require_tokens(field, tokens, stack.vocab)
+
+
+def require_length(field: str, tokens: int, context: int) -> None:
+    """Refuse a text of no token, or of more than the context.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if tokens < 1:
+        raise RequestError(field, "has no token", "Leave it out, or give it words")
+    if tokens > context:
+        problem = f"has {tokens} tokens, and the model's context is {context}"
+        raise RequestError(field, problem, "Shorten it")
 
 
 class SequenceBatch:

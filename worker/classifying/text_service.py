@@ -21,6 +21,7 @@ from offramp.controller.policies.protocols import NeverExit, Policy
 from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.classified_text import ClassifiedText, classified_text, shares_of
 from offramp.worker.classifying.classifier import FULL_DEPTH, Classifier
+from offramp.worker.classifying.sequence_stack import require_sequences
 from offramp.worker.classifying.text_watching import AskedTexts, TextAudits, TextShadows, tell_batch
 from offramp.worker.decoding.request import PolicySnapshot
 from offramp.worker.energy.meter import EnergySource
@@ -185,7 +186,7 @@ class TextService:
         best: int | None = None,
     ) -> list[Future[ClassifiedText]]:
         """Put texts in line as ``classify`` does, from any thread; cancel them to take them out."""
-        self._require_sequences(sequences)
+        require_sequences(sequences, self.classifier.stack)
         snapshot = self._current().track(split_by)
         policy = self.policy_for(snapshot, quality)
         race = None if best is None else BestOf(self.classifier.under(snapshot), best)
@@ -202,15 +203,6 @@ class TextService:
             self._line.extend(mine)
             self._changed.notify()
         return [each.done for each in mine]
-
-    def _require_sequences(self, sequences: Sequence[Sequence[int]]) -> None:
-        context = self.classifier.stack.context
-        if not sequences:
-            raise RequestError("input", "is empty", "Send one text or more")
-        for place, tokens in enumerate(sequences):
-            if not 1 <= len(tokens) <= context:
-                problem = f"has {len(tokens)} tokens, and the model's context is {context}"
-                raise RequestError(f"input[{place}]", problem, "Shorten it, or give it words")
 
     def _run(self) -> None:
         while batch := self._next_batch():

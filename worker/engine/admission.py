@@ -2,78 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+from offramp.controller.adapters.adapter_folder import HEADS_KIND
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, PROMPT_V1, TABLE_SCHEMAS
 from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.policies.protocols import Policy, is_headless
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.controller.release.manifest import Manifest
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.detokenize import decode
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+Asked = Policy | PolicySnapshot | PolicyBundle | None
+"""What a request may be pinned to: a bundle is checked against the model; None: the current one."""
 
 
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, from one alone or several.
-
-    Raises:
-        RequestError: token ids and whole prompts side by side, or no prompts at all.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    given: object = prompts  # callers need not keep to the annotation
-    if not isinstance(given, Iterable):
-        problem = f"{prompts!r} is neither text nor a list"
-        raise RequestError("prompts", problem, "Use strings or lists of token ids")
-    items: list[Any] = list(prompts)
-    # Of each kind once: to ask each item takes ten times as long, and there may be many.
-    are_tokens = {issubclass(kind, Integral) for kind in set(map(type, items))}
-    if are_tokens == {True}:
-        return [list(map(int, items))]
-    if len(are_tokens) > 1:
-        raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
-    return items
-
-
-def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
-    """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
-
-    Raises:
-        RequestError: it is token ids, and there is no tokenizer, or it cannot decode them.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
-    try:
-        return decode(tokenizer, prompt)
-    except Exception as error:  # tokenizers raise what they like of ids that they do not know
-        problem = "of token ids that the tokenizer cannot decode"
-        raise RequestError("echo", problem, "Leave it out") from error
-
-
-def pinned(
-    policy: Policy | PolicySnapshot | None, current: Callable[[], PolicySnapshot], stack: LayerStack
-) -> PolicySnapshot:
+def pinned(policy: Asked, current: Callable[[], PolicySnapshot], loaded: Loaded) -> PolicySnapshot:
     """The snapshot that a request runs under: of its own policy, or the current one.
 
     Raises:
-        RequestError: the policy was made for another model.
+        RequestError: the policy was made for another model, other adapters or another task.
     """
     if policy is None:
         return current()
+    if isinstance(policy, PolicyBundle):
+        manifest = policy.manifest
+        require_made_for(manifest, loaded)
+        policy = PolicySnapshot(0, manifest.digest, policy.policy(), manifest.certificate)
     if isinstance(policy, PolicySnapshot):
-        require_policy(policy.policy, stack.layers, stack.width)
+        require_policy(policy.policy, loaded.stack.layers, loaded.stack.width)
         return policy
-    require_fit(policy, stack)
+    require_fit(policy, loaded.stack)
     return PolicySnapshot(0, "", policy)
+
+
+class Loaded(NamedTuple):
+    """What policies are made for.
+
+    Attributes:
+        stack: The model's layers.
+        model: Fingerprint of the weights.
+        adapters: Digest of what exits are read through; "" for none.
+    """
+
+    stack: LayerStack
+    model: str
+    adapters: str
+
+
+def require_made_for(manifest: Manifest, loaded: Loaded) -> None:
+    """Refuse what a policy's manifest says was made for something else.
+
+    Raises:
+        RequestError: it is for another model, for other adapters, or for a classification.
+    """
+    if manifest.model != loaded.model:
+        problem = f"was made for model {manifest.model[:12]}, and this one is {loaded.model[:12]}"
+        raise RequestError("policy", problem, "Train one for this model")
+    if manifest.training.get("task") == HEADS_KIND:
+        problem = "was learned on a classification, and this engine makes tokens"
+        raise RequestError("policy", problem, "Train one on tokens")
+    if manifest.adapters and manifest.adapters != loaded.adapters:
+        own = loaded.adapters[:12] or "none"
+        problem = f"reads exits through adapters {manifest.adapters[:12]}, and the engine has {own}"
+        raise RequestError("policy", problem, "Name their folder (EngineConfig.translators)")
 
 
 class AuditPicker:
@@ -165,9 +162,11 @@ def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
     """Refuse token ids outside the vocabulary.
 
     Raises:
-        RequestError: naming the first such token.
+        RequestError: naming the first such token, or what is none.
     """
-    if not tokens or 0 <= min(tokens) <= max(tokens) < vocab:
+    if odd := [kind.__name__ for kind in set(map(type, tokens)) if not hasattr(kind, "__index__")]:
+        raise RequestError(field, f"holds a {odd[0]}, which is no token id", "Use integers")
+    if len(tokens) == 0 or 0 <= min(tokens) <= max(tokens) < vocab:
         return
     for place, token in enumerate(tokens):
         if not 0 <= token < vocab:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 from offramp.controller.errors import ConfigError, DecodeFailedError
-from offramp.controller.policies.protocols import Policy
 from offramp.controller.release.certified_points import Target
 from offramp.worker.decoding.asking.outlook import Load
 from offramp.worker.decoding.decoder import Decoder
@@ -28,14 +27,15 @@ from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
 from offramp.worker.decoding.sequence import Sequence
 from offramp.worker.engine.admission import (
+    Asked,
     AuditPicker,
-    Prompt,
+    Loaded,
     pinned,
     require_mode,
     require_request,
     sampling_of,
 )
-from offramp.worker.engine.encoding import PromptEncoder
+from offramp.worker.engine.encoding import Prompt, PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
 from offramp.worker.engine.points import PointPicker
@@ -89,6 +89,7 @@ class EngineCore:
         exits = load_exits(self.config.translators, stack, self.model_fingerprint)
         self.config.require_model(self.model_fingerprint, stack.layers)
         self.stack = ready(stack)
+        self._loaded = Loaded(self.stack, self.model_fingerprint, exits.digest)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
@@ -120,7 +121,7 @@ class EngineCore:
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
-        policy: Policy | PolicySnapshot | None = None,
+        policy: Asked = None,
         *,
         kv_mode: KVWish | None = None,
         prefill: Prefill | None = None,
@@ -134,7 +135,7 @@ class EngineCore:
         Args:
             prompt: A string or token ids.
             sampling: How to draw tokens; greedy, 64 tokens by default.
-            policy: The engine's current one by default.
+            policy: A policy, a bundle or a release; the engine's current one by default.
             kv_mode: See ``KVWish``; the engine's own mode by default.
             prefill: How the prompt is read; see ``EngineConfig.prefill`` for the default.
             forced: Teacher forcing: these tokens are fed in place of as many emitted ones.
@@ -149,7 +150,8 @@ class EngineCore:
         sampling = sampling_of(sampling, forced)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
-        snapshot = pinned(policy, partial(self._track, split_by or request_id), self.stack)
+        current = partial(self._track, split_by or request_id)
+        snapshot = pinned(policy, current, self._loaded)
         adapters = self.decoder.reader.under(snapshot)
         is_bound = isinstance(kv_mode, float | Target)
         if isinstance(kv_mode, Target):

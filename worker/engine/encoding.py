@@ -3,16 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from numbers import Integral
 from operator import index
 from typing import Any, TypeVar
 
 from offramp.controller.errors import RequestError
-from offramp.worker.engine.admission import Prompt, require_context
+from offramp.worker.engine.admission import require_context
+from offramp.worker.engine.detokenize import decode
 
 Result = TypeVar("Result")
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one alone or several.
+
+    Raises:
+        RequestError: token ids and whole prompts side by side, or no prompts at all.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    given: object = prompts  # callers need not keep to the annotation
+    if not isinstance(given, Iterable):
+        problem = f"{prompts!r} is neither text nor a list"
+        raise RequestError("prompts", problem, "Use strings or lists of token ids")
+    items: list[Any] = list(prompts)
+    # Of each kind once: to ask each item takes ten times as long, and there may be many.
+    are_tokens = {issubclass(kind, Integral) for kind in set(map(type, items))}
+    if are_tokens == {True}:
+        return [list(map(int, items))]
+    if len(are_tokens) > 1:
+        raise RequestError("prompts", "mixes token ids and prompts", "Put each prompt in a list")
+    return items
+
+
+def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+    """A prompt as text, to be echoed: a string as it is, token ids without the special ones.
+
+    Raises:
+        RequestError: it is token ids, and there is no tokenizer, or it cannot decode them.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise RequestError("echo", "of token ids needs a tokenizer, and the engine has none")
+    try:
+        return decode(tokenizer, prompt)
+    except Exception as error:  # tokenizers raise what they like of ids that they do not know
+        problem = "of token ids that the tokenizer cannot decode"
+        raise RequestError("echo", problem, "Leave it out") from error
 
 
 class PromptEncoder:

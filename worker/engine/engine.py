@@ -28,8 +28,9 @@ from offramp.worker.decoding.request import (
 )
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.admission import Prompt, as_prompts, pinned, prompt_text, require_mode
+from offramp.worker.engine.admission import Asked, pinned, require_mode
 from offramp.worker.engine.core import EngineCore
+from offramp.worker.engine.encoding import Prompt, as_prompts, prompt_text
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
@@ -138,7 +139,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompts: Prompt | Items[Prompt],
         sampling: SamplingParams | None = None,
-        policy: Policy | PolicySnapshot | None = None,
+        policy: Asked = None,
         *,
         kv_mode: KVWish | None = None,
         prefill: Prefill | None = None,
@@ -149,7 +150,8 @@ class AdaptiveEngine(EngineCore):
         Args:
             prompts: Strings or lists of token ids; one prompt alone is allowed.
             sampling: For all of them; greedy, 64 tokens by default.
-            policy: For all of them; the engine's current one by default.
+            policy: For all of them; the engine's current one by default. Of a ``PolicyBundle`` it
+                is checked that it was made for this model, and its certificate counts.
             kv_mode, prefill: For all of them; the engine's own by default.
             echo: Put the prompt's text before the completion's.
 
@@ -175,7 +177,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
-        policy: Policy | PolicySnapshot | None = None,
+        policy: Asked = None,
         *,
         kv_mode: KVWish | None = None,
         prefill: Prefill | None = None,
@@ -226,7 +228,7 @@ class AdaptiveEngine(EngineCore):
             require_mode(self.config.kv_mode, (), policy, layers)
         self.decoder.prepare(policy)
 
-    def take_in(self, folder: Path) -> ExitAdapters:
+    def take_in(self, folder: str | Path) -> ExitAdapters:
         """Take in adapters that ``offramp tune`` wrote, from any thread, while requests run.
 
         They join between two steps. Requests under way keep those that they began with; a
@@ -235,7 +237,7 @@ class AdaptiveEngine(EngineCore):
         Raises:
             ConfigError: they are damaged or another model's, or the cache's budget is too small.
         """
-        adapters = self.adapters.take_in(folder)
+        adapters = self.adapters.take_in(Path(folder))
         self.row_tokens = self.config.row_tokens(self.stack.context, self.kv.bytes_per_token)
         return adapters
 
@@ -257,7 +259,7 @@ class AdaptiveEngine(EngineCore):
         self,
         prompts: list[Prompt],
         samples: Items[SamplingParams],
-        policy: Policy | PolicySnapshot | None,
+        policy: Asked,
         kv_mode: KVWish | None,
         prefill: Prefill | None,
     ) -> list[Request]:
@@ -265,7 +267,7 @@ class AdaptiveEngine(EngineCore):
         requests: list[Request] = []
         # One for all of them: what one call returns is comparable.
         current = partial(self._track, uuid.uuid4().hex)
-        policy = pinned(policy, current, self.stack)
+        policy = pinned(policy, current, self._loaded)
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):

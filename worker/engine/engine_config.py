@@ -77,6 +77,8 @@ class EngineConfig:
                 problem = f"{getattr(self, name)!r} is unknown"
                 raise ConfigError(name, problem, f"Use one of {known}")
         self._require_prompts()
+        folder: object = self.translators  # callers need not keep to the annotation
+        object.__setattr__(self, "translators", Path(folder) if isinstance(folder, str) else folder)
         for name in ("prefill_tokens", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int):

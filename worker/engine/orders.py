@@ -12,7 +12,7 @@ from typing import Protocol
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.admission import Prompt
+from offramp.worker.engine.encoding import Prompt
 
 
 class Listener(Protocol):

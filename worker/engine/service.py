@@ -16,7 +16,7 @@ from offramp.controller.errors import DecodeFailedError, OverloadedError, Reques
 from offramp.worker.decoding.prompting.prompt_exits import Prefill
 from offramp.worker.decoding.request import KVWish, Request, TokenEvent
 from offramp.worker.decoding.sampling import SamplingParams
-from offramp.worker.engine.admission import Prompt
+from offramp.worker.engine.encoding import Prompt
 from offramp.worker.engine.engine import AdaptiveEngine
 from offramp.worker.engine.orders import Cancel, Listener, QueueListener, Submit
 

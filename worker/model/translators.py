@@ -32,6 +32,8 @@ from offramp.controller.adapters.adapter_folder import (
     AGAIN,
     DESCRIPTION,
     FORMAT,
+    HEADS_KIND,
+    OPTION,
     WEIGHTS,
     read_description,
 )
@@ -202,7 +204,10 @@ def save_exits(
 def exits_of(
     folder: Path, facts: Mapping[str, Any], fingerprint: str, layers: int
 ) -> tuple[int, ...]:
-    """The layers that were fitted; ConfigError for another model's, or layers that it lacks."""
+    """The layers that were fitted; ConfigError for heads, another model's, or layers it lacks."""
+    if facts.get("kind") == HEADS_KIND:
+        problem = f"{folder} holds heads of a classification, which no token is read by"
+        raise ConfigError("translators", problem, "Name it as heads, or adapters of `offramp tune`")
     if facts.get("model") != fingerprint:
         raise ConfigError(
             "translators",
@@ -219,7 +224,7 @@ def exits_of(
     return tuple(exits)
 
 
-def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, facts: Mapping[str, Any], field: str = OPTION) -> dict[str, Tensor]:
     """The tensors that a description names; ConfigError if they are others, or damaged."""
     try:
         with (folder / WEIGHTS).open("rb") as file:  # hashed as it is read: it may be large
@@ -227,10 +232,10 @@ def read_weights(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            "translators", f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
+            field, f"{folder} holds no readable {WEIGHTS} ({error})", AGAIN
         ) from error
     if found != facts.get("digest"):
-        raise ConfigError("translators", f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
+        raise ConfigError(field, f"{WEIGHTS} is not the one {DESCRIPTION} names", AGAIN)
     return tensors
 
 

@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import Kind
-from offramp.controller.policies.protocols import Verdict
-from offramp.controller.policies.rules.decay import require_column
+from offramp.controller.policies.protocols import Verdict, require_column
 from offramp.controller.strict import NUMBER, TEXT, list_of
 
 

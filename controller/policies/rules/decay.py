@@ -12,7 +12,7 @@ import numpy as np
 from offramp.controller.errors import RequestError
 from offramp.controller.features import BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import Kind
-from offramp.controller.policies.protocols import IndexArray
+from offramp.controller.policies.protocols import IndexArray, require_column, require_threshold
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next, progress
 from offramp.controller.strict import NUMBER, TEXT
 
@@ -51,7 +51,8 @@ class DecayingThreshold:
 
     def __post_init__(self) -> None:
         require_column(self.schema, self.column)
-        if self.decay < 0:
+        require_threshold(self.threshold)
+        if not self.decay >= 0:
             raise RequestError("decay", f"{self.decay} is below 0", "Use 0 for no decay")
 
     def thresholds(self, outlook_NC: FloatArray) -> FloatArray:
@@ -67,20 +68,6 @@ class DecayingThreshold:
         """Rows whose column reaches their threshold leave, [N]."""
         column_N = features_NF[:, self.schema.index(self.column)]
         return leave_or_next(here, column_N >= self.thresholds(outlook_NC))
-
-
-def require_column(schema: FeatureSchema, column: str) -> None:
-    """Refuse a column that the schema does not have.
-
-    Raises:
-        RequestError: naming the columns there are.
-    """
-    if column not in schema.columns:
-        raise RequestError(
-            "column",
-            f"schema {schema.name!r} has no column {column!r}",
-            f"Choose one of {', '.join(schema.columns)}",
-        )
 
 
 def _clear(policy: DecayingThreshold, features_NF: FloatArray, outlook_NC: FloatArray) -> BoolArray:

@@ -12,7 +12,7 @@ import numpy as np
 from offramp.controller.errors import RequestError
 from offramp.controller.features import SOFTMAX_V2, BoolArray, FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import Kind
-from offramp.controller.policies.rules.decay import require_column
+from offramp.controller.policies.protocols import require_column, require_threshold
 from offramp.controller.strict import COUNT, NUMBER
 
 
@@ -40,6 +40,7 @@ class EntropyExit:
 
     def __post_init__(self) -> None:
         require_column(self.schema, "entropy")
+        require_threshold(self.threshold)
 
     def leave(self, features_NF: FloatArray) -> BoolArray:
         """Rows whose entropy is below the threshold, [N]."""

@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike
 from offramp.controller.errors import RequestError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import Kind
-from offramp.controller.policies.protocols import IndexArray
-from offramp.controller.policies.rules.decay import require_column
+from offramp.controller.policies.protocols import IndexArray, require_column
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
 from offramp.controller.strict import NUMBER, TEXT, list_of
 

@@ -12,8 +12,7 @@ import numpy as np
 from offramp.controller.errors import RequestError
 from offramp.controller.features import FeatureSchema, FloatArray, IntArray
 from offramp.controller.policies.codec import Kind
-from offramp.controller.policies.protocols import IndexArray
-from offramp.controller.policies.rules.decay import require_column
+from offramp.controller.policies.protocols import IndexArray, require_column, require_threshold
 from offramp.controller.policies.rules.in_order import at_first, leave_or_next
 from offramp.controller.strict import NUMBER, TEXT, list_of
 
@@ -48,6 +47,8 @@ class StageThresholds:
 
     def __post_init__(self) -> None:
         require_column(self.schema, self.column)
+        for threshold in self.thresholds:
+            require_threshold(threshold)
         if len(self.thresholds) != len(self.exits):
             raise RequestError(
                 "thresholds", f"are {len(self.thresholds)}, for {len(self.exits)} exits"

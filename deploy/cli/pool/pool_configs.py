@@ -18,11 +18,10 @@ from offramp.deploy.http.observability.tracing import require_exporter
 from offramp.deploy.serve.pool_config import PoolConfig, PoolModel
 from offramp.deploy.serve.publishing import PUBLIC_KEY
 from offramp.deploy.serve.settings import Settings
-from offramp.deploy.serve.worker_deployments import require_model
+from offramp.deploy.serve.worker_deployments import require_classifier
 from offramp.worker.classifying.class_heads import labels_in
 from offramp.worker.decoding.prompting.prompt_exits import Prefill, PromptExits
 from offramp.worker.engine.engine_config import EngineConfig
-from offramp.worker.model.loading import parse_dtype
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import TrafficConfig, WorkerSpec
 
@@ -70,8 +69,7 @@ def require_servable(config: PoolConfig, settings: Settings) -> None:
         if model.heads is None:
             options.require_loadable(model.worker, settings)
         else:
-            parse_dtype(model.worker.dtype)
-            require_model(model)
+            require_classifier(model, settings)
     if config.access_log is not None:
         options.require_writable("OFFRAMP_ACCESS_LOG", config.access_log)
     if config.otlp_endpoint is not None:
@@ -123,9 +121,13 @@ def _with_prompts(
     Raises:
         ConfigError: an unknown way, a bundle that is none for prompts, or no two numbers.
     """
-    kept = options.parse_list("prompt_keep", keep, int, "numbers of tokens", "4,32")
+    like = pool_options.PROMPT_KEEP
+    kept = options.parse_list("prompt_keep", keep, int, "numbers of tokens", like)
     if len(kept) != 2:
-        raise ConfigError("prompt_keep", f"{keep!r} is not two numbers", "Write it like 4,32")
+        raise ConfigError("prompt_keep", f"{keep!r} is not two numbers", f"Write it like {like}")
+    if bundle is None and keep != like:
+        problem = "does nothing without a policy for prompts"
+        raise ConfigError("prompt_keep", problem, "Give --prompt-policy, or leave it out")
     prompts = None
     if bundle is not None:
         prompts = PromptExits.load(bundle, keep_first=kept[0], keep_last=kept[1])
@@ -139,7 +141,7 @@ def _decoding(given: dict[str, Any]) -> EngineConfig:
     Raises:
         ConfigError: an option is unusable, or means nothing to a pool that classifies.
     """
-    plan = options.parse_schedule(
+    plan = pool_options.parse_schedule(
         given["hold"], given["hold_rows"], given["hold_patience"],
         together=given["together"], costs=given["costs"],
     )  # fmt: skip

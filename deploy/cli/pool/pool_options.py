@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from offramp.controller.costs.cost_file import load_costs
 from offramp.controller.errors import ConfigError
+from offramp.deploy.cli import options
 from offramp.deploy.serve.placing.pool_growth import PoolGrowth
+from offramp.worker.decoding.schedule import LOCKSTEP, Schedule
 
 Trust = Annotated[
     Path | None,
@@ -62,6 +66,18 @@ LogFormat = Annotated[
         show_default="none is written",
     ),
 ]
+Holds = Annotated[
+    list[str] | None,
+    typer.Option(help="Depths where rows wait for company, like 6,9; may be repeated."),
+]
+HoldRows = Annotated[int, typer.Option(help="So many waiting rows go on together.")]
+HoldPatience = Annotated[int, typer.Option(help="Launches of others that a row waits for at most.")]
+Together = Annotated[
+    bool, typer.Option("--together", help="Rows bound for the end wait, and are verified at once.")
+]
+ScheduleCosts = Annotated[
+    Path | None, typer.Option(help="Table of `offramp profile`; launches are chosen by it.")
+]
 Replicas = Annotated[int, typer.Option(min=1, help="Workers in the pool; at least, if it grows.")]
 MaxReplicas = Annotated[
     int | None,
@@ -86,6 +102,12 @@ TargetTokens = Annotated[
 GrowAfter = Annotated[float, typer.Option(help="Seconds of too much to do, until it grows.")]
 ShrinkAfter = Annotated[float, typer.Option(help="Seconds of too little, until it shrinks.")]
 
+GROW_AFTER_S, SHRINK_AFTER_S = 10.0, 600.0
+"""Where nobody says."""
+
+PROMPT_KEEP = "4,32"
+"""Where nobody says."""
+
 
 def growth_of(given: dict[str, Any]) -> PoolGrowth | None:
     """How far the pool may grow, from the options of the command.
@@ -94,8 +116,9 @@ def growth_of(given: dict[str, Any]) -> PoolGrowth | None:
         ConfigError: an option is out of range, or means nothing to a pool that does not grow.
     """
     if given["max_replicas"] is None:
-        for name in ("target_requests", "target_tokens"):
-            if given[name] is not None:
+        unsaid = {"grow_after": GROW_AFTER_S, "shrink_after": SHRINK_AFTER_S}
+        for name in ("target_requests", "target_tokens", *unsaid):
+            if given[name] != unsaid.get(name):
                 raise ConfigError(name, "the pool does not grow", "Give --max-replicas, too")
         return None
     return PoolGrowth(
@@ -105,3 +128,39 @@ def growth_of(given: dict[str, Any]) -> PoolGrowth | None:
         up_s=given["grow_after"],
         down_s=given["shrink_after"],
     )
+
+
+def parse_schedule(
+    holds: Sequence[str] | None,
+    rows: int,
+    patience: int,
+    *,
+    together: bool = False,
+    costs: Path | None = None,
+) -> Schedule:
+    """Read a schedule: lock-step, cohorts that wait at holds, together, or chosen by costs.
+
+    >>> parse_schedule(["3", "6,9"], 2, 4).holds
+    (3, 6, 9)
+
+    Raises:
+        ConfigError: holds that do not ascend, holds beside another schedule, a number below its
+            bound or that nothing reads, or a table that cannot be read.
+    """
+    depths = options.parse_layers("hold", ",".join(holds or ()))
+    table = None if costs is None else load_costs(costs)
+    try:
+        schedule = Schedule(
+            holds=depths, rows=rows, patience=patience, together=together, costs=table
+        )
+    except ConfigError as error:
+        field = "hold" if error.field == "holds" else f"hold_{error.field}"
+        raise ConfigError(field, error.problem, error.remedy) from error
+    if not (depths or together or costs) and schedule != LOCKSTEP:
+        field = "hold_rows" if rows != LOCKSTEP.rows else "hold_patience"
+        raise ConfigError(
+            field, "does nothing without a hold", "Give --hold, --together or --costs"
+        )
+    if costs is not None and rows != LOCKSTEP.rows:
+        raise ConfigError("hold_rows", "does nothing beside --costs", "Leave one of them out")
+    return schedule

@@ -11,6 +11,8 @@ from offramp.controller.errors import RequestError
 from offramp.deploy.clients.allowances import LOSSLESS
 from offramp.deploy.http.shapes.offramp_options import Nullable, QualityOptions, quality_of
 
+Texts = str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+
 
 class ClassifyRequest(Nullable):
     """Body of POST /v1/classify. Unknown fields are ignored."""
@@ -18,7 +20,7 @@ class ClassifyRequest(Nullable):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    input: Texts
     offramp: QualityOptions = QualityOptions()
 
     @property
@@ -28,12 +30,11 @@ class ClassifyRequest(Nullable):
         Raises:
             RequestError: one is empty; its place is the field.
         """
-        found = [self.input] if isinstance(self.input, str) else self.input
-        for place, text in enumerate(found):
-            if not text.strip():
-                field = "input" if isinstance(self.input, str) else f"input[{place}]"
-                raise RequestError(field, "is empty", "Leave it out, or give it words")
-        return found
+        return texts_of(self.input, "input")
+
+    def field(self, place: int) -> str:
+        """What errors call a text."""
+        return field_of(self.input, "input", place)
 
 
 class TextClass(TypedDict):
@@ -63,6 +64,25 @@ class ClassifyReply(TypedDict):
     model: str
     data: list[TextClass]
     usage: ClassifyUsage
+
+
+def texts_of(given: str | list[str], name: str) -> list[str]:
+    """The texts of a field, one or several.
+
+    Raises:
+        RequestError: one is empty; its place is the field.
+    """
+    found = [given] if isinstance(given, str) else given
+    for place, text in enumerate(found):
+        if not text.strip():
+            field = field_of(given, name, place)
+            raise RequestError(field, "is empty", "Leave it out, or give it words")
+    return found
+
+
+def field_of(given: str | list[str], name: str, place: int) -> str:
+    """What errors call a text of a field: by its place where there may be several."""
+    return name if isinstance(given, str) else f"{name}[{place}]"
 
 
 def quality_within(least: float | str | None, options: QualityOptions) -> float | None:

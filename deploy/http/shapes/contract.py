@@ -22,7 +22,7 @@ from offramp.worker.decoding.sampling import (
     SEEDS,
     SamplingParams,
 )
-from offramp.worker.engine.admission import Prompt, as_prompts
+from offramp.worker.engine.encoding import Prompt, as_prompts
 
 MOST_STOPS = 4
 """Most stop strings, as OpenAI's API has it."""

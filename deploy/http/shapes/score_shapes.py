@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NotRequired  # pydantic reads it before Python 3.12
+from typing import Any, Literal, NotRequired  # pydantic reads it before Python 3.12
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from offramp.controller.errors import RequestError
-from offramp.deploy.http.shapes.class_shapes import ClassifyUsage
+from offramp.deploy.http.shapes.class_shapes import ClassifyUsage, Texts, field_of, texts_of
 from offramp.deploy.http.shapes.offramp_options import Nullable, QualityOptions
-
-Texts = str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
 
 class ScoreOptions(QualityOptions):
@@ -44,15 +42,16 @@ class ScoreRequest(Nullable):
         Raises:
             RequestError: the numbers do not fit, or a second text is empty.
         """
-        second = [self.text_2] if isinstance(self.text_2, str) else self.text_2
+        second = texts_of(self.text_2, "text_2")
         first = [self.text_1] if isinstance(self.text_1, str) else self.text_1
         if len(first) not in (1, len(second)):
             problem = f"holds {len(second)} texts, and text_1 {len(first)}"
             raise RequestError("text_2", problem, "Send one text_1, or as many")
-        for place, text in enumerate(second):
-            if not text.strip():
-                raise RequestError(f"text_2[{place}]", "is empty", "Leave it out, or give it words")
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+
+    def field(self, place: int) -> str:
+        """What errors call a pair: the second of its texts."""
+        return field_of(self.text_2, "text_2", place)
 
 
 class TextScore(TypedDict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from offramp.agents.classifying.labelled_texts import LabelledTexts, read_labelled, split_by_class
@@ -34,9 +35,18 @@ def test_both_kinds_of_file_are_read(tmp_path: Path, name: str, content: str) ->
         ("a.csv", "text,label\n", "no text"),
         ("a.csv", "sentence,label\none,x\n", "does not have one field beside"),
         ("a.csv", "text,label,source\none,x,s\n", "name it with --label-field"),
-        ("a.jsonl", '{"text": 1.5, "label": "x"}\n', "no field 'text'"),
+        ("a.csv", "text,label\none,x\ntwo\n", "line 3 .* says nothing as 'label'"),
+        ("a.csv", "text,label\none, two,x\n", "line 2 .* more columns"),
+        ("a.jsonl", '{"text": 1.5, "label": "x"}\n', "line 1 .* has 1.5 as 'text'"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "line 1 .* says nothing as 'label'"),
+        ("a.jsonl", '{"text": "a", "label": 1.0}\n', "has 1.0 as 'label'. Write it as a string"),
+        ("a.jsonl", '{"text": "a", "label": [1]}\n', r"has \[1\] as 'label'"),
         ("a.jsonl", "[1]\n", "line 1 .* no object"),
-        ("a.jsonl", "{\n", "cannot be read"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "x"}\n\n{"te\n',
+            r"line 3 .* is no JSON \(.*, column 5\)",
+        ),
         ("a.txt", "", "neither .csv nor .jsonl"),
     ],
 )
@@ -49,10 +59,18 @@ def test_an_unusable_file_is_refused_by_line(
     assert raised.value.field == "data"
 
 
-def test_a_label_that_was_not_learned_is_named() -> None:
+def test_a_label_that_was_not_learned_is_named_with_its_line(tmp_path: Path) -> None:
     texts = LabelledTexts(("a", "b"), ("x", "new"))
-    with pytest.raises(TraceError, match="'new', of which no text was learned from"):
+    with pytest.raises(TraceError, match="text 1 has the label 'new', of which no text was"):
         texts.indices(("x", "y"))
+    file = tmp_path / "a.jsonl"
+    labels = ("x", "new", "y", "newer")
+    file.write_text("".join(f'\n{{"text": "a", "label": "{each}"}}\n' for each in labels))
+    read = read_labelled(str(file))
+    said = r"line 4 of .*a\.jsonl has the label 'new', .* \(2 such texts\)"
+    with pytest.raises(TraceError, match=said):
+        read.indices(("x", "y"))
+    assert read.of(np.array([2, 1])).at(1) == f"line 4 of {file}"
 
 
 def test_every_class_is_learned_from_and_none_is_on_both_sides() -> None:

@@ -223,7 +223,7 @@ def test_policies_of_a_trained_model_learn_from_texts_that_it_never_saw(
     held = texts.of(np.concatenate((chosen, measured)))
     for folder, heads in ((trained[0] / "model", trained[0]), (encoder, joint)):
         model = SequenceModel.load(folder)
-        sequences = encoded(model, texts, labelled)
+        sequences = encoded(model, texts)
         config = ClassTrainConfig(model=str(folder), heads=heads, data=labelled)
         classifier = model.classifier(heads)
         traces = unseen_traces(config, model, classifier, texts, sequences, lambda *_: None)
@@ -232,12 +232,10 @@ def test_policies_of_a_trained_model_learn_from_texts_that_it_never_saw(
     shutil.copy(labelled, other := tmp_path / "other.csv")
     other.write_text(other.read_text() + "w5 w6 w7,a\n")
     texts = read_labelled(other)
-    more = unseen_traces(
-        config, model, classifier, texts, encoded(model, texts, other), lambda *_: None
-    )
+    more = unseen_traces(config, model, classifier, texts, encoded(model, texts), lambda *_: None)
     assert more.documents == (text_digest("w5 w6 w7"),)
     few = texts.of(np.arange(5))
-    ids = encoded(model, few, other)
+    ids = encoded(model, few)
     with pytest.raises(ConfigError, match="no text that the heads do not know"):
         unseen_traces(config, model, classifier, few, ids, print)
 

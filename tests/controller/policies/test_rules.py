@@ -11,7 +11,7 @@ import pytest
 
 from offramp.controller.errors import PolicyFaultError, RequestError
 from offramp.controller.features import CANDIDATES_V1, OUTLOOK_V1, SOFTMAX_V2, STATE_V1, FloatArray
-from offramp.controller.policies.protocols import Verdict
+from offramp.controller.policies.protocols import ThresholdPolicy, Verdict
 from offramp.controller.policies.rules.bandit import ThresholdBandit
 from offramp.controller.policies.rules.beta import GRID, BetaThreshold, beta_parameters, moments_of
 from offramp.controller.policies.rules.decay import DecayingThreshold
@@ -261,6 +261,21 @@ def make_stopping(rng: np.random.Generator) -> StoppingPolicy:
         std_F=1 + rng.random(width, dtype=np.float32),
         weights_EP=rng.normal(size=(3, 55)).astype(np.float32),
     )
+
+
+def test_a_threshold_that_nothing_can_be_compared_with_is_refused() -> None:
+    nan = math.nan
+    margin: dict[str, Any] = {"exits": EXITS, "schema": SOFTMAX_V2, "column": "margin"}
+    for make in (
+        lambda: EntropyExit(exits=EXITS, threshold=nan),
+        lambda: DecayingThreshold(threshold=nan, **margin),
+        lambda: ThresholdPolicy(threshold=nan, **margin),
+        lambda: StageThresholds(thresholds=(0.5, nan, 0.5), **margin),
+    ):
+        with pytest.raises(RequestError, match="threshold: is nan"):
+            make()
+    with pytest.raises(RequestError, match="decay: nan"):
+        DecayingThreshold(threshold=0.5, decay=nan, **margin)
 
 
 def test_columns_that_a_schema_lacks_are_refused() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offramp.agents.calibration.label_losses import Labels
 from offramp.agents.classifying.class_training import ClassTrainConfig, train_classes
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig
 from offramp.agents.classifying.classify_tuning import tune_classes
@@ -82,6 +84,56 @@ def test_texts_that_were_learned_from_certify_nothing(cli: Any, files: Files) ->
     assert "documents: 0 unseen ones" in cli.refused(*files.calibrate("--data", copy))
 
 
+def test_a_mistake_anywhere_in_the_file_is_told(cli: Any, files: Files, tmp_path: Path) -> None:
+    lines = files.other.read_text().splitlines()
+    for last, said in (("w5,c", "line 302 of .* has the label 'c'"), ("w6 " * 65 + ",a", "65 tok")):
+        data = tmp_path / "texts.csv"
+        data.write_text("\n".join([*lines, last]) + "\n")
+        words = files.calibrate("--data", data, "--delta", 0.3, "--documents", 50)
+        assert re.search(said, cli.refused(*words, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_drawn_from_all_over_a_file_sorted_by_class(
+    cli: Any, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = sorted(files.other.read_text().splitlines()[1:], key=lambda line: line[-1])
+    data, drawn = tmp_path / "sorted.csv", []
+    data.write_text("\n".join(["text,label", *lines]) + "\n")
+
+    def noted(classifier: Any, sequences: Any, label_N: Any, loss: Any) -> Labels:
+        drawn.append(label_N)
+        return Labels(classifier, sequences, label_N, loss)
+
+    monkeypatch.setattr("offramp.deploy.cli.classifying.Labels", noted)
+    words = files.calibrate("--data", data, "--delta", 0.5, "--documents", 100, "--family", "p̂")
+    status, said = cli(*words, "--out", tmp_path / "out")
+    assert status == 0, said
+    assert "100 of 300 texts" in said
+    assert len(drawn[0]) == 100
+    assert 0.3 < drawn[0].mean() < 0.7
+
+
+def test_a_report_of_nothing_certified_gives_way_to_the_next_run(
+    cli: Any, files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "certified"
+    words = files.calibrate("--data", files.other, "--documents", 300, "--out", out)
+    status, said = cli(*words, "--delta", 0.02, "--epsilon", 0.2, "--family", "p̂")
+    assert status == 3, said
+    assert [each.name for each in out.iterdir()] == ["calibration.json"]
+    assert cli(*words, "--delta", 0.3, "--family", "p̂")[0] == 0
+    told = cli.refused(*words, "--delta", 0.3, "--family", "p̂")
+    assert told.startswith(f"out: {out} is not a new or empty folder")
+
+
+def test_too_few_texts_are_asked_for_where_they_come_from(cli: Any, files: Files) -> None:
+    words = files.calibrate("--data", files.other, "--documents", 3, "--family", "p̂")
+    told = cli.refused(*words)
+    assert told.startswith("documents: 3 unseen ones")
+    assert "Give more, in a larger --data" in told
+
+
 def test_other_heads_are_refused_by_name(cli: Any, files: Files, tmp_path: Path) -> None:
     heads = tmp_path / "heads"
     tune_classes(ClassifyTuneConfig(model=str(files.model), data=files.train, seed=1), heads)
@@ -101,6 +153,13 @@ def test_other_heads_are_refused_by_name(cli: Any, files: Files, tmp_path: Path)
         (("calibrate", "--policies", "p"), "traces: is not given"),
         (("calibrate", "--policies", "p", "--data", "d"), "data: means nothing without --heads"),
         (("calibrate", "--policies", "p", "--heads", "h", "--replay"), "replay: means nothing"),
+        (("calibrate", "--policies", "p", "--heads", "h", "--kv-mode", "defer"), "kv_mode: means"),
+        (("calibrate", "--policies", "p", "--heads", "h", "--slots", "4"), "slots: means nothing"),
+        (("train", "--for", "classify", "--targets", ".9"), "targets: does not go with --for cl"),
+        (("train", "--for", "classify", "--config", "f"), "config: does not go with --for cl"),
+        (("train", "--for", "drafting", "--targets", ".9"), "targets: does not go with --for dr"),
+        (("train", "--for", "prompts", "--config", "f", "--model", "m"), "model: is a setting of"),
+        (("train", "--config", "f", "--steps", "9"), "steps: is a setting of the file"),
     ],
 )
 def test_what_does_not_go_together_is_named(

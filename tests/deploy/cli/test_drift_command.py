@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from offramp.deploy.cli.learning import DRIFTED
+from offramp.deploy.cli.record_drift import DRIFTED
 from offramp.envs.traces.chunk_file import decode
 from offramp.envs.traces.store import TraceStore
 from support.recordings import make_corpus, make_recording

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
+from offramp.agents.classifying.classify_config import ClassifyTuneConfig
+from offramp.agents.classifying.classify_tuning import tune_classes
 from offramp.controller.errors import ConfigError
 from offramp.deploy.serve import serve_app
+from support.classifying.labelled_files import encoder_folder, labelled_file
+from support.classifying.sequence_models import make_encoder
+from support.tokenizers import word_tokenizer
 
 
 def test_the_reason_is_json_where_lines_are(
@@ -37,9 +45,12 @@ def test_the_reason_is_json_where_lines_are(
         (("--prefill", "half"), "prefill: 'half' is unknown"),
         (("--prompt-keep", "4"), "prompt_keep: '4' is not two numbers"),
         (("--prompt-policy", "no_such"), "policy folder:"),
+        (("--prompt-keep", "3,5"), "prompt_keep: does nothing without a policy for prompts"),
+        (("--grow-after", "3"), "grow_after: the pool does not grow. Give --max-replicas"),
+        (("--classify", "no_such"), "heads: "),
     ],
 )
-def test_prompts_that_cannot_be_read_so_are_named(
+def test_options_that_cannot_be_used_so_are_named(
     cli: Any, options: tuple[str, ...], said: str
 ) -> None:
     status, output = cli("serve", *options)
@@ -62,6 +73,46 @@ def test_a_ray_that_does_not_start_is_named(
         pytest.fail("it started")
 
 
+def test_heads_of_another_model_are_refused_before_ray_starts(cli: Any, tmp_path: Path) -> None:
+    heads, data = tmp_path / "heads", labelled_file(tmp_path / "texts.csv", texts=60)
+    own = encoder_folder(tmp_path / "own")
+    tune_classes(ClassifyTuneConfig(model=str(own), data=data), heads)
+    make_encoder("roberta").save_pretrained(tmp_path / "other")
+    word_tokenizer(97).save_pretrained(tmp_path / "other")
+    told = cli.refused("serve", "--model", tmp_path / "other", "--classify", heads)
+    assert told.startswith(f"heads: {heads} was fitted to another model")
+
+
+TOLD = (
+    "\nof it\n    raise\nofframp.controller.errors.ConfigError: costs: were measured elsewhere.\n\n"
+)
+
+
+def test_of_a_deployment_that_failed_the_workers_own_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Deploying app 'mine' failed: Failed to update the deployments ['w'].")
+
+    def status() -> ServeStatus:
+        parts: dict[str, Any] = {"replica_states": {}, "status_trigger": "UNSPECIFIED"}
+        failed = DeploymentStatusOverview(status="DEPLOY_FAILED", message=TOLD, **parts)
+        fine = DeploymentStatusOverview(status="HEALTHY", message="ValueError: no", **parts)
+        app: dict[str, Any] = {"status": "DEPLOY_FAILED", "message": "", "last_deployed_time_s": 0}
+        apps = {
+            "mine": ApplicationStatusOverview(deployments={"w": failed, "v": fine}, **app),
+            "other": ApplicationStatusOverview(deployments={"w": fine}, **app),
+        }
+        return ServeStatus(applications=apps)
+
+    monkeypatch.setattr("ray.serve.run_many", fail)
+    monkeypatch.setattr("ray.serve.status", status)
+    target = serve.RunTarget(None, name="mine")
+    with pytest.raises(ConfigError) as failed:
+        serve_app._deploy([target])
+    assert str(failed.value) == "workers: none could start: costs: were measured elsewhere."
+
+
 def test_of_a_workers_traceback_its_last_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     told = """Deploying application offramp failed: the deployment failed to start 3 times in a row.
     Traceback (most recent call last):
@@ -75,6 +126,7 @@ def test_of_a_workers_traceback_its_last_words_are_kept(monkeypatch: pytest.Monk
         raise RuntimeError(told)
 
     monkeypatch.setattr("ray.serve.run_many", fail)
+    monkeypatch.setattr("ray.serve.status", ServeStatus)
     with pytest.raises(ConfigError) as failed:
         serve_app._deploy([])
     why = "none could start: costs: were measured on another model."

@@ -147,6 +147,8 @@ def test_a_quality_that_is_not_certified_runs_every_layer(
     [
         (body([]), 400, "input"),
         (body("  "), 400, "input"),
+        (body("w6 " * 65), 400, "input"),
+        (body("w5", offramp={"stats": "often"}), 400, "offramp.stats"),
         (body(["w5", ""]), 400, "input[1]"),
         (body(["w5", "w6 " * 65]), 400, "input[1]"),
         (body(["w5"] * 5), 400, "input"),
@@ -166,6 +168,19 @@ def test_what_cannot_be_classified_is_refused_by_name(
     reply = ask(app, scenario)
     assert reply.status_code == status
     assert reply.json()["error"]["param"] == param
+
+
+def test_what_is_wrong_is_said_of_the_type_that_was_sent(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> list[str]:
+        replies = [
+            await client.post("/v1/classify", json=body(each)) for each in ([], [5, 6], "w6 " * 65)
+        ]
+        return [reply.json()["error"]["message"] for reply in replies]
+
+    none, numbers, long = ask(app, scenario)
+    assert none.startswith("input: List should have at least 1 item")
+    assert numbers == "input: Input should be a valid string."
+    assert long == "input: has 65 tokens, and the model's context is 64. Shorten it."
 
 
 def test_a_request_is_a_span_that_tells_how_deep_its_texts_went(backend: Classes, ask: Any) -> None:
@@ -304,6 +319,9 @@ def test_a_class_is_scored_by_its_name_whoever_answers(backend: Classes, ask: An
         (pairs("w5", ANSWERS, label="mauve"), "offramp.label"),
         (pairs(["w5", "w6"], ANSWERS, label="red"), "text_2"),
         (pairs("w5", ["w6", " "], label="red"), "text_2[1]"),
+        (pairs("w5", " ", label="red"), "text_2"),
+        (pairs("w5", "w6 " * 65, label="red"), "text_2"),
+        (pairs("w5", ANSWERS, label=1), "offramp.label"),
         (pairs("w5", ["w6 " * 65], label="red"), "text_2[0]"),
         (pairs("w5", ["w6"] * 5, label="red"), "text_2"),
         (pairs("w5", [], label="red"), "text_2"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -46,13 +47,12 @@ class Reader:
     seeds: tuple[bytes, ...]
 
 
-def bundled(policy: Policy) -> PolicyBundle:
+def bundled(policy: Policy, **facts: Any) -> PolicyBundle:
     width = 0 if policy.schema is None else policy.schema.width
     rows_NF = np.random.default_rng(9).random((8, width), dtype=np.float32)
     packed = pack_policy(policy, rows_NF)
-    return PolicyBundle.draft(
-        packed, model="aa", tokenizer="bb", training={"seed": 1}, metrics={}, created_at=0.0
-    )
+    made: dict[str, Any] = {"model": "aa", "tokenizer": "bb", "training": {"seed": 1}}
+    return PolicyBundle.draft(packed, metrics={}, created_at=0.0, **(made | facts))
 
 
 BUNDLES = tuple(map(bundled, POLICIES))

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS, read_description
 from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
-from offramp.controller.policies.protocols import FixedExit, IndexArray, ThresholdPolicy
+from offramp.controller.policies.protocols import FixedExit, IndexArray, NeverExit, ThresholdPolicy
 from offramp.controller.policies.rules.entropy_patience import PatienceExit
+from offramp.worker.classifying.best_of import BestOf
 from offramp.worker.classifying.class_heads import ClassHeads, labels_in
 from offramp.worker.classifying.classifier import Classifier
+from offramp.worker.model.translators import exits_of, save_exits
 from support.classifying.sequence_models import (
     LABELS,
     RAGGED,
     ByLength,
     encoder_stack,
+    like_heads,
     random_heads,
 )
+from support.releases.readers import bundled
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +114,42 @@ def test_a_policy_for_another_task_is_refused(
         classifier.run(RAGGED, policy)
 
 
+@pytest.mark.parametrize(
+    ("sequences", "field", "said"),
+    [
+        ([], "input", "is empty"),
+        ([[5], []], "input[1]", "has no token"),
+        ([[5] * 65], "input[0]", "has 65 tokens, and the model's context is 64"),
+        ([[5], [-1]], "input[1]", "token -1 at index 0"),
+        ([[5, 97]], "input[0]", "token 97 at index 1"),
+        ([["w5"]], "input[0]", "holds a str"),
+        (["w5 w6"], "input[0]", "holds a str"),
+        ([[5.0]], "input[0]", "holds a float"),
+        ([5, 6], "input[0]", "5 is no list of token ids"),
+    ],
+)
+def test_what_cannot_be_run_is_named_by_its_place(
+    classifier: Classifier, sequences: Any, field: str, said: str
+) -> None:
+    bounds = [torch.tensor([[1.0, 1.5]] * 3)] * 4
+    for run in (classifier.run, BestOf(Classifier(encoder_stack(), like_heads(bounds)), 0).run):
+        with pytest.raises(RequestError, match=re.escape(said)) as raised:
+            run(sequences)
+        assert raised.value.field == field
+
+
+def test_a_bundle_is_checked_against_the_heads(tmp_path: Path) -> None:
+    random_heads().save(tmp_path, {"model": "m", "layers": 5, "width": 48})
+    heads = ClassHeads.load(tmp_path, "m", 5, 48)
+    own = Classifier(encoder_stack(), heads)
+    under = own.run(RAGGED, bundled(FixedExit(2), adapters=heads.digest))
+    assert under.layers_N.tolist() == [2, 2, 2]
+    assert own.run(RAGGED, bundled(NeverExit())).layers_N.tolist() == [5, 5, 5]
+    for adapters, said in (("", "made for no heads"), ("a" * 64, "made for heads aaaaaaaaaaaa")):
+        with pytest.raises(RequestError, match=said):
+            own.run(RAGGED, bundled(FixedExit(2), adapters=adapters))
+
+
 def test_heads_come_back_as_they_were_saved(tmp_path: Path) -> None:
     heads = random_heads()
     heads.save(tmp_path, {"model": "m", "layers": 5, "width": 48})
@@ -129,6 +172,32 @@ def test_classes_are_what_the_weights_say_wherever_they_were_sent(tmp_path: Path
     (tmp_path / WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"heads: .* holds no readable"):
         labels_in(tmp_path)
+
+
+def test_heads_that_hold_more_or_name_nothing_are_refused(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"model": "m", "layers": 5, "width": 48}
+    random_heads().save(tmp_path, facts)
+    tensors = load_file(tmp_path / WEIGHTS)
+    found = json.loads((tmp_path / DESCRIPTION).read_text())
+    save_exits(tmp_path, tensors | {"kv.2.A": torch.zeros(1)}, found)
+    with pytest.raises(ConfigError, match=r"heads: .* should not have \['kv.2.A'\]"):
+        ClassHeads.load(tmp_path, "m", 5, 48)
+    for labels in (["", "b", "c"], ["a", "a", "c"], ["a"], [1, 2, 3], None):
+        save_exits(tmp_path, tensors, found | {"labels": labels})
+        with pytest.raises(ConfigError, match=r"heads: .* names no two classes or more"):
+            labels_in(tmp_path)
+
+
+def test_a_folder_that_is_none_is_called_heads(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"heads: .* `offramp tune --task classify` wrote"):
+        labels_in(tmp_path)
+    random_heads().save(tmp_path, {"model": "m", "layers": 5, "width": 48})
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"heads: .* holds no readable"):
+        labels_in(tmp_path)
+    facts = read_description(tmp_path)
+    with pytest.raises(ConfigError, match=r"translators: .* holds heads of a classification"):
+        exits_of(tmp_path, facts, "m", 5)
 
 
 @pytest.mark.parametrize(

@@ -123,3 +123,12 @@ def test_a_text_that_cannot_be_read_is_named(saved: Any, text: str, said: str) -
     with pytest.raises(RequestError, match=said) as raised:
         SequenceModel.load(saved).encode(["w5", text])
     assert raised.value.field == "input[1]"
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [("w5 w6", "input: is one text, not a list"), (["w5", None], r"input\[1\]: None is no text")],
+)
+def test_what_is_no_list_of_texts_is_named(saved: Any, texts: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        SequenceModel.load(saved).encode(texts)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from offramp.controller.errors import ConfigError, ModelError, RequestError
 from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policies.protocols import FixedExit, NeverExit, ThresholdPolicy
-from offramp.worker import AdaptiveEngine, PolicySnapshot, SamplingParams
+from offramp.controller.release.bundle import PolicyBundle
+from offramp.worker import AdaptiveEngine, EngineConfig, PolicySnapshot, SamplingParams
 from offramp.worker.engine.follow import follow
 from offramp.worker.model.kv import BLOCK_TOKENS
 from offramp.worker.spec import warm_up
-from support.models import LAYERS, VOCAB, make_model
+from support.models import LAYERS, VOCAB, make_model, save_adapters
+from support.releases.certificates import certificate
+from support.releases.readers import bundled
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +164,46 @@ def test_a_policy_of_another_model_is_refused(
     with pytest.raises(RequestError) as refused:
         engine.generate([1, 2], policy=policy)
     assert refused.value.field == field
+
+
+def test_a_bundle_is_checked_against_the_model_and_its_certificate_counts(
+    engine: AdaptiveEngine,
+) -> None:
+    own: dict[str, Any] = {"model": engine.model_fingerprint}
+    policy = FixedExit(2)
+    sampling = SamplingParams(max_tokens=4)
+    under = [
+        engine.generate([3, 4], sampling, each)[0].exit_layers
+        for each in (policy, bundled(policy, **own))
+    ]
+    assert under[0] == under[1]
+    assert set(under[0][1:]) == {2}  # the first is drawn from the prompt, read in full
+    bound = certificate(bundled(policy, **own).manifest.digest, dtype="float32", delta=0.05)
+    certified = bundled(policy, certificate=replace(bound, translators=""), **own)
+    for quality, layers in ((0.95, {2}), (0.96, {LAYERS})):
+        [found] = engine.generate([3, 4], sampling, certified, kv_mode=quality)
+        assert set(found.exit_layers[1:]) == layers
+    refused: dict[str, dict[str, Any]] = {
+        "was made for model aa": {},
+        "learned on a classification": own | {"training": {"task": "classify"}},
+        "through adapters bbbbbbbbbbbb, and the engine has none": own | {"adapters": "b" * 64},
+    }
+    for said, facts in refused.items():
+        with pytest.raises(RequestError, match=f"policy: .*{said}"):
+            next(engine.stream([3, 4], sampling, bundled(policy, **facts)))
+    assert engine.load == (0, 0)
+
+
+def test_folders_may_be_named_as_text(tmp_path: Path) -> None:
+    folder = str(save_adapters("llama", tmp_path / "tuned", (1,)))
+    engine = AdaptiveEngine(make_model("llama"), config=EngineConfig(translators=folder))  # type: ignore[arg-type]
+    bundle = bundled(
+        FixedExit(1), model=engine.model_fingerprint, adapters=engine.decoder.translators.digest
+    )
+    bundle.save(str(tmp_path / "policy"))
+    found = PolicyBundle.load(str(tmp_path / "policy"))
+    [said] = engine.generate([3, 4], SamplingParams(max_tokens=3), found)
+    assert said.exit_layers[1:] == [1, 1]
 
 
 def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(engine: AdaptiveEngine) -> None:

@@ -54,7 +54,7 @@ class PromptExits:
                 raise ConfigError(name, problem, f"Keep {least} or more")
 
     @classmethod
-    def load(cls, folder: Path, **kept: int) -> PromptExits:
+    def load(cls, folder: str | Path, **kept: int) -> PromptExits:
         """Take the policy of a bundle.
 
         Args:

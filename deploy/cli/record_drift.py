@@ -1,30 +1,22 @@
-"""Run ``offramp record``, ``train`` and ``drift``: documents, traces, policies, and their age."""
+"""Run ``offramp record`` and ``drift``: documents, traces, and whether others differ."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from offramp.agents.drafting.draft_parts import DraftingConfig
-from offramp.agents.learning.ppo import PPOConfig
 from offramp.agents.recording.corpus import load_corpus
 from offramp.agents.recording.drift import find_drift
 from offramp.agents.recording.own_text import TOGETHER, OwnText
 from offramp.agents.recording.record import is_finished, record_traces
 from offramp.agents.recording.record_config import RecordConfig
 from offramp.agents.recording.training_data import has_begun
-from offramp.agents.training.train_config import GATE_FAMILIES, TrainConfig
 from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
-from offramp.deploy.cli.classifying import CLASSIFY, Data, Heads, require_unused, teach_classes
 from offramp.deploy.cli.console import console, keeping, progress, say
-from offramp.deploy.cli.drafting import teach
-from offramp.deploy.cli.prompting import PROMPTS, WEIGHT, Steps, Weight, teach_prompts_here
-from offramp.deploy.cli.train_by_file import train_by_file, train_here
 from offramp.deploy.serve.serve_app import ray_session
 from offramp.deploy.serve.settings import Settings
 from offramp.envs.traces.store import TraceStore
@@ -33,47 +25,6 @@ from offramp.worker.model.loading import layers_and_vocab
 from offramp.worker.model.precision import Precision
 from offramp.worker.spec import WorkerSpec
 
-Goal = Annotated[
-    str,
-    typer.Option("--for", help="What is taught: exits, drafting (lossless), prompts or classify."),
-]
-DraftModel = Annotated[
-    str, typer.Option(help="With --for drafting or prompts: folder of the model.")
-]
-DraftDtype = Annotated[
-    str,
-    typer.Option(help="With --for drafting or prompts: weights' dtype.", show_default="float32"),
-]
-DraftTemperature = Annotated[
-    float, typer.Option(help="With --for drafting: of the model's own text, which is recorded.")
-]
-Insight = Annotated[
-    bool,
-    typer.Option(
-        "--insight", help="With --for drafting: drafters also read states, and the token before."
-    ),
-]
-Targets = Annotated[
-    str, typer.Option(help="Offline agreements at which to place policies, like .92,.96.")
-]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="With --config, or for prompts: go on from --out's checkpoint."),
-]
-Seeds = Annotated[
-    str,
-    typer.Option(
-        help="With --config: one run per seed, like 0,1,2, as Ray tasks. For prompts: one policy "
-        "per seed."
-    ),
-]
-Cluster = Annotated[
-    str | None, typer.Option(help="With --config: cluster to join.", show_default="RAY_ADDRESS")
-]
-
-STEPS = 1_500_000
-"""PPO's steps where nobody says; a lesson on prompts has a default of its own."""
-
 DRIFTED = 3
 """Exit status of ``drift`` for a difference that is no chance; errors have 1 and 2."""
 
@@ -81,7 +32,6 @@ DRIFTED = 3
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("record")(record)
-    app.command("train")(train_policies)
     app.command("drift")(drift)
 
 
@@ -159,82 +109,6 @@ def _record(config: RecordConfig, out: Path) -> None:
     )
 
 
-def train_policies(
-    out: Annotated[Path, typer.Option(help="New folder for the trained policies.")],
-    goal: Goal = "exits",
-    heads: Heads = None,
-    data: Data = None,
-    traces: Annotated[Path | None, typer.Option(help="Folder that `offramp record` wrote.")] = None,
-    model: DraftModel = options.DEFAULT_MODEL,
-    corpus: options.Corpus = None,
-    translators: options.Translators = None,
-    dtype: DraftDtype = "",
-    exits: options.DraftExits = "",
-    temperature: DraftTemperature = 0.0,
-    insight: Insight = False,
-    weight: Weight = WEIGHT,
-    steps: Steps = None,
-    targets: Targets = ".92,.95,.97,.985",
-    costs: options.Costs = None,
-    threads: options.Threads = 1,
-    seed: options.Seed = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with more settings; see docs/training.md.")
-    ] = None,
-    resume: Resume = False,
-    seeds: Seeds = "",
-    ray_address: Cluster = None,
-) -> None:
-    """Teach policies when to leave, from recorded traces; or when to draft and when to verify."""
-    asked = locals()
-    if goal == PROMPTS:
-        teach_prompts_here(asked, out)
-        return
-    require_unused({"weight": weight != WEIGHT}, f"means nothing without --for {PROMPTS}")
-    steps = asked["steps"] = steps or STEPS
-    given = {"exits": exits, "corpus": corpus, "dtype": dtype}
-    if goal == "drafting":
-        teach(config, _lesson(asked), steps, out)
-        return
-    if goal == CLASSIFY:
-        teach_classes(asked, out)
-        return
-    if goal != "exits":
-        raise ConfigError(
-            "for", f"{goal!r} is unknown", f"Use exits, drafting, {PROMPTS} or {CLASSIFY}"
-        )
-    require_unused({"heads": heads, "data": data}, f"means nothing without --for {CLASSIFY}")
-    require_unused(given | {"temperature": temperature}, "is that of the recording")
-    require_unused({"insight": insight}, "means nothing without --for drafting")
-    if config is not None:
-        require_unused({"translators": translators}, "is a setting of the file")
-        train_by_file(config, traces, out, resume=resume, seeds=seeds, ray_address=ray_address)
-        return
-    if traces is None:
-        raise ConfigError("traces", "is not given", "Name the folder, or give --config")
-    if resume or seeds or ray_address:
-        raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
-    options.require_new_folder("out", out)
-    placed_at = options.parse_list("targets", targets, float, "numbers", ".9,.97")
-    train_here(_gates(traces, costs, translators, placed_at, steps, (threads, seed)), out)
-
-
-def _lesson(asked: Mapping[str, Any]) -> DraftingConfig:
-    """How drafting is taught, from the options of the command."""
-    require_unused(
-        {name: asked[name] for name in ("traces", "costs", "seeds", "resume", "heads", "data")},
-        "does not go with --for drafting, which records and measures for itself",
-    )
-    same = {name: asked[name] for name in ("model", "threads", "seed", "temperature", "insight")}
-    return DraftingConfig(
-        **same,
-        corpus=str(asked["corpus"] or ""),
-        translators=str(asked["translators"] or ""),
-        dtype=asked["dtype"] or "float32",
-        exits=options.parse_exits("exits", asked["exits"]),
-    )
-
-
 def drift(
     traces: Annotated[Path, typer.Argument(help="A recording of now, by `offramp record`.")],
     against: Annotated[Path, typer.Option(help="The recording that policies were trained on.")],
@@ -254,28 +128,6 @@ def drift(
     )
     if has_drifted:
         raise typer.Exit(DRIFTED)
-
-
-def _gates(
-    traces: Path,
-    costs: Path | None,
-    translators: Path | None,
-    targets: tuple[float, ...],
-    steps: int,
-    machine: tuple[int, int],
-) -> TrainConfig:
-    """Settings of the command line; ``machine`` is threads and seed."""
-    threads, seed = machine
-    return TrainConfig(
-        traces=str(traces),
-        costs=str(costs or ""),
-        translators=str(translators or ""),
-        families=GATE_FAMILIES,
-        seed=seed,
-        threads=threads,
-        targets=targets,
-        gate=PPOConfig(steps=steps),
-    )
 
 
 def _require_recordable(config: RecordConfig, settings: Settings) -> None:
