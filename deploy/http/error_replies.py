@@ -76,7 +76,7 @@ def _invalid_reply(problem: Mapping[str, Any]) -> Response:
         message = f"{field}: is unknown here. Leave it out; /openapi.json has those that are known."
     else:
         # Of a body that is no JSON, the location is a number of bytes.
-        named = place[: 2 if place[0] == "offramp" else 1]  # in our namespace, say which one
+        named = place[: 2 if place[:1] == ("offramp",) else 1]  # in our namespace, say which one
         field = ".".join(part for part in named if isinstance(part, str)) or None
         message = f"{field or 'body'}: {problem['msg']}."
     return error_reply(400, message, param=field, code="invalid_value")
