@@ -154,6 +154,7 @@ def _calibrate_labels(given: dict[str, Any]) -> None:
     picked, walked = _family(given)
     named = walked.bundle.manifest.adapters
     measured, texts, labels = source.open(given["loss"], given["promise"], named)
+    given["adapters"] = source.heads
     _certify(given, measured, walked, texts, labels, 0, picked)
 
 
@@ -182,9 +183,8 @@ def _calibrate_tokens(given: dict[str, Any]) -> None:
     replayed = traces if given["replay"] else None
     promise = given["promise"]
     windows, losses = _losses(promise, loss, engine, windows, prompt_tokens, walked, replayed)
+    given["adapters"] = config.translators
     _certify(given, measured, walked, windows, losses, prompt_tokens, picked)
-    if config.translators is not None and out.resolve().parent != policies.resolve():
-        keep_adapters(config.translators, out)
 
 
 def _certify(
@@ -201,6 +201,9 @@ def _certify(
     _announce(family, promise, documents, losses, picked)
     found = calibrate(promise, measured, family, documents, losses, prompt_tokens, _show)
     save_calibration(out, promise, found)
+    is_apart = out.resolve().parent != given["policies"].resolve()
+    if found.bundle is not None and given["adapters"] is not None and is_apart:
+        keep_adapters(given["adapters"], out)  # where ``offramp publish`` looks for them
     _conclude(found, picked, out)
 
 

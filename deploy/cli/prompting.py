@@ -30,7 +30,11 @@ WEIGHT = 0.5
 
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="PPO environment steps.", show_default="1500000; for prompts 49152"),
+    typer.Option(
+        min=0,
+        help="PPO environment steps; with --for classify, 0 leaves PPO out.",
+        show_default="1500000; for prompts 49152",
+    ),
 ]
 Weight = Annotated[
     float, typer.Option(help="With --for prompts: what all of a prompt's time is worth, in nats.")

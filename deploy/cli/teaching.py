@@ -137,7 +137,7 @@ def train_policies(
     if goal == PROMPTS:
         teach_prompts_here(asked, out)
         return
-    steps = asked["steps"] = steps or STEPS
+    steps = asked["steps"] = STEPS if steps is None else steps
     if goal == DRAFTING:
         teach(config, _lesson(asked), steps, out)
         return

@@ -14,6 +14,7 @@ from offramp.agents.classifying.class_training import ClassTrainConfig, train_cl
 from offramp.agents.classifying.classify_config import ClassifyTuneConfig
 from offramp.agents.classifying.classify_tuning import tune_classes
 from offramp.agents.placing.contenders import CHOSEN, load_contenders
+from offramp.controller.adapters.adapter_folder import KEPT, read_description
 from offramp.controller.release.bundle import PolicyBundle
 from offramp.worker.classifying.sequence_model import SequenceModel
 from support.classifying.labelled_files import encoder_folder, labelled_file
@@ -72,6 +73,7 @@ def test_a_certificate_bounds_what_is_lost_by_label(
     assert "classified" in certificate.statement
     report = json.loads((out / "calibration.json").read_text())
     assert report["n"] == 300
+    assert read_description(out / KEPT)["digest"] == certificate.translators
     # It says nothing of tokens.
     assert "decode_mode" in certificate.gap(kv_mode="project", dtype="float32", translators="")
 

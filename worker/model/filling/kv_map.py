@@ -74,6 +74,9 @@ class KVMap:
 KV = "kv."
 """How the names of its tensors begin."""
 
+LARGEST = 1e18
+"""Of states beyond it, squares overflow in float32; what a map reads has a mean square of 1."""
+
 PARTS = ("A", "B", "b")
 """How they end, as those of translators do."""
 
@@ -128,6 +131,10 @@ def _check_map(layer: int, exit_map: ExitMap, deeper: int, width: int, values: i
         raise ConfigError("translators", problem, AGAIN)
     if not all(part.isfinite().all() for part in exit_map):
         problem = f"the map after exit {layer} holds NaN or infinite values"
+        raise ConfigError("translators", problem, AGAIN)
+    down, up = exit_map.A_rI.double().norm(), exit_map.B_LDr.double().norm()
+    if max(down * up * inputs**0.5, exit_map.b_LD.abs().max()) > LARGEST:
+        problem = f"the map after exit {layer} makes states so large that norms overflow"
         raise ConfigError("translators", problem, AGAIN)
     if exit_map.reads_before and (exit_map.B_LDr[0].any() or exit_map.b_LD[0].any()):
         problem = f"the map after exit {layer} reads the token before and moves its first layer"

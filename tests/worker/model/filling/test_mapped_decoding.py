@@ -124,6 +124,8 @@ def change(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], obj
         (change(f"kv.{EXIT}.A", torch.ones(LAYERS - EXIT, WIDTH + KEPT)), "moves its first layer"),
         (change(f"kv.{EXIT}.B", torch.zeros(2, WIDTH, 3)), "has shapes"),
         (change(f"kv.{EXIT}.b", torch.full((LAYERS - EXIT, WIDTH), torch.inf)), "NaN or infinite"),
+        (change(f"kv.{EXIT}.A", torch.full((LAYERS - EXIT, WIDTH), 1e38)), "norms overflow"),
+        (change(f"kv.{EXIT}.b", torch.full((LAYERS - EXIT, WIDTH), 1e30)), "norms overflow"),
         (change("2.A", torch.zeros(1, WIDTH)), "2.A"),
     ],
 )
