@@ -34,7 +34,7 @@ def proxy(tmp_path: Path) -> Iterator[TcpProxy]:
 
 @pytest.fixture
 def bench(proxy: TcpProxy, tmp_path: Path) -> Iterator[Bench]:
-    registry = RedisRegistry(proxy.url, "demo", timeout_s=0.5)
+    registry = RedisRegistry(proxy.url, "demo", timeout_s=2.0)
     yield Bench(registry, tmp_path / "home")
     registry.close()
 

@@ -39,7 +39,7 @@ def test_a_worker_on_a_replica_follows_and_cannot_report(
     two: tuple[EmbeddedRedis, EmbeddedRedis], tmp_path: Path, ask: Ask
 ) -> None:
     primary, replica = two
-    writing, reading = (RedisRegistry(each.url, "demo", timeout_s=0.5) for each in two)
+    writing, reading = (RedisRegistry(each.url, "demo", timeout_s=2.0) for each in two)
     bench = Bench(writing, tmp_path / "home")
     there = redis.Redis.from_url(replica.url)
     bench.serve(3)
@@ -100,7 +100,7 @@ def test_a_failover_that_loses_the_promotion_is_refused_and_healed(
     pair: tuple[str, int, int], tmp_path: Path, ask: Ask
 ) -> None:
     url, first, second = pair
-    registry = RedisRegistry(url, "demo", timeout_s=0.5)
+    registry = RedisRegistry(url, "demo", timeout_s=2.0)
     bench = Bench(registry, tmp_path / "home")
     with redis.Redis(port=first) as primary, redis.Redis(port=second) as replica:
         assert eventually(lambda: _knows_its_replica(url))

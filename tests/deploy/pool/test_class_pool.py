@@ -292,4 +292,5 @@ def test_texts_of_a_worker_that_froze_are_answered_by_another(served: Classifyin
         return answers
 
     answers = run(served.pool, scenario)
+    theirs[0].kill()  # which Ray would do in a while; a pool that is stopped waits for it
     assert len({tuple(each["label"] for each in answer) for answer in answers}) == 1

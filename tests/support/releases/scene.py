@@ -26,7 +26,7 @@ class Scene:
         self.data = folder / "redis"
         self.server = EmbeddedRedis(self.data, free_port(), binary)
         self.server.__enter__()
-        self.registry = RedisRegistry(self.server.url, "demo", timeout_s=0.5)
+        self.registry = RedisRegistry(self.server.url, "demo", timeout_s=2.0)
         self.bench = Bench(self.registry, folder)
         self.bench.serve(2)
         self.worker = self.bench.worker()
