@@ -17,6 +17,7 @@ from offramp.controller.durable import write_durably
 from offramp.controller.errors import ConfigError, RequestError, TraceError
 from offramp.controller.policies.protocols import IndexArray
 from offramp.worker.classifying.sequence_model import SequenceModel
+from offramp.worker.engine.encoding import require_unicode
 
 TEXT = "text"
 """Name of the field that holds the text, unless another is asked for."""
@@ -124,6 +125,8 @@ def read_labelled(path: str | Path, text: str = TEXT, label: str = "") -> Labell
             or one class only. The message names the line.
     """
     path = Path(path)
+    if text == label:
+        raise TraceError("label_field", f"{label!r} is the text's field", "Name another")
     texts, labels, lines = [], [], []
     for line, record in _records(path):
         name = label or _only_other(path, line, record, text)
@@ -134,7 +137,7 @@ def read_labelled(path: str | Path, text: str = TEXT, label: str = "") -> Labell
         if not str(record[name]).strip():
             raise _unusable(path, line, "holds an empty label", "Leave it out")
         texts.append(str(record[text]))
-        labels.append(str(record[name]))
+        labels.append(str(record[name]).strip())
         lines.append(line)
     found = LabelledTexts(tuple(texts), tuple(labels), tuple(lines), str(path))
     if len(found.classes) < 2:
@@ -183,18 +186,26 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                for record in reader:
-                    if None in record:
-                        problem = "holds more columns than the first line names"
-                        raise _unusable(path, reader.line_num, problem, "Quote texts with commas")
-                    yield reader.line_num, dict(record)
+                yield from _rows(path, csv.DictReader(file))
                 return
             for line, content in enumerate(file, 1):
                 if content.strip():
                     yield line, _object_in(path, line, content)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise TraceError("data", f"{path} cannot be read ({error})", "Check the file") from error
+
+
+def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table, each with the number of the line that it ends on."""
+    try:
+        for record in reader:
+            if None in record:
+                problem = "holds more columns than the first line names"
+                raise _unusable(path, reader.line_num, problem, "Quote texts with commas")
+            yield reader.line_num, dict(record)
+    except csv.Error as error:
+        problem = f"cannot be read ({error})"
+        raise _unusable(path, reader.line_num + 1, problem, "Check the file") from error
 
 
 def _object_in(path: Path, line: int, content: str) -> dict[str, Any]:
@@ -218,6 +229,10 @@ def _require_value(path: Path, line: int, record: dict[str, Any], field: str) ->
         raise _unusable(path, line, f"says nothing as {field!r}", "Fill it in, or leave it out")
     if not isinstance(value, str | int):
         raise _unusable(path, line, f"has {value!r:.40} as {field!r}", "Write it as a string")
+    try:
+        require_unicode(field, str(value))
+    except RequestError as error:
+        raise _unusable(path, line, f"{error.problem} of {field!r}", error.remedy) from error
 
 
 def _only_other(path: Path, line: int, record: dict[str, Any], text: str) -> str:

@@ -32,6 +32,9 @@ HEADS_KIND = "classify"
 OPTION, OF_HEADS = "translators", "heads"
 """What errors name a folder of adapters for tokens, and one of heads."""
 
+TUNE = {OPTION: "offramp tune", OF_HEADS: "offramp tune --task classify"}
+"""The command that writes either."""
+
 
 def read_description(folder: Path, field: str = OPTION) -> dict[str, Any]:
     """What a folder says of itself.
@@ -46,15 +49,15 @@ def read_description(folder: Path, field: str = OPTION) -> dict[str, Any]:
     try:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        task = " --task classify" if field == OF_HEADS else ""
         raise ConfigError(
             field,
             f"{folder} holds no readable {DESCRIPTION}",
-            f"Name a folder that a finished `offramp tune{task}` wrote",
+            f"Name a folder that a finished `{TUNE[field]}` wrote",
         ) from error
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != FORMAT:
-        raise ConfigError(field, f"{folder / DESCRIPTION} has format {found}, not {FORMAT}", AGAIN)
+        problem = f"{folder / DESCRIPTION} has format {found}, not {FORMAT}"
+        raise ConfigError(field, problem, f"Run `{TUNE[field]}` for this model again")
     assert isinstance(facts, dict)
     return facts
 

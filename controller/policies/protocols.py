@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -181,6 +182,9 @@ class FixedExit:
     candidates_VK: IntArray | None = None
 
     def __post_init__(self) -> None:
+        given: object = self.layer  # callers need not keep to the annotation
+        if isinstance(given, bool) or not isinstance(given, Integral):
+            raise RequestError("layer", f"{self.layer!r} is no number of layers", "Name a layer")
         if self.layer < 1:
             raise RequestError("layer", f"{self.layer} is below 1", "Name a layer from 1 on")
 
@@ -243,8 +247,11 @@ def require_threshold(threshold: float) -> None:
     """Refuse what no feature can be compared with.
 
     Raises:
-        RequestError: it is NaN.
+        RequestError: it is no number, or NaN.
     """
+    given: object = threshold  # callers need not keep to the annotation
+    if not isinstance(given, Real):
+        raise RequestError("threshold", f"{threshold!r} is no number", "Give one")
     if math.isnan(threshold):
         problem = "is nan, which no feature is above or below"
         raise RequestError("threshold", problem, "Give a number, or inf to leave nowhere")

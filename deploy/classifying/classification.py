@@ -33,7 +33,6 @@ from offramp.deploy.http.shapes.score_shapes import (
     scored_label,
 )
 from offramp.worker.classifying.classified_text import ClassifiedText
-from offramp.worker.classifying.sequence_stack import require_length
 
 
 class Classification:
@@ -68,7 +67,7 @@ class Classification:
         pairs = [("", text) for text in body.texts]
         quality = quality_within(self._least(request), body.offramp)
         found, tokens, _ = await self._classified(
-            pairs, "input", body.field, request, quality=quality
+            pairs, "input", body.fields, request, quality=quality
         )
         return {
             "id": f"classify-{uuid.uuid4().hex}",
@@ -88,7 +87,7 @@ class Classification:
             problem = "promises no quality: the bounds that it rests on are not certified"
             raise RequestError("offramp.best", problem, "Leave it, or the quality, out")
         found, tokens, label = await self._classified(
-            body.pairs, "text_2", body.field, request, quality=quality, scored=options
+            body.pairs, "text_2", body.fields, request, quality=quality, scored=options
         )
         return {
             "id": f"score-{uuid.uuid4().hex}",
@@ -107,7 +106,7 @@ class Classification:
         self,
         pairs: Sequence[tuple[str, str]],
         field: str,
-        name: Callable[[int], str],
+        names: Callable[[int], tuple[str, str]],
         request: Request,
         *,
         quality: float | None,
@@ -115,14 +114,14 @@ class Classification:
     ) -> tuple[list[ClassifiedText], int, int]:
         """What was found of pairs of texts, how many tokens they are, and which class is scored.
 
-        Errors call all of them by a field, and each by a name.
+        Errors call all of them by a field, and each by a pair of names.
         """
         began_s = time.perf_counter()
         self._limits.require_choices(len(pairs), field, "answers")
         with self._span(request, began_s) as span:
             try:
                 async with asyncio.timeout(self._limits.deadline_s):
-                    sequences = await self._backend.encoder.aside(self._encode, pairs, name)
+                    sequences = await self._backend.encoder.aside(self._encode, pairs, names)
                     tokens = sum(map(len, sequences))
                     self._quotas.take(request.scope["state"].get("client"), "tokens", tokens)
                     found, label = await self._found(sequences, quality, request, scored)
@@ -163,18 +162,10 @@ class Classification:
         return self._spans.around(request.headers, about, began_s)
 
     def _encode(
-        self, pairs: Sequence[tuple[str, str]], name: Callable[[int], str]
+        self, pairs: Sequence[tuple[str, str]], names: Callable[[int], tuple[str, str]]
     ) -> list[list[int]]:
-        encoder, most = self._backend.encoder, self._backend.most_tokens
-        sequences = []
-        for place, (first, second) in enumerate(pairs):
-            try:
-                tokens = encoder.pair_of(first, second)
-            except RequestError as error:
-                raise RequestError(name(place), error.problem, error.remedy) from error
-            require_length(name(place), len(tokens), most)
-            sequences.append(tokens)
-        return sequences
+        encode = self._backend.encoder.pair_of
+        return [encode(*pair, names(place)) for place, pair in enumerate(pairs)]
 
     def _scored(
         self, place: int, found: ClassifiedText, label: int, options: ScoreOptions

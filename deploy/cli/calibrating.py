@@ -55,7 +55,7 @@ CERTIFIED = "certified"
 REPORT = "calibration.json"
 FOR_TOKENS = (
     "traces", "corpus", "replay", "translators", "prompt_tokens", "new_tokens", "kv_mode",
-    "max_pending", "weights", "slots",
+    "max_pending", "weights", "slots", "unit", "quality", "latency_budget", "energy_budget",
 )  # fmt: skip
 WITH_HEADS = "means nothing with --heads"
 """Options that say nothing of a classification, and why they are refused."""

@@ -17,6 +17,7 @@ from offramp.agents.prompting.prompt_config import PromptLessonConfig
 from offramp.agents.prompting.prompt_meter import SLOTS
 from offramp.agents.prompting.teach_prompts import REPORT, TaughtPrompts, teach_prompts
 from offramp.agents.training.train_config import load_config
+from offramp.controller.errors import ConfigError
 from offramp.deploy.cli import options
 from offramp.deploy.cli.console import console, keeping, progress, say
 from offramp.worker.engine.engine_config import EngineConfig
@@ -50,6 +51,8 @@ def prompt_lesson(asked: Mapping[str, Any]) -> PromptLessonConfig:
     if asked["config"] is not None:
         return load_config(asked["config"], PromptLessonConfig)
     seeds = options.parse_list("seeds", asked["seeds"], int, "seeds", "0,1")
+    if seeds and asked["seed"]:
+        raise ConfigError("seed", "does not go with --seeds", "Leave it out")
     config = PromptLessonConfig(
         model=asked["model"],
         corpus=str(asked["corpus"] or ""),

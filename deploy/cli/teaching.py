@@ -32,12 +32,9 @@ Goal = Annotated[
     str,
     typer.Option("--for", help="What is taught: exits, drafting (lossless), prompts or classify."),
 ]
-DraftModel = Annotated[
-    str, typer.Option(help="With --for drafting or prompts: folder of the model.")
-]
+DraftModel = Annotated[str, typer.Option(help="Not with --for exits: folder of the model.")]
 DraftDtype = Annotated[
-    str,
-    typer.Option(help="With --for drafting or prompts: weights' dtype.", show_default="float32"),
+    str, typer.Option(help="Not with --for exits: weights' dtype.", show_default="float32")
 ]
 DraftTemperature = Annotated[
     float, typer.Option(help="With --for drafting: of the model's own text, which is recorded.")
@@ -92,8 +89,7 @@ MEANT_BY_FILE = {
 """Those beside a file of settings."""
 
 OF_OTHERS = {"heads": CLASSIFY, "data": CLASSIFY, "weight": PROMPTS, "insight": DRAFTING}
-OF_RECORDING = "is that of the recording"
-"""Why others mean nothing to exits: they are of another goal, or were settled when recording."""
+"""Goals that options which mean nothing to exits are of."""
 
 REACH_S = 3.0
 """Seconds that a cluster's address has to answer; Ray itself tries for a minute."""
@@ -166,14 +162,17 @@ def _require_meant(context: typer.Context, goal: str, *, by_file: bool) -> None:
         )
     typed = options.options_typed(context)
     if goal == EXITS:
-        for name in sorted(typed):
-            if name in OF_OTHERS:
-                problem = f"means nothing without --for {OF_OTHERS[name]}"
-                raise ConfigError(name, problem, "Leave it out")
+        for name in sorted(typed.keys() & OF_OTHERS.keys()):
+            options.require_unused({name: True}, f"means nothing without --for {OF_OTHERS[name]}")
         recorded = {name: name in typed for name in sorted(_BY_READING - MEANT[EXITS])}
-        options.require_unused(recorded | {"temperature": "temperature" in typed}, OF_RECORDING)
+        options.require_unused(
+            recorded | {"temperature": "temperature" in typed}, "is that of the recording"
+        )
     if by_file and goal in MEANT_BY_FILE:
-        options.require_meant(context, MEANT_BY_FILE[goal], "is a setting of the file")
+        alone = typed.keys() - MEANT_BY_FILE[goal]
+        odd = {name: name not in MEANT[goal] for name in sorted(alone)}
+        options.require_unused(odd, f"does not go with --for {goal}")
+        options.require_unused(dict.fromkeys(sorted(alone), True), "is a setting of the file")
         return
     if goal == EXITS and typed.keys() & {"resume", "seeds", "ray_address"}:
         raise ConfigError("config", "is not given, and --resume, --seeds and --ray-address need it")
@@ -286,6 +285,8 @@ def _gates(
     machine: tuple[int, int],
 ) -> TrainConfig:
     """Settings of the command line; ``machine`` is threads and seed."""
+    if steps < 1:
+        raise ConfigError("steps", f"{steps} is below 1", "Use 1 or more")
     threads, seed = machine
     return TrainConfig(
         traces=str(traces),

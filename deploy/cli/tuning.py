@@ -208,11 +208,23 @@ def _token_config(given: dict[str, Any]) -> TuneConfig:
         "exits": options.parse_layers("exits", given["exits"]),
         "rank": 32 if given["rank"] is None else given["rank"],
         "learning_rate": given["lr"],
-        "held_out": 48 if given["held_out"] is None else int(given["held_out"]),
+        "held_out": 48 if given["held_out"] is None else _documents(given["held_out"]),
         "own_text": own,
     }
     same = {each.name for each in fields(TuneConfig)} - renamed.keys()
     return TuneConfig(**{name: given[name] for name in same}, **renamed)
+
+
+def _documents(held_out: float) -> int:
+    """Read a number of documents that are held out; of a classification it is a share.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    if not held_out.is_integer():
+        problem = f"{held_out:g} is no number of documents"
+        raise ConfigError("held_out", problem, f"Use 1 or more; shares are for --task {CLASSIFY}")
+    return int(held_out)
 
 
 def _tune_kv(context: typer.Context, out: Path) -> None:
@@ -220,7 +232,7 @@ def _tune_kv(context: typer.Context, out: Path) -> None:
     given = options.require_meant(context, FOR_KV, "means nothing with --kv")
     given["exits"] = options.parse_layers("exits", given.get("exits", ""))
     if "held_out" in given:
-        given["held_out"] = int(given["held_out"])
+        given["held_out"] = _documents(given["held_out"])
     given["beside"] = given.pop("translators", None)
     given = {"model": context.params["model"]} | given
     config = KVTuneConfig(

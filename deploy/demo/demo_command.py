@@ -18,6 +18,9 @@ from offramp.deploy.serve.publishing import open_registry
 from offramp.deploy.serve.serve_app import require_free
 from offramp.deploy.serve.settings import Settings
 
+OF_THE_LAST_ACT = {"model", "out", "quick", "task", "dtype", "threads", "seed"}
+"""Options that mean something to it alone."""
+
 ALL = "all"
 """What ``offramp demo`` shows unless told otherwise."""
 
@@ -28,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for the report; emptied first.")] = Path(
         "runs/demo"
@@ -64,6 +68,7 @@ def demo(
     config = config.shortened() if quick else config
     options.require_folder("out", out)
     if task == CLASSIFY:
+        options.require_meant(context, OF_THE_LAST_ACT, f"means nothing to --task {CLASSIFY}")
         run_classification(config)
         return
     if port:

@@ -96,7 +96,11 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_reply(400, str(error), param=error.field, code="invalid_value")
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        said = request.headers.get("content-type", "")
+        if isinstance(error.body, bytes) and "json" not in said:
+            message = f"body: is sent as {said!r:.60}. Send content-type: application/json."
+            return error_reply(400, message, code="invalid_value")
         return _invalid_reply(_nearest(error.errors()))
 
     @app.exception_handler(OverloadedError)

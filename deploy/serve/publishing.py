@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from offramp.controller.adapters.adapter_folder import DESCRIPTION, KEPT, find_adapters
+from offramp.controller.adapters.adapter_folder import DESCRIPTION, HEADS_KIND, KEPT, find_adapters
 from offramp.controller.adapters.adapter_index import AdapterSource
 from offramp.controller.errors import ConfigError, PolicyRefusedError
 from offramp.controller.keys.envelopes import key_id_of
@@ -108,6 +108,7 @@ def adapters_beside(
         ConfigError: they are not there, damaged, too large, or not those that the policy names.
     """
     named = bundle.manifest.adapters
+    kind = "heads" if bundle.manifest.training.get("task") == HEADS_KIND else "adapters"
     within = [folder, folder / KEPT]
     found = given or find_adapters(named, *within, folder.resolve().parent / KEPT)
     found = found or next((place for place in within if (place / DESCRIPTION).exists()), None)
@@ -116,7 +117,7 @@ def adapters_beside(
             return None
         raise ConfigError(
             "translators",
-            f"the policy was recorded through the adapters {named[:12]}…, and neither {folder} "
+            f"the policy was recorded through the {kind} {named[:12]}…, and neither {folder} "
             f"nor a folder {KEPT} in it or beside it holds them",
             "Name their folder with --translators",
         )
@@ -124,7 +125,7 @@ def adapters_beside(
     if named not in ("", source.index.digest):
         raise ConfigError(
             "translators",
-            f"{found} holds the adapters {source.index.digest[:12]}…, and the policy was recorded "
+            f"{found} holds the {kind} {source.index.digest[:12]}…, and the policy was recorded "
             f"through {named[:12]}…",
             "Name the folder that it was recorded with",
         )

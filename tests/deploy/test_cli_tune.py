@@ -105,6 +105,8 @@ def test_tune_kv_prints_what_the_fill_destroys(cli: Any, tmp_path: Path) -> None
         (("--kv", "--resume"), "resume: means nothing with --kv"),
         (("--kv", "--exits", "3,12"), "exits: 3,12 do not ascend"),
         (("--kv", "--rank", "0"), "rank: 0 is below 1"),
+        (("--kv", "--held-out", "0.3"), "held_out: 0.3 is no number of documents"),
+        (("--held-out", "nan"), "held_out: nan is no number of documents"),
         (("--kv", "--exits", "3", "--translators", "x"), "exits: are those of --translators"),
         (("--translators", "x"), "translators: means nothing without --kv"),
     ],

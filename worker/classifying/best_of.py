@@ -51,11 +51,14 @@ class BestOf:
         label: Index of the class.
 
     Raises:
-        RequestError: the heads have no bounds.
+        RequestError: the heads have no bounds, or there is no such class.
     """
 
     def __init__(self, classifier: Classifier, label: int) -> None:
         self._stack, self._heads, self._label = classifier.stack, classifier.heads, label
+        if label not in range(len(self._heads.labels)):
+            problem = f"{label!r} is no index of {len(self._heads.labels)} classes"
+            raise RequestError("label", problem, "Count them from 0")
         if not self._heads.has_bounds:
             raise RequestError(
                 "offramp.best",

@@ -26,6 +26,7 @@ from offramp.worker.classifying.sequence_stack import (
 )
 from offramp.worker.decoding.asking.guard import PolicyGuard
 from offramp.worker.decoding.request import PolicySnapshot
+from offramp.worker.engine.admission import require_policy
 from offramp.worker.probes.softmax import SoftmaxMemory
 
 FULL_DEPTH = NeverExit()
@@ -77,24 +78,30 @@ class Classifier:
         """Refuse a policy that is none for these heads.
 
         Raises:
-            RequestError: it reads what only tokens have, or asks where there is no head.
+            RequestError: it is no policy, reads what only tokens have, or asks where there is no
+                head.
         """
-        if policy.schema is not None and policy.schema != SOFTMAX_V2:
+        given: object = policy  # callers need not keep to the annotation
+        is_policy = isinstance(given, Policy) and not isinstance(given, type)
+        schema, exits = (policy.schema, policy.exits) if is_policy else (None, ())
+        if schema is not None and schema != SOFTMAX_V2:
             raise RequestError(
                 "policy",
-                f"reads {policy.schema.name!r} features, which sequences do not have: it is for "
+                f"reads {schema.name!r} features, which sequences do not have: it is for "
                 "another task",
                 "Train one on a classification",
             )
-        if missing := [str(each) for each in policy.exits if each not in self.heads.exits[:-1]]:
+        if missing := [str(each) for each in exits if each not in self.heads.exits]:
             raise RequestError(
                 "policy",
                 f"asks after layers {', '.join(missing)}, where no head was fitted",
                 f"Heads are after {', '.join(map(str, self.heads.exits))}",
             )
+        require_policy(policy, self.stack.layers, self.stack.width)
 
     def _require_made_for(self, manifest: Manifest) -> None:
-        if manifest.kind != "never" and manifest.adapters != self.heads.digest:
+        is_any = manifest.kind == "never" and not manifest.adapters
+        if not is_any and manifest.adapters != self.heads.digest:
             named = f"heads {manifest.adapters[:12]}" if manifest.adapters else "no heads"
             problem = f"was made for {named}, and these are {self.heads.digest[:12] or 'unsaved'}"
             raise RequestError("policy", problem, "Train one for them")

@@ -16,7 +16,8 @@ from offramp.worker.classifying.class_heads import ClassHeads, labels_in
 from offramp.worker.classifying.classifier import Classifier
 from offramp.worker.classifying.decoders import DecoderStack
 from offramp.worker.classifying.encoders import ENCODERS
-from offramp.worker.classifying.sequence_stack import SequenceStack, require_length
+from offramp.worker.classifying.sequence_stack import SequenceStack
+from offramp.worker.engine.encoding import require_length, require_unicode
 from offramp.worker.hf.weight_files import require_weights
 from offramp.worker.model.families import stack_for
 from offramp.worker.model.loading import (
@@ -118,15 +119,19 @@ class SequenceModel:
             RequestError: a text is empty, longer than the context, or no text; its name is the
                 field.
         """
-        if isinstance(texts, str):
-            raise RequestError("input", "is one text, not a list of them", "Put it in a list")
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise RequestError("input", f"{texts!r:.60} is no list of texts", "Put it in a list")
+        if not texts:
+            raise RequestError("input", "is empty", "Send one text or more")
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise RequestError(name(place), f"{text!r:.60} is no text", "Give a string")
             if not text.strip():
                 raise RequestError(name(place), "is empty", "Leave it out, or give it words")
+            require_unicode(name(place), text)
         # Longer than the context is refused below, in a sentence of ours.
         found: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        marks = self.tokenizer.num_special_tokens_to_add()
         for place, tokens in enumerate(found):
-            require_length(name(place), len(tokens), self.stack.context)
+            require_length(name(place), len(tokens), self.stack.context, marks)
         return found

@@ -6,7 +6,7 @@ Sequences are padded on the right. Shape suffixes: B sequences, T tokens of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, get_args
 
@@ -18,6 +18,7 @@ from offramp.controller.errors import ConfigError, RequestError
 from offramp.controller.features import BoolArray
 from offramp.controller.policies.protocols import IndexArray
 from offramp.worker.engine.admission import require_tokens
+from offramp.worker.engine.encoding import require_length
 from offramp.worker.model.stack import Rotary
 
 Pool = Literal["mean", "first", "last"]
@@ -93,29 +94,19 @@ def require_sequences(sequences: Sequence[Sequence[int]], stack: SequenceStack) 
         RequestError: there is no sequence, or one is empty, over the context, or no token ids; its
             place is the field.
     """
+    _require_list("input", sequences)
     if len(sequences) == 0:
         raise RequestError("input", "is empty", "Send one text or more")
     for place, tokens in enumerate(sequences):
         field = f"input[{place}]"
-        if not isinstance(tokens, Sized):
-            raise RequestError(
-                field, f"{tokens!r:.60} is no list of token ids", "Give lists of them"
-            )
+        _require_list(field, tokens)
         require_length(field, len(tokens), stack.context)
         require_tokens(field, tokens, stack.vocab)
 
 
-def require_length(field: str, tokens: int, context: int) -> None:
-    """Refuse a text of no token, or of more than the context.
-
-    Raises:
-        RequestError: naming the field.
-    """
-    if tokens < 1:
-        raise RequestError(field, "has no token", "Leave it out, or give it words")
-    if tokens > context:
-        problem = f"has {tokens} tokens, and the model's context is {context}"
-        raise RequestError(field, problem, "Shorten it")
+def _require_list(field: str, given: object) -> None:
+    if isinstance(given, bytes) or not isinstance(given, Sequence | np.ndarray):
+        raise RequestError(field, f"{given!r:.60} is no list", "Give lists of token ids")
 
 
 class SequenceBatch:

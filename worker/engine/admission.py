@@ -26,7 +26,7 @@ def pinned(policy: Asked, current: Callable[[], PolicySnapshot], loaded: Loaded)
     """The snapshot that a request runs under: of its own policy, or the current one.
 
     Raises:
-        RequestError: the policy was made for another model, other adapters or another task.
+        RequestError: see ``require_made_for`` and ``require_fit``.
     """
     if policy is None:
         return current()
@@ -47,11 +47,13 @@ class Loaded(NamedTuple):
     Attributes:
         stack: The model's layers.
         model: Fingerprint of the weights.
+        tokenizer: Fingerprint of the vocabulary; "" without one.
         adapters: Digest of what exits are read through; "" for none.
     """
 
     stack: LayerStack
     model: str
+    tokenizer: str
     adapters: str
 
 
@@ -59,18 +61,18 @@ def require_made_for(manifest: Manifest, loaded: Loaded) -> None:
     """Refuse what a policy's manifest says was made for something else.
 
     Raises:
-        RequestError: it is for another model, for other adapters, or for a classification.
+        RequestError: it is for another model, tokenizer or adapters, or for a classification.
     """
-    if manifest.model != loaded.model:
-        problem = f"was made for model {manifest.model[:12]}, and this one is {loaded.model[:12]}"
-        raise RequestError("policy", problem, "Train one for this model")
     if manifest.training.get("task") == HEADS_KIND:
-        problem = "was learned on a classification, and this engine makes tokens"
-        raise RequestError("policy", problem, "Train one on tokens")
-    if manifest.adapters and manifest.adapters != loaded.adapters:
-        own = loaded.adapters[:12] or "none"
-        problem = f"reads exits through adapters {manifest.adapters[:12]}, and the engine has {own}"
-        raise RequestError("policy", problem, "Name their folder (EngineConfig.translators)")
+        raise RequestError("policy", "was learned on a classification", "Train one on tokens")
+    for what, theirs, ours in (
+        ("model", manifest.model, loaded.model),
+        ("tokenizer", manifest.tokenizer, loaded.tokenizer or manifest.tokenizer),
+        ("adapters", manifest.adapters or loaded.adapters, loaded.adapters),
+    ):
+        if theirs != ours:
+            problem = f"was made for {what} {theirs[:12]}, and the engine has {ours[:12] or 'none'}"
+            raise RequestError("policy", problem, "Load what it names, or train one for this")
 
 
 class AuditPicker:
@@ -164,8 +166,10 @@ def require_tokens(field: str, tokens: Sequence[int], vocab: int) -> None:
     Raises:
         RequestError: naming the first such token, or what is none.
     """
-    if odd := [kind.__name__ for kind in set(map(type, tokens)) if not hasattr(kind, "__index__")]:
-        raise RequestError(field, f"holds a {odd[0]}, which is no token id", "Use integers")
+    kinds: set[type] = set(map(type, tokens))
+    for kind in kinds:
+        if kind is bool or not issubclass(kind, Integral):
+            raise RequestError(field, f"holds a {kind.__name__}, no token id", "Use integers")
     if len(tokens) == 0 or 0 <= min(tokens) <= max(tokens) < vocab:
         return
     for place, token in enumerate(tokens):
@@ -251,7 +255,7 @@ def require_policy(policy: Policy, layers: int, width: int) -> None:
         RequestError: naming what was given.
     """
     given: object = policy  # callers need not keep to the annotation
-    if not isinstance(given, Policy):
+    if isinstance(given, type) or not isinstance(given, Policy):
         problem = f"{policy!r} is no exit policy"
         raise RequestError("policy", problem, "Give an ExitPolicy or a RoutingPolicy")
     schema = policy.schema

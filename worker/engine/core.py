@@ -87,9 +87,8 @@ class EngineCore:
         self.model_fingerprint = precision.fingerprint(model_fingerprint(model))
         stack = quantise(stack_for(model), precision)
         exits = load_exits(self.config.translators, stack, self.model_fingerprint)
-        self.config.require_model(self.model_fingerprint, stack.layers)
+        self.config.require_model(self.model_fingerprint, stack.layers, exits.digest)
         self.stack = ready(stack)
-        self._loaded = Loaded(self.stack, self.model_fingerprint, exits.digest)
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, self.stack.context)
         self.kv = SlotKV(self.stack, slots)
@@ -105,13 +104,14 @@ class EngineCore:
         self.adapters = AdapterSets(self.stack, self.kv, *sizes)
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
+        named = (self.model_fingerprint, self.tokenizer_fingerprint, exits.digest)
+        self._loaded = Loaded(self.stack, *named)
         self._roster, self._outbox = Roster(self.kv, self.stack), Outbox(tokenizer, self.kv)
         self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
         self._prompts = PromptReader(self.decoder, self._emitter, self.config)
         self._audits = AuditPicker(self.config.audit_share)
-        costs = self.config.schedule.costs
-        self._points = PointPicker(costs, self.config.kv_mode, self.stack.dtype)
+        self._points = PointPicker(self.config.schedule.costs, self.config.kv_mode, stack.dtype)
         self.failed: dict[str, DecodeFailedError] = {}
         self._ids = itertools.count()
         # Events that nobody has taken yet, by request: only whoever follows requests has any.
@@ -150,8 +150,8 @@ class EngineCore:
         sampling = sampling_of(sampling, forced)
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
-        current = partial(self._track, split_by or request_id)
-        snapshot = pinned(policy, current, self._loaded)
+        track = partial(self._track, split_by or request_id)
+        snapshot = pinned(policy, track, self._loaded)
         adapters = self.decoder.reader.under(snapshot)
         is_bound = isinstance(kv_mode, float | Target)
         if isinstance(kv_mode, Target):

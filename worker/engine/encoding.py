@@ -115,19 +115,29 @@ class PromptEncoder:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         return list(self._tokenizer.encode(text))
 
-    def pair_of(self, first: str, second: str) -> list[int]:
+    def pair_of(self, first: str, second: str, fields: tuple[str, str]) -> list[int]:
         """Token ids of two texts as one sequence, with the tokenizer's marks between them.
 
         An empty first text leaves the second alone.
 
+        Args:
+            first, second: The texts.
+            fields: What errors call them.
+
         Raises:
-            RequestError: as ``tokens_of``.
+            RequestError: one is far too long or cannot be encoded, has no token, or they are over
+                the context; the first is named where it is so by itself.
         """
-        if not first:
-            return self.tokens_of(second)
-        self._require_text(first)
-        self._require_text(second)
-        return list(self._tokenizer.encode(first, second))
+        tokenizer = self._tokenizer
+        for text, field in zip((first, second), fields, strict=True):
+            self._require_text(text, field)
+        tokens = tokenizer.encode(first, second) if first else tokenizer.encode(second)
+        marks = tokenizer.num_special_tokens_to_add(bool(first))
+        is_long = len(tokens) > self._context
+        alone = len(tokenizer.encode(first)) if is_long and first else 0
+        field = fields[0 if alone > self._context else 1]
+        require_length(field, len(tokens), self._context, marks)
+        return list(tokens)
 
     @cached_property
     def most_bytes(self) -> int:
@@ -138,19 +148,47 @@ class PromptEncoder:
         """
         return self._context * max(len(entry.encode()) for entry in self._tokenizer.get_vocab())
 
-    def _require_text(self, text: str) -> None:
+    def _require_text(self, text: str, field: str = "prompt") -> None:
         # Characters are counted first: that takes no time, and each is a byte or more.
         size = len(text)
         if size <= self.most_bytes:
-            try:
-                size = len(text.encode())
-            except UnicodeEncodeError as error:
-                problem = f"holds half of a surrogate pair at index {error.start}"
-                raise RequestError("prompt", problem, "Send valid Unicode") from error
+            size = require_unicode(field, text)
         if size > self.most_bytes:
             raise RequestError(
-                "prompt",
+                field,
                 f"has {size} bytes or more, and the {self._context} tokens of the context hold "
                 f"{self.most_bytes} at most",
                 "Shorten it",
             )
+
+
+def require_unicode(field: str, text: str) -> int:
+    """Bytes of a text in UTF-8.
+
+    Raises:
+        RequestError: it has none, for it holds half of a surrogate pair.
+    """
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        problem = f"holds half of a surrogate pair at index {error.start}"
+        raise RequestError(field, problem, "Send valid Unicode") from error
+
+
+def require_length(field: str, tokens: int, context: int, marks: int = 0) -> None:
+    """Refuse a text of no token, or of more than the context.
+
+    Args:
+        field: What errors name it.
+        tokens: Tokens of the text, those included that the tokenizer sets around it.
+        context: Most tokens of a sequence.
+        marks: How many of them it sets.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if tokens <= marks:
+        raise RequestError(field, "has no token", "Leave it out, or give it words")
+    if tokens > context:
+        problem = f"has {tokens} tokens, and the model's context is {context}"
+        raise RequestError(field, problem, "Shorten it")

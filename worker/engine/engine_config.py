@@ -71,14 +71,13 @@ class EngineConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
+        self._require_kinds()
         for name, kind in (("kv_mode", KVMode), ("prefill", Prefill)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 problem = f"{getattr(self, name)!r} is unknown"
                 raise ConfigError(name, problem, f"Use one of {known}")
         self._require_prompts()
-        folder: object = self.translators  # callers need not keep to the annotation
-        object.__setattr__(self, "translators", Path(folder) if isinstance(folder, str) else folder)
         for name in ("prefill_tokens", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int):
@@ -101,6 +100,23 @@ class EngineConfig:
         if budget is not None and not 0 < budget < math.inf:
             raise ConfigError("kv_budget_mb", f"{budget} is no amount of memory", "Give MiB")
 
+    def _require_kinds(self) -> None:
+        """Take folders named as text, and refuse what is of another type than it has to be."""
+        folder: object = self.translators  # callers need not keep to the annotations
+        if isinstance(folder, str) and folder:
+            object.__setattr__(self, "translators", Path(folder))
+        for name, kind in (
+            ("translators", Path | None),
+            ("prompts", PromptExits | None),
+            ("schedule", Schedule),
+            ("precision", Precision),
+            ("draft_precision", Precision | None),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                wanted = getattr(kind, "__name__", str(kind))
+                raise ConfigError(name, f"{value!r:.60} is no {wanted}", "Make one")
+
     def _require_prompts(self) -> None:
         if self.prefill == "full":
             return
@@ -111,14 +127,14 @@ class EngineConfig:
             problem = "exits changes what follows, and verify promises full depth's tokens"
             raise ConfigError("prefill", problem, "Use project or defer, or full")
 
-    def require_model(self, fingerprint: str, layers: int) -> None:
-        """Refuse a policy for prompts that was made for another model.
+    def require_model(self, fingerprint: str, layers: int, adapters: str) -> None:
+        """Refuse a policy for prompts that was made for another model, or other adapters.
 
         Raises:
             ConfigError: see ``PromptExits.require_model``.
         """
         if self.prompts is not None:
-            self.prompts.require_model(fingerprint, layers)
+            self.prompts.require_model(fingerprint, layers, adapters)
 
     def prompts_of(
         self, wish: Prefill | None, *, promise: str, adapted: Collection[int]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from offramp.controller.errors import ConfigError, ModelError
 from offramp.worker.hf.weight_files import AGAIN, in_one_line, require_weights
@@ -69,6 +70,8 @@ def read_model(auto: Any, path: str | Path, dtype: torch.dtype, device: str, **o
     Raises:
         ModelError: weights are damaged or missing.
     """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is left over is of other tasks' heads
     try:
         model, report = auto.from_pretrained(
             path,
@@ -83,6 +86,8 @@ def read_model(auto: Any, path: str | Path, dtype: torch.dtype, device: str, **o
         raise ModelError(
             "model", f"{str(path)!r} cannot be loaded: {in_one_line(error)}", AGAIN
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # Hugging Face fills these with random numbers and only warns.
     misfits = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if misfits:

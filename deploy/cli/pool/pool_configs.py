@@ -81,6 +81,11 @@ def models_to_serve(
 ) -> tuple[PoolModel, ...]:
     """What is to be served; of a file, what it says now. See ``config_of``."""
     named = models_of(context, given)
+    usual = {each.name: each.default for each in context.command.params}
+    for each in named.values():
+        if each["classify"] is not None:
+            odd = {key: each[key] != usual[key] for key in pool_options.OF_DECODING}
+            options.require_unused(odd, "means nothing with --classify")
     workers = sum(each["max_replicas"] or each["replicas"] for each in named.values())
     return tuple(_model(name, each, workers, cpus) for name, each in named.items())
 
@@ -131,6 +136,9 @@ def _with_prompts(
     prompts = None
     if bundle is not None:
         prompts = PromptExits.load(bundle, keep_first=kept[0], keep_last=kept[1])
+    if prefill == "exits" and bundle is None:
+        problem = "exits needs a policy for prompts"
+        raise ConfigError("prefill", problem, "Give --prompt-policy, or full")
     way = cast(Prefill, prefill)  # EngineConfig refuses an unknown one
     return replace(engine, prefill_tokens=tokens, prefill=way, prompts=prompts)
 
@@ -139,7 +147,7 @@ def _decoding(given: dict[str, Any]) -> EngineConfig:
     """How workers decode, from the options of the command.
 
     Raises:
-        ConfigError: an option is unusable, or means nothing to a pool that classifies.
+        ConfigError: an option is unusable.
     """
     plan = pool_options.parse_schedule(
         given["hold"], given["hold_rows"], given["hold_patience"],
@@ -155,10 +163,7 @@ def _decoding(given: dict[str, Any]) -> EngineConfig:
         **{name: given[name] for name in same},
     )
     prompts = ("prefill_tokens", "prefill", "prompt_policy", "prompt_keep")
-    config = _with_prompts(config, *(given[name] for name in prompts))
-    if given["classify"] is not None and config != EngineConfig():
-        raise ConfigError("classify", "goes with no option of decoding tokens", "Leave these out")
-    return config
+    return _with_prompts(config, *(given[name] for name in prompts))
 
 
 def _kept_traffic(settings: Settings) -> TrafficConfig | None:

@@ -108,6 +108,13 @@ GROW_AFTER_S, SHRINK_AFTER_S = 10.0, 600.0
 PROMPT_KEEP = "4,32"
 """Where nobody says."""
 
+OF_DECODING = (
+    *("kv_mode", "max_pending", "translators", "weights", "draft_weights", "hold", "hold_rows"),
+    *("hold_patience", "together", "costs", "prefill_tokens", "prefill", "prompt_policy"),
+    *("prompt_keep", "kv_budget_mb", "prefix_cache_mib"),
+)
+"""Options that mean nothing to a model that classifies."""
+
 
 def growth_of(given: dict[str, Any]) -> PoolGrowth | None:
     """How far the pool may grow, from the options of the command.

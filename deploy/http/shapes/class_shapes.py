@@ -32,9 +32,9 @@ class ClassifyRequest(Nullable):
         """
         return texts_of(self.input, "input")
 
-    def field(self, place: int) -> str:
-        """What errors call a text."""
-        return field_of(self.input, "input", place)
+    def fields(self, place: int) -> tuple[str, str]:
+        """What errors call a text, and that before it, which is none."""
+        return ("input", field_of(self.input, "input", place))
 
 
 class TextClass(TypedDict):

@@ -49,9 +49,14 @@ class ScoreRequest(Nullable):
             raise RequestError("text_2", problem, "Send one text_1, or as many")
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
-    def field(self, place: int) -> str:
-        """What errors call a pair: the second of its texts."""
-        return field_of(self.text_2, "text_2", place)
+    def fields(self, place: int) -> tuple[str, str]:
+        """What errors call the two texts of a pair."""
+        first = self.text_1
+        is_one = isinstance(first, str) or len(first) == 1
+        return (
+            field_of(first, "text_1", 0 if is_one else place),
+            field_of(self.text_2, "text_2", place),
+        )
 
 
 class TextScore(TypedDict):

@@ -15,6 +15,7 @@ from offramp.controller.errors import TraceError
     ("name", "content"),
     [
         ("a.csv", 'text,category\n"one, two",x\nthree,y\n'),
+        ("a.csv", 'text,category\n"one, two",x \nthree, y\n'),
         ("a.csv", '\ufefftext,category\n"one, two",x\nthree,y\n'),  # as spreadsheets save it
         ("a.jsonl", '{"text": "one, two", "label": "x"}\n\n{"text": "three", "label": "y"}\n'),
     ],
@@ -41,6 +42,8 @@ def test_both_kinds_of_file_are_read(tmp_path: Path, name: str, content: str) ->
         ("a.jsonl", '{"text": "a", "label": null}\n', "line 1 .* says nothing as 'label'"),
         ("a.jsonl", '{"text": "a", "label": 1.0}\n', "has 1.0 as 'label'. Write it as a string"),
         ("a.jsonl", '{"text": "a", "label": [1]}\n', r"has \[1\] as 'label'"),
+        ("a.jsonl", '{"text": "\\ud800", "label": "x"}\n', "line 1 .* half of a surrogate"),
+        ("a.csv", "text,label\none,x\n" + "w" * 140_000 + ",y\n", "line 3 .*field larger"),
         ("a.jsonl", "[1]\n", "line 1 .* no object"),
         (
             "a.jsonl",

@@ -157,11 +157,20 @@ def test_other_heads_are_refused_by_name(cli: Any, files: Files, tmp_path: Path)
         (("calibrate", "--policies", "p", "--heads", "h", "--replay"), "replay: means nothing"),
         (("calibrate", "--policies", "p", "--heads", "h", "--kv-mode", "defer"), "kv_mode: means"),
         (("calibrate", "--policies", "p", "--heads", "h", "--slots", "4"), "slots: means nothing"),
+        (("calibrate", "--policies", "p", "--heads", "h", "--quality", ".9"), "quality: means"),
+        (("calibrate", "--policies", "p", "--heads", "h", "--unit", "token"), "unit: means"),
         (("train", "--for", "classify", "--targets", ".9"), "targets: does not go with --for cl"),
         (("train", "--for", "classify", "--config", "f"), "config: does not go with --for cl"),
         (("train", "--for", "drafting", "--targets", ".9"), "targets: does not go with --for dr"),
         (("train", "--for", "prompts", "--config", "f", "--model", "m"), "model: is a setting of"),
         (("train", "--config", "f", "--steps", "9"), "steps: is a setting of the file"),
+        (
+            ("train", "--for", "drafting", "--config", "f", "--heads", "h"),
+            "heads: does not go with",
+        ),
+        (("train", "--for", "prompts", "--seed", "3", "--seeds", "0,1"), "seed: does not go with"),
+        (("demo", "--task", "classify", "--port", "9"), "port: means nothing to --task classify"),
+        (("demo", "--task", "classify", "--lossless"), "lossless: means nothing to --task"),
     ],
 )
 def test_what_does_not_go_together_is_named(

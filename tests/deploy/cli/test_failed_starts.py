@@ -48,6 +48,9 @@ def test_the_reason_is_json_where_lines_are(
         (("--prompt-keep", "3,5"), "prompt_keep: does nothing without a policy for prompts"),
         (("--grow-after", "3"), "grow_after: the pool does not grow. Give --max-replicas"),
         (("--classify", "no_such"), "heads: "),
+        (("--classify", "h", "--translators", "t"), "translators: means nothing with --classify"),
+        (("--classify", "h", "--prefill", "exits"), "prefill: means nothing with --classify"),
+        (("--classify", "h", "--hold", "6"), "hold: means nothing with --classify"),
     ],
 )
 def test_options_that_cannot_be_used_so_are_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -183,6 +184,17 @@ def test_what_is_wrong_is_said_of_the_type_that_was_sent(app: FastAPI, ask: Any)
     assert long == "input: has 65 tokens, and the model's context is 64. Shorten it."
 
 
+def test_a_body_that_is_sent_as_no_json_is_told_so(app: FastAPI, ask: Any) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        content = json.dumps(body("w5"))
+        headers = {"content-type": "application/x-www-form-urlencoded"}  # as curl -d sends it
+        return await client.post("/v1/classify", content=content, headers=headers)
+
+    reply = ask(app, scenario)
+    assert reply.status_code == 400
+    assert "Send content-type: application/json" in reply.json()["error"]["message"]
+
+
 def test_a_request_is_a_span_that_tells_how_deep_its_texts_went(backend: Classes, ask: Any) -> None:
     kept = InMemorySpanExporter()
     provider = TracerProvider()
@@ -320,6 +332,10 @@ def test_a_class_is_scored_by_its_name_whoever_answers(backend: Classes, ask: An
         (pairs(["w5", "w6"], ANSWERS, label="red"), "text_2"),
         (pairs("w5", ["w6", " "], label="red"), "text_2[1]"),
         (pairs("w5", " ", label="red"), "text_2"),
+        (pairs("\ud800", ANSWERS, label="red"), "text_1"),
+        (pairs(["w5", "\ud800", "w6"], ANSWERS, label="red"), "text_1[1]"),
+        (pairs("w5 " * 65, ANSWERS, label="red"), "text_1"),
+        (pairs("w5 " * 60, ["w6 " * 9], label="red"), "text_2[0]"),
         (pairs("w5", "w6 " * 65, label="red"), "text_2"),
         (pairs("w5", ANSWERS, label=1), "offramp.label"),
         (pairs("w5", ["w6 " * 65], label="red"), "text_2[0]"),
@@ -333,7 +349,9 @@ def test_what_cannot_be_scored_is_refused_by_name(
     app: FastAPI, ask: Any, sent: Any, param: str
 ) -> None:
     async def scenario(client: httpx.AsyncClient) -> httpx.Response:
-        return await client.post("/v1/score", json=sent)
+        content = json.dumps(sent)  # httpx would send no half of a surrogate pair
+        headers = {"content-type": "application/json"}
+        return await client.post("/v1/score", content=content, headers=headers)
 
     reply = ask(app, scenario)
     assert reply.status_code == 400, reply.text

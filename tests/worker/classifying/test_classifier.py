@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from offramp.controller.adapters.adapter_folder import DESCRIPTION, WEIGHTS, read_description
 from offramp.controller.errors import ConfigError, RequestError
-from offramp.controller.features import CANDIDATES_V1, BoolArray, FloatArray
+from offramp.controller.features import CANDIDATES_V1, SOFTMAX_V2, BoolArray, FloatArray
 from offramp.controller.policies.protocols import FixedExit, IndexArray, NeverExit, ThresholdPolicy
 from offramp.controller.policies.rules.entropy_patience import PatienceExit
 from offramp.worker.classifying.best_of import BestOf
@@ -81,6 +81,17 @@ class JumpByLength:
         return np.full(len(outlook_NC), here)
 
 
+def test_full_depth_is_an_exit_where_nobody_is_asked(classifier: Classifier) -> None:
+    found = classifier.run([*RAGGED, [3, 4]], FixedExit(5))
+    assert found.layers_N.tolist() == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("label", [3, -1, "red", None])
+def test_the_best_is_sought_of_a_class_that_there_is(label: Any) -> None:
+    with pytest.raises(RequestError, match=r"label: .* is no index of 3 classes"):
+        BestOf(Classifier(encoder_stack(), like_heads([torch.ones(3, 2)] * 4)), label)
+
+
 def test_a_router_says_where_rows_are_asked(classifier: Classifier) -> None:
     assert classifier.run(RAGGED, JumpByLength()).layers_N.tolist() == [2, 4, 2]
 
@@ -104,7 +115,9 @@ def test_a_policy_that_fails_costs_nobody_the_answer() -> None:
     [
         (ThresholdPolicy((1,), CANDIDATES_V1, "top1", 0.5), "another task"),
         (FixedExit(9), "where no head was fitted"),
-        (FixedExit(5), "where no head was fitted"),
+        ("margin", "'margin' is no exit policy"),
+        (FixedExit, "is no exit policy"),
+        (ThresholdPolicy((4, 3), SOFTMAX_V2, "margin", 0.5), "do not ascend"),
     ],
 )
 def test_a_policy_for_another_task_is_refused(
@@ -125,7 +138,14 @@ def test_a_policy_for_another_task_is_refused(
         ([["w5"]], "input[0]", "holds a str"),
         (["w5 w6"], "input[0]", "holds a str"),
         ([[5.0]], "input[0]", "holds a float"),
-        ([5, 6], "input[0]", "5 is no list of token ids"),
+        ([[True]], "input[0]", "holds a bool"),
+        ([[np.array([5, 6])]], "input[0]", "holds a ndarray"),
+        (torch.tensor([[5, 6]]), "input", "is no list"),
+        (iter([[5]]), "input", "is no list"),
+        (None, "input", "None is no list"),
+        ({"text": [5]}, "input", "is no list"),
+        ([b"w5"], "input[0]", "is no list"),
+        ([5, 6], "input[0]", "5 is no list"),
     ],
 )
 def test_what_cannot_be_run_is_named_by_its_place(

@@ -113,6 +113,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerBa
 def test_a_folder_is_read_with_its_tokenizer(saved: Any) -> None:
     model = SequenceModel.load(saved)
     assert model.encode(["w5 w6 w7", "w9"]) == [[5, 6, 7], [9]]
+    model.tokenizer.num_special_tokens_to_add = lambda pair=False: 2  # as BERT's sets them
+    with pytest.raises(RequestError, match=r"input\[1\]: has no token"):
+        model.encode(["w5 w6 w7", "w9 w9"])
     assert model.fingerprint == SequenceModel.load(saved, torch.bfloat16).fingerprint
 
 
@@ -127,7 +130,14 @@ def test_a_text_that_cannot_be_read_is_named(saved: Any, text: str, said: str) -
 
 @pytest.mark.parametrize(
     ("texts", "said"),
-    [("w5 w6", "input: is one text, not a list"), (["w5", None], r"input\[1\]: None is no text")],
+    [
+        ("w5 w6", "input: 'w5 w6' is no list of texts"),
+        (None, "input: None is no list of texts"),
+        (iter(["w5"]), "input: .* is no list of texts"),
+        ([], "input: is empty"),
+        (["w5", None], r"input\[1\]: None is no text"),
+        (["w5", "\ud800"], r"input\[1\]: holds half of a surrogate pair at index 0"),
+    ],
 )
 def test_what_is_no_list_of_texts_is_named(saved: Any, texts: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said):

@@ -261,15 +261,12 @@ def test_a_bundle_brings_a_policy_for_prompts_for_its_own_model(tmp_path: Path) 
     policy = RandomShare(exits=(2,), share=0.5)
     canned_NF = np.random.default_rng(0).random((40, PROMPT_V1.width), np.float32)
 
-    def saved(name: str, policy: Any, features_NF: FloatArray, fingerprint: str) -> Path:
-        bundle = PolicyBundle.draft(
-            pack_policy(policy, features_NF),
-            model=fingerprint,
-            tokenizer="bb",
-            training={},
-            metrics={},
-            created_at=0.0,
-        )
+    def saved(
+        name: str, policy: Any, features_NF: FloatArray, fingerprint: str, **facts: Any
+    ) -> Path:
+        made: dict[str, Any] = {"tokenizer": "bb", "training": {}, "metrics": {}, "created_at": 0.0}
+        packed = pack_policy(policy, features_NF)
+        bundle = PolicyBundle.draft(packed, model=fingerprint, **(made | facts))
         bundle.save(tmp_path / name)
         return tmp_path / name
 
@@ -283,6 +280,11 @@ def test_a_bundle_brings_a_policy_for_prompts_for_its_own_model(tmp_path: Path) 
     other = PromptExits.load(saved("other", policy, canned_NF, "ab" * 32))
     with pytest.raises(ConfigError, match="made for model abab"):
         AdaptiveEngine(model, config=EngineConfig(prompts=other))
+    mapped = PromptExits.load(saved("mapped", policy, canned_NF, own, adapters="cd" * 32))
+    with pytest.raises(ConfigError, match=r"through adapters cdcd\w+, and the engine has none"):
+        AdaptiveEngine(model, config=EngineConfig(prompts=mapped))
+    with pytest.raises(ConfigError, match=r"prompt_policy: .* learned on a classification"):
+        PromptExits.load(saved("texts", policy, canned_NF, own, training={"task": "classify"}))
     rows_NF = np.zeros((4, CANDIDATES_V1.width), np.float32)
     reads = ThresholdPolicy((2,), CANDIDATES_V1, "top1", 0.5)
     with pytest.raises(ConfigError, match="prompt_policy"):

@@ -20,6 +20,7 @@ from offramp.worker.spec import warm_up
 from support.models import LAYERS, VOCAB, make_model, save_adapters
 from support.releases.certificates import certificate
 from support.releases.readers import bundled
+from support.tokenizers import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +184,46 @@ def test_a_bundle_is_checked_against_the_model_and_its_certificate_counts(
     for quality, layers in ((0.95, {2}), (0.96, {LAYERS})):
         [found] = engine.generate([3, 4], sampling, certified, kv_mode=quality)
         assert set(found.exit_layers[1:]) == layers
+    spoken = AdaptiveEngine(engine.model, word_tokenizer(VOCAB))
+    with pytest.raises(RequestError, match="policy: was made for tokenizer bb"):
+        spoken.generate("w3", sampling, bundled(policy, **own))
     refused: dict[str, dict[str, Any]] = {
         "was made for model aa": {},
         "learned on a classification": own | {"training": {"task": "classify"}},
-        "through adapters bbbbbbbbbbbb, and the engine has none": own | {"adapters": "b" * 64},
+        "adapters bbbbbbbbbbbb, and the engine has none": own | {"adapters": "b" * 64},
     }
     for said, facts in refused.items():
         with pytest.raises(RequestError, match=f"policy: .*{said}"):
             next(engine.stream([3, 4], sampling, bundled(policy, **facts)))
     assert engine.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("translators", 5),
+        ("translators", ""),
+        ("prompts", "folder"),
+        ("prompts", FixedExit(1)),
+        ("schedule", "lockstep"),
+        ("precision", "int4"),
+        ("draft_precision", 4),
+    ],
+)
+def test_a_setting_of_another_type_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: .* is no "):
+        EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize("layer", ["3", True, 2.0, None])
+def test_an_exit_is_a_number_of_layers(layer: Any) -> None:
+    with pytest.raises(RequestError, match=r"layer: .* is no number of layers"):
+        FixedExit(layer)
+
+
+def test_a_kind_of_policy_is_none(engine: AdaptiveEngine) -> None:
+    with pytest.raises(RequestError, match="is no exit policy"):
+        engine.generate([3, 4], policy=FixedExit)  # type: ignore[arg-type]
 
 
 def test_folders_may_be_named_as_text(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from offramp.controller.adapters.adapter_folder import HEADS_KIND
 from offramp.controller.errors import ConfigError
 from offramp.controller.features import PROMPT_V1
 from offramp.controller.policies.exits import is_on_copy
@@ -35,6 +36,7 @@ class PromptExits:
         keep_last: Tokens at its end that do, at least 1: the first new token is drawn from the
             state of the last.
         model: Fingerprint of the model that the policy was made for; "": any.
+        adapters: Digest of the adapters that it was learned through; "": any.
 
     Raises:
         ConfigError: no policy for prompts, or a number below its bound.
@@ -44,6 +46,7 @@ class PromptExits:
     keep_first: int = 4
     keep_last: int = 32
     model: str = ""
+    adapters: str = ""
 
     def __post_init__(self) -> None:
         require_prompt_policy(self.policy)
@@ -66,17 +69,33 @@ class PromptExits:
             PolicyRefusedError: a file is unusable.
         """
         bundle = PolicyBundle.load(folder)
-        policy = bundle.policy()
+        policy, manifest = bundle.policy(), bundle.manifest
         require_prompt_policy(policy)
         assert isinstance(policy, ExitPolicy)
-        return cls(policy=policy, model=bundle.manifest.model, **kept)
+        if manifest.training.get("task") == HEADS_KIND:
+            problem = f"in {folder} was learned on a classification"
+            raise ConfigError("prompt_policy", problem, "Train one with --for prompts")
+        return cls(policy=policy, model=manifest.model, adapters=manifest.adapters, **kept)
 
-    def require_model(self, fingerprint: str, layers: int) -> None:
+    def require_model(self, fingerprint: str, layers: int, adapters: str) -> None:
         """Refuse another model's policy.
+
+        Args:
+            fingerprint: The model's.
+            layers: Number of its layers.
+            adapters: Digest of those that its exits are read, and its skipped layers filled,
+                through; "" for none.
 
         Raises:
             ConfigError: it was made for another, or has an exit that this one does not have.
         """
+        if self.adapters and self.adapters != adapters:
+            problem = (
+                f"was learned through adapters {self.adapters[:12]}, and the engine has "
+                f"{adapters[:12] or 'none'}"
+            )
+            remedy = "Name their folder with --translators (EngineConfig.translators)"
+            raise ConfigError("prompt_policy", problem, remedy)
         if self.model and self.model != fingerprint:
             problem = f"was made for model {self.model[:12]}, and this one is {fingerprint[:12]}"
             raise ConfigError("prompt_policy", problem, "Train one for this model")
