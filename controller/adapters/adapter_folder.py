@@ -24,8 +24,6 @@ KEPT = "translators"
 FORMAT = 1
 """Version of both files; a reader refuses any other."""
 
-AGAIN = "Run `offramp tune` for this model again"
-
 HEADS_KIND = "classify"
 """Kind that the description of a folder names that holds heads of a classification."""
 
@@ -34,6 +32,9 @@ OPTION, OF_HEADS = "translators", "heads"
 
 TUNE = {OPTION: "offramp tune", OF_HEADS: "offramp tune --task classify"}
 """The command that writes either."""
+
+TUNE_AGAIN = {field: f"Run `{command}` for this model again" for field, command in TUNE.items()}
+AGAIN = TUNE_AGAIN[OPTION]
 
 
 def read_description(folder: Path, field: str = OPTION) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def read_description(folder: Path, field: str = OPTION) -> dict[str, Any]:
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != FORMAT:
         problem = f"{folder / DESCRIPTION} has format {found}, not {FORMAT}"
-        raise ConfigError(field, problem, f"Run `{TUNE[field]}` for this model again")
+        raise ConfigError(field, problem, TUNE_AGAIN[field])
     assert isinstance(facts, dict)
     return facts
 

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from offramp.controller.adapters.adapter_folder import (
     HEADS_KIND,
     OF_HEADS,
+    TUNE_AGAIN,
     WEIGHTS,
     read_description,
 )
@@ -28,7 +29,7 @@ from offramp.controller.errors import ConfigError
 from offramp.worker.classifying.sequence_stack import Pool, parse_pool
 from offramp.worker.model.translators import read_weights, save_exits
 
-AGAIN = "Run `offramp tune --task classify` for this model again"
+AGAIN = TUNE_AGAIN[OF_HEADS]
 
 SAID = "heads"
 """Key in the header of the weights, of labels and pool as JSON."""

@@ -66,6 +66,8 @@ class Classifier:
         self.stack = stack
         self.heads = heads
         self.guard = guard or PolicyGuard()
+        # Checks of a policy, and its unpacking, take longer than to ask it.
+        self._admitted: tuple[object, Policy] = (FULL_DEPTH, FULL_DEPTH)
 
     def under(self, snapshot: PolicySnapshot) -> Classifier:
         """The same model and guard with the heads of a release, if it brought some."""
@@ -99,6 +101,20 @@ class Classifier:
             )
         require_policy(policy, self.stack.layers, self.stack.width)
 
+    def _admit(self, given: Policy | PolicyBundle) -> Policy:
+        """The policy, checked unless it is the one that was asked last."""
+        known, policy = self._admitted
+        if given is known:
+            return policy
+        if isinstance(given, PolicyBundle):
+            self._require_made_for(given.manifest)
+            policy = given.policy()
+        else:
+            policy = given
+        self.require_policy(policy)
+        self._admitted = (given, policy)
+        return policy
+
     def _require_made_for(self, manifest: Manifest) -> None:
         is_any = manifest.kind == "never" and not manifest.adapters
         if not is_any and manifest.adapters != self.heads.digest:
@@ -122,10 +138,7 @@ class Classifier:
                 policy is for another task.
         """
         require_sequences(sequences, self.stack)
-        if isinstance(policy, PolicyBundle):
-            self._require_made_for(policy.manifest)
-            policy = policy.policy()
-        self.require_policy(policy)
+        policy = self._admit(policy)
         batch = SequenceBatch(self.stack, sequences)
         lengths_N = np.array([len(tokens) for tokens in sequences], np.float32)
         asked = AskedRows(policy, self.guard, self.stack, lengths_N)

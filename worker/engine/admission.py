@@ -2,77 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-from offramp.controller.adapters.adapter_folder import HEADS_KIND
 from offramp.controller.errors import RequestError
 from offramp.controller.features import CANDIDATES_V1, PROMPT_V1, TABLE_SCHEMAS
 from offramp.controller.policies.exits import ascend, is_on_copy
 from offramp.controller.policies.protocols import Policy, is_headless
-from offramp.controller.release.bundle import PolicyBundle
-from offramp.controller.release.manifest import Manifest
 from offramp.worker.decoding.request import KVMode, PolicySnapshot
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.model.stack import LayerStack
 from offramp.worker.probes.factory import probe_of
-
-Asked = Policy | PolicySnapshot | PolicyBundle | None
-"""What a request may be pinned to: a bundle is checked against the model; None: the current one."""
-
-
-def pinned(policy: Asked, current: Callable[[], PolicySnapshot], loaded: Loaded) -> PolicySnapshot:
-    """The snapshot that a request runs under: of its own policy, or the current one.
-
-    Raises:
-        RequestError: see ``require_made_for`` and ``require_fit``.
-    """
-    if policy is None:
-        return current()
-    if isinstance(policy, PolicyBundle):
-        manifest = policy.manifest
-        require_made_for(manifest, loaded)
-        policy = PolicySnapshot(0, manifest.digest, policy.policy(), manifest.certificate)
-    if isinstance(policy, PolicySnapshot):
-        require_policy(policy.policy, loaded.stack.layers, loaded.stack.width)
-        return policy
-    require_fit(policy, loaded.stack)
-    return PolicySnapshot(0, "", policy)
-
-
-class Loaded(NamedTuple):
-    """What policies are made for.
-
-    Attributes:
-        stack: The model's layers.
-        model: Fingerprint of the weights.
-        tokenizer: Fingerprint of the vocabulary; "" without one.
-        adapters: Digest of what exits are read through; "" for none.
-    """
-
-    stack: LayerStack
-    model: str
-    tokenizer: str
-    adapters: str
-
-
-def require_made_for(manifest: Manifest, loaded: Loaded) -> None:
-    """Refuse what a policy's manifest says was made for something else.
-
-    Raises:
-        RequestError: it is for another model, tokenizer or adapters, or for a classification.
-    """
-    if manifest.training.get("task") == HEADS_KIND:
-        raise RequestError("policy", "was learned on a classification", "Train one on tokens")
-    for what, theirs, ours in (
-        ("model", manifest.model, loaded.model),
-        ("tokenizer", manifest.tokenizer, loaded.tokenizer or manifest.tokenizer),
-        ("adapters", manifest.adapters or loaded.adapters, loaded.adapters),
-    ):
-        if theirs != ours:
-            problem = f"was made for {what} {theirs[:12]}, and the engine has {ours[:12] or 'none'}"
-            raise RequestError("policy", problem, "Load what it names, or train one for this")
 
 
 class AuditPicker:

@@ -26,19 +26,11 @@ from offramp.worker.decoding.sampler import Sampler
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.schedule import Launch, Schedule, Scheduler
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.admission import (
-    Asked,
-    AuditPicker,
-    Loaded,
-    pinned,
-    require_mode,
-    require_request,
-    sampling_of,
-)
+from offramp.worker.engine.admission import AuditPicker, require_mode, require_request, sampling_of
 from offramp.worker.engine.encoding import Prompt, PromptEncoder
 from offramp.worker.engine.engine_config import EngineConfig
 from offramp.worker.engine.outbox import Outbox
-from offramp.worker.engine.points import PointPicker
+from offramp.worker.engine.points import Asked, Loaded, PointPicker, pinned
 from offramp.worker.engine.prompts import PromptReader
 from offramp.worker.engine.roster import Roster, failure_of
 from offramp.worker.model.adapter_layers import load_exits
@@ -104,8 +96,7 @@ class EngineCore:
         self.adapters = AdapterSets(self.stack, self.kv, *sizes)
         self.current_policy = current_policy
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer else ""
-        named = (self.model_fingerprint, self.tokenizer_fingerprint, exits.digest)
-        self._loaded = Loaded(self.stack, *named)
+        self._loaded = Loaded(self.model_fingerprint, self.tokenizer_fingerprint, exits.digest)
         self._roster, self._outbox = Roster(self.kv, self.stack), Outbox(tokenizer, self.kv)
         self._scheduler = self._schedule(self.config.schedule)
         self._emitter = Emitter(self.stack, self.decoder.guard)
@@ -151,7 +142,7 @@ class EngineCore:
         require_request(tokens, forced, sampling, self.stack, self.tokenizer, self.row_tokens)
         request_id = f"r{next(self._ids)}"
         track = partial(self._track, split_by or request_id)
-        snapshot = pinned(policy, track, self._loaded)
+        snapshot = pinned(policy, track, self.stack, self._loaded)
         adapters = self.decoder.reader.under(snapshot)
         is_bound = isinstance(kv_mode, float | Target)
         if isinstance(kv_mode, Target):

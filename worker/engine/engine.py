@@ -28,10 +28,11 @@ from offramp.worker.decoding.request import (
 )
 from offramp.worker.decoding.sampling import SamplingParams
 from offramp.worker.decoding.sequence import Sequence
-from offramp.worker.engine.admission import Asked, pinned, require_mode
+from offramp.worker.engine.admission import require_mode
 from offramp.worker.engine.core import EngineCore
 from offramp.worker.engine.encoding import Prompt, as_prompts, prompt_text
 from offramp.worker.engine.engine_config import EngineConfig
+from offramp.worker.engine.points import Asked, pinned
 from offramp.worker.model.adapter_layers import ExitAdapters
 from offramp.worker.model.loading import load_model, load_tokenizer, parse_dtype
 
@@ -151,7 +152,7 @@ class AdaptiveEngine(EngineCore):
             prompts: Strings or lists of token ids; one prompt alone is allowed.
             sampling: For all of them; greedy, 64 tokens by default.
             policy: For all of them; the engine's current one by default. Of a ``PolicyBundle`` it
-                is checked that it was made for this model, and its certificate counts.
+                is checked that it was made for this model; its certificate counts, drafters verify.
             kv_mode, prefill: For all of them; the engine's own by default.
             echo: Put the prompt's text before the completion's.
 
@@ -267,7 +268,7 @@ class AdaptiveEngine(EngineCore):
         requests: list[Request] = []
         # One for all of them: what one call returns is comparable.
         current = partial(self._track, uuid.uuid4().hex)
-        policy = pinned(policy, current, self._loaded)
+        policy = pinned(policy, current, self.stack, self._loaded)
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         try:
             for prompt, sampling in itertools.product(encoded, samples):

@@ -34,7 +34,7 @@ from offramp.controller.adapters.adapter_folder import (
     FORMAT,
     HEADS_KIND,
     OPTION,
-    TUNE,
+    TUNE_AGAIN,
     WEIGHTS,
     read_description,
 )
@@ -227,17 +227,16 @@ def exits_of(
 
 def read_weights(folder: Path, facts: Mapping[str, Any], field: str = OPTION) -> dict[str, Tensor]:
     """The tensors that a description names; ConfigError if they are others, or damaged."""
-    again = f"Run `{TUNE[field]}` for this model again"
     try:
         with (folder / WEIGHTS).open("rb") as file:  # hashed as it is read: it may be large
             found = hashlib.file_digest(file, "sha256").hexdigest()
         tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         problem = f"{folder} holds no readable {WEIGHTS} ({error})"
-        raise ConfigError(field, problem, again) from error
+        raise ConfigError(field, problem, TUNE_AGAIN[field]) from error
     if found != facts.get("digest"):
         problem = f"{WEIGHTS} in {folder} is not the one {DESCRIPTION} names"
-        raise ConfigError(field, problem, again)
+        raise ConfigError(field, problem, TUNE_AGAIN[field])
     return tensors
 
 

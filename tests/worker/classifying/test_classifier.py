@@ -158,12 +158,27 @@ def test_what_cannot_be_run_is_named_by_its_place(
         assert raised.value.field == field
 
 
+class CountsChecks(Classifier):
+    """Counts how often a policy is checked."""
+
+    checks = 0
+
+    def require_policy(self, policy: Any) -> None:
+        self.checks += 1
+        super().require_policy(policy)
+
+
 def test_a_bundle_is_checked_against_the_heads(tmp_path: Path) -> None:
     random_heads().save(tmp_path, {"model": "m", "layers": 5, "width": 48})
     heads = ClassHeads.load(tmp_path, "m", 5, 48)
     own = Classifier(encoder_stack(), heads)
     under = own.run(RAGGED, bundled(FixedExit(2), adapters=heads.digest))
     assert under.layers_N.tolist() == [2, 2, 2]
+    counting = CountsChecks(encoder_stack(), heads)
+    for policy in (FixedExit(2), bundled(FixedExit(2), adapters=heads.digest)):
+        for _ in range(3):
+            assert counting.run(RAGGED, policy).layers_N.tolist() == [2, 2, 2]
+    assert counting.checks == 2, "each batch checked its policy anew"
     assert own.run(RAGGED, bundled(NeverExit())).layers_N.tolist() == [5, 5, 5]
     for adapters, said in (("", "made for no heads"), ("a" * 64, "made for heads aaaaaaaaaaaa")):
         with pytest.raises(RequestError, match=said):

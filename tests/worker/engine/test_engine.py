@@ -184,6 +184,11 @@ def test_a_bundle_is_checked_against_the_model_and_its_certificate_counts(
     for quality, layers in ((0.95, {2}), (0.96, {LAYERS})):
         [found] = engine.generate([3, 4], sampling, certified, kv_mode=quality)
         assert set(found.exit_layers[1:]) == layers
+    again = bundled(policy, **own)
+    pinned = [engine.submit([3, 4], sampling, again).snapshot.policy for _ in range(2)]
+    assert pinned[0] is pinned[1], "unpacked anew for each request"
+    while engine.load != (0, 0):
+        engine.step()
     spoken = AdaptiveEngine(engine.model, word_tokenizer(VOCAB))
     with pytest.raises(RequestError, match="policy: was made for tokenizer bb"):
         spoken.generate("w3", sampling, bundled(policy, **own))
